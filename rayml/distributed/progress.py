@@ -1,0 +1,79 @@
+"""A progress bar with time left on the driver's terminal, fed by the run's own metrics file."""
+
+import threading
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from rayml.runs.folder import RunFolder
+
+POLL_SECONDS = 0.5
+LINES_WITHOUT_TERMINAL = 20
+
+
+class Progress:
+    """Shows a run's outer steps while the block runs; a line now and then where there is no terminal."""
+
+    def __init__(self, run: RunFolder, steps: int, console: Console):
+        self.run, self.steps, self.console = run, steps, console
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self._follow, daemon=True)
+        self.bar = Bar(
+            TextColumn("meta-training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+
+    def __enter__(self) -> "Progress":
+        self.bar.start()
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop.set()
+        self.thread.join()
+        self.bar.stop()
+
+    def _follow(self) -> None:
+        seen = last_step(self.run)
+        row = self.bar.add_task("", total=self.steps, completed=seen, text="workers are starting")
+        while True:
+            stopping = self.stop.wait(POLL_SECONDS)
+            for record in records(self.run):
+                if record["step"] > seen:
+                    seen = record["step"]
+                    self.bar.update(row, completed=seen, text=describe(record))
+                    if self.bar.disable:
+                        self._print(record)
+            if stopping:
+                return
+
+    def _print(self, record: dict[str, Any]) -> None:
+        every = max(1, self.steps // LINES_WITHOUT_TERMINAL)
+        if record["step"] % every == 0 or record["step"] == self.steps:
+            self.console.print(f"step {record['step']}/{self.steps}: {describe(record)}")
+
+
+def records(run: RunFolder) -> list[dict[str, Any]]:
+    return list(run.read_metrics()) if run.metrics.exists() else []
+
+
+def last_step(run: RunFolder) -> int:
+    return max((record["step"] for record in records(run)), default=0)
+
+
+def describe(record: dict[str, Any]) -> str:
+    """Return the record's numbers in a few words."""
+    parts = [f"query loss {record['query_loss']:.3f}", f"{record['step_seconds']:.1f} s a step"]
+    for kind in ("accuracy", "loss"):
+        if f"val_{kind}_after" in record:
+            parts.append(f"val {kind} {record[f'val_{kind}_before']:.2f} -> {record[f'val_{kind}_after']:.2f}")
+    return ", ".join(parts)

@@ -1,0 +1,70 @@
+"""Ray Data: an index range becomes tokenised episodes, streaming and in order, one row an episode.
+
+Every worker streams its own indices. Ray Data's split of one stream over workers keeps neither the step that a row
+belongs to nor, where it must be equal, every row; a stream per worker keeps both, whatever the number of workers.
+"""
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+import ray
+import ray.data
+
+from rayml.lm.encode import Encoder
+from rayml.lm.load import load_tokenizer
+from rayml.tasks.episodes import Sampler
+
+PREFETCHED_STEPS = 2
+STEPS_PER_BLOCK = 8
+
+
+class EncodeEpisode:
+    """Maps `{"id": i}` to episode `index(i)`, tokenised. Light to pickle: the tasks stay in Ray's object store."""
+
+    def __init__(self, tasks: ray.ObjectRef, sampler: Sampler, model: str, prompt: str, max_tokens: int):
+        self.tasks, self.sampler = tasks, sampler
+        self.model, self.prompt, self.max_tokens = model, prompt, max_tokens
+
+    def __call__(self, index: int) -> dict[str, Any]:
+        encoder = Encoder(_tokenizer(self.model), self.prompt, self.max_tokens)
+        return encoder.episode(self.sampler.episode(_tasks(self.tasks), index))
+
+
+@lru_cache(maxsize=2)
+def _tokenizer(model: str):
+    return load_tokenizer(model)
+
+
+@lru_cache(maxsize=4)
+def _tasks(reference: ray.ObjectRef):
+    return ray.get(reference)
+
+
+def worker_index(row: int, first: int, per_step: int, rank: int, workers: int) -> int:
+    """Return the episode at `row` of a worker's stream: step by step, each worker its share of the step's episodes."""
+    share = per_step // workers
+    return first + (row // share) * per_step + rank * share + row % share
+
+
+def stream_steps(
+    encode: EncodeEpisode, *, first: int, steps: int, per_step: int, rank: int, workers: int
+) -> Iterator[list[dict[str, Any]]]:
+    """Yield this worker's episodes of each step, as `Encoder.episode` made them.
+
+    Args:
+        first: index of the first episode of the first step.
+        steps: number of steps.
+        per_step: episodes in a step, over all workers.
+    """
+    if steps == 0:
+        return
+    share = per_step // workers
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    rows = ray.data.range(steps * share, override_num_blocks=-(-steps // STEPS_PER_BLOCK))
+    episodes = rows.map(lambda row: encode(worker_index(row["id"], first, per_step, rank, workers)))
+    for batch in episodes.iter_batches(batch_size=share, batch_format="pyarrow", prefetch_batches=PREFETCHED_STEPS):
+        yield batch.to_pylist()

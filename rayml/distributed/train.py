@@ -1,0 +1,130 @@
+"""The driver: check everything, start Ray, train on N workers, show progress."""
+
+import logging
+import os
+from pathlib import Path
+
+import ray
+import ray.train
+import torch
+from ray.train.torch import TorchTrainer
+from rich.console import Console
+
+from rayml.config import Config
+from rayml.distributed.progress import Progress
+from rayml.distributed.worker import Job, train_worker
+from rayml.errors import ConfigError, TrainingError
+from rayml.lm.encode import Encoder
+from rayml.lm.load import load_tokenizer, resolve_model
+from rayml.runs.folder import RunFolder, write_whole
+from rayml.tasks.prepare import prepare_splits
+from rayml.tasks.splits import Splits
+
+WORKER_ENV = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    # glibc gives large blocks back to the kernel at once; on a CPU a third of the time went into getting them again.
+    "MALLOC_MMAP_THRESHOLD_": "4294967296",
+    "MALLOC_TRIM_THRESHOLD_": "8589934592",
+}
+
+
+def train(config: Config, resume: bool = False) -> RunFolder:
+    """Meta-train as the config says; return the run folder.
+
+    Raises:
+        ConfigError, DataError, RunError: the input is bad; nothing was started.
+        TrainingError: training stopped, and why.
+    """
+    config = config.model_copy(update={"run": config.run.model_copy(update={"dir": os.path.abspath(config.run.dir)})})
+    splits = prepare_splits(config.data)
+    model = resolve_model(config.model.name)
+    encoder = Encoder(load_tokenizer(model), config.data.prompt, config.data.max_tokens)
+    encoder.check([*splits.train, *splits.val, *splits.test])
+    run = RunFolder(config.run.dir)
+    run.begin(config, resume)
+    start_ray(config)
+    try:
+        fit(config, run, splits, model)
+    finally:
+        ray.shutdown()
+    return run
+
+
+def start_ray(config: Config) -> None:
+    """Start Ray here, or join the cluster that RAY_ADDRESS or a Ray job names, and check that the workers fit.
+
+    Raises:
+        ConfigError: there are fewer GPUs or CPUs than workers.
+    """
+    joined = bool(os.environ.get("RAY_ADDRESS"))
+    if not joined:
+        check_resources(config, cpus=len(os.sched_getaffinity(0)), gpus=torch.cuda.device_count())
+    # One logical CPU more than workers: Ray Data's tasks need a place, and on a laptop every core trains.
+    own = {} if joined else {"num_cpus": config.workers + 1, "include_dashboard": False}
+    ray.init(logging_level=logging.ERROR, log_to_driver=False, runtime_env={"env_vars": WORKER_ENV}, **own)
+    if joined:
+        there = ray.cluster_resources()
+        check_resources(config, cpus=int(there.get("CPU", 0)) - 1, gpus=int(there.get("GPU", 0)))
+
+
+def check_resources(config: Config, cpus: int, gpus: int) -> None:
+    """Raise ConfigError if the workers do not fit; `cpus` does not count the one that Ray Data needs."""
+    if config.device == "cuda" and gpus < config.workers:
+        raise ConfigError(f"workers: {config.workers} need a GPU each, there are {gpus}; lower it, or device=cpu")
+    if config.workers > cpus:
+        raise ConfigError(f"workers: {config.workers} need a CPU each, there are {max(0, cpus)} free for them; lower it")
+
+
+def uses_gpu(config: Config) -> bool:
+    return config.device == "cuda" or (
+        config.device == "auto" and ray.cluster_resources().get("GPU", 0) >= config.workers
+    )
+
+
+def fit(config: Config, run: RunFolder, splits: Splits, model: str) -> None:
+    """Run Ray Train to its end.
+
+    Raises:
+        TrainingError: training stopped by itself, or its workers failed more than `run.max_failures` times.
+    """
+    validates = splits.val and config.validation.every
+    job = Job(config, model, ray.put(splits.train), ray.put(splits.val) if validates else None)
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"job": job},
+        scaling_config=ray.train.ScalingConfig(num_workers=config.workers, use_gpu=uses_gpu(config)),
+        run_config=ray.train.RunConfig(
+            storage_path=str(run.path),
+            name=run.checkpoints.name,
+            failure_config=ray.train.FailureConfig(max_failures=config.run.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.run.keep_checkpoints),
+            callbacks=[PointToLatest(run)],
+        ),
+    )
+    with Progress(run, config.outer.steps, Console(stderr=True)):
+        try:
+            stopped = trainer.fit().return_value
+        except ray.train.TrainingFailedError as error:
+            raise TrainingError(f"{run.path}: {root_cause(error)}") from error
+    if stopped:
+        raise TrainingError(f"{run.path}: {stopped}")
+
+
+def root_cause(error: ray.train.TrainingFailedError) -> str:
+    """Return the first worker's own error; the rest is Ray's account of how it travelled."""
+    failures = getattr(error, "worker_failures", {})
+    cause = next(iter(failures.values()), error)
+    cause = getattr(cause, "cause", None) or cause
+    return f"workers failed: {type(cause).__name__}: {cause}"
+
+
+class PointToLatest(ray.train.UserCallback):
+    """Writes the name of the newest checkpoint to `latest`, once Ray Train has stored it."""
+
+    def __init__(self, run: RunFolder):
+        self.run = run
+
+    def after_report(self, run_context, metrics, checkpoint) -> None:
+        if checkpoint is not None:
+            write_whole(self.run.latest, f"{self.run.checkpoints.name}/{Path(checkpoint.path).name}\n")

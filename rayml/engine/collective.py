@@ -1,0 +1,35 @@
+"""What workers say to each other outside the base model. With one worker, nothing is sent."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def sum_over_workers(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return every tensor summed over the workers, in one all-reduce of one flat fp32 buffer."""
+    if world_size() == 1:
+        return list(tensors)
+    flat = torch.cat([tensor.float().flatten() for tensor in tensors])
+    dist.all_reduce(flat)
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def gather_from_workers(value: Any) -> list[Any]:
+    """Return every worker's picklable value, by rank, on every worker."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values

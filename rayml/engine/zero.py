@@ -1,0 +1,36 @@
+"""The sharded engine: a frozen base under DeepSpeed ZeRO-3 (Rajbhandari et al. 2020, arXiv 1910.02054).
+
+Each worker keeps 1/W of every parameter and gathers a layer's whole weights only while that layer runs. Adapters live
+outside the engine, whole on every worker: they are small, and every worker needs all of them.
+"""
+
+import os
+
+import torch
+
+from rayml.lm.load import load_base
+
+
+def load(path: str, dtype: str, attention: str, device: torch.device):
+    """Return the module of a DeepSpeed engine around the frozen causal LM.
+
+    Call the module, not the engine: without an optimizer the engine's own forward breaks the backward. Every worker
+    must make the same calls in the same order, for each gathers from all others.
+    """
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares DeepSpeed the probing
+    import deepspeed
+    from transformers.integrations import HfDeepSpeedConfig
+
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3},
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "gradient_clipping": 0.0,  # DeepSpeed's default would clip at 1
+    }
+    deepspeed.init_distributed(dist_init_required=False)
+    sharded_loading = HfDeepSpeedConfig(config)  # while it lives, from_pretrained shards each weight as it is read
+    model = load_base(path, dtype, attention)
+    del sharded_loading
+    engine, *_ = deepspeed.initialize(model=model, config=config)
+    return engine.module

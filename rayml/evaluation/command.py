@@ -1,0 +1,125 @@
+"""What `rayml evaluate` and `rayml adapt` do, from files to files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from rayml.config import Data
+from rayml.errors import ConfigError, DataError, RunError
+from rayml.evaluation import report
+from rayml.runs.folder import RunFolder, write_whole
+from rayml.tasks.prepare import prepare_splits, prepare_tasks
+from rayml.tasks.read import read_rows
+from rayml.tasks.table import build_tasks
+from rayml.tasks.task import Task
+
+# Episodes of an evaluation are drawn with their own seeds, far from those of training and validation.
+EVALUATION_SEED = 2_000_003
+
+
+def evaluate_run(
+    run_path: Path,
+    data_path: list[str] | None,
+    ways: int | None,
+    shots: int | None,
+    episodes: int,
+    seed: int,
+    split: str,
+    json_file: Path | None,
+    out: Console,
+    err: Console,
+) -> dict[str, Any]:
+    """Evaluate a run; print the table, write the JSON and the plot, and return what the JSON holds.
+
+    Raises:
+        RunError, DataError, ConfigError: no run, no tasks, or an unknown split.
+    """
+    if split not in ("test", "val"):
+        raise ConfigError(f"--split: expected test or val, got {split!r}")
+    run = RunFolder(run_path)
+    config, saved = run.trained()
+    data = config.data.model_copy(update={k: v for k, v in {"ways": ways, "shots": shots}.items() if v})
+    tasks = held_out_tasks(data, data_path, split)
+    err.print("[dim]loading libraries and model ...[/]")
+    from rayml.evaluation.evaluate import evaluate, summarize
+    from rayml.evaluation.session import open_session
+
+    session = open_session(config, saved)
+    session.encoder.check(tasks)
+    with Progress(*Progress.get_default_columns(), console=err, disable=not err.is_terminal) as progress:
+        row = progress.add_task("adapting", total=len(tasks) * episodes)
+        sampler = data.sampler(EVALUATION_SEED + seed)
+        found = evaluate(session, tasks, sampler, episodes, lambda done: progress.advance(row, done))
+    settings = {"ways": data.ways, "shots": data.shots, "queries": data.queries, "episodes": episodes, "seed": seed}
+    summary = {
+        "run": str(run.path),
+        "outer_steps": saved.step,
+        "inner_steps": config.inner.steps,
+        "tasks_from": data_path or f"meta-{split}",
+        **settings,
+        **summarize(found),
+    }
+    written = json_file or run.path / "evaluation.json"
+    write_whole(written, json.dumps(summary, indent=2) + "\n")
+    title = f"{config.model.name}, {data.ways}-way {data.shots}-shot, after {saved.step} outer steps"
+    report.plot(summary, run.path / "adaptation.png", title)
+    out.print(report.table(summary, title))
+    out.print(f"{written}\n{run.path / 'adaptation.png'}", highlight=False, soft_wrap=True)
+    return summary
+
+
+def held_out_tasks(data: Data, paths: list[str] | None, split: str) -> tuple[Task, ...]:
+    """Return the tasks of `paths`, or else of the run's own split.
+
+    Raises:
+        DataError: there are none.
+    """
+    if paths:
+        own_columns = data.model_copy(update={"path": tuple(paths), "drop_small_classes": True})
+        return prepare_tasks(own_columns)
+    tasks = getattr(prepare_splits(data), split)
+    if not tasks:
+        raise DataError(f"the run holds out no task for meta-{split}; give --data, or raise data.splits.{split}")
+    return tasks
+
+
+def adapt_run(run_path: Path, examples: Path, folder: Path, name: str | None, out: Console) -> None:
+    """Learn the task in a file of examples from a run's start, and write its adapter.
+
+    Raises:
+        RunError, DataError: no run, the folder exists, or examples that cannot be used.
+    """
+    if folder.exists():
+        raise RunError(f"{folder}: exists already; give --out a new folder")
+    config, saved = RunFolder(run_path).trained()
+    task = new_task(examples, config.data.columns, name or folder.name)
+    from rayml.evaluation.learn import learn
+    from rayml.evaluation.session import open_session
+    from rayml.lm.peft_files import save_adapter
+
+    session = open_session(config, saved)
+    learned = learn(session, task, name or folder.name)
+    save_adapter(folder, learned.weights, learned.card, session.base)
+    kind = f"{len(task.options)} labels" if task.options else "free text"
+    losses = " -> ".join(f"{loss:.3f}" for loss in (learned.losses[0], learned.losses[-1]))
+    out.print(f"learned {task.name!r}: {len(task.examples)} examples, {kind}, {learned.seconds:.2f} s, loss {losses}")
+    out.print(f"next: [bold]rayml predict {folder} --input \"...\"[/]", highlight=False, soft_wrap=True)
+
+
+def new_task(examples: Path, columns: dict, name: str) -> Task:
+    """Return the one task in a file of examples, whatever `task` its rows name.
+
+    Raises:
+        DataError: several tasks in one file, or one text under two labels.
+    """
+    rows = read_rows([str(examples)], columns)
+    if len({row.task for row in rows}) > 1:
+        raise DataError(f"{examples}: holds {len({row.task for row in rows})} tasks; adapt to one at a time")
+    (task,), duplicates = build_tasks(rows)
+    if duplicates.conflicting:
+        _, text, targets = duplicates.conflicting[0]
+        raise DataError(f"{examples}: {text[:60]!r} stands under {' and '.join(targets)}; keep one")
+    return Task(name, task.examples, task.options)

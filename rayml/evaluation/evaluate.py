@@ -1,0 +1,93 @@
+"""Did meta-training help? The same episodes of held-out tasks, from the meta-trained and from an untrained start."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rayml.evaluation.curves import Curve, adaptation_scores
+from rayml.evaluation.session import Session
+from rayml.tasks.episodes import Sampler
+from rayml.tasks.task import Task
+
+BOOTSTRAP_SAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Curves of the same episodes, in the same order, from both starts."""
+
+    trained: list[Curve]
+    untrained: list[Curve]
+
+
+def evaluate(
+    session: Session, tasks: Sequence[Task], sampler: Sampler, episodes: int, progress: Callable[[int], None]
+) -> Evaluation:
+    """Adapt to `episodes` episodes of each task from both starts, with the run's number of inner steps.
+
+    Every task gets the same number of episodes. The untrained start is where training began: the usual LoRA start,
+    with the rate that `inner.lr` says. `progress` is told after each few episodes how many are done.
+    """
+    at_a_time = session.config.tasks_per_worker
+    found = Evaluation([], [])
+    for task in tasks:
+        for first in range(0, episodes, at_a_time):
+            indices = range(first, min(first + at_a_time, episodes))
+            batch = [sampler.episode([task], index) for index in indices]
+            for curves, (start, rates) in (
+                (found.trained, (session.start, session.rates)),
+                (found.untrained, session.untrained()),
+            ):
+                steps = session.config.inner.steps
+                curves += adaptation_scores(session.lm, session.encoder, batch, start, rates, steps)
+            progress(len(batch))
+    return found
+
+
+def summarize(evaluation: Evaluation) -> dict[str, Any]:
+    """Return what `evaluation.json` holds: per task and overall, each number with a 95 % interval over episodes."""
+    names = dict.fromkeys(curve.task for curve in evaluation.trained)
+    groups = {name: _only(evaluation, lambda curve, name=name: curve.task == name) for name in names}
+    kinds = {name: group.trained[0].is_accuracy for name, group in groups.items()}
+    overall = {
+        metric: summary(_only(evaluation, lambda curve, kind=kind: curve.is_accuracy == kind))
+        for metric, kind in (("accuracy", True), ("loss", False))
+        if kind in kinds.values()
+    }
+    return {
+        "overall": overall.get("accuracy") or overall["loss"],
+        "overall_loss": overall.get("loss") if "accuracy" in overall else None,
+        "tasks": {name: summary(group) for name, group in groups.items()},
+    }
+
+
+def _only(evaluation: Evaluation, keep: Callable[[Curve], bool]) -> Evaluation:
+    return Evaluation(*([curve for curve in curves if keep(curve)] for curves in (evaluation.trained, evaluation.untrained)))
+
+
+def summary(evaluation: Evaluation) -> dict[str, Any]:
+    """Return before, after and the curves, from both starts, and the paired differences."""
+    trained, untrained = (
+        np.array([curve.scores for curve in curves]) for curves in (evaluation.trained, evaluation.untrained)
+    )
+    return {
+        "metric": "accuracy" if evaluation.trained[0].is_accuracy else "loss",
+        "episodes": len(trained),
+        "before": interval(trained[:, 0]),
+        "after": interval(trained[:, -1]),
+        "untrained_before": interval(untrained[:, 0]),
+        "untrained_after": interval(untrained[:, -1]),
+        "gain": interval(trained[:, -1] - trained[:, 0]),
+        "over_untrained": interval(trained[:, -1] - untrained[:, -1]),
+        "curve": [interval(trained[:, step]) for step in range(trained.shape[1])],
+        "untrained_curve": [interval(untrained[:, step]) for step in range(untrained.shape[1])],
+    }
+
+
+def interval(values: np.ndarray) -> dict[str, float]:
+    """Return the mean of `[E]` values and its 95 % percentile bootstrap interval (Efron 1979)."""
+    draws = np.random.default_rng(0).integers(len(values), size=(BOOTSTRAP_SAMPLES, len(values)))
+    low, high = np.percentile(values[draws].mean(1), [2.5, 97.5])
+    return {"mean": float(values.mean()), "low": float(low), "high": float(high)}

@@ -1,0 +1,125 @@
+"""Learn one new task from a handful of examples, and use it."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from rayml.engine import local
+from rayml.errors import ConfigError, DataError
+from rayml.evaluation.session import Session
+from rayml.lm.batch import collate
+from rayml.lm.encode import Encoder
+from rayml.lm.load import load_tokenizer, resolve_model
+from rayml.lm.lora import TaskLoRA
+from rayml.lm.model import TaskLM
+from rayml.lm.peft_files import AdapterCard, load_adapter
+from rayml.lm.score import OptionBatch
+from rayml.meta.adapt import Params, adapt
+from rayml.tasks.episodes import LETTERS, relabel, shown_labels
+from rayml.tasks.task import Task
+
+
+@dataclass(frozen=True)
+class Learned:
+    """A new task's adapter."""
+
+    weights: Params
+    card: AdapterCard
+    losses: list[float]
+    """Support loss before each inner step, and after the last."""
+    seconds: float
+
+
+def learn(session: Session, task: Task, name: str, steps: int | None = None) -> Learned:
+    """Adapt the run's learned start to every example of `task`, with the very inner loop that training used.
+
+    Raises:
+        DataError: more classes than letters, or a target that cannot be learned.
+    """
+    config = session.config
+    if config.data.labels == "letters" and len(task.options) > len(LETTERS):
+        raise DataError(f"task {task.name!r} has {len(task.options)} classes; a run with data.labels=letters knows 26")
+    session.encoder.check([task])
+    shown = shown_labels(task, task.options, config.data.labels)
+    examples = [relabel(example, shown.get(example.target)) for example in task.examples]
+    began = time.perf_counter()
+    rows = session.encoder.rows(examples, bool(task.options))
+    support = collate([rows], session.encoder.tokenizer.eos_token_id).to(session.device)
+
+    def support_losses(fast: Params) -> torch.Tensor:
+        return session.lm.losses(fast, support)
+
+    taken = config.inner.steps if steps is None else steps
+    adaptation = list(adapt(support_losses, session.start, session.rates, taken, tasks=1))
+    seconds = time.perf_counter() - began
+    with torch.no_grad():
+        last = support_losses(adaptation[-1].fast)
+    card = AdapterCard(
+        name=name,
+        model=config.model.name,
+        dtype=config.model.dtype,
+        prompt=config.data.prompt,
+        max_tokens=config.data.max_tokens,
+        labels={label: option for option, label in shown.items()},
+        lora=config.lora.model_dump(mode="json"),
+    )
+    losses = [float(step.support_losses) for step in adaptation[1:] if step.support_losses is not None]
+    weights = {key: weight[0] for key, weight in adaptation[-1].fast.items()}
+    return Learned(weights, card, [*losses, float(last)], seconds)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """An answer in the user's own words."""
+
+    text: str
+    probabilities: dict[str, float]
+    """Of every option, by the user's own label; empty for generated text."""
+
+
+class Predictor:
+    """One adapter folder on its base, ready to answer."""
+
+    def __init__(self, folder: Path):
+        self.weights, self.card = load_adapter(folder)
+        base = resolve_model(self.card.model)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.module = local.load(base, self.card.dtype, "sdpa", device)
+        self.lm = TaskLM(self.module, TaskLoRA(self.module, **self.card.lora))
+        self.encoder = Encoder(load_tokenizer(base), self.card.prompt, self.card.max_tokens)
+        self.adapters = {name: weight.to(device).unsqueeze(0) for name, weight in self.weights.items()}
+        self.device = device
+
+    def predict(self, text: str, options: list[str] | None = None) -> Prediction:
+        """Choose among the task's options, or those given; generate where there are none.
+
+        Raises:
+            ConfigError: an option that the task does not have.
+        """
+        own = {option: label for label, option in self.card.labels.items()}
+        unknown = [option for option in options or () if own and option not in own]
+        if unknown:
+            raise ConfigError(f"--options: {', '.join(unknown)} not among the task's labels: {', '.join(own)}")
+        chosen = options or list(own)
+        if not chosen:
+            return Prediction(self._generate(text), {})
+        batch = OptionBatch(self.encoder, [([text], [own.get(option, option) for option in chosen])]).to(self.device)
+        (log_probs,) = batch.log_probs(self.lm, self.adapters)
+        probabilities = dict(zip(chosen, log_probs[0].exp().tolist(), strict=True))
+        return Prediction(max(probabilities, key=lambda option: probabilities[option]), probabilities)
+
+    @torch.no_grad()
+    def _generate(self, text: str, max_new_tokens: int = 64) -> str:
+        tokenizer = self.encoder.tokenizer
+        prompt = tokenizer(self.card.prompt.replace("{input}", text), return_tensors="pt").to(self.device)
+        self.lm.lora.adapters = self.adapters
+        tokens = self.module.generate(
+            input_ids=prompt["input_ids"],
+            attention_mask=prompt["attention_mask"],
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.eos_token_id,
+        )
+        return tokenizer.decode(tokens[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True).strip()

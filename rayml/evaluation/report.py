@@ -1,0 +1,64 @@
+"""Show an evaluation: a table on the terminal, and the adaptation curves as a picture."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+BEFORE, AFTER, UNTRAINED, DIFFERENCE = "before adapting", "after adapting", "untrained start, after", "difference"
+
+
+def table(summary: dict[str, Any], title: str) -> Table:
+    """Return one row a task and one for all: score and half the width of its 95 % interval."""
+    found = Table(title=title, title_justify="left", caption="95 % intervals over episodes", caption_justify="left")
+    found.add_column("held-out task")
+    for name in (BEFORE, AFTER, UNTRAINED, DIFFERENCE):
+        found.add_column(name, justify="right")
+    for name, scores in summary["tasks"].items():
+        found.add_row(name, *_cells(scores))
+    found.add_section()
+    found.add_row("all", *_cells(summary["overall"]), style="bold")
+    return found
+
+
+def _cells(scores: dict[str, Any]) -> list[str]:
+    keys = ("before", "after", "untrained_after")
+    signed = scores["over_untrained"]
+    difference = f"{signed['mean']:+.3f}  [{signed['low']:+.3f}, {signed['high']:+.3f}]"
+    return [f"{scores[k]['mean']:.3f} ± {(scores[k]['high'] - scores[k]['low']) / 2:.3f}" for k in keys] + [difference]
+
+
+def plot(summary: dict[str, Any], path: Path, title: str) -> None:
+    """Draw the adaptation curves of all tasks together, and of each, to a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = {"all held-out tasks": summary["overall"], **(summary["tasks"] if len(summary["tasks"]) > 1 else {})}
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, axes = pyplot.subplots(
+        rows, columns, figsize=(4.2 * columns, 3.4 * rows), sharex=True, squeeze=False, layout="constrained"
+    )
+    for axis, (name, scores) in zip(axes.flat, panels.items(), strict=False):
+        for key, label, colour in (
+            ("curve", "meta-trained start", "#1f6f54"),
+            ("untrained_curve", "untrained start", "#b0552f"),
+        ):
+            points = scores[key]
+            steps = range(len(points))
+            axis.plot(steps, [point["mean"] for point in points], color=colour, marker="o", label=label)
+            axis.fill_between(
+                steps, [p["low"] for p in points], [p["high"] for p in points], color=colour, alpha=0.18, linewidth=0
+            )
+        axis.set(title=name, xlabel="inner steps", ylabel=f"query {scores['metric']}", xticks=list(steps))
+        axis.grid(alpha=0.25)
+        if scores["metric"] == "accuracy":
+            axis.set_ylim(0, 1)
+    for axis in list(axes.flat)[len(panels) :]:
+        axis.remove()
+    axes.flat[0].legend(frameon=False, loc="lower right")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)

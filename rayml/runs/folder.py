@@ -1,0 +1,85 @@
+"""A run's folder: `config.yaml`, `metrics.jsonl`, `checkpoints/step_*`, `latest`, `tensorboard/`."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rayml.config import Config, dump_config, load_config
+from rayml.errors import RunError
+from rayml.runs.checkpoint import Saved, newest_checkpoint
+
+# What may differ between a run and its resumption without changing what is learned.
+FREE_KEYS = {"workers": True, "device": True, "engine": True, "run": True, "validation": True, "outer": {"steps"}}
+
+
+class RunFolder:
+    """The paths of a run, and the little that is written to them."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path).absolute()
+        self.config, self.metrics = self.path / "config.yaml", self.path / "metrics.jsonl"
+        self.checkpoints, self.latest = self.path / "checkpoints", self.path / "latest"
+
+    def begin(self, config: Config, resume: bool) -> None:
+        """Make the folder, or check that it may be gone on with.
+
+        Raises:
+            RunError: there is a run already and `resume` is not asked for, or it is the run of another config.
+        """
+        if self.config.exists():
+            self._check_same(config)
+            if not resume:
+                raise RunError(f"{self.path}: holds a run already; --resume goes on with it, run.dir=... starts another")
+        elif self.path.is_dir() and any(self.path.iterdir()):
+            raise RunError(f"{self.path}: holds something that is no run; give run.dir another folder")
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        write_whole(self.config, dump_config(config))
+
+    def _check_same(self, config: Config) -> None:
+        before, now = (c.model_dump(exclude=FREE_KEYS) for c in (load_config(self.config), config))
+        changed = sorted(_flat(before).items() ^ _flat(now).items())
+        if changed:
+            names = ", ".join(dict.fromkeys(name for name, _ in changed))
+            raise RunError(f"{self.path}: holds the run of another config ({names} differ); give run.dir another folder")
+
+    def truncate_metrics(self, step: int) -> None:
+        """Forget what was logged after `step`: those steps are about to be taken again."""
+        if self.metrics.exists():
+            kept = [json.dumps(record) + "\n" for record in self.read_metrics() if record["step"] <= step]
+            write_whole(self.metrics, "".join(kept))
+
+    def read_metrics(self) -> Iterator[dict[str, Any]]:
+        """Yield the records of `metrics.jsonl`; a line torn by a crash ends them."""
+        with self.metrics.open() as file:
+            for line in file:
+                if line.endswith("\n"):
+                    yield json.loads(line)
+
+    def trained(self) -> tuple[Config, Saved]:
+        """Return the config and the newest whole checkpoint.
+
+        Raises:
+            RunError: this is no run folder, or it has no whole checkpoint.
+        """
+        if not self.config.exists():
+            raise RunError(f"{self.path}: no run here (there is no config.yaml in it)")
+        saved = newest_checkpoint(self.checkpoints)
+        if saved is None:
+            raise RunError(f"{self.path}: no whole checkpoint; train it first")
+        return load_config(self.config), saved
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that a reader, or a crash, sees the old one or the new one."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    flat = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: repr(value)}
+    return flat

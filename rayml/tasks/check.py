@@ -1,0 +1,97 @@
+"""`rayml data check`: what is in the data, and what is wrong with it."""
+
+from pathlib import Path
+from statistics import median
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from rayml.config import Data, load_config, parse_config
+from rayml.errors import DataError
+from rayml.tasks.read import read_rows
+from rayml.tasks.splits import NAMES, Splits, leaks, split_tasks
+from rayml.tasks.table import Duplicates, build_tasks, without_small_classes
+from rayml.tasks.task import Task
+
+SHOWN = 5
+
+
+def check_data(arguments: list[str], config: Path | None, out: Console) -> bool:
+    """Print the report; return whether episodes can be drawn and nothing leaks.
+
+    Args:
+        arguments: paths, and `data.key=value` settings.
+        config: a run's YAML, whose data section is checked against.
+
+    Raises:
+        ConfigError, DataError: a setting or a file that cannot be read at all.
+    """
+    data = _settings([a for a in arguments if "=" not in a], [a for a in arguments if "=" in a], config)
+    tasks, duplicates = build_tasks(read_rows(data.path, data.columns))
+    if data.drop_small_classes:
+        tasks = without_small_classes(tasks, data.shots + data.queries)
+    splits = split_tasks(tasks, data.splits.rule())
+    out.print(_table(splits, duplicates))
+    _print_conflicts(duplicates, out)
+    errors = _errors(tasks, data, splits)
+    for error in errors:
+        out.print("[bold red]error[/] ", end="")
+        out.print(error, markup=False, highlight=False, soft_wrap=True)
+    if not errors:
+        out.print("[green]ok[/]: every class is large enough, and no text stands in two splits")
+    return not errors
+
+
+def _settings(paths: list[str], overrides: list[str], config: Path | None) -> Data:
+    if config:
+        given = [f"data.path={yaml.safe_dump(paths, default_flow_style=True).strip()}"] if paths else []
+        return load_config(config, [*given, *overrides]).data
+    values = {"model": {"name": "none"}, "run": {"dir": "none"}, "data": {"path": paths}}
+    return parse_config(values, "rayml data check", overrides).data
+
+
+def _table(splits: Splits, duplicates: Duplicates) -> Table:
+    table = Table("task", "split", "kind")
+    for name in ("classes", "examples", "smallest class", "input words", "target words", "repeated"):
+        table.add_column(name, justify="right")
+    for split, tasks in zip(NAMES, splits, strict=True):
+        for task in tasks:
+            table.add_row(task.name, f"meta-{split}", *_row(task), str(duplicates.repeated.get(task.name, 0)))
+    return table
+
+
+def _row(task: Task) -> tuple[str, ...]:
+    smallest = min(task.classes.items(), key=lambda item: len(item[1]))
+    inputs = sorted(len(example.input.split()) for example in task.examples) or [0]
+    targets = sorted(len(example.target.split()) for example in task.examples) or [0]
+    return (
+        "labels" if task.options else "free text",
+        str(len(task.options)) if task.options else "",
+        str(len(task.examples)),
+        f"{smallest[0]} {len(smallest[1])}".strip(),
+        f"{median(inputs):.0f}, at most {inputs[-1]}",
+        f"{median(targets):.0f}, at most {targets[-1]}",
+    )
+
+
+def _print_conflicts(duplicates: Duplicates, out: Console) -> None:
+    found = duplicates.conflicting
+    if not found:
+        return
+    out.print(f"[yellow]warning[/] {len(found)} text(s) stand under two labels; none of their rows is used:")
+    for task, text, targets in found[:SHOWN]:
+        out.print(f"  {task}: {text[:70]!r} is {' and '.join(targets)}", markup=False, highlight=False)
+
+
+def _errors(tasks: tuple[Task, ...], data: Data, splits: Splits) -> list[str]:
+    errors = [] if splits.train else ["no task is left for meta-train"]
+    try:
+        data.sampler(seed=0).check(tasks)
+    except DataError as error:
+        errors.append(str(error))
+    leaked = leaks(splits)
+    if leaked:
+        errors.append(f"{len(leaked)} text(s) stand in two splits:")
+        errors += [f"  {text[:70]!r} in {here} and {there}" for text, here, there in leaked[:SHOWN]]
+    return errors

@@ -1,0 +1,97 @@
+"""Episodes: a pure function of (seed, index) and the tasks, whatever the number of workers."""
+
+import random
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from rayml.errors import DataError
+from rayml.tasks.task import Example, Task
+
+LabelScheme = Literal["words", "letters"]
+LETTERS = string.ascii_uppercase
+
+
+@dataclass(frozen=True, slots=True)
+class Episode:
+    """One task's support and query, used once.
+
+    Targets are as the model sees them. `labels` maps them back to the task's own words, in the order of the
+    options; it is empty for free text.
+    """
+
+    index: int
+    task: str
+    support: tuple[Example, ...]
+    query: tuple[Example, ...]
+    labels: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampler:
+    """How episodes are drawn. For a label task `shots` and `queries` count per class, else per task."""
+
+    ways: int
+    shots: int
+    queries: int
+    labels: LabelScheme
+    seed: int
+
+    def episode(self, tasks: Sequence[Task], index: int) -> Episode:
+        """Return episode `index`: a task drawn uniformly, then up to `ways` of its classes.
+
+        A task with fewer classes gives all of them. Support and query never share an example; a task's examples
+        have distinct texts (see `rayml.tasks.table`), so they share no text either.
+        """
+        rng = random.Random(f"{self.seed}/{index}")  # a str seed is hashed by SHA-512: the same on every machine
+        task = tasks[rng.randrange(len(tasks))]
+        chosen = rng.sample(list(task.classes), min(self.ways, len(task.classes)))
+        drawn = {name: rng.sample(task.classes[name], self.shots + self.queries) for name in chosen}
+        shown = shown_labels(task, chosen, self.labels)
+        support = [(name, example) for name in chosen for example in drawn[name][: self.shots]]
+        query = [(name, example) for name in chosen for example in drawn[name][self.shots :]]
+        return Episode(
+            index=index,
+            task=task.name,
+            support=tuple(relabel(example, shown.get(name)) for name, example in support),
+            query=tuple(relabel(example, shown.get(name)) for name, example in query),
+            labels={label: name for name, label in shown.items()},
+        )
+
+    def check(self, tasks: Sequence[Task]) -> None:
+        """Raise DataError, naming every class that an episode could not be drawn from."""
+        need = self.shots + self.queries
+        short = [
+            f"task {task.name!r}{f', class {name!r}' if name else ''}: has {len(examples)}, needs {need}"
+            for task in tasks
+            for name, examples in task.classes.items()
+            if len(examples) < need
+        ]
+        if short:
+            raise DataError(
+                f"too few distinct examples for shots={self.shots} + queries={self.queries}:\n  "
+                + "\n  ".join(short)
+                + "\nAdd examples, lower data.shots or data.queries, or remove these classes (data.min_examples)."
+            )
+        crowded = [task.name for task in tasks if self.labels == "letters" and min(self.ways, len(task.options)) > 26]
+        if crowded:
+            raise DataError(f"data.labels=letters has 26 letters; lower data.ways for {', '.join(crowded)}")
+
+
+def shown_labels(task: Task, chosen: Sequence[str], scheme: LabelScheme) -> dict[str, str]:
+    """Return what the model sees for each chosen class: its own word, or the letter of its place in `chosen`.
+
+    `chosen` is in random order, so letters are permuted in every episode: tasks become mutually exclusive, and the
+    model has to adapt (Yin et al. 2020, arXiv 1912.03820).
+    """
+    if not task.options:
+        return {}
+    if scheme == "words":
+        return {name: name for name in chosen}
+    return {name: LETTERS[place] for place, name in enumerate(chosen)}
+
+
+def relabel(example: Example, label: str | None) -> Example:
+    """Return the example with the label that the model is to see; free text stays as it is."""
+    return example if label is None else Example(example.input, label)

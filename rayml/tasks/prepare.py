@@ -1,0 +1,48 @@
+"""From a config's data section to tasks that episodes can be drawn from."""
+
+import logging
+
+from rayml.config import Data
+from rayml.errors import DataError
+from rayml.tasks.read import read_rows
+from rayml.tasks.splits import Splits, leaks, split_tasks
+from rayml.tasks.table import build_tasks, without_small_classes
+from rayml.tasks.task import Task
+
+log = logging.getLogger(__name__)
+
+
+def prepare_tasks(data: Data) -> tuple[Task, ...]:
+    """Return the tasks of `data.path`, each text once, ready to draw episodes from.
+
+    Raises:
+        DataError: unreadable, or with classes too small for an episode.
+    """
+    tasks, duplicates = build_tasks(read_rows(data.path, data.columns))
+    if duplicates.conflicting:
+        log.warning("%d text(s) stand under two labels and are left out; see `rayml data check`", len(duplicates.conflicting))
+    if data.drop_small_classes:
+        tasks = without_small_classes(tasks, data.shots + data.queries)
+    if not tasks:
+        raise DataError(f"{', '.join(data.path)}: no task has two classes of shots + queries examples")
+    data.sampler(seed=0).check(tasks)
+    return tasks
+
+
+def prepare_splits(data: Data) -> Splits:
+    """Return meta-train, meta-val and meta-test tasks.
+
+    Raises:
+        DataError: as above, no task to train on, or one text in two splits.
+    """
+    splits = split_tasks(prepare_tasks(data), data.splits.rule())
+    if not splits.train:
+        raise DataError("no task is left for meta-train; lower data.splits.val and data.splits.test")
+    leaked = leaks(splits)
+    if leaked:
+        text, here, there = leaked[0]
+        raise DataError(
+            f"{len(leaked)} text(s) stand in two splits, such as {text[:60]!r} in {here} and {there}; "
+            "`rayml data check` lists them"
+        )
+    return splits

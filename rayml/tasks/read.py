@@ -1,0 +1,163 @@
+"""Read rows `{"task", "input", "target", "options"?}` from JSONL, Parquet, or a Hugging Face data set."""
+
+import fnmatch
+import glob
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs
+import pyarrow.parquet
+
+from rayml.errors import DataError
+
+SUFFIXES = (".jsonl", ".parquet")
+SHOWN_ERRORS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One validated row, and where it stood."""
+
+    task: str
+    input: str
+    target: str
+    options: tuple[str, ...]
+    where: str
+
+
+def read_rows(paths: Iterable[str], columns: dict[str, str] | None = None) -> list[Row]:
+    """Read every row of every path.
+
+    Args:
+        paths: files, folders (searched for .jsonl and .parquet), globs, any URI that pyarrow reads (`s3://`, `gs://`,
+            `hdfs://`, `file://`), or `hf:NAME[/CONFIG][:SPLIT]`, where NAME is a data set on the Hugging Face Hub or
+            a folder made by `Dataset.save_to_disk`.
+        columns: the data's own name of `task`, `input`, `target` or `options`, where it differs. With no `task`
+            column, the file's or the data set's name is the task.
+
+    Raises:
+        DataError: nothing there, nothing in it, or rows that cannot be used, each with its file and line.
+    """
+    rows, errors = [], []
+    for path in paths:
+        found = False
+        for where, record, default_task in _records(path):
+            found = True
+            row = _row(record, columns or {}, default_task, where)
+            rows.append(row) if isinstance(row, Row) else errors.append(row)
+        if not found:
+            raise DataError(f"{path}: there is no row in it")
+    if errors:
+        more = [f"... and {len(errors) - SHOWN_ERRORS} more"] if len(errors) > SHOWN_ERRORS else []
+        raise DataError("rows that cannot be used:\n  " + "\n  ".join(errors[:SHOWN_ERRORS] + more))
+    return rows
+
+
+def _records(path: str) -> Iterator[tuple[str, dict[str, Any] | str, str]]:
+    """Yield (where, record or what is wrong with it, default task name)."""
+    if path.startswith("hf:"):
+        yield from _hugging_face(path.removeprefix("hf:"))
+        return
+    for filesystem, file in _files(path):
+        read = _jsonl if file.endswith(".jsonl") else _parquet
+        for where, record in read(filesystem, file):
+            yield where, record, Path(file).stem
+
+
+def _files(path: str) -> list[tuple[pyarrow.fs.FileSystem, str]]:
+    """Return the data files that a path, folder, glob or URI names, in order."""
+    try:
+        filesystem, inner = (
+            pyarrow.fs.FileSystem.from_uri(path) if "://" in path else (pyarrow.fs.LocalFileSystem(), path)
+        )
+        names = _expand(filesystem, inner)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
+    if not names:
+        raise DataError(f"{path}: no such file, or no {' or '.join(SUFFIXES)} file in it")
+    return [(filesystem, name) for name in names]
+
+
+def _expand(filesystem: pyarrow.fs.FileSystem, path: str) -> list[str]:
+    if glob.has_magic(path):
+        wanted = path if "/" in path else f"./{path}"
+        folder = wanted[: re.search(r"[*?[]", wanted).start()].rsplit("/", 1)[0] or "/"
+        return [name for name in _expand(filesystem, folder) if fnmatch.fnmatch(name, wanted)]
+    info = filesystem.get_file_info(path)
+    if info.type == pyarrow.fs.FileType.File:
+        if not path.endswith(SUFFIXES):
+            raise DataError(f"{path}: expected a file that ends in {' or '.join(SUFFIXES)}")
+        return [path]
+    if info.type == pyarrow.fs.FileType.NotFound:
+        return []
+    entries = filesystem.get_file_info(pyarrow.fs.FileSelector(path, recursive=True))
+    return sorted(entry.path for entry in entries if entry.is_file and entry.path.endswith(SUFFIXES))
+
+
+def _jsonl(filesystem: pyarrow.fs.FileSystem, file: str) -> Iterator[tuple[str, dict[str, Any] | str]]:
+    with filesystem.open_input_stream(file) as stream:
+        lines = stream.read().split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{file}:{number}"
+        try:
+            record = json.loads(line)
+        except ValueError as error:  # covers bytes that are not UTF-8, too
+            yield where, f"not JSON: {error}"
+        else:
+            yield where, record if isinstance(record, dict) else f"expected a JSON object, got {line[:40]!r}"
+
+
+def _parquet(filesystem: pyarrow.fs.FileSystem, file: str) -> Iterator[tuple[str, dict[str, Any] | str]]:
+    try:
+        table = pyarrow.parquet.read_table(file, filesystem=filesystem)
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{file}: not a Parquet file: {error}") from error
+    for number, record in enumerate(table.to_pylist(), start=1):
+        yield f"{file}: row {number}", record
+
+
+def _hugging_face(name: str) -> Iterator[tuple[str, dict[str, Any] | str, str]]:
+    """Read `NAME[/CONFIG][:SPLIT]` or a `save_to_disk` folder; class numbers become class names."""
+    import datasets  # slow to import, and only needed here
+
+    name, _, split = name.partition(":")
+    try:
+        if Path(name).is_dir():
+            found = datasets.load_from_disk(name)
+        else:
+            parts = name.split("/")  # a Hub name has one slash at most, so what follows is the configuration
+            found = datasets.load_dataset("/".join(parts[:2]), *parts[2:])
+        found = found[split or "train"] if isinstance(found, datasets.DatasetDict) else found
+    except Exception as error:  # the library raises a dozen kinds; each means the same to the user
+        raise DataError(f"hf:{name}: cannot be loaded: {error}") from error
+    names = {key: feature for key, feature in found.features.items() if isinstance(feature, datasets.ClassLabel)}
+    for number, record in enumerate(found, start=1):
+        for key, feature in names.items():
+            record[key] = feature.int2str(record[key])
+        yield f"hf:{name}: row {number}", record, Path(name).name
+
+
+def _row(record: dict[str, Any] | str, columns: dict[str, str], default_task: str, where: str) -> Row | str:
+    """Return the validated row, or one line that says what is wrong with it."""
+    if isinstance(record, str):
+        return f"{where}: {record}"
+    values = {name: record.get(columns.get(name, name)) for name in ("task", "input", "target", "options")}
+    values["task"] = default_task if values["task"] is None and "task" not in columns else values["task"]
+    for name in ("task", "input", "target"):
+        column = columns.get(name, name)
+        if not isinstance(values[name], str):
+            return f"{where}: {column!r} is {'missing' if values[name] is None else 'not text'}"
+        if not values[name].strip():
+            return f"{where}: {column!r} is empty"
+    options = values["options"] or ()
+    if not isinstance(options, (list, tuple)) or not all(isinstance(option, str) for option in options):
+        return f"{where}: 'options' is not a list of texts"
+    if options and values["target"] not in options:
+        return f"{where}: target {values['target']!r} is not among its options {list(options)}"
+    return Row(values["task"], values["input"], values["target"], tuple(options), where)

@@ -1,0 +1,89 @@
+"""Meta-train, meta-val and meta-test: splits of tasks, or of the classes of one task with many."""
+
+import fnmatch
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from rayml.errors import DataError
+from rayml.tasks.task import Task, normalized
+
+NAMES = ("train", "val", "test")
+
+
+class Splits(NamedTuple):
+    """Disjoint in tasks, or in classes where a task is split by class."""
+
+    train: tuple[Task, ...]
+    val: tuple[Task, ...]
+    test: tuple[Task, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SplitRule:
+    """Which task, or class, goes where. Patterns are shell patterns of task names."""
+
+    val: float
+    test: float
+    val_tasks: tuple[str, ...] = ()
+    test_tasks: tuple[str, ...] = ()
+    by_class: tuple[str, ...] = ()
+
+    def place(self, name: str) -> str:
+        """Return the split of a name by its hash alone, so that adding tasks never moves one that was there."""
+        digest = hashlib.sha256(name.encode()).digest()
+        position = int.from_bytes(digest[:8], "big") / 2**64
+        return "test" if position < self.test else "val" if position < self.test + self.val else "train"
+
+    def place_task(self, name: str) -> str:
+        for split, patterns in (("test", self.test_tasks), ("val", self.val_tasks)):
+            if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+                return split
+        return self.place(name)
+
+
+def split_tasks(tasks: Sequence[Task], rule: SplitRule) -> Splits:
+    """Put every task, or every class of a task that `rule.by_class` names, into one split.
+
+    Raises:
+        DataError: a pattern that matches no task, or a task to split by class that has no classes.
+    """
+    _check_patterns(tasks, rule)
+    splits: dict[str, list[Task]] = {name: [] for name in NAMES}
+    for task in tasks:
+        if not any(fnmatch.fnmatchcase(task.name, pattern) for pattern in rule.by_class):
+            splits[rule.place_task(task.name)].append(task)
+            continue
+        if not task.options:
+            raise DataError(f"data.splits.by_class: task {task.name!r} is free text, it has no classes to split")
+        places = {option: rule.place(f"{task.name}/{option}") for option in task.options}
+        for split in NAMES:
+            options = tuple(option for option in task.options if places[option] == split)
+            if len(options) >= 2:  # one class alone tells nothing apart
+                splits[split].append(task.only(options))
+    return Splits(*(tuple(splits[name]) for name in NAMES))
+
+
+def _check_patterns(tasks: Sequence[Task], rule: SplitRule) -> None:
+    for key in ("val_tasks", "test_tasks", "by_class"):
+        for pattern in getattr(rule, key):
+            if not any(fnmatch.fnmatchcase(task.name, pattern) for task in tasks):
+                names = ", ".join(task.name for task in tasks[:10])
+                raise DataError(f"data.splits.{key}: {pattern!r} matches no task; there are {names}")
+
+
+def leaks(splits: Splits) -> list[tuple[str, str, str]]:
+    """Return (text, where, where else) for every text that stands in two splits, by its normalized form.
+
+    Task names do not count: the same corpus under two names is the usual leak (`sick` in MetaICL, `rte` in CrossFit).
+    """
+    first: dict[str, tuple[str, str]] = {}
+    found = []
+    for split, tasks in zip(NAMES, splits, strict=True):
+        for task in tasks:
+            for example in task.examples:
+                there = first.setdefault(normalized(example.input), (split, task.name))
+                if there[0] != split:
+                    found.append((example.input, "/".join(there), f"{split}/{task.name}"))
+    return found
