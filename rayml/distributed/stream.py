@@ -11,8 +11,6 @@ from typing import Any
 import ray
 import ray.data
 
-from rayml.lm.encode import Encoder
-from rayml.lm.load import load_tokenizer
 from rayml.tasks.episodes import Sampler
 
 PREFETCHED_STEPS = 2
@@ -20,24 +18,18 @@ STEPS_PER_BLOCK = 8
 
 
 class EncodeEpisode:
-    """Maps `{"id": i}` to episode `index(i)`, tokenised. Light to pickle: the tasks stay in Ray's object store."""
+    """Maps an index to its episode, tokenised. Light to pickle: tasks and tokenizer stay in Ray's object store."""
 
-    def __init__(self, tasks: ray.ObjectRef, sampler: Sampler, model: str, prompt: str, max_tokens: int):
-        self.tasks, self.sampler = tasks, sampler
-        self.model, self.prompt, self.max_tokens = model, prompt, max_tokens
+    def __init__(self, tasks: ray.ObjectRef, encoder: ray.ObjectRef, sampler: Sampler):
+        self.tasks, self.encoder, self.sampler = tasks, encoder, sampler
 
     def __call__(self, index: int) -> dict[str, Any]:
-        encoder = Encoder(_tokenizer(self.model), self.prompt, self.max_tokens)
-        return encoder.episode(self.sampler.episode(_tasks(self.tasks), index))
+        return get(self.encoder).episode(self.sampler.episode(get(self.tasks), index))
 
 
-@lru_cache(maxsize=2)
-def _tokenizer(model: str):
-    return load_tokenizer(model)
-
-
-@lru_cache(maxsize=4)
-def _tasks(reference: ray.ObjectRef):
+@lru_cache(maxsize=8)
+def get(reference: ray.ObjectRef) -> Any:
+    """Return the object, fetched once a process."""
     return ray.get(reference)
 
 
@@ -50,7 +42,7 @@ def worker_index(row: int, first: int, per_step: int, rank: int, workers: int) -
 def stream_steps(
     encode: EncodeEpisode, *, first: int, steps: int, per_step: int, rank: int, workers: int
 ) -> Iterator[list[dict[str, Any]]]:
-    """Yield this worker's episodes of each step, as `Encoder.episode` made them.
+    """Yield this worker's episodes of each step, as `rayml.lm.encode.Encoder.episode` made them.
 
     Args:
         first: index of the first episode of the first step.

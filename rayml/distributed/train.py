@@ -39,13 +39,13 @@ def train(config: Config, resume: bool = False) -> RunFolder:
     config = config.model_copy(update={"run": config.run.model_copy(update={"dir": os.path.abspath(config.run.dir)})})
     splits = prepare_splits(config.data)
     model = resolve_model(config.model.name)
-    encoder = Encoder(load_tokenizer(model), config.data.prompt, config.data.max_tokens)
+    encoder = config.data.encoder(load_tokenizer(model))
     encoder.check([*splits.train, *splits.val, *splits.test])
     run = RunFolder(config.run.dir)
     run.begin(config, resume)
     start_ray(config)
     try:
-        fit(config, run, splits, model)
+        fit(config, run, splits, model, encoder)
     finally:
         ray.shutdown()
     return run
@@ -73,7 +73,9 @@ def check_resources(config: Config, cpus: int, gpus: int) -> None:
     if config.device == "cuda" and gpus < config.workers:
         raise ConfigError(f"workers: {config.workers} need a GPU each, there are {gpus}; lower it, or device=cpu")
     if config.workers > cpus:
-        raise ConfigError(f"workers: {config.workers} need a CPU each, there are {max(0, cpus)} free for them; lower it")
+        raise ConfigError(
+            f"workers: {config.workers} need a CPU each, there are {max(0, cpus)} free for them; lower it"
+        )
 
 
 def uses_gpu(config: Config) -> bool:
@@ -82,14 +84,14 @@ def uses_gpu(config: Config) -> bool:
     )
 
 
-def fit(config: Config, run: RunFolder, splits: Splits, model: str) -> None:
+def fit(config: Config, run: RunFolder, splits: Splits, model: str, encoder: Encoder) -> None:
     """Run Ray Train to its end.
 
     Raises:
         TrainingError: training stopped by itself, or its workers failed more than `run.max_failures` times.
     """
     validates = splits.val and config.validation.every
-    job = Job(config, model, ray.put(splits.train), ray.put(splits.val) if validates else None)
+    job = Job(config, model, ray.put(encoder), ray.put(splits.train), ray.put(splits.val) if validates else None)
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"job": job},

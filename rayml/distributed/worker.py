@@ -16,30 +16,35 @@ import torch
 from tensorboardX import SummaryWriter
 
 from rayml.config import Config
-from rayml.distributed.stream import EncodeEpisode, stream_steps
+from rayml.distributed.stream import EncodeEpisode, get, stream_steps
 from rayml.engine import collective, local, zero
 from rayml.evaluation.curves import adaptation_scores
 from rayml.lm.batch import TaskBatch, collate
-from rayml.lm.encode import Encoder, decode_rows
-from rayml.lm.load import checkpoint_activations, load_tokenizer
+from rayml.lm.encode import decode_rows
+from rayml.lm.load import checkpoint_activations
 from rayml.lm.lora import TaskLoRA
 from rayml.lm.model import TaskLM
+from rayml.lm.start import principal_start
+from rayml.meta.adapt import Params
 from rayml.meta.fomaml import MetaGradient, fomaml
 from rayml.meta.learner import Learner, outer_schedule
 from rayml.runs.checkpoint import folder_name, newest_checkpoint, write_checkpoint
 from rayml.runs.folder import RunFolder
 
-# Meta-val episodes have their own seed, far from any training seed.
-VALIDATION_SEED = 1_000_003
+# Episodes that are not trained on have seeds of their own, far from any training seed.
+VALIDATION_SEED, START_SEED = 1_000_003, 3_000_017
+START_EPISODES = 16
+SIDES = ("support", "query")
 
 
 @dataclass(frozen=True)
 class Job:
-    """What the driver hands to every worker. Tasks stay in Ray's object store."""
+    """What the driver hands to every worker. Tasks and tokenizer stay in Ray's object store."""
 
     config: Config
     model: str
     """Resolved by the driver."""
+    encoder: ray.ObjectRef
     train: ray.ObjectRef
     val: ray.ObjectRef | None
 
@@ -54,14 +59,16 @@ def train_worker(settings: dict[str, Any]) -> str | None:
     set_threads(device)
 
     lm = build_lm(config, job.model, device)
-    learner = build_learner(config, lm, device)
+    learner = build_learner(config, untrained_start(job, lm), device)
     saved = newest_checkpoint(run.checkpoints)
     if saved:
         learner.load(saved.tensors, saved.step)
+    elif rank == 0:
+        run.write_untrained(learner.start)
     log = StepLog(run, learner.step) if rank == 0 else None
     sampler = config.data.sampler(config.seed)
-    encode = EncodeEpisode(job.train, sampler, job.model, config.data.prompt, config.data.max_tokens)
-    pad = load_tokenizer(job.model).eos_token_id
+    encode = EncodeEpisode(job.train, job.encoder, sampler)
+    pad = get(job.encoder).tokenizer.eos_token_id
 
     steps = stream_steps(
         encode,
@@ -74,7 +81,7 @@ def train_worker(settings: dict[str, Any]) -> str | None:
     ended = time.perf_counter()
     for episodes in steps:
         began = time.perf_counter()
-        support, query = (collate_side(episodes, side, pad, device) for side in ("support", "query"))
+        support, query = (collate_side(episodes, side, pad, device) for side in SIDES)
         gradient = fomaml(
             lambda fast, batch=support: lm.losses(fast, batch),
             lambda fast, batch=query: lm.losses(fast, batch),
@@ -116,12 +123,22 @@ def build_lm(config: Config, model: str, device: torch.device) -> TaskLM:
     return TaskLM(module, TaskLoRA(module, **config.lora.model_dump()))
 
 
-def build_learner(config: Config, lm: TaskLM, device: torch.device) -> Learner:
-    """Return a learner at step 0; the untrained start is the same on every worker."""
-    start = {name: weight.to(device) for name, weight in lm.lora.untrained_start(config.seed).items()}
+def untrained_start(job: Job, lm: TaskLM) -> Params:
+    """Return the start at step 0, the same on every worker and for any number of them."""
+    config = job.config
+    if config.lora.start == "random":
+        return lm.lora.untrained_start(config.seed)
+    sampler, encoder = config.data.sampler(START_SEED), get(job.encoder)
+    episodes = [encoder.episode(sampler.episode(get(job.train), index)) for index in range(START_EPISODES)]
+    batches = [collate([decode_rows(e[side])], encoder.tokenizer.eos_token_id) for e in episodes for side in SIDES]
+    return collective.from_first_worker(principal_start(lm, [b.to(lm.device) for b in batches], config.seed))
+
+
+def build_learner(config: Config, start: Params, device: torch.device) -> Learner:
+    """Return a learner at step 0."""
     outer = config.outer
     return Learner(
-        start,
+        {name: weight.to(device) for name, weight in start.items()},
         inner_lr=config.inner.lr,
         learn_lr=config.inner.learn_lr,
         lr=outer.lr,
@@ -133,7 +150,8 @@ def build_learner(config: Config, lm: TaskLM, device: torch.device) -> Learner:
 
 
 def collate_side(episodes: list[dict[str, Any]], side: str, pad: int, device: torch.device) -> TaskBatch:
-    return collate([decode_rows(episode[side]) for episode in episodes], pad).to(device)
+    rows = [decode_rows(episode[side]) for episode in episodes]
+    return collate(rows, pad, [episode["choices"] for episode in episodes]).to(device)
 
 
 def outer_update(learner: Learner, gradient: MetaGradient, tasks: int) -> dict[str, Any]:
@@ -185,9 +203,8 @@ def validate(config: Config, job: Job, lm: TaskLM, learner: Learner) -> dict[str
 
     Each worker takes its share. All adapt the same number of times, as a sharded base asks of them.
     """
-    tasks = ray.get(job.val)
+    tasks, encoder = get(job.val), get(job.encoder)
     workers, share = collective.world_size(), config.tasks_per_worker
-    encoder = Encoder(load_tokenizer(job.model), config.data.prompt, config.data.max_tokens)
     sampler = config.data.sampler(VALIDATION_SEED)
     rounds = math.ceil(config.validation.episodes / (share * workers))
     curves = []

@@ -47,12 +47,14 @@ def evaluate_run(
     from rayml.evaluation.evaluate import evaluate, summarize
     from rayml.evaluation.session import open_session
 
-    session = open_session(config, saved)
+    session = open_session(run)
     session.encoder.check(tasks)
     with Progress(*Progress.get_default_columns(), console=err, disable=not err.is_terminal) as progress:
         row = progress.add_task("adapting", total=len(tasks) * episodes)
         sampler = data.sampler(EVALUATION_SEED + seed)
-        found = evaluate(session, tasks, sampler, episodes, lambda done: progress.advance(row, done))
+        found = evaluate(
+            session, run.read_untrained(), tasks, sampler, episodes, lambda done: progress.advance(row, done)
+        )
     settings = {"ways": data.ways, "shots": data.shots, "queries": data.queries, "episodes": episodes, "seed": seed}
     summary = {
         "run": str(run.path),
@@ -94,19 +96,20 @@ def adapt_run(run_path: Path, examples: Path, folder: Path, name: str | None, ou
     """
     if folder.exists():
         raise RunError(f"{folder}: exists already; give --out a new folder")
-    config, saved = RunFolder(run_path).trained()
+    run = RunFolder(run_path)
+    config, _ = run.trained()
     task = new_task(examples, config.data.columns, name or folder.name)
     from rayml.evaluation.learn import learn
     from rayml.evaluation.session import open_session
     from rayml.lm.peft_files import save_adapter
 
-    session = open_session(config, saved)
+    session = open_session(run)
     learned = learn(session, task, name or folder.name)
     save_adapter(folder, learned.weights, learned.card, session.base)
     kind = f"{len(task.options)} labels" if task.options else "free text"
     losses = " -> ".join(f"{loss:.3f}" for loss in (learned.losses[0], learned.losses[-1]))
     out.print(f"learned {task.name!r}: {len(task.examples)} examples, {kind}, {learned.seconds:.2f} s, loss {losses}")
-    out.print(f"next: [bold]rayml predict {folder} --input \"...\"[/]", highlight=False, soft_wrap=True)
+    out.print(f'next: [bold]rayml predict {folder} --input "..."[/]', highlight=False, soft_wrap=True)
 
 
 def new_task(examples: Path, columns: dict, name: str) -> Task:

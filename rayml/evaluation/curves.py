@@ -36,7 +36,8 @@ def adaptation_scores(
         [encoder.rows(getattr(episode, side), bool(episode.labels)) for episode in episodes]
         for side in ("support", "query")
     ]
-    support, query = (collate(side, pad).to(device) for side in sides)
+    labels = [encoder.choices(episode.labels) for episode in episodes]
+    support, query = (collate(side, pad, labels).to(device) for side in sides)
     # A free-text task rides along in the option batch with its first target as the only option.
     choices = OptionBatch(encoder, [_choices(episode) for episode in episodes]).to(device)
     scores: list[list[float]] = [[] for _ in episodes]

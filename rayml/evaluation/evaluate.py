@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from rayml.evaluation.curves import Curve, adaptation_scores
 from rayml.evaluation.session import Session
+from rayml.meta.adapt import Params
 from rayml.tasks.episodes import Sampler
 from rayml.tasks.task import Task
 
@@ -23,13 +25,20 @@ class Evaluation:
 
 
 def evaluate(
-    session: Session, tasks: Sequence[Task], sampler: Sampler, episodes: int, progress: Callable[[int], None]
+    session: Session,
+    untrained: Params,
+    tasks: Sequence[Task],
+    sampler: Sampler,
+    episodes: int,
+    progress: Callable[[int], None],
 ) -> Evaluation:
     """Adapt to `episodes` episodes of each task from both starts, with the run's number of inner steps.
 
-    Every task gets the same number of episodes. The untrained start is where training began: the usual LoRA start,
-    with the rate that `inner.lr` says. `progress` is told after each few episodes how many are done.
+    Every task gets the same number of episodes. `untrained` is where training began; its rate is what `inner.lr`
+    says. `progress` is told after each few episodes how many are done.
     """
+    untrained = {name: weight.to(session.device) for name, weight in untrained.items()}
+    rate = dict.fromkeys(untrained, torch.tensor(session.config.inner.lr, device=session.device))
     at_a_time = session.config.tasks_per_worker
     found = Evaluation([], [])
     for task in tasks:
@@ -38,7 +47,7 @@ def evaluate(
             batch = [sampler.episode([task], index) for index in indices]
             for curves, (start, rates) in (
                 (found.trained, (session.start, session.rates)),
-                (found.untrained, session.untrained()),
+                (found.untrained, (untrained, rate)),
             ):
                 steps = session.config.inner.steps
                 curves += adaptation_scores(session.lm, session.encoder, batch, start, rates, steps)
@@ -64,7 +73,9 @@ def summarize(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def _only(evaluation: Evaluation, keep: Callable[[Curve], bool]) -> Evaluation:
-    return Evaluation(*([curve for curve in curves if keep(curve)] for curves in (evaluation.trained, evaluation.untrained)))
+    return Evaluation(
+        *([curve for curve in curves if keep(curve)] for curves in (evaluation.trained, evaluation.untrained))
+    )
 
 
 def summary(evaluation: Evaluation) -> dict[str, Any]:

@@ -46,7 +46,8 @@ def learn(session: Session, task: Task, name: str, steps: int | None = None) -> 
     examples = [relabel(example, shown.get(example.target)) for example in task.examples]
     began = time.perf_counter()
     rows = session.encoder.rows(examples, bool(task.options))
-    support = collate([rows], session.encoder.tokenizer.eos_token_id).to(session.device)
+    choices = [session.encoder.choices(shown.values())]
+    support = collate([rows], session.encoder.tokenizer.eos_token_id, choices).to(session.device)
 
     def support_losses(fast: Params) -> torch.Tensor:
         return session.lm.losses(fast, support)

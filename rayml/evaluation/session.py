@@ -12,6 +12,7 @@ from rayml.lm.lora import TaskLoRA
 from rayml.lm.model import TaskLM
 from rayml.meta.adapt import Params
 from rayml.runs.checkpoint import Saved
+from rayml.runs.folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -27,24 +28,23 @@ class Session:
     rates: Params
     step: int
 
-    def untrained(self) -> tuple[Params, Params]:
-        """Return the start and rates that training began from."""
-        start = {k: v.to(self.device) for k, v in self.lm.lora.untrained_start(self.config.seed).items()}
-        rate = torch.tensor(self.config.inner.lr, device=self.device)
-        return start, dict.fromkeys(start, rate)
-
     @property
     def device(self) -> torch.device:
         return next(iter(self.start.values())).device
 
 
-def open_session(config: Config, saved: Saved) -> Session:
-    """Load a run's base and its learned start on this machine's GPU, or CPU."""
+def open_session(run: RunFolder) -> Session:
+    """Load a run's base and its learned start on this machine's GPU, or CPU.
+
+    Raises:
+        RunError: no run there, or no whole checkpoint in it.
+    """
+    config, saved = run.trained()
     device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
     base = resolve_model(config.model.name)
     module = local.load(base, config.model.dtype, config.model.attention, device)
     lm = TaskLM(module, TaskLoRA(module, **config.lora.model_dump()))
-    encoder = Encoder(load_tokenizer(base), config.data.prompt, config.data.max_tokens)
+    encoder = config.data.encoder(load_tokenizer(base))
     learned = {kind: _part(saved, kind, device) for kind in ("start", "log_rate")}
     rates = {name: rate.exp() for name, rate in learned["log_rate"].items()}
     return Session(config, lm, encoder, base, learned["start"], rates, saved.step)

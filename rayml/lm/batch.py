@@ -29,14 +29,16 @@ class TaskBatch:
 
     `tokens` `[T * K, L]` int64, rows grouped by task. `targets` `[T * K, L]` int64: the token that each position
     predicts (already shifted), IGNORE where there is none. Tasks with fewer rows are filled up with rows of padding.
+    `choices`: for each task the tokens that its loss is normalized over, () for the whole vocabulary.
     """
 
     tokens: Tensor
     targets: Tensor
     tasks: int
+    choices: Sequence[Sequence[int]] = ()
 
     def to(self, device: torch.device) -> "TaskBatch":
-        return TaskBatch(self.tokens.to(device), self.targets.to(device), self.tasks)
+        return TaskBatch(self.tokens.to(device), self.targets.to(device), self.tasks, self.choices)
 
 
 def encode(tokenizer, prompt: str, target: str, end: bool, max_tokens: int) -> Row:
@@ -66,7 +68,7 @@ def encode(tokenizer, prompt: str, target: str, end: bool, max_tokens: int) -> R
     return Row(tokens[cut:], start - cut)
 
 
-def collate(tasks: Sequence[Sequence[Row]], pad: int) -> TaskBatch:
+def collate(tasks: Sequence[Sequence[Row]], pad: int, choices: Sequence[Sequence[int]] = ()) -> TaskBatch:
     """Stack the rows of T tasks; `pad` may be any token, also the end-of-sequence token."""
     rows = max(len(task) for task in tasks)
     length = max(len(row.tokens) for task in tasks for row in task)
@@ -77,4 +79,4 @@ def collate(tasks: Sequence[Sequence[Row]], pad: int) -> TaskBatch:
             ids = torch.tensor(row.tokens)
             tokens[t, k, : len(ids)] = ids
             targets[t, k, row.start - 1 : len(ids) - 1] = ids[row.start :]
-    return TaskBatch(tokens.flatten(0, 1), targets.flatten(0, 1), len(tasks))
+    return TaskBatch(tokens.flatten(0, 1), targets.flatten(0, 1), len(tasks), choices)

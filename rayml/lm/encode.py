@@ -21,6 +21,7 @@ class Encoder:
     tokenizer: Any
     prompt: str
     max_tokens: int
+    label_loss: str = "options"
 
     def row(self, example: Example, is_label: bool) -> Row:
         prompt = self.prompt.replace("{input}", example.input)
@@ -29,9 +30,21 @@ class Encoder:
     def rows(self, examples: Iterable[Example], is_label: bool) -> list[Row]:
         return [self.row(example, is_label) for example in examples]
 
+    def choices(self, labels: Iterable[str]) -> list[int]:
+        """Return the tokens of the labels that the loss is normalized over; none where that is the vocabulary.
+
+        Scored so, labels of one token each are learned as they are chosen among at the end, and no inner step is
+        spent on learning that a label comes at all.
+        """
+        rows = [self.row(Example("", label), is_label=True) for label in labels]
+        tokens = [row.tokens[row.start] for row in rows if row.start == len(row.tokens) - 1]
+        distinct = len(set(tokens)) == len(rows)
+        return tokens if self.label_loss == "options" and distinct else []
+
     def episode(self, episode: Episode) -> dict[str, Any]:
         """Return the episode as one row of a data set; `decode_rows` takes the two sides back."""
         record: dict[str, Any] = {"index": episode.index, "task": episode.task}
+        record["choices"] = self.choices(episode.labels)
         for side in ("support", "query"):
             rows = self.rows(getattr(episode, side), bool(episode.labels))
             record[side] = {"tokens": [row.tokens for row in rows], "starts": [row.start for row in rows]}

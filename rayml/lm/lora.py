@@ -55,7 +55,7 @@ class TaskLoRA:
         return add_update
 
     def untrained_start(self, seed: int) -> Params:
-        """Return the usual LoRA start in fp32: `A [r, in]` uniform as in PEFT, `B [out, r]` zero. Same on every rank."""
+        """Return the usual LoRA start in fp32: `A [r, in]` uniform as in PEFT, `B [out, r]` zero."""
         generator = torch.Generator().manual_seed(seed)
         start: Params = {}
         for name, linear in self.linears.items():

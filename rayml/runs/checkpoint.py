@@ -63,7 +63,7 @@ def read_checkpoint(folder: Path) -> Saved:
 
 
 def newest_checkpoint(checkpoints: Path) -> Saved | None:
-    """Return the newest whole checkpoint of a run, None if there is none; damaged ones are passed over with a warning."""
+    """Return the newest whole checkpoint of a run, None if there is none; warn of damaged ones."""
     for folder in sorted(checkpoints.glob("step_*"), reverse=True):
         try:
             return read_checkpoint(folder)

@@ -1,4 +1,7 @@
-"""A run's folder: `config.yaml`, `metrics.jsonl`, `checkpoints/step_*`, `latest`, `tensorboard/`."""
+"""A run's folder.
+
+It holds `config.yaml`, `metrics.jsonl`, `checkpoints/step_*`, `latest`, `untrained.safetensors` and `tensorboard/`.
+"""
 
 import json
 import os
@@ -6,11 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
 from rayml.config import Config, dump_config, load_config
 from rayml.errors import RunError
 from rayml.runs.checkpoint import Saved, newest_checkpoint
 
 # What may differ between a run and its resumption without changing what is learned.
+UNTRAINED = "untrained.safetensors"
 FREE_KEYS = {"workers": True, "device": True, "engine": True, "run": True, "validation": True, "outer": {"steps"}}
 
 
@@ -31,7 +38,9 @@ class RunFolder:
         if self.config.exists():
             self._check_same(config)
             if not resume:
-                raise RunError(f"{self.path}: holds a run already; --resume goes on with it, run.dir=... starts another")
+                raise RunError(
+                    f"{self.path}: holds a run already; --resume goes on with it, run.dir=... starts another"
+                )
         elif self.path.is_dir() and any(self.path.iterdir()):
             raise RunError(f"{self.path}: holds something that is no run; give run.dir another folder")
         self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -42,7 +51,9 @@ class RunFolder:
         changed = sorted(_flat(before).items() ^ _flat(now).items())
         if changed:
             names = ", ".join(dict.fromkeys(name for name, _ in changed))
-            raise RunError(f"{self.path}: holds the run of another config ({names} differ); give run.dir another folder")
+            raise RunError(
+                f"{self.path}: holds the run of another config ({names} differ); give run.dir another folder"
+            )
 
     def truncate_metrics(self, step: int) -> None:
         """Forget what was logged after `step`: those steps are about to be taken again."""
@@ -56,6 +67,13 @@ class RunFolder:
             for line in file:
                 if line.endswith("\n"):
                     yield json.loads(line)
+
+    def write_untrained(self, start: dict[str, Tensor]) -> None:
+        """Keep the start at step 0, which the trained one is compared with."""
+        save_file({name: weight.cpu() for name, weight in start.items()}, self.path / UNTRAINED)
+
+    def read_untrained(self) -> dict[str, Tensor]:
+        return load_file(self.path / UNTRAINED)
 
     def trained(self) -> tuple[Config, Saved]:
         """Return the config and the newest whole checkpoint.

@@ -20,7 +20,9 @@ def prepare_tasks(data: Data) -> tuple[Task, ...]:
     """
     tasks, duplicates = build_tasks(read_rows(data.path, data.columns))
     if duplicates.conflicting:
-        log.warning("%d text(s) stand under two labels and are left out; see `rayml data check`", len(duplicates.conflicting))
+        log.warning(
+            "%d text(s) stand under two labels and are left out; see `rayml data check`", len(duplicates.conflicting)
+        )
     if data.drop_small_classes:
         tasks = without_small_classes(tasks, data.shots + data.queries)
     if not tasks:
