@@ -62,7 +62,7 @@ class SplitsSection(Section):
 class Data(Section):
     path: Annotated[Names, Field(min_length=1)]
     """JSONL or Parquet: files, folders, globs, URIs (s3://, gs://), or `hf:NAME[/CONFIG][:SPLIT]`; one or a list."""
-    columns: dict[Literal["task", "input", "target", "options"], str] = {}
+    columns: dict[str, str] = {}
     """The data's own column names, where they differ: `{input: text, target: label}`."""
     ways: Annotated[int, Field(ge=2)] = 4
     """Classes in an episode; a task with fewer gives all it has."""
@@ -82,6 +82,13 @@ class Data(Section):
     drop_small_classes: bool = False
     """Leave out classes with fewer than shots + queries examples, instead of refusing."""
     splits: SplitsSection = SplitsSection()
+
+    @whole(mode="after")
+    def _columns_are_known(self) -> "Data":
+        unknown = sorted(set(self.columns) - {"task", "input", "target", "options"})
+        if unknown:
+            raise ValueError(f"data.columns: {', '.join(unknown)} unknown; it names task, input, target and options")
+        return self
 
     @whole(mode="after")
     def _prompt_has_input(self) -> "Data":
@@ -110,6 +117,10 @@ class Lora(Section):
     """Linears to adapt, by the last part of their name."""
     last_layers: PositiveInt | None = None
     """Adapt only the last N layers: the backward stops there, so it is faster."""
+
+    def shape(self) -> dict[str, Any]:
+        """Return what fixes the adapters' tensors and how they act."""
+        return self.model_dump(mode="json", exclude={"start"})
 
 
 class Inner(Section):

@@ -59,4 +59,4 @@ def stream_steps(
     rows = ray.data.range(steps * share, override_num_blocks=-(-steps // STEPS_PER_BLOCK))
     episodes = rows.map(lambda row: encode(worker_index(row["id"], first, per_step, rank, workers)))
     for batch in episodes.iter_batches(batch_size=share, batch_format="pyarrow", prefetch_batches=PREFETCHED_STEPS):
-        yield batch.to_pylist()
+        yield batch.to_pylist()  # type: ignore[union-attr]  # an Arrow table, as asked for

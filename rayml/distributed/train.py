@@ -3,6 +3,7 @@
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import ray
 import ray.train
@@ -61,7 +62,7 @@ def start_ray(config: Config) -> None:
     if not joined:
         check_resources(config, cpus=len(os.sched_getaffinity(0)), gpus=torch.cuda.device_count())
     # One logical CPU more than workers: Ray Data's tasks need a place, and on a laptop every core trains.
-    own = {} if joined else {"num_cpus": config.workers + 1, "include_dashboard": False}
+    own: dict[str, Any] = {} if joined else {"num_cpus": config.workers + 1, "include_dashboard": False}
     ray.init(logging_level=logging.ERROR, log_to_driver=False, runtime_env={"env_vars": WORKER_ENV}, **own)
     if joined:
         there = ray.cluster_resources()
@@ -92,8 +93,8 @@ def fit(config: Config, run: RunFolder, splits: Splits, model: str, encoder: Enc
     """
     validates = splits.val and config.validation.every
     job = Job(config, model, ray.put(encoder), ray.put(splits.train), ray.put(splits.val) if validates else None)
-    trainer = TorchTrainer(
-        train_worker,
+    trainer = TorchTrainer(  # mypy sees the signatures of Train v1, which v2 stands in for
+        train_worker,  # type: ignore[arg-type]
         train_loop_config={"job": job},
         scaling_config=ray.train.ScalingConfig(num_workers=config.workers, use_gpu=uses_gpu(config)),
         run_config=ray.train.RunConfig(
@@ -101,12 +102,12 @@ def fit(config: Config, run: RunFolder, splits: Splits, model: str, encoder: Enc
             name=run.checkpoints.name,
             failure_config=ray.train.FailureConfig(max_failures=config.run.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.run.keep_checkpoints),
-            callbacks=[PointToLatest(run)],
+            callbacks=[PointToLatest(run)],  # type: ignore[list-item]
         ),
     )
     with Progress(run, config.outer.steps, Console(stderr=True)):
         try:
-            stopped = trainer.fit().return_value
+            stopped = trainer.fit().return_value  # type: ignore[attr-defined]
         except ray.train.TrainingFailedError as error:
             raise TrainingError(f"{run.path}: {root_cause(error)}") from error
     if stopped:

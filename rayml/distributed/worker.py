@@ -6,6 +6,7 @@ import os
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +84,8 @@ def train_worker(settings: dict[str, Any]) -> str | None:
         began = time.perf_counter()
         support, query = (collate_side(episodes, side, pad, device) for side in SIDES)
         gradient = fomaml(
-            lambda fast, batch=support: lm.losses(fast, batch),
-            lambda fast, batch=query: lm.losses(fast, batch),
+            partial(lm.losses, batch=support),
+            partial(lm.losses, batch=query),
             learner.start,
             learner.rates,
             config.inner.steps,
@@ -120,7 +121,7 @@ def build_lm(config: Config, model: str, device: torch.device) -> TaskLM:
     module = engine.load(model, config.model.dtype, config.model.attention, device)
     if config.model.activation_checkpointing:
         checkpoint_activations(module)
-    return TaskLM(module, TaskLoRA(module, **config.lora.model_dump()))
+    return TaskLM(module, TaskLoRA(module, **config.lora.shape()))
 
 
 def untrained_start(job: Job, lm: TaskLM) -> Params:

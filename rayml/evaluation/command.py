@@ -52,9 +52,7 @@ def evaluate_run(
     with Progress(*Progress.get_default_columns(), console=err, disable=not err.is_terminal) as progress:
         row = progress.add_task("adapting", total=len(tasks) * episodes)
         sampler = data.sampler(EVALUATION_SEED + seed)
-        found = evaluate(
-            session, run.read_untrained(), tasks, sampler, episodes, lambda done: progress.advance(row, done)
-        )
+        found = evaluate(session, run.read_untrained(), tasks, sampler, episodes, lambda n: progress.advance(row, n))
     settings = {"ways": data.ways, "shots": data.shots, "queries": data.queries, "episodes": episodes, "seed": seed}
     summary = {
         "run": str(run.path),

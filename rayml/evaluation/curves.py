@@ -44,10 +44,10 @@ def adaptation_scores(
     has_labels = any(episode.labels for episode in episodes)
     has_text = not all(episode.labels for episode in episodes)
     for adapted in adapt(lambda fast: lm.losses(fast, support), start, rates, steps, len(episodes)):
-        probabilities = choices.log_probs(lm, adapted.fast) if has_labels else None
-        losses = _losses(lm, adapted.fast, query) if has_text else None
-        for i, episode in enumerate(episodes):
-            scores[i].append(_accuracy(episode, probabilities[i]) if episode.labels else losses[i])
+        log_probs = choices.log_probs(lm, adapted.fast) if has_labels else [None] * len(episodes)
+        losses = _losses(lm, adapted.fast, query) if has_text else [0.0] * len(episodes)
+        for score, episode, options, loss in zip(scores, episodes, log_probs, losses, strict=True):
+            score.append(loss if options is None or not episode.labels else _accuracy(episode, options))
     return [
         Curve(episode.task, episode.index, bool(episode.labels), score)
         for episode, score in zip(episodes, scores, strict=True)

@@ -56,26 +56,29 @@ def evaluate(
 
 
 def summarize(evaluation: Evaluation) -> dict[str, Any]:
-    """Return what `evaluation.json` holds: per task and overall, each number with a 95 % interval over episodes."""
-    names = dict.fromkeys(curve.task for curve in evaluation.trained)
-    groups = {name: _only(evaluation, lambda curve, name=name: curve.task == name) for name in names}
-    kinds = {name: group.trained[0].is_accuracy for name, group in groups.items()}
-    overall = {
-        metric: summary(_only(evaluation, lambda curve, kind=kind: curve.is_accuracy == kind))
-        for metric, kind in (("accuracy", True), ("loss", False))
-        if kind in kinds.values()
-    }
+    """Return what `evaluation.json` holds: per task and overall, each number with a 95 % interval over episodes.
+
+    "overall" is the accuracy over label tasks, or the loss where there is none; "overall_loss" is the loss over free
+    text where there are both.
+    """
+    groups = {name: _only(evaluation, task=name) for name in dict.fromkeys(c.task for c in evaluation.trained)}
+    by_kind = [
+        summary(part) for part in (_only(evaluation, is_accuracy=kind) for kind in (True, False)) if part.trained
+    ]
     return {
-        "overall": overall.get("accuracy") or overall["loss"],
-        "overall_loss": overall.get("loss") if "accuracy" in overall else None,
+        "overall": by_kind[0],
+        "overall_loss": by_kind[1] if len(by_kind) > 1 else None,
         "tasks": {name: summary(group) for name, group in groups.items()},
     }
 
 
-def _only(evaluation: Evaluation, keep: Callable[[Curve], bool]) -> Evaluation:
-    return Evaluation(
-        *([curve for curve in curves if keep(curve)] for curves in (evaluation.trained, evaluation.untrained))
-    )
+def _only(evaluation: Evaluation, **wanted: Any) -> Evaluation:
+    """Return the curves whose attributes have the wanted values."""
+
+    def keep(curve: Curve) -> bool:
+        return all(getattr(curve, name) == value for name, value in wanted.items())
+
+    return Evaluation(list(filter(keep, evaluation.trained)), list(filter(keep, evaluation.untrained)))
 
 
 def summary(evaluation: Evaluation) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def learn(session: Session, task: Task, name: str, steps: int | None = None) -> 
         prompt=config.data.prompt,
         max_tokens=config.data.max_tokens,
         labels={label: option for option, label in shown.items()},
-        lora=config.lora.model_dump(mode="json"),
+        lora=config.lora.shape(),
     )
     losses = [float(step.support_losses) for step in adaptation[1:] if step.support_losses is not None]
     weights = {key: weight[0] for key, weight in adaptation[-1].fast.items()}

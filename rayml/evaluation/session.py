@@ -43,7 +43,7 @@ def open_session(run: RunFolder) -> Session:
     device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
     base = resolve_model(config.model.name)
     module = local.load(base, config.model.dtype, config.model.attention, device)
-    lm = TaskLM(module, TaskLoRA(module, **config.lora.model_dump()))
+    lm = TaskLM(module, TaskLoRA(module, **config.lora.shape()))
     encoder = config.data.encoder(load_tokenizer(base))
     learned = {kind: _part(saved, kind, device) for kind in ("start", "log_rate")}
     rates = {name: rate.exp() for name, rate in learned["log_rate"].items()}

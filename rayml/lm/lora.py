@@ -10,6 +10,7 @@ Shapes: T tasks, K rows a task, L tokens a row, r the LoRA rank.
 import math
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +32,7 @@ class TaskLoRA:
         last_layers: adapt only the last this many layers; None all.
     """
 
-    def __init__(
-        self, model: nn.Module, targets: Sequence[str], rank: int, alpha: float, last_layers: int | None = None
-    ):
+    def __init__(self, model: Any, targets: Sequence[str], rank: int, alpha: float, last_layers: int | None = None):
         self.rank, self.alpha = rank, alpha
         self.linears = find_linears(model, targets, last_layers)
         self.adapters: Params | None = None
@@ -65,7 +64,7 @@ class TaskLoRA:
         return start
 
 
-def find_linears(model: nn.Module, targets: Sequence[str], last_layers: int | None) -> dict[str, nn.Linear]:
+def find_linears(model: Any, targets: Sequence[str], last_layers: int | None) -> dict[str, nn.Linear]:
     """Return the linears whose last name part is in `targets`, in the last layers, by full name.
 
     Raises:

@@ -1,6 +1,7 @@
 """A frozen causal language model with T adapters side by side."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ class TaskLM:
         lora: the hooks that were put on that model.
     """
 
-    def __init__(self, module: nn.Module, lora: TaskLoRA):
+    def __init__(self, module: Any, lora: TaskLoRA):
         self.module, self.lora = module, lora
         self.device = next(module.parameters()).device
         self._positions: Tensor | None = None

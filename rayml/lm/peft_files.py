@@ -51,7 +51,7 @@ def save_adapter(folder: Path, weights: Params, card: AdapterCard, base: str) ->
         lora_dropout=0.0,
         bias="none",
         inference_mode=True,
-    ).save_pretrained(folder)
+    ).save_pretrained(str(folder))
     tensors = {f"{PREFIX}{name}.weight": weight.detach().cpu().contiguous() for name, weight in weights.items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / CARD).write_text(json.dumps(asdict(card), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -94,6 +94,7 @@ class Learner:
         for kind, params in (("start", self.start), ("log_rate", self.log_rates)):
             for name, param in params.items():
                 param.copy_(tensors[f"{kind}/{name}"])
-                moments = {key: tensors.get(f"{key}/{kind}/{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
-                if moments["step"] is not None:
-                    self.optimizer.state[param] = {key: value.clone() for key, value in moments.items()}
+                saved = {key: tensors.get(f"{key}/{kind}/{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
+                moments = {key: value.clone() for key, value in saved.items() if value is not None}
+                if moments:
+                    self.optimizer.state[param] = moments

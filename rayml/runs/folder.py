@@ -18,7 +18,7 @@ from rayml.runs.checkpoint import Saved, newest_checkpoint
 
 # What may differ between a run and its resumption without changing what is learned.
 UNTRAINED = "untrained.safetensors"
-FREE_KEYS = {"workers": True, "device": True, "engine": True, "run": True, "validation": True, "outer": {"steps"}}
+FREE_KEYS: Any = {"workers": True, "device": True, "engine": True, "run": True, "validation": True, "outer": {"steps"}}
 
 
 class RunFolder:
@@ -97,7 +97,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    flat = {}
+    flat: dict[str, str] = {}
     for key, value in values.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: repr(value)}
     return flat

@@ -85,7 +85,7 @@ def _files(path: str) -> list[tuple[pyarrow.fs.FileSystem, str]]:
 def _expand(filesystem: pyarrow.fs.FileSystem, path: str) -> list[str]:
     if glob.has_magic(path):
         wanted = path if "/" in path else f"./{path}"
-        folder = wanted[: re.search(r"[*?[]", wanted).start()].rsplit("/", 1)[0] or "/"
+        folder = re.split(r"[*?[]", wanted)[0].rsplit("/", 1)[0] or "/"
         return [name for name in _expand(filesystem, folder) if fnmatch.fnmatch(name, wanted)]
     info = filesystem.get_file_info(path)
     if info.type == pyarrow.fs.FileType.File:
@@ -147,17 +147,17 @@ def _row(record: dict[str, Any] | str, columns: dict[str, str], default_task: st
     """Return the validated row, or one line that says what is wrong with it."""
     if isinstance(record, str):
         return f"{where}: {record}"
-    values = {name: record.get(columns.get(name, name)) for name in ("task", "input", "target", "options")}
-    values["task"] = default_task if values["task"] is None and "task" not in columns else values["task"]
-    for name in ("task", "input", "target"):
-        column = columns.get(name, name)
-        if not isinstance(values[name], str):
-            return f"{where}: {column!r} is {'missing' if values[name] is None else 'not text'}"
-        if not values[name].strip():
-            return f"{where}: {column!r} is empty"
-    options = values["options"] or ()
+    texts = {name: record.get(columns.get(name, name)) for name in ("task", "input", "target")}
+    if texts["task"] is None and "task" not in columns:
+        texts["task"] = default_task
+    for name, text in texts.items():
+        if not isinstance(text, str):
+            return f"{where}: {columns.get(name, name)!r} is {'missing' if text is None else 'not text'}"
+        if not text.strip():
+            return f"{where}: {columns.get(name, name)!r} is empty"
+    options = record.get(columns.get("options", "options")) or ()
     if not isinstance(options, (list, tuple)) or not all(isinstance(option, str) for option in options):
         return f"{where}: 'options' is not a list of texts"
-    if options and values["target"] not in options:
-        return f"{where}: target {values['target']!r} is not among its options {list(options)}"
-    return Row(values["task"], values["input"], values["target"], tuple(options), where)
+    if options and texts["target"] not in options:
+        return f"{where}: target {texts['target']!r} is not among its options {list(options)}"
+    return Row(**texts, options=tuple(options), where=where)  # type: ignore[arg-type]  # all are text by now

@@ -1,0 +1,121 @@
+"""What tests share: a cache for the tiny model, toy tasks, one local Ray, and gloo processes."""
+
+import os
+import random
+import socket
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing
+
+os.environ.setdefault("RAYML_CACHE", str(Path(tempfile.gettempdir()) / f"rayml-test-cache-{os.getuid()}"))
+
+from rayml.config import Config
+from rayml.lm.load import load_base, load_tokenizer, resolve_model
+from rayml.lm.lora import B, TaskLoRA
+from rayml.lm.model import TaskLM
+from rayml.meta.adapt import Params
+from rayml.tasks.task import Example, Task
+
+TARGETS = ("q_proj", "v_proj", "o_proj", "down_proj")
+
+
+@pytest.fixture(scope="session")
+def tiny() -> str:
+    return resolve_model("tiny")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny):
+    return load_tokenizer(tiny)
+
+
+def tiny_lm(path: str, rank: int = 4) -> TaskLM:
+    """A fresh tiny model, in fp32, with hooks."""
+    module = load_base(path, "float32")
+    return TaskLM(module, TaskLoRA(module, TARGETS, rank, alpha=8.0))
+
+
+def perturbed_start(lm: TaskLM, seed: int = 0) -> Params:
+    """A start whose B is not zero: with B = 0 the gradient of A vanishes, and half the code would go untested."""
+    generator = torch.Generator().manual_seed(seed)
+    start = lm.lora.untrained_start(seed)
+    noise = {name: 0.05 * torch.randn(w.shape, generator=generator) for name, w in start.items()}
+    return {name: w + noise[name] * name.endswith(B) for name, w in start.items()}
+
+
+def toy_tasks(tasks: int = 6, classes: int = 5, per_class: int = 20, seed: int = 0) -> tuple[Task, ...]:
+    """Tasks whose classes are told apart by a two-letter word among random ones."""
+    rng = random.Random(seed)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = rng.sample([a + b for a in letters for b in letters], tasks * classes)
+    found = []
+    for t in range(tasks):
+        options = tuple(words[t * classes : (t + 1) * classes])
+        examples = {
+            Example(" ".join(rng.sample([word, word, "".join(rng.choices(letters, k=2))], 3)), word)
+            for word in options
+            for _ in range(per_class * 3)
+        }
+        kept = {word: sorted((e for e in examples if e.target == word), key=str)[:per_class] for word in options}
+        found.append(Task(f"toy-{t}", tuple(e for group in kept.values() for e in group), options))
+    return tuple(found)
+
+
+def write_tasks(path: Path, tasks: tuple[Task, ...]) -> Path:
+    """Write tasks as the JSONL that users write."""
+    import json
+
+    rows = [
+        json.dumps({"task": t.name, "input": e.input, "target": e.target, "options": list(t.options)})
+        for t in tasks
+        for e in t.examples
+    ]
+    path.write_text("\n".join(rows) + "\n")
+    return path
+
+
+def make_config(folder: Path, **changes) -> Config:
+    """A config of seconds: the tiny model on the toy tasks."""
+    values = {
+        "model": {"name": "tiny"},
+        "data": {
+            "path": str(write_tasks(folder / "toy.jsonl", toy_tasks())),
+            "ways": 3,
+            "shots": 2,
+            "queries": 2,
+            "splits": {"val": 0.0, "test": 0.0, "test_tasks": ["toy-5"]},
+        },
+        "run": {"dir": str(folder / "run"), "checkpoint_every": 5},
+        "lora": {"rank": 4},
+        "inner": {"steps": 2},
+        "outer": {"steps": 10, "warmup_steps": 0},
+        "validation": {"every": 0},
+    }
+    for key, value in changes.items():
+        if isinstance(value, dict):
+            values[key] = values.get(key, {}) | value
+        else:
+            values[key] = value
+    return Config.model_validate(values)
+
+
+def on_workers(function, workers: int, *arguments) -> None:
+    """Run `function(rank, *arguments)` on gloo processes; an exception in one fails the test."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    torch.multiprocessing.spawn(_worker, (workers, port, function, arguments), nprocs=workers)
+
+
+def _worker(rank: int, workers: int, port: int, function, arguments) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank)}
+    os.environ |= {"WORLD_SIZE": str(workers), "LOCAL_RANK": str(rank), "DS_ACCELERATOR": "cpu"}
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=workers)
+    try:
+        function(rank, *arguments)
+    finally:
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,124 @@
+"""The maths of adapting, against closed forms and torch's own optimizers, in float64."""
+
+import math
+
+import pytest
+import torch
+
+from rayml.meta.adapt import adapt
+from rayml.meta.fomaml import fomaml
+from rayml.meta.learner import Learner, outer_schedule
+
+CENTRES = torch.tensor([[1.0, -2.0], [0.5, 3.0], [-4.0, 0.25]], dtype=torch.float64)
+QUERY_CENTRES = CENTRES * 2 - 1
+START = {"w": torch.tensor([0.3, 0.7], dtype=torch.float64)}
+
+
+def quadratic(centres):
+    """Task t's loss is half the squared distance of its fast weights to `centres[t]`."""
+    return lambda fast: 0.5 * (fast["w"] - centres).square().sum(1)
+
+
+def rate(value):
+    return {"w": torch.tensor(value, dtype=torch.float64)}
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3, 7])
+def test_fomaml_gradient_of_a_quadratic_has_its_closed_form(steps):
+    alpha = 0.15
+    found = fomaml(quadratic(CENTRES), quadratic(QUERY_CENTRES), START, rate(alpha), steps, tasks=3)
+    # Each step shrinks the distance to the support's centre by 1 - alpha; the query gradient is a difference.
+    fast = CENTRES + (1 - alpha) ** steps * (START["w"] - CENTRES)
+    gradient = fast - QUERY_CENTRES
+    gradient_sum = (START["w"] - fast) / alpha
+    torch.testing.assert_close(found.start["w"], gradient.sum(0), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found.rates["w"], -(gradient * gradient_sum).sum(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found.query_losses, 0.5 * gradient.square().sum(1), rtol=1e-12, atol=1e-12)
+
+
+def test_the_rate_gradient_is_the_slope_of_the_query_loss_after_one_step():
+    def query_loss(alpha):
+        return float(fomaml(quadratic(CENTRES), quadratic(QUERY_CENTRES), START, rate(alpha), 1, 3).query_losses.sum())
+
+    slope = (query_loss(0.2 + 1e-6) - query_loss(0.2 - 1e-6)) / 2e-6
+    found = fomaml(quadratic(CENTRES), quadratic(QUERY_CENTRES), START, rate(0.2), 1, 3)
+    assert float(found.rates["w"]) == pytest.approx(slope, rel=1e-6)
+
+
+def test_adapting_is_sgd_on_each_task_alone():
+    *_, adapted = adapt(quadratic(CENTRES), START, rate(0.1), steps=4, tasks=3)
+    for task, centre in enumerate(CENTRES):
+        w = START["w"].clone().requires_grad_()
+        optimizer = torch.optim.SGD([w], lr=0.1)
+        for _ in range(4):
+            optimizer.zero_grad()
+            (0.5 * (w - centre).square().sum()).backward()
+            optimizer.step()
+        torch.testing.assert_close(adapted.fast["w"][task], w.detach(), rtol=1e-14, atol=0)
+
+
+def test_adapting_yields_every_step_and_leaves_the_start_alone():
+    before = START["w"].clone()
+    losses = [quadratic(CENTRES)(step.fast).sum() for step in adapt(quadratic(CENTRES), START, rate(0.1), 3, 3)]
+    assert len(losses) == 4
+    assert losses == sorted(losses, reverse=True)
+    assert torch.equal(START["w"], before)
+    assert START["w"].grad is None
+
+
+def learner(**changes):
+    settings = {
+        "inner_lr": 0.1,
+        "learn_lr": True,
+        "lr": 0.01,
+        "lr_of_inner_lr": 0.02,
+        "weight_decay": 0.0,
+        "clip_norm": 0.0,
+        "schedule": outer_schedule("constant", 0, 10),
+    }
+    return Learner({"w": torch.tensor([1.0, -1.0])}, **settings | changes)
+
+
+GRADIENT = {"w": torch.tensor([3.0, 4.0])}, {"w": torch.tensor(0.5)}
+
+
+def test_an_outer_step_is_adamw_on_the_start_and_on_the_logarithm_of_the_rate():
+    ours = learner(weight_decay=0.1)
+    w, log_rate = torch.tensor([1.0, -1.0]), torch.tensor(math.log(0.1))
+    reference = torch.optim.AdamW(
+        [{"params": [w], "lr": 0.01, "weight_decay": 0.1}, {"params": [log_rate], "lr": 0.02, "weight_decay": 0.0}]
+    )
+    for _ in range(3):
+        w.grad, log_rate.grad = GRADIENT[0]["w"].clone(), GRADIENT[1]["w"] * log_rate.exp()
+        reference.step()
+        assert ours.update(*GRADIENT) == pytest.approx(5.0)
+    torch.testing.assert_close(ours.start["w"], w)
+    torch.testing.assert_close(ours.rates["w"], log_rate.exp())
+
+
+def test_clipping_and_fixed_rates():
+    ours = learner(clip_norm=1.0, learn_lr=False)
+    plain = learner()
+    ours.update(*GRADIENT)
+    plain.update({"w": GRADIENT[0]["w"] / 5}, GRADIENT[1])
+    torch.testing.assert_close(ours.start["w"], plain.start["w"])
+    assert float(ours.rates["w"]) == pytest.approx(0.1)
+    assert float(plain.rates["w"]) < 0.1
+
+
+def test_a_learner_goes_on_bit_for_bit_from_its_state():
+    ours = learner()
+    for _ in range(3):
+        ours.update(*GRADIENT)
+    again = learner()
+    again.load({name: tensor.clone() for name, tensor in ours.state().items()}, step=3)
+    for _ in range(2):
+        ours.update(*GRADIENT)
+        again.update(*GRADIENT)
+    assert all(torch.equal(a, b) for a, b in zip(ours.state().values(), again.state().values(), strict=True))
+
+
+def test_schedules():
+    factor = outer_schedule("cosine", 4, 10)
+    assert [round(factor(step), 3) for step in (0, 3, 4, 7, 10)] == [0.2, 0.8, 1.0, 0.5, 0.0]
+    assert outer_schedule("constant", 0, 10)(9) == 1.0
