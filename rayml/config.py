@@ -48,6 +48,8 @@ class SplitsSection(Section):
     """Share of tasks, or of classes, for meta-val."""
     test: Fraction = 0.25
     """Share for meta-test: never trained on, never used to choose settings."""
+    train_tasks: Names = ()
+    """Patterns of tasks that go to meta-train whatever their hash."""
     val_tasks: Names = ()
     """Patterns of tasks that go to meta-val whatever their hash."""
     test_tasks: Names = ()

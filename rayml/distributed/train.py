@@ -56,32 +56,39 @@ def start_ray(config: Config) -> None:
     """Start Ray here, or join the cluster that RAY_ADDRESS or a Ray job names, and check that the workers fit.
 
     Raises:
-        ConfigError: there are fewer GPUs or CPUs than workers.
+        ConfigError: there are fewer GPUs or CPUs than workers need.
     """
-    joined = bool(os.environ.get("RAY_ADDRESS"))
-    if not joined:
-        check_resources(config, cpus=len(os.sched_getaffinity(0)), gpus=torch.cuda.device_count())
-    # One logical CPU more than workers: Ray Data's tasks need a place, and on a laptop every core trains.
-    own: dict[str, Any] = {} if joined else {"num_cpus": config.workers + 1, "include_dashboard": False}
+    own: dict[str, Any] = {}
+    if not os.environ.get("RAY_ADDRESS"):
+        cores = len(os.sched_getaffinity(0))
+        check_resources(config, cpus=cores, cpus_each=1, gpus=torch.cuda.device_count())
+        # Logical CPUs: every core trains, and Ray Data's light tasks share them.
+        threads = max(1, cores // config.workers)
+        own = {"num_cpus": config.workers * (threads + 1), "include_dashboard": False}
     ray.init(logging_level=logging.ERROR, log_to_driver=False, runtime_env={"env_vars": WORKER_ENV}, **own)
-    if joined:
+    if not own:
         there = ray.cluster_resources()
-        check_resources(config, cpus=int(there.get("CPU", 0)) - 1, gpus=int(there.get("GPU", 0)))
+        check_resources(config, cpus=int(there.get("CPU", 0)), cpus_each=2, gpus=int(there.get("GPU", 0)))
 
 
-def check_resources(config: Config, cpus: int, gpus: int) -> None:
-    """Raise ConfigError if the workers do not fit; `cpus` does not count the one that Ray Data needs."""
+def check_resources(config: Config, cpus: int, cpus_each: int, gpus: int) -> None:
+    """Raise ConfigError if the workers do not fit. On a cluster each needs a second CPU for its stream of episodes."""
     if config.device == "cuda" and gpus < config.workers:
         raise ConfigError(f"workers: {config.workers} need a GPU each, there are {gpus}; lower it, or device=cpu")
-    if config.workers > cpus:
+    if config.workers * cpus_each > cpus:
         raise ConfigError(
-            f"workers: {config.workers} need a CPU each, there are {max(0, cpus)} free for them; lower it"
+            f"workers: {config.workers} need {config.workers * cpus_each} CPUs, there are {cpus}; "
+            f"use workers={max(1, cpus // cpus_each)}"
         )
 
 
-def uses_gpu(config: Config) -> bool:
-    return config.device == "cuda" or (
-        config.device == "auto" and ray.cluster_resources().get("GPU", 0) >= config.workers
+def scaling(config: Config) -> ray.train.ScalingConfig:
+    """Return the workers' resources: a GPU each, or else an equal share of the CPUs, which sets their threads, too."""
+    there = ray.cluster_resources()
+    use_gpu = config.device == "cuda" or (config.device == "auto" and there.get("GPU", 0) >= config.workers)
+    cpus = 1 if use_gpu else max(1, int(there["CPU"]) // config.workers - 1)
+    return ray.train.ScalingConfig(
+        num_workers=config.workers, use_gpu=use_gpu, resources_per_worker={"CPU": cpus, "GPU": int(use_gpu)}
     )
 
 
@@ -96,7 +103,7 @@ def fit(config: Config, run: RunFolder, splits: Splits, model: str, encoder: Enc
     trainer = TorchTrainer(  # mypy sees the signatures of Train v1, which v2 stands in for
         train_worker,  # type: ignore[arg-type]
         train_loop_config={"job": job},
-        scaling_config=ray.train.ScalingConfig(num_workers=config.workers, use_gpu=uses_gpu(config)),
+        scaling_config=scaling(config),
         run_config=ray.train.RunConfig(
             storage_path=str(run.path),
             name=run.checkpoints.name,

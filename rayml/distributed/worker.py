@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import tempfile
 import time
 from dataclasses import dataclass
@@ -57,7 +56,6 @@ def train_worker(settings: dict[str, Any]) -> str | None:
     run = RunFolder(config.run.dir)
     rank, workers = collective.rank(), collective.world_size()
     device = ray.train.torch.get_device()
-    set_threads(device)
 
     lm = build_lm(config, job.model, device)
     learner = build_learner(config, untrained_start(job, lm), device)
@@ -106,13 +104,6 @@ def train_worker(settings: dict[str, Any]) -> str | None:
         if due(learner.step, config.run.checkpoint_every, config.outer.steps):
             report(learner, record, rank)
     return None
-
-
-def set_threads(device: torch.device) -> None:
-    """Share this machine's cores among its workers; Ray would give each worker one thread."""
-    if device.type == "cpu":
-        here = ray.train.get_context().get_local_world_size()
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
 
 
 def build_lm(config: Config, model: str, device: torch.device) -> TaskLM:
@@ -212,7 +203,8 @@ def validate(config: Config, job: Job, lm: TaskLM, learner: Learner) -> dict[str
     for batch in range(rounds):
         first = (batch * workers + collective.rank()) * share
         episodes = [sampler.episode(tasks, first + i) for i in range(share)]
-        curves += adaptation_scores(lm, encoder, episodes, learner.start, learner.rates, config.inner.steps)
+        steps = config.inner.steps
+        curves += adaptation_scores(lm, encoder, episodes, learner.start, learner.rates, steps, only_ends=True)
     everyone = [curve for part in collective.gather_from_workers(curves) for curve in part]
     labelled = [curve for curve in everyone if curve.is_accuracy] or everyone
     name = "accuracy" if labelled[0].is_accuracy else "loss"

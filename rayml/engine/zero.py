@@ -11,23 +11,27 @@ import torch
 from rayml.lm.load import load_base
 
 
-def load(path: str, dtype: str, attention: str, device: torch.device):
+def load(path: str, dtype: str, attention: str, device: torch.device, whole_below: int = 100_000):
     """Return the module of a DeepSpeed engine around the frozen causal LM.
 
     Call the module, not the engine: without an optimizer the engine's own forward breaks the backward. Every worker
-    must make the same calls in the same order, for each gathers from all others.
+    must make the same calls in the same order, for each gathers from all others. Parameters of fewer than
+    `whole_below` elements stay whole on every worker.
     """
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares DeepSpeed the probing
     import deepspeed
+    from deepspeed.ops import __compatible_ops__ as built_at_first_use
     from transformers.integrations import HfDeepSpeedConfig
 
     config = {
         "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": {"stage": 3},
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": whole_below},
         "bf16": {"enabled": dtype == "bfloat16"},
         "gradient_clipping": 0.0,  # DeepSpeed's default would clip at 1
     }
+    # A shared-memory all-reduce, which a frozen base never calls: building it takes a compiler and half a minute.
+    built_at_first_use["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_init_required=False)
     sharded_loading = HfDeepSpeedConfig(config)  # while it lives, from_pretrained shards each weight as it is read
     model = load_base(path, dtype, attention)

@@ -25,9 +25,17 @@ class Curve:
 
 
 def adaptation_scores(
-    lm: TaskLM, encoder: Encoder, episodes: Sequence[Episode], start: Params, rates: Params, steps: int
+    lm: TaskLM,
+    encoder: Encoder,
+    episodes: Sequence[Episode],
+    start: Params,
+    rates: Params,
+    steps: int,
+    only_ends: bool = False,
 ) -> list[Curve]:
     """Adapt to the episodes' support side by side and score their queries after every step.
+
+    With `only_ends`, score before the first step and after the last alone.
 
     All episodes are scored in one way: they are label tasks, or free text, or both kinds, each with its own score.
     """
@@ -43,7 +51,9 @@ def adaptation_scores(
     scores: list[list[float]] = [[] for _ in episodes]
     has_labels = any(episode.labels for episode in episodes)
     has_text = not all(episode.labels for episode in episodes)
-    for adapted in adapt(lambda fast: lm.losses(fast, support), start, rates, steps, len(episodes)):
+    for step, adapted in enumerate(adapt(lambda fast: lm.losses(fast, support), start, rates, steps, len(episodes))):
+        if only_ends and 0 < step < steps:
+            continue
         log_probs = choices.log_probs(lm, adapted.fast) if has_labels else [None] * len(episodes)
         losses = _losses(lm, adapted.fast, query) if has_text else [0.0] * len(episodes)
         for score, episode, options, loss in zip(scores, episodes, log_probs, losses, strict=True):

@@ -3,16 +3,19 @@
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-BEFORE, AFTER, UNTRAINED, DIFFERENCE = "before adapting", "after adapting", "untrained start, after", "difference"
+COLUMNS = "before", "after adapting", "untrained, after", "difference"
 
 
 def table(summary: dict[str, Any], title: str) -> Table:
     """Return one row a task and one for all: score and half the width of its 95 % interval."""
-    found = Table(title=title, title_justify="left", caption="95 % intervals over episodes", caption_justify="left")
-    found.add_column("held-out task")
-    for name in (BEFORE, AFTER, UNTRAINED, DIFFERENCE):
+    caption = "accuracy or loss on queries; 95 % intervals over episodes"
+    found = Table(box=SIMPLE_HEAD, padding=(0, 0, 0, 1), title=title, caption=caption)
+    found.title_justify = found.caption_justify = "left"
+    found.add_column("held-out task", no_wrap=True)
+    for name in COLUMNS:
         found.add_column(name, justify="right")
     for name, scores in summary["tasks"].items():
         found.add_row(name, *_cells(scores))
@@ -24,8 +27,8 @@ def table(summary: dict[str, Any], title: str) -> Table:
 def _cells(scores: dict[str, Any]) -> list[str]:
     keys = ("before", "after", "untrained_after")
     signed = scores["over_untrained"]
-    difference = f"{signed['mean']:+.3f}  [{signed['low']:+.3f}, {signed['high']:+.3f}]"
-    return [f"{scores[k]['mean']:.3f} ± {(scores[k]['high'] - scores[k]['low']) / 2:.3f}" for k in keys] + [difference]
+    difference = f"{signed['mean']:+.2f} [{signed['low']:+.2f}, {signed['high']:+.2f}]"
+    return [f"{scores[k]['mean']:.2f} ± {(scores[k]['high'] - scores[k]['low']) / 2:.2f}" for k in keys] + [difference]
 
 
 def plot(summary: dict[str, Any], path: Path, title: str) -> None:

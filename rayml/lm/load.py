@@ -79,7 +79,8 @@ def load_base(path: str, dtype: str, attention: str = "sdpa"):
 
 def checkpoint_activations(model) -> None:
     """Recompute each layer in the backward. Only the layers' own flag is raised: dropout stays off."""
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    model.disable_input_require_grads()  # the embeddings need none: it would lengthen every backward
     for module in model.modules():
         if hasattr(module, "gradient_checkpointing"):
             module.training = True

@@ -16,9 +16,9 @@ USUAL_DEVIATION = 3**-0.5
 def principal_start(lm: TaskLM, batches: Sequence[TaskBatch], seed: int) -> Params:
     """Return a start whose `A` reads what varies between examples, with `B` zero as usual.
 
-    The rows of A are the leading principal directions of what a linear sees at the target positions, scaled to the
-    usual deviation (as EVA does, Paischer et al. 2024, arXiv 2410.07170), and orthogonal to its mean. A random A
-    mostly sees that mean, the same for every example: it limits the stable inner rate, and separates nothing.
+    The rows of A are the leading principal directions of what a linear sees at the target positions, each scaled to
+    the usual deviation (after EVA, Paischer et al. 2024, arXiv 2410.07170). A random A mostly sees what all examples
+    share: that limits the stable inner rate, and tells nothing apart.
 
     Args:
         batches: a few dozen rows or more in all; with fewer than r, the last rows of A stay random.
@@ -27,10 +27,8 @@ def principal_start(lm: TaskLM, batches: Sequence[TaskBatch], seed: int) -> Para
     seen = [lm.target_inputs(batch) for batch in batches]
     for name in lm.lora.linears:
         inputs = torch.cat([part[name] for part in seen]).cpu()
-        mean = inputs.mean(0)
-        _, deviations, directions = torch.linalg.svd(inputs - mean, full_matrices=False)
+        _, deviations, directions = torch.linalg.svd(inputs - inputs.mean(0), full_matrices=False)
         rank = min(lm.lora.rank, len(inputs) - 1)
         scale = USUAL_DEVIATION / (deviations[:rank, None] / len(inputs) ** 0.5).clamp(min=1e-6)
-        rows = directions[:rank] * scale
-        start[name + A][:rank] = rows - (rows @ mean)[:, None] * mean / mean.dot(mean)
+        start[name + A][:rank] = directions[:rank] * scale
     return start

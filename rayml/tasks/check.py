@@ -4,6 +4,7 @@ from pathlib import Path
 from statistics import median
 
 import yaml
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -52,27 +53,32 @@ def _settings(paths: list[str], overrides: list[str], config: Path | None) -> Da
 
 
 def _table(splits: Splits, duplicates: Duplicates) -> Table:
-    table = Table("task", "split", "kind")
+    caption = "words: median / most; repeated: rows left out, since they repeat another"
+    table = Table(box=SIMPLE_HEAD, padding=(0, 0, 0, 1), caption=caption, caption_justify="left")
+    for name in ("task", "split"):
+        table.add_column(name, no_wrap=True)
     for name in ("classes", "examples", "smallest class", "input words", "target words", "repeated"):
         table.add_column(name, justify="right")
     for split, tasks in zip(NAMES, splits, strict=True):
         for task in tasks:
-            table.add_row(task.name, f"meta-{split}", *_row(task), str(duplicates.repeated.get(task.name, 0)))
+            table.add_row(task.name, split, *_row(task), str(duplicates.repeated.get(task.name, 0)))
     return table
 
 
 def _row(task: Task) -> tuple[str, ...]:
-    smallest = min(task.classes.items(), key=lambda item: len(item[1]))
-    inputs = sorted(len(example.input.split()) for example in task.examples) or [0]
-    targets = sorted(len(example.target.split()) for example in task.examples) or [0]
+    name, smallest = min(task.classes.items(), key=lambda item: len(item[1]))
     return (
-        "labels" if task.options else "free text",
-        str(len(task.options)) if task.options else "",
+        str(len(task.options)) if task.options else "free text",
         str(len(task.examples)),
-        f"{smallest[0]} {len(smallest[1])}".strip(),
-        f"{median(inputs):.0f}, at most {inputs[-1]}",
-        f"{median(targets):.0f}, at most {targets[-1]}",
+        f"{name}: {len(smallest)}" if name else "",
+        _words([example.input for example in task.examples]),
+        _words([example.target for example in task.examples]),
     )
+
+
+def _words(texts: list[str]) -> str:
+    counts = [len(text.split()) for text in texts]
+    return f"{median(counts):.0f} / {max(counts)}"
 
 
 def _print_conflicts(duplicates: Duplicates, out: Console) -> None:

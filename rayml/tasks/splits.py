@@ -26,6 +26,7 @@ class SplitRule:
 
     val: float
     test: float
+    train_tasks: tuple[str, ...] = ()
     val_tasks: tuple[str, ...] = ()
     test_tasks: tuple[str, ...] = ()
     by_class: tuple[str, ...] = ()
@@ -37,7 +38,11 @@ class SplitRule:
         return "test" if position < self.test else "val" if position < self.test + self.val else "train"
 
     def place_task(self, name: str) -> str:
-        for split, patterns in (("test", self.test_tasks), ("val", self.val_tasks)):
+        for split, patterns in (
+            ("test", self.test_tasks),
+            ("val", self.val_tasks),
+            ("train", self.train_tasks),
+        ):
             if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
                 return split
         return self.place(name)
@@ -66,7 +71,7 @@ def split_tasks(tasks: Sequence[Task], rule: SplitRule) -> Splits:
 
 
 def _check_patterns(tasks: Sequence[Task], rule: SplitRule) -> None:
-    for key in ("val_tasks", "test_tasks", "by_class"):
+    for key in ("train_tasks", "val_tasks", "test_tasks", "by_class"):
         for pattern in getattr(rule, key):
             if not any(fnmatch.fnmatchcase(task.name, pattern) for task in tasks):
                 names = ", ".join(task.name for task in tasks[:10])

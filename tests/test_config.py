@@ -1,0 +1,91 @@
+"""The one mechanism of settings: YAML, overrides, and errors that help."""
+
+from pathlib import Path
+
+import pytest
+
+from rayml.config import dump_config, keys, load_config
+from rayml.errors import ConfigError
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+
+
+@pytest.fixture
+def path(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("model: {name: tiny}\ndata: {path: a.jsonl}\nrun: {dir: runs/a}\n")
+    return file
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
+def test_every_shipped_config_loads(config):
+    load_config(config)
+
+
+def test_configs_are_shipped():
+    assert "quickstart.yaml" in {path.name for path in CONFIGS}
+
+
+def test_overrides_win_and_take_yaml_values(path):
+    config = load_config(path, ["inner.lr=1e-2", "data.path=[a.jsonl, b.jsonl]", "workers=2", "data.splits.by_class=x"])
+    assert config.inner.lr == 0.01
+    assert config.data.path == ("a.jsonl", "b.jsonl")
+    assert config.tasks_per_worker == 2
+    assert config.data.splits.by_class == ("x",)
+
+
+def test_the_dumped_config_reads_back_the_same(path, tmp_path):
+    config = load_config(path, ["inner.lr=0.7"])
+    (tmp_path / "again.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "again.yaml") == config
+
+
+def test_every_mistake_is_named_at_once_with_the_nearest_key(path):
+    with pytest.raises(ConfigError) as error:
+        load_config(path, ["workrs=2", "inner.setps=3", "outer.lr=-1", "data.labels=numbers", "data.quries=2"])
+    message = str(error.value)
+    assert "5 mistake(s)" in message
+    assert "workrs: no such key; did you mean workers?" in message
+    assert "inner.setps: no such key; did you mean inner.steps?" in message
+    assert "data.quries: no such key; did you mean data.queries?" in message
+    assert "outer.lr: Input should be greater than 0, got -1" in message
+    assert "data.labels: Input should be 'letters' or 'words', got 'numbers'" in message
+
+
+def test_a_missing_key_is_named(tmp_path):
+    (tmp_path / "run.yaml").write_text("model: {name: tiny}\nrun: {dir: a}\n")
+    with pytest.raises(ConfigError, match="data: required"):
+        load_config(tmp_path / "run.yaml")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["tasks_per_step=3", "workers=2"], "tasks_per_step: 3 is not a multiple of workers=2; use 4"),
+        (["data.prompt=hello"], r"data.prompt: needs \{input\} in it"),
+        (["data.columns={inputs: text}"], "data.columns: inputs unknown"),
+        (["inner.lr"], "expected key=value"),
+        (["workers.x=1"], "no such key|not a section|valid integer"),
+    ],
+)
+def test_combinations_that_cannot_run_are_refused(path, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(path, overrides)
+
+
+@pytest.mark.parametrize(("text", "message"), [("- a\n", "expected keys and values"), ("a: [", "not YAML")])
+def test_a_file_that_is_no_config_is_refused(tmp_path, text, message):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_config(tmp_path / "run.yaml")
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(tmp_path / "no.yaml")
+
+
+def test_every_key_says_what_it_means():
+    undocumented = [name for name, (_, meaning) in keys().items() if not meaning]
+    assert set(undocumented) <= {"seed", "lora.rank", "outer.weight_decay"}
+    assert len(keys()) <= 60  # few: the rest is derived

