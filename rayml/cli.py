@@ -22,7 +22,7 @@ app = typer.Typer(
 data_app = typer.Typer(help="Look at tasks before training on them.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
-out = Console()
+out = Console(width=None if sys.stdout.isatty() else 110)  # room for tables in files and logs
 err = Console(stderr=True)
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="One YAML a run; see configs/.")]

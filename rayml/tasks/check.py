@@ -53,26 +53,28 @@ def _settings(paths: list[str], overrides: list[str], config: Path | None) -> Da
 
 
 def _table(splits: Splits, duplicates: Duplicates) -> Table:
-    caption = "words: median / most; repeated: rows left out, since they repeat another"
+    free_text = any(not task.options for tasks in splits for task in tasks)
+    caption = "words: median / most; repeats: rows left out, since they repeat another"
     table = Table(box=SIMPLE_HEAD, padding=(0, 0, 0, 1), caption=caption, caption_justify="left")
-    for name in ("task", "split"):
-        table.add_column(name, no_wrap=True)
-    for name in ("classes", "examples", "smallest class", "input words", "target words", "repeated"):
+    table.add_column("task", no_wrap=True)
+    table.add_column("split")
+    for name in ("classes", "rows", "smallest class", "input words", *["target words"] * free_text, "repeats"):
         table.add_column(name, justify="right")
     for split, tasks in zip(NAMES, splits, strict=True):
         for task in tasks:
-            table.add_row(task.name, split, *_row(task), str(duplicates.repeated.get(task.name, 0)))
+            repeats = str(duplicates.repeated.get(task.name, 0))
+            table.add_row(task.name, split, *_row(task, free_text), repeats)
     return table
 
 
-def _row(task: Task) -> tuple[str, ...]:
+def _row(task: Task, free_text: bool) -> tuple[str, ...]:
     name, smallest = min(task.classes.items(), key=lambda item: len(item[1]))
     return (
         str(len(task.options)) if task.options else "free text",
         str(len(task.examples)),
         f"{name}: {len(smallest)}" if name else "",
         _words([example.input for example in task.examples]),
-        _words([example.target for example in task.examples]),
+        *[_words([example.target for example in task.examples])] * free_text,
     )
 
 
