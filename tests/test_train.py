@@ -3,19 +3,26 @@
 import json
 import logging
 import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
 import torch
 from conftest import make_config, toy_tasks
+from rich.console import Console
+from safetensors.torch import load_file
 
 from rayml.config import dump_config
 from rayml.distributed.stream import EncodeEpisode, stream_steps, worker_index
-from rayml.distributed.train import train
-from rayml.errors import TrainingError
-from rayml.evaluation.command import evaluate_run
+from rayml.distributed.train import check_resources, train
+from rayml.errors import ConfigError, DataError, RunError, TrainingError
+from rayml.evaluation.command import adapt_run, evaluate_run
+from rayml.evaluation.learn import Predictor
 from rayml.lm.encode import Encoder
-from rayml.runs.checkpoint import newest_checkpoint
+from rayml.runs.checkpoint import newest_checkpoint, read_checkpoint, write_checkpoint
 from rayml.runs.folder import RunFolder
 from rayml.tasks.episodes import Sampler
 
@@ -59,6 +66,95 @@ def test_the_stream_of_ray_data_equals_a_plain_loop(tokenizer, monkeypatch):
             assert list(steps) == expected
     finally:
         ray.shutdown()
+
+
+# What stops before Ray starts
+
+
+@pytest.fixture
+def no_ray(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr(ray, "init", refuse)
+
+
+def test_more_workers_than_processors_are_refused(tmp_path):
+    config = make_config(tmp_path, workers=4)
+    with pytest.raises(ConfigError, match=r"workers: 4 need 4 CPUs, there are 2; use workers=2"):
+        check_resources(config, cpus=2, cpus_each=1, gpus=0)
+    with pytest.raises(ConfigError, match="workers: 4 need a GPU each, there are 1"):
+        check_resources(config.model_copy(update={"device": "cuda"}), cpus=64, cpus_each=2, gpus=1)
+    check_resources(config, cpus=8, cpus_each=2, gpus=0)
+
+
+def test_too_few_examples_stop_before_ray(tmp_path, no_ray):
+    with pytest.raises(DataError, match=r"task 'toy-0'.*has 20, needs 32"):
+        train(make_config(tmp_path, data={"shots": 30}))
+
+
+def test_a_target_without_room_for_its_input_stops_before_ray(tmp_path, no_ray):
+    config = make_config(tmp_path, data={"labels": "words", "max_tokens": 8})
+    rows = [{"task": "t", "input": f"{i}", "target": "much too long a label"[i % 2 :]} for i in range(12)]
+    Path(config.data.path[0]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = config.data.model_copy(update={"splits": config.data.splits.model_copy(update={"test_tasks": ()})})
+    with pytest.raises(DataError, match=r"no room for its input within data\.max_tokens=8"):
+        train(config.model_copy(update={"data": data}))
+
+
+def test_a_run_folder_of_another_config_or_in_use_is_refused(tmp_path, no_ray):
+    config = make_config(tmp_path)
+    RunFolder(config.run.dir).begin(config, resume=False)
+    with pytest.raises(RunError, match="holds a run already; --resume"):
+        RunFolder(config.run.dir).begin(config, resume=False)
+    RunFolder(config.run.dir).begin(config.model_copy(update={"workers": 2}), resume=True)
+    other = config.model_copy(update={"inner": config.inner.model_copy(update={"lr": 0.7})})
+    with pytest.raises(RunError, match=r"another config \(inner.lr differ\)"):
+        RunFolder(config.run.dir).begin(other, resume=True)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    with pytest.raises(RunError, match="something that is no run"):
+        RunFolder(tmp_path / "mine").begin(config, resume=False)
+
+
+DISK_FULL = """
+import resource, sys, torch
+from pathlib import Path
+from rayml.runs.checkpoint import newest_checkpoint, write_checkpoint
+root = Path(sys.argv[1])
+for step, size in ((1, 10), (2, 100_000)):
+    if step == 2:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+    folder = root / f"step_{step:08d}"
+    folder.mkdir()
+    try:
+        write_checkpoint(folder, step, {"w": torch.ones(size)})
+    except Exception as error:
+        print(type(error).__name__, error)
+print(newest_checkpoint(root).step)
+"""
+
+
+def test_a_full_disk_is_named_and_the_old_checkpoint_survives(tmp_path):
+    """The limit on a file's size stands in for the disk's end."""
+    found = subprocess.run([sys.executable, "-c", DISK_FULL, str(tmp_path)], capture_output=True, text=True)
+    lines = found.stdout.splitlines()
+    assert "RunError" in lines[0], found
+    assert "the disk is full" in lines[0]
+    assert lines[-1] == "1"
+
+
+def test_a_checkpoint_reads_back_and_a_changed_one_is_refused(tmp_path):
+    write_checkpoint(tmp_path, 3, {"w": torch.arange(5.0)})
+    saved = read_checkpoint(tmp_path)
+    assert saved.step == 3
+    assert torch.equal(saved.tensors["w"], torch.arange(5.0))
+    assert torch.equal(load_file(tmp_path / "state.safetensors")["w"], torch.arange(5.0))
+    damaged = bytearray((tmp_path / "state.safetensors").read_bytes())
+    damaged[-1] ^= 1
+    (tmp_path / "state.safetensors").write_bytes(damaged)
+    with pytest.raises(RunError, match="not what its manifest says"):
+        read_checkpoint(tmp_path)
 
 
 # Training
@@ -137,10 +233,8 @@ def test_a_loss_that_is_not_finite_stops_all_workers_and_names_step_and_tasks(tm
 TOY = {"queries": 4, "shots": 2, "ways": 3}
 
 
-def gain(tmp_path, steps: int) -> tuple[float, float]:
-    """Train 60 steps on toy tasks; return the score on an unseen one before and after adapting by 3 steps."""
-    from rich.console import Console
-
+def evaluated(tmp_path, steps: int) -> dict[str, Any]:
+    """Train 60 steps on toy tasks with this many inner steps; return the scores on an unseen one, adapted by 3."""
     config = make_config(
         tmp_path,
         data=TOY,
@@ -150,19 +244,38 @@ def gain(tmp_path, steps: int) -> tuple[float, float]:
         run={"checkpoint_every": 60},
     )
     run = train(config)
-    evaluated = config.model_copy(update={"inner": config.inner.model_copy(update={"steps": 3})})
-    run.config.write_text(dump_config(evaluated))
+    more_steps = config.model_copy(update={"inner": config.inner.model_copy(update={"steps": 3})})
+    run.config.write_text(dump_config(more_steps))
     quiet = Console(quiet=True)
-    found = evaluate_run(run.path, None, None, None, 30, 0, "test", None, quiet, quiet)["overall"]
-    return found
+    return evaluate_run(run.path, None, None, None, 30, 0, "test", None, quiet, quiet)["overall"]
 
 
 @needs_ray
 def test_the_gain_on_an_unseen_toy_task_rises_and_does_not_without_inner_steps(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    meta, multitask = gain(tmp_path / "a", steps=2), gain(tmp_path / "b", steps=0)
+    meta, multitask = evaluated(tmp_path / "a", steps=2), evaluated(tmp_path / "b", steps=0)
     print(json.dumps({"meta": meta, "multitask": multitask}))
     assert meta["before"]["mean"] == pytest.approx(1 / 3, abs=0.1)
     assert meta["over_untrained"]["low"] > 0
     assert meta["gain"]["mean"] > multitask["gain"]["mean"] + 0.1
+
+
+@needs_ray
+def test_a_new_task_is_learned_and_answered_in_the_users_own_labels(straight, tmp_path):
+    task = toy_tasks(tasks=1, classes=3, per_class=4, seed=9)[0]
+    file = tmp_path / "few.jsonl"
+    file.write_text("".join(json.dumps({"input": e.input, "target": e.target}) + "\n" for e in task.examples))
+    out = Console(quiet=True)
+    adapt_run(straight.path, file, tmp_path / "new", None, out)
+    predictor = Predictor(tmp_path / "new")
+    answer = predictor.predict(task.examples[0].input)
+    assert set(answer.probabilities) == set(task.options)
+    assert sum(answer.probabilities.values()) == pytest.approx(1)
+    assert answer.text == max(answer.probabilities, key=answer.probabilities.get)
+    two = predictor.predict(task.examples[0].input, list(task.options[:2]))
+    assert set(two.probabilities) == set(task.options[:2])
+    with pytest.raises(ConfigError, match="nonsense not among"):
+        predictor.predict("x", ["nonsense"])
+    with pytest.raises(RunError, match="exists already"):
+        adapt_run(straight.path, file, tmp_path / "new", None, out)

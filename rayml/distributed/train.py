@@ -17,6 +17,7 @@ from rayml.distributed.worker import Job, train_worker
 from rayml.errors import ConfigError, TrainingError
 from rayml.lm.encode import Encoder
 from rayml.lm.load import load_tokenizer, resolve_model
+from rayml.runs.checkpoint import newest_checkpoint
 from rayml.runs.folder import RunFolder, write_whole
 from rayml.tasks.prepare import prepare_splits
 from rayml.tasks.splits import Splits
@@ -37,19 +38,35 @@ def train(config: Config, resume: bool = False) -> RunFolder:
         ConfigError, DataError, RunError: the input is bad; nothing was started.
         TrainingError: training stopped, and why.
     """
-    config = config.model_copy(update={"run": config.run.model_copy(update={"dir": os.path.abspath(config.run.dir)})})
+    config = with_absolute_paths(config)
     splits = prepare_splits(config.data)
     model = resolve_model(config.model.name)
     encoder = config.data.encoder(load_tokenizer(model))
     encoder.check([*splits.train, *splits.val, *splits.test])
     run = RunFolder(config.run.dir)
     run.begin(config, resume)
+    saved = newest_checkpoint(run.checkpoints)
+    if saved and saved.step >= config.outer.steps:
+        return run
     start_ray(config)
     try:
         fit(config, run, splits, model, encoder)
     finally:
         ray.shutdown()
     return run
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """Return the config for anywhere: workers change their directory, and so do people."""
+
+    def absolute(path: str) -> str:
+        return path if path.startswith("hf:") or "://" in path else os.path.abspath(path)
+
+    data = config.data.model_copy(update={"path": tuple(map(absolute, config.data.path))})
+    name = os.path.abspath(config.model.name) if os.path.isdir(config.model.name) else config.model.name
+    model = config.model.model_copy(update={"name": name})
+    run = config.run.model_copy(update={"dir": os.path.abspath(config.run.dir)})
+    return config.model_copy(update={"data": data, "model": model, "run": run})
 
 
 def start_ray(config: Config) -> None:

@@ -1,0 +1,67 @@
+"""The command line, as its own process."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import toy_tasks, write_tasks
+
+from rayml.tasks.task import Task
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+def rayml(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "rayml.cli", *arguments], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    "command", [[], ["train"], ["config"], ["evaluate"], ["adapt"], ["predict"], ["data", "check"]]
+)
+def test_every_command_teaches(command):
+    found = rayml(*command, "--help")
+    assert found.returncode == 0
+    assert "Usage:" in found.stdout
+
+
+def test_config_prints_what_train_would_use():
+    found = rayml("config", str(REPOSITORY / "configs" / "quickstart.yaml"), "inner.lr=0.3")
+    assert found.returncode == 0
+    assert "lr: 0.3" in found.stdout
+
+
+def test_a_mistake_is_one_message_and_no_traceback(tmp_path):
+    found = rayml("config", str(REPOSITORY / "configs" / "quickstart.yaml"), "innner.lr=0.3")
+    assert found.returncode == 1
+    assert "did you mean inner" in found.stderr
+    assert "Traceback" not in found.stderr
+    assert rayml("evaluate", str(tmp_path)).returncode == 1
+
+
+def test_data_check_reports_and_passes(tmp_path):
+    path = write_tasks(tmp_path / "toy.jsonl", toy_tasks())
+    found = rayml("data", "check", str(path), "data.shots=2", "data.queries=2", "data.splits.test_tasks=toy-5")
+    assert found.returncode == 0, found.stdout
+    assert "toy-5  test" in " ".join(found.stdout.split(" "))
+    assert "ok" in found.stdout
+
+
+def test_data_check_fails_on_a_leak_and_on_small_classes(tmp_path):
+    tasks = toy_tasks()
+    leaked = Task("zz-leak", tasks[0].examples, tasks[0].options)
+    path = write_tasks(tmp_path / "leak.jsonl", (*tasks, leaked))
+    splits = ["data.splits.val=0", "data.splits.test=0", "data.splits.test_tasks=zz-leak"]
+    found = rayml("data", "check", str(path), "data.shots=15", "data.queries=15", *splits)
+    assert found.returncode == 1
+    assert "stand in two splits" in found.stdout
+    assert "has 20, needs 30" in found.stdout
+
+
+def test_data_check_names_the_line_of_a_bad_row(tmp_path):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(json.dumps({"task": "a", "input": "b", "target": "c"}) + "\n{oops\n")
+    found = rayml("data", "check", str(path))
+    assert found.returncode == 1
+    assert "bad.jsonl:2: not JSON" in found.stderr
