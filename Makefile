@@ -7,7 +7,7 @@ DONE := .venv/.installed
 
 quickstart: $(DONE) data/quickstart  ## meta-train a real model, measure it on tasks never seen, learn a new task
 	$(BIN)/rayml train configs/quickstart.yaml --resume
-	$(BIN)/rayml evaluate runs/quickstart --episodes 25
+	$(BIN)/rayml evaluate runs/quickstart --episodes 20
 	rm -rf runs/quickstart/tickets
 	$(BIN)/rayml adapt runs/quickstart --examples configs/examples/support-tickets.jsonl --out runs/quickstart/tickets
 	$(BIN)/rayml predict runs/quickstart/tickets --input "my card was charged twice this month"

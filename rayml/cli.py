@@ -13,7 +13,7 @@ from rich.console import Console
 from rayml.errors import RaymlError
 
 app = typer.Typer(
-    help=__doc__ and "Meta-train causal language models, so that they learn a new task from a handful of examples.",
+    help="Meta-train causal language models, so that they learn a new task from a handful of examples.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",

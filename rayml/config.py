@@ -1,6 +1,6 @@
 """One YAML a run, with dotted overrides `inner.lr=0.1`. Few keys; an unknown one is an error that names the nearest.
 
-The text under a field is its documentation: `rayml config --help-keys` prints it.
+The text under a field is its documentation: `rayml config --keys` prints it.
 """
 
 import difflib

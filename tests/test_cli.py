@@ -44,7 +44,7 @@ def test_data_check_reports_and_passes(tmp_path):
     path = write_tasks(tmp_path / "toy.jsonl", toy_tasks())
     found = rayml("data", "check", str(path), "data.shots=2", "data.queries=2", "data.splits.test_tasks=toy-5")
     assert found.returncode == 0, found.stdout
-    assert "toy-5  test" in " ".join(found.stdout.split(" "))
+    assert any(line.split()[:2] == ["toy-5", "test"] for line in found.stdout.splitlines())
     assert "ok" in found.stdout
 
 

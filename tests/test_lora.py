@@ -180,6 +180,20 @@ def test_principal_start_reads_what_varies(lm):
         assert not start[name + ".lora_B"].any()
 
 
+def test_principal_start_leaves_what_does_not_vary_to_chance(lm):
+    """With one-token labels, all targets are predicted from the same token: the first layer sees one input."""
+    rows = [Row([*random_rows(1, seed)[0].tokens[:6], 9, 40], 7) for seed in range(12)]
+    start = principal_start(lm, [collate([rows], pad=1)], seed=0)
+    usual = lm.lora.untrained_start(0)
+    first = "model.layers.0.self_attn.q_proj.lora_A"
+    assert torch.equal(start[first], usual[first])
+    assert not torch.equal(
+        start["model.layers.3.self_attn.q_proj.lora_A"], usual["model.layers.3.self_attn.q_proj.lora_A"]
+    )
+    for name, weight in start.items():
+        assert weight.abs().max() < 1e3, name
+
+
 def test_only_the_last_layers_on_request(lm):
     names = find_linears(lm.module, ("q_proj", "down_proj"), last_layers=1)
     assert sorted(names) == ["model.layers.3.mlp.down_proj", "model.layers.3.self_attn.q_proj"]

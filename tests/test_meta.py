@@ -79,7 +79,8 @@ def learner(**changes):
     return Learner({"w": torch.tensor([1.0, -1.0])}, **settings | changes)
 
 
-GRADIENT = {"w": torch.tensor([3.0, 4.0])}, {"w": torch.tensor(0.5)}
+# Of very different lengths: AdamW forgets the scale of a gradient that stays the same.
+GRADIENTS = [({"w": torch.tensor([3.0, 4.0]) * size}, {"w": torch.tensor(0.5) * size}) for size in (1.0, 0.1, 20.0)]
 
 
 def test_an_outer_step_is_adamw_on_the_start_and_on_the_logarithm_of_the_rate():
@@ -88,33 +89,48 @@ def test_an_outer_step_is_adamw_on_the_start_and_on_the_logarithm_of_the_rate():
     reference = torch.optim.AdamW(
         [{"params": [w], "lr": 0.01, "weight_decay": 0.1}, {"params": [log_rate], "lr": 0.02, "weight_decay": 0.0}]
     )
-    for _ in range(3):
-        w.grad, log_rate.grad = GRADIENT[0]["w"].clone(), GRADIENT[1]["w"] * log_rate.exp()
+    for start_gradient, rate_gradient in GRADIENTS:
+        w.grad, log_rate.grad = start_gradient["w"].clone(), rate_gradient["w"] * log_rate.exp()
         reference.step()
-        assert ours.update(*GRADIENT) == pytest.approx(5.0)
+        assert ours.update({"w": start_gradient["w"].clone()}, rate_gradient) == pytest.approx(
+            float(start_gradient["w"].norm())
+        )
     torch.testing.assert_close(ours.start["w"], w)
-    torch.testing.assert_close(ours.rates["w"], log_rate.exp())
+    torch.testing.assert_close(ours.log_rates["w"], log_rate)
+    moment = ours.optimizer.state[ours.log_rates["w"]]["exp_avg"]
+    torch.testing.assert_close(moment, reference.state[log_rate]["exp_avg"])
 
 
-def test_clipping_and_fixed_rates():
-    ours = learner(clip_norm=1.0, learn_lr=False)
-    plain = learner()
-    ours.update(*GRADIENT)
-    plain.update({"w": GRADIENT[0]["w"] / 5}, GRADIENT[1])
-    torch.testing.assert_close(ours.start["w"], plain.start["w"])
-    assert float(ours.rates["w"]) == pytest.approx(0.1)
-    assert float(plain.rates["w"]) < 0.1
+def test_clipping_shortens_long_gradients_alone():
+    ours, plain = learner(clip_norm=1.0), learner()
+    for start_gradient, rate_gradient in GRADIENTS:
+        norm = float(start_gradient["w"].norm())
+        ours.update({"w": start_gradient["w"].clone()}, {"w": rate_gradient["w"] * 0})
+        plain.update({"w": start_gradient["w"] / max(1.0, norm)}, {"w": rate_gradient["w"] * 0})
+    for moment in ("exp_avg", "exp_avg_sq"):
+        torch.testing.assert_close(
+            ours.optimizer.state[ours.start["w"]][moment], plain.optimizer.state[plain.start["w"]][moment]
+        )
+
+
+def test_rates_stay_where_they_are_unless_they_are_learned():
+    fixed, learned = learner(learn_lr=False), learner()
+    for gradients in GRADIENTS:
+        fixed.update(*({k: v.clone() for k, v in g.items()} for g in gradients))
+        learned.update(*({k: v.clone() for k, v in g.items()} for g in gradients))
+    assert float(fixed.rates["w"]) == pytest.approx(0.1)
+    assert float(learned.rates["w"]) < 0.1
 
 
 def test_a_learner_goes_on_bit_for_bit_from_its_state():
     ours = learner()
-    for _ in range(3):
-        ours.update(*GRADIENT)
+    for gradients in GRADIENTS:
+        ours.update({"w": gradients[0]["w"].clone()}, gradients[1])
     again = learner()
     again.load({name: tensor.clone() for name, tensor in ours.state().items()}, step=3)
-    for _ in range(2):
-        ours.update(*GRADIENT)
-        again.update(*GRADIENT)
+    for start_gradient, rate_gradient in GRADIENTS:
+        ours.update({"w": start_gradient["w"].clone()}, rate_gradient)
+        again.update({"w": start_gradient["w"].clone()}, rate_gradient)
     assert all(torch.equal(a, b) for a, b in zip(ours.state().values(), again.state().values(), strict=True))
 
 

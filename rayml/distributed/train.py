@@ -10,6 +10,7 @@ import ray.train
 import torch
 from ray.train.torch import TorchTrainer
 from rich.console import Console
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from rayml.config import Config
 from rayml.distributed.progress import Progress
@@ -17,6 +18,7 @@ from rayml.distributed.worker import Job, train_worker
 from rayml.errors import ConfigError, TrainingError
 from rayml.lm.encode import Encoder
 from rayml.lm.load import load_tokenizer, resolve_model
+from rayml.lm.lora import find_linears
 from rayml.runs.checkpoint import newest_checkpoint
 from rayml.runs.folder import RunFolder, write_whole
 from rayml.tasks.prepare import prepare_splits
@@ -44,7 +46,10 @@ def train(config: Config, resume: bool = False) -> RunFolder:
     encoder = config.data.encoder(load_tokenizer(model))
     encoder.check([*splits.train, *splits.val, *splits.test])
     run = RunFolder(config.run.dir)
-    run.begin(config, resume)
+    check_targets(config, model)
+    if not os.environ.get("RAY_ADDRESS"):
+        check_resources(config, cpus=processors(), cpus_each=1, gpus=torch.cuda.device_count())
+    run.begin(config, splits, resume)
     saved = newest_checkpoint(run.checkpoints)
     if saved and saved.step >= config.outer.steps:
         return run
@@ -60,6 +65,8 @@ def with_absolute_paths(config: Config) -> Config:
     """Return the config for anywhere: workers change their directory, and so do people."""
 
     def absolute(path: str) -> str:
+        if path.startswith("hf:") and os.path.isdir(path[3:].partition(":")[0]):
+            return "hf:" + os.path.abspath(path[3:])
         return path if path.startswith("hf:") or "://" in path else os.path.abspath(path)
 
     data = config.data.model_copy(update={"path": tuple(map(absolute, config.data.path))})
@@ -67,6 +74,18 @@ def with_absolute_paths(config: Config) -> Config:
     model = config.model.model_copy(update={"name": name})
     run = config.run.model_copy(update={"dir": os.path.abspath(config.run.dir)})
     return config.model_copy(update={"data": data, "model": model, "run": run})
+
+
+def check_targets(config: Config, model: str) -> None:
+    """Raise ConfigError if the model has no such linears; on the meta device, so that nothing is loaded."""
+    with torch.device("meta"):
+        bare = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+    find_linears(bare, config.lora.targets, config.lora.last_layers)
+
+
+def processors() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0))
 
 
 def start_ray(config: Config) -> None:
@@ -77,11 +96,9 @@ def start_ray(config: Config) -> None:
     """
     own: dict[str, Any] = {}
     if not os.environ.get("RAY_ADDRESS"):
-        cores = len(os.sched_getaffinity(0))
-        check_resources(config, cpus=cores, cpus_each=1, gpus=torch.cuda.device_count())
         # Logical CPUs: every core trains, and Ray Data's light tasks share them.
-        threads = max(1, cores // config.workers)
-        own = {"num_cpus": config.workers * (threads + 1), "include_dashboard": False}
+        threads = max(1, processors() // config.workers)
+        own = {"address": "local", "num_cpus": config.workers * (threads + 1), "include_dashboard": False}
     ray.init(logging_level=logging.ERROR, log_to_driver=False, runtime_env={"env_vars": WORKER_ENV}, **own)
     if not own:
         there = ray.cluster_resources()
@@ -103,7 +120,8 @@ def scaling(config: Config) -> ray.train.ScalingConfig:
     """Return the workers' resources: a GPU each, or else an equal share of the CPUs, which sets their threads, too."""
     there = ray.cluster_resources()
     use_gpu = config.device == "cuda" or (config.device == "auto" and there.get("GPU", 0) >= config.workers)
-    cpus = 1 if use_gpu else max(1, int(there["CPU"]) // config.workers - 1)
+    nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
+    cpus = 1 if use_gpu else max(1, min(int(there["CPU"]) // config.workers - 1, int(max(nodes))))
     return ray.train.ScalingConfig(
         num_workers=config.workers, use_gpu=use_gpu, resources_per_worker={"CPU": cpus, "GPU": int(use_gpu)}
     )

@@ -59,7 +59,7 @@ def train_worker(settings: dict[str, Any]) -> str | None:
 
     lm = build_lm(config, job.model, device)
     learner = build_learner(config, untrained_start(job, lm), device)
-    saved = newest_checkpoint(run.checkpoints)
+    saved = collective.from_first_worker(newest_checkpoint(run.checkpoints) if rank == 0 else None)
     if saved:
         learner.load(saved.tensors, saved.step)
     elif rank == 0:
@@ -103,6 +103,8 @@ def train_worker(settings: dict[str, Any]) -> str | None:
             log.write(record)
         if due(learner.step, config.run.checkpoint_every, config.outer.steps):
             report(learner, record, rank)
+    if log:
+        log.close()
     return None
 
 
@@ -193,9 +195,11 @@ def due(step: int, every: int, last: int) -> bool:
 def validate(config: Config, job: Job, lm: TaskLM, learner: Learner) -> dict[str, float]:
     """Return the scores before and after adapting, over the same meta-val episodes every time.
 
-    Each worker takes its share. All adapt the same number of times, as a sharded base asks of them.
+    Each worker takes its share. All make the same calls, as a sharded base asks of them: so either all episodes are
+    of label tasks, or, where there is none, of free text.
     """
-    tasks, encoder = get(job.val), get(job.encoder)
+    encoder = get(job.encoder)
+    tasks = [task for task in get(job.val) if task.options] or get(job.val)
     workers, share = collective.world_size(), config.tasks_per_worker
     sampler = config.data.sampler(VALIDATION_SEED)
     rounds = math.ceil(config.validation.episodes / (share * workers))
@@ -206,9 +210,8 @@ def validate(config: Config, job: Job, lm: TaskLM, learner: Learner) -> dict[str
         steps = config.inner.steps
         curves += adaptation_scores(lm, encoder, episodes, learner.start, learner.rates, steps, only_ends=True)
     everyone = [curve for part in collective.gather_from_workers(curves) for curve in part]
-    labelled = [curve for curve in everyone if curve.is_accuracy] or everyone
-    name = "accuracy" if labelled[0].is_accuracy else "loss"
-    before, after = (sum(curve.scores[k] for curve in labelled) / len(labelled) for k in (0, -1))
+    name = "accuracy" if everyone[0].is_accuracy else "loss"
+    before, after = (sum(curve.scores[k] for curve in everyone) / len(everyone) for k in (0, -1))
     return {f"val_{name}_before": before, f"val_{name}_after": after}
 
 
@@ -225,6 +228,10 @@ class StepLog:
         for name, value in record.items():
             if name != "step":
                 self.board.add_scalar(name, value, record["step"])
+
+    def close(self) -> None:
+        self.file.close()
+        self.board.close()
 
 
 def report(learner: Learner, record: dict[str, Any], rank: int) -> None:

@@ -26,11 +26,11 @@ def sum_over_workers(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
 
 
-def from_first_worker(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return worker 0's CPU tensors on every worker."""
+def from_first_worker(value: Any) -> Any:
+    """Return worker 0's picklable value on every worker."""
     if world_size() == 1:
-        return tensors
-    values = [tensors]
+        return value
+    values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
 

@@ -1,21 +1,25 @@
 """What `rayml evaluate` and `rayml adapt` do, from files to files."""
 
 import json
+import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
 
-from rayml.config import Data
+from rayml.config import Config, Data
 from rayml.errors import ConfigError, DataError, RunError
 from rayml.evaluation import report
 from rayml.runs.folder import RunFolder, write_whole
 from rayml.tasks.prepare import prepare_splits, prepare_tasks
 from rayml.tasks.read import read_rows
+from rayml.tasks.splits import Splits, leaks
 from rayml.tasks.table import build_tasks
 from rayml.tasks.task import Task
 
+log = logging.getLogger(__name__)
 # Episodes of an evaluation are drawn with their own seeds, far from those of training and validation.
 EVALUATION_SEED = 2_000_003
 
@@ -42,7 +46,7 @@ def evaluate_run(
     run = RunFolder(run_path)
     config, saved = run.trained()
     data = config.data.model_copy(update={k: v for k, v in {"ways": ways, "shots": shots}.items() if v})
-    tasks = held_out_tasks(data, data_path, split)
+    tasks = held_out_tasks(config, data, data_path, split)
     err.print("[dim]loading libraries and model ...[/]")
     from rayml.evaluation.evaluate import evaluate, summarize
     from rayml.evaluation.session import open_session
@@ -62,28 +66,43 @@ def evaluate_run(
         **settings,
         **summarize(found),
     }
-    written = json_file or run.path / "evaluation.json"
+    kind = "-data" if data_path else "" if split == "test" else f"-{split}"
+    written, picture = json_file or run.path / f"evaluation{kind}.json", run.path / f"adaptation{kind}.png"
     write_whole(written, json.dumps(summary, indent=2) + "\n")
     title = f"{config.model.name}, {data.ways}-way {data.shots}-shot, after {saved.step} outer steps"
-    report.plot(summary, run.path / "adaptation.png", title)
+    report.plot(summary, picture, title)
     out.print(report.table(summary, title))
-    out.print(f"{written}\n{run.path / 'adaptation.png'}", highlight=False, soft_wrap=True)
+    out.print(f"{written}\n{picture}", highlight=False, soft_wrap=True)
     return summary
 
 
-def held_out_tasks(data: Data, paths: list[str] | None, split: str) -> tuple[Task, ...]:
-    """Return the tasks of `paths`, or else of the run's own split.
+def held_out_tasks(config: Config, data: Data, paths: list[str] | None, split: str) -> tuple[Task, ...]:
+    """Return the tasks of `paths`, or else of the run's own split; `data` says what an episode takes.
 
     Raises:
-        DataError: there are none.
+        DataError: there are none, they are too small for an episode, or they hold a text of meta-train.
     """
     if paths:
-        own_columns = data.model_copy(update={"path": tuple(paths), "drop_small_classes": True})
-        return prepare_tasks(own_columns)
-    tasks = getattr(prepare_splits(data), split)
+        tasks = prepare_tasks(data.model_copy(update={"path": tuple(paths), "drop_small_classes": True}))
+        leaked = leaks(Splits(trained_on(config), (), tasks))
+        if leaked:
+            text, here, there = leaked[0]
+            raise DataError(f"--data: {len(leaked)} text(s) were trained on, such as {text[:60]!r} ({here}, {there})")
+    else:
+        tasks = getattr(prepare_splits(config.data), split)
+        data.sampler(seed=0).check(tasks)
     if not tasks:
         raise DataError(f"the run holds out no task for meta-{split}; give --data, or raise data.splits.{split}")
     return tasks
+
+
+def trained_on(config: Config) -> tuple[Task, ...]:
+    """Return the run's meta-train tasks; none, with a warning, where its data cannot be read any more."""
+    try:
+        return prepare_splits(config.data).train
+    except DataError as error:
+        log.warning("--data is not compared with what was trained on: %s", error)
+        return ()
 
 
 def adapt_run(run_path: Path, examples: Path, folder: Path, name: str | None, out: Console) -> None:
@@ -95,8 +114,8 @@ def adapt_run(run_path: Path, examples: Path, folder: Path, name: str | None, ou
     if folder.exists():
         raise RunError(f"{folder}: exists already; give --out a new folder")
     run = RunFolder(run_path)
-    config, _ = run.trained()
-    task = new_task(examples, config.data.columns, name or folder.name)
+    run.trained()  # refuse early what is no finished run
+    task = new_task(examples, name or folder.name, labels=run.learned_labels())
     from rayml.evaluation.learn import learn
     from rayml.evaluation.session import open_session
     from rayml.lm.peft_files import save_adapter
@@ -110,17 +129,23 @@ def adapt_run(run_path: Path, examples: Path, folder: Path, name: str | None, ou
     out.print(f'next: [bold]rayml predict {folder} --input "..."[/]', highlight=False, soft_wrap=True)
 
 
-def new_task(examples: Path, columns: dict, name: str) -> Task:
+def new_task(examples: Path, name: str, labels: bool) -> Task:
     """Return the one task in a file of examples, whatever `task` its rows name.
+
+    Args:
+        labels: take the targets for labels, also where each stands once, as long as there are two.
 
     Raises:
         DataError: several tasks in one file, or one text under two labels.
     """
-    rows = read_rows([str(examples)], columns)
+    rows = read_rows([str(examples)])
     if len({row.task for row in rows}) > 1:
         raise DataError(f"{examples}: holds {len({row.task for row in rows})} tasks; adapt to one at a time")
+    targets = tuple(sorted({row.target for row in rows}))
+    if labels and len(targets) > 1:
+        rows = [replace(row, options=row.options or targets) for row in rows]
     (task,), duplicates = build_tasks(rows)
     if duplicates.conflicting:
-        _, text, targets = duplicates.conflicting[0]
-        raise DataError(f"{examples}: {text[:60]!r} stands under {' and '.join(targets)}; keep one")
+        _, text, found = duplicates.conflicting[0]
+        raise DataError(f"{examples}: {text[:60]!r} stands under {' and '.join(found)}; keep one")
     return Task(name, task.examples, task.options)

@@ -2,14 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from rayml.lm.batch import collate
+from rayml.lm.batch import TaskBatch, collate
 from rayml.lm.encode import Encoder
 from rayml.lm.model import TaskLM
 from rayml.lm.score import OptionBatch
-from rayml.meta.adapt import Params, adapt
+from rayml.meta.adapt import Adapted, Params, adapt
 from rayml.tasks.episodes import Episode
 
 
@@ -35,43 +36,38 @@ def adaptation_scores(
 ) -> list[Curve]:
     """Adapt to the episodes' support side by side and score their queries after every step.
 
-    With `only_ends`, score before the first step and after the last alone.
-
-    All episodes are scored in one way: they are label tasks, or free text, or both kinds, each with its own score.
+    The episodes are all of label tasks, or all of free text. With `only_ends`, score before the first step and after
+    the last alone.
     """
+    labelled = bool(episodes[0].labels)
+    assert all(bool(episode.labels) == labelled for episode in episodes)
     pad, device = encoder.tokenizer.eos_token_id, next(iter(start.values())).device
-    sides = [
-        [encoder.rows(getattr(episode, side), bool(episode.labels)) for episode in episodes]
+    choices = [encoder.choices(episode.labels) for episode in episodes]
+    support, query = (
+        collate([encoder.rows(getattr(episode, side), labelled) for episode in episodes], pad, choices).to(device)
         for side in ("support", "query")
-    ]
-    labels = [encoder.choices(episode.labels) for episode in episodes]
-    support, query = (collate(side, pad, labels).to(device) for side in sides)
-    # A free-text task rides along in the option batch with its first target as the only option.
-    choices = OptionBatch(encoder, [_choices(episode) for episode in episodes]).to(device)
+    )
+    questions = [([e.input for e in episode.query], list(episode.labels)) for episode in episodes]
+    options = OptionBatch(encoder, questions).to(device) if labelled else None
     scores: list[list[float]] = [[] for _ in episodes]
-    has_labels = any(episode.labels for episode in episodes)
-    has_text = not all(episode.labels for episode in episodes)
-    for step, adapted in enumerate(adapt(lambda fast: lm.losses(fast, support), start, rates, steps, len(episodes))):
+    for step, adapted in enumerate(adapt(partial(lm.losses, batch=support), start, rates, steps, len(episodes))):
         if only_ends and 0 < step < steps:
             continue
-        log_probs = choices.log_probs(lm, adapted.fast) if has_labels else [None] * len(episodes)
-        losses = _losses(lm, adapted.fast, query) if has_text else [0.0] * len(episodes)
-        for score, episode, options, loss in zip(scores, episodes, log_probs, losses, strict=True):
-            score.append(loss if options is None or not episode.labels else _accuracy(episode, options))
+        found = _accuracies(episodes, options.log_probs(lm, adapted.fast)) if options else _losses(lm, adapted, query)
+        for score, value in zip(scores, found, strict=True):
+            score.append(value)
     return [
-        Curve(episode.task, episode.index, bool(episode.labels), score)
-        for episode, score in zip(episodes, scores, strict=True)
+        Curve(episode.task, episode.index, labelled, score) for episode, score in zip(episodes, scores, strict=True)
     ]
 
 
 @torch.no_grad()
-def _losses(lm: TaskLM, fast: Params, query) -> list[float]:
-    return lm.losses(fast, query).tolist()
+def _losses(lm: TaskLM, adapted: Adapted, query: TaskBatch) -> list[float]:
+    return lm.losses(adapted.fast, query).tolist()
 
 
-def _choices(episode: Episode) -> tuple[list[str], list[str]]:
-    options = list(episode.labels) or [episode.query[0].target]
-    return [example.input for example in episode.query], options
+def _accuracies(episodes: Sequence[Episode], log_probs: list[torch.Tensor]) -> list[float]:
+    return [_accuracy(episode, scores) for episode, scores in zip(episodes, log_probs, strict=True)]
 
 
 def _accuracy(episode: Episode, log_probs: torch.Tensor) -> float:

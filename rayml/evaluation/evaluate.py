@@ -39,7 +39,7 @@ def evaluate(
     """
     untrained = {name: weight.to(session.device) for name, weight in untrained.items()}
     rate = dict.fromkeys(untrained, torch.tensor(session.config.inner.lr, device=session.device))
-    at_a_time = session.config.tasks_per_step
+    at_a_time = session.config.tasks_per_worker
     found = Evaluation([], [])
     for task in tasks:
         for first in range(0, episodes, at_a_time):

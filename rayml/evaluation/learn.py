@@ -18,7 +18,7 @@ from rayml.lm.peft_files import AdapterCard, load_adapter
 from rayml.lm.score import OptionBatch
 from rayml.meta.adapt import Params, adapt
 from rayml.tasks.episodes import LETTERS, relabel, shown_labels
-from rayml.tasks.task import Task
+from rayml.tasks.task import Example, Task
 
 
 @dataclass(frozen=True)
@@ -112,15 +112,17 @@ class Predictor:
         return Prediction(max(probabilities, key=lambda option: probabilities[option]), probabilities)
 
     @torch.no_grad()
-    def _generate(self, text: str, max_new_tokens: int = 64) -> str:
+    def _generate(self, text: str) -> str:
         tokenizer = self.encoder.tokenizer
-        prompt = tokenizer(self.card.prompt.replace("{input}", text), return_tensors="pt").to(self.device)
+        row = self.encoder.row(Example(text, "."), is_label=False)
+        prompt = torch.tensor([row.tokens[: row.start]], device=self.device)
         self.lm.lora.adapters = self.adapters
         tokens = self.module.generate(
-            input_ids=prompt["input_ids"],
-            attention_mask=prompt["attention_mask"],
-            max_new_tokens=max_new_tokens,
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=self.card.max_tokens,
             do_sample=False,
+            eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.eos_token_id,
         )
-        return tokenizer.decode(tokens[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        return tokenizer.decode(tokens[0, prompt.shape[1] :], skip_special_tokens=True).strip()

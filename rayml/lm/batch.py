@@ -65,7 +65,8 @@ def encode(tokenizer, prompt: str, target: str, end: bool, max_tokens: int) -> R
             f"target {target[:60]!r} has {len(tokens) - start} tokens, which leaves no room for its input within "
             f"data.max_tokens={max_tokens}; raise it or shorten the target"
         )
-    return Row(tokens[cut:], start - cut)
+    first = tokens[:1] if cut and tokens[0] == tokenizer.bos_token_id else []  # models lean on it
+    return Row(first + tokens[cut + len(first) :], start - cut)
 
 
 def collate(tasks: Sequence[Sequence[Row]], pad: int, choices: Sequence[Sequence[int]] = ()) -> TaskBatch:

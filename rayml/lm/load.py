@@ -61,8 +61,8 @@ def load_tokenizer(path: str):
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.name: no tokenizer at {path!r}: {error}") from error
-    if not tokenizer.is_fast:
-        raise ConfigError(f"model.name: {path!r} has no fast tokenizer")
+    if not tokenizer.is_fast or tokenizer.eos_token_id is None:
+        raise ConfigError(f"model.name: {path!r} has no fast tokenizer with an end-of-sequence token")
     return tokenizer
 
 

@@ -71,6 +71,8 @@ def find_linears(model: Any, targets: Sequence[str], last_layers: int | None) ->
         ConfigError: a target matches no linear of the model.
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    head = model.get_output_embeddings()
+    linears = {name: module for name, module in linears.items() if module is not head}  # it sees the targets alone
     last_parts = {name.rsplit(".", 1)[-1] for name in linears}
     unknown = sorted(set(targets) - last_parts)
     if unknown:

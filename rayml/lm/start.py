@@ -11,6 +11,9 @@ from rayml.meta.adapt import Params
 
 USUAL_DEVIATION = 3**-0.5
 """Of `A x` in each row, for inputs x of unit mean square, under the usual uniform start."""
+LEAST_SHARE = 1e-3
+"""A direction counts as varied from this share of the inputs' length on."""
+MOST_ROWS = 1024
 
 
 def principal_start(lm: TaskLM, batches: Sequence[TaskBatch], seed: int) -> Params:
@@ -21,14 +24,16 @@ def principal_start(lm: TaskLM, batches: Sequence[TaskBatch], seed: int) -> Para
     share: that limits the stable inner rate, and tells nothing apart.
 
     Args:
-        batches: a few dozen rows or more in all; with fewer than r, the last rows of A stay random.
+        batches: a few dozen rows or more in all; where fewer than r directions vary, the other rows stay random.
     """
     start = lm.lora.untrained_start(seed)
     seen = [lm.target_inputs(batch) for batch in batches]
     for name in lm.lora.linears:
-        inputs = torch.cat([part[name] for part in seen]).cpu()
+        inputs = torch.cat([part[name] for part in seen])[:MOST_ROWS].cpu()
         _, deviations, directions = torch.linalg.svd(inputs - inputs.mean(0), full_matrices=False)
-        rank = min(lm.lora.rank, len(inputs) - 1)
-        scale = USUAL_DEVIATION / (deviations[:rank, None] / len(inputs) ** 0.5).clamp(min=1e-6)
-        start[name + A][:rank] = directions[:rank] * scale
+        deviations = deviations / len(inputs) ** 0.5
+        # Where all examples end alike, the first layer sees no variation at all: nothing there to scale up.
+        varied = int((deviations > LEAST_SHARE * inputs.square().sum(1).mean().sqrt()).sum())
+        rank = min(lm.lora.rank, varied)
+        start[name + A][:rank] = directions[:rank] * (USUAL_DEVIATION / deviations[:rank, None])
     return start

@@ -95,6 +95,6 @@ class Learner:
             for name, param in params.items():
                 param.copy_(tensors[f"{kind}/{name}"])
                 saved = {key: tensors.get(f"{key}/{kind}/{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
-                moments = {key: value.clone() for key, value in saved.items() if value is not None}
+                moments = {k: v.to("cpu" if k == "step" else param.device) for k, v in saved.items() if v is not None}
                 if moments:
                     self.optimizer.state[param] = moments

@@ -1,11 +1,13 @@
 """A run's folder.
 
-It holds `config.yaml`, `metrics.jsonl`, `checkpoints/step_*`, `latest`, `untrained.safetensors` and `tensorboard/`.
+It holds `config.yaml`, `tasks.json`, `metrics.jsonl`, `checkpoints/step_*`, `latest`, `untrained.safetensors` and
+`tensorboard/`.
 """
 
+import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,20 @@ from torch import Tensor
 from rayml.config import Config, dump_config, load_config
 from rayml.errors import RunError
 from rayml.runs.checkpoint import Saved, newest_checkpoint
+from rayml.tasks.splits import Splits
+from rayml.tasks.task import Task
 
-# What may differ between a run and its resumption without changing what is learned.
 UNTRAINED = "untrained.safetensors"
-FREE_KEYS: Any = {"workers": True, "device": True, "engine": True, "run": True, "validation": True, "outer": {"steps"}}
+# What may differ between a run and its resumption. The data is compared by what is in it, not by where it lies.
+FREE_KEYS: Any = {
+    "workers": True,
+    "device": True,
+    "engine": True,
+    "run": True,
+    "validation": True,
+    "outer": {"steps"},
+    "data": {"path"},
+}
 
 
 class RunFolder:
@@ -28,32 +40,39 @@ class RunFolder:
         self.path = Path(path).absolute()
         self.config, self.metrics = self.path / "config.yaml", self.path / "metrics.jsonl"
         self.checkpoints, self.latest = self.path / "checkpoints", self.path / "latest"
+        self.tasks = self.path / "tasks.json"
 
-    def begin(self, config: Config, resume: bool) -> None:
-        """Make the folder, or check that it may be gone on with.
+    def begin(self, config: Config, splits: Splits, resume: bool) -> None:
+        """Make the folder, or check that it may be gone on with. One without a checkpoint is begun anew.
 
         Raises:
             RunError: there is a run already and `resume` is not asked for, or it is the run of another config.
         """
-        if self.config.exists():
-            self._check_same(config)
+        if any(self.checkpoints.glob("step_*")):
+            self._check_same(config, splits)
             if not resume:
-                raise RunError(
-                    f"{self.path}: holds a run already; --resume goes on with it, run.dir=... starts another"
-                )
-        elif self.path.is_dir() and any(self.path.iterdir()):
+                raise RunError(f"{self.path}: holds a run already; --resume it, or give run.dir another folder")
+        elif self.path.is_dir() and any(self.path.iterdir()) and not self.config.exists():
             raise RunError(f"{self.path}: holds something that is no run; give run.dir another folder")
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         write_whole(self.config, dump_config(config))
+        write_whole(self.tasks, json.dumps(describe(splits), indent=2, ensure_ascii=False) + "\n")
 
-    def _check_same(self, config: Config) -> None:
-        before, now = (c.model_dump(exclude=FREE_KEYS) for c in (load_config(self.config), config))
-        changed = sorted(_flat(before).items() ^ _flat(now).items())
+    def _check_same(self, config: Config, splits: Splits) -> None:
+        then = load_config(self.config)
+        before, now = (c.model_dump(exclude=FREE_KEYS) for c in (then, config))
+        changed = {name for name, _ in _flat(before).items() ^ _flat(now).items()}
+        if config.outer.schedule != "constant" and then.outer.steps != config.outer.steps:
+            changed.add("outer.steps")  # the schedule ends there
+        if json.loads(self.tasks.read_text(encoding="utf-8"))["fingerprint"] != fingerprint(splits.train):
+            changed.add("the meta-train tasks")
         if changed:
-            names = ", ".join(dict.fromkeys(name for name, _ in changed))
-            raise RunError(
-                f"{self.path}: holds the run of another config ({names} differ); give run.dir another folder"
-            )
+            names = ", ".join(sorted(changed))
+            raise RunError(f"{self.path}: holds the run of another config ({names} differ); use another run.dir")
+
+    def learned_labels(self) -> bool:
+        """Return whether the run was meta-trained on label tasks, and not on free text alone."""
+        return any(json.loads(self.tasks.read_text(encoding="utf-8"))["train"].values())
 
     def truncate_metrics(self, step: int) -> None:
         """Forget what was logged after `step`: those steps are about to be taken again."""
@@ -87,6 +106,17 @@ class RunFolder:
         if saved is None:
             raise RunError(f"{self.path}: no whole checkpoint; train it first")
         return load_config(self.config), saved
+
+
+def describe(splits: Splits) -> dict[str, Any]:
+    """Return what `tasks.json` holds: the classes of every task in every split (none for free text)."""
+    named = {name: {task.name: task.options for task in tasks} for name, tasks in splits._asdict().items()}
+    return {"fingerprint": fingerprint(splits.train), **named}
+
+
+def fingerprint(tasks: Sequence[Task]) -> str:
+    """Return a checksum of everything that episodes are drawn from."""
+    return hashlib.sha256(repr(list(tasks)).encode()).hexdigest()
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -79,7 +79,7 @@ def _row(task: Task, free_text: bool) -> tuple[str, ...]:
 
 
 def _words(texts: list[str]) -> str:
-    counts = [len(text.split()) for text in texts]
+    counts = [len(text.split()) for text in texts] or [0]
     return f"{median(counts):.0f} / {max(counts)}"
 
 

@@ -68,11 +68,12 @@ class Sampler:
             for name, examples in task.classes.items()
             if len(examples) < need
         ]
+        short += [f"task {task.name!r}: has one class, needs two" for task in tasks if len(task.options) == 1]
         if short:
             raise DataError(
                 f"too few distinct examples for shots={self.shots} + queries={self.queries}:\n  "
                 + "\n  ".join(short)
-                + "\nAdd examples, lower data.shots or data.queries, or remove these classes (data.min_examples)."
+                + "\nAdd examples, lower data.shots or data.queries, or set data.drop_small_classes=true."
             )
         crowded = [task.name for task in tasks if self.labels == "letters" and min(self.ways, len(task.options)) > 26]
         if crowded:

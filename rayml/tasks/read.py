@@ -86,7 +86,11 @@ def _expand(filesystem: pyarrow.fs.FileSystem, path: str) -> list[str]:
     if glob.has_magic(path):
         wanted = path if "/" in path else f"./{path}"
         folder = re.split(r"[*?[]", wanted)[0].rsplit("/", 1)[0] or "/"
-        return [name for name in _expand(filesystem, folder) if fnmatch.fnmatch(name, wanted)]
+        return [
+            name
+            for name in _expand(filesystem, folder)
+            if fnmatch.fnmatch(name, wanted) and name.count("/") == wanted.count("/")  # `*` stays within a folder
+        ]
     info = filesystem.get_file_info(path)
     if info.type == pyarrow.fs.FileType.File:
         if not path.endswith(SUFFIXES):
@@ -139,7 +143,8 @@ def _hugging_face(name: str) -> Iterator[tuple[str, dict[str, Any] | str, str]]:
     names = {key: feature for key, feature in found.features.items() if isinstance(feature, datasets.ClassLabel)}
     for number, record in enumerate(found, start=1):
         for key, feature in names.items():
-            record[key] = feature.int2str(record[key])
+            known = isinstance(record[key], int) and 0 <= record[key] < feature.num_classes
+            record[key] = feature.int2str(record[key]) if known else None  # -1 stands for no label
         yield f"hf:{name}: row {number}", record, Path(name).name
 
 
