@@ -243,35 +243,29 @@ def test_a_loss_that_is_not_finite_stops_all_workers_and_names_step_and_tasks(tm
         train(config)
 
 
-TOY = {"queries": 4, "shots": 2, "ways": 3}
-
-
-def evaluated(tmp_path, steps: int) -> dict[str, Any]:
-    """Train 60 steps on toy tasks with this many inner steps; return the scores on an unseen one, adapted by 3."""
+def evaluated(folder: Path, steps: int) -> dict[str, Any]:
+    """Train 60 steps on toy tasks with this many inner steps; return the scores on one that was held out."""
+    folder.mkdir()
     config = make_config(
-        tmp_path,
-        data=TOY,
-        inner={"steps": steps, "lr": 0.5},
-        outer={"steps": 60, "warmup_steps": 0, "lr": 0.01},
+        folder,
+        data={"ways": 3, "shots": 2, "queries": 4},
         lora={"rank": 8},
+        inner={"steps": steps, "lr": 2.0},
+        outer={"steps": 60, "warmup_steps": 0, "lr": 0.01},
         run={"checkpoint_every": 60},
     )
-    run = train(config)
-    more_steps = config.model_copy(update={"inner": config.inner.model_copy(update={"steps": 3})})
-    run.config.write_text(dump_config(more_steps))
     quiet = Console(quiet=True)
-    return evaluate_run(run.path, None, None, None, 30, 0, "test", None, quiet, quiet)["overall"]
+    return evaluate_run(train(config).path, None, None, None, 30, 0, "test", None, quiet, quiet)["overall"]
 
 
 @needs_ray
 def test_the_gain_on_an_unseen_toy_task_rises_and_does_not_without_inner_steps(tmp_path):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
-    meta, multitask = evaluated(tmp_path / "a", steps=2), evaluated(tmp_path / "b", steps=0)
-    print(json.dumps({"meta": meta, "multitask": multitask}))
-    assert meta["before"]["mean"] == pytest.approx(1 / 3, abs=0.1)
-    assert meta["over_untrained"]["low"] > 0
-    assert meta["gain"]["mean"] > multitask["gain"]["mean"] + 0.1
+    meta, multitask = evaluated(tmp_path / "meta", steps=2), evaluated(tmp_path / "multitask", steps=0)
+    assert meta["before"]["mean"] == pytest.approx(1 / 3, abs=0.1)  # letters are permuted: chance
+    assert meta["gain"]["low"] > 0.1
+    assert meta["over_untrained"]["low"] > 0.1
+    assert multitask["gain"]["mean"] == 0
+    assert multitask["after"]["mean"] == pytest.approx(1 / 3, abs=0.1)
 
 
 @needs_ray
@@ -302,7 +296,7 @@ def test_free_text_is_learned_over_zero_3_and_generated(tmp_path):
     config = make_config(tmp_path, workers=2, engine="zero", outer={"steps": 2}, validation={"every": 2, "episodes": 4})
     rows = [{"task": f"t{i % 3}", "input": f"say {i}", "target": f"it is {i}"} for i in range(60)]
     Path(config.data.path[0]).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    splits = {"val": 0.0, "test": 0.0, "val_tasks": ["t1"], "test_tasks": ["t2"]}
+    splits = {"val": 0.0, "test": 0.0, "val_tasks": ("t1",), "test_tasks": ("t2",)}
     data = config.data.model_copy(update={"splits": config.data.splits.model_copy(update=splits)})
     run = train(config.model_copy(update={"data": data}))
     last = list(run.read_metrics())[-1]

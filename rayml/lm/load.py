@@ -7,6 +7,7 @@ comes with a model is never run.
 import os
 import re
 import shutil
+import string
 import tempfile
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -43,7 +44,7 @@ def resolve_model(name: str) -> str:
     if name == SMOLLM2:
         return str(_cached(SMOLLM2, _convert_smollm2))
     if name == "tiny":
-        return str(_cached("tiny-llama-1", _make_tiny))
+        return str(_cached("tiny-llama-2", _make_tiny))
     if Path(name).is_dir():
         return str(Path(name).resolve())
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
@@ -123,12 +124,13 @@ def _convert_smollm2(folder: Path) -> None:
 
 
 def _make_tiny(folder: Path) -> None:
-    """Make a random Llama of 0.2 M parameters that reads characters."""
+    """Make a random Llama of 0.2 M parameters that reads characters, and a letter behind a space as one token."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    tokens = ["<unk>", "<end>", *(chr(code) for code in range(32, 127)), "\n"]
+    letters = [f" {letter}" for letter in string.ascii_uppercase]
+    tokens = ["<unk>", "<end>", *(chr(code) for code in range(32, 127)), "\n", *letters]
     characters = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>"))
-    characters.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
+    characters.pre_tokenizer = pre_tokenizers.Split(Regex(" [A-Z]|[\\s\\S]"), "isolated")
     characters.decoder = decoders.Fuse()
     PreTrainedTokenizerFast(
         tokenizer_object=characters, unk_token="<unk>", eos_token="<end>", pad_token="<end>"
