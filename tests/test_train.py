@@ -244,15 +244,15 @@ def test_a_loss_that_is_not_finite_stops_all_workers_and_names_step_and_tasks(tm
 
 
 def evaluated(folder: Path, steps: int) -> dict[str, Any]:
-    """Train 60 steps on toy tasks with this many inner steps; return the scores on one that was held out."""
+    """Train 100 steps on toy tasks with this many inner steps; return the scores on one that was held out."""
     folder.mkdir()
     config = make_config(
         folder,
         data={"ways": 3, "shots": 2, "queries": 4},
-        lora={"rank": 8},
+        lora={"rank": 8, "alpha": 8.0},
         inner={"steps": steps, "lr": 2.0},
-        outer={"steps": 60, "warmup_steps": 0, "lr": 0.01},
-        run={"checkpoint_every": 60},
+        outer={"steps": 100, "warmup_steps": 0, "lr": 0.01},
+        run={"checkpoint_every": 100},
     )
     quiet = Console(quiet=True)
     return evaluate_run(train(config).path, None, None, None, 30, 0, "test", None, quiet, quiet)["overall"]
