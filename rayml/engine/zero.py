@@ -22,7 +22,6 @@ def load(path: str, dtype: str, attention: str, device: torch.device, whole_belo
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares DeepSpeed the probing
     import deepspeed
     from deepspeed.ops import __compatible_ops__ as built_at_first_use
-    from transformers.integrations import HfDeepSpeedConfig
 
     config = {
         "train_micro_batch_size_per_gpu": 1,
@@ -33,8 +32,5 @@ def load(path: str, dtype: str, attention: str, device: torch.device, whole_belo
     # A shared-memory all-reduce, which a frozen base never calls: building it takes a compiler and half a minute.
     built_at_first_use["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_init_required=False)
-    sharded_loading = HfDeepSpeedConfig(config)  # while it lives, from_pretrained shards each weight as it is read
-    model = load_base(path, dtype, attention)
-    del sharded_loading
-    engine, *_ = deepspeed.initialize(model=model, config=config)
+    engine, *_ = deepspeed.initialize(model=load_base(path, dtype, attention, config), config=config)
     return engine.module

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,6 +26,7 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
+from transformers.integrations import HfDeepSpeedConfig
 from transformers.utils import logging as transformers_logging
 
 from rayml.errors import ConfigError
@@ -67,14 +69,20 @@ def load_tokenizer(path: str):
     return tokenizer
 
 
-def load_base(path: str, dtype: str, attention: str = "sdpa"):
-    """Return the causal LM of a resolved model, frozen and in eval mode."""
+def load_base(path: str, dtype: str, attention: str = "sdpa", deepspeed: dict[str, Any] | None = None):
+    """Return the causal LM of a resolved model, frozen and in eval mode.
+
+    Args:
+        deepspeed: a ZeRO-3 config, to shard each weight over the workers as it is read.
+    """
+    sharded_loading = HfDeepSpeedConfig(deepspeed) if deepspeed else None  # acts on from_pretrained while it lives
     try:
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=DTYPES[dtype], attn_implementation=attention, use_safetensors=True
         )
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.name: no causal language model at {path!r}: {error}") from error
+    del sharded_loading
     return model.requires_grad_(False).eval()
 
 
