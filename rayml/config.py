@@ -81,6 +81,11 @@ class Data(Section):
     """What stands before the target; `{input}` is the example's input."""
     max_tokens: Annotated[int, Field(ge=8)] = 256
     """Longest row, prompt and target. Longer prompts lose their beginning, never the target."""
+    weighting: Literal["proportional", "uniform", "temperature", "dynamic"] = "proportional"
+    """How tasks share the episodes: in proportion to their classes, evenly, or to classes ** (1 / temperature).
+    `dynamic`: evenly, and tasks that gained less of late weigh more in the meta-gradient."""
+    temperature: Annotated[float, Field(ge=1)] = 2.0
+    """Of the weighting: 1 is proportional, large is uniform."""
     drop_small_classes: bool = False
     """Leave out classes with fewer than shots + queries examples, instead of refusing."""
     splits: SplitsSection = SplitsSection()
@@ -99,7 +104,11 @@ class Data(Section):
         return self
 
     def sampler(self, seed: int) -> Sampler:
-        return Sampler(self.ways, self.shots, self.queries, self.labels, seed)
+        return Sampler(self.ways, self.shots, self.queries, self.labels, seed, self.spread())
+
+    def spread(self) -> float:
+        """Return the power of a task's classes that its share of the episodes goes with."""
+        return {"proportional": 1.0, "temperature": 1 / self.temperature}.get(self.weighting, 0.0)
 
     def encoder(self, tokenizer: Any) -> "Encoder":
         from rayml.lm.encode import Encoder  # torch and all: reading a config needs none of it
@@ -125,6 +134,11 @@ class Lora(Section):
         return self.model_dump(mode="json", exclude={"start"})
 
 
+class Algorithm(Section):
+    name: Literal["fomaml", "meta_sgd", "maml", "reptile", "multitask", "metaicl", "protonet"] = "fomaml"
+    """How the start is learned; configs/README.md compares them. Mode full: fomaml, reptile, multitask."""
+
+
 class Inner(Section):
     """The inner loop: SGD on a task's support."""
 
@@ -133,16 +147,21 @@ class Inner(Section):
     steps: NotNegativeInt = 3
     """Inner steps. 0 is multi-task learning, the baseline."""
     learn_lr: bool = True
-    """Learn one inner rate for each adapter tensor (Meta-SGD, Li et al. 2017)."""
+    """Learn an inner rate for each adapter tensor, where the algorithm has a gradient for it: fomaml and maml.
+    `algorithm.name=meta_sgd` learns one for each weight."""
+    modules: Names = ()
+    """Patterns of the tensors that the inner loop changes, such as `*.layers.29.*` or `*.lora_B`; all, if there is
+    none. The others are learned by the outer loop alone (ANIL, Raghu et al. 2020)."""
 
 
 class Outer(Section):
-    """The outer loop: AdamW across tasks, on the shared start and the inner rates."""
+    """The outer loop, across tasks: it learns the shared start and the inner rates."""
 
+    optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: PositiveFloat = 1e-3
-    """Rate of AdamW on the shared start."""
+    """Outer rate of the shared start. Mode full wants a smaller one, such as 1e-5."""
     lr_of_inner_lr: PositiveFloat = 0.02
-    """Rate of AdamW on the logarithm of the learned inner rates."""
+    """Outer rate of the logarithm of the learned inner rates."""
     steps: PositiveInt = 500
     """Outer steps."""
     warmup_steps: NotNegativeInt = 10
@@ -151,7 +170,8 @@ class Outer(Section):
     """What the outer rates do after the warm-up."""
     weight_decay: NotNegativeFloat = 0.0
     clip_norm: NotNegativeFloat = 1.0
-    """Longest meta-gradient, by its global norm; 0 does not clip. The inner steps are never clipped."""
+    """Longest meta-gradient, by its global norm; 0 does not clip. The inner steps are never clipped. In mode full
+    under ZeRO it is each task's query gradient that is clipped."""
 
 
 class Validation(Section):
@@ -161,6 +181,40 @@ class Validation(Section):
     """Outer steps between validations; 0 never."""
     episodes: PositiveInt = 32
     """Episodes of a validation, the same every time."""
+    patience: NotNegativeInt = 0
+    """Stop after this many validations without a better score, and use the best checkpoint from then on; 0 never
+    stops. The best checkpoint is kept in either case."""
+
+
+class Regularize(Section):
+    """In meta-training alone; evaluation and serving know none of it."""
+
+    lora_dropout: Fraction = 0.0
+    """Share of the adapters' inputs that is dropped: a fresh mask in every forward, support and query alike."""
+    label_smoothing: Fraction = 0.0
+    """Share of the target's weight that is spread over the choices (over the vocabulary, for free text)."""
+    token_dropout: Fraction = 0.0
+    """Share of a support input's tokens that is left out: the support is augmented, the query is not."""
+
+
+class Full(Section):
+    """Mode full: which parameters are trained."""
+
+    freeze: Names = ()
+    """Patterns of parameters that stay as they are, such as `*.mlp.*`."""
+    last_layers: PositiveInt | None = None
+    """Train only the last N layers, with the final norm and the output head."""
+    embeddings: bool = True
+    """Train the token embeddings (and the output head, where it is tied to them)."""
+
+
+class Zero(Section):
+    """DeepSpeed ZeRO (Rajbhandari et al. 2020)."""
+
+    stage: Literal[1, 2, 3] = 3
+    """Sharded over the workers, 1: optimizer state; 2: gradients, too; 3: parameters, too. Adapters need stage 3."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """Mode full: keep the optimizer's state, or at stage 3 the parameters as well, in CPU memory."""
 
 
 class Run(Section):
@@ -178,16 +232,22 @@ class Config(Section):
     model: Model
     data: Data
     run: Run
+    mode: Literal["adapters", "full"] = "adapters"
+    """What is learned. `adapters`: LoRA on a frozen base. `full`: every parameter of the model."""
+    algorithm: Algorithm = Algorithm()
     lora: Lora = Lora()
+    full: Full = Full()
     inner: Inner = Inner()
     outer: Outer = Outer()
+    regularize: Regularize = Regularize()
     validation: Validation = Validation()
+    zero: Zero = Zero()
     tasks_per_step: PositiveInt = 4
     """Episodes in an outer step, over all workers."""
     workers: PositiveInt = 1
     """Ray Train workers. Each adapts tasks_per_step / workers tasks side by side."""
     engine: Literal["local", "zero"] = "local"
-    """`local`: the whole base on every worker. `zero`: DeepSpeed ZeRO-3, the base sharded over the workers."""
+    """`local`: the whole model on every worker. `zero`: DeepSpeed ZeRO, the model sharded over the workers."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: one GPU a worker where the cluster has them, else CPU."""
     seed: NotNegativeInt = 0

@@ -37,15 +37,17 @@ class Sampler:
     queries: int
     labels: LabelScheme
     seed: int
+    spread: float = 1.0
+    """A task's share of the episodes goes with its classes to this power: 1 is proportional, 0 is uniform."""
 
     def episode(self, tasks: Sequence[Task], index: int) -> Episode:
-        """Return episode `index`: a task in proportion to its classes (free text counts 1), then `ways` of those.
+        """Return episode `index`: a task by its classes (free text counts 1) and `spread`, then `ways` of those.
 
         A task with fewer classes gives all of them. Support and query never share an example; a task's examples
         have distinct texts (see `rayml.tasks.table`), so they share no text either.
         """
         rng = random.Random(f"{self.seed}/{index}")  # a str seed is hashed by SHA-512: the same on every machine
-        (task,) = rng.choices(tasks, [len(task.classes) for task in tasks])
+        (task,) = rng.choices(tasks, [len(task.classes) ** self.spread for task in tasks])
         chosen = rng.sample(list(task.classes), min(self.ways, len(task.classes)))
         drawn = {name: rng.sample(task.classes[name], self.shots + self.queries) for name in chosen}
         shown = shown_labels(task, chosen, self.labels)
