@@ -30,6 +30,10 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[key=value]...", help="Such as `inner.lr=0.3 workers=2`.")
 ]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder that `rayml train` made.")]
+Checkpoint = Annotated[
+    str | None,
+    typer.Option(help="`best` by meta-val, or `newest`; else the best where `validation.patience` is set."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -65,7 +69,9 @@ def train(
     from rayml.distributed.train import train as run_training
 
     run = run_training(settings, resume)
-    out.print(f"meta-trained {settings.outer.steps} steps: {run.path}")
+    taken = run.records()[-1]["step"]
+    early = "" if taken == settings.outer.steps else " (meta-val got no better: stopped early)"
+    out.print(f"meta-trained {taken} steps{early}: {run.path}")
     out.print(f"next: [bold]rayml evaluate {settings.run.dir}[/]")
 
 
@@ -99,6 +105,7 @@ def evaluate(
     episodes: Annotated[int, typer.Option(help="Episodes of each task.", min=2)] = 50,
     seed: Annotated[int, typer.Option(help="Draws the episodes.")] = 0,
     split: Annotated[str, typer.Option(help="`test`, or `val` to choose settings by.")] = "test",
+    checkpoint: Checkpoint = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Where the numbers go.", metavar="FILE")] = None,
 ) -> None:
     """Adapt to held-out tasks, from the meta-trained start and from an untrained one, and compare.
@@ -107,7 +114,7 @@ def evaluate(
     """
     from rayml.evaluation.command import evaluate_run
 
-    evaluate_run(run, data, ways, shots, episodes, seed, split, json_file, out, err)
+    evaluate_run(run, data, ways, shots, episodes, seed, split, checkpoint, json_file, out, err)
 
 
 @app.command()
@@ -124,6 +131,22 @@ def adapt(
     from rayml.evaluation.command import adapt_run
 
     adapt_run(run, examples, out_dir, name, out)
+
+
+@app.command()
+def export(
+    run: RunPath,
+    out_dir: Annotated[Path, typer.Option("--out", help="The folder to write; must not exist.", metavar="DIR")],
+    checkpoint: Checkpoint = None,
+) -> None:
+    """Write what a run learned for other libraries: its start as a PEFT adapter, or, in mode full, the whole model.
+
+    `AutoModelForCausalLM.from_pretrained` loads the whole model, `PeftModel.from_pretrained` the adapter. Starting
+    from it takes the inner loop that the run was trained for: without one, it answers no better than by chance.
+    """
+    from rayml.evaluation.command import export_run
+
+    export_run(run, out_dir, checkpoint, out)
 
 
 @app.command()

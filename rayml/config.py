@@ -110,11 +110,6 @@ class Data(Section):
         """Return the power of a task's classes that its share of the episodes goes with."""
         return {"proportional": 1.0, "temperature": 1 / self.temperature}.get(self.weighting, 0.0)
 
-    def encoder(self, tokenizer: Any) -> "Encoder":
-        from rayml.lm.encode import Encoder  # torch and all: reading a config needs none of it
-
-        return Encoder(tokenizer, self.prompt, self.max_tokens, self.label_loss)
-
 
 class Lora(Section):
     """The adapters. What a task learns is one LoRA adapter."""
@@ -158,6 +153,7 @@ class Outer(Section):
     """The outer loop, across tasks: it learns the shared start and the inner rates."""
 
     optimizer: Literal["adamw", "sgd"] = "adamw"
+    """What takes the meta-gradient; `sgd` is plain, without momentum."""
     lr: PositiveFloat = 1e-3
     """Outer rate of the shared start. Mode full wants a smaller one, such as 1e-5."""
     lr_of_inner_lr: PositiveFloat = 0.02
@@ -262,9 +258,63 @@ class Config(Section):
             )
         return self
 
+    def encoder(self, tokenizer: Any) -> "Encoder":
+        from rayml.lm.encode import Encoder  # torch and all: reading a config needs none of it
+
+        data, in_context = self.data, self.algorithm.name == "metaicl"
+        return Encoder(
+            tokenizer, data.prompt, data.max_tokens, data.label_loss, in_context, self.regularize.token_dropout
+        )
+
+    @whole(mode="after")
+    def _choices_go_together(self) -> "Config":
+        reasons = impossible(self)
+        if reasons:
+            raise ValueError("; ".join(reasons))
+        return self
+
+    @property
+    def learns_rates(self) -> bool:
+        """Whether inner rates are learned."""
+        by_weight, by_tensor = self.algorithm.name == "meta_sgd", self.algorithm.name in ("fomaml", "maml")
+        return self.mode == "adapters" and (by_weight or (by_tensor and self.inner.learn_lr))
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether what is learned is itself sharded over the workers."""
+        return self.mode == "full" and self.engine == "zero"
+
     @property
     def tasks_per_worker(self) -> int:
         return self.tasks_per_step // self.workers
+
+
+def impossible(config: Config) -> list[str]:
+    """Return why choices that are each fine do not go together."""
+    name, full = config.algorithm.name, config.mode == "full"
+    rules = {
+        f"algorithm.name: mode=full serves fomaml, reptile and multitask, not {name}": full
+        and name not in ("fomaml", "reptile", "multitask"),
+        "algorithm.name: maml differentiates twice, which ZeRO-3's gathers do not survive; use engine=local": name
+        == "maml"
+        and config.engine == "zero",
+        "model.attention: maml differentiates twice, which fused kernels do not; use model.attention=eager": name
+        == "maml"
+        and config.model.attention != "eager",
+        "model.activation_checkpointing: maml keeps the whole inner loop; it does not go with it": name == "maml"
+        and config.model.activation_checkpointing,
+        "inner.steps: reptile learns from its inner steps; give it one or more": name == "reptile"
+        and not config.inner.steps,
+        "regularize.lora_dropout: mode=full has no adapters": full and config.regularize.lora_dropout > 0,
+        "zero.stage: adapters leave the base frozen, so only stage 3 saves anything; use zero.stage=3": not full
+        and config.engine == "zero"
+        and config.zero.stage != 3,
+        "zero.offload: it is for mode=full with engine=zero": config.zero.offload != "none" and not config.is_sharded,
+        "zero.offload: all needs zero.stage=3": config.zero.offload == "all" and config.zero.stage != 3,
+        "validation.patience: without validations (validation.every=0) it never stops": config.validation.patience > 0
+        and not config.validation.every,
+    }
+    return [reason for reason, holds in rules.items() if holds]
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -92,7 +92,7 @@ def one_at_a_time(lm, fast, encoder, question, options):
 class OneTokenLabels(Encoder):
     """Labels right behind the prompt: with the tiny model's one token a character, a letter is one token."""
 
-    def row(self, example, is_label):
+    def row(self, example, is_label, shown=()):
         return encode(self.tokenizer, self.prompt.replace("{input}", example.input), example.target, False, 40)
 
 
@@ -104,7 +104,7 @@ def test_options_score_as_one_sequence_at_a_time(tiny, tokenizer, one_token):
     encoder = (OneTokenLabels if one_token else Encoder)(tokenizer, "{input}:", 40)
     options = [["A", "B", "C"], ["A", "B"]] if one_token else [["A", "spam", "ham ham"], ["long label", "B"]]
     texts = [["hello", "a longer one"], ["x", "yy", "zzz"]]
-    batch = OptionBatch(encoder, list(zip(texts, options, strict=True)))
+    batch = OptionBatch(encoder, [(some, among, ()) for some, among in zip(texts, options, strict=True)])
     assert batch.shared == one_token
     with torch.no_grad():
         found = batch.log_probs(lm, fast)

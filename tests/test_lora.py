@@ -87,7 +87,12 @@ def test_the_fomaml_gradient_is_sgd_on_a_copy_and_the_gradient_there(lm):
     start = perturbed_start(lm)
     support, query = random_batch(2, 4, seed=3), random_batch(2, 3, seed=4)
     found = fomaml(
-        lambda fast: lm.losses(fast, support), lambda fast: lm.losses(fast, query), start, rates(start), 3, tasks=2
+        lambda fast: lm.losses(fast, support),
+        lambda fast: lm.losses(fast, query),
+        start,
+        rates(start),
+        3,
+        torch.ones(2),
     )
     expected = {name: torch.zeros_like(weight) for name, weight in start.items()}
     for task in range(2):
@@ -110,7 +115,7 @@ def test_the_fomaml_gradient_is_sgd_on_a_copy_and_the_gradient_there(lm):
 def test_adapting_changes_no_parameter_of_the_base(lm):
     before = {name: p.clone() for name, p in lm.module.named_parameters()}
     start, batch = perturbed_start(lm), random_batch(2, 2, seed=5)
-    fomaml(lambda f: lm.losses(f, batch), lambda f: lm.losses(f, batch), start, rates(start), 2, tasks=2)
+    fomaml(lambda f: lm.losses(f, batch), lambda f: lm.losses(f, batch), start, rates(start), 2, torch.ones(2))
     for name, parameter in lm.module.named_parameters():
         assert torch.equal(parameter, before[name])
         assert parameter.grad is None

@@ -7,10 +7,11 @@ import torch
 
 from rayml.meta.adapt import adapt
 from rayml.meta.fomaml import fomaml
-from rayml.meta.learner import Learner, outer_schedule
+from rayml.meta.learner import Learner, initial_log_rates, outer_schedule
 
 CENTRES = torch.tensor([[1.0, -2.0], [0.5, 3.0], [-4.0, 0.25]], dtype=torch.float64)
 QUERY_CENTRES = CENTRES * 2 - 1
+ONE_EACH = torch.ones(3)
 START = {"w": torch.tensor([0.3, 0.7], dtype=torch.float64)}
 
 
@@ -26,7 +27,7 @@ def rate(value):
 @pytest.mark.parametrize("steps", [0, 1, 3, 7])
 def test_fomaml_gradient_of_a_quadratic_has_its_closed_form(steps):
     alpha = 0.15
-    found = fomaml(quadratic(CENTRES), quadratic(QUERY_CENTRES), START, rate(alpha), steps, tasks=3)
+    found = fomaml(quadratic(CENTRES), quadratic(QUERY_CENTRES), START, rate(alpha), steps, ONE_EACH)
     # Each step shrinks the distance to the support's centre by 1 - alpha; the query gradient is a difference.
     fast = CENTRES + (1 - alpha) ** steps * (START["w"] - CENTRES)
     gradient = fast - QUERY_CENTRES
@@ -38,10 +39,12 @@ def test_fomaml_gradient_of_a_quadratic_has_its_closed_form(steps):
 
 def test_the_rate_gradient_is_the_slope_of_the_query_loss_after_one_step():
     def query_loss(alpha):
-        return float(fomaml(quadratic(CENTRES), quadratic(QUERY_CENTRES), START, rate(alpha), 1, 3).query_losses.sum())
+        return float(
+            fomaml(quadratic(CENTRES), quadratic(QUERY_CENTRES), START, rate(alpha), 1, ONE_EACH).query_losses.sum()
+        )
 
     slope = (query_loss(0.2 + 1e-6) - query_loss(0.2 - 1e-6)) / 2e-6
-    found = fomaml(quadratic(CENTRES), quadratic(QUERY_CENTRES), START, rate(0.2), 1, 3)
+    found = fomaml(quadratic(CENTRES), quadratic(QUERY_CENTRES), START, rate(0.2), 1, ONE_EACH)
     assert float(found.rates["w"]) == pytest.approx(slope, rel=1e-6)
 
 
@@ -68,15 +71,15 @@ def test_adapting_yields_every_step_and_leaves_the_start_alone():
 
 def learner(**changes):
     settings = {
-        "inner_lr": 0.1,
-        "learn_lr": True,
+        "learn_rates": True,
         "lr": 0.01,
         "lr_of_inner_lr": 0.02,
         "weight_decay": 0.0,
         "clip_norm": 0.0,
         "schedule": outer_schedule("constant", 0, 10),
     }
-    return Learner({"w": torch.tensor([1.0, -1.0])}, **settings | changes)
+    start = {"w": torch.tensor([1.0, -1.0])}
+    return Learner(start, initial_log_rates(start, 0.1, (), per_weight=False), **settings | changes)
 
 
 # Of very different lengths: AdamW forgets the scale of a gradient that stays the same.
@@ -114,7 +117,7 @@ def test_clipping_shortens_long_gradients_alone():
 
 
 def test_rates_stay_where_they_are_unless_they_are_learned():
-    fixed, learned = learner(learn_lr=False), learner()
+    fixed, learned = learner(learn_rates=False), learner()
     for gradients in GRADIENTS:
         fixed.update(*({k: v.clone() for k, v in g.items()} for g in gradients))
         learned.update(*({k: v.clone() for k, v in g.items()} for g in gradients))

@@ -4,12 +4,14 @@ import pytest
 import torch
 from conftest import TARGETS, perturbed_start, tiny_lm
 from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 from rayml.errors import RunError
+from rayml.lm.batch import TaskBatch
 from rayml.lm.load import load_base
 from rayml.lm.lora import TaskLoRA
 from rayml.lm.model import TaskLM
-from rayml.lm.peft_files import AdapterCard, load_adapter, save_adapter
+from rayml.lm.peft_files import AdapterCard, load_learned, save_adapter, save_model, write_card
 
 
 @pytest.mark.parametrize("last_layers", [None, 2])
@@ -19,7 +21,8 @@ def test_an_exported_adapter_gives_equal_logits_in_stock_peft(tiny, tmp_path, la
     weights = perturbed_start(lm)
     shape = {"rank": 4, "alpha": 8.0, "targets": list(TARGETS), "last_layers": last_layers}
     card = AdapterCard("mine", "tiny", "float32", "{input}:", 40, {"A": "ham"}, shape)
-    save_adapter(tmp_path / "mine", weights, card, tiny)
+    save_adapter(tmp_path / "mine", weights, shape, tiny)
+    write_card(tmp_path / "mine", card)
 
     stock = PeftModel.from_pretrained(load_base(tiny, "float32"), tmp_path / "mine")
     tokens = torch.randint(2, 90, (3, 12), generator=torch.Generator().manual_seed(0))
@@ -30,14 +33,29 @@ def test_an_exported_adapter_gives_equal_logits_in_stock_peft(tiny, tmp_path, la
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     assert (ours - bare).abs().max() > 1e-2
 
-    again, read = load_adapter(tmp_path / "mine")
+    again, read, own_model = load_learned(tmp_path / "mine")
     assert read == card
+    assert own_model is None
     assert all(torch.equal(again[name], weights[name]) for name in weights)
+
+
+def test_an_exported_model_loads_in_stock_transformers_with_equal_logits(tiny, tokenizer, tmp_path):
+    """The head is tied to the embeddings: both have to be what was learned."""
+    lm = TaskLM(load_base(tiny, "float32"), None)
+    generator = torch.Generator().manual_seed(0)
+    learned = {n: p + 0.05 * torch.randn(p.shape, generator=generator) for n, p in lm.module.named_parameters()}
+    tokens = torch.randint(2, 90, (3, 12), generator=generator)
+    batch = TaskBatch(tokens, tokens.roll(-1, 1), 1)
+    with torch.no_grad():
+        ours, _ = lm.target_logits({name: weight[None] for name, weight in learned.items()}, batch)
+        save_model(tmp_path / "mine", lm.module, learned, tokenizer)
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "mine")(input_ids=tokens).logits
+    torch.testing.assert_close(ours, theirs.flatten(0, 1), rtol=1e-5, atol=1e-5)
 
 
 def test_a_folder_without_an_adapter_is_refused(tmp_path):
     with pytest.raises(RunError, match="no adapter"):
-        load_adapter(tmp_path)
+        load_learned(tmp_path)
 
 
 def test_hooks_without_adapters_are_the_bare_base(tiny):

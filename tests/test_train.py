@@ -22,7 +22,7 @@ from rayml.errors import ConfigError, DataError, RunError, TrainingError
 from rayml.evaluation.command import adapt_run, evaluate_run
 from rayml.evaluation.learn import Predictor
 from rayml.lm.encode import Encoder
-from rayml.runs.checkpoint import newest_checkpoint, read_checkpoint, write_checkpoint
+from rayml.runs.checkpoint import newest_checkpoint, read_checkpoint, verify, write_checkpoint
 from rayml.runs.folder import RunFolder
 from rayml.tasks.episodes import Sampler
 from rayml.tasks.prepare import prepare_splits
@@ -33,7 +33,7 @@ needs_ray = pytest.mark.ray
 
 
 def final_state(run: RunFolder) -> dict[str, torch.Tensor]:
-    return newest_checkpoint(run.checkpoints).tensors
+    return read_checkpoint(newest_checkpoint(run.checkpoints)).tensors
 
 
 def steps_logged(run: RunFolder) -> list[int]:
@@ -140,7 +140,7 @@ for step, size in ((1, 10), (2, 100_000)):
         write_checkpoint(folder, step, {"w": torch.ones(size)})
     except Exception as error:
         print(type(error).__name__, error)
-print(newest_checkpoint(root).step)
+print(newest_checkpoint(root).name)
 """
 
 
@@ -150,7 +150,7 @@ def test_a_full_disk_is_named_and_the_old_checkpoint_survives(tmp_path):
     lines = found.stdout.splitlines()
     assert "RunError" in lines[0], found
     assert "the disk is full" in lines[0]
-    assert lines[-1] == "1"
+    assert lines[-1] == "step_00000001"
 
 
 def test_a_checkpoint_reads_back_and_a_changed_one_is_refused(tmp_path):
@@ -223,14 +223,14 @@ def test_a_torn_checkpoint_is_passed_over_with_a_warning(straight, tmp_path, cap
     run = RunFolder(config.run.dir)
     state = run.checkpoints / "step_00000010" / "state.safetensors"
     state.write_bytes(state.read_bytes()[:-100])
-    assert newest_checkpoint(run.checkpoints).step == 5
+    assert verify(newest_checkpoint(run.checkpoints)) == 5
     assert "step_00000010" in caplog.text
     shutil.rmtree(tmp_path / "run")
     shutil.copytree(straight.path, tmp_path / "run")
     state.write_bytes(state.read_bytes()[:-100])
     run.config.write_text(dump_config(config))
     train(config, resume=True)
-    assert newest_checkpoint(run.checkpoints).step == 10
+    assert verify(newest_checkpoint(run.checkpoints)) == 10
     ours, theirs = final_state(run), final_state(straight)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
@@ -255,7 +255,7 @@ def evaluated(folder: Path, steps: int) -> dict[str, Any]:
         run={"checkpoint_every": 100},
     )
     quiet = Console(quiet=True)
-    return evaluate_run(train(config).path, None, None, None, 30, 0, "test", None, quiet, quiet)["overall"]
+    return evaluate_run(train(config).path, None, None, None, 30, 0, "test", None, None, quiet, quiet)["overall"]
 
 
 @needs_ray

@@ -26,7 +26,7 @@ def meta_gradient(lm, tasks):
     rates = {name: torch.tensor(0.3) for name in start}
     support, query = (collate([task_rows(task, side) for task in tasks], pad=1) for side in (0, 1))
     found = fomaml(
-        lambda f: lm.losses(f, support), lambda f: lm.losses(f, query), start, rates, STEPS, tasks=len(tasks)
+        lambda f: lm.losses(f, support), lambda f: lm.losses(f, query), start, rates, STEPS, torch.ones(len(tasks))
     )
     sent = [*found.start.values(), *found.rates.values(), found.query_losses.sum()]
     return [total / TASKS for total in collective.sum_over_workers(sent)]

@@ -47,7 +47,7 @@ class Progress:
         row = self.bar.add_task("", total=self.steps, completed=seen, text="workers are starting")
         while True:
             stopping = self.stop.wait(POLL_SECONDS)
-            for record in records(self.run):
+            for record in self.run.records():
                 if record["step"] > seen:
                     seen = record["step"]
                     self.bar.update(row, completed=seen, text=describe(record))
@@ -62,12 +62,8 @@ class Progress:
             self.console.print(f"step {record['step']}/{self.steps}: {describe(record)}")
 
 
-def records(run: RunFolder) -> list[dict[str, Any]]:
-    return list(run.read_metrics()) if run.metrics.exists() else []
-
-
 def last_step(run: RunFolder) -> int:
-    return max((record["step"] for record in records(run)), default=0)
+    return max((record["step"] for record in run.records()), default=0)
 
 
 def describe(record: dict[str, Any]) -> str:

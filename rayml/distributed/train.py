@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,20 @@ from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rayml.config import Config
+from rayml.distributed.job import Job
 from rayml.distributed.progress import Progress
-from rayml.distributed.worker import Job, train_worker
+from rayml.distributed.worker import train_worker
 from rayml.errors import ConfigError, TrainingError
 from rayml.lm.encode import Encoder
 from rayml.lm.load import load_tokenizer, resolve_model
-from rayml.lm.lora import find_linears
+from rayml.lm.lora import A, B, find_linears
+from rayml.lm.parameters import trained_parameters
+from rayml.meta.learner import initial_log_rates
 from rayml.runs.checkpoint import newest_checkpoint
 from rayml.runs.folder import RunFolder, write_whole
 from rayml.tasks.prepare import prepare_splits
 from rayml.tasks.splits import Splits
+from rayml.tasks.task import Task
 
 WORKER_ENV = {
     "TOKENIZERS_PARALLELISM": "false",
@@ -43,21 +48,23 @@ def train(config: Config, resume: bool = False) -> RunFolder:
     config = with_absolute_paths(config)
     splits = prepare_splits(config.data)
     model = resolve_model(config.model.name)
-    encoder = config.data.encoder(load_tokenizer(model))
+    encoder = config.encoder(load_tokenizer(model))
     encoder.check([*splits.train, *splits.val, *splits.test])
     run = RunFolder(config.run.dir)
-    check_targets(config, model)
+    check_model(config, model, [*splits.train, *splits.val])
     if not os.environ.get("RAY_ADDRESS"):
         check_resources(config, cpus=processors(), cpus_each=1, gpus=torch.cuda.device_count())
     run.begin(config, splits, resume)
-    saved = newest_checkpoint(run.checkpoints)
-    if saved and saved.step >= config.outer.steps:
+    if newest_checkpoint(run.checkpoints) and run.is_over(config):
         return run
-    start_ray(config)
+    own_ray = not ray.is_initialized()
+    if own_ray:
+        start_ray(config)
     try:
         fit(config, run, splits, model, encoder)
     finally:
-        ray.shutdown()
+        if own_ray:
+            ray.shutdown()
     return run
 
 
@@ -76,11 +83,31 @@ def with_absolute_paths(config: Config) -> Config:
     return config.model_copy(update={"data": data, "model": model, "run": run})
 
 
-def check_targets(config: Config, model: str) -> None:
-    """Raise ConfigError if the model has no such linears; on the meta device, so that nothing is loaded."""
+def check_model(config: Config, model: str, tasks: Sequence[Task]) -> None:
+    """Raise ConfigError if the model lacks what the config names; on the meta device, so that nothing is loaded."""
+    shape = AutoConfig.from_pretrained(model)
     with torch.device("meta"):
-        bare = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
-    find_linears(bare, config.lora.targets, config.lora.last_layers)
+        bare = AutoModelForCausalLM.from_config(shape)
+    if config.mode == "full":
+        names = list(trained_parameters(bare, config.full))
+    else:
+        linears = find_linears(bare, config.lora.targets, config.lora.last_layers)
+        names = [name + part for name in linears for part in (A, B)]
+    if not initial_log_rates(dict.fromkeys(names, torch.empty(0)), 1.0, config.inner.modules, per_weight=False):
+        raise ConfigError(
+            f"inner.modules: {', '.join(config.inner.modules)} matches nothing learned, such as {names[0]}"
+        )
+    longest = config.data.max_tokens
+    if config.algorithm.name == "metaicl":
+        shown = max(min(config.data.ways, len(task.options) or 1) for task in tasks) * config.data.shots
+        longest *= shown + 1
+    most = getattr(shape, "max_position_embeddings", longest)
+    if longest > most:
+        raise ConfigError(
+            f"data.max_tokens: a row may have {longest} tokens, the model takes {most}; lower it or shots"
+        )
+    if config.algorithm.name == "protonet" and not all(task.options for task in tasks):
+        raise ConfigError("algorithm.name: protonet tells classes apart; there are tasks of free text")
 
 
 def processors() -> int:

@@ -4,7 +4,7 @@ import json
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import Progress
@@ -19,6 +19,10 @@ from rayml.tasks.splits import Splits, leaks
 from rayml.tasks.table import build_tasks
 from rayml.tasks.task import Task
 
+if TYPE_CHECKING:
+    from rayml.evaluation.session import Session
+    from rayml.meta.adapt import Params
+
 log = logging.getLogger(__name__)
 # Episodes of an evaluation are drawn with their own seeds, far from those of training and validation.
 EVALUATION_SEED = 2_000_003
@@ -32,6 +36,7 @@ def evaluate_run(
     episodes: int,
     seed: int,
     split: str,
+    checkpoint: str | None,
     json_file: Path | None,
     out: Console,
     err: Console,
@@ -43,24 +48,27 @@ def evaluate_run(
     """
     if split not in ("test", "val"):
         raise ConfigError(f"--split: expected test or val, got {split!r}")
+    if checkpoint not in (None, "best", "newest"):
+        raise ConfigError(f"--checkpoint: expected best or newest, got {checkpoint!r}")
     run = RunFolder(run_path)
-    config, saved = run.trained()
+    config, _ = run.trained(checkpoint)
     data = config.data.model_copy(update={k: v for k, v in {"ways": ways, "shots": shots}.items() if v})
     tasks = held_out_tasks(config, data, data_path, split)
     err.print("[dim]loading libraries and model ...[/]")
     from rayml.evaluation.evaluate import evaluate, summarize
     from rayml.evaluation.session import open_session
 
-    session = open_session(run)
+    session = open_session(run, checkpoint)
     session.encoder.check(tasks)
     with Progress(*Progress.get_default_columns(), console=err, disable=not err.is_terminal) as progress:
         row = progress.add_task("adapting", total=len(tasks) * episodes)
         sampler = data.sampler(EVALUATION_SEED + seed)
-        found = evaluate(session, run.read_untrained(), tasks, sampler, episodes, lambda n: progress.advance(row, n))
+        found = evaluate(session, tasks, sampler, episodes, lambda n: progress.advance(row, n))
     settings = {"ways": data.ways, "shots": data.shots, "queries": data.queries, "episodes": episodes, "seed": seed}
     summary = {
         "run": str(run.path),
-        "outer_steps": saved.step,
+        "algorithm": config.algorithm.name,
+        "outer_steps": session.step,
         "inner_steps": config.inner.steps,
         "tasks_from": data_path or f"meta-{split}",
         **settings,
@@ -69,7 +77,8 @@ def evaluate_run(
     kind = "-data" if data_path else "" if split == "test" else f"-{split}"
     written, picture = json_file or run.path / f"evaluation{kind}.json", run.path / f"adaptation{kind}.png"
     write_whole(written, json.dumps(summary, indent=2) + "\n")
-    title = f"{config.model.name}, {data.ways}-way {data.shots}-shot, after {saved.step} outer steps"
+    method = "" if config.algorithm.name == "fomaml" else f"{config.algorithm.name}, "
+    title = f"{config.model.name}, {data.ways}-way {data.shots}-shot, {method}after {session.step} outer steps"
     report.plot(summary, picture, title)
     out.print(report.table(summary, title))
     out.print(f"{written}\n{picture}", highlight=False, soft_wrap=True)
@@ -118,15 +127,44 @@ def adapt_run(run_path: Path, examples: Path, folder: Path, name: str | None, ou
     task = new_task(examples, name or folder.name, labels=run.learned_labels())
     from rayml.evaluation.learn import learn
     from rayml.evaluation.session import open_session
-    from rayml.lm.peft_files import save_adapter
+    from rayml.lm.peft_files import write_card
 
     session = open_session(run)
     learned = learn(session, task, name or folder.name)
-    save_adapter(folder, learned.weights, learned.card, session.base)
+    write_weights(session, learned.weights, folder)
+    write_card(folder, learned.card)
     kind = f"{len(task.options)} labels" if task.options else "free text"
     losses = " -> ".join(f"{loss:.3f}" for loss in (learned.losses[0], learned.losses[-1]))
     out.print(f"learned {task.name!r}: {len(task.examples)} examples, {kind}, {learned.seconds:.2f} s, loss {losses}")
     out.print(f'next: [bold]rayml predict {folder} --input "..."[/]', highlight=False, soft_wrap=True)
+
+
+def export_run(run_path: Path, folder: Path, checkpoint: str | None, out: Console) -> None:
+    """Write a run's learned start: a stock PEFT folder, or, in mode full, a whole Hugging Face model.
+
+    Raises:
+        RunError: no run, or the folder exists.
+    """
+    if folder.exists():
+        raise RunError(f"{folder}: exists already; give --out a new folder")
+    run = RunFolder(run_path)
+    run.trained(checkpoint)
+    from rayml.evaluation.session import open_session
+
+    session = open_session(run, checkpoint)
+    write_weights(session, session.start, folder)
+    what = "a PEFT adapter on " + session.base if session.lm.lora else "a Hugging Face model"
+    out.print(f"{folder}: {what}, after {session.step} outer steps", highlight=False, soft_wrap=True)
+
+
+def write_weights(session: "Session", weights: "Params", folder: Path) -> None:
+    """Write weights that a session's model takes as stock libraries read them."""
+    from rayml.lm.peft_files import save_adapter, save_model
+
+    if session.lm.lora:
+        save_adapter(folder, weights, session.config.lora.shape(), session.base)
+    else:
+        save_model(folder, session.lm.module, weights, session.encoder.tokenizer)
 
 
 def new_task(examples: Path, name: str, labels: bool) -> Task:

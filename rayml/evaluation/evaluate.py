@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from rayml.evaluation.curves import Curve, adaptation_scores
+from rayml.evaluation.curves import Curve, Scorer
 from rayml.evaluation.session import Session
-from rayml.meta.adapt import Params
 from rayml.tasks.episodes import Sampler
 from rayml.tasks.task import Task
 
@@ -26,20 +25,20 @@ class Evaluation:
 
 def evaluate(
     session: Session,
-    untrained: Params,
     tasks: Sequence[Task],
     sampler: Sampler,
     episodes: int,
     progress: Callable[[int], None],
 ) -> Evaluation:
-    """Adapt to `episodes` episodes of each task from both starts, with the run's number of inner steps.
+    """Adapt to `episodes` episodes of each task from both starts, by the run's own algorithm and inner steps.
 
-    Every task gets the same number of episodes. `untrained` is where training began; its rate is what `inner.lr`
-    says. `progress` is told after each few episodes how many are done.
+    Every task gets the same number of episodes. The untrained start's rate is what `inner.lr` says. `progress` is told
+    after each few episodes how many are done.
     """
-    untrained = {name: weight.to(session.device) for name, weight in untrained.items()}
-    rate = dict.fromkeys(untrained, torch.tensor(session.config.inner.lr, device=session.device))
-    at_a_time = session.config.tasks_per_worker
+    config = session.config
+    rate = dict.fromkeys(session.rates, torch.tensor(config.inner.lr, device=session.device))
+    at_a_time = config.tasks_per_worker if config.mode == "adapters" else 1
+    scorer = Scorer(session.lm, session.encoder, config.algorithm.name, config.inner.steps)
     found = Evaluation([], [])
     for task in tasks:
         for first in range(0, episodes, at_a_time):
@@ -47,10 +46,9 @@ def evaluate(
             batch = [sampler.episode([task], index) for index in indices]
             for curves, (start, rates) in (
                 (found.trained, (session.start, session.rates)),
-                (found.untrained, (untrained, rate)),
+                (found.untrained, (session.untrained, rate)),
             ):
-                steps = session.config.inner.steps
-                curves += adaptation_scores(session.lm, session.encoder, batch, start, rates, steps)
+                curves += scorer.curves(batch, start, rates)
             progress(len(batch))
     return found
 

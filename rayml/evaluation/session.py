@@ -1,6 +1,7 @@
 """A finished run, loaded in this process to adapt and score with."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -10,8 +11,9 @@ from rayml.lm.encode import Encoder
 from rayml.lm.load import load_tokenizer, resolve_model
 from rayml.lm.lora import TaskLoRA
 from rayml.lm.model import TaskLM
+from rayml.lm.parameters import trained_parameters
 from rayml.meta.adapt import Params
-from rayml.runs.checkpoint import Saved
+from rayml.runs.checkpoint import read_checkpoint
 from rayml.runs.folder import RunFolder
 
 
@@ -27,29 +29,43 @@ class Session:
     start: Params
     rates: Params
     step: int
+    untrained: Params
+    """Where training began."""
 
     @property
     def device(self) -> torch.device:
         return next(iter(self.start.values())).device
 
 
-def open_session(run: RunFolder) -> Session:
+def open_session(run: RunFolder, which: str | None = None) -> Session:
     """Load a run's base and its learned start on this machine's GPU, or CPU.
 
+    Args:
+        which: the "best" or the "newest" checkpoint; None as `RunFolder.trained` chooses.
+
     Raises:
-        RunError: no run there, or no whole checkpoint in it.
+        RunError: no run there, or no such checkpoint in it.
     """
-    config, saved = run.trained()
+    config, folder = run.trained(which)
     device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
     base = resolve_model(config.model.name)
     module = local.load(base, config.model.dtype, config.model.attention, device)
-    lm = TaskLM(module, TaskLoRA(module, **config.lora.shape()))
-    encoder = config.data.encoder(load_tokenizer(base))
-    learned = {kind: _part(saved, kind, device) for kind in ("start", "log_rate")}
-    rates = {name: rate.exp() for name, rate in learned["log_rate"].items()}
-    return Session(config, lm, encoder, base, learned["start"], rates, saved.step)
+    lm = TaskLM(module, TaskLoRA(module, **config.lora.shape()) if config.mode == "adapters" else None)
+    encoder = config.encoder(load_tokenizer(base))
+    if lm.lora:
+        untrained = {name: weight.to(device) for name, weight in run.read_untrained().items()}
+    else:
+        untrained = {n: p.detach().float() for n, p in trained_parameters(module, config.full).items()}
+    start, log_rates, step = learned(config, folder, device)
+    rates = {name: rate.exp() for name, rate in log_rates.items()}
+    return Session(config, lm, encoder, base, start, rates, step, untrained)
 
 
-def _part(saved: Saved, kind: str, device: torch.device) -> Params:
-    prefix = f"{kind}/"
-    return {k.removeprefix(prefix): v.to(device) for k, v in saved.tensors.items() if k.startswith(prefix)}
+def learned(config: Config, folder: Path, device: torch.device) -> tuple[Params, Params, int]:
+    """Return the start, the logarithms of its inner rates, and the outer step, of a checkpoint."""
+    saved = read_checkpoint(folder)
+    parts = [
+        {k.removeprefix(kind): v.to(device) for k, v in saved.tensors.items() if k.startswith(kind)}
+        for kind in ("start/", "log_rate/")
+    ]
+    return parts[0], parts[1], saved.step

@@ -4,7 +4,7 @@ A row is a prompt and its target, tokenised together: tokenising the parts alone
 Rows are padded on the right, where causal attention never looks, so no attention mask is needed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,12 +41,15 @@ class TaskBatch:
         return TaskBatch(self.tokens.to(device), self.targets.to(device), self.tasks, self.choices)
 
 
-def encode(tokenizer, prompt: str, target: str, end: bool, max_tokens: int) -> Row:
+def encode(
+    tokenizer, prompt: str, target: str, end: bool, max_tokens: int, keep: Callable[[int], bool] | None = None
+) -> Row:
     """Tokenise `prompt + target`, once, and cut the *prompt* from the left to fit `max_tokens`.
 
     Args:
         tokenizer: a fast Hugging Face tokenizer.
         end: add the end-of-sequence token to the target (free text, so that generation learns to stop).
+        keep: whether to keep the token of the prompt that begins at this character; all, if None.
 
     Raises:
         DataError: the target has no token, or leaves no room for the prompt.
@@ -56,6 +59,10 @@ def encode(tokenizer, prompt: str, target: str, end: bool, max_tokens: int) -> R
     start = next((i for i, (_, stop) in enumerate(offsets) if stop > len(prompt)), len(tokens))
     if not target.strip() or start == len(tokens):
         raise DataError(f"target {target!r} has no token (input: {prompt[:60]!r})")
+    if keep is not None:
+        # A token of no width, such as the beginning of the sequence, is no part of the text.
+        kept = [i for i, (a, b) in enumerate(offsets) if i >= start or a == b or keep(a)]
+        tokens, start = [tokens[i] for i in kept], start - (len(tokens) - len(kept))
     if end:
         tokens = [*tokens, tokenizer.eos_token_id]
     start = max(start, 1)  # the first token has nothing to be predicted from

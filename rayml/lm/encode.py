@@ -1,6 +1,7 @@
 """From an episode's text to rows of tokens, as plain lists that Ray Data can carry."""
 
-from collections.abc import Iterable
+import random
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,13 +23,33 @@ class Encoder:
     prompt: str
     max_tokens: int
     label_loss: str = "options"
+    in_context: bool = False
+    """Queries carry their episode's support in the prompt (MetaICL, Min et al. 2022, arXiv 2110.15943)."""
+    token_dropout: float = 0.0
 
-    def row(self, example: Example, is_label: bool) -> Row:
-        prompt = self.prompt.replace("{input}", example.input)
-        return encode(self.tokenizer, prompt, " " + example.target.strip(), not is_label, self.max_tokens)
+    def row(self, example: Example, is_label: bool, shown: Sequence[Example] = ()) -> Row:
+        """Return the row of an example behind those `shown` in its prompt; each adds to the length that is allowed."""
+        prompt = "".join(f"{self._prompt(e.input)} {e.target.strip()}\n\n" for e in shown)
+        return self._encode(prompt + self._prompt(example.input), example, is_label, self.max_tokens * (len(shown) + 1))
 
-    def rows(self, examples: Iterable[Example], is_label: bool) -> list[Row]:
-        return [self.row(example, is_label) for example in examples]
+    def rows(self, examples: Iterable[Example], is_label: bool, shown: Sequence[Example] = ()) -> list[Row]:
+        return [self.row(example, is_label, shown) for example in examples]
+
+    def thinned(self, example: Example, is_label: bool, rng: random.Random) -> Row:
+        """Return the row of an example without some of its input's tokens, each left out by `token_dropout`."""
+        first = self.prompt.index("{input}")
+        last = first + len(example.input)
+
+        def keep(character: int) -> bool:
+            return not first <= character < last or rng.random() >= self.token_dropout
+
+        return self._encode(self._prompt(example.input), example, is_label, self.max_tokens, keep)
+
+    def _prompt(self, text: str) -> str:
+        return self.prompt.replace("{input}", text)
+
+    def _encode(self, prompt: str, example: Example, is_label: bool, most: int, keep: Any = None) -> Row:
+        return encode(self.tokenizer, prompt, " " + example.target.strip(), not is_label, most, keep)
 
     def choices(self, labels: Iterable[str]) -> list[int]:
         """Return the tokens of the labels that the loss is normalized over; none where that is the vocabulary.
@@ -42,12 +63,23 @@ class Encoder:
         return tokens if self.label_loss == "options" and distinct else []
 
     def episode(self, episode: Episode) -> dict[str, Any]:
-        """Return the episode as one row of a data set; `decode_rows` takes the two sides back."""
+        """Return the episode for training, as one row of a data set; `decode_rows` takes the two sides back."""
+        is_label = bool(episode.labels)
+        rng = random.Random(f"{episode.task}/{episode.index}")
+        sides = {
+            "support": [self.thinned(e, is_label, rng) for e in episode.support]
+            if self.token_dropout
+            else self.rows(episode.support, is_label),
+            "query": self.rows(episode.query, is_label, episode.support if self.in_context else ()),
+        }
         record: dict[str, Any] = {"index": episode.index, "task": episode.task}
         record["choices"] = self.choices(episode.labels)
-        for side in ("support", "query"):
-            rows = self.rows(getattr(episode, side), bool(episode.labels))
-            record[side] = {"tokens": [row.tokens for row in rows], "starts": [row.start for row in rows]}
+        for side, rows in sides.items():
+            record[side] = {
+                "tokens": [row.tokens for row in rows],
+                "starts": [row.start for row in rows],
+                "classes": class_numbers(episode, side),
+            }
         return record
 
     def check(self, tasks: Iterable[Task]) -> None:
@@ -61,6 +93,12 @@ class Encoder:
                     errors.append(f"task {task.name!r}: {error}")
         if errors:
             raise DataError("targets that cannot be learned:\n  " + "\n  ".join(errors[:20]))
+
+
+def class_numbers(episode: Episode, side: str) -> list[int]:
+    """Return the place of each example's label among the episode's labels; nothing for free text."""
+    labels = {label: place for place, label in enumerate(episode.labels)}
+    return [labels[example.target] for example in getattr(episode, side) if labels]
 
 
 def decode_rows(side: dict[str, Any]) -> list[Row]:

@@ -46,7 +46,7 @@ def resolve_model(name: str) -> str:
     if name == SMOLLM2:
         return str(_cached(SMOLLM2, _convert_smollm2))
     if name == "tiny":
-        return str(_cached("tiny-llama-2", _make_tiny))
+        return str(_cached("tiny-llama-3", _make_tiny))
     if Path(name).is_dir():
         return str(Path(name).resolve())
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
@@ -152,7 +152,7 @@ def _make_tiny(folder: Path) -> None:
             num_hidden_layers=4,
             num_attention_heads=4,
             num_key_value_heads=2,
-            max_position_embeddings=1024,
+            max_position_embeddings=4096,
             tie_word_embeddings=True,
             bos_token_id=None,
             eos_token_id=1,

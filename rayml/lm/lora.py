@@ -9,7 +9,8 @@ Shapes: T tasks, K rows a task, L tokens a row, r the LoRA rank.
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from rayml.errors import ConfigError
 from rayml.meta.adapt import Params
 
 A, B = ".lora_A", ".lora_B"
+LAYER = re.compile(r"\.(\d+)\.")
 
 
 class TaskLoRA:
@@ -36,6 +38,7 @@ class TaskLoRA:
         self.rank, self.alpha = rank, alpha
         self.linears = find_linears(model, targets, last_layers)
         self.adapters: Params | None = None
+        self.dropout = 0.0
         for name, linear in self.linears.items():
             linear.register_forward_hook(self._hook(name))
 
@@ -46,12 +49,22 @@ class TaskLoRA:
             if self.adapters is None:
                 return output
             (x,) = inputs
+            x = nn.functional.dropout(x, self.dropout, training=self.dropout > 0)
             a, b = self.adapters[name + A].to(x.dtype), self.adapters[name + B].to(x.dtype)
             by_task = x.reshape(a.shape[0], -1, x.shape[-1])  # [T, K * L, in]
             update = torch.bmm(torch.bmm(by_task, a.mT), b.mT)  # [T, K * L, out]
             return output + scale * update.view_as(output)
 
         return add_update
+
+    @contextmanager
+    def dropping(self, share: float) -> Iterator[None]:
+        """Drop this share of the adapters' inputs inside the block, as PEFT does: a fresh mask in every forward."""
+        self.dropout = share
+        try:
+            yield
+        finally:
+            self.dropout = 0.0
 
     def untrained_start(self, seed: int) -> Params:
         """Return the usual LoRA start in fp32: `A [r, in]` uniform as in PEFT, `B [out, r]` zero."""
@@ -90,5 +103,9 @@ def find_linears(model: Any, targets: Sequence[str], last_layers: int | None) ->
 
 def layer_number(name: str) -> int:
     """Return the layer that a module such as `model.layers.3.mlp.down_proj` lies in; 0 outside the layers."""
-    match = re.search(r"\.(\d+)\.", name)
+    match = LAYER.search(name)
     return int(match.group(1)) if match else 0
+
+
+def in_a_layer(name: str) -> bool:
+    return bool(LAYER.search(name))

@@ -1,4 +1,4 @@
-"""A frozen causal language model with T adapters side by side."""
+"""A causal language model under the weights that its tasks have learned: T adapters side by side, or all of its own."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,14 +12,15 @@ from rayml.meta.adapt import Params
 
 
 class TaskLM:
-    """Scores target tokens under per-task adapters.
+    """Scores target tokens under per-task weights.
 
     Args:
         module: the causal LM to call; may be the module of a DeepSpeed engine.
-        lora: the hooks that were put on that model.
+        lora: the hooks that were put on that model: weights are then adapters of T tasks. None (mode full): they are
+            parameters of the model itself, by its own names, of one task at a time.
     """
 
-    def __init__(self, module: Any, lora: TaskLoRA):
+    def __init__(self, module: Any, lora: TaskLoRA | None):
         self.module, self.lora = module, lora
         self.device = next(module.parameters()).device
         self._positions: Tensor | None = None
@@ -35,17 +36,42 @@ class TaskLM:
         (hidden,) = inputs
         return (hidden.flatten(0, 1)[self._positions],)
 
-    def target_logits(self, adapters: Params | None, batch: TaskBatch) -> tuple[Tensor, Tensor]:
-        """Return the logits that predict the target tokens, `[M, V]`, and their places in `batch`, `[M]`.
+    def _logits_at(self, positions: Tensor, weights: Params | None, batch: TaskBatch) -> Tensor:
+        """Return the logits at some positions, `[M]` to `[M, V]`.
 
-        Until the next call the model keeps `adapters`, since a checkpointed backward runs parts of the forward anew.
+        Until the next call the model keeps its adapters, since a checkpointed backward runs parts of the forward anew.
         """
-        positions = (batch.targets.flatten() != IGNORE).nonzero().squeeze(1)
-        self.lora.adapters, self._positions = adapters, positions
+        self._positions = positions
+        inputs = {"input_ids": batch.tokens, "use_cache": False}
         try:
-            return self.module(input_ids=batch.tokens, use_cache=False).logits, positions
+            if self.lora is None and weights is not None:
+                own = {name: weight.squeeze(0).to(self.module.dtype) for name, weight in weights.items()}
+                return torch.func.functional_call(self.module, own, kwargs=inputs).logits
+            if self.lora is not None:
+                self.lora.adapters = weights
+            return self.module(**inputs).logits
         finally:
             self._positions = None
+
+    def target_logits(self, weights: Params | None, batch: TaskBatch) -> tuple[Tensor, Tensor]:
+        """Return the logits that predict the target tokens, `[M, V]`, and their places in `batch`, `[M]`.
+
+        `weights` are the tasks' `[T, ...]`; None for those of the bare model.
+        """
+        positions = (batch.targets.flatten() != IGNORE).nonzero().squeeze(1)
+        return self._logits_at(positions, weights, batch), positions
+
+    def states(self, weights: Params | None, batch: TaskBatch) -> Tensor:
+        """Return what the model makes of each prompt, `[T, K, D]` in fp32: the last hidden state before the target."""
+        first = (batch.targets != IGNORE).int().argmax(1)  # 0 for rows of padding
+        rows, length = batch.tokens.shape
+        seen: list[Tensor] = []
+        hook = self.module.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        try:
+            self._logits_at(torch.arange(rows, device=first.device) * length + first, weights, batch)
+        finally:
+            hook.remove()
+        return seen[0].float().view(batch.tasks, -1, seen[0].shape[-1])
 
     @torch.no_grad()
     def target_inputs(self, batch: TaskBatch) -> Params:
@@ -59,6 +85,7 @@ class TaskLM:
 
             return hook
 
+        assert self.lora is not None
         hooks = [linear.register_forward_pre_hook(keep(name)) for name, linear in self.lora.linears.items()]
         try:
             self.target_logits(None, batch)
@@ -67,14 +94,28 @@ class TaskLM:
                 hook.remove()
         return seen
 
-    def losses(self, adapters: Params | None, batch: TaskBatch) -> Tensor:
-        """Return each task's mean loss over its target tokens, `[T]` in fp32: length and padding do not weigh."""
-        logits, positions = self.target_logits(adapters, batch)
+    def losses(self, weights: Params | None, batch: TaskBatch, smoothing: float = 0.0) -> Tensor:
+        """Return each task's mean loss over its target tokens, `[T]` in fp32: length and padding do not weigh.
+
+        Args:
+            smoothing: share of the target's weight that is spread evenly over the choices.
+        """
+        logits, positions = self.target_logits(weights, batch)
         task = positions // (batch.tokens.numel() // batch.tasks)
         logits = only_choices(logits.float(), task, batch.choices)
-        tokens = nn.functional.cross_entropy(logits, batch.targets.flatten()[positions], reduction="none")
+        tokens = smoothed_cross_entropy(logits, batch.targets.flatten()[positions], smoothing)
         total = torch.zeros(batch.tasks, device=tokens.device).index_add(0, task, tokens)
         return total / torch.bincount(task, minlength=batch.tasks)
+
+
+def smoothed_cross_entropy(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+    """Return the loss of each target, `[M]`, of `[M, V]` logits that are minus infinity where there is no choice."""
+    if not smoothing:
+        return nn.functional.cross_entropy(logits, targets, reduction="none")
+    log_probs = logits.log_softmax(-1)
+    possible = logits > -torch.inf
+    spread = log_probs.masked_fill(~possible, 0).sum(-1) / possible.sum(-1)
+    return -(1 - smoothing) * log_probs.gather(1, targets.unsqueeze(1)).squeeze(1) - smoothing * spread
 
 
 def only_choices(logits: Tensor, task: Tensor, choices: Sequence[Sequence[int]]) -> Tensor:

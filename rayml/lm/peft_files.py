@@ -1,12 +1,16 @@
-"""Adapter folders that stock PEFT, vLLM and LoRAX load: `adapter_config.json` and `adapter_model.safetensors`.
+"""Folders of what was learned, for stock libraries.
 
-Beside them lies `rayml.json`: how examples were shown to the model, and the user's own labels.
+In mode adapters `adapter_config.json` and `adapter_model.safetensors`, which PEFT, vLLM and LoRAX load; in mode full a
+whole Hugging Face model. Beside a task's lies `rayml.json`: how examples were shown to the model, and the user's own
+labels.
 """
 
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
+import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
@@ -31,12 +35,20 @@ class AdapterCard:
     labels: dict[str, str] = field(default_factory=dict)
     """What the model sees to the user's own label; empty for free text."""
     lora: dict = field(default_factory=dict)
+    algorithm: str = "fomaml"
+    shown: list[tuple[str, str]] = field(default_factory=list)
+    """Examples that answering needs: in the prompt (metaicl), or as prototypes (protonet)."""
 
 
-def save_adapter(folder: Path, weights: Params, card: AdapterCard, base: str) -> None:
-    """Write one task's adapter, `[r, in]` and `[out, r]` each, as a stock PEFT folder.
+def write_card(folder: Path, card: AdapterCard) -> None:
+    (folder / CARD).write_text(json.dumps(asdict(card), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def save_adapter(folder: Path, weights: Params, lora: dict[str, Any], base: str) -> None:
+    """Write one adapter, `[r, in]` and `[out, r]` each, as a stock PEFT folder.
 
     Args:
+        lora: rank, alpha, targets, last_layers.
         base: where `base_model_name_or_path` is to point.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -44,28 +56,40 @@ def save_adapter(folder: Path, weights: Params, card: AdapterCard, base: str) ->
     LoraConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=base,
-        r=card.lora["rank"],
-        lora_alpha=card.lora["alpha"],
-        target_modules=list(card.lora["targets"]),
-        layers_to_transform=layers if card.lora["last_layers"] else None,
+        r=lora["rank"],
+        lora_alpha=lora["alpha"],
+        target_modules=list(lora["targets"]),
+        layers_to_transform=layers if lora["last_layers"] else None,
         lora_dropout=0.0,
         bias="none",
         inference_mode=True,
     ).save_pretrained(str(folder))
     tensors = {f"{PREFIX}{name}.weight": weight.detach().cpu().contiguous() for name, weight in weights.items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / CARD).write_text(json.dumps(asdict(card), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def load_adapter(folder: Path) -> tuple[Params, AdapterCard]:
-    """Return the weights and the card of an adapter that `save_adapter` wrote.
+def save_model(folder: Path, module: Any, weights: Params, tokenizer: Any) -> None:
+    """Put `weights` into the model, by its parameters' names, and write it as a Hugging Face folder."""
+    with torch.no_grad():
+        for name, weight in weights.items():
+            module.get_parameter(name).copy_(weight)
+    module.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def load_learned(folder: Path) -> tuple[Params, AdapterCard, str | None]:
+    """Return the adapter's weights and card of a folder that `rayml adapt` wrote.
+
+    In mode full there are no weights to put on a base: the third value is then the folder of the model itself.
 
     Raises:
         RunError: it is not there, or not whole.
     """
     try:
         card = AdapterCard(**json.loads((folder / CARD).read_text(encoding="utf-8")))
+        if not card.lora:
+            return {}, card, str(folder)
         tensors = load_file(folder / WEIGHTS)
     except (OSError, ValueError, TypeError) as error:
         raise RunError(f"{folder}: no adapter that `rayml adapt` wrote: {error}") from error
-    return {name.removeprefix(PREFIX).removesuffix(".weight"): w.float() for name, w in tensors.items()}, card
+    return {name.removeprefix(PREFIX).removesuffix(".weight"): w.float() for name, w in tensors.items()}, card, None

@@ -11,6 +11,8 @@ from rayml.lm.model import TaskLM
 from rayml.meta.adapt import Params
 from rayml.tasks.task import Example
 
+Question = tuple[Sequence[str], Sequence[str], Sequence[Example]]
+
 
 class OptionBatch:
     """The queries of T tasks, each with every option of its task.
@@ -19,13 +21,13 @@ class OptionBatch:
     options take a row each, and are scored by the mean over their tokens, so that length does not decide.
     """
 
-    def __init__(self, encoder: Encoder, tasks: Sequence[tuple[Sequence[str], Sequence[str]]]):
-        """Take each task's (inputs, options)."""
+    def __init__(self, encoder: Encoder, tasks: Sequence[Question]):
+        """Take each task's (inputs, options, examples shown in the prompt)."""
         rows = [
-            [[encoder.row(Example(text, option), is_label=True) for option in options] for text in texts]
-            for texts, options in tasks
+            [[encoder.row(Example(text, option), is_label=True, shown=shown) for option in options] for text in texts]
+            for texts, options, shown in tasks
         ]
-        self.shape = [(len(texts), len(options)) for texts, options in tasks]
+        self.shape = [(len(texts), len(options)) for texts, options, _ in tasks]
         self.shared = all(_differ_in_last_token(choices) for task in rows for choices in task)
         self.ids = [[[row.tokens[-1] for row in choices] for choices in task] for task in rows] if self.shared else []
         kept = [[row for choices in task for row in (choices[:1] if self.shared else choices)] for task in rows]

@@ -26,6 +26,7 @@ def principal_start(lm: TaskLM, batches: Sequence[TaskBatch], seed: int) -> Para
     Args:
         batches: a few dozen rows or more in all; where fewer than r directions vary, the other rows stay random.
     """
+    assert lm.lora is not None
     start = lm.lora.untrained_start(seed)
     seen = [lm.target_inputs(batch) for batch in batches]
     for name in lm.lora.linears:

@@ -20,7 +20,7 @@ class Adapted(NamedTuple):
     fast: Params
     """`[T, ...]` each, detached."""
     gradient_sum: Params
-    """Sum of the inner gradients so far, `[T, ...]` each: `fast = start - rate * gradient_sum`."""
+    """Sum of the inner gradients so far, `[T, ...]` for each tensor with a rate: `fast = start - rate * sum`."""
     support_losses: Tensor | None
     """`[T]`: the support losses that the last step descended; None before the first step."""
 
@@ -28,29 +28,39 @@ class Adapted(NamedTuple):
 def adapt(support_losses: TaskLosses, start: Params, rates: Params, steps: int, tasks: int) -> Iterator[Adapted]:
     """Yield the fast weights after 0, 1, ..., `steps` steps of gradient descent on each task's own support loss.
 
-    Plain SGD with one learned or fixed rate per tensor (Li et al. 2017, arXiv 1707.09835, with one rate a tensor
-    instead of one a weight). The losses touch disjoint slices, so the gradient of their sum is every task's own.
+    Plain SGD with a learned or fixed rate for each tensor, or for each weight (Meta-SGD, Li et al. 2017, arXiv
+    1707.09835). The losses touch disjoint slices, so the gradient of their sum is every task's own.
 
     Args:
         support_losses: fast weights `[T, ...]` to losses `[T]`.
         start: the shared start, `[...]` each.
-        rates: a scalar tensor for each name in `start`.
+        rates: a scalar, or `[...]` as its tensor, for each tensor that the inner loop changes. What has no rate stays
+            at the start (ANIL, Raghu et al. 2020, arXiv 1909.09157), and no gradient is computed for it.
         steps: number of inner steps, 0 or more.
         tasks: T.
     """
-    fast = {name: weight.detach().expand(tasks, *weight.shape) for name, weight in start.items()}
-    total = {name: torch.zeros_like(weight) for name, weight in fast.items()}
+    fast = expand(start, tasks)
+    total = {name: torch.zeros_like(fast[name]) for name in rates}
     yield Adapted(fast, total, None)
     for _ in range(steps):
-        losses, gradients = task_gradients(support_losses, fast)
+        losses, gradients = task_gradients(support_losses, fast, rates)
         total = {name: total[name] + gradient for name, gradient in gradients.items()}
-        fast = {name: weight - rates[name] * gradients[name] for name, weight in fast.items()}
+        fast = fast | {name: fast[name] - rates[name] * gradient for name, gradient in gradients.items()}
         yield Adapted(fast, total, losses)
 
 
-def task_gradients(task_losses: TaskLosses, fast: Params) -> tuple[Tensor, Params]:
-    """Return the losses `[T]` and each task's gradient at its own fast weights, `[T, ...]`, all detached."""
-    leaves = {name: weight.detach().requires_grad_() for name, weight in fast.items()}
-    losses = task_losses(leaves)
-    gradients = torch.autograd.grad(losses.sum(), list(leaves.values()))
+def expand(start: Params, tasks: int) -> Params:
+    """Return the start as the fast weights of T tasks before the first step, `[T, ...]`, without a copy."""
+    return {name: weight.detach().expand(tasks, *weight.shape) for name, weight in start.items()}
+
+
+def task_gradients(task_losses: TaskLosses, fast: Params, names: Params | None = None) -> tuple[Tensor, Params]:
+    """Return the losses `[T]` and each task's gradient at its own fast weights, `[T, ...]`, all detached.
+
+    Args:
+        names: the gradients that are wanted, by the names in it; all, if None.
+    """
+    leaves = {name: fast[name].detach().requires_grad_() for name in (fast if names is None else names)}
+    losses = task_losses(fast | leaves)
+    gradients = torch.autograd.grad(losses.sum(), list(leaves.values()), materialize_grads=True)
     return losses.detach(), dict(zip(leaves, gradients, strict=True))

@@ -1,12 +1,16 @@
-"""The outer loop's state: the shared start, the inner rates, AdamW over both, and the step."""
+"""The outer loop's state: the shared start, the inner rates, the outer optimizer over both, and the step."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from rayml.meta.adapt import Params
+
+OPTIMIZERS: dict[str, Any] = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 
 
 def outer_schedule(kind: str, warmup_steps: int, steps: int) -> Callable[[int], float]:
@@ -22,15 +26,27 @@ def outer_schedule(kind: str, warmup_steps: int, steps: int) -> Callable[[int], 
     return factor
 
 
+def initial_log_rates(start: Params, lr: float, modules: Sequence[str], per_weight: bool) -> Params:
+    """Return the logarithm of `lr` for each tensor that the inner loop changes.
+
+    Args:
+        modules: patterns of those tensors' names; () for all.
+        per_weight: a rate for each weight, as in Meta-SGD, and not one for each tensor.
+    """
+    inner = {n: w for n, w in start.items() if not modules or any(fnmatchcase(n, pattern) for pattern in modules)}
+    return {n: torch.full(w.shape if per_weight else (), math.log(lr), device=w.device) for n, w in inner.items()}
+
+
 class Learner:
     """What meta-training learns, whole on every worker.
 
     Args:
         start: the shared start, fp32, `[...]` each; taken over and changed in place.
-        inner_lr: where every tensor's inner rate starts.
-        learn_lr: learn the rates, as their logarithms, so that they stay positive (Meta-SGD, Li et al. 2017).
-        lr: AdamW's rate on the start.
-        lr_of_inner_lr: AdamW's rate on the logarithms.
+        log_rates: the logarithms of the inner rates, so that they stay positive; taken over and changed in place.
+        learn_rates: learn them, too.
+        optimizer: of the outer loop.
+        lr: outer rate of the start.
+        lr_of_inner_lr: outer rate of the logarithms.
         schedule: factor on both at each step.
         clip_norm: longest gradient of the start, and of the rates, by its global norm; 0 does not clip.
     """
@@ -38,36 +54,38 @@ class Learner:
     def __init__(
         self,
         start: Params,
+        log_rates: Params,
         *,
-        inner_lr: float,
-        learn_lr: bool,
+        learn_rates: bool,
+        optimizer: Literal["adamw", "sgd"] = "adamw",
         lr: float,
         lr_of_inner_lr: float,
         weight_decay: float,
         clip_norm: float,
         schedule: Callable[[int], float],
     ):
-        self.start = start
-        self.log_rates = {name: torch.tensor(math.log(inner_lr), device=w.device) for name, w in start.items()}
+        self.start, self.log_rates = start, log_rates
         self.clip_norm, self.schedule = clip_norm, schedule
-        self.groups = [(self.start, lr)] + [(self.log_rates, lr_of_inner_lr)] * learn_lr
-        self.optimizer = torch.optim.AdamW(
+        self.groups = [(self.start, lr)] + [(self.log_rates, lr_of_inner_lr)] * learn_rates
+        self.optimizer = OPTIMIZERS[optimizer](
             [
-                {"params": list(start.values()), "weight_decay": weight_decay},
-                {"params": list(self.log_rates.values()), "weight_decay": 0.0},
+                {"params": list(params.values()), "weight_decay": decay}
+                for (params, _), decay in zip(self.groups, (weight_decay, 0.0), strict=False)
             ]
         )
         self.step = 0
 
     @property
     def rates(self) -> Params:
-        """The inner rate of each tensor, a scalar."""
+        """The inner rates: for each tensor that the inner loop changes, a scalar or one for each weight."""
         return {name: log_rate.exp() for name, log_rate in self.log_rates.items()}
 
     def update(self, start_gradient: Params, rate_gradient: Params) -> float:
-        """Take one outer step on the mean meta-gradient over the tasks; return the start's gradient norm."""
-        rates = self.rates
-        gradients = [start_gradient, {name: gradient * rates[name] for name, gradient in rate_gradient.items()}]
+        """Take one outer step on the mean meta-gradient over the tasks; return the start's gradient norm.
+
+        `rate_gradient` may be empty where the rates are not learned.
+        """
+        gradients = [start_gradient, {name: g * self.log_rates[name].exp() for name, g in rate_gradient.items()}]
         norms = []
         for (params, lr), gradient, group in zip(self.groups, gradients, self.optimizer.param_groups, strict=False):
             group["lr"] = lr * self.schedule(self.step)

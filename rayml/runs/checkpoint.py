@@ -1,12 +1,16 @@
-"""Checkpoints of the outer loop: safetensors and a manifest with checksums, so that a torn one is found out.
+"""Checkpoints of the outer loop: files and manifests with their checksums, so that a torn one is found out.
 
-A checkpoint is a few megabytes and does not depend on the number of workers.
+Where what is learned lies whole on every worker, a checkpoint is one part, `state.safetensors`, and does not depend on
+the number of workers. Where it is sharded, every worker writes a part.
 """
 
 import errno
 import hashlib
 import json
 import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +19,7 @@ from torch import Tensor
 
 from rayml.errors import RunError
 
-MANIFEST, STATE = "manifest.json", "state.safetensors"
+STATE = "state.safetensors"
 log = logging.getLogger(__name__)
 
 
@@ -32,44 +36,80 @@ def folder_name(step: int) -> str:
 
 
 def write_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor]) -> None:
-    """Write the state after `step` outer steps into `folder`; the manifest comes last.
+    """Write the state after `step` outer steps into `folder`, as its one part.
 
     Raises:
         RunError: the disk is full.
     """
-    try:
+    with naming_full_disk(folder, step):
         (folder / STATE).write_bytes(save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}))
-        manifest = {"step": step, "sha256": _checksum(folder / STATE)}
-        (folder / MANIFEST).write_text(json.dumps(manifest))
+        seal(folder, step, part=0, parts=1)
+
+
+@contextmanager
+def naming_full_disk(folder: Path, step: int) -> Iterator[None]:
+    """Turn the system's error about a full disk into a RunError."""
+    try:
+        yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise RunError(f"{folder}: the disk is full; the checkpoints before step {step} are kept") from error
         raise
 
 
-def read_checkpoint(folder: Path) -> Saved:
-    """Return the checkpoint in `folder`.
+def seal(folder: Path, step: int, part: int, parts: int) -> None:
+    """Write the manifest of one part, once all its files, which are all that lie in `folder`, are written."""
+    files = {str(path.relative_to(folder)): _checksum(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    manifest = {"step": step, "parts": parts, "sha256": files}
+    (folder / _manifest(part)).write_text(json.dumps(manifest, indent=1))
+
+
+def verify(folder: Path) -> int:
+    """Return the outer step of a whole checkpoint.
 
     Raises:
         RunError: a part of it is missing or damaged.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        if _checksum(folder / STATE) != manifest["sha256"]:
-            raise RunError(f"{folder}: {STATE} is not what its manifest says")
-        return Saved(manifest["step"], load_file(folder / STATE))
+        first = json.loads((folder / _manifest(0)).read_text())
+        for part in range(first["parts"]):
+            for name, checksum in json.loads((folder / _manifest(part)).read_text())["sha256"].items():
+                if _checksum(folder / name) != checksum:
+                    raise RunError(f"{folder}: {name} is not what its manifest says")
+        return first["step"]
     except (OSError, ValueError, KeyError) as error:
         raise RunError(f"{folder}: not a whole checkpoint: {error}") from error
 
 
-def newest_checkpoint(checkpoints: Path) -> Saved | None:
-    """Return the newest whole checkpoint of a run, None if there is none; warn of damaged ones."""
+def read_checkpoint(folder: Path) -> Saved:
+    """Return what `write_checkpoint` wrote.
+
+    Raises:
+        RunError: a part of it is missing or damaged.
+    """
+    return Saved(verify(folder), load_file(folder / STATE))
+
+
+def newest_checkpoint(checkpoints: Path) -> Path | None:
+    """Return the newest whole checkpoint among a run's, None if there is none; warn of damaged ones."""
     for folder in sorted(checkpoints.glob("step_*"), reverse=True):
         try:
-            return read_checkpoint(folder)
+            verify(folder)
+            return folder
         except RunError as error:
             log.warning("skipped a damaged checkpoint: %s", error)
     return None
+
+
+def keep_only(folder: Path) -> None:
+    """Remove the other checkpoints beside this one."""
+    for other in folder.parent.glob("step_*"):
+        if other != folder:
+            shutil.rmtree(other)
+
+
+def _manifest(part: int) -> str:
+    return f"manifest_{part}.json"
 
 
 def _checksum(path: Path) -> str:

@@ -1,7 +1,7 @@
 """A run's folder.
 
-It holds `config.yaml`, `tasks.json`, `metrics.jsonl`, `checkpoints/step_*`, `latest`, `untrained.safetensors` and
-`tensorboard/`.
+It holds `config.yaml`, `tasks.json`, `metrics.jsonl`, `checkpoints/step_*`, `latest`, `best/step_*` (where there
+were validations), `untrained.safetensors` (in mode adapters) and `tensorboard/`.
 """
 
 import hashlib
@@ -16,7 +16,8 @@ from torch import Tensor
 
 from rayml.config import Config, dump_config, load_config
 from rayml.errors import RunError
-from rayml.runs.checkpoint import Saved, newest_checkpoint
+from rayml.runs.checkpoint import newest_checkpoint
+from rayml.runs.stopping import is_enough, val_scores
 from rayml.tasks.splits import Splits
 from rayml.tasks.task import Task
 
@@ -40,7 +41,7 @@ class RunFolder:
         self.path = Path(path).absolute()
         self.config, self.metrics = self.path / "config.yaml", self.path / "metrics.jsonl"
         self.checkpoints, self.latest = self.path / "checkpoints", self.path / "latest"
-        self.tasks = self.path / "tasks.json"
+        self.tasks, self.best = self.path / "tasks.json", self.path / "best"
 
     def begin(self, config: Config, splits: Splits, resume: bool) -> None:
         """Make the folder, or check that it may be gone on with. One without a checkpoint is begun anew.
@@ -80,6 +81,10 @@ class RunFolder:
             kept = [json.dumps(record) + "\n" for record in self.read_metrics() if record["step"] <= step]
             write_whole(self.metrics, "".join(kept))
 
+    def records(self) -> list[dict[str, Any]]:
+        """Return the records of `metrics.jsonl` so far."""
+        return list(self.read_metrics()) if self.metrics.exists() else []
+
     def read_metrics(self) -> Iterator[dict[str, Any]]:
         """Yield the records of `metrics.jsonl`; a line torn by a crash ends them."""
         with self.metrics.open() as file:
@@ -94,18 +99,31 @@ class RunFolder:
     def read_untrained(self) -> dict[str, Tensor]:
         return load_file(self.path / UNTRAINED)
 
-    def trained(self) -> tuple[Config, Saved]:
-        """Return the config and the newest whole checkpoint.
+    def is_over(self, config: Config) -> bool:
+        """Return whether a validation has said that it is enough; a run that reached its last step is over, too."""
+        records = self.records()
+        taken = max((record["step"] for record in records), default=0)
+        return taken >= config.outer.steps or is_enough(val_scores(records), config.validation.patience)
+
+    def trained(self, which: str | None = None) -> tuple[Config, Path]:
+        """Return the config and the folder of a whole checkpoint.
+
+        Args:
+            which: "newest", or "best" by meta-val; None: the best if the run had a `validation.patience`, else the
+                newest.
 
         Raises:
-            RunError: this is no run folder, or it has no whole checkpoint.
+            RunError: this is no run folder, or it has no such checkpoint.
         """
         if not self.config.exists():
             raise RunError(f"{self.path}: no run here (there is no config.yaml in it)")
-        saved = newest_checkpoint(self.checkpoints)
-        if saved is None:
-            raise RunError(f"{self.path}: no whole checkpoint; train it first")
-        return load_config(self.config), saved
+        config = load_config(self.config)
+        which = which or ("best" if config.validation.patience else "newest")
+        folder = newest_checkpoint(self.best if which == "best" else self.checkpoints)
+        if folder is None:
+            reason = "no validation has chosen a best checkpoint" if which == "best" else "no whole checkpoint"
+            raise RunError(f"{self.path}: {reason}; train it first")
+        return config, folder
 
 
 def describe(splits: Splits) -> dict[str, Any]:

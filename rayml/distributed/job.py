@@ -1,0 +1,27 @@
+"""What the driver and its workers agree on."""
+
+from dataclasses import dataclass
+
+import ray
+
+from rayml.config import Config
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the driver hands to every worker. Tasks and tokenizer stay in Ray's object store."""
+
+    config: Config
+    model: str
+    """Resolved by the driver."""
+    encoder: ray.ObjectRef
+    train: ray.ObjectRef
+    val: ray.ObjectRef | None
+
+
+class DivergedError(Exception):
+    """A loss or gradient is not finite: raised on all workers together, with this one's tasks of such a loss."""
+
+    def __init__(self, tasks: list[str]):
+        super().__init__(tasks)
+        self.tasks = tasks

@@ -1,0 +1,206 @@
+"""Meta-training where what is learned lies whole on every worker: adapters, or in mode full a model that fits.
+
+Every worker adapts its own tasks; their meta-gradients meet in one all-reduce an outer step.
+"""
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rayml.config import Config
+from rayml.distributed.job import DivergedError, Job
+from rayml.distributed.stream import get
+from rayml.engine import collective, local, zero
+from rayml.evaluation.curves import Curve, Scorer
+from rayml.lm.batch import collate
+from rayml.lm.encode import decode_rows
+from rayml.lm.load import checkpoint_activations
+from rayml.lm.lora import TaskLoRA
+from rayml.lm.model import TaskLM
+from rayml.lm.objective import SIDES, task_losses
+from rayml.lm.parameters import trained_parameters
+from rayml.lm.start import principal_start
+from rayml.meta.adapt import Params
+from rayml.meta.algorithms import ALGORITHMS
+from rayml.meta.gradient import MetaGradient
+from rayml.meta.learner import Learner, initial_log_rates, outer_schedule
+from rayml.meta.weighting import RecentGains
+from rayml.runs.checkpoint import newest_checkpoint, read_checkpoint, write_checkpoint
+from rayml.runs.folder import RunFolder
+
+# Episodes that the start is taken from have seeds of their own, far from any training seed.
+START_SEED = 3_000_017
+START_EPISODES = 16
+
+
+class Replicated:
+    """The state of one worker, and the three things it does: take a step, score episodes, write a checkpoint."""
+
+    def __init__(self, job: Job, device: torch.device):
+        config = job.config
+        self.config = config
+        self.rank, self.workers = collective.rank(), collective.world_size()
+        self.lm = build_lm(config, job.model, device)
+        self.encoder = get(job.encoder)
+        self.learner = build_learner(config, untrained_start(job, self.lm), device)
+        self.tasks = {task.name: place for place, task in enumerate(get(job.train))}
+        self.gains = RecentGains(len(self.tasks), device)
+
+    def begin(self, run: RunFolder) -> None:
+        """Go on from the newest whole checkpoint, or keep the untrained start to compare with."""
+        folder = newest_checkpoint(run.checkpoints) if self.rank == 0 else None
+        saved = collective.from_first_worker(read_checkpoint(folder) if folder else None)
+        if saved:
+            self.learner.load(saved.tensors, saved.step)
+            self.gains.gains.copy_(saved.tensors["gains"])
+        elif self.rank == 0 and self.config.mode == "adapters":
+            run.write_untrained(self.learner.start)
+
+    @property
+    def done(self) -> int:
+        """Outer steps so far."""
+        return self.learner.step
+
+    def step(self, episodes: list[dict[str, Any]]) -> dict[str, Any]:
+        """Take an outer step on this worker's episodes and all others'; return its record.
+
+        Raises:
+            DivergedError: a loss or gradient is not finite; on all workers together.
+        """
+        weights = self._weights(episodes)
+        gradient = self._gradient(episodes, weights)
+        record = self._update(gradient, episodes)
+        if not math.isfinite(record["query_loss"] + record["gradient_norm"]):
+            losses = zip(episodes, gradient.query_losses.tolist(), strict=True)
+            raise DivergedError([episode["task"] for episode, loss in losses if not math.isfinite(loss)])
+        return record
+
+    def _weights(self, episodes: list[dict[str, Any]]) -> torch.Tensor:
+        places = torch.tensor([self.tasks[episode["task"]] for episode in episodes])
+        if self.config.data.weighting != "dynamic":
+            return torch.ones(len(places), device=self.lm.device)
+        return self.gains.weights()[places.to(self.lm.device)]
+
+    def _gradient(self, episodes: list[dict[str, Any]], weights: torch.Tensor) -> MetaGradient:
+        """Return the meta-gradient: of all tasks side by side, or, in mode full, of one after the other."""
+        config, learner = self.config, self.learner
+        algorithm = ALGORITHMS[config.algorithm.name]
+        pad, prototypes = self.encoder.tokenizer.eos_token_id, config.algorithm.name == "protonet"
+        together = len(episodes) if self.lm.lora else 1
+        parts = []
+        for first in range(0, len(episodes), together):
+            some = slice(first, first + together)
+            losses = task_losses(self.lm, episodes[some], pad, prototypes, config.regularize.label_smoothing)
+            with dropping(config, self.lm, learner.step, self.rank):
+                parts.append(algorithm(*losses, learner.start, learner.rates, config.inner.steps, weights[some]))
+        return joined(parts)
+
+    def _update(self, gradient: MetaGradient, episodes: list[dict[str, Any]]) -> dict[str, Any]:
+        """Average the meta-gradient over all workers' tasks, in one all-reduce, and take the outer step.
+
+        A gradient that is not finite is not applied: every worker sees the same sum, so all refuse it together.
+        """
+        learner, tasks = self.learner, self.config.tasks_per_step
+        query = gradient.query_losses
+        support = query * 0 if gradient.support_losses is None else gradient.support_losses
+        places = torch.tensor([self.tasks[episode["task"]] for episode in episodes], device=query.device)
+        counts, sums = (torch.zeros(len(self.tasks), device=query.device) for _ in range(2))
+        counts.index_add_(0, places, torch.ones_like(query, dtype=counts.dtype))
+        sums.index_add_(0, places, (support - query).float())
+        sent = [*gradient.start.values(), *gradient.rates.values(), query.sum(), support.sum(), counts, sums]
+        *totals, counts, sums = collective.sum_over_workers(sent)
+        *mean, query_loss, support_loss = [total / tasks for total in totals]
+        norm = math.nan
+        if all(bool(value.isfinite().all()) for value in (*mean, query_loss)):
+            start = dict(zip(gradient.start, mean, strict=False))
+            norm = learner.update(start, dict(zip(gradient.rates, mean[len(start) :], strict=True)))
+            self.gains.update(sums, counts)
+        rates = torch.cat([rate.flatten() for rate in learner.log_rates.values()])
+        record = {"step": learner.step, "query_loss": float(query_loss), "gradient_norm": norm}
+        if gradient.support_losses is not None:
+            record |= {"support_loss": float(support_loss), "inner_lr": float(rates.mean().exp())}
+        return record
+
+    def score(self, episodes: Sequence[Any]) -> list[Curve]:
+        """Return the scores of this worker's episodes before and after adapting."""
+        config = self.config
+        scorer = Scorer(self.lm, self.encoder, config.algorithm.name, config.inner.steps)
+        together = len(episodes) if self.lm.lora else 1
+        return [
+            curve
+            for first in range(0, len(episodes), together)
+            for curve in scorer.curves(
+                episodes[first : first + together], self.learner.start, self.learner.rates, only_ends=True
+            )
+        ]
+
+    def write(self, folder: Path) -> bool:
+        """Write a checkpoint and return whether this worker has a part in it: the first one writes all."""
+        if self.rank == 0:
+            write_checkpoint(folder, self.learner.step, self.learner.state() | {"gains": self.gains.gains})
+        return self.rank == 0
+
+
+def joined(parts: Sequence[MetaGradient]) -> MetaGradient:
+    """Return the meta-gradient of all tasks from those of some each."""
+    if len(parts) == 1:
+        return parts[0]
+    starts, rates, support, query = zip(*parts, strict=True)
+    return MetaGradient(
+        {name: sum(start[name] for start in starts) for name in starts[0]},
+        {name: sum(rate[name] for rate in rates) for name in rates[0]},
+        None if support[0] is None else torch.cat(support),
+        torch.cat(query),
+    )
+
+
+def dropping(config: Config, lm: TaskLM, step: int, rank: int) -> AbstractContextManager[None]:
+    """Drop adapters' inputs inside the block, with masks that depend on seed, step and rank alone."""
+    share = config.regularize.lora_dropout
+    if lm.lora is None or not share:
+        return nullcontext()
+    torch.manual_seed(hash((config.seed, step, rank)) % 2**63)
+    return lm.lora.dropping(share)
+
+
+def build_lm(config: Config, model: str, device: torch.device) -> TaskLM:
+    """Return the model, whole or sharded, with the hooks for the task adapters on it in mode adapters."""
+    engine = {"local": local, "zero": zero}[config.engine]
+    module = engine.load(model, config.model.dtype, config.model.attention, device)
+    if config.model.activation_checkpointing:
+        checkpoint_activations(module)
+    return TaskLM(module, TaskLoRA(module, **config.lora.shape()) if config.mode == "adapters" else None)
+
+
+def untrained_start(job: Job, lm: TaskLM) -> Params:
+    """Return the start at step 0, the same on every worker and for any number of them."""
+    config = job.config
+    if lm.lora is None:
+        return {name: p.detach().float().clone() for name, p in trained_parameters(lm.module, config.full).items()}
+    if config.lora.start == "random":
+        return lm.lora.untrained_start(config.seed)
+    sampler, encoder = config.data.sampler(START_SEED), get(job.encoder)
+    episodes = [encoder.episode(sampler.episode(get(job.train), index)) for index in range(START_EPISODES)]
+    batches = [collate([decode_rows(e[side])], encoder.tokenizer.eos_token_id) for e in episodes for side in SIDES]
+    return collective.from_first_worker(principal_start(lm, [b.to(lm.device) for b in batches], config.seed))
+
+
+def build_learner(config: Config, start: Params, device: torch.device) -> Learner:
+    """Return a learner at step 0."""
+    outer, inner, name = config.outer, config.inner, config.algorithm.name
+    start = {name: weight.to(device) for name, weight in start.items()}
+    return Learner(
+        start,
+        initial_log_rates(start, inner.lr, inner.modules, per_weight=name == "meta_sgd"),
+        learn_rates=config.learns_rates,
+        optimizer=outer.optimizer,
+        lr=outer.lr,
+        lr_of_inner_lr=outer.lr_of_inner_lr,
+        weight_decay=outer.weight_decay,
+        clip_norm=outer.clip_norm,
+        schedule=outer_schedule(outer.schedule, outer.warmup_steps, outer.steps),
+    )

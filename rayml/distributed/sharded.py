@@ -1,0 +1,10 @@
+"""Placeholder, replaced within the hour."""
+
+
+class Sharded:
+    rank: int
+    workers: int
+    done: int
+
+    def __init__(self, *_):
+        raise NotImplementedError
