@@ -118,6 +118,33 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    methods: Annotated[
+        str | None, typer.Option(help="Comma-separated, such as `fomaml,reptile,multitask`; else all.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Runs of each method.", min=1)] = 3,
+    episodes: Annotated[int, typer.Option(help="Episodes of each held-out task.", min=2)] = 30,
+    out_dir: Annotated[Path, typer.Option("--out", help="Where the runs go.", metavar="DIR")] = Path("runs/compare"),
+) -> None:
+    """Train by every algorithm, with equal forward-backward tokens, and compare them on the same held-out episodes.
+
+    The config's outer steps are FOMAML's; the others take as many as come to the same number of tokens. Cut off, it
+    goes on where it stopped. Prints a table, and writes `compare.json` and `compare.png`.
+    """
+    from rayml.config import read_values
+
+    values = read_values(config, overrides or [])
+    err.print("[dim]loading libraries, data and model ...[/]")
+    from rayml.distributed.compare import METHODS
+    from rayml.distributed.compare import compare as run_comparison
+
+    chosen = [name.strip() for name in methods.split(",")] if methods else list(METHODS)
+    run_comparison(values, str(config), chosen, seeds, episodes, out_dir, out)
+
+
+@app.command()
 def adapt(
     run: RunPath,
     examples: Annotated[Path, typer.Option(help="JSONL or Parquet: rows of input and target.")],

@@ -3,6 +3,7 @@
 The text under a field is its documentation: `rayml config --keys` prints it.
 """
 
+import copy
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
@@ -319,6 +320,15 @@ def impossible(config: Config) -> list[str]:
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Return the config of a YAML file with `key=value` overrides, or raise ConfigError with every mistake in it."""
+    return parse_config(read_values(path, overrides), str(path))
+
+
+def read_values(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the nested values of a YAML file with `key=value` overrides, not checked yet.
+
+    Raises:
+        ConfigError: the file cannot be read, or is no YAML of keys and values.
+    """
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except OSError as error:
@@ -327,11 +337,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path}: not YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected keys and values, got {type(values).__name__}")
-    return parse_config(values, str(path), overrides)
+    for override in overrides:
+        _set(values, override)
+    return values
 
 
 def parse_config(values: dict[str, Any], source: str, overrides: Sequence[str] = ()) -> Config:
     """Return the config that nested `values` give after the overrides; `source` names them in the errors."""
+    values = copy.deepcopy(values)
     for override in overrides:
         _set(values, override)
     try:

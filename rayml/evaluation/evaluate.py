@@ -1,15 +1,15 @@
 """Did meta-training help? The same episodes of held-out tasks, from the meta-trained and from an untrained start."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from rayml.evaluation.curves import Curve, Scorer
+from rayml.evaluation.curves import Curve
 from rayml.evaluation.session import Session
-from rayml.tasks.episodes import Sampler
+from rayml.tasks.episodes import Episode, Sampler
 from rayml.tasks.task import Task
 
 BOOTSTRAP_SAMPLES = 2000
@@ -35,22 +35,29 @@ def evaluate(
     Every task gets the same number of episodes. The untrained start's rate is what `inner.lr` says. `progress` is told
     after each few episodes how many are done.
     """
-    config = session.config
-    rate = dict.fromkeys(session.rates, torch.tensor(config.inner.lr, device=session.device))
-    at_a_time = config.tasks_per_worker if config.mode == "adapters" else 1
-    scorer = Scorer(session.lm, session.encoder, config.algorithm.name, config.inner.steps)
+    rate = dict.fromkeys(session.rates, torch.tensor(session.config.inner.lr, device=session.device))
     found = Evaluation([], [])
+    scorer = session.scorer()
+    for batch in batches(session, tasks, sampler, episodes):
+        found.trained.extend(scorer.curves(batch, session.start, session.rates))
+        found.untrained.extend(scorer.curves(batch, session.untrained, rate))
+        progress(len(batch))
+    return found
+
+
+def trained_curves(session: Session, tasks: Sequence[Task], sampler: Sampler, episodes: int) -> list[Curve]:
+    """Return the curves of the same episodes from the trained start alone."""
+    scorer = session.scorer()
+    found = [scorer.curves(b, session.start, session.rates) for b in batches(session, tasks, sampler, episodes)]
+    return [curve for curves in found for curve in curves]
+
+
+def batches(session: Session, tasks: Sequence[Task], sampler: Sampler, episodes: int) -> Iterator[list[Episode]]:
+    """Yield `episodes` episodes of each task, as many at a time as a worker adapts side by side."""
+    at_a_time = session.config.tasks_per_worker if session.lm.lora else 1
     for task in tasks:
         for first in range(0, episodes, at_a_time):
-            indices = range(first, min(first + at_a_time, episodes))
-            batch = [sampler.episode([task], index) for index in indices]
-            for curves, (start, rates) in (
-                (found.trained, (session.start, session.rates)),
-                (found.untrained, (session.untrained, rate)),
-            ):
-                curves += scorer.curves(batch, start, rates)
-            progress(len(batch))
-    return found
+            yield [sampler.episode([task], index) for index in range(first, min(first + at_a_time, episodes))]
 
 
 def summarize(evaluation: Evaluation) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import torch
 
 from rayml.config import Config
 from rayml.engine import local
+from rayml.evaluation.curves import Scorer
 from rayml.lm.encode import Encoder
 from rayml.lm.load import load_tokenizer, resolve_model
 from rayml.lm.lora import TaskLoRA
@@ -35,6 +36,10 @@ class Session:
     @property
     def device(self) -> torch.device:
         return next(iter(self.start.values())).device
+
+    def scorer(self) -> Scorer:
+        """Return what scores episodes as the run's own algorithm does."""
+        return Scorer(self.lm, self.encoder, self.config.algorithm.name, self.config.inner.steps)
 
 
 def open_session(run: RunFolder, which: str | None = None) -> Session:
