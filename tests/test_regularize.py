@@ -1,0 +1,159 @@
+"""What acts in meta-training alone: dropout, label smoothing, thinned supports; and what mode full trains."""
+
+import random
+
+import pytest
+import torch
+from conftest import perturbed_start, tiny_lm
+from test_lora import one, random_batch, random_rows
+from torch import nn
+
+from rayml.config import Full
+from rayml.errors import ConfigError
+from rayml.lm.batch import collate
+from rayml.lm.encode import Encoder
+from rayml.lm.load import load_base
+from rayml.lm.model import TaskLM, smoothed_cross_entropy
+from rayml.lm.objective import task_losses
+from rayml.lm.parameters import trained_parameters
+from rayml.meta.adapt import expand
+from rayml.meta.protonet import prototype_losses
+from rayml.tasks.episodes import Episode
+from rayml.tasks.task import Example
+
+
+@pytest.fixture
+def lm(tiny):
+    return tiny_lm(tiny)
+
+
+def test_adapter_inputs_are_dropped_with_a_fresh_mask_in_every_forward_inside_the_block_alone(lm):
+    fast, batch = expand(perturbed_start(lm), 2), random_batch(2, 3, seed=1)
+    plain = lm.losses(fast, batch)
+    with lm.lora.dropping(0.5):
+        first, second = lm.losses(fast, batch), lm.losses(fast, batch)
+        torch.manual_seed(7)
+        once = lm.losses(fast, batch)
+        torch.manual_seed(7)
+        assert torch.equal(once, lm.losses(fast, batch))
+        bare = lm.losses(None, batch)
+    assert not torch.equal(first, second)
+    assert not torch.equal(first, plain)
+    assert torch.equal(bare, lm.losses(None, batch))  # the base itself is never dropped
+    assert torch.equal(plain, lm.losses(fast, batch))
+
+
+def test_label_smoothing_is_torchs_own_where_all_tokens_are_choices():
+    logits, targets = torch.randn(6, 9), torch.randint(0, 9, (6,))
+    expected = nn.functional.cross_entropy(logits, targets, reduction="none", label_smoothing=0.2)
+    torch.testing.assert_close(smoothed_cross_entropy(logits, targets, 0.2), expected)
+    only = logits.index_fill(1, torch.tensor([3, 8]), -torch.inf)
+    targets = torch.tensor([0, 1, 2, 4, 5, 6])
+    few = logits[:, [0, 1, 2, 4, 5, 6, 7]]
+    expected = nn.functional.cross_entropy(few, torch.arange(6), reduction="none", label_smoothing=0.2)
+    torch.testing.assert_close(smoothed_cross_entropy(only, targets, 0.2), expected)
+
+
+def test_label_smoothing_has_a_finite_gradient_where_choices_are_few(lm):
+    batch = collate([random_rows(3, seed=2)], pad=1, choices=[list(range(2, 90, 3))])
+    targets = batch.targets.clone()
+    targets[targets >= 0] = 5
+    start = {name: weight.clone().requires_grad_() for name, weight in expand(perturbed_start(lm), 1).items()}
+    loss = lm.losses(start, type(batch)(batch.tokens, targets, 1, batch.choices), smoothing=0.1)
+    assert all(bool(g.isfinite().all()) for g in torch.autograd.grad(loss.sum(), list(start.values())))
+
+
+EPISODE = Episode(
+    index=3,
+    task="t",
+    support=(Example("the quick brown fox", "A"), Example("jumps over a dog", "B")),
+    query=(Example("lazy", "B"), Example("cat", "A")),
+    labels={"A": "animal", "B": "move"},
+)
+
+
+def text_of(tokenizer, side, place):
+    return tokenizer.decode(side["tokens"][place])
+
+
+def test_a_support_is_thinned_in_its_input_alone_and_the_same_every_time(tokenizer):
+    encoder = Encoder(tokenizer, "Say: {input}\nLabel:", 64, token_dropout=0.5)
+    record = encoder.episode(EPISODE)
+    assert record == encoder.episode(EPISODE)
+    for place, example in enumerate(EPISODE.support):
+        text = text_of(tokenizer, record["support"], place)
+        assert text.startswith("Say: ")
+        assert text.endswith(f"\nLabel: {example.target}")
+        kept = text.removeprefix("Say: ").removesuffix(f"\nLabel: {example.target}")
+        assert 0 < len(kept) < len(example.input)
+        letters = iter(example.input)
+        assert all(letter in letters for letter in kept)  # in order
+        start = record["support"]["starts"][place]
+        assert tokenizer.decode(record["support"]["tokens"][place][start:]) == f" {example.target}"
+    assert text_of(tokenizer, record["query"], 0) == "Say: lazy\nLabel: B"
+    everything = Encoder(tokenizer, "{input}:", 64, token_dropout=0.0).thinned(
+        EPISODE.support[0], True, random.Random(0)
+    )
+    assert everything == Encoder(tokenizer, "{input}:", 64).row(EPISODE.support[0], True)
+
+
+def test_in_context_queries_carry_the_support_and_only_their_target_counts(tokenizer, lm):
+    encoder = Encoder(tokenizer, "{input}\nLabel:", 40, in_context=True)
+    record = encoder.episode(EPISODE)
+    shown = "the quick brown fox\nLabel: A\n\njumps over a dog\nLabel: B\n\n"
+    assert text_of(tokenizer, record["query"], 0) == f"{shown}lazy\nLabel: B"
+    assert record["query"]["starts"][0] == len(record["query"]["tokens"][0]) - 1
+    assert text_of(tokenizer, record["support"], 0) == "the quick brown fox\nLabel: A"
+
+
+def test_prototype_losses_through_the_model_equal_hidden_states_taken_by_hand(tokenizer, lm):
+    encoder = Encoder(tokenizer, "{input}\nLabel:", 64)
+    record = encoder.episode(EPISODE)
+    start = expand(perturbed_start(lm), 2)
+    _, query_losses = task_losses(lm, [record, record], pad=1, prototypes=True, smoothing=0.0)
+    states = {}
+    for side in ("support", "query"):
+        found = []
+        for tokens, first in zip(record[side]["tokens"], record[side]["starts"], strict=True):
+            lm.lora.adapters = {name: weight[:1] for name, weight in start.items()}
+            found.append(lm.module.model(input_ids=torch.tensor([tokens])).last_hidden_state[0, first - 1])
+        states[side] = torch.stack(found)[None]
+    classes = torch.tensor([[0, 1]]), torch.tensor([[1, 0]])
+    expected = prototype_losses(states["support"], classes[0], states["query"], classes[1])
+    torch.testing.assert_close(query_losses(start), expected.expand(2))
+
+
+# Mode full
+
+
+def test_own_parameters_as_weights_are_the_model_itself_and_have_its_gradients(tiny):
+    module = load_base(tiny, "float32")
+    lm, batch = TaskLM(module, None), one(random_batch(1, 4, seed=3), 0)
+    weights = {name: p.detach()[None].clone().requires_grad_() for name, p in module.named_parameters()}
+    ours = torch.autograd.grad(lm.losses(weights, batch).sum(), list(weights.values()))
+    module.requires_grad_(True)
+    logits = module(input_ids=batch.tokens).logits.flatten(0, 1)
+    loss = nn.functional.cross_entropy(logits, batch.targets.flatten(), ignore_index=-100)
+    theirs = torch.autograd.grad(loss, list(module.parameters()))
+    for found, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=1e-6)
+
+
+def names(module, **full):
+    return set(trained_parameters(module, Full(**full)))
+
+
+def test_which_parameters_are_trained(tiny):
+    module = load_base(tiny, "float32")
+    everything = names(module)
+    assert len(everything) == len(list(module.parameters()))
+    assert everything - names(module, embeddings=False) == {"model.embed_tokens.weight"}
+    assert not any(".mlp." in name for name in names(module, freeze=["*.mlp.*"]))
+    last = names(module, last_layers=1)
+    assert {name.split(".")[2] for name in last if ".layers." in name} == {"3"}
+    assert "model.norm.weight" in last
+    assert "model.embed_tokens.weight" not in last
+    with pytest.raises(ConfigError, match=r"\*\.mpl\.\* matches no parameter"):
+        names(module, freeze=["*.mpl.*"])
+    with pytest.raises(ConfigError, match="no parameter is left"):
+        names(module, freeze=["*"])
