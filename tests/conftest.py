@@ -28,6 +28,24 @@ def tiny() -> str:
 
 
 @pytest.fixture(scope="session")
+def local_ray(tmp_path_factory):
+    """One Ray for all runs of two workers or fewer: starting it takes longer than most of them."""
+    import ray
+
+    from rayml.distributed.train import start_ray
+
+    start_ray(make_config(tmp_path_factory.mktemp("ray"), workers=2))
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def _with_ray(request):
+    if request.node.get_closest_marker("ray"):
+        request.getfixturevalue("local_ray")
+
+
+@pytest.fixture(scope="session")
 def tokenizer(tiny):
     return load_tokenizer(tiny)
 

@@ -1,7 +1,6 @@
 """Meta-training on a local Ray: the stream, exact resume, the gain on unseen tasks, and what stops it."""
 
 import json
-import logging
 import shutil
 import subprocess
 import sys
@@ -57,18 +56,14 @@ def test_the_stream_of_ray_data_equals_a_plain_loop(tokenizer, monkeypatch):
     monkeypatch.setattr("rayml.distributed.stream.STEPS_AHEAD", 8)  # several parts, the last one short
     tasks, sampler = toy_tasks(), Sampler(3, 2, 2, "letters", 5)
     encoder = Encoder(tokenizer, "{input}:", 64)
-    ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    try:
-        encode = EncodeEpisode(ray.put(tasks), ray.put(encoder), sampler)
-        for rank in range(2):
-            steps = stream_steps(encode, first=40, steps=19, per_step=4, rank=rank, workers=2)
-            expected = [
-                [encoder.episode(sampler.episode(tasks, 40 + 4 * step + 2 * rank + i)) for i in range(2)]
-                for step in range(19)
-            ]
-            assert list(steps) == expected
-    finally:
-        ray.shutdown()
+    encode = EncodeEpisode(ray.put(tasks), ray.put(encoder), sampler)
+    for rank in range(2):
+        steps = stream_steps(encode, first=40, steps=19, per_step=4, rank=rank, workers=2)
+        expected = [
+            [encoder.episode(sampler.episode(tasks, 40 + 4 * step + 2 * rank + i)) for i in range(2)]
+            for step in range(19)
+        ]
+        assert list(steps) == expected
 
 
 # What stops before Ray starts
@@ -171,7 +166,7 @@ def test_a_checkpoint_reads_back_and_a_changed_one_is_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
-    """Ten steps in one go, on one worker, with a validation on the way, which must change nothing."""
+    """Ten steps in one go, on one worker and a Ray of their own, with validations, which must change nothing."""
     folder = tmp_path_factory.mktemp("straight")
     return train(make_config(folder, data={"splits": SPLITS}, validation={"every": 5, "episodes": 4}))
 

@@ -1,10 +1,88 @@
-"""Placeholder, replaced within the hour."""
+"""Meta-training of every parameter of a model that is sharded over the workers by DeepSpeed ZeRO.
+
+All workers adapt to one task after another, each with its share of the rows: the counterpart of `replicated`.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rayml.distributed.job import DivergedError, Job
+from rayml.distributed.stream import get
+from rayml.engine import collective, zero
+from rayml.engine.full import FullLearner, NotFinite
+from rayml.evaluation.curves import Curve, Queries, side_of
+from rayml.lm.batch import TaskBatch
+from rayml.lm.objective import SIDES, side_batch
+from rayml.meta.weighting import RecentGains
+from rayml.runs.checkpoint import naming_full_disk, newest_checkpoint, seal
+from rayml.runs.folder import RunFolder
+from rayml.tasks.episodes import Episode
 
 
 class Sharded:
-    rank: int
-    workers: int
-    done: int
+    """The state of one worker, and the three things it does: take a step, score episodes, write a checkpoint."""
 
-    def __init__(self, *_):
-        raise NotImplementedError
+    rank, workers = 0, 1  # every worker streams all episodes of a step
+
+    def __init__(self, job: Job, device: torch.device):
+        self.config, self.device = job.config, device
+        self.encoder = get(job.encoder)
+        self.pad = self.encoder.tokenizer.eos_token_id
+        self.learner = FullLearner(zero.load_full(job.model, job.config, device), job.config)
+        self.tasks = {task.name: place for place, task in enumerate(get(job.train))}
+        self.gains = RecentGains(len(self.tasks))
+
+    def begin(self, run: RunFolder) -> None:
+        """Go on from the newest whole checkpoint."""
+        is_first = collective.rank() == 0
+        folder = collective.from_first_worker(newest_checkpoint(run.checkpoints) if is_first else None)
+        if folder:
+            self.gains.gains = torch.tensor(self.learner.load(folder)["gains"])
+
+    @property
+    def done(self) -> int:
+        """Outer steps so far."""
+        return self.learner.outer_step
+
+    def step(self, episodes: list[dict[str, Any]]) -> dict[str, Any]:
+        """Take an outer step, task after task; return its record.
+
+        Raises:
+            DivergedError: a loss or gradient is not finite; on all workers together.
+        """
+        places = torch.tensor([self.tasks[episode["task"]] for episode in episodes])
+        weights = self.gains.weights()[places].tolist() if self.config.data.weighting == "dynamic" else None
+        try:
+            found = self.learner.step([self._sides(episode) for episode in episodes], weights)
+        except NotFinite as error:
+            raise DivergedError([episodes[error.task]["task"]] if error.task is not None else []) from error
+        gains = torch.tensor([before - after for before, after in found.task_losses])
+        counts, sums = torch.zeros(2, len(self.tasks))
+        self.gains.update(sums.index_add(0, places, gains), counts.index_add(0, places, torch.ones(len(places))))
+        means = torch.tensor(found.task_losses).mean(0).tolist()
+        losses = {"support_loss": means[0], "query_loss": means[1]}
+        return {"step": self.done, **losses, "gradient_norm": found.gradient_norm}
+
+    def _sides(self, episode: dict[str, Any]) -> tuple[TaskBatch, TaskBatch]:
+        support, query = (side_batch([episode], side, self.pad).to(self.device) for side in SIDES)
+        return support, query
+
+    def score(self, episodes: Sequence[Episode]) -> list[Curve]:
+        """Return the scores of episodes before and after adapting, one after the other."""
+        curves = []
+        for episode in episodes:
+            queries = Queries(self.encoder, [episode], self.device)
+            support = side_of(self.encoder, [episode], "support", self.device)
+            scores = self.learner.adapt_and_score(support, lambda lm, queries=queries: queries.scores(lm, None)[0])
+            curves.append(Curve(episode.task, episode.index, bool(episode.labels), list(scores)))
+        return curves
+
+    def write(self, folder: Path) -> bool:
+        """Write this worker's part of a checkpoint; every worker has one."""
+        with naming_full_disk(folder, self.done):
+            self.learner.save(folder, {"gains": self.gains.gains.tolist()})
+            seal(folder, self.done, collective.rank(), collective.world_size())
+        return True

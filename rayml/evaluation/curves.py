@@ -47,67 +47,81 @@ class Scorer:
         The episodes are all of label tasks, or all of free text. With `only_ends`, score before the first step and
         after the last alone.
         """
-        labelled = bool(episodes[0].labels)
-        assert all(bool(episode.labels) == labelled for episode in episodes)
         if self.algorithm in ("metaicl", "protonet"):
             points = self._at_once(episodes, expand(start, len(episodes)))
         else:
             points = self._step_by_step(episodes, start, rates, only_ends)
         scores = zip(*points, strict=True)
-        return [Curve(e.task, e.index, labelled, list(s)) for e, s in zip(episodes, scores, strict=True)]
+        return [Curve(e.task, e.index, bool(e.labels), list(s)) for e, s in zip(episodes, scores, strict=True)]
 
     def _step_by_step(
         self, episodes: Sequence[Episode], start: Params, rates: Params, only_ends: bool
     ) -> Iterator[list[float]]:
-        support, queries = self._batch(episodes, "support"), self._queries(episodes)
-        losses = partial(self.lm.losses, batch=support)
+        queries = Queries(self.encoder, episodes, self.lm.device)
+        losses = partial(self.lm.losses, batch=side_of(self.encoder, episodes, "support", self.lm.device))
         for step, adapted in enumerate(adapt(losses, start, rates, self.steps, len(episodes))):
             if not only_ends or step in (0, self.steps):
-                yield self._scores(episodes, queries, adapted.fast)
+                yield queries.scores(self.lm, adapted.fast)
 
     def _at_once(self, episodes: Sequence[Episode], start: Params) -> Iterator[list[float]]:
-        yield self._scores(episodes, self._queries(episodes), start)
+        yield Queries(self.encoder, episodes, self.lm.device).scores(self.lm, start)
         if self.algorithm == "metaicl":
-            yield self._scores(episodes, self._queries(episodes, in_context=True), start)
+            yield Queries(self.encoder, episodes, self.lm.device, in_context=True).scores(self.lm, start)
         else:
             yield self._by_prototypes(episodes, start)
 
-    def _batch(self, episodes: Sequence[Episode], side: str, in_context: bool = False) -> TaskBatch:
-        rows = [self.encoder.rows(getattr(e, side), bool(e.labels), e.support if in_context else ()) for e in episodes]
-        choices = [self.encoder.choices(episode.labels) for episode in episodes]
-        return collate(rows, self.encoder.tokenizer.eos_token_id, choices).to(self.lm.device)
-
-    def _queries(self, episodes: Sequence[Episode], in_context: bool = False) -> TaskBatch | OptionBatch:
-        """Return the queries with every option, or, for free text, with their targets."""
-        if not episodes[0].labels:
-            return self._batch(episodes, "query", in_context)
-        questions = [
-            ([e.input for e in episode.query], list(episode.labels), episode.support if in_context else ())
-            for episode in episodes
-        ]
-        return OptionBatch(self.encoder, questions).to(self.lm.device)
-
-    @torch.no_grad()
-    def _scores(self, episodes: Sequence[Episode], queries: TaskBatch | OptionBatch, weights: Params) -> list[float]:
-        if isinstance(queries, TaskBatch):
-            return self.lm.losses(weights, queries).tolist()
-        return accuracies(episodes, queries.log_probs(self.lm, weights))
-
     @torch.no_grad()
     def _by_prototypes(self, episodes: Sequence[Episode], weights: Params) -> list[float]:
-        support, query = (self.lm.states(weights, self._batch(episodes, side)) for side in ("support", "query"))
+        support, query = (
+            self.lm.states(weights, side_of(self.encoder, episodes, side, self.lm.device))
+            for side in ("support", "query")
+        )
         classes = class_grid([class_numbers(episode, "support") for episode in episodes]).to(self.lm.device)
         ways = max(len(episode.labels) for episode in episodes)
         logits = prototype_logits(support, classes, query, ways)
-        return accuracies(episodes, [scores[: len(e.query)] for e, scores in zip(episodes, logits, strict=True)])
+        return [accuracy(e, scores[: len(e.query)]) for e, scores in zip(episodes, logits, strict=True)]
 
 
-def accuracies(episodes: Sequence[Episode], scores: Sequence[torch.Tensor]) -> list[float]:
-    """Return each episode's share of queries `[Q, C]` whose highest option is the right one."""
-    return [_accuracy(episode, score) for episode, score in zip(episodes, scores, strict=True)]
+class Queries:
+    """The queries of T episodes, all of label tasks or all of free text, ready to be scored.
+
+    Args:
+        in_context: show each query the episode's support in its prompt.
+    """
+
+    def __init__(self, encoder: Encoder, episodes: Sequence[Episode], device: torch.device, in_context: bool = False):
+        self.episodes = episodes
+        self.batch: TaskBatch | OptionBatch
+        if any(bool(episode.labels) != bool(episodes[0].labels) for episode in episodes):
+            raise ValueError("label tasks and free text are not scored together")
+        if episodes[0].labels:
+            questions = [
+                ([q.input for q in e.query], list(e.labels), e.support if in_context else ()) for e in episodes
+            ]
+            self.batch = OptionBatch(encoder, questions).to(device)
+        else:
+            self.batch = side_of(encoder, episodes, "query", device, in_context)
+
+    @torch.no_grad()
+    def scores(self, lm: TaskLM, weights: Params | None) -> list[float]:
+        """Return each episode's accuracy, or, for free text, its mean loss per target token."""
+        if isinstance(self.batch, TaskBatch):
+            return lm.losses(weights, self.batch).tolist()
+        found = self.batch.log_probs(lm, weights)
+        return [accuracy(episode, scores) for episode, scores in zip(self.episodes, found, strict=True)]
 
 
-def _accuracy(episode: Episode, scores: torch.Tensor) -> float:
+def side_of(
+    encoder: Encoder, episodes: Sequence[Episode], side: str, device: torch.device, in_context: bool = False
+) -> TaskBatch:
+    """Return one side of T episodes with nothing left out, as evaluation sees it."""
+    rows = [encoder.rows(getattr(e, side), bool(e.labels), e.support if in_context else ()) for e in episodes]
+    choices = [encoder.choices(episode.labels) for episode in episodes]
+    return collate(rows, encoder.tokenizer.eos_token_id, choices).to(device)
+
+
+def accuracy(episode: Episode, scores: torch.Tensor) -> float:
+    """Return the share of queries whose highest option is the right one, of scores `[Q, C]`."""
     options = list(episode.labels)
     answers = [options[place] for place in scores.argmax(1).tolist()]
     right = [answer == example.target for answer, example in zip(answers, episode.query, strict=True)]

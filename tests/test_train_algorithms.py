@@ -1,0 +1,187 @@
+"""Every algorithm and mode from end to end: two workers on a real Ray, then evaluated, exported, taught a new task."""
+
+import json
+
+import pytest
+import torch
+from conftest import make_config, toy_tasks
+from peft import PeftModel
+from rich.console import Console
+from transformers import AutoModelForCausalLM
+
+from rayml.distributed.compare import compare, tokens_per_step
+from rayml.distributed.train import train
+from rayml.errors import ConfigError, RunError
+from rayml.evaluation.command import adapt_run, evaluate_run, export_run
+from rayml.evaluation.learn import Predictor
+from rayml.lm.load import load_base
+from rayml.meta.algorithms import ALGORITHMS
+from rayml.runs.checkpoint import newest_checkpoint, verify
+from rayml.runs.folder import RunFolder
+from rayml.runs.stopping import is_best, is_enough
+
+pytestmark = pytest.mark.ray
+SPLITS = {"val": 0.0, "test": 0.0, "val_tasks": ["toy-4"], "test_tasks": ["toy-5"]}
+QUIET = Console(quiet=True)
+
+
+def config_for(folder, name, mode="adapters", engine="local", **changes):
+    values = {
+        "workers": 2,
+        "mode": mode,
+        "engine": engine,
+        "algorithm": {"name": name},
+        "model": {"attention": "eager"},
+        "data": {"splits": SPLITS, "max_tokens": 64},
+        "outer": {"steps": 3, "lr": 1e-3},
+        "validation": {"every": 3, "episodes": 4},
+        "run": {"checkpoint_every": 2},
+    }
+    return make_config(folder, **values | changes)
+
+
+def tokens():
+    return torch.randint(2, 90, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+def assert_answers(folder, run):
+    """A new task's folder, in the user's own words."""
+    task = toy_tasks(tasks=1, classes=3, per_class=4, seed=9)[0]
+    file = folder / "few.jsonl"
+    file.write_text("".join(json.dumps({"input": e.input, "target": e.target}) + "\n" for e in task.examples))
+    adapt_run(run.path, file, folder / "new", None, QUIET)
+    answer = Predictor(folder / "new").predict(task.examples[0].input)
+    assert set(answer.probabilities) == set(task.options)
+    assert sum(answer.probabilities.values()) == pytest.approx(1)
+
+
+@pytest.mark.workers
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_an_algorithm_from_end_to_end(tmp_path, tiny, name):
+    config = config_for(tmp_path, name, data={"splits": SPLITS, "max_tokens": 64, "weighting": "dynamic"})
+    run = train(config)
+    records = run.records()
+    assert [record["step"] for record in records] == [1, 2, 3]
+    assert 0 <= records[-1]["val_accuracy_after"] <= 1
+    assert verify(newest_checkpoint(run.best)) == 3
+    found = evaluate_run(run.path, None, None, None, 2, 0, "test", None, None, QUIET, QUIET)
+    assert found["algorithm"] == name
+    assert found["overall"]["episodes"] == 2
+    export_run(run.path, tmp_path / "exported", None, QUIET)
+    stock = PeftModel.from_pretrained(load_base(tiny, "float32"), tmp_path / "exported")
+    with torch.no_grad():  # the start has moved: its B is not zero any more
+        assert not torch.equal(stock(input_ids=tokens()).logits, load_base(tiny, "float32")(input_ids=tokens()).logits)
+    with pytest.raises(RunError, match="exists already"):
+        export_run(run.path, tmp_path / "exported", None, QUIET)
+    assert_answers(tmp_path, run)
+
+
+@pytest.mark.workers
+@pytest.mark.parametrize(
+    ("name", "engine"), [("fomaml", "local"), ("fomaml", "zero"), ("reptile", "zero"), ("multitask", "zero")]
+)
+def test_mode_full_from_end_to_end(tmp_path, tiny, name, engine):
+    if engine == "zero":
+        pytest.importorskip("deepspeed")
+    run = train(config_for(tmp_path, name, "full", engine))
+    assert [record["step"] for record in run.records()] == [1, 2, 3]
+    assert 0 <= run.records()[-1]["val_accuracy_after"] <= 1
+    found = evaluate_run(run.path, None, None, None, 2, 0, "test", None, None, QUIET, QUIET)
+    assert found["overall"]["episodes"] == 2
+    export_run(run.path, tmp_path / "exported", None, QUIET)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+    with torch.no_grad():
+        assert not torch.equal(stock(input_ids=tokens()).logits, load_base(tiny, "float32")(input_ids=tokens()).logits)
+    assert_answers(tmp_path, run)
+
+
+@pytest.mark.workers
+def test_one_start_by_both_engines_in_mode_full(tmp_path):
+    """Two workers with two tasks each, or with the rows of every task: one and the same outer steps."""
+    pytest.importorskip("deepspeed")
+    outer = {"steps": 3, "lr": 1e-2, "optimizer": "sgd", "clip_norm": 0.0}
+    losses = {}
+    for engine in ("local", "zero"):
+        (tmp_path / engine).mkdir()
+        config = config_for(tmp_path / engine, "fomaml", "full", engine, outer=outer, validation={"every": 0})
+        losses[engine] = [(r["support_loss"], r["query_loss"]) for r in train(config).records()]
+    torch.testing.assert_close(torch.tensor(losses["local"]), torch.tensor(losses["zero"]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.workers
+def test_a_sharded_run_goes_on_exactly_and_refuses_another_number_of_workers(tmp_path):
+    pytest.importorskip("deepspeed")
+    (tmp_path / "straight").mkdir()
+    straight = train(config_for(tmp_path / "straight", "fomaml", "full", "zero", outer={"steps": 4}))
+    config = config_for(tmp_path, "fomaml", "full", "zero", outer={"steps": 2})
+    train(config)
+    longer = config.model_copy(update={"outer": config.outer.model_copy(update={"steps": 4})})
+    run = train(longer, resume=True)
+    assert [r["query_loss"] for r in run.records()] == [r["query_loss"] for r in straight.records()]
+    with pytest.raises(RunError, match="2 workers"):
+        train(longer.model_copy(update={"workers": 1, "outer": config.outer.model_copy(update={"steps": 5})}), True)
+
+
+def test_training_stops_early_and_the_best_checkpoint_is_used(tmp_path):
+    """A rate that forgets everything: the first validation is the best, or nearly."""
+    config = config_for(
+        tmp_path,
+        "fomaml",
+        outer={"steps": 60, "lr": 0.5},
+        validation={"every": 1, "episodes": 8, "patience": 3},
+        workers=1,
+    )
+    run = train(config)
+    records = run.records()
+    scores = [record["val_accuracy_after"] for record in records]
+    assert len(records) < 60
+    assert is_enough(scores, 3)
+    assert not is_enough(scores[:-1], 3)
+    best = scores.index(max(scores)) + 1
+    assert best == len(scores) - 3
+    assert verify(newest_checkpoint(run.best)) == best
+    assert run.trained()[1] == newest_checkpoint(run.best)
+    assert run.trained("newest")[1] == newest_checkpoint(run.checkpoints)
+    assert verify(newest_checkpoint(run.checkpoints)) == len(records)
+    assert train(config, resume=True).records() == records  # it is over
+
+
+def test_when_it_is_enough():
+    assert not is_enough([0.5, 0.4, 0.4], 0)
+    assert not is_enough([0.5, 0.4, 0.4], 3)
+    assert is_enough([0.5, 0.4, 0.4], 2)
+    assert not is_enough([0.5, 0.4, 0.6, 0.6], 2)
+    assert not is_enough([], 2)
+    assert is_best([0.5])
+    assert not is_best([0.5, 0.5])
+
+
+@pytest.mark.workers
+def test_compare_takes_equal_tokens_and_goes_on_where_it_stopped(tmp_path):
+    base = config_for(tmp_path, "fomaml", outer={"steps": 4})
+    values = base.model_dump(mode="json")
+    folder = tmp_path / "all"
+    first = compare(values, "here", ["fomaml", "multitask"], 1, 3, folder, QUIET)
+    steps = {row["method"]: row["steps"] for row in first["methods"]}
+    tokens_of = {row["method"]: row["tokens"] for row in first["methods"]}
+    assert steps["multitask"] > steps["fomaml"] == 4
+    assert tokens_of["multitask"] == pytest.approx(tokens_of["fomaml"], rel=0.1)
+    row = next(row for row in first["methods"] if row["method"] == "multitask")
+    assert row["over_baseline"]["mean"] == 0
+    before = RunFolder(folder / "fomaml-0").latest.stat().st_mtime
+    again = compare(values, "here", ["fomaml", "multitask"], 1, 3, folder, QUIET)
+    assert again["methods"] == first["methods"]
+    assert RunFolder(folder / "fomaml-0").latest.stat().st_mtime == before
+    with pytest.raises(ConfigError, match="nonsense unknown; there are fomaml"):
+        compare(values, "here", ["nonsense"], 1, 3, folder, QUIET)
+
+
+def test_tokens_of_a_step_are_counted_from_the_rows(tmp_path):
+    """Toy rows: three classes, two shots, two queries: eight characters, the prompt's seven, and the letter."""
+    tasks = toy_tasks()
+    row = 8 + len("\nLabel:") + 1
+    expected = {"fomaml": 2 * 6 + 6, "reptile": 6 + 6, "multitask": 6 + 6, "protonet": 6 + 6}
+    for name, rows in expected.items():
+        assert tokens_per_step(config_for(tmp_path, name), tasks) == 4 * rows * row
+    shown = 6 * (row + 2) + row  # two newlines behind each example that is shown
+    assert tokens_per_step(config_for(tmp_path, "metaicl"), tasks) == 4 * 6 * shown
