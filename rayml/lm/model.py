@@ -16,11 +16,12 @@ class TaskLM:
 
     Args:
         module: the causal LM to call; may be the module of a DeepSpeed engine.
-        lora: the hooks that were put on that model.
+        lora: the hooks that were put on that model; None for a model without adapters.
     """
 
-    def __init__(self, module: Any, lora: TaskLoRA):
-        self.module, self.lora = module, lora
+    def __init__(self, module: Any, lora: TaskLoRA | None):
+        self.module = module
+        self.lora: Any = lora
         self.device = next(module.parameters()).device
         self._positions: Tensor | None = None
         module.get_output_embeddings().register_forward_pre_hook(self._at_targets)
@@ -41,7 +42,9 @@ class TaskLM:
         Until the next call the model keeps `adapters`, since a checkpointed backward runs parts of the forward anew.
         """
         positions = (batch.targets.flatten() != IGNORE).nonzero().squeeze(1)
-        self.lora.adapters, self._positions = adapters, positions
+        if self.lora is not None:
+            self.lora.adapters = adapters
+        self._positions = positions
         try:
             return self.module(input_ids=batch.tokens, use_cache=False).logits, positions
         finally:
