@@ -88,13 +88,21 @@ def assert_trains_as(path, config, expected, rows=4) -> FullLearner:
     return learner
 
 
+def largest(model) -> int:
+    return max(weight.numel() for weight in model.parameters())
+
+
 def logits(lm) -> torch.Tensor:
     return lm.target_logits(None, side(7, 4))[0].float()
 
 
 def algorithms(rank, path, stage, expected):
-    stage_of = {"zero__stage": stage}
+    stage_of, before_engine = {"zero__stage": stage}, []
+    choose = zero.choose_trained
+    zero.choose_trained = lambda model, full: before_engine.append(largest(model)) or choose(model, full)
     learner = assert_trains_as(path, full_config(**stage_of), expected["fomaml"])
+    zero.choose_trained = choose
+    assert (before_engine == [0]) == (stage == 3), "stage 3 shards the weights as they are read"
     if stage == 3:
         for name, weight in learner.engine.module.named_parameters():
             assert weight.numel() == 0, f"{name} is whole on rank {rank}"

@@ -39,11 +39,15 @@ def load(path: str, dtype: str, attention: str, device: torch.device, whole_belo
     return engine.module
 
 
-def load_full(path: str, config: Config, device: torch.device, whole_below: int = 100_000):
+def load_full(path: str, config: Config, device: torch.device, whole_below: int = 100_000, phased: bool = True):
     """Return a DeepSpeed engine that trains the causal LM with a PhasedOptimizer, its `basic_optimizer`.
 
     Call the engine, `backward` and `step` on every worker alike. At stage 3 the weights are sharded as they are read.
     The model stays in eval mode, without dropout: the inner loop has to see what evaluation sees.
+
+    Args:
+        whole_below: parameters of fewer elements stay whole on every worker.
+        phased: False leaves the outer optimizer by itself: ordinary training, which the benchmark compares with.
 
     Raises:
         ConfigError: `zero.offload` that the stage does not have, or a pattern of parameters that fits none.
@@ -53,7 +57,8 @@ def load_full(path: str, config: Config, device: torch.device, whole_below: int 
     sharded = settings if config.zero.stage == 3 else None
     model = load_base(path, config.model.dtype, config.model.attention, sharded)
     choose_trained(model, config.full)
-    optimizer = PhasedOptimizer(outer_optimizer(model, config))
+    outer = outer_optimizer(model, config)
+    optimizer = PhasedOptimizer(outer) if phased else outer
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     engine.module.eval()
     if config.model.activation_checkpointing:
