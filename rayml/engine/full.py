@@ -1,0 +1,188 @@
+"""Mode full: first-order MAML, Reptile and multi-task training of all weights under DeepSpeed ZeRO.
+
+The workers adapt to one task after another, each with its share of the rows. Tasks are never spread over workers: a
+sharded engine averages gradients in the inner loop as well, and one step on the mean of several tasks is no MAML.
+"""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from rayml.config import Config
+from rayml.engine import collective
+from rayml.engine.shares import join, share_loss, share_of
+from rayml.engine.zero import TAG
+from rayml.errors import ConfigError, RunError, TrainingError
+from rayml.lm.batch import TaskBatch
+from rayml.lm.model import TaskLM
+from rayml.meta.learner import outer_schedule
+from rayml.meta.phased import PhasedOptimizer
+
+MANIFEST = "full.json"
+Result = TypeVar("Result")
+
+
+class NotFinite(TrainingError):  # noqa: N818
+    """A loss or gradient is not finite; raised on all workers together, before a step is taken on it.
+
+    The weights may be some task's: go on from a checkpoint, or stop.
+    """
+
+    def __init__(self, outer_step: int, task: int | None, what: str):
+        super().__init__(outer_step, task, what)
+        self.outer_step, self.task, self.what = outer_step, task, what
+
+    def __str__(self) -> str:
+        where = "in validation" if self.task is None else f"in task {self.task} of the step"
+        return (
+            f"outer step {self.outer_step}: a {self.what} is not finite, {where}. The last checkpoint is kept. "
+            "Lower inner.lr or outer.lr, or use model.dtype=float32, and --resume"
+        )
+
+
+class FullLearner:
+    """What meta-training of all weights learns and how; the counterpart of `rayml.meta.learner.Learner`.
+
+    Every worker must make the same calls with the same episodes.
+
+    Args:
+        engine: what `rayml.engine.zero.load_full` returned for the same config.
+        config: algorithm, inner and outer loop.
+    """
+
+    def __init__(self, engine: Any, config: Config):
+        if config.algorithm.name not in ("fomaml", "reptile", "multitask"):
+            name = config.algorithm.name
+            raise ConfigError(f"algorithm.name: {name} does not run in mode full; use fomaml, reptile or multitask")
+        if config.algorithm.name == "reptile" and not config.inner.steps:
+            raise ConfigError("inner.steps: reptile learns from inner steps alone; use 1 or more, or multitask")
+        outer = config.outer
+        self.engine, self.config = engine, config
+        self.optimizer: PhasedOptimizer = engine.basic_optimizer
+        self.schedule = outer_schedule(outer.schedule, outer.warmup_steps, outer.steps)
+        self.lm = TaskLM(engine, None)
+        self.outer_step = 0
+        """Outer steps so far; the engine's own count is of inner steps."""
+        self._task: int | None = None
+
+    def step(
+        self, episodes: Sequence[tuple[TaskBatch, TaskBatch]], weights: Sequence[float] | None = None
+    ) -> dict[str, float]:
+        """Take one outer step over the episodes' support and query; return the mean losses and the gradient's norm.
+
+        `support_loss` is before the first inner step. `query_loss` is after adapting; for Reptile, which trains on
+        the query too, it is after the one step before that. `gradient_norm` is the mean meta-gradient's.
+
+        Args:
+            episodes: of one task each, whole and alike on every worker.
+            weights: the tasks', in the meta-gradient.
+
+        Raises:
+            NotFinite: a loss or gradient.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.outer.lr * self.schedule(self.outer_step)
+        weights = weights or [1.0] * len(episodes)
+        support_loss = query_loss = 0.0
+        for self._task, (support, query) in enumerate(episodes):
+            last = self._task == len(episodes) - 1
+            losses = self._train(support, query, weights[self._task], len(episodes) if last else 0)
+            support_loss += losses[0] / len(episodes)
+            query_loss += (losses[min(1, len(losses) - 1)] if self._reptile else losses[-1]) / len(episodes)
+        self._task = None
+        self.outer_step += 1
+        (squared_norm,) = collective.sum_over_workers([torch.tensor(self.optimizer.squared_norm)])
+        norm = math.sqrt(float(squared_norm))
+        return {"support_loss": support_loss, "query_loss": query_loss, "gradient_norm": norm}
+
+    @property
+    def _reptile(self) -> bool:
+        return self.config.algorithm.name == "reptile"
+
+    def _train(self, support: TaskBatch, query: TaskBatch, weight: float, tasks: int) -> list[float]:
+        """Adapt to one task and collect its meta-gradient; return the losses of all minibatches."""
+        steps = self.config.inner.steps
+        batches = {
+            "fomaml": [support] * steps + [query],
+            "reptile": [(support, query)[i % 2] for i in range(steps)],
+            "multitask": [join(support, query)],
+        }[self.config.algorithm.name]
+        inner = "reptile" if self._reptile else "adapt"
+        losses = [self._descend(batch, inner, weight) for batch in batches[:-1]]
+        clip = 0.0 if self._reptile else self.config.outer.clip_norm
+        return [*losses, self._descend(batches[-1], "query", weight, tasks, clip)]
+
+    def _descend(
+        self, batch: TaskBatch, phase: str, weight: float = 1.0, tasks: int = 0, clip_norm: float = 0.0
+    ) -> float:
+        """Take the phase's step on one minibatch; return its loss, the same on every worker."""
+        loss = share_loss(self.lm, share_of(batch), self.config.regularize.label_smoothing)
+        (total,) = collective.sum_over_workers([loss.detach()])
+        mean = float(total) / collective.world_size()
+        if not math.isfinite(mean):
+            raise NotFinite(self.outer_step + 1, self._task, "loss")
+        self._step(loss, phase, weight, tasks, clip_norm)
+        return mean
+
+    def _step(self, loss: torch.Tensor, phase: str, weight: float, tasks: int, clip_norm: float) -> None:
+        """Backward and step. The engine clips while `clip_norm` is set: it must not in the inner loop."""
+        zero = self.engine.optimizer
+        self.engine.backward(loss)
+        self.optimizer.enter(phase, weight, tasks)
+        zero.clip_grad = clip_norm
+        self.engine.step()
+        self.optimizer.enter("idle")
+        zero.clip_grad = 0.0
+        if zero.overflow:  # the engine left the step out
+            raise NotFinite(self.outer_step + 1, self._task, "gradient")
+
+    def adapt_and_score(self, support: TaskBatch, score: Callable[[TaskLM], Result]) -> tuple[Result, Result]:
+        """Return the scores before and after adapting to one task; the weights are then as they were, bit for bit.
+
+        Raises:
+            NotFinite: a support loss, or a gradient; the weights are then not restored.
+        """
+        with torch.no_grad():
+            before = score(self.lm)
+        for _ in range(self.config.inner.steps):
+            self._descend(support, "adapt")
+        with torch.no_grad():
+            after = score(self.lm)
+        # Only an engine's step refreshes what the forward reads, and it needs a backward: one token is the cheapest.
+        logits = self.engine(input_ids=support.tokens[:1, :1], use_cache=False).logits
+        self._step(0.0 * logits.float().sum(), "restore", 1.0, 0, 0.0)
+        return before, after
+
+    def save(self, folder: str | Path) -> None:
+        """Write a checkpoint between outer steps, every worker its shards; its manifest comes last."""
+        self.engine.save_checkpoint(
+            str(folder), tag=TAG, client_state={"outer_step": self.outer_step}, save_latest=False
+        )
+        collective.gather_from_workers(None)  # all have written
+        if collective.rank() == 0:
+            manifest = {"step": self.outer_step, "workers": collective.world_size(), "stage": self.config.zero.stage}
+            (Path(folder) / MANIFEST).write_text(json.dumps(manifest))
+        collective.gather_from_workers(None)
+
+    def load(self, folder: str | Path) -> None:
+        """Go on from a checkpoint, exactly; only into a fresh engine.
+
+        Raises:
+            RunError: it is not whole, or of another number of workers or ZeRO stage.
+        """
+        try:
+            saved = json.loads((Path(folder) / MANIFEST).read_text())
+            found, ours = (saved["workers"], saved["stage"]), (collective.world_size(), self.config.zero.stage)
+        except (OSError, ValueError, KeyError) as error:
+            raise RunError(f"{folder}: not a whole checkpoint of mode full: {error}") from error
+        if found != ours:
+            raise RunError(
+                f"{folder}: shards of {found[0]} workers at zero.stage={found[1]} cannot be resumed by {ours[0]} at "
+                f"stage {ours[1]}. Resume with those, or export the run and start a new one from the exported model"
+            )
+        _, state = self.engine.load_checkpoint(str(folder), tag=TAG)
+        self.outer_step = state["outer_step"]

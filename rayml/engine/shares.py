@@ -1,0 +1,67 @@
+"""One task's rows, spread over the workers, such that the mean of the workers' gradients is the task's own."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from rayml.engine import collective
+from rayml.lm.batch import IGNORE, TaskBatch
+from rayml.lm.model import TaskLM, only_choices
+
+
+class Share(NamedTuple):
+    """A worker's rows of one task."""
+
+    batch: TaskBatch
+    scale: float
+    """On the sum of the rows' token losses: workers / the task's target tokens; 0 for a row that stands in."""
+
+
+def share_of(batch: TaskBatch) -> Share:
+    """Return this worker's rows: i, i + W, ... of W workers.
+
+    Sharded engines average gradients over the workers, whatever number of target tokens each of them has. So every
+    worker's sum is scaled by W / the task's tokens. A worker without a row takes the first with a scale of 0: all
+    must make the same calls.
+    """
+    if batch.tasks != 1:
+        raise ValueError(f"mode full adapts to one task at a time, got {batch.tasks}: workers' gradients are averaged")
+    workers, rank = collective.world_size(), collective.rank()
+    own = slice(rank, None, workers) if rank < len(batch.tokens) else slice(0, 1)
+    tokens = int((batch.targets != IGNORE).sum())
+    scale = workers / tokens if rank < len(batch.tokens) else 0.0
+    return Share(TaskBatch(batch.tokens[own], batch.targets[own], 1, batch.choices), scale)
+
+
+def share_loss(lm: TaskLM, share: Share, smoothing: float = 0.0) -> Tensor:
+    """Return this worker's part of the loss; the mean over the workers is the task's mean over its target tokens."""
+    logits, positions = lm.target_logits(None, share.batch)
+    task = torch.zeros_like(positions)
+    logits = only_choices(logits.float(), task, share.batch.choices)
+    return share.scale * token_losses(logits, share.batch.targets.flatten()[positions], smoothing).sum()
+
+
+def token_losses(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+    """Return cross entropies `[M]` of `logits [M, V]`; `smoothing` of the target's weight goes to all choices evenly.
+
+    A token that is no choice has the logit -inf; PyTorch's own label smoothing would make the loss infinite.
+    """
+    log_probability = logits.log_softmax(-1)
+    loss = -log_probability.gather(-1, targets[:, None]).squeeze(1)
+    if not smoothing:
+        return loss
+    choice = logits > -torch.inf
+    even = -log_probability.masked_fill(~choice, 0).sum(-1) / choice.sum(-1)
+    return (1 - smoothing) * loss + smoothing * even
+
+
+def join(support: TaskBatch, query: TaskBatch) -> TaskBatch:
+    """Return the rows of both sides of one episode as one batch."""
+    length = max(support.tokens.shape[1], query.tokens.shape[1])
+    tokens, targets = (
+        torch.cat([pad(part, (0, length - part.shape[1]), value=fill) for part in parts])
+        for parts, fill in (((support.tokens, query.tokens), 0), ((support.targets, query.targets), IGNORE))
+    )
+    return TaskBatch(tokens, targets, 1, support.choices)
