@@ -8,13 +8,13 @@ from conftest import on_workers
 from full_reference import OUTER, full_config, meta_batch, run_reference, side
 from transformers import AutoModelForCausalLM
 
-from rayml.engine import parameters, zero
+from rayml.engine import zero
 from rayml.engine.full import MANIFEST, FullLearner, NotFinite
-from rayml.engine.shares import token_losses
 from rayml.errors import ConfigError, RunError
 from rayml.lm.batch import TaskBatch
 from rayml.lm.load import load_base
 from rayml.lm.model import TaskLM
+from rayml.lm.parameters import parameter_groups, trained_parameters
 from rayml.meta.phased import PhasedOptimizer
 
 pytest.importorskip("deepspeed")
@@ -70,7 +70,12 @@ def with_dtype(config, dtype):
 
 
 def train(learner, outer_steps=range(OUTER), rows=4) -> list[dict[str, float]]:
-    return [learner.step(meta_batch(step, rows)) for step in outer_steps]
+    steps = [learner.step(meta_batch(step, rows)) for step in outer_steps]
+    means = [torch.tensor(step.task_losses).mean(0).tolist() for step in steps]
+    return [
+        {"support_loss": support, "query_loss": query, "gradient_norm": step.gradient_norm}
+        for (support, query), step in zip(means, steps, strict=True)
+    ]
 
 
 def assert_same(found, expected, **tolerance):
@@ -98,10 +103,10 @@ def logits(lm) -> torch.Tensor:
 
 def algorithms(rank, path, stage, expected):
     stage_of, before_engine = {"zero__stage": stage}, []
-    choose = zero.choose_trained
-    zero.choose_trained = lambda model, full: before_engine.append(largest(model)) or choose(model, full)
+    choose = zero.trained_parameters
+    zero.trained_parameters = lambda model, full: before_engine.append(largest(model)) or choose(model, full)
     learner = assert_trains_as(path, full_config(**stage_of), expected["fomaml"])
-    zero.choose_trained = choose
+    zero.trained_parameters = choose
     assert (before_engine == [0]) == (stage == 3), "stage 3 shards the weights as they are read"
     if stage == 3:
         for name, weight in learner.engine.module.named_parameters():
@@ -292,32 +297,10 @@ def test_patterns_that_do_nothing_are_refused(tiny, changes, message):
     config, model = full_config(**changes), load_base(tiny, "float32")
 
     def choose():
-        parameters.choose_trained(model, config.full)
-        parameters.parameter_groups(model, 0.1, config.inner.modules, 0.0)
+        parameter_groups(trained_parameters(model, config.full), 0.1, config.inner.modules, 0.0)
 
     with pytest.raises(ConfigError, match=message):
         choose()
-
-
-def test_offloading_all_needs_stage_3():
-    with pytest.raises(ConfigError, match=r"zero.stage=3"):
-        zero.full_settings(full_config(zero__stage=2, zero__offload="all"), CPU, 0)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [({"algorithm__name": "maml"}, "mode full"), ({"algorithm__name": "reptile", "inner__steps": 0}, "inner.steps")],
-)
-def test_algorithms_that_mode_full_has_not_are_refused(changes, message):
-    with pytest.raises(ConfigError, match=message):
-        FullLearner(None, full_config(**changes))
-
-
-def test_label_smoothing_spreads_over_the_choices_alone():
-    scores, targets = torch.randn(5, 12), torch.tensor([0, 1, 2, 0, 1])
-    expected = torch.nn.functional.cross_entropy(scores[:, :3], targets, reduction="none", label_smoothing=0.2)
-    scores[:, 3:] = -torch.inf
-    torch.testing.assert_close(token_losses(scores, targets, 0.2), expected)
 
 
 def test_an_optimizer_step_of_an_idle_phase_does_nothing():

@@ -9,7 +9,6 @@ from test_lora import one, random_batch, random_rows
 from torch import nn
 
 from rayml.config import Full
-from rayml.errors import ConfigError
 from rayml.lm.batch import collate
 from rayml.lm.encode import Encoder
 from rayml.lm.load import load_base
@@ -149,11 +148,8 @@ def test_which_parameters_are_trained(tiny):
     assert len(everything) == len(list(module.parameters()))
     assert everything - names(module, embeddings=False) == {"model.embed_tokens.weight"}
     assert not any(".mlp." in name for name in names(module, freeze=["*.mlp.*"]))
-    last = names(module, last_layers=1)
+    last = names(module, last_layers=1, embeddings=False)
     assert {name.split(".")[2] for name in last if ".layers." in name} == {"3"}
     assert "model.norm.weight" in last
     assert "model.embed_tokens.weight" not in last
-    with pytest.raises(ConfigError, match=r"\*\.mpl\.\* matches no parameter"):
-        names(module, freeze=["*.mpl.*"])
-    with pytest.raises(ConfigError, match="no parameter is left"):
-        names(module, freeze=["*"])
+    assert "model.embed_tokens.weight" in names(module, last_layers=1)  # it is the output head, too

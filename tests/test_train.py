@@ -21,7 +21,7 @@ from rayml.errors import ConfigError, DataError, RunError, TrainingError
 from rayml.evaluation.command import adapt_run, evaluate_run
 from rayml.evaluation.learn import Predictor
 from rayml.lm.encode import Encoder
-from rayml.runs.checkpoint import newest_checkpoint, read_checkpoint, verify, write_checkpoint
+from rayml.runs.checkpoint import newest_checkpoint, read_checkpoint, seal, verify, write_state
 from rayml.runs.folder import RunFolder
 from rayml.tasks.episodes import Sampler
 from rayml.tasks.prepare import prepare_splits
@@ -124,7 +124,7 @@ def test_a_run_folder_of_another_config_or_in_use_is_refused(tmp_path, no_ray):
 DISK_FULL = """
 import resource, sys, torch
 from pathlib import Path
-from rayml.runs.checkpoint import newest_checkpoint, write_checkpoint
+from rayml.runs.checkpoint import naming_full_disk, newest_checkpoint, seal, write_state
 root = Path(sys.argv[1])
 for step, size in ((1, 10), (2, 100_000)):
     if step == 2:
@@ -132,7 +132,9 @@ for step, size in ((1, 10), (2, 100_000)):
     folder = root / f"step_{step:08d}"
     folder.mkdir()
     try:
-        write_checkpoint(folder, step, {"w": torch.ones(size)})
+        with naming_full_disk(folder, step):
+            write_state(folder, {"w": torch.ones(size)})
+            seal(folder, step, part=0, parts=1)
     except Exception as error:
         print(type(error).__name__, error)
 print(newest_checkpoint(root).name)
@@ -149,7 +151,8 @@ def test_a_full_disk_is_named_and_the_old_checkpoint_survives(tmp_path):
 
 
 def test_a_checkpoint_reads_back_and_a_changed_one_is_refused(tmp_path):
-    write_checkpoint(tmp_path, 3, {"w": torch.arange(5.0)})
+    write_state(tmp_path, {"w": torch.arange(5.0)})
+    seal(tmp_path, 3, part=0, parts=1)
     saved = read_checkpoint(tmp_path)
     assert saved.step == 3
     assert torch.equal(saved.tensors["w"], torch.arange(5.0))

@@ -55,6 +55,7 @@ def compare(
     tokens = tokens_per_step(base, splits.train)
     budget = base.outer.steps * tokens
     results = []
+    own_ray = not ray.is_initialized()
     for seed in range(seeds):
         for name in methods:
             run_folder = folder / f"{name}-{seed}"
@@ -65,7 +66,7 @@ def compare(
             config = parse_config(values, source, [*overrides, f"outer.steps={steps}"])
             out.print(f"{name}, seed {seed}: {steps} outer steps of {each} tokens", highlight=False)
             results.append(one(config, name, seed, splits.test, episodes) | {"steps": steps, "tokens": steps * each})
-    if ray.is_initialized():
+    if own_ray and ray.is_initialized():
         ray.shutdown()
     summary = {"settings": {"episodes": episodes, "seeds": seeds, "tokens": budget}, "methods": summarize(results)}
     folder.mkdir(parents=True, exist_ok=True)

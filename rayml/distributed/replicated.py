@@ -29,7 +29,7 @@ from rayml.meta.algorithms import ALGORITHMS
 from rayml.meta.gradient import MetaGradient
 from rayml.meta.learner import Learner, initial_log_rates, outer_schedule
 from rayml.meta.weighting import RecentGains
-from rayml.runs.checkpoint import newest_checkpoint, read_checkpoint, write_checkpoint
+from rayml.runs.checkpoint import newest_checkpoint, read_checkpoint, write_state
 from rayml.runs.folder import RunFolder
 
 # Episodes that the start is taken from have seeds of their own, far from any training seed.
@@ -39,6 +39,9 @@ START_EPISODES = 16
 
 class Replicated:
     """The state of one worker, and the three things it does: take a step, score episodes, write a checkpoint."""
+
+    parts = 1
+    """Of a checkpoint."""
 
     def __init__(self, job: Job, device: torch.device):
         config = job.config
@@ -138,11 +141,10 @@ class Replicated:
             )
         ]
 
-    def write(self, folder: Path) -> bool:
-        """Write a checkpoint and return whether this worker has a part in it: the first one writes all."""
-        if self.rank == 0:
-            write_checkpoint(folder, self.learner.step, self.learner.state() | {"gains": self.gains.gains})
-        return self.rank == 0
+    def write(self, folder: Path) -> None:
+        """Write this worker's part of a checkpoint: the first one's is all."""
+        if self.rank < self.parts:
+            write_state(folder, self.learner.state() | {"gains": self.gains.gains})
 
 
 def joined(parts: Sequence[MetaGradient]) -> MetaGradient:

@@ -4,6 +4,7 @@ All workers adapt to one task after another, each with its share of the rows: th
 """
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from rayml.evaluation.curves import Curve, Queries, side_of
 from rayml.lm.batch import TaskBatch
 from rayml.lm.objective import SIDES, side_batch
 from rayml.meta.weighting import RecentGains
-from rayml.runs.checkpoint import naming_full_disk, newest_checkpoint, seal
+from rayml.runs.checkpoint import newest_checkpoint
 from rayml.runs.folder import RunFolder
 from rayml.tasks.episodes import Episode
 
@@ -29,6 +30,7 @@ class Sharded:
 
     def __init__(self, job: Job, device: torch.device):
         self.config, self.device = job.config, device
+        self.parts = collective.world_size()
         self.encoder = get(job.encoder)
         self.pad = self.encoder.tokenizer.eos_token_id
         self.learner = FullLearner(zero.load_full(job.model, job.config, device), job.config)
@@ -76,13 +78,10 @@ class Sharded:
         for episode in episodes:
             queries = Queries(self.encoder, [episode], self.device)
             support = side_of(self.encoder, [episode], "support", self.device)
-            scores = self.learner.adapt_and_score(support, lambda lm, queries=queries: queries.scores(lm, None)[0])
-            curves.append(Curve(episode.task, episode.index, bool(episode.labels), list(scores)))
+            before, after = self.learner.adapt_and_score(support, partial(queries.scores, weights=None))
+            curves.append(Curve(episode.task, episode.index, bool(episode.labels), [*before, *after]))
         return curves
 
-    def write(self, folder: Path) -> bool:
+    def write(self, folder: Path) -> None:
         """Write this worker's part of a checkpoint; every worker has one."""
-        with naming_full_disk(folder, self.done):
-            self.learner.save(folder, {"gains": self.gains.gains.tolist()})
-            seal(folder, self.done, collective.rank(), collective.world_size())
-        return True
+        self.learner.save(folder, {"gains": self.gains.gains.tolist()})

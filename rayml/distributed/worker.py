@@ -19,7 +19,7 @@ from rayml.distributed.sharded import Sharded
 from rayml.distributed.stream import EncodeEpisode, get, stream_steps
 from rayml.engine import collective
 from rayml.evaluation.curves import Curve
-from rayml.runs.checkpoint import folder_name, keep_only
+from rayml.runs.checkpoint import folder_name, keep_only, naming_full_disk, seal
 from rayml.runs.folder import RunFolder
 from rayml.runs.stopping import is_best, is_enough, val_score, val_scores
 
@@ -66,7 +66,7 @@ def train_worker(settings: dict[str, Any]) -> str | None:
             keep_best(run, learning)
         enough = bool(validates) and is_enough(scores, config.validation.patience)
         if enough or due(learning.done, config.run.checkpoint_every, config.outer.steps):
-            report(learning, record)
+            report(run, learning, record)
         if enough:
             break
         ended = time.perf_counter()
@@ -128,11 +128,15 @@ class StepLog:
         self.board.close()
 
 
-def report(learning: Learning, record: dict[str, Any]) -> None:
+def report(run: RunFolder, learning: Learning, record: dict[str, Any]) -> None:
     """Hand Ray Train the checkpoint, of which every worker may hold a part; a barrier for all workers."""
-    name = folder_name(learning.done)
+    name, rank = folder_name(learning.done), collective.rank()
+    has_part = rank < learning.parts
     with tempfile.TemporaryDirectory() as folder:
-        has_part = learning.write(Path(folder))
+        with naming_full_disk(run.checkpoints / name, learning.done):
+            learning.write(Path(folder))
+            if has_part:
+                seal(Path(folder), learning.done, rank, learning.parts)
         checkpoint = ray.train.Checkpoint.from_directory(folder) if has_part else None
         ray.train.report(record, checkpoint, checkpoint_dir_name=name)
 
@@ -143,10 +147,12 @@ def keep_best(run: RunFolder, learning: Learning) -> None:
     if collective.rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
     barrier()
-    learning.write(folder)
-    barrier()
-    if collective.rank() == 0:
-        keep_only(folder)
+    with naming_full_disk(folder, learning.done):
+        learning.write(folder)
+        barrier()
+        if collective.rank() == 0:
+            seal(folder, learning.done, part=0, parts=1)  # the whole folder is there
+            keep_only(folder)
 
 
 def barrier() -> None:

@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -16,7 +16,7 @@ from rayml.config import Config
 from rayml.engine import collective
 from rayml.engine.shares import join, share_loss, share_of
 from rayml.engine.zero import TAG
-from rayml.errors import ConfigError, RunError, TrainingError
+from rayml.errors import RunError, TrainingError
 from rayml.lm.batch import TaskBatch
 from rayml.lm.model import TaskLM
 from rayml.meta.learner import outer_schedule
@@ -44,6 +44,16 @@ class NotFinite(TrainingError):  # noqa: N818
         )
 
 
+class OuterStep(NamedTuple):
+    """What an outer step saw; the same on every worker."""
+
+    task_losses: list[tuple[float, float]]
+    """Each task's support loss before the first inner step, and its query loss after adapting. Reptile trains on the
+    query too: there it is the loss of its last turn."""
+    gradient_norm: float
+    """Of the mean meta-gradient."""
+
+
 class FullLearner:
     """What meta-training of all weights learns and how; the counterpart of `rayml.meta.learner.Learner`.
 
@@ -55,11 +65,6 @@ class FullLearner:
     """
 
     def __init__(self, engine: Any, config: Config):
-        if config.algorithm.name not in ("fomaml", "reptile", "multitask"):
-            name = config.algorithm.name
-            raise ConfigError(f"algorithm.name: {name} does not run in mode full; use fomaml, reptile or multitask")
-        if config.algorithm.name == "reptile" and not config.inner.steps:
-            raise ConfigError("inner.steps: reptile learns from inner steps alone; use 1 or more, or multitask")
         outer = config.outer
         self.engine, self.config = engine, config
         self.optimizer: PhasedOptimizer = engine.basic_optimizer
@@ -71,11 +76,8 @@ class FullLearner:
 
     def step(
         self, episodes: Sequence[tuple[TaskBatch, TaskBatch]], weights: Sequence[float] | None = None
-    ) -> dict[str, float]:
-        """Take one outer step over the episodes' support and query; return the mean losses and the gradient's norm.
-
-        `support_loss` is before the first inner step. `query_loss` is after adapting; for Reptile, which trains on
-        the query too, it is after the one step before that. `gradient_norm` is the mean meta-gradient's.
+    ) -> "OuterStep":
+        """Take one outer step over the episodes' support and query; return its losses and the gradient's norm.
 
         Args:
             episodes: of one task each, whole and alike on every worker.
@@ -87,17 +89,16 @@ class FullLearner:
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.outer.lr * self.schedule(self.outer_step)
         weights = weights or [1.0] * len(episodes)
-        support_loss = query_loss = 0.0
+        task_losses = []
         for self._task, (support, query) in enumerate(episodes):
             last = self._task == len(episodes) - 1
             losses = self._train(support, query, weights[self._task], len(episodes) if last else 0)
-            support_loss += losses[0] / len(episodes)
-            query_loss += (losses[min(1, len(losses) - 1)] if self._reptile else losses[-1]) / len(episodes)
+            queries = (losses[1::2] or losses) if self._reptile else losses
+            task_losses.append((losses[0], queries[-1]))
         self._task = None
         self.outer_step += 1
         (squared_norm,) = collective.sum_over_workers([torch.tensor(self.optimizer.squared_norm)])
-        norm = math.sqrt(float(squared_norm))
-        return {"support_loss": support_loss, "query_loss": query_loss, "gradient_norm": norm}
+        return OuterStep(task_losses, math.sqrt(float(squared_norm)))
 
     @property
     def _reptile(self) -> bool:
@@ -157,19 +158,23 @@ class FullLearner:
         self._step(0.0 * logits.float().sum(), "restore", 1.0, 0, 0.0)
         return before, after
 
-    def save(self, folder: str | Path) -> None:
-        """Write a checkpoint between outer steps, every worker its shards; its manifest comes last."""
-        self.engine.save_checkpoint(
-            str(folder), tag=TAG, client_state={"outer_step": self.outer_step}, save_latest=False
-        )
+    def save(self, folder: str | Path, state: dict[str, Any] | None = None) -> None:
+        """Write a checkpoint between outer steps, every worker its shards; its manifest comes last.
+
+        Args:
+            folder: the same for all workers, or one each, whose files belong together in one.
+            state: what else `load` is to return.
+        """
+        client = (state or {}) | {"outer_step": self.outer_step}
+        self.engine.save_checkpoint(str(folder), tag=TAG, client_state=client, save_latest=False)
         collective.gather_from_workers(None)  # all have written
         if collective.rank() == 0:
             manifest = {"step": self.outer_step, "workers": collective.world_size(), "stage": self.config.zero.stage}
             (Path(folder) / MANIFEST).write_text(json.dumps(manifest))
         collective.gather_from_workers(None)
 
-    def load(self, folder: str | Path) -> None:
-        """Go on from a checkpoint, exactly; only into a fresh engine.
+    def load(self, folder: str | Path) -> dict[str, Any]:
+        """Go on from a checkpoint, exactly, and return what was saved with it; only into a fresh engine.
 
         Raises:
             RunError: it is not whole, or of another number of workers or ZeRO stage.
@@ -186,3 +191,4 @@ class FullLearner:
             )
         _, state = self.engine.load_checkpoint(str(folder), tag=TAG)
         self.outer_step = state["outer_step"]
+        return state

@@ -8,7 +8,7 @@ from torch.nn.functional import pad
 
 from rayml.engine import collective
 from rayml.lm.batch import IGNORE, TaskBatch
-from rayml.lm.model import TaskLM, only_choices
+from rayml.lm.model import TaskLM, only_choices, smoothed_cross_entropy
 
 
 class Share(NamedTuple):
@@ -40,21 +40,7 @@ def share_loss(lm: TaskLM, share: Share, smoothing: float = 0.0) -> Tensor:
     logits, positions = lm.target_logits(None, share.batch)
     task = torch.zeros_like(positions)
     logits = only_choices(logits.float(), task, share.batch.choices)
-    return share.scale * token_losses(logits, share.batch.targets.flatten()[positions], smoothing).sum()
-
-
-def token_losses(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
-    """Return cross entropies `[M]` of `logits [M, V]`; `smoothing` of the target's weight goes to all choices evenly.
-
-    A token that is no choice has the logit -inf; PyTorch's own label smoothing would make the loss infinite.
-    """
-    log_probability = logits.log_softmax(-1)
-    loss = -log_probability.gather(-1, targets[:, None]).squeeze(1)
-    if not smoothing:
-        return loss
-    choice = logits > -torch.inf
-    even = -log_probability.masked_fill(~choice, 0).sum(-1) / choice.sum(-1)
-    return (1 - smoothing) * loss + smoothing * even
+    return share.scale * smoothed_cross_entropy(logits, share.batch.targets.flatten()[positions], smoothing).sum()
 
 
 def join(support: TaskBatch, query: TaskBatch) -> TaskBatch:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from rayml.config import Config
-from rayml.engine.parameters import choose_trained, parameter_groups
-from rayml.errors import ConfigError
 from rayml.lm.load import checkpoint_activations, load_base
+from rayml.lm.parameters import parameter_groups, trained_parameters
+from rayml.meta.learner import OPTIMIZERS
 from rayml.meta.phased import PhasedOptimizer
 
 TAG = "zero"  # DeepSpeed's name for the folder of shards inside a checkpoint
@@ -50,14 +50,16 @@ def load_full(path: str, config: Config, device: torch.device, whole_below: int 
         phased: False leaves the outer optimizer by itself: ordinary training, which the benchmark compares with.
 
     Raises:
-        ConfigError: `zero.offload` that the stage does not have, or a pattern of parameters that fits none.
+        ConfigError: a pattern of parameters that fits none.
     """
     deepspeed = _deepspeed(device)
     settings = full_settings(config, device, whole_below)
     sharded = settings if config.zero.stage == 3 else None
     model = load_base(path, config.model.dtype, config.model.attention, sharded)
-    choose_trained(model, config.full)
-    outer = outer_optimizer(model, config)
+    trained = trained_parameters(model, config.full)
+    for parameter in trained.values():
+        parameter.requires_grad_(True)
+    outer = outer_optimizer(trained, config)
     optimizer = PhasedOptimizer(outer) if phased else outer
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     engine.module.eval()
@@ -66,18 +68,15 @@ def load_full(path: str, config: Config, device: torch.device, whole_below: int 
     return engine
 
 
-def outer_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:
-    """Return the outer optimizer over the trained parameters; the fused kind needs no buffer of a shard's size."""
-    groups = parameter_groups(model, config.inner.lr, config.inner.modules, config.outer.weight_decay)
-    kind = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[config.outer.optimizer]
-    return kind(groups, lr=config.outer.lr, fused=True)
+def outer_optimizer(trained: dict[str, torch.nn.Parameter], config: Config) -> torch.optim.Optimizer:
+    """Return the outer optimizer over what is trained; the fused kind needs no buffer of a shard's size."""
+    groups = parameter_groups(trained, config.inner.lr, config.inner.modules, config.outer.weight_decay)
+    return OPTIMIZERS[config.outer.optimizer](groups, lr=config.outer.lr, fused=True)
 
 
 def full_settings(config: Config, device: torch.device, whole_below: int) -> dict[str, Any]:
     """Return DeepSpeed's settings for training the model."""
     zero, to_cpu = config.zero, {"device": "cpu", "pin_memory": device.type == "cuda"}
-    if zero.offload == "all" and zero.stage != 3:
-        raise ConfigError(f"zero.offload: all needs zero.stage=3, not {zero.stage}; or use zero.offload=optimizer")
     sharding: dict[str, Any] = {
         "stage": zero.stage,
         "stage3_param_persistence_threshold": whole_below,

@@ -1,12 +1,13 @@
 """A finished run, loaded in this process to adapt and score with."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from rayml.config import Config
-from rayml.engine import local
+from rayml.engine import local, zero
 from rayml.evaluation.curves import Scorer
 from rayml.lm.encode import Encoder
 from rayml.lm.load import load_tokenizer, resolve_model
@@ -14,7 +15,8 @@ from rayml.lm.lora import TaskLoRA
 from rayml.lm.model import TaskLM
 from rayml.lm.parameters import trained_parameters
 from rayml.meta.adapt import Params
-from rayml.runs.checkpoint import read_checkpoint
+from rayml.meta.learner import initial_log_rates
+from rayml.runs.checkpoint import read_checkpoint, verify
 from rayml.runs.folder import RunFolder
 
 
@@ -61,13 +63,17 @@ def open_session(run: RunFolder, which: str | None = None) -> Session:
         untrained = {name: weight.to(device) for name, weight in run.read_untrained().items()}
     else:
         untrained = {n: p.detach().float() for n, p in trained_parameters(module, config.full).items()}
-    start, log_rates, step = learned(config, folder, device)
+    start, log_rates, step = learned(config, folder, untrained, device)
     rates = {name: rate.exp() for name, rate in log_rates.items()}
     return Session(config, lm, encoder, base, start, rates, step, untrained)
 
 
-def learned(config: Config, folder: Path, device: torch.device) -> tuple[Params, Params, int]:
+def learned(config: Config, folder: Path, names: Iterable[str], device: torch.device) -> tuple[Params, Params, int]:
     """Return the start, the logarithms of its inner rates, and the outer step, of a checkpoint."""
+    if config.is_sharded:
+        step, whole = verify(folder), zero.consolidate(folder)
+        start = {name: whole[name].to(device) for name in names}
+        return start, initial_log_rates(start, config.inner.lr, config.inner.modules, per_weight=False), step
     saved = read_checkpoint(folder)
     parts = [
         {k.removeprefix(kind): v.to(device) for k, v in saved.tensors.items() if k.startswith(kind)}

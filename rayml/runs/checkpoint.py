@@ -35,20 +35,14 @@ def folder_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def write_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor]) -> None:
-    """Write the state after `step` outer steps into `folder`, as its one part.
-
-    Raises:
-        RunError: the disk is full.
-    """
-    with naming_full_disk(folder, step):
-        (folder / STATE).write_bytes(save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}))
-        seal(folder, step, part=0, parts=1)
+def write_state(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Write what is whole on this worker."""
+    (folder / STATE).write_bytes(save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}))
 
 
 @contextmanager
 def naming_full_disk(folder: Path, step: int) -> Iterator[None]:
-    """Turn the system's error about a full disk into a RunError."""
+    """Turn the system's error about a full disk into a RunError, while a checkpoint is written."""
     try:
         yield
     except OSError as error:
@@ -82,7 +76,7 @@ def verify(folder: Path) -> int:
 
 
 def read_checkpoint(folder: Path) -> Saved:
-    """Return what `write_checkpoint` wrote.
+    """Return what `write_state` wrote.
 
     Raises:
         RunError: a part of it is missing or damaged.
