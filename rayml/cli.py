@@ -97,6 +97,29 @@ def show_config(
 
 
 @app.command()
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    gpu_gib: Annotated[
+        float | None,
+        typer.Option(help="Memory of a worker's GPU; else that of the GPU here.", min=0.001, metavar="GIB"),
+    ] = None,
+    target_tokens: Annotated[int, typer.Option(help="Tokens of a target: a label's 1, free text's more.", min=1)] = 1,
+    as_json: Json = False,
+) -> None:
+    """Count the memory that a worker needs, part by part, before anything starts. Exits with 1 where it does not fit.
+
+    Reads no more of the model than its config.json. `rayml plan configs/llama-1b.yaml engine=zero --gpu-gib 24`
+    says what fits on 24 GiB, and the smallest change that would.
+    """
+    from rayml.config import load_config
+    from rayml.planning.command import plan as make_plan
+
+    if not make_plan(load_config(config, overrides or []), gpu_gib, target_tokens, as_json, out):
+        raise typer.Exit(1)
+
+
+@app.command()
 def evaluate(
     run: RunPath,
     data: Annotated[list[str] | None, typer.Option(help="Tasks never seen in training, instead of meta-test.")] = None,

@@ -18,7 +18,7 @@ def rayml(*arguments: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["train"], ["config"], ["evaluate"], ["adapt"], ["predict"], ["data", "check"]]
+    "command", [[], ["train"], ["plan"], ["config"], ["evaluate"], ["adapt"], ["predict"], ["data", "check"]]
 )
 def test_every_command_teaches(command):
     found = rayml(*command, "--help")

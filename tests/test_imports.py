@@ -18,6 +18,7 @@ MAY_LOAD = {
     "meta": {"torch"},
     "lm": HEAVY - {"ray"},  # transformers itself imports deepspeed where it is installed
     "engine": HEAVY - {"ray"},
+    "planning": {"torch", "transformers"},
     "runs": {"torch"},
     "evaluation": HEAVY - {"ray"},
     "distributed": HEAVY,

@@ -1,0 +1,46 @@
+"""The numbers of a model that its memory follows from."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """An adapted linear: the last part of its name, its layer, and its widths."""
+
+    name: str
+    layer: int
+    inputs: int
+    outputs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A decoder's shapes. Counts of parameters are in elements; tied weights count once."""
+
+    parameters: int
+    small_parameters: int
+    """In tensors so small that ZeRO-3 leaves them whole on every worker."""
+    trained: int
+    """What mode full trains."""
+    largest_layer: int
+    embedding: int
+    """The token embeddings, or the output head: one of the two, where they are not tied."""
+    layers: int
+    hidden: int
+    intermediate: int
+    query_width: int
+    """Query heads times the width of a head."""
+    key_width: int
+    """Key heads times the width of a head; the values' is the same."""
+    heads: int
+    vocabulary: int
+    adapted: tuple[Linear, ...]
+    """Linears with an adapter; none in mode full."""
+    first_layer: int
+    """Where the backward ends: the first layer with anything to learn in it, or below it."""
+    is_measured: bool
+    """The formula for activations was checked against layers of this kind; for others it is an estimate."""
+
+    def adapter(self, rank: int) -> int:
+        """Return the elements of one adapter: `A [r, in]` and `B [out, r]` of every adapted linear."""
+        return rank * sum(linear.inputs + linear.outputs for linear in self.adapted)

@@ -1,0 +1,440 @@
+"""The plan against closed forms for three Llamas, and its activations against what autograd really saves and uses."""
+
+import json
+import math
+import weakref
+from functools import partial
+
+import pytest
+import torch
+import yaml
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+from rayml.cli import app
+from rayml.config import Config, parse_config
+from rayml.errors import ConfigError
+from rayml.lm.batch import IGNORE, TaskBatch
+from rayml.lm.load import checkpoint_activations
+from rayml.lm.lora import TaskLoRA
+from rayml.lm.model import TaskLM
+from rayml.meta.adapt import task_gradients
+from rayml.planning.activations import activation_bytes
+from rayml.planning.batch import largest_pass, tokens_per_step
+from rayml.planning.fit import changed, smallest_change
+from rayml.planning.memory import memory
+from rayml.planning.read import read_shape, shape_of
+
+# hidden, layers, intermediate, heads, key heads, tied, parameters
+LLAMAS = {
+    "1B": (2048, 16, 8192, 32, 8, True, 1_235_814_400),
+    "8B": (4096, 32, 14336, 32, 8, False, 8_030_261_248),
+    "70B": (8192, 80, 28672, 64, 8, False, 70_553_706_496),
+}
+VOCABULARY = 128256
+
+
+def write_llama(folder, name: str) -> str:
+    """Write a config.json and nothing else."""
+    hidden, layers, intermediate, heads, key_heads, tied, _ = LLAMAS[name]
+    LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        intermediate_size=intermediate,
+        num_attention_heads=heads,
+        num_key_value_heads=key_heads,
+        tie_word_embeddings=tied,
+    ).save_pretrained(folder / name)
+    return str(folder / name)
+
+
+def plan_config(model: str, *overrides: str) -> Config:
+    """4 ways, 2 shots, 3 queries of 64 tokens; 8 tasks; r = 16 on the four default targets."""
+    values = {
+        "model": {"name": model, "dtype": "bfloat16"},
+        "data": {"path": "none.jsonl", "ways": 4, "shots": 2, "queries": 3, "max_tokens": 64},
+        "run": {"dir": "none"},
+        "lora": {"rank": 16},
+        "tasks_per_step": 8,
+    }
+    return parse_config(values, "test", overrides)
+
+
+def device(plan) -> dict[str, int]:
+    return {part.name: part.device_bytes for part in plan.parts}
+
+
+def host(plan) -> dict[str, int]:
+    return {part.name: part.host_bytes for part in plan.parts if part.host_bytes}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small products: threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def llamas(tmp_path_factory):
+    """The shapes of each Llama: by name, for adapters and for mode full."""
+    folder = tmp_path_factory.mktemp("llamas")
+    found = {}
+    for name in LLAMAS:
+        path = write_llama(folder, name)
+        found[name] = path, {mode: read_shape(plan_config(path, f"mode={mode}")) for mode in ("adapters", "full")}
+    return found
+
+
+@pytest.mark.parametrize("name", LLAMAS)
+def test_adapters_match_the_closed_forms(llamas, name):
+    path, shapes = llamas[name]
+    hidden, layers, wide, heads, key_heads, tied, parameters = LLAMAS[name]
+    keys = hidden * key_heads // heads
+    assert shapes["adapters"].parameters == parameters
+    adapter = 16 * layers * ((hidden + hidden) + (hidden + keys) + (hidden + hidden) + (wide + hidden))
+    whole = plan_config(path)
+    plan = memory(shapes["adapters"], whole)
+    tokens = 8 * 12 * 64  # tasks, query rows, tokens a row
+    # bf16 twice, fp32 four bytes: norms, q and attention's output, k and v, log-sum-exp, MLP, inputs of v and down, A x
+    layer = tokens * (2 * hidden * 4 + 2 * (2 * hidden + 2 * keys + 3 * wide + hidden + wide + 4 * 16) + heads * 4)
+    working = tokens * max(2 * wide * 2, 5 * hidden * 4)
+    # The last norm's input counts where the first layer's, which needs no gradient, does not.
+    activations = layers * layer + working + 8 * adapter * 2
+    logits = 8 * 12 * VOCABULARY * (3 * 4 + 2)
+    expected = {
+        "parameters": 2 * parameters + 4 * adapter,
+        "gathered layers": 0,
+        "gradients": 8 * 4 * adapter,
+        "optimizer": 2 * 4 * adapter,
+        "fast weights": 2 * 8 * 4 * adapter,
+        "meta-gradient": 4 * adapter,
+        "activations": activations,
+        "logits": logits,
+    }
+    assert device(plan) == expected | {"allowance": sum(expected.values()) // 10}
+    assert plan.host_bytes == 0
+
+    sharded = memory(shapes["adapters"], changed(whole, ["engine=zero", "workers=4"]))
+    norms = (2 * layers + 1) * hidden
+    base = math.ceil((parameters - norms) / 4) + norms
+    biggest = (
+        2 * VOCABULARY * hidden // 2 + (parameters - norms - (2 - tied) * VOCABULARY * hidden) // layers + 2 * hidden
+    )
+    assert device(sharded)["parameters"] == 2 * base + 4 * adapter
+    assert device(sharded)["gathered layers"] == 2 * min(parameters, max(10**9, biggest))
+    assert device(sharded)["gradients"] == 2 * 4 * adapter  # two tasks a worker
+    assert device(sharded)["meta-gradient"] == 2 * 4 * adapter  # and the flat copy that is sent
+
+
+@pytest.mark.parametrize("name", LLAMAS)
+def test_mode_full_matches_the_closed_forms(llamas, name):
+    path, shapes = llamas[name]
+    hidden, layers, wide, heads, key_heads, _, parameters = LLAMAS[name]
+    keys = hidden * key_heads // heads
+    shape = shapes["full"]
+    assert shape.trained == parameters
+    local = memory(shape, plan_config(path, "mode=full", "model.dtype=float32"))
+    rows = 12  # one task at a time
+    inputs = 2 * hidden + wide  # of q, k, v; of gate and up; of down: o_proj's is attention's output
+    layer = rows * 64 * 4 * (4 * hidden + 2 * hidden + 2 * keys + heads + 3 * wide + inputs)
+    expected = {
+        "parameters": 4 * parameters,
+        "gathered layers": 0,
+        "gradients": 4 * parameters,
+        "optimizer": 8 * parameters,
+        "fast weights": 8 * parameters,
+        "meta-gradient": 4 * parameters,
+        "activations": layers * layer + rows * 64 * 4 * (hidden + max(2 * wide, 5 * hidden)),
+        "logits": rows * VOCABULARY * 3 * 4,
+    }
+    assert device(local) == expected | {"allowance": sum(expected.values()) // 10}
+
+    zero = ["mode=full", "engine=zero", "workers=8"]
+    shard = math.ceil(parameters / 8)
+    for stage in (1, 2, 3):
+        plan = memory(shape, plan_config(path, *zero, f"zero.stage={stage}"))
+        found = device(plan)
+        assert found["optimizer"] + found["fast weights"] + found["meta-gradient"] == 20 * shard
+        assert found["gradients"] == 2 * (parameters if stage == 1 else shard)
+        assert found["reduce bucket"] == 4 * 50_000_000
+        norms = (2 * layers + 1) * hidden
+        whole = 2 * (parameters if stage < 3 else math.ceil((parameters - norms) / 8) + norms)
+        assert found["parameters"] == whole
+        assert found["logits"] == 2 * VOCABULARY * 14  # 12 rows over 8 workers: 2 each
+        away = memory(shape, plan_config(path, *zero, f"zero.stage={stage}", "zero.offload=optimizer"))
+        assert sum(host(away).values()) == 20 * shard
+        assert device(away)["parameters"] == whole
+        assert away.device_bytes == pytest.approx(plan.device_bytes - 1.1 * 20 * shard, rel=1e-6)
+    all_away = memory(shape, plan_config(path, *zero, "zero.offload=all"))
+    assert host(all_away)["parameters"] == whole
+    assert device(all_away)["parameters"] == 0
+
+
+def test_mode_full_trains_what_the_config_leaves(llamas):
+    path, _ = llamas["1B"]
+    hidden, wide, keys = 2048, 8192, 512
+    layer = 2 * hidden * hidden + 2 * hidden * keys + 3 * hidden * wide + 2 * hidden
+
+    def trained(*overrides):
+        shape = read_shape(plan_config(path, "mode=full", *overrides))
+        return shape.trained, shape.first_layer
+
+    assert trained("full.embeddings=false") == (16 * layer + hidden, 0)
+    assert trained("full.embeddings=false", "full.last_layers=3") == (3 * layer + hidden, 13)
+    assert trained("full.last_layers=3") == (3 * layer + hidden + VOCABULARY * hidden, 0)  # the head is tied
+    assert trained("full.freeze='*.mlp.*'") == (16 * (layer - 3 * hidden * wide) + hidden + VOCABULARY * hidden, 0)
+    untied, _ = llamas["8B"]
+    shape = read_shape(plan_config(untied, "mode=full", "full.last_layers=1"))
+    assert shape.trained < 2 * VOCABULARY * 4096  # the head, but not the embeddings
+    assert shape.first_layer == 31
+    with pytest.raises(ConfigError, match="nothing to train"):
+        trained("full.freeze='*'")
+
+
+def test_algorithms_differ_in_what_they_keep_and_read(llamas):
+    path, shapes = llamas["1B"]
+
+    def at(*overrides):
+        config = plan_config(path, *overrides)
+        return device(memory(shapes["adapters"], config)), tokens_per_step(config), largest_pass(config, 1)
+
+    plain, tokens, batch = at()
+    assert tokens == 8 * 64 * (3 * 8 + 12)
+    assert (batch.rows, batch.row_tokens) == (8 * 12, 64)
+    rates, _, _ = at("algorithm.name=meta_sgd")
+    assert rates["optimizer"] == 5 * plain["optimizer"] / 2
+    assert rates["meta-gradient"] == 2 * plain["meta-gradient"]
+    eager, _, _ = at("model.attention=eager")
+    exact, _, _ = at("model.attention=eager", "algorithm.name=maml", "inner.steps=2")
+    assert exact["activations"] == 6 * eager["activations"]
+    assert at("algorithm.name=multitask")[0]["fast weights"] == 0
+    _, tokens, batch = at("algorithm.name=metaicl")
+    assert (batch.rows, batch.row_tokens, tokens) == (8 * 12, 9 * 64, 8 * 12 * 9 * 64)
+    assert at("algorithm.name=protonet")[2].rows == 8 * 20
+    joined = plan_config(path, "mode=full", "algorithm.name=multitask", "engine=zero", "workers=8")
+    assert largest_pass(joined, 1).rows == 3  # of 20, over 8 workers
+    assert at("algorithm.name=reptile")[1] == 8 * 64 * (8 + 12 + 8)
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes that operations' results took at a time, without `ignored` tensors."""
+
+    def __init__(self, ignored):
+        super().__init__()
+        self.ignored = {tensor.untyped_storage().data_ptr() for tensor in ignored}
+        self.known: dict[int, int] = {}
+        self.live = self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage):
+        if storage._cdata in self.known or storage.data_ptr() in self.ignored:
+            return
+        self.known[storage._cdata] = storage.nbytes()
+        self.live += storage.nbytes()
+        self.bytes = max(self.bytes, self.live)
+        weakref.finalize(storage, self._free, storage._cdata)
+
+    def _free(self, key):
+        self.live -= self.known.pop(key)
+
+
+def saved_bytes(forward, ignored) -> int:
+    """Return what autograd saves in a forward, each storage once, without `ignored` tensors."""
+    skip = {tensor.untyped_storage().data_ptr() for tensor in ignored}
+    kept = {}
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in skip:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = forward()
+    assert loss.requires_grad
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+# hidden, intermediate, heads, key heads, dtype, attention, targets, last layers
+MODELS = [
+    (128, 352, 8, 2, "float32", "sdpa", "q_proj v_proj o_proj down_proj", None),
+    (128, 352, 8, 2, "bfloat16", "sdpa", "q_proj v_proj o_proj down_proj", None),
+    (256, 1024, 4, 4, "bfloat16", "sdpa", "q_proj v_proj", 2),
+    (256, 512, 4, 2, "float32", "eager", "q_proj k_proj gate_proj up_proj down_proj", None),
+    (128, 512, 8, 4, "bfloat16", "eager", "o_proj down_proj", 3),
+]
+ROWS, TOKENS, TASKS, LAYERS, WORDS = 3, 64, 2, 4, 100
+
+
+def small_model(sizes):
+    """Return a random Llama with the config that plans it, and a batch of its largest pass."""
+    hidden, intermediate, heads, key_heads, dtype, attention, targets, last = sizes
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=WORDS,
+            hidden_size=hidden,
+            intermediate_size=intermediate,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=heads,
+            num_key_value_heads=key_heads,
+            attn_implementation=attention,
+        )
+    )
+    model = model.to(getattr(torch, dtype)).requires_grad_(False).eval()
+    config = plan_config("none", f"model.dtype={dtype}", f"model.attention={attention}", "data.shots=1")
+    config = changed(config, ["data.ways=3", "data.queries=1", f"data.max_tokens={TOKENS}", "tasks_per_step=2"])
+    config = changed(config, [f"lora.targets=[{', '.join(targets.split())}]", "lora.rank=4"])
+    config = changed(config, [f"lora.last_layers={last or 'null'}"])
+    tokens = torch.randint(0, WORDS, (TASKS * ROWS, TOKENS))
+    scored = torch.full_like(tokens, IGNORE)
+    scored[:, -2] = tokens[:, -1]
+    return model, config, TaskBatch(tokens, scored, TASKS)
+
+
+def with_adapters(model, config):
+    lm = TaskLM(model, TaskLoRA(model, **config.lora.shape()))
+    start = lm.lora.untrained_start(0)
+    return lm, {name: w.expand(TASKS, *w.shape).clone().requires_grad_() for name, w in start.items()}
+
+
+@pytest.mark.parametrize("sizes", MODELS, ids=str)
+def test_saved_activations_are_what_the_formula_says(sizes):
+    model, config, batch = small_model(sizes)
+    shape = shape_of(model, config)
+    lm, fast = with_adapters(model, config)
+    ignored = [*model.parameters(), *fast.values()]
+    measured = saved_bytes(lambda: lm.losses(fast, batch).sum(), ignored)
+    found = device(memory(shape, config))["activations"]
+    hidden, intermediate, element = sizes[0], sizes[1], getattr(torch, sizes[4]).itemsize
+    working = TASKS * ROWS * TOKENS * max(2 * intermediate * element, 5 * hidden * 4)  # not saved, but used
+    assert found - working == pytest.approx(measured, rel=0.03)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("sizes", MODELS, ids=str)
+def test_the_peak_of_forward_and_backward_is_within_15_percent(sizes, checkpointing):
+    model, config, batch = small_model(sizes)
+    shape = shape_of(model, config)
+    lm, fast = with_adapters(model, config)
+    if checkpointing:
+        checkpoint_activations(model)
+        config = changed(config, ["model.activation_checkpointing=true"])
+    fast = {name: weight.detach() for name, weight in fast.items()}
+    with Peak([*model.parameters(), *fast.values(), batch.tokens, batch.targets]) as peak:
+        task_gradients(partial(lm.losses, batch=batch), fast)
+    parts = device(memory(shape, config))
+    assert parts["activations"] + parts["logits"] + parts["gradients"] == pytest.approx(peak.bytes, rel=0.15)
+
+
+def test_exact_maml_takes_two_and_a_half_times_the_activations_for_each_inner_step():
+    model, config, batch = small_model(MODELS[3])
+    lm, start = with_adapters(model, config)
+    losses = partial(lm.losses, batch=batch)
+
+    def peak_of(steps: int) -> int:
+        with Peak([*model.parameters(), *start.values(), batch.tokens, batch.targets]) as peak:
+            fast = start
+            for _ in range(steps):
+                gradients = torch.autograd.grad(losses(fast).sum(), list(fast.values()), create_graph=True)
+                fast = {name: w - 0.1 * g for (name, w), g in zip(fast.items(), gradients, strict=True)}
+            torch.autograd.grad(losses(fast).sum(), list(start.values()))
+        return peak.bytes
+
+    config = changed(config, ["algorithm.name=maml", "inner.steps=2"])
+    parts = device(memory(shape_of(model, config), config))
+    assert parts["activations"] + parts["logits"] == pytest.approx(peak_of(2), rel=0.15)
+
+
+@pytest.mark.parametrize("sizes", [MODELS[0], MODELS[1], MODELS[3]], ids=str)
+def test_mode_full_saves_what_the_formula_says(sizes):
+    model, config, _ = small_model(sizes)
+    config = changed(config, ["mode=full"])
+    model.requires_grad_(True)
+    tokens = torch.randint(0, WORDS, (ROWS, TOKENS))
+    scored = torch.full_like(tokens, IGNORE)
+    scored[:, -2] = tokens[:, -1]
+    lm = TaskLM(model, TaskLoRA(model, ("q_proj",), rank=1, alpha=1))
+    measured = saved_bytes(lambda: lm.losses(None, TaskBatch(tokens, scored, 1)).sum(), model.parameters())
+    found = activation_bytes(shape_of(model, config), config, largest_pass(config, 1), checkpointing=False)
+    element = getattr(torch, sizes[4]).itemsize
+    assert found - ROWS * TOKENS * max(2 * sizes[1] * element, 5 * sizes[0] * 4) == pytest.approx(measured, rel=0.05)
+
+
+def test_the_smallest_change_that_fits(llamas):
+    path, shapes = llamas["8B"]
+    zero = plan_config(path, "mode=full", "engine=zero", "workers=8", "zero.stage=1")
+
+    def change(shape, config, gib):
+        return smallest_change(shape, config, 1, int(gib * 2**30))
+
+    assert change(shapes["full"], zero, 50) == ["zero.stage=2"]
+    assert change(shapes["full"], zero, 24) == ["zero.stage=2", "zero.offload=optimizer"]
+    adapters = plan_config(path, "engine=zero", "workers=8", "data.max_tokens=256")
+    assert change(shapes["adapters"], adapters, 10) == ["model.activation_checkpointing=true"]
+    more = change(shapes["adapters"], plan_config(path, "data.max_tokens=512"), 12)
+    assert "engine=zero" in more
+    assert any(part.startswith("workers=") for part in more)
+    fitting = changed(plan_config(path, "data.max_tokens=512"), more)
+    assert memory(shapes["adapters"], fitting).fits(12 * 2**30)
+    assert change(shapes["adapters"], adapters, 0.1) is None
+
+
+@pytest.fixture
+def run_plan(tmp_path):
+    """Run the command on the 1B Llama's config.json, which lies alone in its folder."""
+    path = tmp_path / "run.yaml"
+    config = plan_config(write_llama(tmp_path, "1B"), "device=cpu")
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    return lambda *arguments: CliRunner().invoke(app, ["plan", str(path), *arguments])
+
+
+def test_the_command_prints_a_bar_for_each_part_and_a_verdict(run_plan):
+    found = run_plan("--gpu-gib", "80")
+    assert found.exit_code == 0, found.output
+    for part in (
+        "parameters",
+        "fast weights",
+        "activations",
+        "logits",
+        "allowance (10%)",
+        "with activation checkpoint",
+    ):
+        assert part in found.output
+    assert "█" in found.output
+    assert "an outer step: 8 episodes, 18,432 tokens" in found.output
+    refused = run_plan("--gpu-gib", "8")
+    assert refused.exit_code == 1
+    assert "this would fit: model.activation_checkpointing=true" in refused.output
+    without = run_plan()
+    assert without.exit_code == 0
+    assert "no GPU here to compare with" in without.output
+
+
+def test_the_command_gives_json_in_bytes(run_plan):
+    found = json.loads(run_plan("--json", "--gpu-gib", "80", "workers=4").stdout)
+    assert found["model"]["parameters"] == 1_235_814_400
+    assert found["device_bytes"] == sum(part["device_bytes"] for part in found["parts"])
+    assert found["fits"] is True
+    assert [row["overrides"] for row in found["shardings"] if row["is_config"]] == [["engine=local"]]
+
+
+def test_other_models_are_estimated_and_unknown_ones_refused(tmp_path):
+    GPT2Config(n_layer=2, n_embd=64, n_head=4, vocab_size=100).save_pretrained(tmp_path / "gpt2")
+    shape = read_shape(plan_config(str(tmp_path / "gpt2"), "mode=full"))
+    assert (shape.intermediate, shape.key_width, shape.is_measured) == (256, 64, False)
+    with pytest.raises(ConfigError, match=r"lora\.targets: down_proj"):
+        read_shape(plan_config(str(tmp_path / "gpt2")))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="no causal language model"):
+        read_shape(plan_config(str(tmp_path / "empty")))
