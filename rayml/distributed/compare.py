@@ -17,6 +17,7 @@ from rayml.evaluation.evaluate import trained_curves
 from rayml.evaluation.session import open_session
 from rayml.lm.encode import Encoder
 from rayml.lm.load import load_tokenizer, resolve_model
+from rayml.planning.batch import passes
 from rayml.runs.folder import RunFolder, write_whole
 from rayml.tasks.prepare import prepare_splits
 from rayml.tasks.task import Task
@@ -102,14 +103,8 @@ def tokens_per_step(config: Config, tasks: Sequence[Task]) -> int:
     """Return the tokens that run forward and backward in an outer step, on average, without padding."""
     encoder = config.encoder(load_tokenizer(resolve_model(config.model.name)))
     support, query = (count(encoder, config, tasks, side) for side in ("support", "query"))
-    steps, name = config.inner.steps, config.algorithm.name
-    passes = {
-        "reptile": ((steps + 1) // 2, steps // 2),  # the sides take turns
-        "multitask": (1, 1),
-        "protonet": (1, 1),
-        "metaicl": (0, 1),  # the support is in the query rows
-    }.get(name, (steps, 1))
-    return round(config.tasks_per_step * (passes[0] * support + passes[1] * query))
+    of_support, of_query = passes(config)
+    return round(config.tasks_per_step * (of_support * support + of_query * query))
 
 
 def count(encoder: Encoder, config: Config, tasks: Sequence[Task], side: str) -> float:

@@ -59,11 +59,17 @@ def largest_pass(config: Config, target_tokens: int) -> Pass:
 def tokens_per_step(config: Config) -> int:
     """Return the tokens that go forward and backward in an outer step over all workers, padding included."""
     support, query = episode_rows(config)
-    steps = inner_steps(config)
-    rows = {
-        "metaicl": query * (support + 1),
-        "multitask": support + query,
-        "protonet": support + query,
-        "reptile": (steps + 1) // 2 * support + steps // 2 * query,  # the sides take turns
-    }.get(config.algorithm.name, steps * support + query)
-    return config.tasks_per_step * rows * config.data.max_tokens
+    of_support, of_query = passes(config)
+    shown = 1 + support * (config.algorithm.name == "metaicl")
+    return config.tasks_per_step * (of_support * support + of_query * query * shown) * config.data.max_tokens
+
+
+def passes(config: Config) -> tuple[int, int]:
+    """Return how often an outer step runs forward and backward over an episode's support, and over its query."""
+    steps = config.inner.steps
+    return {
+        "metaicl": (0, 1),  # the support is in the query's rows
+        "multitask": (1, 1),
+        "protonet": (1, 1),
+        "reptile": ((steps + 1) // 2, steps // 2),  # the sides take turns
+    }.get(config.algorithm.name, (steps, 1))

@@ -93,11 +93,12 @@ def _adapters(shape: Shape, config: Config) -> list[Part]:
 
 
 def _full_local(shape: Shape, config: Config) -> list[Part]:
-    """Plain torch, everything in the model's dtype and whole."""
+    """Plain torch, everything whole: the model in its dtype, and what is learned in fp32."""
     element = DTYPE_BYTES[config.model.dtype]
-    trained = element * shape.trained
+    trained = FP32_BYTES * shape.trained
+    cast = 0 if config.model.dtype == "float32" else element * shape.trained  # of the weights that a forward reads
     return [
-        Part("parameters", element * shape.parameters),
+        Part("parameters", element * shape.parameters + trained + cast),
         Part("gathered layers", 0),
         Part("gradients", trained),
         Part("optimizer", (2 if config.outer.optimizer == "adamw" else 0) * trained),

@@ -1,16 +1,15 @@
 """From a model's config.json to its shape: the model is built on the meta device, and no weight is read."""
 
-import re
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rayml.config import Config, Full
+from rayml.config import Config
 from rayml.errors import ConfigError
 from rayml.lm.load import resolve_model
-from rayml.lm.lora import find_linears, layer_number
+from rayml.lm.lora import find_linears, in_a_layer, layer_number
+from rayml.lm.parameters import trained_parameters
 from rayml.planning.shape import Linear, Shape
 
 WHOLE_BELOW = 100_000
@@ -40,8 +39,8 @@ def shape_of(model: Any, config: Config) -> Shape:
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     layers: dict[int, int] = {}
     for name, size in sizes.items():
-        if (number := _layer(name)) is not None:
-            layers[number] = layers.get(number, 0) + size
+        if in_a_layer(name):
+            layers[layer_number(name)] = layers.get(layer_number(name), 0) + size
     adapted, trained, first = _learned(model, config, sizes)
     heads = text.num_attention_heads
     head_width = getattr(text, "head_dim", None) or text.hidden_size // heads
@@ -74,35 +73,13 @@ def _learned(model: Any, config: Config, sizes: dict[str, int]) -> tuple[tuple[L
             for name, linear in linears.items()
         )
         return adapted, 0, min(linear.layer for linear in adapted)
-    trained = {name: size for name, size in sizes.items() if _is_trained(name, model, config.full)}
-    if not trained:
-        raise ConfigError("full: freeze, last_layers and embeddings leave nothing to train")
+    trained = {name: sizes[name] for name in trained_parameters(model, config.full)}
     return (), sum(trained.values()), min(_reaches(name, model) for name in trained)
-
-
-def _is_trained(name: str, model: Any, full: Full) -> bool:
-    if any(fnmatchcase(name, pattern) for pattern in full.freeze):
-        return False
-    if _is_input_embedding(name, model):
-        is_head = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-        return full.embeddings and (full.last_layers is None or is_head)
-    number = _layer(name)
-    first = model.config.num_hidden_layers - (full.last_layers or model.config.num_hidden_layers)
-    return number is None or number >= first
 
 
 def _reaches(name: str, model: Any) -> int:
     """Return the lowest layer that the backward runs through to reach a parameter."""
-    number = _layer(name)
-    if number is not None:
-        return number
-    return 0 if _is_input_embedding(name, model) else model.config.num_hidden_layers
-
-
-def _is_input_embedding(name: str, model: Any) -> bool:
-    return model.get_parameter(name) is model.get_input_embeddings().weight
-
-
-def _layer(name: str) -> int | None:
-    match = re.search(r"\.(\d+)\.", name)
-    return int(match.group(1)) if match else None
+    if in_a_layer(name):
+        return layer_number(name)
+    is_embedding = model.get_parameter(name) is model.get_input_embeddings().weight
+    return 0 if is_embedding else model.config.num_hidden_layers
