@@ -121,9 +121,11 @@ class Reference:
         return {name: w.detach().clone() for name, w in self.named.items()}
 
 
-def run_reference(path: str, config: Config, rows: int = 4, dtype: str = "float32") -> Reference:
-    """Run OUTER steps; `dtype` rounds the weights before the first."""
+def run_reference(
+    path: str, config: Config, rows: int = 4, dtype: str = "float32", outer_steps: int = OUTER
+) -> Reference:
+    """Return the reference after `outer_steps`; `dtype` rounds the weights before the first."""
     reference = Reference(path, config, dtype)
-    for step in range(OUTER):
+    for step in range(outer_steps):
         reference.step(meta_batch(step, rows))
     return reference

@@ -21,8 +21,16 @@ pytest.importorskip("deepspeed")
 CPU = torch.device("cpu")
 PARITY = {"rtol": 1e-5, "atol": 1e-5}
 REPTILE = {"algorithm__name": "reptile", "outer__lr": 0.05}
-# Distance from the fp32 reference, as a share of the way that the weights went. Seen: bf16 0.02, offload 3e-6.
-BF16_TOLERANCE, OFFLOAD_TOLERANCE = 0.05, 1e-4
+# Distance from the fp32 reference, as a share of the way that the weights went. Seen: bf16 0.009, offload 1e-6.
+BF16_TOLERANCE, OFFLOAD_TOLERANCE = 0.03, 1e-5
+
+
+@pytest.fixture(scope="module")
+def small(tiny, tmp_path_factory) -> str:
+    """The tiny model cut to two layers: gathering layer after layer is what takes the time here."""
+    folder = tmp_path_factory.mktemp("small")
+    AutoModelForCausalLM.from_pretrained(tiny, num_hidden_layers=2).save_pretrained(folder)
+    return str(folder)
 
 
 def new_learner(path, config) -> FullLearner:
@@ -101,6 +109,11 @@ def logits(lm) -> torch.Tensor:
     return lm.target_logits(None, side(7, 4))[0].float()
 
 
+def all_stages(rank, path, expected):
+    for stage in (1, 2, 3):
+        algorithms(rank, path, stage, expected)
+
+
 def algorithms(rank, path, stage, expected):
     stage_of, before_engine = {"zero__stage": stage}, []
     choose = zero.trained_parameters
@@ -142,14 +155,13 @@ def reference_results(path, rows=4, **changes):
 
 
 @pytest.mark.workers
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_zero_equals_plain_torch(tiny, stage):
-    fomaml, found = reference_results(tiny)
+def test_zero_equals_plain_torch(small):
+    fomaml, found = reference_results(small)
     assert min(found.inner_norms) > 0.5 * 2, "clipping an inner step at clip_norm must be visible"
     assert found.clipped > 0
-    adamw = run_reference(tiny, full_config(outer__optimizer="adamw", outer__lr=1e-3)).meta_gradients
-    reptile = reference_results(tiny, **REPTILE)[0]
-    on_workers(algorithms, 2, tiny, stage, {"fomaml": fomaml, "reptile": reptile, "adamw": adamw})
+    adamw = run_reference(small, full_config(outer__optimizer="adamw", outer__lr=1e-3)).meta_gradients
+    reptile = reference_results(small, **REPTILE)[0]
+    on_workers(all_stages, 2, small, {"fomaml": fomaml, "reptile": reptile, "adamw": adamw})
 
 
 CHECKPOINTS = [(1, "bfloat16"), (3, "float32"), (3, "bfloat16")]  # stages 1 and 2 are one class
@@ -195,14 +207,14 @@ def two_tasks() -> TaskBatch:
 
 
 @pytest.mark.workers
-def test_uneven_rows_and_exact_checkpoints(tiny, tmp_path):
-    expected = {rows: reference_results(tiny, rows)[0] for rows in (3, 1)}
-    on_workers(rows_and_checkpoints, 2, tiny, tmp_path, expected)
+def test_uneven_rows_and_exact_checkpoints(small, tmp_path):
+    expected = {rows: reference_results(small, rows)[0] for rows in (3, 1)}
+    on_workers(rows_and_checkpoints, 2, small, tmp_path, expected)
     for stage, dtype in CHECKPOINTS:
         checkpoint = tmp_path / f"{stage}-{dtype}"
         whole = zero.consolidate(checkpoint)
         assert {weight.dtype for weight in whole.values()} == {torch.float32}
-        load_base(tiny, "float32").save_pretrained(checkpoint / "model", state_dict=whole)
+        load_base(small, "float32").save_pretrained(checkpoint / "model", state_dict=whole)
         model = AutoModelForCausalLM.from_pretrained(checkpoint / "model", dtype=dtype, use_safetensors=True)
         with torch.no_grad():
             found = logits(TaskLM(model, None))
@@ -213,8 +225,8 @@ def precisions(rank, path, expected):
     for stage, offload, dtype in PRECISIONS:
         config = with_dtype(full_config(zero__stage=stage, zero__offload=offload), dtype)
         learner = new_learner(path, config)
-        start, reference = fp32_weights(learner), expected[dtype]["weights"]
-        train(learner)
+        start, reference = fp32_weights(learner), expected[dtype]
+        train(learner, range(2))
         found = fp32_weights(learner)
         off = sum(float((found[n] - reference[n]).norm() ** 2) for n in found) ** 0.5
         way = sum(float((start[n] - reference[n]).norm() ** 2) for n in found) ** 0.5
@@ -230,11 +242,11 @@ PRECISIONS += [(3, "all", "float32")]
 
 
 @pytest.mark.workers
-def test_bf16_and_offloading_follow_plain_torch(tiny):
+def test_bf16_and_offloading_follow_plain_torch(small):
     expected = {}
     for dtype in ("float32", "bfloat16"):
-        expected[dtype] = {"weights": run_reference(tiny, full_config(), dtype=dtype).weights()}
-    on_workers(precisions, 2, tiny, expected)
+        expected[dtype] = run_reference(small, full_config(), dtype=dtype, outer_steps=2).weights()
+    on_workers(precisions, 2, small, expected)
 
 
 def options(rank, path, expected):
@@ -242,7 +254,7 @@ def options(rank, path, expected):
     model = checkpointed.model.model_copy(update={"activation_checkpointing": True})
     assert_trains_as(path, checkpointed.model_copy(update={"model": model}), expected["fomaml"])
 
-    config = full_config(full__freeze=["*.mlp.*"], full__last_layers=2, full__embeddings=False)
+    config = full_config(full__freeze=["*.mlp.*"], full__last_layers=1, full__embeddings=False)
     learner = new_learner(path, config)
     start = weights(learner)
     train(learner, range(1))
@@ -250,12 +262,12 @@ def options(rank, path, expected):
     assert moved == expected["trained"]
     learner.save(expected["folder"])
 
-    head = new_learner(path, full_config(inner__modules=["*.layers.3.*"]))
+    head = new_learner(path, full_config(inner__modules=["*.layers.1.*"]))
     start = weights(head)
     head._descend(side(0, 4), "adapt")
     moved = {name for name, weight in weights(head).items() if not torch.equal(weight, start[name])}
-    assert moved == {name for name in start if ".layers.3." in name}
-    assert sum(start.numel() for start in head.optimizer.starts.values()) < sum(w.numel() for w in start.values()) / 4
+    assert moved == {name for name in start if ".layers.1." in name}
+    assert sum(start.numel() for start in head.optimizer.starts.values()) < sum(w.numel() for w in start.values()) / 2
 
     multitask = new_learner(path, full_config(algorithm__name="multitask", outer__clip_norm=0))
     weighted = new_learner(path, full_config(algorithm__name="multitask", outer__clip_norm=0))
@@ -273,14 +285,12 @@ def options(rank, path, expected):
 
 
 @pytest.mark.workers
-def test_what_is_trained_and_how(tiny, tmp_path):
-    named = [name for name, _ in load_base(tiny, "float32").named_parameters()]
-    trained = {n for n in named if (".layers.2." in n or ".layers.3." in n) and ".mlp." not in n} | {
-        "model.norm.weight"
-    }
-    on_workers(options, 2, tiny, {"fomaml": reference_results(tiny)[0], "trained": trained, "folder": tmp_path / "c"})
+def test_what_is_trained_and_how(small, tmp_path):
+    named = [name for name, _ in load_base(small, "float32").named_parameters()]
+    trained = {n for n in named if ".layers.1." in n and ".mlp." not in n} | {"model.norm.weight"}
+    on_workers(options, 2, small, {"fomaml": reference_results(small)[0], "trained": trained, "folder": tmp_path / "c"})
     whole = zero.consolidate(tmp_path / "c")
-    start = load_base(tiny, "float32").state_dict()
+    start = load_base(small, "float32").state_dict()
     assert whole.keys() == start.keys()
     assert {name for name in named if not torch.equal(whole[name], start[name])} == trained
 
@@ -293,8 +303,8 @@ def test_what_is_trained_and_how(tiny, tmp_path):
         ({"inner__modules": ["*.lora_B"]}, "inner.modules"),
     ],
 )
-def test_patterns_that_do_nothing_are_refused(tiny, changes, message):
-    config, model = full_config(**changes), load_base(tiny, "float32")
+def test_patterns_that_do_nothing_are_refused(small, changes, message):
+    config, model = full_config(**changes), load_base(small, "float32")
 
     def choose():
         parameter_groups(trained_parameters(model, config.full), 0.1, config.inner.modules, 0.0)
