@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,12 @@ class RunFolder:
             changed.add("outer.steps")  # the schedule ends there
         if json.loads(self.tasks.read_text(encoding="utf-8"))["fingerprint"] != fingerprint(splits.train):
             changed.add("the meta-train tasks")
+        held = {"mode", "engine", "zero.stage"} | ({"workers"} if then.is_sharded else set())
+        if then.mode == "full" and any(_value(then, key) != _value(config, key) for key in held):
+            raise RunError(
+                f"{self.path}: a run in mode full goes on with the same {', '.join(sorted(held))} alone, since its "
+                "checkpoints are shards; or `rayml export` it, and start a new run with that folder as model.name"
+            )
         if changed:
             names = ", ".join(sorted(changed))
             raise RunError(f"{self.path}: holds the run of another config ({names} differ); use another run.dir")
@@ -142,6 +149,10 @@ def write_whole(path: Path, text: str) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)
+
+
+def _value(config: Config, key: str) -> Any:
+    return reduce(getattr, key.split("."), config)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
