@@ -108,7 +108,7 @@ def measure(options: argparse.Namespace, path: str, device: torch.device) -> dic
             seconds[name].append(timed(step, device))
     kept = [*learner.optimizer.starts.values(), *learner.optimizer.meta_gradients.values()]
     return {
-        **{key: str(value) for key, value in vars(options).items()},
+        **{key: value for key, value in vars(options).items() if key != "json"},
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "shard_parameters": sum(shard.numel() for shard in learner.optimizer.starts),
         "seconds": {name: statistics.median(found) for name, found in seconds.items()},
