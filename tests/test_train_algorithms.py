@@ -118,7 +118,7 @@ def test_a_sharded_run_goes_on_exactly_and_refuses_another_number_of_workers(tmp
     longer = config.model_copy(update={"outer": config.outer.model_copy(update={"steps": 4})})
     run = train(longer, resume=True)
     assert [r["query_loss"] for r in run.records()] == [r["query_loss"] for r in straight.records()]
-    with pytest.raises(RunError, match="same engine, mode, workers, zero.stage alone.*rayml export"):
+    with pytest.raises(RunError, match=r"same engine, mode, workers, zero\.stage alone.*rayml export"):
         train(longer.model_copy(update={"workers": 1, "outer": config.outer.model_copy(update={"steps": 5})}), True)
 
 

@@ -73,12 +73,19 @@ class Sharded:
         return support, query
 
     def score(self, episodes: Sequence[Episode]) -> list[Curve]:
-        """Return the scores of episodes before and after adapting, one after the other."""
+        """Return the scores of episodes before and after adapting, one after the other.
+
+        Raises:
+            DivergedError: a loss or gradient is not finite; on all workers together.
+        """
         curves = []
         for episode in episodes:
             queries = Queries(self.encoder, [episode], self.device)
             support = side_of(self.encoder, [episode], "support", self.device)
-            before, after = self.learner.adapt_and_score(support, partial(queries.scores, weights=None))
+            try:
+                before, after = self.learner.adapt_and_score(support, partial(queries.scores, weights=None))
+            except NotFinite as error:
+                raise DivergedError([episode.task]) from error
             curves.append(Curve(episode.task, episode.index, bool(episode.labels), [*before, *after]))
         return curves
 

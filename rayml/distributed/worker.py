@@ -49,22 +49,23 @@ def train_worker(settings: dict[str, Any]) -> str | None:
     ended = time.perf_counter()
     for episodes in steps:
         began = time.perf_counter()
+        validates = False
         try:
             record = learning.step(episodes)
+            now = time.perf_counter()
+            record |= {"data_seconds": began - ended, "step_seconds": now - ended}
+            validates = bool(job.val) and due(learning.done, config.validation.every, config.outer.steps)
+            if validates:
+                record |= validate(config, job, learning)
+                record["validation_seconds"] = time.perf_counter() - now
+                scores.append(val_score(record) or 0.0)
         except DivergedError as error:
-            return stop_reason(learning.done, error.tasks)
-        now = time.perf_counter()
-        record |= {"data_seconds": began - ended, "step_seconds": now - ended}
-        validates = job.val and due(learning.done, config.validation.every, config.outer.steps)
-        if validates:
-            record |= validate(config, job, learning)
-            record["validation_seconds"] = time.perf_counter() - now
-            scores.append(val_score(record) or 0.0)
+            return stop_reason(learning.done + (not validates), error.tasks)
         if log:
             log.write(record)
         if validates and is_best(scores):
             keep_best(run, learning)
-        enough = bool(validates) and is_enough(scores, config.validation.patience)
+        enough = validates and is_enough(scores, config.validation.patience)
         if enough or due(learning.done, config.run.checkpoint_every, config.outer.steps):
             report(run, learning, record)
         if enough:
@@ -75,11 +76,11 @@ def train_worker(settings: dict[str, Any]) -> str | None:
     return None
 
 
-def stop_reason(done: int, tasks: list[str]) -> str:
+def stop_reason(step: int, tasks: list[str]) -> str:
     """Name the step and the tasks whose loss or gradient was not finite; every worker calls this together."""
     everywhere = sorted({task for names in collective.gather_from_workers(tasks) for task in names})
     return (
-        f"outer step {done + 1}: a loss or gradient is not finite; tasks: {', '.join(everywhere) or 'gradient only'}. "
+        f"outer step {step}: a loss or gradient is not finite; tasks: {', '.join(everywhere) or 'gradient only'}. "
         "The last checkpoint is kept. Lower inner.lr or outer.lr, or use model.dtype=float32, and --resume"
     )
 
