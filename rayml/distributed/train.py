@@ -23,7 +23,6 @@ from rayml.lm.load import load_tokenizer, resolve_model
 from rayml.lm.lora import A, B, find_linears
 from rayml.lm.parameters import trained_parameters
 from rayml.meta.learner import initial_log_rates
-from rayml.runs.checkpoint import newest_checkpoint
 from rayml.runs.folder import RunFolder, write_whole
 from rayml.tasks.prepare import prepare_splits
 from rayml.tasks.splits import Splits
@@ -55,7 +54,7 @@ def train(config: Config, resume: bool = False) -> RunFolder:
     if not os.environ.get("RAY_ADDRESS"):
         check_resources(config, cpus=processors(), cpus_each=1, gpus=torch.cuda.device_count())
     run.begin(config, splits, resume)
-    if newest_checkpoint(run.checkpoints) and run.is_over(config):
+    if run.is_over(config):
         return run
     own_ray = not ray.is_initialized()
     if own_ray:

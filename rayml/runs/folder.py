@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rayml.config import Config, dump_config, load_config
 from rayml.errors import RunError
-from rayml.runs.checkpoint import newest_checkpoint
+from rayml.runs.checkpoint import newest_checkpoint, verify
 from rayml.runs.stopping import is_enough, val_scores
 from rayml.tasks.splits import Splits
 from rayml.tasks.task import Task
@@ -107,10 +107,13 @@ class RunFolder:
         return load_file(self.path / UNTRAINED)
 
     def is_over(self, config: Config) -> bool:
-        """Return whether a validation has said that it is enough; a run that reached its last step is over, too."""
-        records = self.records()
-        taken = max((record["step"] for record in records), default=0)
-        return taken >= config.outer.steps or is_enough(val_scores(records), config.validation.patience)
+        """Return whether the newest checkpoint is that of the last step, or of where validation said that is enough."""
+        folder = newest_checkpoint(self.checkpoints)
+        if folder is None:
+            return False
+        step = verify(folder)
+        scores = val_scores(record for record in self.records() if record["step"] <= step)
+        return step >= config.outer.steps or is_enough(scores, config.validation.patience)
 
     def trained(self, which: str | None = None) -> tuple[Config, Path]:
         """Return the config and the folder of a whole checkpoint.
