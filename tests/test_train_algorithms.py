@@ -85,6 +85,8 @@ def assert_full_run_is_whole(folder, run):
     assert found["overall"]["episodes"] == 2
     export_run(run.path, folder / "exported", None, QUIET)
     stock, before = (AutoModelForCausalLM.from_pretrained(p) for p in (folder / "exported", resolve_model("tiny")))
+    at_the_end = AutoModelForCausalLM.from_pretrained(run.model)
+    assert all(torch.equal(a, b) for a, b in zip(stock.parameters(), at_the_end.parameters(), strict=True))
     with torch.no_grad():
         assert not torch.equal(stock(input_ids=tokens()).logits, before(input_ids=tokens()).logits)
     assert_answers(folder, run)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from rayml.distributed.job import Job
 from rayml.distributed.progress import Progress
 from rayml.distributed.worker import train_worker
 from rayml.errors import ConfigError, TrainingError
+from rayml.evaluation.command import export_run
 from rayml.lm.encode import Encoder
 from rayml.lm.load import load_tokenizer, resolve_model
 from rayml.lm.lora import A, B, find_linears
@@ -64,6 +66,9 @@ def train(config: Config, resume: bool = False) -> RunFolder:
     finally:
         if own_ray:
             ray.shutdown()
+    if config.mode == "full":
+        shutil.rmtree(run.model, ignore_errors=True)
+        export_run(run.path, run.model, None, Console(quiet=True))
     return run
 
 

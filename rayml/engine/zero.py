@@ -6,6 +6,7 @@ needs all of them. `load_full` trains the model itself.
 """
 
 import os
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,8 @@ def consolidate(checkpoint: str | Path) -> dict[str, Tensor]:
     _deepspeed(torch.device("cpu"), talks=False)
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=TAG)
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):  # it talks a lot
+        state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=TAG)
     return {name: weight.detach().float() for name, weight in state.items()}
 
 

@@ -1,7 +1,7 @@
 """A run's folder.
 
 It holds `config.yaml`, `tasks.json`, `metrics.jsonl`, `checkpoints/step_*`, `latest`, `best/step_*` (where there
-were validations), `untrained.safetensors` (in mode adapters) and `tensorboard/`.
+were validations), `untrained.safetensors` (in mode adapters), `model/` (in mode full, at the end) and `tensorboard/`.
 """
 
 import hashlib
@@ -42,7 +42,7 @@ class RunFolder:
         self.path = Path(path).absolute()
         self.config, self.metrics = self.path / "config.yaml", self.path / "metrics.jsonl"
         self.checkpoints, self.latest = self.path / "checkpoints", self.path / "latest"
-        self.tasks, self.best = self.path / "tasks.json", self.path / "best"
+        self.tasks, self.best, self.model = (self.path / name for name in ("tasks.json", "best", "model"))
 
     def begin(self, config: Config, splits: Splits, resume: bool) -> None:
         """Make the folder, or check that it may be gone on with. One without a checkpoint is begun anew.
