@@ -13,6 +13,7 @@ HEAVY = {"torch", "transformers", "peft", "deepspeed", "ray"}
 MAY_LOAD = {
     "cli": set(),
     "config": set(),
+    "sections": set(),
     "errors": set(),
     "tasks": set(),
     "meta": {"torch"},

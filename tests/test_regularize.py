@@ -8,7 +8,6 @@ from conftest import perturbed_start, tiny_lm
 from test_lora import one, random_batch, random_rows
 from torch import nn
 
-from rayml.config import Full
 from rayml.lm.batch import collate
 from rayml.lm.encode import Encoder
 from rayml.lm.load import load_base
@@ -17,6 +16,7 @@ from rayml.lm.objective import task_losses
 from rayml.lm.parameters import trained_parameters
 from rayml.meta.adapt import expand
 from rayml.meta.protonet import prototype_losses
+from rayml.sections import Full
 from rayml.tasks.episodes import Episode
 from rayml.tasks.task import Example
 

@@ -9,8 +9,8 @@ import pyarrow.parquet
 import pytest
 from conftest import toy_tasks
 
-from rayml.config import Data
 from rayml.errors import DataError
+from rayml.sections import Data
 from rayml.tasks.episodes import Sampler
 from rayml.tasks.prepare import prepare_splits, prepare_tasks
 from rayml.tasks.read import read_rows

