@@ -60,7 +60,9 @@ def assert_answers(folder, run):
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_an_algorithm_from_end_to_end(tmp_path, tiny, name):
-    config = config_for(tmp_path, name, data={"splits": SPLITS, "max_tokens": 64, "weighting": "dynamic"})
+    data = {"splits": SPLITS, "max_tokens": 64, "weighting": "dynamic"}
+    regularize = {"lora_dropout": 0.1, "label_smoothing": 0.1, "token_dropout": 0.1}
+    config = config_for(tmp_path, name, data=data, regularize=regularize)
     run = train(config)
     records = run.records()
     assert [record["step"] for record in records] == [1, 2, 3]

@@ -135,8 +135,10 @@ def adapt_run(run_path: Path, examples: Path, folder: Path, name: str | None, ou
     write_weights(session, learned.weights, folder)
     write_card(folder, learned.card)
     kind = f"{len(task.options)} labels" if task.options else "free text"
-    losses = " -> ".join(f"{loss:.3f}" for loss in (learned.losses[0], learned.losses[-1]))
-    out.print(f"learned {task.name!r}: {len(task.examples)} examples, {kind}, {learned.seconds:.2f} s, loss {losses}")
+    how = "loss " + " -> ".join(f"{loss:.3f}" for loss in (learned.losses[0], learned.losses[-1]))
+    if learned.card.shown:
+        how = f"kept for the {'prompt' if learned.card.algorithm == 'metaicl' else 'prototypes'}"
+    out.print(f"learned {task.name!r}: {len(task.examples)} examples, {kind}, {learned.seconds:.2f} s, {how}")
     out.print(f'next: [bold]rayml predict {folder} --input "..."[/]', highlight=False, soft_wrap=True)
 
 
