@@ -34,6 +34,18 @@ def write(path, rows):
 # Episodes
 
 
+@pytest.mark.parametrize(
+    ("weighting", "share"), [("proportional", 9 / 12), ("uniform", 1 / 2), ("temperature", 3 / (3 + 3**0.5))]
+)
+def test_tasks_share_the_episodes_as_the_weighting_says(weighting, share):
+    """Nine classes beside three; the square roots of those at temperature 2."""
+    nine, three = toy_tasks(tasks=1, classes=9)[0], toy_tasks(tasks=1, classes=3, seed=1)[0]
+    tasks = (Task("nine", nine.examples, nine.options), Task("three", three.examples, three.options))
+    sampler = Data(path="x", ways=3, shots=2, queries=3, weighting=weighting).sampler(seed=0)
+    drawn = Counter(sampler.episode(tasks, index).task for index in range(2000))
+    assert drawn["nine"] / 2000 == pytest.approx(share, abs=0.04)
+
+
 def test_an_episode_is_a_function_of_seed_and_index():
     tasks = toy_tasks()
     assert LETTERS.episode(tasks, 5) == LETTERS.episode(list(tasks), 5)
