@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from rayml.config import dump_config, keys, load_config
+from rayml.config import dump_config, keys, load_config, parse_config
 from rayml.errors import ConfigError
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
@@ -89,3 +89,29 @@ def test_every_key_says_what_it_means():
     undocumented = [name for name, (_, meaning) in keys().items() if not meaning]
     assert set(undocumented) <= {"seed", "lora.rank", "outer.weight_decay"}
     assert len(keys()) <= 70  # few: the rest is derived
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (
+            ["mode=full", "algorithm.name=maml", "model.attention=eager"],
+            "mode=full serves fomaml, reptile and multitask",
+        ),
+        (["mode=full", "algorithm.name=protonet"], "not protonet"),
+        (["mode=full", "regularize.lora_dropout=0.1"], "mode=full has no adapters"),
+        (["algorithm.name=maml"], "model.attention=eager"),
+        (["algorithm.name=maml", "model.attention=eager", "engine=zero"], "use engine=local"),
+        (["algorithm.name=maml", "model.attention=eager", "model.activation_checkpointing=true"], "keeps the whole"),
+        (["algorithm.name=reptile", "inner.steps=0"], "learns from its inner steps"),
+        (["engine=zero", "zero.stage=2"], "only stage 3 saves anything"),
+        (["zero.offload=optimizer"], "mode=full with engine=zero"),
+        (["mode=full", "engine=zero", "zero.stage=2", "zero.offload=all"], "all needs zero.stage=3"),
+        (["validation.patience=2", "validation.every=0"], "it never stops"),
+    ],
+)
+def test_choices_that_do_not_go_together_are_refused_with_the_reason(overrides, reason):
+    values = {"model": {"name": "tiny"}, "data": {"path": "a.jsonl"}, "run": {"dir": "r"}}
+    with pytest.raises(ConfigError) as error:
+        parse_config(values, "here", overrides)
+    assert reason in str(error.value)
