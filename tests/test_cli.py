@@ -18,7 +18,19 @@ def rayml(*arguments: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["train"], ["plan"], ["config"], ["evaluate"], ["adapt"], ["predict"], ["data", "check"]]
+    "command",
+    [
+        [],
+        ["train"],
+        ["plan"],
+        ["config"],
+        ["evaluate"],
+        ["compare"],
+        ["export"],
+        ["adapt"],
+        ["predict"],
+        ["data", "check"],
+    ],
 )
 def test_every_command_teaches(command):
     found = rayml(*command, "--help")
