@@ -12,7 +12,6 @@ import ray.train
 import torch
 from ray.train.torch import TorchTrainer
 from rich.console import Console
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from rayml.config import Config
 from rayml.distributed.job import Job
@@ -21,7 +20,7 @@ from rayml.distributed.worker import train_worker
 from rayml.errors import ConfigError, TrainingError
 from rayml.evaluation.command import export_run
 from rayml.lm.encode import Encoder
-from rayml.lm.load import load_tokenizer, resolve_model
+from rayml.lm.load import load_shape, load_tokenizer, resolve_model
 from rayml.lm.lora import A, B, find_linears
 from rayml.lm.parameters import trained_parameters
 from rayml.meta.learner import initial_log_rates
@@ -89,9 +88,7 @@ def with_absolute_paths(config: Config) -> Config:
 
 def check_model(config: Config, model: str, tasks: Sequence[Task]) -> None:
     """Raise ConfigError if the model lacks what the config names; on the meta device, so that nothing is loaded."""
-    shape = AutoConfig.from_pretrained(model)
-    with torch.device("meta"):
-        bare = AutoModelForCausalLM.from_config(shape)
+    bare = load_shape(model)
     if config.mode == "full":
         names = list(trained_parameters(bare, config.full))
     else:
@@ -105,7 +102,7 @@ def check_model(config: Config, model: str, tasks: Sequence[Task]) -> None:
     if config.algorithm.name == "metaicl":
         shown = max(min(config.data.ways, len(task.options) or 1) for task in tasks) * config.data.shots
         longest *= shown + 1
-    most = getattr(shape, "max_position_embeddings", longest)
+    most = getattr(bare.config, "max_position_embeddings", longest)
     if longest > most:
         raise ConfigError(
             f"data.max_tokens: a row may have {longest} tokens, the model takes {most}; lower it or shots"

@@ -20,6 +20,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, which transformers imports, warns of no GPU
 
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
@@ -84,6 +85,19 @@ def load_base(path: str, dtype: str, attention: str = "sdpa", deepspeed: dict[st
         raise ConfigError(f"model.name: no causal language model at {path!r}: {error}") from error
     del sharded_loading
     return model.requires_grad_(False).eval()
+
+
+def load_shape(path: str, attention: str = "sdpa"):
+    """Return the causal LM of a resolved model on the meta device: from its config.json alone, without weights.
+
+    Raises:
+        ConfigError: there is no such config.
+    """
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), attn_implementation=attention)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.name: no causal language model's config at {path!r}: {error}") from error
 
 
 def checkpoint_activations(model) -> None:

@@ -2,12 +2,8 @@
 
 from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
-
 from rayml.config import Config
-from rayml.errors import ConfigError
-from rayml.lm.load import resolve_model
+from rayml.lm.load import load_shape, resolve_model
 from rayml.lm.lora import find_linears, in_a_layer, layer_number
 from rayml.lm.parameters import trained_parameters
 from rayml.planning.shape import Linear, Shape
@@ -23,14 +19,7 @@ def read_shape(config: Config) -> Shape:
     Raises:
         ConfigError: there is no such model, no such linear to adapt, or nothing left to train.
     """
-    path = resolve_model(config.model.name)
-    try:
-        found = AutoConfig.from_pretrained(path)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(found, attn_implementation=config.model.attention)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.name: no causal language model's config at {path!r}: {error}") from error
-    return shape_of(model, config)
+    return shape_of(load_shape(resolve_model(config.model.name), config.model.attention), config)
 
 
 def shape_of(model: Any, config: Config) -> Shape:
