@@ -207,7 +207,7 @@ def predict(
     as_json: Json = False,
 ) -> None:
     """Answer with a learned task: the most probable of its labels, or generated text."""
-    from rayml.evaluation.learn import Predictor
+    from rayml.evaluation.predict import Predictor
 
     chosen = [option.strip() for option in options.split(",") if option.strip()] if options else None
     answer = Predictor(adapter).predict(text, chosen)

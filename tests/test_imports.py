@@ -23,6 +23,7 @@ MAY_LOAD = {
     "runs": {"torch"},
     "evaluation": HEAVY - {"ray"},
     "distributed": HEAVY,
+    "serving": HEAVY,
 }
 CODE = """
 import importlib, pkgutil, sys

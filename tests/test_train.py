@@ -19,7 +19,7 @@ from rayml.distributed.stream import EncodeEpisode, stream_steps, worker_index
 from rayml.distributed.train import check_resources, train
 from rayml.errors import ConfigError, DataError, RunError, TrainingError
 from rayml.evaluation.command import adapt_run, evaluate_run
-from rayml.evaluation.learn import Predictor
+from rayml.evaluation.predict import Predictor
 from rayml.lm.encode import Encoder
 from rayml.runs.checkpoint import newest_checkpoint, read_checkpoint, seal, verify, write_state
 from rayml.runs.folder import RunFolder

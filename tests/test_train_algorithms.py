@@ -16,7 +16,7 @@ from rayml.distributed.compare import compare, tokens_per_step
 from rayml.distributed.train import train
 from rayml.errors import ConfigError, RunError
 from rayml.evaluation.command import adapt_run, evaluate_run, export_run
-from rayml.evaluation.learn import Predictor
+from rayml.evaluation.predict import Predictor
 from rayml.lm.load import load_base, resolve_model
 from rayml.meta.algorithms import ALGORITHMS
 from rayml.runs.checkpoint import newest_checkpoint, verify

@@ -2,7 +2,6 @@
 
 import json
 import logging
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,6 @@ from rayml.sections import Data
 from rayml.tasks.prepare import prepare_splits, prepare_tasks
 from rayml.tasks.read import read_rows
 from rayml.tasks.splits import Splits, leaks
-from rayml.tasks.table import build_tasks
 from rayml.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -125,13 +123,16 @@ def adapt_run(run_path: Path, examples: Path, folder: Path, name: str | None, ou
         raise RunError(f"{folder}: exists already; give --out a new folder")
     run = RunFolder(run_path)
     run.trained()  # refuse early what is no finished run
-    task = new_task(examples, name or folder.name, labels=run.learned_labels())
-    from rayml.evaluation.learn import learn
+    rows = read_rows([str(examples)])
+    if len({row.task for row in rows}) > 1:
+        raise DataError(f"{examples}: holds {len({row.task for row in rows})} tasks; adapt to one at a time")
+    from rayml.evaluation.learn import learn, new_task
     from rayml.evaluation.session import open_session
     from rayml.lm.peft_files import write_card
 
+    task = new_task(rows, name or folder.name, labels=run.learned_labels())
     session = open_session(run)
-    learned = learn(session, task, name or folder.name)
+    learned = learn(session, task)
     write_weights(session, learned.weights, folder)
     write_card(folder, learned.card)
     kind = f"{len(task.options)} labels" if task.options else "free text"
@@ -168,25 +169,3 @@ def write_weights(session: "Session", weights: "Params", folder: Path) -> None:
         save_adapter(folder, weights, session.config.lora.shape(), session.base)
     else:
         save_model(folder, session.lm.module, weights, session.encoder.tokenizer)
-
-
-def new_task(examples: Path, name: str, labels: bool) -> Task:
-    """Return the one task in a file of examples, whatever `task` its rows name.
-
-    Args:
-        labels: take the targets for labels, also where each stands once, as long as there are two.
-
-    Raises:
-        DataError: several tasks in one file, or one text under two labels.
-    """
-    rows = read_rows([str(examples)])
-    if len({row.task for row in rows}) > 1:
-        raise DataError(f"{examples}: holds {len({row.task for row in rows})} tasks; adapt to one at a time")
-    targets = tuple(sorted({row.target for row in rows}))
-    if labels and len(targets) > 1:
-        rows = [replace(row, options=row.options or targets) for row in rows]
-    (task,), duplicates = build_tasks(rows)
-    if duplicates.conflicting:
-        _, text, found = duplicates.conflicting[0]
-        raise DataError(f"{examples}: {text[:60]!r} stands under {' and '.join(found)}; keep one")
-    return Task(name, task.examples, task.options)

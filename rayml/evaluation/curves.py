@@ -96,9 +96,10 @@ class Queries:
             raise ValueError("label tasks and free text are not scored together")
         if episodes[0].labels:
             questions = [
-                ([q.input for q in e.query], list(e.labels), e.support if in_context else ()) for e in episodes
+                encoder.option_rows([q.input for q in e.query], list(e.labels), e.support if in_context else ())
+                for e in episodes
             ]
-            self.batch = OptionBatch(encoder, questions).to(device)
+            self.batch = OptionBatch(questions, encoder.tokenizer.eos_token_id).to(device)
         else:
             self.batch = side_of(encoder, episodes, "query", device, in_context)
 

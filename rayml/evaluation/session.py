@@ -11,7 +11,7 @@ from rayml.engine import local, zero
 from rayml.evaluation.curves import Scorer
 from rayml.lm.encode import Encoder
 from rayml.lm.load import load_tokenizer, resolve_model
-from rayml.lm.lora import TaskLoRA
+from rayml.lm.lora import TaskLoRA, linear_kinds
 from rayml.lm.model import TaskLM
 from rayml.lm.parameters import trained_parameters
 from rayml.meta.adapt import Params
@@ -44,11 +44,12 @@ class Session:
         return Scorer(self.lm, self.encoder, self.config.algorithm.name, self.config.inner.steps)
 
 
-def open_session(run: RunFolder, which: str | None = None) -> Session:
+def open_session(run: RunFolder, which: str | None = None, every_linear: bool = False) -> Session:
     """Load a run's base and its learned start on this machine's GPU, or CPU.
 
     Args:
         which: the "best" or the "newest" checkpoint; None as `RunFolder.trained` chooses.
+        every_linear: let adapters change linears that this run's do not (in mode adapters).
 
     Raises:
         RunError: no run there, or no such checkpoint in it.
@@ -57,7 +58,10 @@ def open_session(run: RunFolder, which: str | None = None) -> Session:
     device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
     base = resolve_model(config.model.name)
     module = local.load(base, config.model.dtype, config.model.attention, device)
-    lm = TaskLM(module, TaskLoRA(module, **config.lora.shape()) if config.mode == "adapters" else None)
+    shape = config.lora.shape()
+    if every_linear:
+        shape |= {"targets": linear_kinds(module), "last_layers": None}
+    lm = TaskLM(module, TaskLoRA(module, **shape) if config.mode == "adapters" else None)
     encoder = config.encoder(load_tokenizer(base))
     if lm.lora:
         untrained = {name: weight.to(device) for name, weight in run.read_untrained().items()}

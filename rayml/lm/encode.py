@@ -35,6 +35,12 @@ class Encoder:
     def rows(self, examples: Iterable[Example], is_label: bool, shown: Sequence[Example] = ()) -> list[Row]:
         return [self.row(example, is_label, shown) for example in examples]
 
+    def option_rows(
+        self, texts: Iterable[str], options: Sequence[str], shown: Sequence[Example] = ()
+    ) -> list[list[Row]]:
+        """Return, for every text, a row with each option as its target."""
+        return [[self.row(Example(text, o), is_label=True, shown=shown) for o in options] for text in texts]
+
     def thinned(self, example: Example, is_label: bool, rng: random.Random) -> Row:
         """Return the row of an example without some of its input's tokens, each left out by `token_dropout`."""
         first = self.prompt.index("{input}")

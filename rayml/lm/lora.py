@@ -46,7 +46,7 @@ class TaskLoRA:
         scale = self.alpha / self.rank
 
         def add_update(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            if self.adapters is None:
+            if self.adapters is None or name + A not in self.adapters:
                 return output
             (x,) = inputs
             x = nn.functional.dropout(x, self.dropout, training=self.dropout > 0)
@@ -77,21 +77,40 @@ class TaskLoRA:
         return start
 
 
+def side_by_side(adapters: Sequence[Params | None]) -> Params | None:
+    """Stack adapters `[r, in]` and `[out, r]` as `[T, ...]`; None is the bare base.
+
+    Ranks and adapted linears may differ: what an adapter lacks is zero, and adds nothing. None, if all are the base.
+    """
+    shapes: dict[str, list[torch.Size]] = {}
+    for adapter in adapters:
+        for name, weight in (adapter or {}).items():
+            shapes.setdefault(name, []).append(weight.shape)
+    some = next((adapter for adapter in adapters if adapter), None)
+    if some is None:
+        return None
+    like = next(iter(some.values()))
+    stacked = {n: like.new_zeros(len(adapters), *map(max, zip(*found, strict=True))) for n, found in shapes.items()}
+    for place, adapter in enumerate(adapters):
+        for name, weight in (adapter or {}).items():
+            rows, columns = weight.shape
+            stacked[name][place, :rows, :columns] = weight
+    return stacked
+
+
 def find_linears(model: Any, targets: Sequence[str], last_layers: int | None) -> dict[str, nn.Linear]:
     """Return the linears whose last name part is in `targets`, in the last layers, by full name.
 
     Raises:
         ConfigError: a target matches no linear of the model.
     """
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    head = model.get_output_embeddings()
-    linears = {name: module for name, module in linears.items() if module is not head}  # it sees the targets alone
-    last_parts = {name.rsplit(".", 1)[-1] for name in linears}
-    unknown = sorted(set(targets) - last_parts)
+    linears = all_linears(model)
+    kinds = linear_kinds(model)
+    unknown = sorted(set(targets) - set(kinds))
     if unknown:
         raise ConfigError(
             f"lora.targets: {', '.join(unknown)} is no linear layer of {type(model).__name__}; "
-            f"it has {', '.join(sorted(last_parts))}"
+            f"it has {', '.join(kinds)}"
         )
     first = model.config.num_hidden_layers - (last_layers or model.config.num_hidden_layers)
     return {
@@ -99,6 +118,17 @@ def find_linears(model: Any, targets: Sequence[str], last_layers: int | None) ->
         for name, module in linears.items()
         if name.rsplit(".", 1)[-1] in targets and layer_number(name) >= first
     }
+
+
+def all_linears(model: Any) -> dict[str, nn.Linear]:
+    """Return every linear by its full name, but for the output head: it sees the targets alone."""
+    head = model.get_output_embeddings()
+    return {n: module for n, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head}
+
+
+def linear_kinds(model: Any) -> list[str]:
+    """Return the last parts of the linears' names, such as `q_proj`, sorted."""
+    return sorted({name.rsplit(".", 1)[-1] for name in all_linears(model)})
 
 
 def layer_number(name: str) -> int:

@@ -36,13 +36,16 @@ class TaskLM:
         (hidden,) = inputs
         return (hidden.flatten(0, 1)[self._positions],)
 
-    def _logits_at(self, positions: Tensor, weights: Params | None, batch: TaskBatch) -> Tensor:
-        """Return the logits at some positions, `[M]` to `[M, V]`.
+    def logits_at(self, positions: Tensor, weights: Params | None, tokens: Tensor, **inputs: Any) -> Tensor:
+        """Return the logits at some positions of the flattened `tokens` `[N, L]`, `[M]` to `[M, V]`.
 
         Until the next call the model keeps its adapters, since a checkpointed backward runs parts of the forward anew.
+
+        Args:
+            inputs: what else the model takes, such as a cache of keys and values.
         """
         self._positions = positions
-        inputs = {"input_ids": batch.tokens, "use_cache": False}
+        inputs = {"input_ids": tokens, "use_cache": False} | inputs
         try:
             if self.lora is None and weights is not None:
                 own = {name: weight.squeeze(0).to(self.module.dtype) for name, weight in weights.items()}
@@ -59,7 +62,7 @@ class TaskLM:
         `weights` are the tasks' `[T, ...]`; None for those of the bare model.
         """
         positions = (batch.targets.flatten() != IGNORE).nonzero().squeeze(1)
-        return self._logits_at(positions, weights, batch), positions
+        return self.logits_at(positions, weights, batch.tokens), positions
 
     def states(self, weights: Params | None, batch: TaskBatch) -> Tensor:
         """Return what the model makes of each prompt, `[T, K, D]` in fp32: the last hidden state before the target."""
@@ -68,7 +71,7 @@ class TaskLM:
         seen: list[Tensor] = []
         hook = self.module.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         try:
-            self._logits_at(torch.arange(rows, device=first.device) * length + first, weights, batch)
+            self.logits_at(torch.arange(rows, device=first.device) * length + first, weights, batch.tokens)
         finally:
             hook.remove()
         return seen[0].float().view(batch.tasks, -1, seen[0].shape[-1])

@@ -6,12 +6,8 @@ import torch
 from torch import Tensor
 
 from rayml.lm.batch import Row, collate
-from rayml.lm.encode import Encoder
 from rayml.lm.model import TaskLM
 from rayml.meta.adapt import Params
-from rayml.tasks.task import Example
-
-Question = tuple[Sequence[str], Sequence[str], Sequence[Example]]
 
 
 class OptionBatch:
@@ -21,17 +17,13 @@ class OptionBatch:
     options take a row each, and are scored by the mean over their tokens, so that length does not decide.
     """
 
-    def __init__(self, encoder: Encoder, tasks: Sequence[Question]):
-        """Take each task's (inputs, options, examples shown in the prompt)."""
-        rows = [
-            [[encoder.row(Example(text, option), is_label=True, shown=shown) for option in options] for text in texts]
-            for texts, options, shown in tasks
-        ]
-        self.shape = [(len(texts), len(options)) for texts, options, _ in tasks]
+    def __init__(self, rows: Sequence[Sequence[Sequence[Row]]], pad: int):
+        """Take each task's queries, each with a row an option (`Encoder.option_rows`); `pad` is any token."""
+        self.shape = [(len(task), len(task[0])) for task in rows]
         self.shared = all(_differ_in_last_token(choices) for task in rows for choices in task)
         self.ids = [[[row.tokens[-1] for row in choices] for choices in task] for task in rows] if self.shared else []
         kept = [[row for choices in task for row in (choices[:1] if self.shared else choices)] for task in rows]
-        self.batch = collate(kept, encoder.tokenizer.eos_token_id)
+        self.batch = collate(kept, pad)
 
     def to(self, device: torch.device) -> "OptionBatch":
         self.batch = self.batch.to(device)

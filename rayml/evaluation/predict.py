@@ -1,0 +1,93 @@
+"""Answer with one learned task's folder."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from rayml.engine import local
+from rayml.errors import ConfigError
+from rayml.lm.batch import TaskBatch, collate
+from rayml.lm.decode import Decoder
+from rayml.lm.encode import Encoder
+from rayml.lm.generate import Generation
+from rayml.lm.load import load_tokenizer, resolve_model
+from rayml.lm.lora import TaskLoRA, side_by_side
+from rayml.lm.model import TaskLM
+from rayml.lm.peft_files import load_learned
+from rayml.lm.sampling import Sampling
+from rayml.lm.score import OptionBatch
+from rayml.meta.protonet import prototype_logits
+from rayml.tasks.task import Example
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """An answer in the user's own words."""
+
+    text: str
+    probabilities: dict[str, float]
+    """Of every option, by the user's own label; empty for generated text."""
+
+
+class Predictor:
+    """One learned task's folder on its base, ready to answer."""
+
+    def __init__(self, folder: Path):
+        self.weights, self.card, own_model = load_learned(folder)
+        base = own_model or resolve_model(self.card.model)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.module = local.load(base, self.card.dtype, "sdpa", self.device)
+        self.lm = TaskLM(self.module, TaskLoRA(self.module, **self.card.lora) if self.card.lora else None)
+        self.encoder = Encoder(load_tokenizer(base), self.card.prompt, self.card.max_tokens)
+        self.weights = {name: weight.to(self.device) for name, weight in self.weights.items()}
+        self.adapters = side_by_side([self.weights or None])
+        self.shown = [Example(text, target) for text, target in self.card.shown]
+
+    def predict(self, text: str, options: list[str] | None = None) -> Prediction:
+        """Choose among the task's options, or those given; generate where there are none.
+
+        Raises:
+            ConfigError: an option that the task does not have.
+        """
+        own = {option: label for label, option in self.card.labels.items()}
+        unknown = [option for option in options or () if own and option not in own]
+        if unknown:
+            raise ConfigError(f"--options: {', '.join(unknown)} not among the task's labels: {', '.join(own)}")
+        chosen = options or list(own)
+        if not chosen:
+            return Prediction(self._generate(text), {})
+        log_probs = self._log_probs(text, [own.get(option, option) for option in chosen])
+        probabilities = dict(zip(chosen, log_probs.exp().tolist(), strict=True))
+        return Prediction(max(probabilities, key=lambda option: probabilities[option]), probabilities)
+
+    @torch.no_grad()
+    def _log_probs(self, text: str, labels: list[str]) -> torch.Tensor:
+        """Return the log-probability of each label, `[C]`."""
+        if self.card.algorithm == "protonet":
+            return self._by_prototypes(text, labels)
+        shown = self.shown if self.card.algorithm == "metaicl" else ()
+        rows = self.encoder.option_rows([text], labels, shown)
+        batch = OptionBatch([rows], self.encoder.tokenizer.eos_token_id).to(self.device)
+        return batch.log_probs(self.lm, self.adapters)[0][0]
+
+    def _by_prototypes(self, text: str, labels: list[str]) -> torch.Tensor:
+        support = [example for example in self.shown if example.target in labels]
+        classes = torch.tensor([[labels.index(example.target) for example in support]], device=self.device)
+        sides = [self.lm.states(self.adapters, self._batch(rows)) for rows in (support, [Example(text, labels[0])])]
+        return prototype_logits(sides[0], classes, sides[1], len(labels))[0, 0].log_softmax(-1)
+
+    def _batch(self, examples: list[Example]) -> TaskBatch:
+        rows = self.encoder.rows(examples, is_label=True)
+        return collate([rows], self.encoder.tokenizer.eos_token_id).to(self.device)
+
+    def _generate(self, text: str) -> str:
+        row = self.encoder.row(Example(text, "."), is_label=False, shown=self.shown)
+        generation = Generation(
+            self.encoder.tokenizer, row.tokens[: row.start], self.weights or None, Sampling(self.card.max_tokens)
+        )
+        decoder = Decoder(self.lm, most_rows=1, cache_tokens=0)
+        decoder.join([generation])
+        while not generation.finish_reason:
+            decoder.step()
+        return generation.piece().text.strip()

@@ -1,0 +1,119 @@
+"""One text in the making: choosing tokens, and turning them into text piece by piece."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rayml.lm.sampling import Piece, Sampling, TokenScore
+from rayml.meta.adapt import Params
+
+
+class Generation:
+    """A row of the decoder (`rayml.lm.decode.Row`) that knows when it is over.
+
+    Args:
+        tokenizer: of the model.
+        prompt: tokens.
+        adapter: the task's weights; None for the bare base.
+        sampling: at least one token.
+    """
+
+    def __init__(self, tokenizer: Any, prompt: Sequence[int], adapter: Params | None, sampling: Sampling):
+        self.tokenizer, self.adapter, self.sampling = tokenizer, adapter, sampling
+        self.tokens, self.prompt_tokens = list(prompt), len(prompt)
+        self.most_tokens = len(prompt) + sampling.max_tokens
+        self.finish_reason: str | None = None
+        self._generator = torch.Generator()
+        if sampling.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(sampling.seed)
+        self._text = TextStream(tokenizer, sampling.stop)
+        self._unsent = Piece("")
+
+    def take(self, logits: Tensor) -> None:
+        token = choose(logits, self.sampling, self._generator)
+        if token == self.tokenizer.eos_token_id:
+            self.finish_reason = "stop"
+        else:
+            self.tokens.append(token)
+            self._unsent.text += self._text.add(token)
+            if self.sampling.logprobs is not None:
+                self._unsent.scores.append(self._score(token, logits))
+            if self._text.stopped:
+                self.finish_reason = "stop"
+            elif len(self.tokens) == self.most_tokens:
+                self.finish_reason = "length"
+        if self.finish_reason and not self._text.stopped:
+            self._unsent.text += self._text.rest()
+
+    def piece(self) -> Piece:
+        """Return what came since the last call."""
+        piece, self._unsent = self._unsent, Piece("")
+        piece.tokens, piece.finish_reason = len(self.tokens) - self.prompt_tokens, self.finish_reason
+        return piece
+
+    def _score(self, token: int, logits: Tensor) -> TokenScore:
+        log_probs = logits.log_softmax(-1)
+        best = log_probs.topk(min(self.sampling.logprobs or 0, len(log_probs)))
+        top = [
+            (self.tokenizer.decode([t]), p) for t, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        ]
+        return TokenScore(self.tokenizer.decode([token]), float(log_probs[token]), top)
+
+
+def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """Return a token by its logits `[V]`. Drawn on the CPU, so that a seed means the same everywhere."""
+    if sampling.temperature == 0:
+        return int(logits.argmax())
+    probabilities = (logits.double().cpu() / sampling.temperature).softmax(-1)
+    ordered, tokens = probabilities.sort(descending=True)
+    before = ordered.cumsum(-1) - ordered
+    kept = ordered.masked_fill(before >= sampling.top_p, 0)
+    return int(tokens[torch.multinomial(kept, 1, generator=generator)])
+
+
+class TextStream:
+    """Text from tokens, as early as it is certain.
+
+    Held back: characters of which some bytes are still to come, and what may be the beginning of a stop text.
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()):
+        self.tokenizer, self.stop = tokenizer, stop
+        self.stopped = False
+        self._tokens: list[int] = []
+        self._read, self._sent = 0, 0  # tokens whose text is certain, and the characters of `_text` that went out
+        self._text = ""
+
+    def add(self, token: int) -> str:
+        """Return the text that has become certain by this token."""
+        self._tokens.append(token)
+        # Tokens are read with a few before them: a tokenizer may drop the space in front of a text's first word.
+        before = max(0, self._read - 4)
+        known = self.tokenizer.decode(self._tokens[before : self._read], skip_special_tokens=True)
+        now = self.tokenizer.decode(self._tokens[before:], skip_special_tokens=True)
+        if now.endswith("\ufffd"):
+            return ""
+        self._text += now[len(known) :]
+        self._read = len(self._tokens)
+        places = [place for place in (self._text.find(stop) for stop in self.stop) if place >= 0]
+        if places:
+            self.stopped = True
+            return self._send(min(places))
+        return self._send(len(self._text) - max(map(self._begun, self.stop), default=0))
+
+    def rest(self) -> str:
+        """Return what was held back, at the end of the text."""
+        return self._send(len(self._text))
+
+    def _send(self, end: int) -> str:
+        sent, self._sent = self._text[self._sent : end], max(self._sent, end)
+        return sent
+
+    def _begun(self, stop: str) -> int:
+        """Return how many of the last characters may be the beginning of `stop`."""
+        lengths = range(min(len(stop) - 1, len(self._text)), 0, -1)
+        return next((n for n in lengths if self._text.endswith(stop[:n])), 0)

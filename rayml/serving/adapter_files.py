@@ -1,0 +1,165 @@
+"""Read an adapter's folder as if its author meant harm: nothing in it is believed before it was checked.
+
+safetensors alone are opened, never a pickle; names, ranks, shapes, the base and every number are checked against the
+model that is served.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from rayml.errors import RunError
+from rayml.lm.lora import A, B
+from rayml.lm.peft_files import CARD, PREFIX, WEIGHTS, AdapterCard
+from rayml.meta.adapt import Params
+
+CONFIG = "adapter_config.json"
+FILES = CONFIG, WEIGHTS, CARD
+MOST_CONFIG_BYTES = 1_000_000
+# What a PEFT LoRA may ask for beyond A and B, which the task-batched layer does not do.
+UNSUPPORTED = (
+    "use_dora",
+    "modules_to_save",
+    "rank_pattern",
+    "alpha_pattern",
+    "fan_in_fan_out",
+    "lora_bias",
+    "target_parameters",
+    "trainable_token_indices",
+    "layer_replication",
+)
+
+
+@dataclass(frozen=True)
+class Fits:
+    """What an adapter has to fit."""
+
+    names: tuple[str, ...]
+    """Names of the base: of the run's config, and where it was loaded from."""
+    linears: Mapping[str, tuple[int, int]]
+    """`(out, in)` of every linear that may be adapted."""
+    scale: float
+    """What the task-batched layer multiplies every update by: the run's alpha / rank."""
+    most_rank: int
+    most_bytes: int
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter in memory, ready for the task-batched layer."""
+
+    weights: Params
+    card: AdapterCard
+    size: int
+    """Bytes."""
+
+
+def read_adapter(folder: Path, fits: Fits) -> Adapter:
+    """Return the adapter in a folder that rayml or plain PEFT wrote.
+
+    Raises:
+        RunError: it does not fit the base, or cannot be trusted; with the reason.
+    """
+    try:
+        size = (folder / WEIGHTS).stat().st_size
+    except OSError:
+        raise RunError(f"no {WEIGHTS} in it (safetensors alone are read, never pickles)") from None
+    if size > fits.most_bytes:
+        raise RunError(f"{size} bytes; at most {fits.most_bytes}")
+    config = _read_json(folder / CONFIG)
+    scale = _check_config(config, fits)
+    weights = _read_weights(folder / WEIGHTS, fits)
+    card = _read_card(folder / CARD)
+    # The layer scales every adapter alike, so what this one asks for beyond that goes into B.
+    extra = scale / fits.scale
+    weights = {name: weight * extra if name.endswith(B) and extra != 1 else weight for name, weight in weights.items()}
+    return Adapter(weights, card, sum(weight.nbytes for weight in weights.values()))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > MOST_CONFIG_BYTES:
+            raise RunError(f"{path.name} is larger than {MOST_CONFIG_BYTES} bytes")
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunError(f"{path.name} cannot be read: {type(error).__name__}") from None
+    if not isinstance(found, dict):
+        raise RunError(f"{path.name} is no JSON object")
+    return found
+
+
+def _check_config(config: dict[str, Any], fits: Fits) -> float:
+    """Return alpha / rank, or what the config asks for in its place."""
+    if config.get("peft_type") != "LORA":
+        raise RunError(f"peft_type is {config.get('peft_type')!r}; LORA alone is served")
+    asked = [key for key in UNSUPPORTED if config.get(key)]
+    if config.get("bias", "none") != "none":
+        asked.append("bias")
+    if asked:
+        raise RunError(f"asks for {', '.join(asked)}, which is not served")
+    base = str(config.get("base_model_name_or_path") or "")
+    last = base.rstrip("/").rsplit("/", 1)[-1].lower()
+    if base and base not in fits.names and last not in {n.rstrip("/").rsplit("/", 1)[-1].lower() for n in fits.names}:
+        raise RunError(f"was made for the base {base!r}; this server has {fits.names[0]!r}")
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if type(rank) is not int or not 1 <= rank <= fits.most_rank:
+        raise RunError(f"rank r={rank!r}; 1 to {fits.most_rank} are served")
+    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise RunError(f"lora_alpha={alpha!r} is no number")
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _read_weights(path: Path, fits: Fits) -> Params:
+    weights: Params = {}
+    try:
+        with safe_open(path, "pt") as file:
+            for key in list(file.keys()):
+                name = key.removeprefix(PREFIX).removesuffix(".weight")
+                _check_shape(key, name, file.get_slice(key).get_shape(), fits)
+                weights[name] = file.get_tensor(key).float()
+    except (SafetensorError, OSError, ValueError) as error:
+        raise RunError(f"{WEIGHTS} is no safetensors file: {error}") from None
+    alone = [name for name in weights if _partner(name) not in weights]
+    if alone or not weights:
+        raise RunError(f"A and B do not come in pairs: {alone[:3]}" if alone else "holds no weights")
+    for name, weight in weights.items():
+        if not torch.isfinite(weight).all():
+            raise RunError(f"{name} holds numbers that are not finite")
+        if name.endswith(A) and weight.shape[0] != weights[_partner(name)].shape[1]:
+            raise RunError(f"{name}: A and B differ in rank")
+    return weights
+
+
+def _partner(name: str) -> str:
+    return name.removesuffix(A) + B if name.endswith(A) else name.removesuffix(B) + A
+
+
+def _check_shape(key: str, name: str, shape: list[int], fits: Fits) -> None:
+    linear = name.removesuffix(A).removesuffix(B)
+    if not key.startswith(PREFIX) or linear not in fits.linears or linear == name:
+        raise RunError(f"adapts {key[:120]!r}, which is no linear layer of this base")
+    out, into = fits.linears[linear]
+    rank = shape[0] if name.endswith(A) else shape[-1]
+    wanted = [rank, into] if name.endswith(A) else [out, rank]
+    if shape != wanted or not 1 <= rank <= fits.most_rank:
+        raise RunError(f"{name} has the shape {shape}; this base needs {wanted}, with ranks up to {fits.most_rank}")
+
+
+def _read_card(path: Path) -> AdapterCard:
+    """Return what rayml keeps beside the weights; for an adapter by plain PEFT, texts as they are and no labels."""
+    if not path.exists():
+        return AdapterCard("", "", "", "{input}", 0)
+    try:
+        card = AdapterCard(**_read_json(path))
+    except TypeError:
+        raise RunError(f"{CARD} is not what rayml writes") from None
+    pairs = [*card.labels.items(), *(tuple(pair) for pair in card.shown)]
+    if not all(len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in pairs):
+        raise RunError(f"{CARD} is not what rayml writes")
+    return card

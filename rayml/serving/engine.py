@@ -1,0 +1,248 @@
+"""One model, and the thread that shares it: adapters of many tasks answer, and new ones are learned, side by side.
+
+A turn of the thread takes one step of each kind of work that waits: a batch of queries to classify, one token of every
+text in the making, one inner step of the adapters being learned. So nothing waits for another's end, and adaptations
+get no more than their share of the time while queries wait.
+"""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator
+from concurrent.futures import Future
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rayml.evaluation.learn import Lesson, Losses, take_in
+from rayml.evaluation.session import Session
+from rayml.lm.batch import Row
+from rayml.lm.decode import Decoder
+from rayml.lm.generate import Generation
+from rayml.lm.lora import side_by_side
+from rayml.lm.sampling import Piece
+from rayml.lm.score import OptionBatch
+from rayml.meta.adapt import Params
+from rayml.serving.errors import busy
+from rayml.serving.settings import Batching, Limits
+
+log = logging.getLogger(__name__)
+Observe = Callable[[str, float], None]
+
+
+class Query:
+    """One text whose options are to be scored: a row an option, and what comes of it, `[options]` log-probabilities."""
+
+    def __init__(self, rows: list[Row], adapter: Params | None):
+        self.rows, self.adapter = rows, adapter
+        self.answer: Future[Tensor] = Future()
+
+
+class Writing(Generation):
+    """A text in the making that somebody waits for, piece by piece."""
+
+    cancelled = False
+
+    def send_to(self, receive: Callable[[Piece | Exception], None]) -> "Writing":
+        self.receive = receive
+        return self
+
+
+class Adaptation:
+    """A lesson to be taken in; what comes of it are the weights, and the losses on the way."""
+
+    def __init__(self, lesson: Lesson, steps: int):
+        self.lesson, self.steps = lesson, steps
+        self.learned: Future[tuple[Params, Losses]] = Future()
+
+
+class Engine:
+    """Answers queries and learns adapters on one model, from any thread.
+
+    Args:
+        session: the run's base, with hooks on every linear that an adapter may change.
+        observe: takes the name and the value of what is measured.
+    """
+
+    def __init__(
+        self, session: Session, batching: Batching, limits: Limits, observe: Observe = lambda name, value: None
+    ):
+        self.session, self.batching, self.limits, self.observe = session, batching, limits, observe
+        self.decoder = Decoder(session.lm, batching.rows, batching.cache_tokens)
+        self._queries: deque[Query] = deque()
+        self._writings: deque[Writing] = deque()
+        self._adaptations: deque[Adaptation] = deque()
+        self._pings: deque[Future[None]] = deque()
+        self._learning: list[Adaptation] = []
+        self._inner_loop: Generator[None, None, list[tuple[Params, Losses]]] | None = None
+        self._owed_seconds = 0.0
+        self._changed = threading.Condition()
+        self._open = True
+        self._thread = threading.Thread(target=self._run, name="rayml-engine", daemon=True)
+        self._thread.start()
+
+    def classify(self, queries: list[Query]) -> None:
+        """Take queries in; their answers come as futures.
+
+        Raises:
+            ApiError: 429, too many wait.
+        """
+        self._submit(self._queries, queries, self.limits.waiting_queries, "queries")
+
+    def write(self, writings: list[Writing]) -> None:
+        """Take in texts to be written; raises as `classify` does."""
+        self._submit(self._writings, writings, self.limits.waiting_queries, "texts")
+
+    def adapt(self, adaptation: Adaptation) -> None:
+        """Take in a lesson; raises as `classify` does."""
+        self._submit(self._adaptations, [adaptation], self.limits.waiting_adaptations, "adaptations")
+
+    def ping(self) -> Future[None]:
+        """Run the model on one token, ahead of all that waits."""
+        answer: Future[None] = Future()
+        self._submit(self._pings, [answer], None, "pings")
+        return answer
+
+    def cancel(self, writing: Writing) -> None:
+        writing.cancelled = True
+
+    def close(self) -> None:
+        with self._changed:
+            self._open = False
+            self._changed.notify()
+        self._thread.join()
+
+    def _submit(self, waiting: deque, jobs: list[Any], most: int | None, what: str) -> None:
+        with self._changed:
+            if most is not None and len(waiting) + len(jobs) > most:
+                raise busy(f"{len(waiting)} {what} wait in this replica already; at most {most} may")
+            waiting.extend(jobs)
+            self._changed.notify()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while self._open and not self._pings and not self._has_queries() and not self._has_lessons():
+                    self._changed.wait()
+                if not self._open:
+                    return
+            self._turn()
+
+    def _turn(self) -> None:
+        while self._pings:
+            self._pong(self._pings.popleft())
+        if self._has_lessons() and (self._owed_seconds <= 0 or not self._has_queries()):
+            share = self.batching.adaptation_share
+            self._owed_seconds = self._timed(self._take_inner_step) * (1 / share - 1)
+        if self._has_queries():
+            self._owed_seconds -= self._timed(self._answer)
+
+    def _has_queries(self) -> bool:
+        return bool(self._queries or self._writings or self.decoder.active)
+
+    def _has_lessons(self) -> bool:
+        return bool(self._adaptations or self._learning)
+
+    def _timed(self, work: Callable[[], None]) -> float:
+        began = time.perf_counter()
+        work()
+        return time.perf_counter() - began
+
+    def _pong(self, answer: Future[None]) -> None:
+        try:
+            token = torch.zeros(1, 1, dtype=torch.int64, device=self.session.lm.device)
+            with torch.no_grad():
+                logits = self.session.lm.logits_at(token[0], None, token)
+            if not torch.isfinite(logits).all():
+                raise RuntimeError("the model's logits are not finite")
+            answer.set_result(None)
+        except Exception as error:
+            answer.set_exception(error)
+
+    def _answer(self) -> None:
+        if self._queries:
+            self._classify_batch()
+        if self._writings or self.decoder.active:
+            self._write_tokens()
+
+    def _classify_batch(self) -> None:
+        most = min(self.batching.queries, len(self._queries))
+        batch = [self._queries.popleft() for _ in range(most)]
+        try:
+            for query, scores in zip(batch, self._scores(batch), strict=True):
+                query.answer.set_result(scores)
+            self.observe("classify_batch", len(batch))
+        except Exception as error:
+            log.exception("classification failed")
+            for query in batch:
+                if not query.answer.done():
+                    query.answer.set_exception(error)
+
+    def _scores(self, batch: list[Query]) -> list[Tensor]:
+        """Return each query's log-probabilities of its options, `[options]`."""
+        pad = self.session.encoder.tokenizer.eos_token_id
+        adapters = [query.adapter for query in batch]
+        alike = all(adapter is adapters[0] for adapter in adapters)
+        alike = alike and len({len(query.rows) for query in batch}) == 1
+        tasks = [[query.rows for query in batch]] if alike else [[query.rows] for query in batch]
+        stacked = side_by_side(adapters[:1] if alike else adapters)
+        found = OptionBatch(tasks, pad).to(self.session.lm.device).log_probs(self.session.lm, stacked)
+        return [scores.cpu() for task in found for scores in task]
+
+    def _write_tokens(self) -> None:
+        decoder = self.decoder
+        try:
+            joining = self._next_writings()
+            if decoder.active:
+                decoder.step()
+                self.observe("decode_batch", len(decoder.active))
+            if joining:
+                decoder.join(joining)
+        except Exception as error:
+            log.exception("generation failed")
+            lost: list[Any] = [*decoder.active, *(row for row in joining if row not in decoder.active)]
+            self.decoder = Decoder(self.session.lm, self.batching.rows, self.batching.cache_tokens)
+            for writing in lost:
+                writing.receive(error)
+            return
+        for writing in list(decoder.active):
+            assert isinstance(writing, Writing)
+            piece = writing.piece()
+            if piece.text or piece.finish_reason or piece.scores:
+                writing.receive(piece)
+            if piece.finish_reason or writing.cancelled:
+                decoder.leave(writing)
+
+    def _next_writings(self) -> list[Writing]:
+        joining: list[Writing] = []
+        longest = 0
+        while self._writings:
+            writing = self._writings[0]
+            longest = max(longest, writing.prompt_tokens)
+            too_many = joining and longest * (len(joining) + 1) > self.batching.prompt_tokens
+            if not writing.cancelled and (too_many or not self.decoder.has_room([*joining, writing])):
+                break
+            self._writings.popleft()
+            joining += [] if writing.cancelled else [writing]
+        return joining
+
+    def _take_inner_step(self) -> None:
+        if self._inner_loop is None:
+            most = min(self.batching.adaptations, len(self._adaptations))
+            self._learning = [self._adaptations.popleft() for _ in range(most)]
+            lessons, steps = [one.lesson for one in self._learning], [one.steps for one in self._learning]
+            self._inner_loop = take_in(self.session, lessons, steps)
+            self.observe("adaptation_batch", most)
+        try:
+            next(self._inner_loop)
+        except StopIteration as end:
+            for one, learned in zip(self._learning, end.value, strict=True):
+                one.learned.set_result(learned)
+            self._inner_loop, self._learning = None, []
+        except Exception as error:
+            log.exception("adaptation failed")
+            for one in self._learning:
+                one.learned.set_exception(error)
+            self._inner_loop, self._learning = None, []

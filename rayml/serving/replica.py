@@ -1,0 +1,315 @@
+"""What a replica of the model does with requests: from text to the engine's rows, and from its numbers to answers."""
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import tempfile
+import time
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rayml.errors import DataError, RunError
+from rayml.evaluation.learn import Lesson, inner_steps, lesson, new_task
+from rayml.evaluation.session import Session, open_session
+from rayml.lm.decode import context_tokens
+from rayml.lm.encode import Encoder
+from rayml.lm.lora import all_linears
+from rayml.lm.peft_files import save_adapter, write_card
+from rayml.lm.sampling import Piece, Sampling, TokenScore
+from rayml.runs.folder import RunFolder
+from rayml.serving.adapter_files import Adapter, Fits
+from rayml.serving.engine import Adaptation, Engine, Observe, Query, Writing
+from rayml.serving.errors import ApiError
+from rayml.serving.resident import Resident
+from rayml.serving.schema import AdapterRequest, ClassifyRequest, Message
+from rayml.serving.settings import Serving
+from rayml.serving.store import AdapterStore, Manifest
+from rayml.tasks import read
+from rayml.tasks.task import Example
+
+log = logging.getLogger(__name__)
+
+
+class Replica:
+    """A model with its adapters. `owner` is whose adapters a request sees; `adapter` an id, None for the bare base."""
+
+    def __init__(self, serving: Serving, observe: Observe = lambda name, value: None):
+        self.serving, self.observe = serving, observe
+        run = RunFolder(serving.run)
+        config, _ = run.trained()
+        if config.mode != "adapters" or config.algorithm.name == "protonet":
+            raise RunError(f"{run.path}: {why_not(config.mode)}")
+        self.session = open_session(run, every_linear=True)
+        self.learned_labels = run.learned_labels()
+        self.context = context_tokens(self.session.lm.module.config)
+        self.store = AdapterStore(serving.store or str(run.path / "adapters"))
+        settings = serving.adapters
+        fits = fits_of(self.session, settings.most_rank, settings.most_bytes)
+        self.resident = Resident(self.store, fits, settings.resident_bytes, self.session.device, observe)
+        self.engine = Engine(self.session, serving.batching, serving.limits, observe)
+        self._learning: dict[tuple[str, str], asyncio.Task[Manifest]] = {}
+
+    async def learn(self, owner: str, adapter: str, request: AdapterRequest) -> tuple[Manifest, bool]:
+        """Return the adapter of these examples, and whether it was learned just now: the same are never learned twice.
+
+        Raises:
+            ApiError: 422, examples that cannot be learned from; 429, too many adapters, or too many being learned.
+        """
+        found = await asyncio.to_thread(self.store.find, owner, adapter)
+        if found is not None:
+            if request.ttl_seconds:
+                found = await asyncio.to_thread(self.store.renew, owner, found, time.time() + request.ttl_seconds)
+            return found, False
+        key = owner, adapter
+        if key in self._learning:
+            return await asyncio.shield(self._learning[key]), False
+        self._learning[key] = asyncio.create_task(self._learn(owner, adapter, request))
+        self._learning[key].add_done_callback(lambda _: self._learning.pop(key, None))
+        return await asyncio.shield(self._learning[key]), True
+
+    async def _learn(self, owner: str, adapter: str, request: AdapterRequest) -> Manifest:
+        began = time.perf_counter()
+        await asyncio.to_thread(self._make_room, owner)
+        prepared = await asyncio.to_thread(self._lesson, request)
+        adaptation = Adaptation(prepared, inner_steps(self.session, request.steps))
+        self.engine.adapt(adaptation)
+        weights, losses = await asyncio.wrap_future(adaptation.learned)
+        if not all(torch.isfinite(weight).all() for weight in weights.values()):
+            raise ApiError(422, "the adaptation diverged: its numbers are not finite; take fewer steps", "steps")
+        manifest = Manifest(
+            id=adapter,
+            name=request.name,
+            created_at=time.time(),
+            expires_at=time.time() + request.ttl_seconds if request.ttl_seconds else None,
+            examples=len(request.examples),
+            steps=adaptation.steps,
+            loss_before=losses[0],
+            loss_after=losses[-1],
+            seconds=time.perf_counter() - began,
+        )
+        whole = await asyncio.to_thread(self._publish, owner, manifest, prepared, weights)
+        size = sum(weight.nbytes for weight in weights.values())
+        self.resident.hold(owner, adapter, Adapter(weights, prepared.card, size))
+        self.observe("adaptations", 1)
+        self.observe("adaptation_seconds", manifest.seconds)
+        return whole
+
+    def _make_room(self, owner: str) -> None:
+        most = self.serving.limits.adapters_per_key
+        if self.store.count(owner) >= most:
+            self.store.sweep(owner)
+            if self.store.count(owner) >= most:
+                raise ApiError(429, f"this key has {most} adapters, as many as it may; delete one", code="too_many")
+
+    def _lesson(self, request: AdapterRequest) -> Lesson:
+        pairs = [example.pair() for example in request.examples]
+        options = tuple(dict.fromkeys(request.options or ()))
+        for place, (_, target) in enumerate(pairs):
+            if options and target not in options:
+                raise ApiError(422, f"examples.{place}: {target[:60]!r} is none of the options", f"examples.{place}")
+        targets = {target for _, target in pairs}
+        if (options or self.learned_labels) and len(targets) < 2:
+            raise ApiError(422, "examples: all have the same label; give examples of two or more", "examples")
+        rows = [
+            read.Row(request.name, text, target, options, f"examples.{place}")
+            for place, (text, target) in enumerate(pairs)
+        ]
+        try:
+            prepared = lesson(self.session, new_task(rows, request.name, self.learned_labels))
+        except DataError as error:
+            raise ApiError(422, f"examples: {error}", "examples") from None
+        self._check_lengths(pairs)
+        return prepared
+
+    def _check_lengths(self, pairs: Sequence[tuple[str, str]]) -> None:
+        encoder = self.session.encoder
+        for place, (text, target) in enumerate(pairs):
+            tokens = len(unlimited(encoder).row(Example(text, target), is_label=False).tokens)
+            if tokens > encoder.max_tokens + 1:  # what ends free text is not counted
+                message = f"examples.{place}: has {tokens} tokens; this model reads {encoder.max_tokens} of an example"
+                raise ApiError(422, message, f"examples.{place}", "example_too_long")
+
+    def _publish(self, owner: str, manifest: Manifest, prepared: Lesson, weights: dict[str, Any]) -> Manifest:
+        with tempfile.TemporaryDirectory() as folder:
+            save_adapter(Path(folder), weights, self.session.config.lora.shape(), self.session.base)
+            write_card(Path(folder), prepared.card)
+            return self.store.publish(owner, manifest, Path(folder))
+
+    async def classify(self, owner: str, adapter: str | None, request: ClassifyRequest) -> dict[str, Any]:
+        """Return, for every input, its label and the probability of each, in the client's own words.
+
+        Raises:
+            ApiError: 400, an input is too long; 422, options that there are not; 429, too much waits.
+        """
+        loaded = await self._adapter(owner, adapter)
+        labels = choices(loaded, request.options)
+        answers, tokens = await self._choose(loaded, request.inputs, labels, request.truncate)
+        return {"answers": answers, "tokens": tokens}
+
+    async def _choose(
+        self, loaded: Adapter | None, texts: Sequence[str], labels: dict[str, str], truncate: bool
+    ) -> tuple[list[dict[str, Any]], int]:
+        """Score `labels`, each with what the model sees of it, for every text."""
+        encoder, shown = self._encoder(loaded), shown_of(loaded)
+        queries, cut = [], []
+        for place, text in enumerate(texts):
+            (rows,) = encoder.option_rows([text], list(labels.values()), shown)
+            (whole,) = unlimited(encoder).option_rows([text], list(labels.values()), shown)
+            longest, read_tokens = max(len(row.tokens) for row in whole), max(len(row.tokens) for row in rows)
+            if longest > read_tokens and not truncate:
+                message = f"input.{place}: has {longest} tokens; {read_tokens} are read. Shorten it, or say truncate"
+                raise ApiError(400, message, f"input.{place}", "context_length_exceeded")
+            cut.append(longest > read_tokens)
+            queries.append(Query(rows, loaded.weights if loaded else None))
+        self.engine.classify(queries)
+        found = await asyncio.gather(*(asyncio.wrap_future(query.answer) for query in queries))
+        answers = []
+        for scores, is_cut in zip(found, cut, strict=True):
+            probabilities = dict(zip(labels, scores.exp().tolist(), strict=True))
+            label = max(probabilities, key=lambda option: probabilities[option])
+            answers.append({"label": label, "probabilities": probabilities, "truncated": is_cut})
+        return answers, sum(len(query.rows[0].tokens) for query in queries)
+
+    async def write(
+        self, owner: str, adapter: str | None, prompts: Sequence[str | list[Message]], sampling: Sampling
+    ) -> AsyncIterator[tuple[int, Piece, int]]:
+        """Yield (which prompt, what its text grew by, tokens of the prompt) until all have ended.
+
+        An adapter whose task has labels answers with one of them, in one piece.
+
+        Raises:
+            ApiError: 400, a prompt is too long; 429, too much waits.
+        """
+        loaded = await self._adapter(owner, adapter)
+        if loaded and loaded.card.labels:
+            for place, prompt in enumerate(prompts):
+                yield await self._write_label(loaded, place, str(prompt), sampling)
+            return
+        arrived: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        strip = loaded is not None
+        writings = []
+        for place, prompt in enumerate(prompts):
+
+            def receive(piece: Piece | Exception, place: int = place) -> None:
+                with contextlib.suppress(RuntimeError):  # the loop is gone with the replica
+                    loop.call_soon_threadsafe(arrived.put_nowait, (place, piece))
+
+            tokens = self._prompt_tokens(loaded, prompt, sampling.max_tokens, place)
+            writing = Writing(self.session.encoder.tokenizer, tokens, loaded.weights if loaded else None, sampling)
+            writings.append(writing.send_to(receive))
+        try:
+            self.engine.write(writings)
+            begun, waiting = set(), len(writings)
+            while waiting:
+                place, piece = await arrived.get()
+                if isinstance(piece, Exception):
+                    raise piece
+                if strip and place not in begun:  # a target stands behind one space
+                    piece.text = piece.text.lstrip()
+                begun |= {place} if piece.text else set()
+                waiting -= piece.finish_reason is not None
+                yield place, piece, writings[place].prompt_tokens
+        finally:
+            for writing in writings:
+                self.engine.cancel(writing)
+
+    async def _write_label(self, loaded: Adapter, place: int, text: str, sampling: Sampling) -> tuple[int, Piece, int]:
+        (answer,), tokens = await self._choose(loaded, [text], choices(loaded, None), truncate=False)
+        probabilities: dict[str, float] = answer["probabilities"]
+        label = answer["label"]
+        if sampling.temperature:
+            generator = torch.Generator()
+            generator.manual_seed(sampling.seed) if sampling.seed is not None else generator.seed()
+            weights = torch.tensor(list(probabilities.values())).pow(1 / sampling.temperature)
+            label = list(probabilities)[int(torch.multinomial(weights, 1, generator=generator))]
+        logs = {option: float(torch.tensor(p).log()) for option, p in probabilities.items()}
+        best = sorted(logs.items(), key=lambda item: -item[1])[: sampling.logprobs or 0]
+        scores = [] if sampling.logprobs is None else [TokenScore(label, logs[label], best)]
+        return place, Piece(label, scores, tokens=1, finish_reason="stop"), tokens
+
+    def _prompt_tokens(
+        self, loaded: Adapter | None, prompt: str | list[Message], max_tokens: int, place: int
+    ) -> list[int]:
+        tokenizer = self.session.encoder.tokenizer
+        most = self.context - max_tokens
+        if isinstance(prompt, list):
+            if not tokenizer.chat_template:
+                raise ApiError(400, "this base has no chat template; use /v1/completions", "messages")
+            turns = [{"role": message.role, "content": message.text} for message in prompt]
+            tokens = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+        elif loaded is None:
+            tokens = tokenizer(prompt)["input_ids"]
+        else:
+            row = unlimited(self._encoder(loaded)).row(Example(prompt, "."), is_label=False, shown=shown_of(loaded))
+            tokens = row.tokens[: row.start]
+        if not tokens:
+            raise ApiError(400, f"prompt {place} is empty", "prompt")
+        if len(tokens) > most:
+            asked = f"prompt {place} has {len(tokens)} tokens and max_tokens={max_tokens}"
+            message = f"{asked}; together at most {self.context}, the context"
+            raise ApiError(400, message, "prompt", "context_length_exceeded")
+        return tokens
+
+    async def _adapter(self, owner: str, adapter: str | None) -> Adapter | None:
+        return await self.resident.get(owner, adapter) if adapter else None
+
+    def _encoder(self, loaded: Adapter | None) -> Encoder:
+        """Return how an adapter was shown its examples; the base and plain PEFT's read up to the context."""
+        encoder = self.session.encoder
+        if loaded is None or not loaded.card.max_tokens:
+            prompt = loaded.card.prompt if loaded else encoder.prompt
+            return dataclasses.replace(encoder, prompt=prompt, max_tokens=self.context)
+        return dataclasses.replace(encoder, prompt=loaded.card.prompt, max_tokens=loaded.card.max_tokens)
+
+    async def forget(self, owner: str, adapter: str) -> None:
+        self.resident.forget(owner, adapter)
+
+    async def check(self, seconds: float) -> None:
+        """Run the model on one token; raises what it raises, or TimeoutError."""
+        await asyncio.wait_for(asyncio.wrap_future(self.engine.ping()), seconds)
+
+
+def why_not(mode: str) -> str:
+    if mode == "full":
+        return (
+            "a run in mode full changes every weight for every task, and cannot be served from one copy; export it, "
+            "and meta-train adapters on the folder (mode=adapters model.name=FOLDER)"
+        )
+    return "a protonet run tells classes apart by prototypes, which are not served yet; use rayml adapt and predict"
+
+
+def choices(loaded: Adapter | None, options: Sequence[str] | None) -> dict[str, str]:
+    """Return what the model sees of each option, by the client's own label.
+
+    Raises:
+        ApiError: 422, no options are known, or one that the adapter did not learn.
+    """
+    own = {option: label for label, option in loaded.card.labels.items()} if loaded else {}
+    if not own:
+        if not options or len(options) < 2:
+            raise ApiError(422, "options: this model has no labels of its own; give two or more", "options")
+        return {option: option for option in options}
+    unknown = [option for option in options or () if option not in own]
+    if unknown:
+        raise ApiError(422, f"options: {unknown[0]!r} is none of this adapter's: {', '.join(own)}", "options")
+    return {option: own[option] for option in options or own}
+
+
+def shown_of(loaded: Adapter | None) -> list[Example]:
+    return [Example(text, target) for text, target in loaded.card.shown] if loaded else []
+
+
+def unlimited(encoder: Encoder) -> Encoder:
+    return dataclasses.replace(encoder, max_tokens=1 << 30)
+
+
+def fits_of(session: Session, most_rank: int, most_bytes: int) -> Fits:
+    """Return what an adapter has to fit to be served on a run's base."""
+    lora = session.config.lora
+    linears = {name: (one.out_features, one.in_features) for name, one in all_linears(session.lm.module).items()}
+    return Fits((session.config.model.name, session.base), linears, lora.alpha / lora.rank, most_rank, most_bytes)

@@ -1,0 +1,99 @@
+"""The adapters that a replica holds in memory: the least recently used leave when there are too many bytes of them."""
+
+import asyncio
+import logging
+import tempfile
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from rayml.errors import RunError
+from rayml.serving.adapter_files import Adapter, Fits, read_adapter
+from rayml.serving.errors import ApiError
+from rayml.serving.store import AdapterStore
+
+log = logging.getLogger(__name__)
+Key = tuple[str, str]
+
+
+class Resident:
+    """Adapters by (owner, id). What is in use outlives its eviction: whoever uses it holds it.
+
+    Args:
+        most_bytes: of all of them together; the newest stays whatever its size.
+    """
+
+    def __init__(
+        self,
+        store: AdapterStore,
+        fits: Fits,
+        most_bytes: int,
+        device: torch.device,
+        observe: Callable[[str, float], None],
+    ):
+        self.store, self.fits, self.most_bytes, self.device, self.observe = store, fits, most_bytes, device, observe
+        self._held: OrderedDict[Key, Adapter] = OrderedDict()
+        self._loading: dict[Key, asyncio.Task[Adapter]] = {}
+        self._bytes = 0
+
+    async def get(self, owner: str, adapter: str) -> Adapter:
+        """Return an adapter, read from the store beside the hot path where it is not held.
+
+        Raises:
+            ApiError: 404, there is none; 422, it was refused, and why.
+        """
+        key = owner, adapter
+        if key in self._held:
+            self._held.move_to_end(key)
+            return self._held[key]
+        if key not in self._loading:
+            self._loading[key] = asyncio.create_task(self._load(key))
+            self._loading[key].add_done_callback(lambda _: self._loading.pop(key, None))
+        return await asyncio.shield(self._loading[key])
+
+    def hold(self, owner: str, adapter: str, loaded: Adapter) -> None:
+        key = owner, adapter
+        self._bytes += loaded.size - (self._held[key].size if key in self._held else 0)
+        self._held[key] = loaded
+        self._held.move_to_end(key)
+        while self._bytes > self.most_bytes and len(self._held) > 1:
+            _, gone = self._held.popitem(last=False)
+            self._bytes -= gone.size
+            self.observe("evictions", 1)
+        self.observe("resident_adapters", len(self._held))
+        self.observe("resident_bytes", self._bytes)
+
+    def forget(self, owner: str, adapter: str) -> None:
+        gone = self._held.pop((owner, adapter), None)
+        self._bytes -= gone.size if gone else 0
+
+    async def _load(self, key: Key) -> Adapter:
+        loaded = await asyncio.to_thread(self._read, *key)
+        self.observe("loads", 1)
+        self.hold(*key, loaded)
+        return loaded
+
+    def _read(self, owner: str, adapter: str) -> Adapter:
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                self._fetch(owner, adapter, Path(folder))
+                found = read_adapter(Path(folder), self.fits)
+        except RunError as error:
+            log.error("adapter %s of %s refused: %s", adapter, owner, error)
+            self.observe("refused", 1)
+            raise ApiError(422, f"adapter {adapter} was refused: {error}", "model", "adapter_refused") from None
+        weights = {name: weight.to(self.device) for name, weight in found.weights.items()}
+        return Adapter(weights, found.card, found.size)
+
+    def _fetch(self, owner: str, adapter: str, folder: Path) -> None:
+        for attempt in (1, 2):
+            manifest = self.store.find(owner, adapter)
+            if manifest is None:
+                raise ApiError(404, f"no adapter {adapter}", "model", "model_not_found")
+            try:
+                return self.store.fetch(owner, manifest, folder)
+            except RunError:  # it may be published again at this moment
+                if attempt == 2:
+                    raise

@@ -1,0 +1,155 @@
+"""Settings of a server. The text under a key is its documentation: `rayml serve --keys` prints it."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from rayml.errors import ConfigError
+from rayml.sections import NotNegativeFloat, NotNegativeInt, Section
+
+MIB = 1 << 20
+
+
+class Limits(Section):
+    """What a request may ask for. Beyond it, the answer names the field and the limit."""
+
+    body_bytes: PositiveInt = 2 * MIB
+    """Longest request body: 413."""
+    examples: PositiveInt = 256
+    """Examples of an adapter: 422."""
+    inputs: PositiveInt = 64
+    """Texts in one request to classify or to complete: 422."""
+    options: PositiveInt = 64
+    """Options in one request to classify: 422."""
+    max_tokens: PositiveInt = 1024
+    """Tokens that a request may generate: 422."""
+    steps: PositiveInt = 20
+    """Inner steps of an adapter: 422."""
+    adapters_per_key: PositiveInt = 10_000
+    """Adapters that a key may have at a time: 429."""
+    waiting_adaptations: PositiveInt = 32
+    """Adaptations that may wait in a replica: 429 with Retry-After."""
+    waiting_queries: PositiveInt = 256
+    """Queries that may wait in a replica: 429 with Retry-After."""
+    retry_after_seconds: PositiveInt = 2
+    """What Retry-After says."""
+
+
+class Batching(Section):
+    """How a replica shares its model."""
+
+    rows: PositiveInt = 32
+    """Texts that are generated side by side."""
+    cache_tokens: PositiveInt = 65_536
+    """Most tokens in the cache of keys and values: rows times the longest of them."""
+    prompt_tokens: PositiveInt = 8192
+    """Tokens of new prompts that are read in one forward, between two tokens of the others; one prompt always is."""
+    queries: PositiveInt = 32
+    """Queries that are classified in one forward."""
+    adaptations: PositiveInt = 8
+    """Adapters that are learned in one batched inner loop."""
+    adaptation_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Share of the model's time that adaptations may take while queries wait."""
+
+
+class Adapters(Section):
+    """Adapters in memory and in the store."""
+
+    resident_bytes: PositiveInt = 1024 * MIB
+    """Memory for adapters in a replica; the least recently used go first."""
+    most_bytes: PositiveInt = 256 * MIB
+    """Largest adapter file that is loaded."""
+    most_rank: PositiveInt = 64
+    """Largest LoRA rank that is loaded."""
+    known_seconds: NotNegativeFloat = 2.0
+    """How long the front door remembers that an adapter is there; a deleted one may answer that much longer."""
+
+
+class Replicas(Section):
+    """How many replicas of the model there are, and what each gets."""
+
+    min: PositiveInt = 1
+    max: PositiveInt = 1
+    target_ongoing_requests: PositiveFloat = 8
+    """Requests a replica that autoscaling aims at."""
+    upscale_delay_seconds: NotNegativeFloat = 10
+    downscale_delay_seconds: NotNegativeFloat = 300
+    ongoing_requests: PositiveInt = 64
+    """Requests that a replica takes at a time; it batches among these."""
+    queued_requests: PositiveInt = 256
+    """Requests that wait for a replica, before the answer is 429."""
+    cpus: PositiveFloat = 1
+    """Ray's CPUs for a replica; its threads are as many."""
+    gpus: NotNegativeFloat | None = None
+    """Ray's GPUs for a replica; else 1 where the cluster has any."""
+    drain_seconds: PositiveFloat = 30
+    """How long a replica that is taken away may finish what it has begun."""
+    fronts: PositiveInt = 1
+    """Replicas of the front door, which need no model."""
+
+
+class Serving(Section):
+    run: str
+    """The run folder; on storage that all nodes share."""
+    store: str | None = None
+    """Where adapters are kept: a folder, or a URI (`s3://`, `gs://`); else `adapters` in the run folder."""
+    name: str | None = None
+    """What the base is called in `model`; else the last part of the run's model.name."""
+    keys_file: str | None = None
+    """API keys, one a line; RAYML_API_KEYS adds to them. Each key sees its own adapters. None: no key is asked for."""
+    limits: Limits = Limits()
+    batching: Batching = Batching()
+    adapters: Adapters = Adapters()
+    replicas: Replicas = Replicas()
+    seed: NotNegativeInt | None = None
+    """Seed of requests that give none; None draws one."""
+
+
+def api_keys(keys_file: str | None) -> frozenset[str]:
+    """Return the API keys of a file and of RAYML_API_KEYS (separated by commas).
+
+    Raises:
+        ConfigError: the file cannot be read, or holds no key; or a key is shorter than 16 characters.
+    """
+    keys = [key.strip() for key in os.environ.get("RAYML_API_KEYS", "").split(",")]
+    if keys_file:
+        try:
+            lines = Path(keys_file).read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"keys_file: {keys_file}: cannot be read: {error}") from error
+        found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+        if not found:
+            raise ConfigError(f"keys_file: {keys_file}: holds no key")
+        keys += found
+    short = [key for key in keys if 0 < len(key) < 16]
+    if short:
+        raise ConfigError(f"keys: {len(short)} shorter than 16 characters; `openssl rand -hex 24` makes a good one")
+    return frozenset(key for key in keys if key)
+
+
+def check_host(host: str, keys: frozenset[str], insecure: bool) -> None:
+    """Raise ConfigError where everyone who reaches this machine could use the server."""
+    if host not in ("127.0.0.1", "localhost", "::1") and not keys and not insecure:
+        raise ConfigError(
+            f"--host {host}: others reach this server there, and no API key is set; give --keys-file or "
+            "RAYML_API_KEYS, or say --insecure where something in front of it asks for keys"
+        )
+
+
+def describe(manifest: Any, base: str) -> dict[str, Any]:
+    """Return an adapter as the API shows it."""
+    return {
+        "id": manifest.id,
+        "object": "adapter",
+        "model": f"{base}:{manifest.id}",
+        "name": manifest.name,
+        "created": int(manifest.created_at),
+        "expires_at": manifest.expires_at and int(manifest.expires_at),
+        "examples": manifest.examples,
+        "steps": manifest.steps,
+        "loss_before": manifest.loss_before,
+        "loss_after": manifest.loss_after,
+        "seconds": round(manifest.seconds, 3),
+    }

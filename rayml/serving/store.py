@@ -1,0 +1,182 @@
+"""Adapters on shared storage: what every replica, and every replica to come, serves from.
+
+    ROOT/OWNER/ID/{adapter_config.json, adapter_model.safetensors, rayml.json, manifest.json}
+
+The manifest is written last and in one piece: an adapter is there when its manifest is. The folder of an owner is
+what vLLM takes for `dynamic_lora_loading_path`.
+"""
+
+import hashlib
+import json
+import logging
+import re
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from pyarrow import fs
+from pydantic import BaseModel, ConfigDict
+
+from rayml.errors import ConfigError, RunError
+from rayml.serving.adapter_files import FILES
+
+MANIFEST = "manifest.json"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}\.[0-9a-f]{16}")
+PUBLIC = "public"
+log = logging.getLogger(__name__)
+
+
+class Manifest(BaseModel):
+    """What is known of an adapter beside its files. Times are seconds since 1970."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: str
+    name: str
+    created_at: float
+    expires_at: float | None
+    examples: int
+    steps: int
+    loss_before: float | None
+    loss_after: float | None
+    seconds: float
+    files: dict[str, str] = {}
+    """SHA-256 of each."""
+
+    @property
+    def expired(self) -> bool:
+        return self.expires_at is not None and self.expires_at < time.time()
+
+
+def adapter_id(name: str, content: Any) -> str:
+    """Return `NAME.HASH`: the same content gives the same id, always and everywhere."""
+    text = json.dumps(content, sort_keys=True, ensure_ascii=True)
+    return f"{name}.{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def owner_of(api_key: str | None) -> str:
+    """Return whose adapters a key sees; without keys, all are everyone's."""
+    return hashlib.sha256(api_key.encode()).hexdigest()[:16] if api_key else PUBLIC
+
+
+class AdapterStore:
+    """Args: root: a folder, or a URI (`s3://bucket/path`, `gs://`, `file://`).
+
+    Raises:
+        ConfigError: the root cannot be made or reached.
+    """
+
+    def __init__(self, root: str):
+        self.root = root
+        try:
+            if "://" in root:
+                self.fs, self.path = fs.FileSystem.from_uri(root)
+            else:
+                self.fs, self.path = fs.LocalFileSystem(), str(Path(root).absolute())
+            self.fs.create_dir(self.path, recursive=True)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"store: {root!r} cannot be used: {error}") from error
+
+    def publish(self, owner: str, manifest: Manifest, folder: Path) -> Manifest:
+        """Copy an adapter's folder here; it is seen by all when it is whole. Returns the manifest with checksums."""
+        there = f"{self.path}/{owner}/{manifest.id}"
+        self.fs.create_dir(there, recursive=True)
+        present = [name for name in FILES if (folder / name).exists()]
+        for name in present:
+            self._write_whole(f"{there}/{name}", (folder / name).read_bytes())
+        # Two replicas may publish the same adapter at once, with weights that differ in the last bit. Either will do,
+        # but the manifest has to speak of those that stayed.
+        sums = self._checksums(owner, manifest.id, present)
+        while True:
+            whole = manifest.model_copy(update={"files": sums})
+            self._write_whole(f"{there}/{MANIFEST}", whole.model_dump_json().encode())
+            now = self._checksums(owner, manifest.id, present)
+            if now == sums:
+                return whole
+            sums = now
+
+    def renew(self, owner: str, manifest: Manifest, expires_at: float | None) -> Manifest:
+        """Let an adapter live until then; None: for ever."""
+        renewed = manifest.model_copy(update={"expires_at": expires_at})
+        self._write_whole(f"{self.path}/{owner}/{manifest.id}/{MANIFEST}", renewed.model_dump_json().encode())
+        return renewed
+
+    def _checksums(self, owner: str, adapter: str, names: list[str]) -> dict[str, str]:
+        return {name: hashlib.sha256(self.read(owner, adapter, name)).hexdigest() for name in names}
+
+    def find(self, owner: str, reference: str) -> Manifest | None:
+        """Return the adapter of that id, or the newest of that name; None if there is none, or it has expired."""
+        if ID.fullmatch(reference):
+            found = [self._manifest(owner, reference)]
+        elif NAME.fullmatch(reference):
+            found = [self._manifest(owner, i) for i in self._ids(owner) if i.rpartition(".")[0] == reference]
+        else:
+            return None
+        return max((m for m in found if m and not m.expired), key=lambda m: m.created_at, default=None)
+
+    def all_of(self, owner: str) -> list[Manifest]:
+        """Return an owner's adapters, the newest first."""
+        found = [self._manifest(owner, i) for i in self._ids(owner)]
+        return sorted((m for m in found if m and not m.expired), key=lambda m: -m.created_at)
+
+    def count(self, owner: str) -> int:
+        """Return how many adapters an owner has, expired ones that were not swept yet among them."""
+        return len(self._ids(owner))
+
+    def fetch(self, owner: str, manifest: Manifest, folder: Path) -> None:
+        """Copy an adapter's files into a local folder.
+
+        Raises:
+            RunError: a file is gone, or is not what was published.
+        """
+        for name, checksum in manifest.files.items():
+            data = self.read(owner, manifest.id, name)
+            if hashlib.sha256(data).hexdigest() != checksum:
+                raise RunError(f"{name} is not what was published (its checksum differs)")
+            (folder / name).write_bytes(data)
+
+    def read(self, owner: str, adapter: str, name: str) -> bytes:
+        if name not in FILES:
+            raise RunError(f"{name[:120]!r} is no file of an adapter")
+        try:
+            with self.fs.open_input_stream(f"{self.path}/{owner}/{adapter}/{name}") as file:
+                return file.read()
+        except OSError as error:
+            raise RunError(f"{name} cannot be read: {error}") from error
+
+    def delete(self, owner: str, adapter: str) -> None:
+        """Take an adapter away: the manifest first, so that nobody finds half of one."""
+        there = f"{self.path}/{owner}/{adapter}"
+        if self.fs.get_file_info(f"{there}/{MANIFEST}").type == fs.FileType.File:
+            self.fs.delete_file(f"{there}/{MANIFEST}")
+        self.fs.delete_dir(there)
+
+    def sweep(self, owner: str) -> None:
+        """Delete what has expired."""
+        for adapter in self._ids(owner):
+            manifest = self._manifest(owner, adapter)
+            if manifest and manifest.expired:
+                self.delete(owner, adapter)
+
+    def _ids(self, owner: str) -> list[str]:
+        selector = fs.FileSelector(f"{self.path}/{owner}", allow_not_found=True)
+        return [info.base_name for info in self.fs.get_file_info(selector) if ID.fullmatch(info.base_name)]
+
+    def _manifest(self, owner: str, adapter: str) -> Manifest | None:
+        try:
+            with self.fs.open_input_stream(f"{self.path}/{owner}/{adapter}/{MANIFEST}") as file:
+                found = Manifest.model_validate_json(file.read())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            log.warning("adapter %s/%s: its manifest cannot be read: %s", owner, adapter, error)
+            return None
+        return found if found.id == adapter else None
+
+    def _write_whole(self, path: str, data: bytes) -> None:
+        part = f"{path}.{uuid.uuid4().hex}.part"
+        with self.fs.open_output_stream(part) as file:
+            file.write(data)
+        self.fs.move(part, path)

@@ -1,0 +1,5 @@
+"""The application for Ray Serve: `serve run serve.app:app run=RUN`, or `serve deploy serve/serve.yaml`."""
+
+from rayml.serving.app import build as app
+
+__all__ = ["app"]
