@@ -5,12 +5,15 @@ import logging
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from rayml.errors import RaymlError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 app = typer.Typer(
     help="Meta-train causal language models, so that they learn a new task from a handful of examples.",
@@ -82,18 +85,23 @@ def show_config(
     keys: Annotated[bool, typer.Option("--keys", help="Print every key with its default and meaning.")] = False,
 ) -> None:
     """Print the resolved config, or every mistake in it."""
-    from rayml.config import dump_config, load_config
-    from rayml.config import keys as all_keys
+    from rayml.config import Config, dump_config, load_config
 
     if keys:
-        for name, (default, meaning) in all_keys().items():
-            shown = "required" if default is ... else f"default {default!r}"
-            out.print(f"[bold]{name}[/]  [dim]{shown}[/]", highlight=False)
-            out.print(f"    {meaning}", highlight=False, markup=False)
+        print_keys(Config)
         return
     if config is None:
         raise typer.BadParameter("give a CONFIG.yaml, or --keys")
     out.print(dump_config(load_config(config, overrides or [])), end="", markup=False, highlight=False, soft_wrap=True)
+
+
+def print_keys(section: type["BaseModel"]) -> None:
+    from rayml.config import keys
+
+    for name, (default, meaning) in keys(section).items():
+        shown = "required" if default is ... else f"default {default!r}"
+        out.print(f"[bold]{name}[/]  [dim]{shown}[/]", highlight=False)
+        out.print(f"    {meaning}", highlight=False, markup=False)
 
 
 @app.command()
@@ -217,6 +225,54 @@ def predict(
     out.print(answer.text, style="bold", markup=False, highlight=False)
     for option, probability in sorted(answer.probabilities.items(), key=lambda item: -item[1]):
         out.print(f"  {probability:.3f}  {option}", markup=False, highlight=False)
+
+
+@app.command("serve")
+def serve_run(
+    run: Annotated[Path | None, typer.Argument(metavar="RUN", help="A run folder that `rayml train` made.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value]...", help="Such as `replicas.max=4 limits.steps=5`.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Where to listen; beyond this machine an API key is needed.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Where to listen.", min=1, max=65535)] = 8000,
+    store: Annotated[str | None, typer.Option(help="Where adapters are kept; else RUN/adapters.")] = None,
+    keys_file: Annotated[Path | None, typer.Option(help="API keys, one a line; RAYML_API_KEYS adds to them.")] = None,
+    metrics_port: Annotated[int | None, typer.Option(help="Where Prometheus finds the metrics.")] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Listen beyond this machine without a key.")] = False,
+    keys: Annotated[bool, typer.Option("--keys", help="Print every setting with its default and meaning.")] = False,
+) -> None:
+    """Serve a run: post a few examples, get an adapter in about a second, and ask it by name.
+
+    OpenAI's API at /v1/completions and /v1/chat/completions, with /v1/classify and /v1/adapters beside it; /docs shows
+    all of it. Ctrl-C lets what has begun end, and stops.
+    """
+    if keys:
+        from rayml.serving.settings import Serving
+
+        print_keys(Serving)
+        return
+    if run is None:
+        raise typer.BadParameter("give a RUN folder, or --keys")
+    err.print("[dim]loading libraries ...[/]")
+    from rayml.serving.command import serve_forever
+
+    serve_forever(run, overrides or [], host, port, store, keys_file, metrics_port, insecure, out)
+
+
+@app.command()
+def publish(
+    adapter: Annotated[Path, typer.Argument(metavar="DIR", help="A folder, or a zip, of `rayml adapt` or PEFT.")],
+    run: Annotated[Path, typer.Option(help="The run folder that is served.", metavar="RUN")],
+    name: Annotated[str | None, typer.Option(help="The adapter's name; else the folder's.")] = None,
+    store: Annotated[str | None, typer.Option(help="The server's store; else RUN/adapters.")] = None,
+) -> None:
+    """Put an adapter that was learned elsewhere into a server's store, once it is seen to fit the run's base.
+
+    It belongs to the API key in RAYML_API_KEY; without, to servers that ask for none.
+    """
+    from rayml.serving.command import publish_adapter
+
+    publish_adapter(adapter, run, name, store, out)
 
 
 @data_app.command()

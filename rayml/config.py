@@ -7,7 +7,7 @@ import copy
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, PositiveInt, ValidationError
@@ -32,6 +32,8 @@ from rayml.sections import (
 
 if TYPE_CHECKING:
     from rayml.lm.encode import Encoder
+
+S = TypeVar("S", bound=BaseModel)
 
 
 class Config(Section):
@@ -153,13 +155,18 @@ def read_values(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
 
 def parse_config(values: dict[str, Any], source: str, overrides: Sequence[str] = ()) -> Config:
     """Return the config that nested `values` give after the overrides; `source` names them in the errors."""
+    return parse_section(Config, values, source, overrides)
+
+
+def parse_section(kind: type[S], values: dict[str, Any], source: str, overrides: Sequence[str] = ()) -> S:
+    """Return settings of any kind, as `parse_config` does."""
     values = copy.deepcopy(values)
     for override in overrides:
         _set(values, override)
     try:
-        return Config.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
-        lines = [_explain(mistake) for mistake in error.errors()]
+        lines = [_explain(mistake, kind) for mistake in error.errors()]
         raise ConfigError("\n  ".join([f"{source}: {len(lines)} mistake(s)", *lines])) from None
 
 
@@ -195,11 +202,11 @@ def _set(values: dict[str, Any], override: str) -> None:
         raise ConfigError(f"{override!r}: not a YAML value: {error}") from error
 
 
-def _explain(mistake: Any) -> str:
+def _explain(mistake: Any, kind: type[BaseModel]) -> str:
     """Say in one line what is wrong with which key."""
     key = ".".join(str(part) for part in mistake["loc"])
     if mistake["type"] == "extra_forbidden":
-        known = list(keys()) + list(Config.model_fields)
+        known = list(keys(kind)) + list(kind.model_fields)
         last_parts = {name.rsplit(".", 1)[-1]: name for name in known}
         close = difflib.get_close_matches(key, known, n=1) or [
             last_parts[name] for name in difflib.get_close_matches(key.rsplit(".", 1)[-1], last_parts, n=1)

@@ -8,20 +8,19 @@ import json
 import logging
 import time
 import zipfile
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from ray import serve
-from ray.exceptions import RayActorError, RayTaskError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
 from rayml.lm.sampling import Sampling
-from rayml.serving.answers import Shape, Written, event
-from rayml.serving.errors import ApiError, busy
+from rayml.serving.answers import Shape
+from rayml.serving.errors import ApiError
+from rayml.serving.http import as_api_error, chained, refusal, session, takes, translated, until_error
 from rayml.serving.metrics import Metrics
 from rayml.serving.schema import (
     AdapterRequest,
@@ -39,14 +38,7 @@ from rayml.serving.store import AdapterStore, Manifest, adapter_id, owner_of
 
 log = logging.getLogger("ray.serve")
 app = FastAPI(title="rayml", description="Learn a task from a few examples, and ask it by name.", redoc_url=None)
-LOST = RayActorError, DeploymentUnavailableError, ReplicaUnavailableError
 Work = Callable[[str], Awaitable[Response]]
-
-
-def takes(kind: type[Body]) -> dict[str, Any]:
-    """Return what /docs shows of a request's body; we read it ourselves, so as to refuse it in OpenAI's shape."""
-    schema = kind.model_json_schema(ref_template=f"#/components/schemas/{kind.__name__}/$defs/{{model}}")
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
 @app.exception_handler(HTTPException)
@@ -309,50 +301,3 @@ class Front:
         line = {"event": "request", "route": route, "method": request.method, "status": response.status_code}
         log.info(json.dumps(line | {"seconds": round(seconds, 4)}))
         return response
-
-
-def session(owner: str, adapter: str | None) -> str:
-    """Return what requests are routed by: those for one adapter go to one replica, as long as it is not busy."""
-    return f"{owner}/{adapter}" if adapter else ""
-
-
-def refusal(error: ApiError, retry_after: int) -> Response:
-    headers = {"Retry-After": str(retry_after)} if error.status in (429, 503) else {}
-    if error.status == 401:
-        headers["WWW-Authenticate"] = "Bearer"
-    return JSONResponse(error.body(), error.status, headers)
-
-
-def as_api_error(error: Exception) -> ApiError:
-    """Return what to answer when a request failed, here or in a replica."""
-    cause = error.cause if isinstance(error, RayTaskError) else error
-    if isinstance(cause, ApiError):
-        return cause
-    if isinstance(cause, BackPressureError):
-        return busy("all replicas are busy, and too many requests wait")
-    if isinstance(cause, LOST) or isinstance(error, LOST):
-        return ApiError(503, "the replica was lost; send the request again", code="replica_lost")
-    return ApiError(500, f"{type(cause).__name__}; the server's log has more", code="internal")
-
-
-async def translated(written: Any) -> Written:
-    try:
-        async for piece in written:
-            yield piece
-    except Exception as error:
-        raise as_api_error(error) from error
-
-
-async def chained(first: Any, rest: Written) -> Written:
-    yield first
-    async for piece in rest:
-        yield piece
-
-
-async def until_error(events: AsyncIterator[str]) -> AsyncIterator[str]:
-    """Yield events; the status is sent already, so an error is the last of them."""
-    try:
-        async for one in events:
-            yield one
-    except ApiError as error:
-        yield event(error.body())

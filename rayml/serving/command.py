@@ -1,0 +1,141 @@
+"""What `rayml serve` and `rayml publish` do."""
+
+import json
+import logging
+import math
+import os
+import re
+import signal
+import tempfile
+import threading
+import time
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import serve
+from rich.console import Console
+
+from rayml.config import parse_section
+from rayml.distributed.train import WORKER_ENV, processors
+from rayml.errors import ConfigError, RunError
+from rayml.lm.load import load_shape, resolve_model
+from rayml.lm.lora import all_linears
+from rayml.runs.folder import RunFolder
+from rayml.serving.adapter_files import FILES, Fits, read_adapter
+from rayml.serving.app import build
+from rayml.serving.settings import Serving, api_keys, check_host
+from rayml.serving.store import NAME, AdapterStore, Manifest, adapter_id, owner_of
+
+APPLICATION = "rayml"
+EXAMPLE = {
+    "examples": [{"input": "I was charged twice", "target": "billing"}, {"input": "It crashes", "target": "bug"}]
+}
+
+
+def serve_forever(
+    run: Path,
+    overrides: Sequence[str],
+    host: str,
+    port: int,
+    store: str | None,
+    keys_file: Path | None,
+    metrics_port: int | None,
+    insecure: bool,
+    out: Console,
+) -> None:
+    """Serve until Ctrl-C, or SIGTERM; then let what has begun end.
+
+    Raises:
+        ConfigError, RunError: settings that do not work, a run that cannot be served, or a host without keys.
+    """
+    values: dict[str, Any] = {"run": str(run), "store": store, "keys_file": str(keys_file) if keys_file else None}
+    serving = parse_section(Serving, values, "rayml serve", overrides)
+    keys = api_keys(serving.keys_file)
+    check_host(host, keys, insecure)
+    start_cluster(serving, metrics_port)
+    stop = threading.Event()
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, lambda *_: stop.set())
+    try:
+        began = time.perf_counter()
+        application = build(serving)
+        serve.start(http_options={"host": host, "port": port})
+        serve.run(application, name=APPLICATION, route_prefix="/", logging_config={"encoding": "JSON"})
+        base = f"http://{host}:{port}"
+        key = ' -H "Authorization: Bearer $KEY"' if keys else ""
+        out.print(f"serving {run} at {base} ({time.perf_counter() - began:.0f} s to start; {base}/docs shows the API)")
+        out.print("teach it a task:", style="dim")
+        out.print(f"  curl {base}/v1/adapters{key} -d '{json.dumps(EXAMPLE)}'", markup=False, soft_wrap=True)
+        out.print("Ctrl-C stops it.", style="dim")
+        stop.wait()
+        out.print("letting what has begun end ...", style="dim")
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+def start_cluster(serving: Serving, metrics_port: int | None) -> None:
+    """Start Ray here, with room for all replicas, or join the cluster that RAY_ADDRESS names."""
+    own: dict[str, Any] = {}
+    if not os.environ.get("RAY_ADDRESS"):
+        most = max(serving.replicas.min, serving.replicas.max)
+        cpus = max(processors(), math.ceil(most * serving.replicas.cpus))
+        own = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
+        if metrics_port:
+            own["_metrics_export_port"] = metrics_port
+    ray.init(logging_level=logging.ERROR, log_to_driver=False, runtime_env={"env_vars": WORKER_ENV}, **own)
+
+
+def publish_adapter(source: Path, run_path: Path, name: str | None, store: str | None, out: Console) -> None:
+    """Check an adapter's folder, or zip, against a run's base, and put it into a server's store.
+
+    Raises:
+        RunError, ConfigError: it does not fit, or cannot be read; or the name is none.
+    """
+    run = RunFolder(run_path)
+    config, _ = run.trained()
+    name = name or re.sub(r"[^A-Za-z0-9_-]", "-", source.stem)
+    if not NAME.fullmatch(name):
+        raise ConfigError(f"--name {name!r}: letters, digits, - and _, at most 64, beginning with a letter or digit")
+    base = resolve_model(config.model.name)
+    linears = {n: (one.out_features, one.in_features) for n, one in all_linears(load_shape(base)).items()}
+    fits = Fits((config.model.name, base), linears, config.lora.alpha / config.lora.rank, 1024, 1 << 40)
+    with tempfile.TemporaryDirectory() as folder:
+        copy_files(source, Path(folder))
+        try:
+            adapter = read_adapter(Path(folder), fits)
+        except RunError as error:
+            raise RunError(f"{source}: {error}") from error
+        content = [(Path(folder) / file).read_bytes().hex() for file in FILES if (Path(folder) / file).exists()]
+        manifest = Manifest(
+            id=adapter_id(name, content),
+            name=name,
+            created_at=time.time(),
+            expires_at=None,
+            examples=0,
+            steps=0,
+            loss_before=None,
+            loss_after=None,
+            seconds=0,
+        )
+        there = AdapterStore(store or str(run.path / "adapters"))
+        there.publish(owner_of(os.environ.get("RAYML_API_KEY")), manifest, Path(folder))
+    kind = f"labels {', '.join(adapter.card.labels.values())}" if adapter.card.labels else "no labels of its own"
+    out.print(f"published {manifest.id} ({kind}) in {there.root}", highlight=False, soft_wrap=True)
+
+
+def copy_files(source: Path, folder: Path) -> None:
+    """Copy an adapter's files, and no others, out of a folder or a zip: a path in a zip is never followed."""
+    try:
+        if source.is_dir():
+            found = {name: (source / name).read_bytes() for name in FILES if (source / name).is_file()}
+        else:
+            with zipfile.ZipFile(source) as packed:
+                found = {name: packed.read(name) for name in FILES if name in packed.namelist()}
+    except (OSError, zipfile.BadZipFile) as error:
+        raise RunError(f"{source}: no folder of an adapter, and no zip of one: {error}") from error
+    for name, data in found.items():
+        (folder / name).write_bytes(data)

@@ -1,0 +1,71 @@
+"""What the front door needs of HTTP: refusals, streams, and what /docs shows.
+
+A module of its own, since Serve pickles an ingress class while its module is still being read.
+"""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import Response
+from fastapi.responses import JSONResponse
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
+
+from rayml.serving.answers import Written, event
+from rayml.serving.errors import ApiError, busy
+from rayml.serving.schema import Body
+
+LOST = RayActorError, DeploymentUnavailableError, ReplicaUnavailableError
+
+
+def takes(kind: type[Body]) -> dict[str, Any]:
+    """Return what /docs shows of a request's body; we read it ourselves, so as to refuse it in OpenAI's shape."""
+    schema = kind.model_json_schema(ref_template=f"#/components/schemas/{kind.__name__}/$defs/{{model}}")
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def session(owner: str, adapter: str | None) -> str:
+    """Return what requests are routed by: those for one adapter go to one replica, as long as it is not busy."""
+    return f"{owner}/{adapter}" if adapter else ""
+
+
+def refusal(error: ApiError, retry_after: int) -> Response:
+    headers = {"Retry-After": str(retry_after)} if error.status in (429, 503) else {}
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(error.body(), error.status, headers)
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """Return what to answer when a request failed, here or in a replica."""
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    if isinstance(cause, ApiError):
+        return cause
+    if isinstance(cause, BackPressureError):
+        return busy("all replicas are busy, and too many requests wait")
+    if isinstance(cause, LOST) or isinstance(error, LOST):
+        return ApiError(503, "the replica was lost; send the request again", code="replica_lost")
+    return ApiError(500, f"{type(cause).__name__}; the server's log has more", code="internal")
+
+
+async def translated(written: Any) -> Written:
+    try:
+        async for piece in written:
+            yield piece
+    except Exception as error:
+        raise as_api_error(error) from error
+
+
+async def chained(first: Any, rest: Written) -> Written:
+    yield first
+    async for piece in rest:
+        yield piece
+
+
+async def until_error(events: AsyncIterator[str]) -> AsyncIterator[str]:
+    """Yield events; the status is sent already, so an error is the last of them."""
+    try:
+        async for one in events:
+            yield one
+    except ApiError as error:
+        yield event(error.body())
