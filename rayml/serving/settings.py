@@ -71,11 +71,15 @@ class Replicas(Section):
     """How many replicas of the model there are, and what each gets."""
 
     min: PositiveInt = 1
+    """Fewest replicas."""
     max: PositiveInt = 1
+    """Most replicas; more than `min` turns autoscaling on."""
     target_ongoing_requests: PositiveFloat = 8
     """Requests a replica that autoscaling aims at."""
     upscale_delay_seconds: NotNegativeFloat = 10
+    """How long there must be too much to do before a replica is added."""
     downscale_delay_seconds: NotNegativeFloat = 300
+    """How long there must be too little to do before one is taken away."""
     ongoing_requests: PositiveInt = 64
     """Requests that a replica takes at a time; it batches among these."""
     queued_requests: PositiveInt = 256
@@ -92,7 +96,7 @@ class Replicas(Section):
 
 class Serving(Section):
     run: str
-    """The run folder; on storage that all nodes share."""
+    """The run folder, on storage that all nodes share."""
     store: str | None = None
     """Where adapters are kept: a folder, or a URI (`s3://`, `gs://`); else `adapters` in the run folder."""
     name: str | None = None
