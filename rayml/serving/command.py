@@ -72,6 +72,7 @@ def serve_forever(
         out.print("Ctrl-C stops it.", style="dim")
         stop.wait()
         out.print("letting what has begun end ...", style="dim")
+        serve.delete(APPLICATION)  # replicas end what they have begun; a shutdown alone would cut it off
     finally:
         serve.shutdown()
         ray.shutdown()

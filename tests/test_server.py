@@ -1,0 +1,291 @@
+"""The real server: `rayml serve` with several replicas, over HTTP, through our client and OpenAI's."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import openai
+import psutil
+import pytest
+import requests
+from serving_run import TICKETS, examples, make_run
+
+from serve.client import ApiError, Client
+
+KEYS = "first-key-of-the-tests", "other-key-of-the-tests"
+START_SECONDS = 180
+
+
+class Server:
+    """`rayml serve` in a process of its own; killed with all that it started."""
+
+    def __init__(self, run: Path, *settings: str, port: int | None = None):
+        self.port, self.metrics_port = port or free_port(), free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = run.parent / f"serve-{self.port}.log"
+        command = [Path(sys.executable).with_name("rayml"), "serve", run, *settings]
+        command += ["--port", str(self.port), "--metrics-port", str(self.metrics_port)]
+        env = os.environ | {"RAYML_API_KEYS": ",".join(KEYS), "RAY_AUTH_MODE": "disabled"}
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log, env=env)
+        wait_for(lambda: "Ctrl-C" in self.log.read_text() or self.process.poll() is not None, START_SECONDS)
+        assert self.process.poll() is None, self.log.read_text()
+
+    def client(self, key: str = KEYS[0], **more) -> Client:
+        return Client(self.url, key, **more)
+
+    def replicas(self) -> list[psutil.Process]:
+        found = []
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            try:
+                if "ServeReplica:rayml:Model" in " ".join(process.cmdline()):
+                    found.append(process)
+            except psutil.Error:  # it ended meanwhile
+                continue
+        return found
+
+    def metric(self, name: str) -> float:
+        text = requests.get(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=10).text
+        return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if re.match(rf"ray_{name}[{{ ]", line))
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(90)
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def wait_for(holds, seconds: float = 60):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if holds():
+            return
+        time.sleep(0.2)
+    raise AssertionError(f"it did not come true in {seconds} s")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("server"))
+
+
+@pytest.fixture(scope="module")
+def server(run):
+    server = Server(
+        run.path,
+        "replicas.min=2",
+        "replicas.max=3",
+        "replicas.target_ongoing_requests=4",
+        "replicas.upscale_delay_seconds=1",
+        "replicas.downscale_delay_seconds=4",
+        "replicas.queued_requests=60",
+        "replicas.ongoing_requests=16",
+        "limits.retry_after_seconds=1",
+        "limits.adapters_per_key=150",
+        "adapters.known_seconds=0.2",
+    )
+    yield server
+    server.process.kill() if server.stop() else None
+
+
+def post(server, path, body, key=KEYS[0]):
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    return requests.post(server.url + path, json=body, headers=headers, timeout=60)
+
+
+@pytest.mark.serve
+def test_our_client_learns_asks_downloads_and_deletes(server, tmp_path):
+    client = server.client()
+    adapter = client.learn(TICKETS, name="tickets")
+    assert client.learn(TICKETS, name="tickets") == adapter
+    assert (adapter.examples, adapter.steps) == (6, 2)
+    assert adapter.model == f"tiny:{adapter.id}"
+    assert client.adapter("tickets") == adapter
+    assert adapter in client.adapters()
+    by_id, by_name = (client.classify(model, ["charged twice", "x"]) for model in (adapter.model, "tiny:tickets"))
+    assert by_id == by_name
+    assert set(by_id[0].probabilities) == {"billing", "bug", "delivery"}
+    assert client.complete("tiny:tickets", "charged twice") == by_id[0].label
+    assert "".join(client.stream("tiny", "hello", max_tokens=8)) == client.complete("tiny", "hello", max_tokens=8)
+    client.download("tickets", tmp_path / "a.zip")
+    assert "adapter_model.safetensors" in zipfile.ZipFile(tmp_path / "a.zip").namelist()
+    client.delete("tickets")
+    time.sleep(0.3)
+    with pytest.raises(ApiError, match="404"):
+        client.classify(adapter.model, ["x"])
+
+
+@pytest.mark.serve
+def test_openai_s_own_client_works(server):
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEYS[0])
+    adapter = server.client().learn(TICKETS, name="for-openai")
+    assert adapter.model in [model.id for model in client.models.list()]
+    asked = [{"role": "user", "content": "charged twice"}]
+    chat = client.chat.completions.create(model=adapter.model, messages=asked, logprobs=True, top_logprobs=3)
+    assert chat.choices[0].message.content in {"billing", "bug", "delivery"}
+    assert len(chat.choices[0].logprobs.content[0].top_logprobs) == 3
+    whole = client.completions.create(model="tiny", prompt=["hello", "you"], max_tokens=6, logprobs=2)
+    assert len(whole.choices) == 2
+    assert len(whole.choices[0].logprobs.tokens) == 6
+    assert whole.usage.completion_tokens == 12
+    pieces = list(client.completions.create(
+        model="tiny", prompt="hello", max_tokens=6, stream=True, stream_options={"include_usage": True}
+    ))  # fmt: skip
+    assert "".join(p.choices[0].text for p in pieces if p.choices) == whole.choices[0].text
+    assert pieces[-1].usage.completion_tokens == 6
+    streamed = list(client.chat.completions.create(model=adapter.model, messages=asked, stream=True))
+    assert streamed[0].choices[0].delta.content == chat.choices[0].message.content
+    with pytest.raises(openai.NotFoundError, match="no model"):
+        client.completions.create(model="gpt-4", prompt="x")
+    with pytest.raises(openai.BadRequestError, match="temperature"):
+        client.completions.create(model="tiny", prompt="x", temperature=9)
+    with pytest.raises(openai.AuthenticationError):
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong").models.list()
+
+
+@pytest.mark.serve
+def test_a_key_sees_its_own_adapters_alone(server):
+    mine = server.client().learn(TICKETS, name="mine")
+    other = server.client(KEYS[1])
+    assert mine.id not in [adapter.id for adapter in other.adapters()]
+    for call in (
+        lambda: other.classify(mine.model, ["x"]),
+        lambda: other.delete(mine.id),
+        lambda: other.adapter("mine"),
+    ):
+        with pytest.raises(ApiError, match="404"):
+            call()
+    for key in (None, "", KEYS[0][:-1], KEYS[0] + "x"):
+        refused = post(server, "/v1/classify", {"model": "tiny", "input": "x"}, key)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
+    assert requests.get(f"{server.url}/healthz", timeout=10).status_code == 200
+
+
+@pytest.mark.serve
+@pytest.mark.parametrize(
+    ("path", "body", "status", "field"),
+    [
+        ("/v1/adapters", {"examples": []}, 422, "examples"),
+        ("/v1/adapters", {"examples": examples(), "steps": 10**6}, 422, "steps"),
+        ("/v1/adapters", {"examples": examples(), "name": "../../etc"}, 400, "name"),
+        ("/v1/adapters", {"examples": examples([("a", "x"), ("a", "y")])}, 422, "examples"),
+        ("/v1/adapters", {"examples": examples([("a\x00", "x"), ("b", "y")])}, 400, "examples.0.input"),
+        ("/v1/classify", {"model": "tiny:s3://bucket/x", "input": "x"}, 404, "model"),
+        ("/v1/classify", {"model": "tiny:/etc/passwd", "input": "x"}, 404, "model"),
+        ("/v1/classify", {"model": "tiny", "input": "x"}, 422, "options"),
+        ("/v1/classify", {"model": "tiny", "input": []}, 422, "input"),
+        ("/v1/completions", {"model": "tiny", "prompt": "x", "max_tokens": 10**6}, 422, "max_tokens"),
+        ("/v1/completions", {"model": "tiny", "prompt": "x" * 5000}, 400, "prompt"),
+        ("/v1/completions", {"model": "tiny", "prompt": "x" * 5000, "stream": True}, 400, "prompt"),
+        ("/v1/completions", {"model": "tiny", "prompt": ""}, 400, "prompt"),
+        ("/v1/chat/completions", {"model": "tiny", "messages": [{"role": "user", "content": "x"}]}, 400, "messages"),
+        ("/v1/classify", {"model": "tiny", "input": "x" * 3_000_000}, 413, None),
+    ],
+)  # fmt: skip
+def test_bad_requests_name_the_field(server, path, body, status, field):
+    refused = post(server, path, body)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (status, field)
+
+
+@pytest.mark.serve
+def test_a_hundred_adapters_are_never_mixed_up_while_a_replica_dies(server):
+    """Every adapter has labels of its own. All that was acknowledged answers, whoever died."""
+    client = server.client(tries=60)
+    wait_for(lambda: len(server.replicas()) >= 2)
+
+    def learn(n: int):
+        return client.learn([(f"red {n}", f"yes-{n}"), (f"blue {n}", f"no-{n}")], name=f"load-{n}")
+
+    def ask(n: int):
+        began = time.perf_counter()
+        (answer,) = client.classify(adapters[n].model, [f"red {n}"])
+        assert set(answer.probabilities) == {f"yes-{n}", f"no-{n}"}
+        return n, answer.probabilities, time.perf_counter() - began
+
+    with ThreadPoolExecutor(16) as pool:
+        adapters = list(pool.map(learn, range(100)))
+        assert len({adapter.id for adapter in adapters}) == 100
+        before = {n: probabilities for n, probabilities, _ in pool.map(ask, range(100))}
+        asked = [pool.submit(ask, n % 100) for n in range(300)]
+        victim = server.replicas()[0]
+        victim.kill()
+        answers = [one.result() for one in asked]
+    for n, probabilities, _ in answers:
+        assert probabilities == pytest.approx(before[n], abs=1e-4)
+    seconds = sorted(s for _, _, s in answers)
+    print(f"300 requests, 100 adapters, a replica killed: median {seconds[150]:.3f} s, last {seconds[-1]:.1f} s")
+    assert {adapter.id for adapter in client.adapters()} >= {adapter.id for adapter in adapters}
+
+
+@pytest.mark.serve
+def test_prometheus_finds_what_happened(server):
+    wait_for(lambda: server.metric("rayml_requests_total") > 400, 30)
+    wait_for(lambda: server.metric("rayml_loads_total") > 0, 30)  # what the dead replica held
+    assert server.metric("rayml_adaptations_total") > 10
+    assert server.metric("rayml_request_seconds_count") > 400
+    assert server.metric("rayml_classify_batch_count") > 50
+    assert server.metric("rayml_resident_adapters") > 10
+
+
+@pytest.mark.serve
+def test_overload_is_429_with_retry_after_then_it_recovers(server):
+    def ask(_):
+        return post(server, "/v1/completions", {"model": "tiny", "prompt": "x" * 50, "max_tokens": 100})
+
+    with ThreadPoolExecutor(300) as pool:
+        answers = list(pool.map(ask, range(300)))
+    codes = [answer.status_code for answer in answers]
+    assert set(codes) == {200, 429}
+    assert all(answer.headers["Retry-After"] == "1" for answer in answers if answer.status_code == 429)
+    assert post(server, "/v1/completions", {"model": "tiny", "prompt": "x"}).status_code == 200
+
+
+@pytest.mark.serve
+def test_replicas_are_added_under_load_and_taken_away_after_it(server):
+    with ThreadPoolExecutor(30) as pool:
+        load = [pool.submit(server.client(tries=100).complete, "tiny", "x", max_tokens=200) for _ in range(400)]
+        wait_for(lambda: len(server.replicas()) == 3, 90)
+        for one in load:
+            one.cancel()
+    wait_for(lambda: len(server.replicas()) == 2, 90)
+    assert server.client().complete("tiny", "x", max_tokens=2)
+
+
+@pytest.mark.serve
+def test_what_has_begun_ends_before_the_server_does_and_adapters_outlive_it(server, run):
+    client = server.client()
+    adapter = client.learn(TICKETS, name="outlives")
+    expected = client.classify(adapter.model, ["charged twice"])
+    stream = client.stream("tiny", "hello", max_tokens=600)
+    first = next(stream)
+    with ThreadPoolExecutor(1) as pool:
+        ended = pool.submit(server.stop)
+        assert len(first + "".join(stream)) == 600
+        assert ended.result() == 0
+    again = Server(run.path, "adapters.resident_bytes=1")
+    try:
+        assert again.client().classify(adapter.model, ["charged twice"]) == expected
+        assert again.client().adapter("load-7").name == "load-7"  # of the first key
+    finally:
+        again.stop()
+
+
+def test_a_host_that_others_reach_needs_a_key_before_ray_starts(run):
+    env = {k: v for k, v in os.environ.items() if k != "RAYML_API_KEYS"}
+    command = [Path(sys.executable).with_name("rayml"), "serve", run.path, "--host", "0.0.0.0"]
+    refused = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    assert refused.returncode == 1
+    assert "no API key" in refused.stderr
+    refused = subprocess.run([*command[:2], run.path / "none"], capture_output=True, text=True, env=env, check=False)
+    assert "no run here" in refused.stderr
