@@ -105,8 +105,8 @@ class Client:
         """Yield the text as it comes."""
         body = {"model": model, "prompt": prompt, "stream": True} | sampling
         with self._request("POST", "/v1/completions", json=body, stream=True) as response:
-            for line in response.iter_lines(decode_unicode=True):
-                data = line.removeprefix("data: ") if line else ""
+            for line in response.iter_lines():
+                data = line.decode().removeprefix("data: ")
                 if data and data != "[DONE]":
                     yield _event(json.loads(data))
 
