@@ -11,12 +11,11 @@ from ray.serve.config import AutoscalingConfig, BackpressureConfig, RequestRoute
 
 from rayml.config import dump_config
 from rayml.distributed.train import WORKER_ENV
-from rayml.errors import RunError
 from rayml.runs.checkpoint import verify
 from rayml.runs.folder import RunFolder
 from rayml.serving.front import Front
 from rayml.serving.metrics import Metrics
-from rayml.serving.replica import Replica, why_not
+from rayml.serving.replica import Replica, servable
 from rayml.serving.settings import Replicas, Serving, api_keys
 from rayml.serving.store import AdapterStore
 
@@ -42,9 +41,7 @@ def build(args: Serving) -> serve.Application:
         ConfigError, RunError: the run cannot be served, or the store or the keys cannot be used.
     """
     run = RunFolder(args.run)
-    config, checkpoint = run.trained()
-    if config.mode != "adapters" or config.algorithm.name == "protonet":
-        raise RunError(f"{run.path}: {why_not(config.mode)}")
+    config, checkpoint = servable(run)
     store = args.store or str(run.path / "adapters")
     store = store if "://" in store else str(Path(store).absolute())
     serving = args.model_copy(update={"run": str(run.path), "store": store})

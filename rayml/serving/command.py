@@ -26,6 +26,7 @@ from rayml.lm.lora import all_linears
 from rayml.runs.folder import RunFolder
 from rayml.serving.adapter_files import FILES, Fits, read_adapter
 from rayml.serving.app import build
+from rayml.serving.replica import servable
 from rayml.serving.settings import Serving, api_keys, check_host
 from rayml.serving.store import NAME, AdapterStore, Manifest, adapter_id, owner_of
 
@@ -55,6 +56,7 @@ def serve_forever(
     serving = parse_section(Serving, values, "rayml serve", overrides)
     keys = api_keys(serving.keys_file)
     check_host(host, keys, insecure)
+    servable(RunFolder(run))
     start_cluster(serving, metrics_port)
     stop = threading.Event()
     for name in (signal.SIGINT, signal.SIGTERM):

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from rayml.config import Config
 from rayml.errors import DataError, RunError
 from rayml.evaluation.learn import Lesson, inner_steps, lesson, new_task
 from rayml.evaluation.session import Session, open_session
@@ -29,7 +30,7 @@ from rayml.serving.schema import AdapterRequest, ClassifyRequest, Message
 from rayml.serving.settings import Serving
 from rayml.serving.store import AdapterStore, Manifest
 from rayml.tasks import read
-from rayml.tasks.task import Example
+from rayml.tasks.task import Example, Task
 
 log = logging.getLogger(__name__)
 
@@ -40,9 +41,7 @@ class Replica:
     def __init__(self, serving: Serving, observe: Observe = lambda name, value: None):
         self.serving, self.observe = serving, observe
         run = RunFolder(serving.run)
-        config, _ = run.trained()
-        if config.mode != "adapters" or config.algorithm.name == "protonet":
-            raise RunError(f"{run.path}: {why_not(config.mode)}")
+        servable(run)
         self.session = open_session(run, every_linear=True)
         self.learned_labels = run.learned_labels()
         self.context = context_tokens(self.session.lm.module.config)
@@ -52,6 +51,15 @@ class Replica:
         self.resident = Resident(self.store, fits, settings.resident_bytes, self.session.device, observe)
         self.engine = Engine(self.session, serving.batching, serving.limits, observe)
         self._learning: dict[tuple[str, str], asyncio.Task[Manifest]] = {}
+        self._warm_up()
+
+    def _warm_up(self) -> None:
+        """Let the first client not wait for what is set up at first use."""
+        targets = ("A", "B")
+        task = Task("warm-up", tuple(Example(target.lower(), target) for target in targets), targets)
+        adaptation = Adaptation(lesson(self.session, task), inner_steps(self.session, None))
+        self.engine.adapt(adaptation)
+        adaptation.learned.result()
 
     async def learn(self, owner: str, adapter: str, request: AdapterRequest) -> tuple[Manifest, bool]:
         """Return the adapter of these examples, and whether it was learned just now: the same are never learned twice.
@@ -154,25 +162,33 @@ class Replica:
         self, loaded: Adapter | None, texts: Sequence[str], labels: dict[str, str], truncate: bool
     ) -> tuple[list[dict[str, Any]], int]:
         """Score `labels`, each with what the model sees of it, for every text."""
-        encoder, shown = self._encoder(loaded), shown_of(loaded)
-        queries, cut = [], []
-        for place, text in enumerate(texts):
-            (rows,) = encoder.option_rows([text], list(labels.values()), shown)
-            (whole,) = unlimited(encoder).option_rows([text], list(labels.values()), shown)
-            longest, read_tokens = max(len(row.tokens) for row in whole), max(len(row.tokens) for row in rows)
-            if longest > read_tokens and not truncate:
-                message = f"input.{place}: has {longest} tokens; {read_tokens} are read. Shorten it, or say truncate"
-                raise ApiError(400, message, f"input.{place}", "context_length_exceeded")
-            cut.append(longest > read_tokens)
-            queries.append(Query(rows, loaded.weights if loaded else None))
-        self.engine.classify(queries)
-        found = await asyncio.gather(*(asyncio.wrap_future(query.answer) for query in queries))
+        queries = await asyncio.to_thread(self._queries, loaded, texts, list(labels.values()), truncate)
+        self.engine.classify([query for query, _ in queries])
+        found = await asyncio.gather(*(asyncio.wrap_future(query.answer) for query, _ in queries))
         answers = []
-        for scores, is_cut in zip(found, cut, strict=True):
+        for scores, (_, is_cut) in zip(found, queries, strict=True):
             probabilities = dict(zip(labels, scores.exp().tolist(), strict=True))
             label = max(probabilities, key=lambda option: probabilities[option])
             answers.append({"label": label, "probabilities": probabilities, "truncated": is_cut})
-        return answers, sum(len(query.rows[0].tokens) for query in queries)
+        return answers, sum(len(query.rows[0].tokens) for query, _ in queries)
+
+    def _queries(
+        self, loaded: Adapter | None, texts: Sequence[str], labels: list[str], truncate: bool
+    ) -> list[tuple[Query, bool]]:
+        """Return a query for each text, and whether its beginning was cut."""
+        encoder, shown = self._encoder(loaded), shown_of(loaded)
+        most = encoder.max_tokens * (len(shown) + 1)
+        queries = []
+        for place, text in enumerate(texts):
+            (rows,) = unlimited(encoder).option_rows([text], labels, shown)
+            longest = max(len(row.tokens) for row in rows)
+            if longest > most:
+                if not truncate:
+                    message = f"input.{place}: has {longest} tokens; {most} are read. Shorten it, or say truncate"
+                    raise ApiError(400, message, f"input.{place}", "context_length_exceeded")
+                (rows,) = encoder.option_rows([text], labels, shown)
+            queries.append((Query(rows, loaded.weights if loaded else None), longest > most))
+        return queries
 
     async def write(
         self, owner: str, adapter: str | None, prompts: Sequence[str | list[Message]], sampling: Sampling
@@ -274,13 +290,24 @@ class Replica:
         await asyncio.wait_for(asyncio.wrap_future(self.engine.ping()), seconds)
 
 
-def why_not(mode: str) -> str:
-    if mode == "full":
-        return (
-            "a run in mode full changes every weight for every task, and cannot be served from one copy; export it, "
-            "and meta-train adapters on the folder (mode=adapters model.name=FOLDER)"
+def servable(run: RunFolder) -> tuple[Config, Path]:
+    """Return the config and the checkpoint of a run that one copy of the weights can serve.
+
+    Raises:
+        RunError: there is none, or it cannot.
+    """
+    config, checkpoint = run.trained()
+    if config.mode == "full":
+        raise RunError(
+            f"{run.path}: mode full changes every weight for every task, and cannot be served from one copy; export "
+            "it, and meta-train adapters on the folder (mode=adapters model.name=FOLDER)"
         )
-    return "a protonet run tells classes apart by prototypes, which are not served yet; use rayml adapt and predict"
+    if config.algorithm.name == "protonet":
+        raise RunError(
+            f"{run.path}: protonet tells classes apart by prototypes, which are not served yet; use rayml adapt and "
+            "rayml predict"
+        )
+    return config, checkpoint
 
 
 def choices(loaded: Adapter | None, options: Sequence[str] | None) -> dict[str, str]:
