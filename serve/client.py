@@ -77,7 +77,13 @@ class Client:
         return _adapter(self._post("/v1/adapters", body | {k: v for k, v in more.items() if v is not None}))
 
     def adapters(self) -> list[Adapter]:
-        return [_adapter(one) for one in self._request("GET", "/v1/adapters").json()["data"]]
+        found: list[Adapter] = []
+        more = True
+        while more:
+            page = self._request("GET", "/v1/adapters", params={"after": found[-1].id if found else ""}).json()
+            found += [_adapter(one) for one in page["data"]]
+            more = page["has_more"] and bool(page["data"])
+        return found
 
     def adapter(self, name_or_id: str) -> Adapter:
         return _adapter(self._request("GET", f"/v1/adapters/{name_or_id}").json())

@@ -1,6 +1,7 @@
 """The Serve application: front doors, and behind them replicas of the model that autoscale."""
 
 import hashlib
+from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from rayml.config import dump_config
 from rayml.distributed.train import WORKER_ENV
 from rayml.runs.checkpoint import verify
 from rayml.runs.folder import RunFolder
+from rayml.serving.errors import ApiError
 from rayml.serving.front import Front
 from rayml.serving.metrics import Metrics
 from rayml.serving.replica import Replica, servable
@@ -32,6 +34,28 @@ class Model(Replica):
 
     async def check_health(self) -> None:
         await self.check(HEALTH_SECONDS)
+
+    # Refusals go back as values: Serve writes what is raised into its log, and their messages quote the client.
+
+    async def learn(self, *request: Any) -> Any:
+        return await refused_or(super().learn(*request))
+
+    async def classify(self, *request: Any) -> Any:
+        return await refused_or(super().classify(*request))
+
+    async def write(self, *request: Any) -> AsyncIterator[Any]:
+        try:
+            async for written in super().write(*request):
+                yield written
+        except ApiError as refusal:
+            yield refusal
+
+
+async def refused_or(answer: Awaitable[Any]) -> Any:
+    try:
+        return await answer
+    except ApiError as refusal:
+        return refusal
 
 
 def build(args: Serving) -> serve.Application:

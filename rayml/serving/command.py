@@ -27,7 +27,7 @@ from rayml.runs.folder import RunFolder
 from rayml.serving.adapter_files import FILES, Fits, read_adapter
 from rayml.serving.app import build
 from rayml.serving.replica import servable
-from rayml.serving.settings import Serving, api_keys, check_host
+from rayml.serving.settings import Adapters, Serving, api_keys, check_host
 from rayml.serving.store import NAME, AdapterStore, Manifest, adapter_id, owner_of
 
 APPLICATION = "rayml"
@@ -105,7 +105,9 @@ def publish_adapter(source: Path, run_path: Path, name: str | None, store: str |
         raise ConfigError(f"--name {name!r}: letters, digits, - and _, at most 64, beginning with a letter or digit")
     base = resolve_model(config.model.name)
     linears = {n: (one.out_features, one.in_features) for n, one in all_linears(load_shape(base)).items()}
-    fits = Fits((config.model.name, base), linears, config.lora.alpha / config.lora.rank, 1024, 1 << 40)
+    limits = Adapters()
+    scale = config.lora.alpha / config.lora.rank
+    fits = Fits((config.model.name, base), linears, scale, limits.most_rank, limits.most_bytes)
     with tempfile.TemporaryDirectory() as folder:
         copy_files(source, Path(folder))
         try:

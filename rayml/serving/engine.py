@@ -5,12 +5,13 @@ text in the making, one inner step of the adapters being learned. So nothing wai
 get no more than their share of the time while queries wait.
 """
 
+import contextlib
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator
-from concurrent.futures import Future
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, InvalidStateError
 from typing import Any
 
 import torch
@@ -78,6 +79,7 @@ class Engine:
         self._learning: list[Adaptation] = []
         self._inner_loop: Generator[None, None, list[tuple[Params, Losses]]] | None = None
         self._owed_seconds = 0.0
+        self._turn_began: float | None = None
         self._changed = threading.Condition()
         self._open = True
         self._thread = threading.Thread(target=self._run, name="rayml-engine", daemon=True)
@@ -105,6 +107,14 @@ class Engine:
         self._submit(self._pings, [answer], None, "pings")
         return answer
 
+    def working_seconds(self) -> float:
+        """Return how long the present turn has taken; 0 between turns."""
+        began = self._turn_began
+        return time.monotonic() - began if began is not None else 0.0
+
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
     def cancel(self, writing: Writing) -> None:
         writing.cancelled = True
 
@@ -128,7 +138,9 @@ class Engine:
                     self._changed.wait()
                 if not self._open:
                     return
+            self._turn_began = time.monotonic()
             self._turn()
+            self._turn_began = None
 
     def _turn(self) -> None:
         while self._pings:
@@ -157,9 +169,9 @@ class Engine:
                 logits = self.session.lm.logits_at(token[0], None, token)
             if not torch.isfinite(logits).all():
                 raise RuntimeError("the model's logits are not finite")
-            answer.set_result(None)
+            settle(answer, None)
         except Exception as error:
-            answer.set_exception(error)
+            settle(answer, error)
 
     def _answer(self) -> None:
         if self._queries:
@@ -169,16 +181,19 @@ class Engine:
 
     def _classify_batch(self) -> None:
         most = min(self.batching.queries, len(self._queries))
-        batch = [self._queries.popleft() for _ in range(most)]
+        taken = [self._queries.popleft() for _ in range(most)]
+        batch = [query for query in taken if not query.answer.cancelled()]  # whoever left needs no answer
+        if not batch:
+            return
+        found: Sequence[Tensor | Exception]
         try:
-            for query, scores in zip(batch, self._scores(batch), strict=True):
-                query.answer.set_result(scores)
+            found = self._scores(batch)
             self.observe("classify_batch", len(batch))
         except Exception as error:
             log.exception("classification failed")
-            for query in batch:
-                if not query.answer.done():
-                    query.answer.set_exception(error)
+            found = [error] * len(batch)
+        for query, scores in zip(batch, found, strict=True):
+            settle(query.answer, scores)
 
     def _scores(self, batch: list[Query]) -> list[Tensor]:
         """Return each query's log-probabilities of its options, `[options]`."""
@@ -230,19 +245,38 @@ class Engine:
 
     def _take_inner_step(self) -> None:
         if self._inner_loop is None:
-            most = min(self.batching.adaptations, len(self._adaptations))
-            self._learning = [self._adaptations.popleft() for _ in range(most)]
+            self._learning = self._next_lessons()
             lessons, steps = [one.lesson for one in self._learning], [one.steps for one in self._learning]
             self._inner_loop = take_in(self.session, lessons, steps)
-            self.observe("adaptation_batch", most)
+            self.observe("adaptation_batch", len(lessons))
         try:
             next(self._inner_loop)
         except StopIteration as end:
-            for one, learned in zip(self._learning, end.value, strict=True):
-                one.learned.set_result(learned)
-            self._inner_loop, self._learning = None, []
+            self._settle_lessons(end.value)
         except Exception as error:
             log.exception("adaptation failed")
-            for one in self._learning:
-                one.learned.set_exception(error)
-            self._inner_loop, self._learning = None, []
+            self._settle_lessons([error] * len(self._learning))
+
+    def _settle_lessons(self, found: Sequence[tuple[Params, Losses] | Exception]) -> None:
+        for one, learned in zip(self._learning, found, strict=True):
+            settle(one.learned, learned)
+        self._inner_loop, self._learning = None, []
+
+    def _next_lessons(self) -> list[Adaptation]:
+        chosen = [self._adaptations.popleft()]
+        while self._adaptations and len(chosen) < self.batching.adaptations:
+            lessons = [one.lesson.rows for one in (*chosen, self._adaptations[0])]
+            longest = max(len(row.tokens) for rows in lessons for row in rows)
+            if len(lessons) * max(map(len, lessons)) * longest > self.batching.adaptation_tokens:
+                break
+            chosen.append(self._adaptations.popleft())
+        return chosen
+
+
+def settle(future: Future, result: Any) -> None:
+    """Give a result, or an error, to whoever still waits for it."""
+    with contextlib.suppress(InvalidStateError):  # cancelled: nobody does
+        if isinstance(result, Exception):
+            future.set_exception(result)
+        else:
+            future.set_result(result)

@@ -6,6 +6,7 @@ import hmac
 import io
 import json
 import logging
+import threading
 import time
 import zipfile
 from collections.abc import Awaitable, Callable
@@ -73,6 +74,15 @@ class Front:
         self.metrics = Metrics()
         self.created = int(time.time())
         self._known: dict[tuple[str, str], tuple[float, str]] = {}
+        threading.Thread(target=self._sweep, daemon=True).start()
+
+    def _sweep(self) -> None:
+        while True:
+            time.sleep(self.serving.adapters.sweep_seconds)
+            try:
+                self.store.sweep()
+            except OSError:
+                log.exception("expired adapters were not swept")
 
     @app.get("/healthz")
     async def healthz(self) -> Response:
@@ -93,14 +103,27 @@ class Front:
         """The base, and the adapters of this key."""
 
         async def work(owner: str) -> Response:
-            found = await asyncio.to_thread(self.store.all_of, owner)
-            entries = [{"id": self.base, "object": "model", "created": self.created, "owned_by": "rayml"}]
-            for manifest in found:
-                name = f"{self.base}:{manifest.id}"
-                entries.append(entries[0] | {"id": name, "created": int(manifest.created_at), "parent": self.base})
-            return JSONResponse({"object": "list", "data": entries})
+            found, more = await asyncio.to_thread(self.store.page, owner)
+            entries = [self._model(None), *(self._model(manifest) for manifest in found)]
+            return JSONResponse({"object": "list", "data": entries, "has_more": more})
 
         return await self._answer(request, "models", work)
+
+    @app.get("/v1/models/{model}")
+    async def one_model(self, request: Request, model: str) -> Response:
+        """The base, or an adapter."""
+
+        async def work(owner: str) -> Response:
+            adapter = await self._adapter(owner, model)
+            return JSONResponse(self._model(await self._find(owner, adapter) if adapter else None))
+
+        return await self._answer(request, "models", work)
+
+    def _model(self, manifest: Manifest | None) -> dict[str, Any]:
+        if manifest is None:
+            return {"id": self.base, "object": "model", "created": self.created, "owned_by": "rayml"}
+        name, created = f"{self.base}:{manifest.id}", int(manifest.created_at)
+        return {"id": name, "object": "model", "created": created, "owned_by": "rayml", "parent": self.base}
 
     @app.post("/v1/adapters", status_code=201, openapi_extra=takes(AdapterRequest))
     async def create(self, request: Request) -> Response:
@@ -122,12 +145,13 @@ class Front:
         return await self._answer(request, "adapters", work)
 
     @app.get("/v1/adapters")
-    async def adapters(self, request: Request) -> Response:
-        """The adapters of this key, the newest first."""
+    async def adapters(self, request: Request, after: str = "") -> Response:
+        """The adapters of this key in the order of their ids, a thousand at a time: `after` is the last one seen."""
 
         async def work(owner: str) -> Response:
-            found = await asyncio.to_thread(self.store.all_of, owner)
-            return JSONResponse({"object": "list", "data": [describe(manifest, self.base) for manifest in found]})
+            found, more = await asyncio.to_thread(self.store.page, owner, after)
+            listed = [describe(manifest, self.base) for manifest in found]
+            return JSONResponse({"object": "list", "data": listed, "has_more": more})
 
         return await self._answer(request, "adapters", work)
 
@@ -272,9 +296,12 @@ class Front:
     async def _ask(self, method: str, owner: str, adapter: str | None, *arguments: Any) -> Any:
         handle = self.model.options(session_id=session(owner, adapter))
         try:
-            return await getattr(handle, method).remote(owner, adapter, *arguments)
+            answer = await getattr(handle, method).remote(owner, adapter, *arguments)
         except Exception as error:
             raise as_api_error(error) from error
+        if isinstance(answer, ApiError):
+            raise answer
+        return answer
 
     def _owner(self, request: Request) -> str:
         if not self.keys:

@@ -49,8 +49,11 @@ def as_api_error(error: Exception) -> ApiError:
 
 
 async def translated(written: Any) -> Written:
+    """Yield what a replica wrote; what it refused, or what was lost on the way, becomes an ApiError."""
     try:
         async for piece in written:
+            if isinstance(piece, ApiError):
+                raise piece
             yield piece
     except Exception as error:
         raise as_api_error(error) from error

@@ -20,11 +20,12 @@ from rayml.lm.decode import context_tokens
 from rayml.lm.encode import Encoder
 from rayml.lm.lora import all_linears
 from rayml.lm.peft_files import save_adapter, write_card
-from rayml.lm.sampling import Piece, Sampling, TokenScore
+from rayml.lm.sampling import Piece, Sampling
 from rayml.runs.folder import RunFolder
 from rayml.serving.adapter_files import Adapter, Fits
 from rayml.serving.engine import Adaptation, Engine, Observe, Query, Writing
 from rayml.serving.errors import ApiError
+from rayml.serving.labels import choices, label_piece, shown_of
 from rayml.serving.resident import Resident
 from rayml.serving.schema import AdapterRequest, ClassifyRequest, Message
 from rayml.serving.settings import Serving
@@ -109,7 +110,7 @@ class Replica:
     def _make_room(self, owner: str) -> None:
         most = self.serving.limits.adapters_per_key
         if self.store.count(owner) >= most:
-            self.store.sweep(owner)
+            self.store.sweep()
             if self.store.count(owner) >= most:
                 raise ApiError(429, f"this key has {most} adapters, as many as it may; delete one", code="too_many")
 
@@ -202,8 +203,8 @@ class Replica:
         """
         loaded = await self._adapter(owner, adapter)
         if loaded and loaded.card.labels:
-            for place, prompt in enumerate(prompts):
-                yield await self._write_label(loaded, place, str(prompt), sampling)
+            for written in await self._write_labels(loaded, [str(prompt) for prompt in prompts], sampling):
+                yield written
             return
         arrived: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue()
         loop = asyncio.get_running_loop()
@@ -234,19 +235,13 @@ class Replica:
             for writing in writings:
                 self.engine.cancel(writing)
 
-    async def _write_label(self, loaded: Adapter, place: int, text: str, sampling: Sampling) -> tuple[int, Piece, int]:
-        (answer,), tokens = await self._choose(loaded, [text], choices(loaded, None), truncate=False)
-        probabilities: dict[str, float] = answer["probabilities"]
-        label = answer["label"]
-        if sampling.temperature:
-            generator = torch.Generator()
-            generator.manual_seed(sampling.seed) if sampling.seed is not None else generator.seed()
-            weights = torch.tensor(list(probabilities.values())).pow(1 / sampling.temperature)
-            label = list(probabilities)[int(torch.multinomial(weights, 1, generator=generator))]
-        logs = {option: float(torch.tensor(p).log()) for option, p in probabilities.items()}
-        best = sorted(logs.items(), key=lambda item: -item[1])[: sampling.logprobs or 0]
-        scores = [] if sampling.logprobs is None else [TokenScore(label, logs[label], best)]
-        return place, Piece(label, scores, tokens=1, finish_reason="stop"), tokens
+    async def _write_labels(
+        self, loaded: Adapter, texts: Sequence[str], sampling: Sampling
+    ) -> list[tuple[int, Piece, int]]:
+        answers, tokens = await self._choose(loaded, texts, choices(loaded, None), truncate=False)
+        pieces = [label_piece(answer["probabilities"], sampling) for answer in answers]
+        # The tokens of all texts stand with the first: they are summed in the end.
+        return [(place, piece, 0 if place else tokens) for place, piece in enumerate(pieces)]
 
     def _prompt_tokens(
         self, loaded: Adapter | None, prompt: str | list[Message], max_tokens: int, place: int
@@ -286,8 +281,18 @@ class Replica:
         self.resident.forget(owner, adapter)
 
     async def check(self, seconds: float) -> None:
-        """Run the model on one token; raises what it raises, or TimeoutError."""
-        await asyncio.wait_for(asyncio.wrap_future(self.engine.ping()), seconds)
+        """Run the model on one token.
+
+        Raises:
+            Exception: what the model raises.
+            TimeoutError: it did not run, and it is not at a long step either.
+        """
+        try:
+            await asyncio.wait_for(asyncio.wrap_future(self.engine.ping()), seconds)
+        except TimeoutError:
+            working = self.engine.working_seconds()
+            if not self.engine.is_alive() or not 0 < working < self.serving.replicas.stuck_seconds:
+                raise
 
 
 def servable(run: RunFolder) -> tuple[Config, Path]:
@@ -308,27 +313,6 @@ def servable(run: RunFolder) -> tuple[Config, Path]:
             "rayml predict"
         )
     return config, checkpoint
-
-
-def choices(loaded: Adapter | None, options: Sequence[str] | None) -> dict[str, str]:
-    """Return what the model sees of each option, by the client's own label.
-
-    Raises:
-        ApiError: 422, no options are known, or one that the adapter did not learn.
-    """
-    own = {option: label for label, option in loaded.card.labels.items()} if loaded else {}
-    if not own:
-        if not options or len(options) < 2:
-            raise ApiError(422, "options: this model has no labels of its own; give two or more", "options")
-        return {option: option for option in options}
-    unknown = [option for option in options or () if option not in own]
-    if unknown:
-        raise ApiError(422, f"options: {unknown[0]!r} is none of this adapter's: {', '.join(own)}", "options")
-    return {option: own[option] for option in options or own}
-
-
-def shown_of(loaded: Adapter | None) -> list[Example]:
-    return [Example(text, target) for text, target in loaded.card.shown] if loaded else []
 
 
 def unlimited(encoder: Encoder) -> Encoder:

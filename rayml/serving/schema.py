@@ -28,6 +28,7 @@ def filled(text: str) -> str:
 
 Text = Annotated[str, AfterValidator(clean)]
 Filled = Annotated[Text, AfterValidator(filled)]
+Stop = Annotated[Text, Field(min_length=1)]
 Name = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
 
 
@@ -95,7 +96,7 @@ class Sampled(Body):
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Filled | list[Filled] | None = None
+    stop: Stop | list[Stop] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     n: Literal[1] = 1

@@ -17,7 +17,7 @@ class Limits(Section):
 
     body_bytes: PositiveInt = 2 * MIB
     """Longest request body: 413."""
-    examples: PositiveInt = 256
+    examples: PositiveInt = 128
     """Examples of an adapter: 422."""
     inputs: PositiveInt = 64
     """Texts in one request to classify or to complete: 422."""
@@ -50,6 +50,8 @@ class Batching(Section):
     """Queries that are classified in one forward."""
     adaptations: PositiveInt = 8
     """Adapters that are learned in one batched inner loop."""
+    adaptation_tokens: PositiveInt = 8192
+    """Most tokens of such a loop, rows times the longest of them; one adapter always is."""
     adaptation_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Share of the model's time that adaptations may take while queries wait."""
 
@@ -65,6 +67,8 @@ class Adapters(Section):
     """Largest LoRA rank that is loaded."""
     known_seconds: NotNegativeFloat = 2.0
     """How long the front door remembers that an adapter is there; a deleted one may answer that much longer."""
+    sweep_seconds: PositiveFloat = 600
+    """How often expired adapters are deleted from the store."""
 
 
 class Replicas(Section):
@@ -92,6 +96,8 @@ class Replicas(Section):
     """How long a replica that is taken away may finish what it has begun."""
     fronts: PositiveInt = 1
     """Replicas of the front door, which need no model."""
+    stuck_seconds: PositiveFloat = 600
+    """A replica is given up when one step of its model takes longer than this, or its model does not run at all."""
 
 
 class Serving(Section):

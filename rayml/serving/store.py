@@ -6,12 +6,14 @@ The manifest is written last and in one piece: an adapter is there when its mani
 what vLLM takes for `dynamic_lora_loading_path`.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
 import re
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -116,10 +118,16 @@ class AdapterStore:
             return None
         return max((m for m in found if m and not m.expired), key=lambda m: m.created_at, default=None)
 
-    def all_of(self, owner: str) -> list[Manifest]:
-        """Return an owner's adapters, the newest first."""
-        found = [self._manifest(owner, i) for i in self._ids(owner)]
-        return sorted((m for m in found if m and not m.expired), key=lambda m: -m.created_at)
+    def page(self, owner: str, after: str = "", most: int = 1000) -> tuple[list[Manifest], bool]:
+        """Return an owner's adapters in the order of their ids, from the one behind `after` on.
+
+        Returns:
+            at most `most` of them, and whether there are more.
+        """
+        ids = sorted(i for i in self._ids(owner) if i > after)
+        with ThreadPoolExecutor(32) as pool:  # on object storage each takes its time
+            found = pool.map(lambda adapter: self._manifest(owner, adapter), ids[:most])
+            return [m for m in found if m and not m.expired], len(ids) > most
 
     def count(self, owner: str) -> int:
         """Return how many adapters an owner has, expired ones that were not swept yet among them."""
@@ -149,16 +157,19 @@ class AdapterStore:
     def delete(self, owner: str, adapter: str) -> None:
         """Take an adapter away: the manifest first, so that nobody finds half of one."""
         there = f"{self.path}/{owner}/{adapter}"
-        if self.fs.get_file_info(f"{there}/{MANIFEST}").type == fs.FileType.File:
+        with contextlib.suppress(FileNotFoundError):  # somebody else was first
             self.fs.delete_file(f"{there}/{MANIFEST}")
-        self.fs.delete_dir(there)
+        with contextlib.suppress(FileNotFoundError):
+            self.fs.delete_dir(there)
 
-    def sweep(self, owner: str) -> None:
+    def sweep(self) -> None:
         """Delete what has expired."""
-        for adapter in self._ids(owner):
-            manifest = self._manifest(owner, adapter)
-            if manifest and manifest.expired:
-                self.delete(owner, adapter)
+        owners = [info.base_name for info in self.fs.get_file_info(fs.FileSelector(self.path))]
+        for owner in owners:
+            for adapter in self._ids(owner):
+                manifest = self._manifest(owner, adapter)
+                if manifest and manifest.expired:
+                    self.delete(owner, adapter)
 
     def _ids(self, owner: str) -> list[str]:
         selector = fs.FileSelector(f"{self.path}/{owner}", allow_not_found=True)
