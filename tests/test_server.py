@@ -51,6 +51,11 @@ class Server:
                 continue
         return found
 
+    def session(self) -> Path:
+        """Return the folder in which this server's Ray logs."""
+        commands = [" ".join(child.cmdline()) for child in psutil.Process(self.process.pid).children(recursive=True)]
+        return Path(next(found[1] for found in (re.search(r"--session[-_]dir=(\S+)", c) for c in commands) if found))
+
     def metric(self, name: str) -> float:
         text = requests.get(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=10).text
         return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if re.match(rf"ray_{name}[{{ ]", line))
@@ -131,6 +136,7 @@ def test_openai_s_own_client_works(server):
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEYS[0])
     adapter = server.client().learn(TICKETS, name="for-openai")
     assert adapter.model in [model.id for model in client.models.list()]
+    assert client.models.retrieve(adapter.model).id == adapter.model
     asked = [{"role": "user", "content": "charged twice"}]
     chat = client.chat.completions.create(model=adapter.model, messages=asked, logprobs=True, top_logprobs=3)
     assert chat.choices[0].message.content in {"billing", "bug", "delivery"}
@@ -218,14 +224,34 @@ def test_a_hundred_adapters_are_never_mixed_up_while_a_replica_dies(server):
         assert len({adapter.id for adapter in adapters}) == 100
         before = {n: probabilities for n, probabilities, _ in pool.map(ask, range(100))}
         asked = [pool.submit(ask, n % 100) for n in range(300)]
-        victim = server.replicas()[0]
-        victim.kill()
+        began = time.perf_counter()
+        server.replicas()[0].kill()
         answers = [one.result() for one in asked]
     for n, probabilities, _ in answers:
         assert probabilities == pytest.approx(before[n], abs=1e-4)
     seconds = sorted(s for _, _, s in answers)
-    print(f"300 requests, 100 adapters, a replica killed: median {seconds[150]:.3f} s, last {seconds[-1]:.1f} s")
+    rate = len(answers) / (time.perf_counter() - began)
+    print(
+        f"300 requests, 100 adapters, a replica killed: {rate:.0f} a second, median {seconds[150]:.3f} s, last {seconds[-1]:.1f} s"
+    )
     assert {adapter.id for adapter in client.adapters()} >= {adapter.id for adapter in adapters}
+
+
+@pytest.mark.serve
+def test_the_logs_hold_nobody_s_text(server):
+    secret = "quite-private-words"
+    said = [
+        post(server, "/v1/adapters", {"examples": examples([(secret, "x"), (secret, "y")])}),
+        post(server, "/v1/adapters", {"examples": examples([("a", secret), ("b", "y")]), "options": ["y", "z"]}),
+        post(server, "/v1/classify", {"model": "tiny", "input": secret, "options": ["x", secret]}),
+        post(server, "/v1/completions", {"model": "tiny", "prompt": secret, "max_tokens": 4}),
+        post(server, "/v1/completions", {"model": "tiny", "prompt": secret * 500}),
+    ]
+    assert [answer.status_code for answer in said] == [422, 422, 200, 200, 400]
+    logs = server.session() / "logs"
+    written = [path for path in logs.rglob("*") if path.is_file()]
+    assert any('"event": "request"' in path.read_text(errors="replace").replace("\\", "") for path in written)
+    assert [path.name for path in written if secret in path.read_text(errors="replace")] == []
 
 
 @pytest.mark.serve

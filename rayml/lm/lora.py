@@ -52,8 +52,9 @@ class TaskLoRA:
             x = nn.functional.dropout(x, self.dropout, training=self.dropout > 0)
             a, b = self.adapters[name + A].to(x.dtype), self.adapters[name + B].to(x.dtype)
             by_task = x.reshape(a.shape[0], -1, x.shape[-1])  # [T, K * L, in]
-            update = torch.bmm(torch.bmm(by_task, a.mT), b.mT)  # [T, K * L, out]
-            return output + scale * update.view_as(output)
+            grouped = output.reshape(a.shape[0], -1, output.shape[-1])  # [T, K * L, out]
+            # One call scales and adds, too: the update alone is never written.
+            return torch.baddbmm(grouped, torch.bmm(by_task, a.mT), b.mT, alpha=scale).view_as(output)
 
         return add_update
 
