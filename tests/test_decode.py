@@ -107,6 +107,23 @@ def test_room_counts_rows_and_their_longest(lm, tokenizer, adapters):
     assert decoder.has_room([rows[3]])
 
 
+def test_the_cache_keeps_within_its_tokens_whatever_came_before(lm, tokenizer, adapters):
+    decoder = Decoder(lm, most_rows=64, cache_tokens=4096)
+    many = [generation(tokenizer, 1, adapters) for _ in range(40)]
+    decoder.join(many)
+    assert decoder.cache.rows * decoder.cache.tokens <= 4096
+    for row in many[1:]:
+        decoder.leave(row)
+    long = Generation(tokenizer, tokenizer("b" * 500)["input_ids"], adapters[2], Sampling(24))
+    assert decoder.has_room([long])
+    decoder.join([long])
+    assert decoder.cache.rows * decoder.cache.tokens <= 4096
+    finish(decoder)
+    alone = by_transformers(lm, tokenizer, PROMPTS[1], adapters[1])
+    assert many[0].tokens == alone[: len(many[0].tokens)]
+    assert decoder.cache.rows == 0
+
+
 def test_one_seed_draws_one_text_whoever_shares_the_batch(lm, tokenizer, adapters):
     def text(places):
         rows = [generation(tokenizer, place, adapters, temperature=1.0, top_p=0.9, seed=place) for place in places]

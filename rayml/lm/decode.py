@@ -63,7 +63,8 @@ class SlotLayer(CacheLayerMixin):
     def _room(self, states: Tensor, old: Tensor | None) -> Tensor:
         room = states.new_zeros(self.slots.rows, self.slots.tokens, states.shape[1], states.shape[3])
         if old is not None:
-            room[: old.shape[0], : old.shape[1]] = old
+            kept = old[: self.slots.rows, : self.slots.tokens]
+            room[: kept.shape[0], : kept.shape[1]] = kept
         return room
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -91,17 +92,27 @@ class SlotLayer(CacheLayerMixin):
 
 
 class SlotCache(Cache):
-    """One slot for each row; it grows when a longer row, or one more, comes."""
+    """One slot for each row; it is laid out anew when a longer row, or one more, comes.
 
-    def __init__(self, layers: int):
+    Args:
+        most_tokens: of all slots together, as long as one row more would not break it anyway.
+    """
+
+    def __init__(self, layers: int, most_tokens: int):
+        self.most_tokens = most_tokens
         self.rows, self.tokens = 0, 0
         self.window = Window(0, torch.zeros(0, 0), 0)
         self.slots = [SlotLayer(self) for _ in range(layers)]
         super().__init__(layers=list(self.slots))
 
     def make_room(self, rows: int, tokens: int) -> None:
-        self.rows = max(self.rows, rows)
-        self.tokens = max(self.tokens, -(-tokens // 64) * 64)
+        """Have a slot for each of the rows there are now, the longest of `tokens`."""
+        if rows <= self.rows and tokens <= self.tokens:
+            return
+        self.tokens = -(-tokens // 64) * 64
+        # Twice as many slots as rows, so that not every row that joins moves all the others.
+        spare = min(2 * rows, self.most_tokens // self.tokens)
+        self.rows = max(rows, spare)
 
     def move(self, source: int, target: int) -> None:
         for layer in self.slots:
@@ -121,7 +132,7 @@ class Decoder:
     def __init__(self, lm: TaskLM, most_rows: int, cache_tokens: int):
         self.lm, self.most_rows, self.cache_tokens = lm, most_rows, cache_tokens
         self.active: list[Row] = []
-        self.cache = SlotCache(lm.module.config.num_hidden_layers)
+        self.cache = self._empty_cache()
         self._stacked: tuple[list[Params | None], Params | None] = ([], None)
 
     def has_room(self, joining: Sequence[Row]) -> bool:
@@ -135,7 +146,7 @@ class Decoder:
         """Read the prompts of new rows, in one forward, and take the first token of each."""
         first = len(self.active)
         lengths = [len(row.tokens) for row in rows]
-        self.cache.make_room(first + len(rows), max(row.most_tokens for row in rows))
+        self.cache.make_room(first + len(rows), max(row.most_tokens for row in (*self.active, *rows)))
         tokens = torch.zeros(len(rows), max(lengths), dtype=torch.int64)
         for place, row in enumerate(rows):
             tokens[place, : lengths[place]] = torch.tensor(row.tokens)
@@ -162,7 +173,10 @@ class Decoder:
         if last is not row:
             self.active[place] = last
         if not self.active:
-            self.cache = SlotCache(len(self.cache))
+            self.cache = self._empty_cache()
+
+    def _empty_cache(self) -> SlotCache:
+        return SlotCache(self.lm.module.config.num_hidden_layers, self.cache_tokens)
 
     def _forward(self, rows: Sequence[Row], tokens: Tensor, window: Window, at: Tensor) -> None:
         device, dtype = self.lm.device, self.lm.module.dtype
