@@ -78,11 +78,11 @@ class Client:
 
     def adapters(self) -> list[Adapter]:
         found: list[Adapter] = []
-        more = True
-        while more:
-            page = self._request("GET", "/v1/adapters", params={"after": found[-1].id if found else ""}).json()
+        after: str | None = ""
+        while after is not None:
+            page = self._request("GET", "/v1/adapters", params={"after": after}).json()
             found += [_adapter(one) for one in page["data"]]
-            more = page["has_more"] and bool(page["data"])
+            after = page["last_id"]
         return found
 
     def adapter(self, name_or_id: str) -> Adapter:

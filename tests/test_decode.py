@@ -149,6 +149,7 @@ def test_choices_follow_temperature_and_top_p():
     kept = torch.tensor([0.7311, 0.2689, 0.0, 0.0])  # two tokens have 0.9 of the probability together
     torch.testing.assert_close(shares(temperature=1.0, top_p=0.9), kept, atol=0.03, rtol=0)
     assert shares(temperature=1.0, top_p=0.5)[0] == 1
+    assert shares(temperature=1e-310)[0] == 1
 
 
 class Bytes:

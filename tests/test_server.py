@@ -175,7 +175,8 @@ def test_a_key_sees_its_own_adapters_alone(server):
     for key in (None, "", KEYS[0][:-1], KEYS[0] + "x"):
         refused = post(server, "/v1/classify", {"model": "tiny", "input": "x"}, key)
         assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
-    assert requests.get(f"{server.url}/healthz", timeout=10).status_code == 200
+    for path in ("healthz", "readyz"):
+        assert requests.get(f"{server.url}/{path}", timeout=30).status_code == 200
 
 
 @pytest.mark.serve
@@ -223,6 +224,7 @@ def test_a_hundred_adapters_are_never_mixed_up_while_a_replica_dies(server):
         adapters = list(pool.map(learn, range(100)))
         assert len({adapter.id for adapter in adapters}) == 100
         before = {n: probabilities for n, probabilities, _ in pool.map(ask, range(100))}
+        assert len({round(found[f"yes-{n}"], 4) for n, found in before.items()}) > 30  # one's weights are not another's
         asked = [pool.submit(ask, n % 100) for n in range(300)]
         began = time.perf_counter()
         server.replicas()[0].kill()

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import shutil
+import tempfile
 import time
 import zipfile
 from pathlib import Path
@@ -15,6 +16,7 @@ from serving_run import TICKETS, examples, make_run
 
 from rayml.errors import ConfigError, RunError
 from rayml.evaluation.command import adapt_run
+from rayml.evaluation.learn import take_in
 from rayml.evaluation.predict import Predictor
 from rayml.lm.peft_files import load_learned
 from rayml.lm.sampling import Sampling
@@ -22,6 +24,7 @@ from rayml.serving.adapter_files import Adapter, read_adapter
 from rayml.serving.command import publish_adapter
 from rayml.serving.engine import Adaptation
 from rayml.serving.errors import ApiError
+from rayml.serving.http import as_api_error
 from rayml.serving.replica import Replica
 from rayml.serving.resident import Resident
 from rayml.serving.schema import (
@@ -111,6 +114,70 @@ def test_adapters_learned_side_by_side_are_those_learned_alone(replica):
     assert together[2].loss_before == together[2].loss_after
 
 
+def test_lessons_in_one_loop_take_their_own_steps(replica):
+    one, other = (replica._lesson(request(pairs)) for pairs in (TICKETS, [("a b", "x"), ("c d", "y")]))
+
+    def take(lessons, steps):
+        loop = take_in(replica.session, lessons, steps)
+        while True:
+            try:
+                next(loop)
+            except StopIteration as end:
+                return end.value
+
+    together = take([one, other, one], [3, 1, 0])
+    for lesson, steps, (weights, losses) in zip([one, other, one], [3, 1, 0], together, strict=True):
+        ((expected, alone),) = take([lesson], [steps])
+        assert losses == pytest.approx(alone, abs=1e-5)
+        assert len(losses) == steps + 1
+        for name, weight in expected.items():
+            torch.testing.assert_close(weights[name], weight, atol=1e-6, rtol=1e-5)
+
+
+def test_an_adapter_lives_as_long_as_the_most_generous_said(replica):
+    def learn_for(seconds):
+        asked = request(name="ttl", ttl_seconds=seconds)
+        return asyncio.run(replica.learn("public", adapter_id("ttl", [0]), asked))[0].expires_at
+
+    first = learn_for(60)
+    assert learn_for(30) == first
+    assert learn_for(90) > first + 20
+    assert learn_for(None) is None
+    assert learn_for(30) is None
+
+
+def test_one_text_s_trouble_is_its_own(replica, monkeypatch):
+    from rayml.serving import engine
+
+    choose = engine.Generation.take
+
+    def sometimes(row, logits):
+        choose(row, logits * float("nan") if row.sampling.seed == 13 else logits)
+
+    monkeypatch.setattr(engine.Generation, "take", sometimes)
+
+    async def both():
+        async def one(seed):
+            return [piece async for piece in replica.write("public", None, ["abc"], Sampling(40, seed=seed))]
+
+        return await asyncio.gather(*(one(seed) for seed in (1, 13, 2)), return_exceptions=True)
+
+    first, lost, last = asyncio.run(both())
+    assert isinstance(lost, RunError)
+    assert "".join(p.text for _, p, _ in first) == "".join(p.text for _, p, _ in last) != ""
+
+
+def test_storage_that_does_not_answer_is_no_missing_adapter(replica, monkeypatch):
+    def broken(path):
+        raise OSError(5, "Input/output error")
+
+    store = AdapterStore(replica.store.root)
+    monkeypatch.setattr(store, "fs", type("Broken", (), {"open_input_stream": staticmethod(broken)})())
+    with pytest.raises(OSError, match="Input"):
+        store.find("public", adapter_id("x", 0))
+    assert as_api_error(OSError(5, "x")).status == 503
+
+
 def test_the_same_examples_are_learned_once(replica):
     again = request(name="once")
     adapter = adapter_id("once", [1])
@@ -125,7 +192,9 @@ def test_the_same_examples_are_learned_once(replica):
     assert len({manifest.created_at for manifest, _ in found}) == 1
 
 
-def test_answers_of_a_mixed_batch_are_those_one_by_one(replica):
+def test_answers_of_a_mixed_batch_are_those_one_by_one(run):
+    seen = []
+    replica = Replica(Serving(run=str(run.path)), lambda name, value: seen.append((name, value)))
     first, second = learn(replica, request(), request([("m n", "up"), ("o p", "down")], name="other"))
 
     async def all_at_once():
@@ -136,7 +205,9 @@ def test_answers_of_a_mixed_batch_are_those_one_by_one(replica):
         ]
         return [found["answers"][0]["probabilities"] for found in await asyncio.gather(*asked)]
 
+    seen.clear()
     mixed = iter(asyncio.run(all_at_once()))
+    assert max(value for name, value in seen if name == "classify_batch") > 3
     for text in TEXTS:
         for adapter, more in ((first.id, {}), (second.id, {}), (None, {"options": ["yes", "no", "perhaps"]})):
             (alone,) = ask(replica, adapter, [text], **more)
@@ -273,7 +344,7 @@ def test_the_health_check_runs_the_model(run):
     with pytest.raises(RuntimeError, match="not finite"):
         asyncio.run(replica.check(5))
     replica.engine.close()
-    with pytest.raises(asyncio.TimeoutError):
+    with pytest.raises(ApiError, match="going away"):
         asyncio.run(replica.check(0.2))
 
 
@@ -353,6 +424,11 @@ def change_config(folder: Path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def change_card(folder: Path, **changes):
+    path = folder / "rayml.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 def change_weights(folder: Path, change):
     path = folder / "adapter_model.safetensors"
     tensors = load_file(path)
@@ -384,7 +460,8 @@ HEAD = "base_model.model.lm_head.lora_A.weight"
 POISON = {
     "not finite": poison_weights(lambda t: t[first(t, "lora_B")].fill_(float("nan"))),
     "has the shape": poison_weights(lambda t: swap(t, "lora_A", torch.zeros(4, 7))),
-    "differ in rank": poison_weights(narrower),
+    "not the rank r=4": poison_weights(narrower),
+    "B.* finite": poison_config(lora_alpha=1e300),
     "do not come in pairs": poison_weights(lambda t: t.pop(first(t, "lora_A"))),
     "no linear layer": poison_weights(lambda t: t.update({HEAD: torch.zeros(4, 64)})),
     "holds no weights": poison_weights(lambda t: t.clear()),
@@ -398,7 +475,12 @@ POISON = {
     "rank r=": poison_config(r=10**9),
     "lora_alpha": poison_config(lora_alpha="x"),
     "made for the base": poison_config(base_model_name_or_path="other/model"),
-    "not what rayml writes": lambda d: (d / "rayml.json").write_text('{"labels": 1}'),
+    "not what rayml writes": lambda d: change_card(d, labels=[]),
+    "is not what rayml": lambda d: change_card(d, shown=[1]),
+    "what rayml writes$": lambda d: change_card(d, prompt=5),
+    "rayml.json is not": lambda d: change_card(d, max_tokens="x"),
+    "no {input}": lambda d: change_card(d, prompt="x"),
+    "reads nothing": lambda d: change_card(d, max_tokens=0),
 }
 
 
@@ -482,12 +564,12 @@ def test_a_zip_is_published_without_following_its_paths(run, learned, tmp_path):
     with zipfile.ZipFile(packed, "w") as file:
         for path in learned.iterdir():
             file.write(path, path.name)
-        file.writestr("../../escaped", "x")
-        file.writestr("/tmp/rayml-escaped", "x")
+        file.writestr("../rayml-escaped", "x")
+        file.writestr(str(tmp_path / "rayml-escaped"), "x")
     publish_adapter(packed, run.path, "zipped", str(tmp_path / "store"), Console(quiet=True))
     assert AdapterStore(str(tmp_path / "store")).find("public", "zipped")
-    assert not list(tmp_path.parent.rglob("escaped"))
-    assert not Path("/tmp/rayml-escaped").exists()
+    assert not (tmp_path / "rayml-escaped").exists()
+    assert not (Path(tempfile.gettempdir()) / "rayml-escaped").exists()
     with pytest.raises(ConfigError, match="--name"):
         publish_adapter(packed, run.path, "../x", str(tmp_path / "store"), Console(quiet=True))
     with pytest.raises(RunError, match="no zip"):
@@ -528,7 +610,7 @@ def test_an_adapter_without_its_manifest_is_not_there(store, learned):
     whole = store.publish("public", manifest_of("t"), learned)
     store.fs.delete_file(f"{store.path}/public/{whole.id}/manifest.json")
     assert store.find("public", whole.id) is None
-    assert store.page("public") == ([], False)
+    assert store.page("public") == ([], None)
     store.publish("public", manifest_of("t"), learned)
     with store.fs.open_output_stream(f"{store.path}/public/{whole.id}/manifest.json") as file:
         file.write(b'{"id": "torn')

@@ -153,8 +153,8 @@ class Decoder:
         # What a shorter row writes behind its end is overwritten before it is ever attended to.
         positions = torch.arange(max(lengths)).expand(len(rows), -1)
         ends = torch.arange(len(rows)) * max(lengths) + torch.tensor(lengths) - 1
-        self.active.extend(rows)
         self._forward(rows, tokens, Window(first, positions, max(lengths)), ends)
+        self.active.extend(rows)
 
     @torch.no_grad()
     def step(self) -> None:

@@ -1,11 +1,12 @@
 """One text in the making: choosing tokens, and turning them into text piece by piece."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rayml.errors import RunError
 from rayml.lm.sampling import Piece, Sampling, TokenScore
 from rayml.meta.adapt import Params
 
@@ -18,10 +19,19 @@ class Generation:
         prompt: tokens.
         adapter: the task's weights; None for the bare base.
         sampling: at least one token.
+        ends: tokens that end the text; else the tokenizer's own.
     """
 
-    def __init__(self, tokenizer: Any, prompt: Sequence[int], adapter: Params | None, sampling: Sampling):
+    def __init__(
+        self,
+        tokenizer: Any,
+        prompt: Sequence[int],
+        adapter: Params | None,
+        sampling: Sampling,
+        ends: Collection[int] | None = None,
+    ):
         self.tokenizer, self.adapter, self.sampling = tokenizer, adapter, sampling
+        self.ends = ends or {tokenizer.eos_token_id}
         self.tokens, self.prompt_tokens = list(prompt), len(prompt)
         self.most_tokens = len(prompt) + sampling.max_tokens
         self.finish_reason: str | None = None
@@ -34,8 +44,15 @@ class Generation:
         self._unsent = Piece("")
 
     def take(self, logits: Tensor) -> None:
+        """Append a token, or end.
+
+        Raises:
+            RunError: the logits are not numbers.
+        """
+        if logits.isnan().any():
+            raise RunError("the model's logits are not finite")
         token = choose(logits, self.sampling, self._generator)
-        if token == self.tokenizer.eos_token_id:
+        if token in self.ends:
             self.finish_reason = "stop"
         else:
             self.tokens.append(token)
@@ -64,11 +81,21 @@ class Generation:
         return TokenScore(self.tokenizer.decode([token]), float(log_probs[token]), top)
 
 
+def end_tokens(module: Any, tokenizer: Any) -> frozenset[int]:
+    """Return the tokens that end a text: a model may know more of them than its tokenizer."""
+    known = getattr(getattr(module, "generation_config", None), "eos_token_id", None)
+    more = known if isinstance(known, list) else [known]
+    return frozenset(token for token in (tokenizer.eos_token_id, *more) if token is not None)
+
+
 def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     """Return a token by its logits `[V]`. Drawn on the CPU, so that a seed means the same everywhere."""
     if sampling.temperature == 0:
         return int(logits.argmax())
-    probabilities = (logits.double().cpu() / sampling.temperature).softmax(-1)
+    logits = logits.double().cpu()
+    probabilities = ((logits - logits.max()) / sampling.temperature).softmax(-1)  # no temperature overflows
+    if sampling.top_p == 1:
+        return int(torch.multinomial(probabilities, 1, generator=generator))
     ordered, tokens = probabilities.sort(descending=True)
     before = ordered.cumsum(-1) - ordered
     kept = ordered.masked_fill(before >= sampling.top_p, 0)

@@ -20,7 +20,7 @@ class OptionBatch:
     def __init__(self, rows: Sequence[Sequence[Sequence[Row]]], pad: int):
         """Take each task's queries, each with a row an option (`Encoder.option_rows`); `pad` is any token."""
         self.shape = [(len(task), len(task[0])) for task in rows]
-        self.shared = all(_differ_in_last_token(choices) for task in rows for choices in task)
+        self.shared = all(share_a_row(choices) for task in rows for choices in task)
         self.ids = [[[row.tokens[-1] for row in choices] for choices in task] for task in rows] if self.shared else []
         kept = [[row for choices in task for row in (choices[:1] if self.shared else choices)] for task in rows]
         self.batch = collate(kept, pad)
@@ -55,6 +55,7 @@ class OptionBatch:
         ]
 
 
-def _differ_in_last_token(choices: Sequence[Row]) -> bool:
+def share_a_row(choices: Sequence[Row]) -> bool:
+    """Return whether these differ in their last token alone, so that one row scores all of them."""
     first = choices[0]
     return all(row.start == len(row.tokens) - 1 and row.tokens[:-1] == first.tokens[:-1] for row in choices)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from rayml.errors import RunError
@@ -74,11 +75,14 @@ def read_adapter(folder: Path, fits: Fits) -> Adapter:
         raise RunError(f"{size} bytes; at most {fits.most_bytes}")
     config = _read_json(folder / CONFIG)
     scale = _check_config(config, fits)
-    weights = _read_weights(folder / WEIGHTS, fits)
+    weights = _read_weights(folder / WEIGHTS, fits, config["r"])
     card = _read_card(folder / CARD)
     # The layer scales every adapter alike, so what this one asks for beyond that goes into B.
     extra = scale / fits.scale
     weights = {name: weight * extra if name.endswith(B) and extra != 1 else weight for name, weight in weights.items()}
+    broken = [name for name, weight in weights.items() if not torch.isfinite(weight).all()]
+    if broken:
+        raise RunError(f"{broken[0]} holds numbers that are not finite")
     return Adapter(weights, card, sum(weight.nbytes for weight in weights.values()))
 
 
@@ -115,7 +119,7 @@ def _check_config(config: dict[str, Any], fits: Fits) -> float:
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _read_weights(path: Path, fits: Fits) -> Params:
+def _read_weights(path: Path, fits: Fits, rank: int) -> Params:
     weights: Params = {}
     try:
         with safe_open(path, "pt") as file:
@@ -129,10 +133,8 @@ def _read_weights(path: Path, fits: Fits) -> Params:
     if alone or not weights:
         raise RunError(f"A and B do not come in pairs: {alone[:3]}" if alone else "holds no weights")
     for name, weight in weights.items():
-        if not torch.isfinite(weight).all():
-            raise RunError(f"{name} holds numbers that are not finite")
-        if name.endswith(A) and weight.shape[0] != weights[_partner(name)].shape[1]:
-            raise RunError(f"{name}: A and B differ in rank")
+        if weight.shape[0 if name.endswith(A) else 1] != rank:
+            raise RunError(f"{name} has not the rank r={rank} of {CONFIG}")
     return weights
 
 
@@ -155,11 +157,11 @@ def _read_card(path: Path) -> AdapterCard:
     """Return what rayml keeps beside the weights; for an adapter by plain PEFT, texts as they are and no labels."""
     if not path.exists():
         return AdapterCard("", "", "", "{input}", 0)
+    read = _read_json(path)
     try:
-        card = AdapterCard(**_read_json(path))
-    except TypeError:
+        card = TypeAdapter(AdapterCard).validate_json(json.dumps(read), strict=True)
+    except ValidationError:
         raise RunError(f"{CARD} is not what rayml writes") from None
-    pairs = [*card.labels.items(), *(tuple(pair) for pair in card.shown)]
-    if not all(len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in pairs):
-        raise RunError(f"{CARD} is not what rayml writes")
+    if "{input}" not in card.prompt or card.max_tokens < 1:
+        raise RunError(f"{CARD} is not what rayml writes: its prompt has no {{input}}, or reads nothing")
     return card

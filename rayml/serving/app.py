@@ -1,6 +1,7 @@
 """The Serve application: front doors, and behind them replicas of the model that autoscale."""
 
 import hashlib
+import logging
 from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,13 @@ from rayml.runs.folder import RunFolder
 from rayml.serving.errors import ApiError
 from rayml.serving.front import Front
 from rayml.serving.metrics import Metrics
-from rayml.serving.replica import Replica, servable
+from rayml.serving.replica import Replica
+from rayml.serving.served import servable
 from rayml.serving.settings import Replicas, Serving, api_keys
 from rayml.serving.store import AdapterStore
 
 HEALTH_SECONDS = 30.0
+log = logging.getLogger(__name__)
 ROUTER: Any = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 
 
@@ -71,6 +74,8 @@ def build(args: Serving) -> serve.Application:
     serving = args.model_copy(update={"run": str(run.path), "store": store})
     AdapterStore(store)
     keys = api_keys(args.keys_file)
+    if not keys:
+        log.warning("no API key is set: whoever reaches the port may use this server")
     content = [str(verify(checkpoint)), dump_config(config), *sums(checkpoint)]
     fingerprint = hashlib.sha256("\n".join(content).encode()).hexdigest()
     base = args.name or config.model.name.rstrip("/").rsplit("/", 1)[-1]

@@ -16,6 +16,7 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.serve.context import _get_global_client
 from rich.console import Console
 
 from rayml.config import parse_section
@@ -26,7 +27,7 @@ from rayml.lm.lora import all_linears
 from rayml.runs.folder import RunFolder
 from rayml.serving.adapter_files import FILES, Fits, read_adapter
 from rayml.serving.app import build
-from rayml.serving.replica import servable
+from rayml.serving.served import servable
 from rayml.serving.settings import Adapters, Serving, api_keys, check_host
 from rayml.serving.store import NAME, AdapterStore, Manifest, adapter_id, owner_of
 
@@ -59,12 +60,14 @@ def serve_forever(
     servable(RunFolder(run))
     start_cluster(serving, metrics_port)
     stop = threading.Event()
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda *_: stop.set())
+    own = not os.environ.get("RAY_ADDRESS")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until it serves, both end it at once
     try:
         began = time.perf_counter()
         application = build(serving)
         serve.start(http_options={"host": host, "port": port})
+        host, port = listening()
+        check_host(host, keys, insecure)
         serve.run(application, name=APPLICATION, route_prefix="/", logging_config={"encoding": "JSON"})
         base = f"http://{host}:{port}"
         key = ' -H "Authorization: Bearer $KEY"' if keys else ""
@@ -72,12 +75,24 @@ def serve_forever(
         out.print("teach it a task:", style="dim")
         out.print(f"  curl {base}/v1/adapters{key} -d '{json.dumps(EXAMPLE)}'", markup=False, soft_wrap=True)
         out.print("Ctrl-C stops it.", style="dim")
+        for name in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(name, lambda *_: stop.set())
         stop.wait()
         out.print("letting what has begun end ...", style="dim")
         serve.delete(APPLICATION)  # replicas end what they have begun; a shutdown alone would cut it off
+    except KeyboardInterrupt:
+        out.print("stopped before it served", style="dim")
     finally:
-        serve.shutdown()
+        if own:  # on a cluster there may be others' applications
+            serve.shutdown()
         ray.shutdown()
+
+
+def listening() -> tuple[str, int]:
+    """Return where Serve listens: where it ran before, that is not where it was told to just now."""
+    client = _get_global_client()
+    assert client is not None
+    return client.http_config.host or "127.0.0.1", client.http_config.port
 
 
 def start_cluster(serving: Serving, metrics_port: int | None) -> None:

@@ -24,9 +24,9 @@ from rayml.lm.decode import Decoder
 from rayml.lm.generate import Generation
 from rayml.lm.lora import side_by_side
 from rayml.lm.sampling import Piece
-from rayml.lm.score import OptionBatch
+from rayml.lm.score import OptionBatch, share_a_row
 from rayml.meta.adapt import Params
-from rayml.serving.errors import busy
+from rayml.serving.errors import ApiError, busy
 from rayml.serving.settings import Batching, Limits
 
 log = logging.getLogger(__name__)
@@ -38,13 +38,25 @@ class Query:
 
     def __init__(self, rows: list[Row], adapter: Params | None):
         self.rows, self.adapter = rows, adapter
+        self.shared = share_a_row(rows)
         self.answer: Future[Tensor] = Future()
+
+    @property
+    def forward_rows(self) -> int:
+        return 1 if self.shared else len(self.rows)
 
 
 class Writing(Generation):
     """A text in the making that somebody waits for, piece by piece."""
 
     cancelled = False
+    error: Exception | None = None
+
+    def take(self, logits: Tensor) -> None:
+        try:
+            super().take(logits)
+        except Exception as error:  # this text's own trouble, and no other's
+            self.error, self.finish_reason = error, "error"
 
     def send_to(self, receive: Callable[[Piece | Exception], None]) -> "Writing":
         self.receive = receive
@@ -71,7 +83,7 @@ class Engine:
         self, session: Session, batching: Batching, limits: Limits, observe: Observe = lambda name, value: None
     ):
         self.session, self.batching, self.limits, self.observe = session, batching, limits, observe
-        self.decoder = Decoder(session.lm, batching.rows, batching.cache_tokens)
+        self.decoder = self._new_decoder()
         self._queries: deque[Query] = deque()
         self._writings: deque[Writing] = deque()
         self._adaptations: deque[Adaptation] = deque()
@@ -126,6 +138,8 @@ class Engine:
 
     def _submit(self, waiting: deque, jobs: list[Any], most: int | None, what: str) -> None:
         with self._changed:
+            if not self._thread.is_alive():
+                raise ApiError(503, "this replica is going away; send the request again", code="replica_lost")
             if most is not None and len(waiting) + len(jobs) > most:
                 raise busy(f"{len(waiting)} {what} wait in this replica already; at most {most} may")
             waiting.extend(jobs)
@@ -139,12 +153,37 @@ class Engine:
                 if not self._open:
                     return
             self._turn_began = time.monotonic()
-            self._turn()
+            try:
+                self._turn()
+            except Exception as error:  # no work is known to bring this about; whoever waits must not wait for ever
+                log.exception("a turn failed")
+                self._fail_all(error)
             self._turn_began = None
 
+    def _fail_all(self, error: Exception) -> None:
+        self._settle_lessons([error] * len(self._learning))
+        waiting: list[Future] = [*self._pings, *(query.answer for query in self._queries)]
+        for future in (*waiting, *(one.learned for one in self._adaptations)):
+            settle(future, error)
+        for queue in (self._queries, self._adaptations, self._pings):
+            queue.clear()
+        self._lose([*self._rows(), *self._writings], error)
+        self._writings.clear()
+        self.decoder = self._new_decoder()
+
+    def _rows(self) -> list[Writing]:
+        return [row for row in self.decoder.active if isinstance(row, Writing)]
+
+    def _lose(self, writings: Sequence[Writing], error: Exception) -> None:
+        for writing in writings:
+            writing.receive(error)
+
+    def _new_decoder(self) -> Decoder:
+        return Decoder(self.session.lm, self.batching.rows, self.batching.cache_tokens)
+
     def _turn(self) -> None:
-        while self._pings:
-            self._pong(self._pings.popleft())
+        if self._pings:
+            self._pong([self._pings.popleft() for _ in range(len(self._pings))])
         if self._has_lessons() and (self._owed_seconds <= 0 or not self._has_queries()):
             share = self.batching.adaptation_share
             self._owed_seconds = self._timed(self._take_inner_step) * (1 / share - 1)
@@ -162,16 +201,18 @@ class Engine:
         work()
         return time.perf_counter() - began
 
-    def _pong(self, answer: Future[None]) -> None:
+    def _pong(self, answers: list[Future[None]]) -> None:
+        result: Exception | None = None
         try:
             token = torch.zeros(1, 1, dtype=torch.int64, device=self.session.lm.device)
             with torch.no_grad():
                 logits = self.session.lm.logits_at(token[0], None, token)
             if not torch.isfinite(logits).all():
                 raise RuntimeError("the model's logits are not finite")
-            settle(answer, None)
         except Exception as error:
-            settle(answer, error)
+            result = error
+        for answer in answers:
+            settle(answer, result)
 
     def _answer(self) -> None:
         if self._queries:
@@ -180,9 +221,7 @@ class Engine:
             self._write_tokens()
 
     def _classify_batch(self) -> None:
-        most = min(self.batching.queries, len(self._queries))
-        taken = [self._queries.popleft() for _ in range(most)]
-        batch = [query for query in taken if not query.answer.cancelled()]  # whoever left needs no answer
+        batch = self._next_queries()
         if not batch:
             return
         found: Sequence[Tensor | Exception]
@@ -194,6 +233,22 @@ class Engine:
             found = [error] * len(batch)
         for query, scores in zip(batch, found, strict=True):
             settle(query.answer, scores)
+
+    def _next_queries(self) -> list[Query]:
+        """Take queries of one kind from the front, as many as one forward bears."""
+        chosen: list[Query] = []
+        rows = longest = 0
+        while self._queries and len(chosen) < self.batching.queries:
+            query = self._queries[0]
+            rows += query.forward_rows
+            longest = max(longest, *(len(row.tokens) for row in query.rows))
+            too_many = rows * longest > self.batching.prompt_tokens
+            if chosen and (too_many or query.shared != chosen[0].shared):
+                break
+            self._queries.popleft()
+            if not query.answer.cancelled():  # whoever left needs no answer
+                chosen.append(query)
+        return chosen
 
     def _scores(self, batch: list[Query]) -> list[Tensor]:
         """Return each query's log-probabilities of its options, `[options]`."""
@@ -207,28 +262,30 @@ class Engine:
         return [scores.cpu() for task in found for scores in task]
 
     def _write_tokens(self) -> None:
-        decoder = self.decoder
-        try:
-            joining = self._next_writings()
-            if decoder.active:
-                decoder.step()
-                self.observe("decode_batch", len(decoder.active))
-            if joining:
-                decoder.join(joining)
-        except Exception as error:
-            log.exception("generation failed")
-            lost: list[Any] = [*decoder.active, *(row for row in joining if row not in decoder.active)]
-            self.decoder = Decoder(self.session.lm, self.batching.rows, self.batching.cache_tokens)
-            for writing in lost:
-                writing.receive(error)
-            return
-        for writing in list(decoder.active):
-            assert isinstance(writing, Writing)
+        joining = self._next_writings()
+        if self.decoder.active:
+            self._step()
+        if joining:
+            try:
+                self.decoder.join(joining)
+            except Exception as error:  # such as no memory for their prompts; those that write go on
+                log.exception("reading prompts failed")
+                self._lose(joining, error)
+        for writing in self._rows():
             piece = writing.piece()
             if piece.text or piece.finish_reason or piece.scores:
-                writing.receive(piece)
+                writing.receive(writing.error or piece)
             if piece.finish_reason or writing.cancelled:
-                decoder.leave(writing)
+                self.decoder.leave(writing)
+
+    def _step(self) -> None:
+        try:
+            self.decoder.step()
+            self.observe("decode_batch", len(self.decoder.active))
+        except Exception as error:
+            log.exception("generation failed")
+            self._lose(self._rows(), error)
+            self.decoder = self._new_decoder()
 
     def _next_writings(self) -> list[Writing]:
         joining: list[Writing] = []

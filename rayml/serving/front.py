@@ -74,6 +74,7 @@ class Front:
         self.metrics = Metrics()
         self.created = int(time.time())
         self._known: dict[tuple[str, str], tuple[float, str]] = {}
+        self._ready: tuple[float, asyncio.Future[str | None]] | None = None
         threading.Thread(target=self._sweep, daemon=True).start()
 
     def _sweep(self) -> None:
@@ -92,20 +93,28 @@ class Front:
     @app.get("/readyz")
     async def readyz(self) -> Response:
         """Whether a replica runs the model."""
+        if self._ready is None or time.monotonic() > self._ready[0] + 1:  # it asks for no key: one check serves all
+            self._ready = time.monotonic(), asyncio.ensure_future(self._check())
+        problem = await asyncio.shield(self._ready[1])
+        if problem:
+            return refusal(ApiError(503, f"no replica is ready: {problem}"), retry_after=2)
+        return JSONResponse({"status": "ready"})
+
+    async def _check(self) -> str | None:
         try:
             await asyncio.wait_for(self.model.check.remote(10.0), 15)
         except Exception as error:
-            return refusal(ApiError(503, f"no replica is ready: {type(error).__name__}"), retry_after=2)
-        return JSONResponse({"status": "ready"})
+            return type(error).__name__
+        return None
 
     @app.get("/v1/models")
-    async def models(self, request: Request) -> Response:
-        """The base, and the adapters of this key."""
+    async def models(self, request: Request, after: str = "") -> Response:
+        """The base, and the adapters of this key, a thousand at a time as `/v1/adapters` has them."""
 
         async def work(owner: str) -> Response:
-            found, more = await asyncio.to_thread(self.store.page, owner)
-            entries = [self._model(None), *(self._model(manifest) for manifest in found)]
-            return JSONResponse({"object": "list", "data": entries, "has_more": more})
+            found, last = await asyncio.to_thread(self.store.page, owner, after)
+            entries = [*([] if after else [self._model(None)]), *(self._model(manifest) for manifest in found)]
+            return JSONResponse({"object": "list", "data": entries, "has_more": bool(last), "last_id": last})
 
         return await self._answer(request, "models", work)
 
@@ -136,6 +145,7 @@ class Front:
                 raise ApiError(422, f"examples: {count} given; 2 to {self.limits.examples} are taken", "examples")
             if asked.steps is not None and asked.steps > self.limits.steps:
                 raise ApiError(422, f"steps: at most {self.limits.steps}", "steps")
+            self._check_count("options", len(asked.options or [""]), self.limits.options)
             pairs = [example.pair() for example in asked.examples]
             content = [self.fingerprint, asked.name, pairs, asked.options, asked.steps]
             adapter = adapter_id(asked.name, content)
@@ -146,12 +156,12 @@ class Front:
 
     @app.get("/v1/adapters")
     async def adapters(self, request: Request, after: str = "") -> Response:
-        """The adapters of this key in the order of their ids, a thousand at a time: `after` is the last one seen."""
+        """The adapters of this key in the order of their ids, a thousand at a time: `after` is `last_id`."""
 
         async def work(owner: str) -> Response:
-            found, more = await asyncio.to_thread(self.store.page, owner, after)
+            found, last = await asyncio.to_thread(self.store.page, owner, after)
             listed = [describe(manifest, self.base) for manifest in found]
-            return JSONResponse({"object": "list", "data": listed, "has_more": more})
+            return JSONResponse({"object": "list", "data": listed, "has_more": bool(last), "last_id": last})
 
         return await self._answer(request, "adapters", work)
 
@@ -214,7 +224,7 @@ class Front:
         async def work(owner: str) -> Response:
             asked: CompletionRequest = await self._body(request, CompletionRequest)
             self._check_count("prompt", len(asked.prompts), self.limits.inputs)
-            sampling = self._sampling(asked, asked.max_tokens, asked.logprobs)
+            sampling = self._sampling(asked, asked.max_tokens or self._some_tokens(), asked.logprobs)
             shape = Shape(asked.model, chat=False, logprobs=asked.logprobs is not None)
             return await self._write(owner, asked, list(asked.prompts), sampling, shape)
 
@@ -229,7 +239,7 @@ class Front:
             prompt: str | list[Message] = asked.messages
             if asked.model != self.base:
                 prompt = as_input(asked.messages)
-            most = asked.max_completion_tokens or asked.max_tokens or min(64, self.limits.max_tokens)
+            most = asked.max_completion_tokens or asked.max_tokens or self._some_tokens()
             sampling = self._sampling(asked, most, asked.top_logprobs if asked.logprobs else None)
             shape = Shape(asked.model, chat=True, logprobs=asked.logprobs)
             return await self._write(owner, asked, [prompt], sampling, shape)
@@ -249,6 +259,9 @@ class Front:
         usage = asked.stream_options is not None and asked.stream_options.include_usage
         events = until_error(shape.events(chained(first, written), usage))
         return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+
+    def _some_tokens(self) -> int:
+        return min(64, self.limits.max_tokens)
 
     def _sampling(self, asked: Sampled, max_tokens: int, logprobs: int | None) -> Sampling:
         if max_tokens > self.limits.max_tokens:

@@ -8,20 +8,32 @@ from typing import Any
 
 from fastapi import Response
 from fastapi.responses import JSONResponse
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 
 from rayml.serving.answers import Written, event
 from rayml.serving.errors import ApiError, busy
 from rayml.serving.schema import Body
 
-LOST = RayActorError, DeploymentUnavailableError, ReplicaUnavailableError
+LOST = RayError, DeploymentUnavailableError, ReplicaUnavailableError
 
 
 def takes(kind: type[Body]) -> dict[str, Any]:
     """Return what /docs shows of a request's body; we read it ourselves, so as to refuse it in OpenAI's shape."""
-    schema = kind.model_json_schema(ref_template=f"#/components/schemas/{kind.__name__}/$defs/{{model}}")
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+    schema = kind.model_json_schema()
+    shown = inlined(schema, schema.get("$defs", {}))
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": shown}}}}
+
+
+def inlined(schema: Any, definitions: dict[str, Any]) -> Any:
+    """Return a JSON schema with its definitions in place of what points to them."""
+    if isinstance(schema, list):
+        return [inlined(part, definitions) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "$ref" in schema:
+        return inlined(definitions[schema["$ref"].rsplit("/", 1)[-1]], definitions)
+    return {key: inlined(part, definitions) for key, part in schema.items() if key != "$defs"}
 
 
 def session(owner: str, adapter: str | None) -> str:
@@ -43,7 +55,9 @@ def as_api_error(error: Exception) -> ApiError:
         return cause
     if isinstance(cause, BackPressureError):
         return busy("all replicas are busy, and too many requests wait")
-    if isinstance(cause, LOST) or isinstance(error, LOST):
+    if isinstance(cause, OSError):
+        return ApiError(503, "the store of adapters does not answer; send the request again", code="storage")
+    if isinstance(cause, LOST) or (isinstance(error, RayError) and not isinstance(error, RayTaskError)):
         return ApiError(503, "the replica was lost; send the request again", code="replica_lost")
     return ApiError(500, f"{type(cause).__name__}; the server's log has more", code="internal")
 

@@ -34,7 +34,8 @@ def label_piece(probabilities: dict[str, float], sampling: Sampling) -> Piece:
     if sampling.temperature:
         generator = torch.Generator()
         generator.manual_seed(sampling.seed) if sampling.seed is not None else generator.seed()
-        weights = torch.tensor(list(probabilities.values())).pow(1 / sampling.temperature)
+        scores = torch.tensor(list(probabilities.values()), dtype=torch.float64).log()
+        weights = ((scores - scores.max()) / sampling.temperature).softmax(-1)
         label = list(probabilities)[int(torch.multinomial(weights, 1, generator=generator))]
     if sampling.logprobs is None:
         return Piece(label, tokens=1, finish_reason="stop")

@@ -11,28 +11,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 
-from rayml.config import Config
-from rayml.errors import DataError, RunError
+from rayml.errors import DataError
 from rayml.evaluation.learn import Lesson, inner_steps, lesson, new_task
-from rayml.evaluation.session import Session, open_session
+from rayml.evaluation.session import open_session
 from rayml.lm.decode import context_tokens
 from rayml.lm.encode import Encoder
-from rayml.lm.lora import all_linears
+from rayml.lm.generate import end_tokens
 from rayml.lm.peft_files import save_adapter, write_card
 from rayml.lm.sampling import Piece, Sampling
 from rayml.runs.folder import RunFolder
-from rayml.serving.adapter_files import Adapter, Fits
+from rayml.serving.adapter_files import Adapter
 from rayml.serving.engine import Adaptation, Engine, Observe, Query, Writing
-from rayml.serving.errors import ApiError
+from rayml.serving.errors import ApiError, busy
 from rayml.serving.labels import choices, label_piece, shown_of
-from rayml.serving.resident import Resident
+from rayml.serving.resident import Resident, forget_task
 from rayml.serving.schema import AdapterRequest, ClassifyRequest, Message
+from rayml.serving.served import fits_of, servable
 from rayml.serving.settings import Serving
 from rayml.serving.store import AdapterStore, Manifest
 from rayml.tasks import read
 from rayml.tasks.task import Example, Task
 
+LONGEST_TOKEN = 64
 log = logging.getLogger(__name__)
 
 
@@ -45,13 +47,17 @@ class Replica:
         servable(run)
         self.session = open_session(run, every_linear=True)
         self.learned_labels = run.learned_labels()
-        self.context = context_tokens(self.session.lm.module.config)
+        self.context = min(context_tokens(self.session.lm.module.config), serving.limits.context_tokens)
         self.store = AdapterStore(serving.store or str(run.path / "adapters"))
         settings = serving.adapters
         fits = fits_of(self.session, settings.most_rank, settings.most_bytes)
         self.resident = Resident(self.store, fits, settings.resident_bytes, self.session.device, observe)
         self.engine = Engine(self.session, serving.batching, serving.limits, observe)
         self._learning: dict[tuple[str, str], asyncio.Task[Manifest]] = {}
+        self._unfinished = 0
+        # Each holds one of the requests that Serve lets in at a time; the other half is for queries.
+        self.most_unfinished = min(serving.limits.waiting_adaptations, max(1, serving.replicas.ongoing_requests // 2))
+        self.ends = end_tokens(self.session.lm.module, self.session.encoder.tokenizer)
         self._warm_up()
 
     def _warm_up(self) -> None:
@@ -68,17 +74,30 @@ class Replica:
         Raises:
             ApiError: 422, examples that cannot be learned from; 429, too many adapters, or too many being learned.
         """
-        found = await asyncio.to_thread(self.store.find, owner, adapter)
-        if found is not None:
-            if request.ttl_seconds:
-                found = await asyncio.to_thread(self.store.renew, owner, found, time.time() + request.ttl_seconds)
-            return found, False
-        key = owner, adapter
-        if key in self._learning:
-            return await asyncio.shield(self._learning[key]), False
-        self._learning[key] = asyncio.create_task(self._learn(owner, adapter, request))
-        self._learning[key].add_done_callback(lambda _: self._learning.pop(key, None))
-        return await asyncio.shield(self._learning[key]), True
+        if self._unfinished >= self.most_unfinished:
+            raise busy(f"{self._unfinished} adaptations are under way in this replica, as many as may be")
+        self._unfinished += 1
+        try:
+            found = await asyncio.to_thread(self.store.find, owner, adapter)
+            if found is None:
+                key = owner, adapter
+                new = key not in self._learning
+                if new:
+                    self._learning[key] = asyncio.create_task(self._learn(owner, adapter, request))
+                    self._learning[key].add_done_callback(lambda task: forget_task(self._learning, key, task))
+                found = await asyncio.shield(self._learning[key])
+                if new:
+                    return found, True
+            return await asyncio.to_thread(self._prolong, owner, found, request.ttl_seconds), False
+        finally:
+            self._unfinished -= 1
+
+    def _prolong(self, owner: str, manifest: Manifest, ttl_seconds: float | None) -> Manifest:
+        """Let an adapter live as long as the most generous of those who asked for it said."""
+        if manifest.expires_at is None:
+            return manifest
+        until = max(manifest.expires_at, time.time() + ttl_seconds) if ttl_seconds else None
+        return self.store.renew(owner, manifest, until)
 
     async def _learn(self, owner: str, adapter: str, request: AdapterRequest) -> Manifest:
         began = time.perf_counter()
@@ -178,17 +197,25 @@ class Replica:
     ) -> list[tuple[Query, bool]]:
         """Return a query for each text, and whether its beginning was cut."""
         encoder, shown = self._encoder(loaded), shown_of(loaded)
-        most = encoder.max_tokens * (len(shown) + 1)
+        most = min(encoder.max_tokens * (len(shown) + 1), self.context)
         queries = []
         for place, text in enumerate(texts):
-            (rows,) = unlimited(encoder).option_rows([text], labels, shown)
-            longest = max(len(row.tokens) for row in rows)
-            if longest > most:
-                if not truncate:
-                    message = f"input.{place}: has {longest} tokens; {most} are read. Shorten it, or say truncate"
+            try:
+                (row,) = unlimited(encoder).option_rows([text], [max(labels, key=len)], shown)[0]
+                is_long = len(row.tokens) > most
+                if is_long and not truncate:
+                    asked = f"input.{place}: has {len(row.tokens)} tokens"
+                    message = f"{asked}; {most} are read. Shorten it, or say truncate"
                     raise ApiError(400, message, f"input.{place}", "context_length_exceeded")
-                (rows,) = encoder.option_rows([text], labels, shown)
-            queries.append((Query(rows, loaded.weights if loaded else None), longest > most))
+                # No token is so many characters long: what stands before these is not read anyway.
+                (rows,) = encoder.option_rows([text[-LONGEST_TOKEN * most :]], labels, shown)
+            except DataError:
+                message = f"options: one of them has no token, or is too long beside input.{place}"
+                raise ApiError(422, message, "options") from None
+            if max(len(row.tokens) for row in rows) > self.context:
+                message = f"input.{place}: has more tokens with the examples shown than the context, {self.context}"
+                raise ApiError(400, message, f"input.{place}", "context_length_exceeded")
+            queries.append((Query(rows, loaded.weights if loaded else None), is_long))
         return queries
 
     async def write(
@@ -216,8 +243,9 @@ class Replica:
                 with contextlib.suppress(RuntimeError):  # the loop is gone with the replica
                     loop.call_soon_threadsafe(arrived.put_nowait, (place, piece))
 
-            tokens = self._prompt_tokens(loaded, prompt, sampling.max_tokens, place)
-            writing = Writing(self.session.encoder.tokenizer, tokens, loaded.weights if loaded else None, sampling)
+            tokens = await asyncio.to_thread(self._prompt_tokens, loaded, prompt, sampling.max_tokens, place)
+            weights = loaded.weights if loaded else None
+            writing = Writing(self.session.encoder.tokenizer, tokens, weights, sampling, self.ends)
             writings.append(writing.send_to(receive))
         try:
             self.engine.write(writings)
@@ -252,7 +280,10 @@ class Replica:
             if not tokenizer.chat_template:
                 raise ApiError(400, "this base has no chat template; use /v1/completions", "messages")
             turns = [{"role": message.role, "content": message.text} for message in prompt]
-            tokens = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+            try:
+                tokens = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+            except TemplateError as error:
+                raise ApiError(400, f"messages: the base's chat template refuses them: {error}", "messages") from None
         elif loaded is None:
             tokens = tokenizer(prompt)["input_ids"]
         else:
@@ -277,9 +308,6 @@ class Replica:
             return dataclasses.replace(encoder, prompt=prompt, max_tokens=self.context)
         return dataclasses.replace(encoder, prompt=loaded.card.prompt, max_tokens=loaded.card.max_tokens)
 
-    async def forget(self, owner: str, adapter: str) -> None:
-        self.resident.forget(owner, adapter)
-
     async def check(self, seconds: float) -> None:
         """Run the model on one token.
 
@@ -295,32 +323,5 @@ class Replica:
                 raise
 
 
-def servable(run: RunFolder) -> tuple[Config, Path]:
-    """Return the config and the checkpoint of a run that one copy of the weights can serve.
-
-    Raises:
-        RunError: there is none, or it cannot.
-    """
-    config, checkpoint = run.trained()
-    if config.mode == "full":
-        raise RunError(
-            f"{run.path}: mode full changes every weight for every task, and cannot be served from one copy; export "
-            "it, and meta-train adapters on the folder (mode=adapters model.name=FOLDER)"
-        )
-    if config.algorithm.name == "protonet":
-        raise RunError(
-            f"{run.path}: protonet tells classes apart by prototypes, which are not served yet; use rayml adapt and "
-            "rayml predict"
-        )
-    return config, checkpoint
-
-
 def unlimited(encoder: Encoder) -> Encoder:
     return dataclasses.replace(encoder, max_tokens=1 << 30)
-
-
-def fits_of(session: Session, most_rank: int, most_bytes: int) -> Fits:
-    """Return what an adapter has to fit to be served on a run's base."""
-    lora = session.config.lora
-    linears = {name: (one.out_features, one.in_features) for name, one in all_linears(session.lm.module).items()}
-    return Fits((session.config.model.name, session.base), linears, lora.alpha / lora.rank, most_rank, most_bytes)

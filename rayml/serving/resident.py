@@ -3,8 +3,10 @@
 import asyncio
 import logging
 import tempfile
+import time
 from collections import OrderedDict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -37,6 +39,7 @@ class Resident:
         self._held: OrderedDict[Key, Adapter] = OrderedDict()
         self._loading: dict[Key, asyncio.Task[Adapter]] = {}
         self._bytes = 0
+        self._pool = ThreadPoolExecutor(8, "rayml-store")  # so that slow storage holds up nothing else
 
     async def get(self, owner: str, adapter: str) -> Adapter:
         """Return an adapter, read from the store beside the hot path where it is not held.
@@ -50,7 +53,7 @@ class Resident:
             return self._held[key]
         if key not in self._loading:
             self._loading[key] = asyncio.create_task(self._load(key))
-            self._loading[key].add_done_callback(lambda _: self._loading.pop(key, None))
+            self._loading[key].add_done_callback(lambda task: forget_task(self._loading, key, task))
         return await asyncio.shield(self._loading[key])
 
     def hold(self, owner: str, adapter: str, loaded: Adapter) -> None:
@@ -65,12 +68,8 @@ class Resident:
         self.observe("resident_adapters", len(self._held))
         self.observe("resident_bytes", self._bytes)
 
-    def forget(self, owner: str, adapter: str) -> None:
-        gone = self._held.pop((owner, adapter), None)
-        self._bytes -= gone.size if gone else 0
-
     async def _load(self, key: Key) -> Adapter:
-        loaded = await asyncio.to_thread(self._read, *key)
+        loaded = await asyncio.get_running_loop().run_in_executor(self._pool, self._read, *key)
         self.observe("loads", 1)
         self.hold(*key, loaded)
         return loaded
@@ -88,12 +87,20 @@ class Resident:
         return Adapter(weights, found.card, found.size)
 
     def _fetch(self, owner: str, adapter: str, folder: Path) -> None:
-        for attempt in (1, 2):
+        for pause in (0.2, 1.0, None):
             manifest = self.store.find(owner, adapter)
             if manifest is None:
                 raise ApiError(404, f"no adapter {adapter}", "model", "model_not_found")
             try:
-                return self.store.fetch(owner, manifest, folder)
-            except RunError:  # it may be published again at this moment
-                if attempt == 2:
+                return self.store.fetch(owner, manifest, folder, self.fits.most_bytes)
+            except RunError:  # it may be being published by two at this moment
+                if pause is None:
                     raise
+                time.sleep(pause)
+
+
+def forget_task(tasks: dict, key: Key, task: asyncio.Task) -> None:
+    """Drop a task that is done. Its error is looked at: asyncio logs what nobody saw, and it may quote clients."""
+    tasks.pop(key, None)
+    if not task.cancelled():
+        task.exception()

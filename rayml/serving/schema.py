@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from rayml.serving.errors import ApiError
-from rayml.serving.store import NAME
+from rayml.serving.store import NAME, UNNAMED
 
 
 def clean(text: str) -> str:
@@ -28,6 +28,7 @@ def filled(text: str) -> str:
 
 Text = Annotated[str, AfterValidator(clean)]
 Filled = Annotated[Text, AfterValidator(filled)]
+Label = Annotated[Filled, AfterValidator(str.strip)]
 Stop = Annotated[Text, Field(min_length=1)]
 Name = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
 
@@ -55,7 +56,7 @@ class ExampleBody(Body):
     """`{"input", "target"}`, or `{"messages"}` whose last is the assistant's answer."""
 
     input: Filled | None = None
-    target: Filled | None = None
+    target: Label | None = None
     messages: list[Message] | None = None
 
     @model_validator(mode="after")
@@ -66,18 +67,20 @@ class ExampleBody(Body):
             raise ValueError("give input and target, or messages")
         if self.messages is not None and (len(self.messages) < 2 or self.messages[-1].role != "assistant"):
             raise ValueError("messages end with the assistant's answer, and have something before it")
+        if not all(text.strip() for text in self.pair()):
+            raise ValueError("the messages hold no text")
         return self
 
     def pair(self) -> tuple[str, str]:
         if self.messages is not None:
             return as_input(self.messages[:-1]), self.messages[-1].text.strip()
-        return str(self.input), str(self.target).strip()
+        return str(self.input), str(self.target)
 
 
 class AdapterRequest(Body):
     examples: list[ExampleBody]
-    name: Name = "adapter"
-    options: list[Filled] | None = None
+    name: Name = UNNAMED
+    options: list[Label] | None = None
     """The labels; else the targets of the examples."""
     steps: Annotated[int, Field(ge=0)] | None = None
     """Inner steps; else the run's."""
@@ -111,7 +114,7 @@ class Sampled(Body):
 
 class CompletionRequest(Sampled):
     prompt: Text | list[Text]
-    max_tokens: Annotated[int, Field(ge=1)] = 64
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
     @property
@@ -130,7 +133,7 @@ class ChatRequest(Sampled):
 class ClassifyRequest(Body):
     model: Text
     input: Text | list[Text]
-    options: list[Filled] | None = None
+    options: list[Label] | None = None
     """Choose among these; else among the adapter's labels."""
     truncate: bool = False
     """Cut the beginning of inputs that are longer than the adapter reads, instead of refusing them."""
@@ -161,5 +164,6 @@ def parse(kind: type[Body], body: bytes) -> Any:
         field = ".".join(str(part) for part in mistake["loc"] if not str(part).startswith(ours))
         message = mistake["msg"].removeprefix("Value error, ")
         if mistake["type"] == "extra_forbidden":
-            message = f"unknown field; there are {', '.join(kind.model_fields)}"
+            known = f"; there are {', '.join(kind.model_fields)}" if len(mistake["loc"]) == 1 else ""
+            message = f"unknown field{known}"
         raise ApiError(400, f"{field}: {message}" if field else message, field or None, mistake["type"]) from None

@@ -25,12 +25,15 @@ class Limits(Section):
     """Options in one request to classify: 422."""
     max_tokens: PositiveInt = 1024
     """Tokens that a request may generate: 422."""
+    context_tokens: PositiveInt = 8192
+    """Tokens of a prompt and its answer together, where the model's own context is longer: 400."""
     steps: PositiveInt = 20
     """Inner steps of an adapter: 422."""
     adapters_per_key: PositiveInt = 10_000
     """Adapters that a key may have at a time: 429."""
     waiting_adaptations: PositiveInt = 32
-    """Adaptations that may wait in a replica: 429 with Retry-After."""
+    """Adaptations that may be under way in a replica, and never more than half of what it takes at a time: 429 with
+    Retry-After."""
     waiting_queries: PositiveInt = 256
     """Queries that may wait in a replica: 429 with Retry-After."""
     retry_after_seconds: PositiveInt = 2
@@ -87,7 +90,7 @@ class Replicas(Section):
     ongoing_requests: PositiveInt = 64
     """Requests that a replica takes at a time; it batches among these."""
     queued_requests: PositiveInt = 256
-    """Requests that wait for a replica, before the answer is 429."""
+    """Requests that wait for a replica behind one front door, before the answer is 429."""
     cpus: PositiveFloat = 1
     """Ray's CPUs for a replica; its threads are as many."""
     gpus: NotNegativeFloat | None = None

@@ -27,6 +27,9 @@ MANIFEST = "manifest.json"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}\.[0-9a-f]{16}")
 PUBLIC = "public"
+UNNAMED = "adapter"
+"""What an id begins with that was given no name: those are asked for by their ids alone."""
+ORPHAN_SECONDS = 3600
 log = logging.getLogger(__name__)
 
 
@@ -66,6 +69,8 @@ def owner_of(api_key: str | None) -> str:
 class AdapterStore:
     """Args: root: a folder, or a URI (`s3://bucket/path`, `gs://`, `file://`).
 
+    Every method may raise OSError: the storage does not answer. That is not the same as an adapter that is not there.
+
     Raises:
         ConfigError: the root cannot be made or reached.
     """
@@ -83,6 +88,9 @@ class AdapterStore:
 
     def publish(self, owner: str, manifest: Manifest, folder: Path) -> Manifest:
         """Copy an adapter's folder here; it is seen by all when it is whole. Returns the manifest with checksums."""
+        found = self._manifest(owner, manifest.id)
+        if found and not found.expired:  # somebody else was quicker
+            return found
         there = f"{self.path}/{owner}/{manifest.id}"
         self.fs.create_dir(there, recursive=True)
         present = [name for name in FILES if (folder / name).exists()]
@@ -111,35 +119,45 @@ class AdapterStore:
     def find(self, owner: str, reference: str) -> Manifest | None:
         """Return the adapter of that id, or the newest of that name; None if there is none, or it has expired."""
         if ID.fullmatch(reference):
-            found = [self._manifest(owner, reference)]
-        elif NAME.fullmatch(reference):
-            found = [self._manifest(owner, i) for i in self._ids(owner) if i.rpartition(".")[0] == reference]
+            ids = [reference]
+        elif NAME.fullmatch(reference) and reference != UNNAMED:
+            ids = [adapter for adapter in self._ids(owner) if adapter.rpartition(".")[0] == reference]
         else:
             return None
-        return max((m for m in found if m and not m.expired), key=lambda m: m.created_at, default=None)
+        return max(self._manifests(owner, ids), key=lambda manifest: manifest.created_at, default=None)
 
-    def page(self, owner: str, after: str = "", most: int = 1000) -> tuple[list[Manifest], bool]:
+    def page(self, owner: str, after: str = "", most: int = 1000) -> tuple[list[Manifest], str | None]:
         """Return an owner's adapters in the order of their ids, from the one behind `after` on.
 
         Returns:
-            at most `most` of them, and whether there are more.
+            at most `most` of them, and what the next page comes after; None, if this was the last.
         """
         ids = sorted(i for i in self._ids(owner) if i > after)
-        with ThreadPoolExecutor(32) as pool:  # on object storage each takes its time
-            found = pool.map(lambda adapter: self._manifest(owner, adapter), ids[:most])
-            return [m for m in found if m and not m.expired], len(ids) > most
+        return self._manifests(owner, ids[:most]), ids[most - 1] if len(ids) > most else None
+
+    def _manifests(self, owner: str, ids: list[str]) -> list[Manifest]:
+        if len(ids) == 1:
+            found = [self._manifest(owner, ids[0])]
+        else:
+            with ThreadPoolExecutor(32) as pool:  # on object storage each takes its time
+                found = list(pool.map(lambda adapter: self._manifest(owner, adapter), ids))
+        return [manifest for manifest in found if manifest and not manifest.expired]
 
     def count(self, owner: str) -> int:
         """Return how many adapters an owner has, expired ones that were not swept yet among them."""
         return len(self._ids(owner))
 
-    def fetch(self, owner: str, manifest: Manifest, folder: Path) -> None:
+    def fetch(self, owner: str, manifest: Manifest, folder: Path, most_bytes: int = 1 << 40) -> None:
         """Copy an adapter's files into a local folder.
 
         Raises:
-            RunError: a file is gone, or is not what was published.
+            RunError: a file is gone, is not what was published, or is larger than `most_bytes`.
+            OSError: the storage does not answer.
         """
         for name, checksum in manifest.files.items():
+            size = self.fs.get_file_info(f"{self.path}/{owner}/{manifest.id}/{name}").size or 0
+            if size > most_bytes:
+                raise RunError(f"{name} has {size} bytes; at most {most_bytes}")
             data = self.read(owner, manifest.id, name)
             if hashlib.sha256(data).hexdigest() != checksum:
                 raise RunError(f"{name} is not what was published (its checksum differs)")
@@ -151,8 +169,8 @@ class AdapterStore:
         try:
             with self.fs.open_input_stream(f"{self.path}/{owner}/{adapter}/{name}") as file:
                 return file.read()
-        except OSError as error:
-            raise RunError(f"{name} cannot be read: {error}") from error
+        except FileNotFoundError:
+            raise RunError(f"{name} is gone") from None
 
     def delete(self, owner: str, adapter: str) -> None:
         """Take an adapter away: the manifest first, so that nobody finds half of one."""
@@ -168,8 +186,14 @@ class AdapterStore:
         for owner in owners:
             for adapter in self._ids(owner):
                 manifest = self._manifest(owner, adapter)
-                if manifest and manifest.expired:
+                if manifest.expired if manifest else self._is_orphan(owner, adapter):
                     self.delete(owner, adapter)
+
+    def _is_orphan(self, owner: str, adapter: str) -> bool:
+        """Return whether a folder without a manifest is what somebody left who died while publishing."""
+        files = self.fs.get_file_info(fs.FileSelector(f"{self.path}/{owner}/{adapter}", allow_not_found=True))
+        newest = max((info.mtime_ns or 0 for info in files), default=0) / 1e9
+        return newest < time.time() - ORPHAN_SECONDS and MANIFEST not in {info.base_name for info in files}
 
     def _ids(self, owner: str) -> list[str]:
         selector = fs.FileSelector(f"{self.path}/{owner}", allow_not_found=True)
@@ -181,7 +205,7 @@ class AdapterStore:
                 found = Manifest.model_validate_json(file.read())
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as error:
+        except ValueError as error:
             log.warning("adapter %s/%s: its manifest cannot be read: %s", owner, adapter, error)
             return None
         return found if found.id == adapter else None
