@@ -15,8 +15,10 @@ import openai
 import psutil
 import pytest
 import requests
+from rich.console import Console
 from serving_run import TICKETS, examples, make_run
 
+from rayml.errors import ConfigError, RunError
 from serve.client import ApiError, Client
 
 KEYS = "first-key-of-the-tests", "other-key-of-the-tests"
@@ -101,7 +103,8 @@ def server(run):
         "adapters.known_seconds=0.2",
     )
     yield server
-    server.process.kill() if server.stop() else None
+    if server.process.poll() is None and server.stop():
+        server.process.kill()
 
 
 def post(server, path, body, key=KEYS[0]):
@@ -290,29 +293,42 @@ def test_replicas_are_added_under_load_and_taken_away_after_it(server):
 
 
 @pytest.mark.serve
-def test_what_has_begun_ends_before_the_server_does_and_adapters_outlive_it(server, run):
-    client = server.client()
+def test_adapters_outlive_every_replica(server):
+    client = server.client(tries=90)
     adapter = client.learn(TICKETS, name="outlives")
     expected = client.classify(adapter.model, ["charged twice"])
-    stream = client.stream("tiny", "hello", max_tokens=600)
+    for replica in server.replicas():
+        replica.kill()
+    assert client.classify(adapter.model, ["charged twice"]) == expected
+    assert client.learn(TICKETS, name="outlives") == adapter
+
+
+@pytest.mark.serve
+def test_what_has_begun_ends_before_the_server_does(server):
+    stream = server.client().stream("tiny", "hello", max_tokens=600)
     first = next(stream)
     with ThreadPoolExecutor(1) as pool:
         ended = pool.submit(server.stop)
         assert len(first + "".join(stream)) == 600
         assert ended.result() == 0
-    again = Server(run.path, "adapters.resident_bytes=1")
-    try:
-        assert again.client().classify(adapter.model, ["charged twice"]) == expected
-        assert again.client().adapter("load-7").name == "load-7"  # of the first key
-    finally:
-        again.stop()
 
 
-def test_a_host_that_others_reach_needs_a_key_before_ray_starts(run):
-    env = {k: v for k, v in os.environ.items() if k != "RAYML_API_KEYS"}
-    command = [Path(sys.executable).with_name("rayml"), "serve", run.path, "--host", "0.0.0.0"]
-    refused = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
-    assert refused.returncode == 1
-    assert "no API key" in refused.stderr
-    refused = subprocess.run([*command[:2], run.path / "none"], capture_output=True, text=True, env=env, check=False)
-    assert "no run here" in refused.stderr
+def test_what_cannot_be_served_is_refused_before_ray_starts(run, monkeypatch, tmp_path):
+    from rayml.serving import command
+
+    def serve(run, *settings, host="127.0.0.1", insecure=False):
+        command.serve_forever(run, settings, host, 8000, None, None, None, insecure, Console(quiet=True))
+
+    def start(*_):
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr(command, "start_cluster", start)
+    monkeypatch.delenv("RAYML_API_KEYS", raising=False)
+    with pytest.raises(ConfigError, match="no API key"):
+        serve(run.path, host="0.0.0.0")
+    with pytest.raises(RunError, match="no run here"):
+        serve(tmp_path)
+    with pytest.raises(ConfigError, match="did you mean limits.examples"):
+        serve(run.path, "limits.example=3")
+    with pytest.raises(AssertionError, match="started"):
+        serve(run.path, host="0.0.0.0", insecure=True)
