@@ -328,7 +328,7 @@ def test_what_cannot_be_served_is_refused_before_ray_starts(run, monkeypatch, tm
         serve(run.path, host="0.0.0.0")
     with pytest.raises(RunError, match="no run here"):
         serve(tmp_path)
-    with pytest.raises(ConfigError, match="did you mean limits.examples"):
+    with pytest.raises(ConfigError, match=r"did you mean limits\.examples"):
         serve(run.path, "limits.example=3")
     with pytest.raises(AssertionError, match="started"):
         serve(run.path, host="0.0.0.0", insecure=True)
