@@ -28,7 +28,7 @@ from rayml.evaluation.session import Session
 from rayml.lm.decode import Decoder
 from rayml.lm.generate import Generation
 from rayml.lm.load import load_tokenizer, resolve_model
-from rayml.lm.lora import TaskLoRA
+from rayml.lm.lora import TaskLoRA, layer_number
 from rayml.lm.model import TaskLM
 from rayml.lm.peft_files import PREFIX
 from rayml.lm.sampling import Sampling
@@ -60,7 +60,7 @@ def main() -> None:
         "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
         "largest_difference_of_logits": peers.difference(),
         "tokens": [peers.measure(n, distinct) for n in options.rows for distinct in options.distinct if distinct <= n],
-        "adaptation": [learning(session, some, clients, options) for some in (4, 16, 64) for clients in (1, 4, 8)],
+        "adaptation": [learning(session, some, clients, options) for some, clients in options.lessons],
     }
     print(json.dumps(result, indent=1))
     print(table(result))
@@ -76,6 +76,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--rows", type=numbers, default=[1, 8, 32], help="rows side by side, such as 1,8,32")
     parser.add_argument("--distinct", type=numbers, default=[1, 8, 32], help="adapters among them")
+    parser.add_argument("--last-layers", type=int, help="adapt only the last N layers")
+    parser.add_argument(
+        "--lessons",
+        type=lambda text: [tuple(map(int, part.split("x"))) for part in text.split(",")],
+        default=[(4, 1), (16, 1), (64, 1), (16, 4), (16, 8)],
+        help="examples x clients at once, such as 16x1,16x8",
+    )
     parser.add_argument("--prompt", type=int, default=32, help="tokens of a prompt")
     parser.add_argument("--tokens", type=int, default=24, help="tokens that a row makes")
     parser.add_argument("--steps", type=int, default=3, help="inner steps")
@@ -96,7 +103,7 @@ def open_session(options: argparse.Namespace) -> Session:
             "model": {"name": options.model, "dtype": options.dtype, "attention": options.attention},
             "data": {"path": "-"},
             "run": {"dir": "-"},
-            "lora": {"rank": options.rank},
+            "lora": {"rank": options.rank, "last_layers": options.last_layers},
         },
         "benchmark",
     )
@@ -126,8 +133,9 @@ class Peers:
         device = session.lm.device
         lora = session.config.lora
         config = LoraConfig(
-            task_type="CAUSAL_LM", r=lora.rank, lora_alpha=int(lora.alpha), target_modules=list(lora.targets)
-        )
+            task_type="CAUSAL_LM", r=lora.rank, lora_alpha=int(lora.alpha), target_modules=list(lora.targets),
+            layers_to_transform=sorted({layer_number(name) for name in adapters[0]}),
+        )  # fmt: skip
         self.plain, theirs = (local.load(session.base, options.dtype, options.attention, device) for _ in range(2))
         self.peft = get_peft_model(theirs, config, "a0", autocast_adapter_dtype=False)
         for place in range(1, len(adapters)):

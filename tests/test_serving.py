@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_config
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from serving_run import TICKETS, examples, make_run
@@ -20,9 +21,10 @@ from rayml.evaluation.learn import take_in
 from rayml.evaluation.predict import Predictor
 from rayml.lm.peft_files import load_learned
 from rayml.lm.sampling import Sampling
+from rayml.runs.checkpoint import seal
+from rayml.runs.folder import RunFolder
 from rayml.serving.adapter_files import Adapter, read_adapter
 from rayml.serving.command import publish_adapter
-from rayml.serving.engine import Adaptation
 from rayml.serving.errors import ApiError
 from rayml.serving.http import as_api_error
 from rayml.serving.replica import Replica
@@ -36,8 +38,11 @@ from rayml.serving.schema import (
     as_input,
     parse,
 )
+from rayml.serving.served import servable
 from rayml.serving.settings import Serving, api_keys, check_host
 from rayml.serving.store import AdapterStore, Manifest, adapter_id, owner_of
+from rayml.serving.work import Adaptation
+from rayml.tasks.prepare import prepare_splits
 
 TEXTS = ["charged again", "the page is blank", "parcel lost", "no app", "x"]
 
@@ -147,14 +152,14 @@ def test_an_adapter_lives_as_long_as_the_most_generous_said(replica):
 
 
 def test_one_text_s_trouble_is_its_own(replica, monkeypatch):
-    from rayml.serving import engine
+    from rayml.serving import work
 
-    choose = engine.Generation.take
+    choose = work.Generation.take
 
     def sometimes(row, logits):
         choose(row, logits * float("nan") if row.sampling.seed == 13 else logits)
 
-    monkeypatch.setattr(engine.Generation, "take", sometimes)
+    monkeypatch.setattr(work.Generation, "take", sometimes)
 
     async def both():
         async def one(seed):
@@ -375,17 +380,32 @@ def test_lessons_share_a_loop_as_long_as_they_are_small(run):
         replica.engine._adaptations.clear()
 
 
-def test_a_metaicl_run_shows_the_examples_in_the_prompt(tmp_path):
-    run = make_run(tmp_path / "m", algorithm={"name": "metaicl"})
-    replica = Replica(Serving(run=str(run.path)))
-    (manifest,) = learn(replica, request())
-    assert manifest.steps == 0
-    file = tmp_path / "few.jsonl"
-    file.write_text("\n".join(map(json.dumps, examples())))
-    adapt_run(run.path, file, tmp_path / "tickets", None, Console(quiet=True))
-    (answer,) = ask(replica, manifest.id, ["charged again"])
-    offline = Predictor(tmp_path / "tickets").predict("charged again").probabilities
-    assert answer["probabilities"] == pytest.approx(offline, abs=1e-4)
+@pytest.mark.parametrize("algorithm", ["metaicl", "protonet"])
+def test_what_keeps_its_examples_answers_as_rayml_predict(tmp_path, algorithm):
+    run = make_run(tmp_path / "m", algorithm={"name": algorithm})
+    replica = Replica(Serving.model_validate({"run": str(run.path), "adapters": {"resident_bytes": 1}}))
+    others = [("a b", "x"), ("c d", "y")]
+    first, second = learn(replica, request(), request(others, name="other"))
+    assert (first.steps, first.loss_before) == (0, None)
+    predictors = []
+    for name, pairs in (("tickets", TICKETS), ("other", others)):
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("\n".join(map(json.dumps, examples(pairs))))
+        adapt_run(run.path, file, tmp_path / name, None, Console(quiet=True))
+        predictors.append(Predictor(tmp_path / name))
+
+    async def all_at_once():
+        asked = [ClassifyRequest(model="m", input=text) for text in TEXTS]
+        ids = [(manifest.id, place) for place, manifest in enumerate((first, second))]
+        found = [(replica.classify("public", i, one), one.input, place) for one in asked for i, place in ids]
+        answers = await asyncio.gather(*(answer for answer, _, _ in found))
+        return [(answer["answers"][0], text, place) for answer, (_, text, place) in zip(answers, found, strict=True)]
+
+    for answer, text, place in asyncio.run(all_at_once()):
+        assert answer["probabilities"] == pytest.approx(predictors[place].predict(text).probabilities, abs=1e-4)
+    (some,) = ask(replica, first.id, ["charged"], options=["delivery", "bug"])
+    offline = predictors[0].predict("charged", ["delivery", "bug"]).probabilities
+    assert some["probabilities"] == pytest.approx(offline, abs=1e-4)
     replica.engine.close()
 
 
@@ -407,9 +427,14 @@ def test_a_run_on_free_text_writes_what_rayml_predict_writes(tmp_path):
 
 
 def test_runs_that_one_copy_cannot_serve_are_refused(tmp_path):
-    run = make_run(tmp_path / "p", algorithm={"name": "protonet"})
-    with pytest.raises(RunError, match="prototypes"):
-        Replica(Serving(run=str(run.path)))
+    config = make_config(tmp_path, mode="full")
+    run = RunFolder(config.run.dir)
+    run.begin(config, prepare_splits(config.data), resume=False)
+    checkpoint = run.checkpoints / "step_00000001"
+    checkpoint.mkdir()
+    seal(checkpoint, step=1, part=0, parts=1)
+    with pytest.raises(RunError, match="mode=adapters"):
+        servable(run)
 
 
 # Files that may lie

@@ -51,7 +51,7 @@ class Fits:
     most_bytes: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # told apart by identity
 class Adapter:
     """An adapter in memory, ready for the task-batched layer."""
 

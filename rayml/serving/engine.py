@@ -17,58 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rayml.evaluation.learn import Lesson, Losses, take_in
+from rayml.evaluation.learn import Losses, take_in
 from rayml.evaluation.session import Session
-from rayml.lm.batch import Row
+from rayml.lm.batch import Row, collate
 from rayml.lm.decode import Decoder
-from rayml.lm.generate import Generation
 from rayml.lm.lora import side_by_side
-from rayml.lm.sampling import Piece
-from rayml.lm.score import OptionBatch, share_a_row
+from rayml.lm.score import OptionBatch
 from rayml.meta.adapt import Params
 from rayml.serving.errors import ApiError, busy
 from rayml.serving.settings import Batching, Limits
+from rayml.serving.work import Adaptation, Query, Writing
 
 log = logging.getLogger(__name__)
 Observe = Callable[[str, float], None]
-
-
-class Query:
-    """One text whose options are to be scored: a row an option, and what comes of it, `[options]` log-probabilities."""
-
-    def __init__(self, rows: list[Row], adapter: Params | None):
-        self.rows, self.adapter = rows, adapter
-        self.shared = share_a_row(rows)
-        self.answer: Future[Tensor] = Future()
-
-    @property
-    def forward_rows(self) -> int:
-        return 1 if self.shared else len(self.rows)
-
-
-class Writing(Generation):
-    """A text in the making that somebody waits for, piece by piece."""
-
-    cancelled = False
-    error: Exception | None = None
-
-    def take(self, logits: Tensor) -> None:
-        try:
-            super().take(logits)
-        except Exception as error:  # this text's own trouble, and no other's
-            self.error, self.finish_reason = error, "error"
-
-    def send_to(self, receive: Callable[[Piece | Exception], None]) -> "Writing":
-        self.receive = receive
-        return self
-
-
-class Adaptation:
-    """A lesson to be taken in; what comes of it are the weights, and the losses on the way."""
-
-    def __init__(self, lesson: Lesson, steps: int):
-        self.lesson, self.steps = lesson, steps
-        self.learned: Future[tuple[Params, Losses]] = Future()
 
 
 class Engine:
@@ -243,7 +204,7 @@ class Engine:
             rows += query.forward_rows
             longest = max(longest, *(len(row.tokens) for row in query.rows))
             too_many = rows * longest > self.batching.prompt_tokens
-            if chosen and (too_many or query.shared != chosen[0].shared):
+            if chosen and (too_many or query.kind != chosen[0].kind):
                 break
             self._queries.popleft()
             if not query.answer.cancelled():  # whoever left needs no answer
@@ -252,6 +213,8 @@ class Engine:
 
     def _scores(self, batch: list[Query]) -> list[Tensor]:
         """Return each query's log-probabilities of its options, `[options]`."""
+        if batch[0].kind == "prototypes":
+            return self._nearness(batch)
         pad = self.session.encoder.tokenizer.eos_token_id
         adapters = [query.adapter for query in batch]
         alike = all(adapter is adapters[0] for adapter in adapters)
@@ -260,6 +223,22 @@ class Engine:
         stacked = side_by_side(adapters[:1] if alike else adapters)
         found = OptionBatch(tasks, pad).to(self.session.lm.device).log_probs(self.session.lm, stacked)
         return [scores.cpu() for task in found for scores in task]
+
+    def _nearness(self, batch: list[Query]) -> list[Tensor]:
+        """Return what `_scores` does, by how near each query is to the classes' prototypes."""
+        supports = [query.support for query in batch if query.support]
+        for query, support in zip(batch, supports, strict=True):
+            if support.states is None:
+                support.states = self._states([query.adapter], [support.rows])[0]
+        states = self._states([query.adapter for query in batch], [query.rows for query in batch])
+        triples = zip(batch, supports, states, strict=True)
+        return [support.log_probs(state, query.places).cpu() for query, support, state in triples]
+
+    @torch.no_grad()
+    def _states(self, adapters: list[Params | None], rows: list[list[Row]]) -> Tensor:
+        """Return the state before each row's target, `[T, K, D]`."""
+        batch = collate(rows, self.session.encoder.tokenizer.eos_token_id).to(self.session.lm.device)
+        return self.session.lm.states(side_by_side(adapters), batch)
 
     def _write_tokens(self) -> None:
         joining = self._next_writings()

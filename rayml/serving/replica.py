@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jinja2 import TemplateError
@@ -23,18 +24,19 @@ from rayml.lm.peft_files import save_adapter, write_card
 from rayml.lm.sampling import Piece, Sampling
 from rayml.runs.folder import RunFolder
 from rayml.serving.adapter_files import Adapter
-from rayml.serving.engine import Adaptation, Engine, Observe, Query, Writing
+from rayml.serving.engine import Engine, Observe
 from rayml.serving.errors import ApiError, busy
 from rayml.serving.labels import choices, label_piece, shown_of
+from rayml.serving.queries import option_queries, prototype_queries, support_of, unlimited
 from rayml.serving.resident import Resident, forget_task
 from rayml.serving.schema import AdapterRequest, ClassifyRequest, Message
 from rayml.serving.served import fits_of, servable
 from rayml.serving.settings import Serving
 from rayml.serving.store import AdapterStore, Manifest
+from rayml.serving.work import Adaptation, Query, Support, Writing
 from rayml.tasks import read
 from rayml.tasks.task import Example, Task
 
-LONGEST_TOKEN = 64
 log = logging.getLogger(__name__)
 
 
@@ -54,6 +56,7 @@ class Replica:
         self.resident = Resident(self.store, fits, settings.resident_bytes, self.session.device, observe)
         self.engine = Engine(self.session, serving.batching, serving.limits, observe)
         self._learning: dict[tuple[str, str], asyncio.Task[Manifest]] = {}
+        self._supports: WeakKeyDictionary[Adapter, Support] = WeakKeyDictionary()
         self._unfinished = 0
         # Each holds one of the requests that Serve lets in at a time; the other half is for queries.
         self.most_unfinished = min(serving.limits.waiting_adaptations, max(1, serving.replicas.ongoing_requests // 2))
@@ -115,8 +118,8 @@ class Replica:
             expires_at=time.time() + request.ttl_seconds if request.ttl_seconds else None,
             examples=len(request.examples),
             steps=adaptation.steps,
-            loss_before=losses[0],
-            loss_after=losses[-1],
+            loss_before=losses[0] if adaptation.steps else None,
+            loss_after=losses[-1] if adaptation.steps else None,
             seconds=time.perf_counter() - began,
         )
         whole = await asyncio.to_thread(self._publish, owner, manifest, prepared, weights)
@@ -196,27 +199,12 @@ class Replica:
         self, loaded: Adapter | None, texts: Sequence[str], labels: list[str], truncate: bool
     ) -> list[tuple[Query, bool]]:
         """Return a query for each text, and whether its beginning was cut."""
-        encoder, shown = self._encoder(loaded), shown_of(loaded)
-        most = min(encoder.max_tokens * (len(shown) + 1), self.context)
-        queries = []
-        for place, text in enumerate(texts):
-            try:
-                (row,) = unlimited(encoder).option_rows([text], [max(labels, key=len)], shown)[0]
-                is_long = len(row.tokens) > most
-                if is_long and not truncate:
-                    asked = f"input.{place}: has {len(row.tokens)} tokens"
-                    message = f"{asked}; {most} are read. Shorten it, or say truncate"
-                    raise ApiError(400, message, f"input.{place}", "context_length_exceeded")
-                # No token is so many characters long: what stands before these is not read anyway.
-                (rows,) = encoder.option_rows([text[-LONGEST_TOKEN * most :]], labels, shown)
-            except DataError:
-                message = f"options: one of them has no token, or is too long beside input.{place}"
-                raise ApiError(422, message, "options") from None
-            if max(len(row.tokens) for row in rows) > self.context:
-                message = f"input.{place}: has more tokens with the examples shown than the context, {self.context}"
-                raise ApiError(400, message, f"input.{place}", "context_length_exceeded")
-            queries.append((Query(rows, loaded.weights if loaded else None), is_long))
-        return queries
+        encoder = self._encoder(loaded)
+        if loaded is None or loaded.card.algorithm != "protonet":
+            return option_queries(encoder, loaded, texts, labels, self.context, truncate)
+        if loaded not in self._supports:
+            self._supports[loaded] = support_of(encoder, loaded)
+        return prototype_queries(encoder, loaded, self._supports[loaded], texts, labels, truncate)
 
     async def write(
         self, owner: str, adapter: str | None, prompts: Sequence[str | list[Message]], sampling: Sampling
@@ -321,7 +309,3 @@ class Replica:
             working = self.engine.working_seconds()
             if not self.engine.is_alive() or not 0 < working < self.serving.replicas.stuck_seconds:
                 raise
-
-
-def unlimited(encoder: Encoder) -> Encoder:
-    return dataclasses.replace(encoder, max_tokens=1 << 30)

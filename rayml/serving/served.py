@@ -22,11 +22,6 @@ def servable(run: RunFolder) -> tuple[Config, Path]:
             f"{run.path}: mode full changes every weight for every task, and cannot be served from one copy; export "
             "it, and meta-train adapters on the folder (mode=adapters model.name=FOLDER)"
         )
-    if config.algorithm.name == "protonet":
-        raise RunError(
-            f"{run.path}: protonet tells classes apart by prototypes, which are not served yet; use rayml adapt and "
-            "rayml predict"
-        )
     return config, checkpoint
 
 

@@ -1,0 +1,77 @@
+"""From clients' texts to the rows that the engine scores."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from rayml.errors import DataError
+from rayml.lm.encode import Encoder
+from rayml.serving.adapter_files import Adapter
+from rayml.serving.errors import ApiError
+from rayml.serving.labels import shown_of
+from rayml.serving.work import Query, Support
+from rayml.tasks.task import Example
+
+LONGEST_TOKEN = 64
+"""Characters of a token, at most: what stands before that many times the tokens that are read is not tokenized."""
+Cut = list[tuple[Query, bool]]
+"""Queries, and whether the beginning of each one's text was cut."""
+
+
+def option_queries(
+    encoder: Encoder, loaded: Adapter | None, texts: Sequence[str], labels: list[str], context: int, truncate: bool
+) -> Cut:
+    """Return a query for each text, with a row for each label.
+
+    Raises:
+        ApiError: 400, a text is too long, and not to be truncated; 422, a label that cannot be scored.
+    """
+    shown = shown_of(loaded)
+    most = min(encoder.max_tokens * (len(shown) + 1), context)
+    queries = []
+    for place, text in enumerate(texts):
+        try:
+            (row,) = unlimited(encoder).option_rows([text], [max(labels, key=len)], shown)[0]
+            is_long = len(row.tokens) > most
+            if is_long and not truncate:
+                raise too_long(place, len(row.tokens), most)
+            (rows,) = encoder.option_rows([text[-LONGEST_TOKEN * most :]], labels, shown)
+        except DataError:
+            message = f"options: one of them has no token, or is too long beside input.{place}"
+            raise ApiError(422, message, "options") from None
+        longest = max(len(row.tokens) for row in rows)
+        if longest > context:
+            raise too_long(place, longest, context)
+        queries.append((Query(rows, loaded.weights if loaded else None), is_long))
+    return queries
+
+
+def prototype_queries(
+    encoder: Encoder, loaded: Adapter, support: Support, texts: Sequence[str], labels: list[str], truncate: bool
+) -> Cut:
+    """Return a query for each text, to be compared with the classes of `labels`; raises as `option_queries` does."""
+    known = list(loaded.card.labels)
+    places = [known.index(label) for label in labels]
+    queries = []
+    for place, text in enumerate(texts):
+        example = Example(text, known[0])
+        tokens = len(unlimited(encoder).row(example, is_label=True).tokens)
+        is_long = tokens > encoder.max_tokens
+        if is_long and not truncate:
+            raise too_long(place, tokens, encoder.max_tokens)
+        queries.append((Query([encoder.row(example, is_label=True)], loaded.weights, support, places), is_long))
+    return queries
+
+
+def support_of(encoder: Encoder, loaded: Adapter) -> Support:
+    """Return the examples of a protonet's adapter, with the class of each."""
+    shown, known = shown_of(loaded), list(loaded.card.labels)
+    return Support(encoder.rows(shown, is_label=True), [known.index(example.target) for example in shown])
+
+
+def too_long(place: int, tokens: int, most: int) -> ApiError:
+    message = f"input.{place}: has {tokens} tokens; {most} are read. Shorten it, or say truncate"
+    return ApiError(400, message, f"input.{place}", "context_length_exceeded")
+
+
+def unlimited(encoder: Encoder) -> Encoder:
+    return dataclasses.replace(encoder, max_tokens=1 << 30)
