@@ -32,7 +32,7 @@ class Model(Replica):
     """A replica, as Serve runs it."""
 
     def __init__(self, serving: Serving):
-        torch.set_num_threads(max(1, int(serving.replicas.cpus)))
+        torch.set_num_threads(max(1, int(serving.replicas.cpus or 1)))
         super().__init__(serving, Metrics().observe)
 
     async def check_health(self) -> None:
@@ -108,7 +108,7 @@ def resources(replicas: Replicas) -> dict[str, Any]:
     gpus = replicas.gpus
     if gpus is None:
         gpus = 1.0 if ray.is_initialized() and ray.cluster_resources().get("GPU", 0) else 0.0
-    return {"num_cpus": replicas.cpus, "num_gpus": gpus, "runtime_env": {"env_vars": WORKER_ENV}}
+    return {"num_cpus": replicas.cpus or 1, "num_gpus": gpus, "runtime_env": {"env_vars": WORKER_ENV}}
 
 
 def scaling(replicas: Replicas) -> dict[str, Any]:

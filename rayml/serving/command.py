@@ -58,9 +58,13 @@ def serve_forever(
     keys = api_keys(serving.keys_file)
     check_host(host, keys, insecure)
     servable(RunFolder(run))
+    own = not os.environ.get("RAY_ADDRESS")
+    if own and not serving.replicas.cpus:
+        share = max(1, processors() // max(serving.replicas.min, serving.replicas.max))
+        replicas = serving.replicas.model_copy(update={"cpus": share})
+        serving = serving.model_copy(update={"replicas": replicas})
     start_cluster(serving, metrics_port)
     stop = threading.Event()
-    own = not os.environ.get("RAY_ADDRESS")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # until it serves, both end it at once
     try:
         began = time.perf_counter()
@@ -100,7 +104,7 @@ def start_cluster(serving: Serving, metrics_port: int | None) -> None:
     own: dict[str, Any] = {}
     if not os.environ.get("RAY_ADDRESS"):
         most = max(serving.replicas.min, serving.replicas.max)
-        cpus = max(processors(), math.ceil(most * serving.replicas.cpus))
+        cpus = max(processors(), math.ceil(most * (serving.replicas.cpus or 1)))
         own = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
         if metrics_port:
             own["_metrics_export_port"] = metrics_port

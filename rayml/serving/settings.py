@@ -91,8 +91,8 @@ class Replicas(Section):
     """Requests that a replica takes at a time; it batches among these."""
     queued_requests: PositiveInt = 256
     """Requests that wait for a replica behind one front door, before the answer is 429."""
-    cpus: PositiveFloat = 1
-    """Ray's CPUs for a replica; its threads are as many."""
+    cpus: PositiveFloat | None = None
+    """Ray's CPUs for a replica; its threads are as many. Else 1; with `rayml serve` on one machine an equal share."""
     gpus: NotNegativeFloat | None = None
     """Ray's GPUs for a replica; else 1 where the cluster has any."""
     drain_seconds: PositiveFloat = 30
