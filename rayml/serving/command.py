@@ -86,10 +86,10 @@ def serve_forever(
         serve.delete(APPLICATION)  # replicas end what they have begun; a shutdown alone would cut it off
     except KeyboardInterrupt:
         out.print("stopped before it served", style="dim")
+        if not own:
+            serve.delete(APPLICATION)
     finally:
-        if own:  # on a cluster there may be others' applications
-            serve.shutdown()
-        ray.shutdown()
+        ray.shutdown()  # of a Ray of our own all ends with it; on a cluster Serve goes on, with others' applications
 
 
 def listening() -> tuple[str, int]:
