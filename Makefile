@@ -10,7 +10,7 @@ quickstart: $(DONE) data/quickstart  ## meta-train a real model, measure it on t
 	$(BIN)/rayml evaluate runs/quickstart --episodes 20
 	rm -rf runs/quickstart/tickets
 	$(BIN)/rayml adapt runs/quickstart --examples configs/examples/support-tickets.jsonl --out runs/quickstart/tickets
-	$(BIN)/rayml predict runs/quickstart/tickets --input "my card was charged twice this month"
+	$(BIN)/rayml predict runs/quickstart/tickets --input "my parcel has not arrived"
 
 test: $(DONE)  ## the whole suite
 	$(BIN)/pytest -q
