@@ -104,7 +104,8 @@ def test_options_score_as_one_sequence_at_a_time(tiny, tokenizer, one_token):
     encoder = (OneTokenLabels if one_token else Encoder)(tokenizer, "{input}:", 40)
     options = [["A", "B", "C"], ["A", "B"]] if one_token else [["A", "spam", "ham ham"], ["long label", "B"]]
     texts = [["hello", "a longer one"], ["x", "yy", "zzz"]]
-    batch = OptionBatch(encoder, [(some, among, ()) for some, among in zip(texts, options, strict=True)])
+    rows = [encoder.option_rows(some, among) for some, among in zip(texts, options, strict=True)]
+    batch = OptionBatch(rows, tokenizer.eos_token_id)
     assert batch.shared == one_token
     with torch.no_grad():
         found = batch.log_probs(lm, fast)
