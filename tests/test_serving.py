@@ -1,6 +1,7 @@
 """What a replica does, without HTTP: adapters from files that may lie, the store, the engine, and its answers."""
 
 import asyncio
+import io
 import json
 import shutil
 import tempfile
@@ -435,6 +436,16 @@ def test_runs_that_one_copy_cannot_serve_are_refused(tmp_path):
     seal(checkpoint, step=1, part=0, parts=1)
     with pytest.raises(RunError, match="mode=adapters"):
         servable(run)
+
+
+def test_rayml_adapt_says_when_the_loss_rose(run, tmp_path):
+    wild = make_run(tmp_path / "wild", inner_lr=1e4)
+    file = tmp_path / "few.jsonl"
+    file.write_text("\n".join(map(json.dumps, examples())))
+    for one, rose in ((run, False), (wild, True)):
+        out = Console(file=io.StringIO(), width=200)
+        adapt_run(one.path, file, tmp_path / f"out-{rose}", None, out)
+        assert ("the loss rose" in out.file.getvalue()) == rose
 
 
 # Files that may lie

@@ -140,6 +140,8 @@ def adapt_run(run_path: Path, examples: Path, folder: Path, name: str | None, ou
     if learned.card.shown:
         how = f"kept for the {'prompt' if learned.card.algorithm == 'metaicl' else 'prototypes'}"
     out.print(f"learned {task.name!r}: {len(task.examples)} examples, {kind}, {learned.seconds:.2f} s, {how}")
+    if learned.losses[-1] > learned.losses[0]:
+        out.print("[yellow]the loss rose: the inner steps are too long for this task; lower inner.lr, or learn it[/]")
     out.print(f'next: [bold]rayml predict {folder} --input "..."[/]', highlight=False, soft_wrap=True)
 
 
