@@ -23,11 +23,10 @@ from rayml.config import parse_section
 from rayml.distributed.train import WORKER_ENV, processors
 from rayml.errors import ConfigError, RunError
 from rayml.lm.load import load_shape, resolve_model
-from rayml.lm.lora import all_linears
 from rayml.runs.folder import RunFolder
-from rayml.serving.adapter_files import FILES, Fits, read_adapter
+from rayml.serving.adapter_files import FILES, read_adapter
 from rayml.serving.app import build
-from rayml.serving.served import servable
+from rayml.serving.served import fits_of, servable
 from rayml.serving.settings import Adapters, Serving, api_keys, check_host
 from rayml.serving.store import NAME, AdapterStore, Manifest, adapter_id, owner_of
 
@@ -123,10 +122,7 @@ def publish_adapter(source: Path, run_path: Path, name: str | None, store: str |
     if not NAME.fullmatch(name):
         raise ConfigError(f"--name {name!r}: letters, digits, - and _, at most 64, beginning with a letter or digit")
     base = resolve_model(config.model.name)
-    linears = {n: (one.out_features, one.in_features) for n, one in all_linears(load_shape(base)).items()}
-    limits = Adapters()
-    scale = config.lora.alpha / config.lora.rank
-    fits = Fits((config.model.name, base), linears, scale, limits.most_rank, limits.most_bytes)
+    fits = fits_of(config, base, load_shape(base), Adapters())
     with tempfile.TemporaryDirectory() as folder:
         copy_files(source, Path(folder))
         try:

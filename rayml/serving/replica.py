@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import dataclasses
-import logging
 import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -37,8 +36,6 @@ from rayml.serving.work import Adaptation, Query, Support, Writing
 from rayml.tasks import read
 from rayml.tasks.task import Example, Task
 
-log = logging.getLogger(__name__)
-
 
 class Replica:
     """A model with its adapters. `owner` is whose adapters a request sees; `adapter` an id, None for the bare base."""
@@ -51,9 +48,8 @@ class Replica:
         self.learned_labels = run.learned_labels()
         self.context = min(context_tokens(self.session.lm.module.config), serving.limits.context_tokens)
         self.store = AdapterStore(serving.store or str(run.path / "adapters"))
-        settings = serving.adapters
-        fits = fits_of(self.session, settings.most_rank, settings.most_bytes)
-        self.resident = Resident(self.store, fits, settings.resident_bytes, self.session.device, observe)
+        fits = fits_of(self.session.config, self.session.base, self.session.lm.module, serving.adapters)
+        self.resident = Resident(self.store, fits, serving.adapters.resident_bytes, self.session.device, observe)
         self.engine = Engine(self.session, serving.batching, serving.limits, observe)
         self._learning: dict[tuple[str, str], asyncio.Task[Manifest]] = {}
         self._supports: WeakKeyDictionary[Adapter, Support] = WeakKeyDictionary()

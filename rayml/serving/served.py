@@ -1,13 +1,14 @@
 """The run that is served: whether it can be, and what fits its base."""
 
 from pathlib import Path
+from typing import Any
 
 from rayml.config import Config
 from rayml.errors import RunError
-from rayml.evaluation.session import Session
 from rayml.lm.lora import all_linears
 from rayml.runs.folder import RunFolder
 from rayml.serving.adapter_files import Fits
+from rayml.serving.settings import Adapters
 
 
 def servable(run: RunFolder) -> tuple[Config, Path]:
@@ -25,8 +26,13 @@ def servable(run: RunFolder) -> tuple[Config, Path]:
     return config, checkpoint
 
 
-def fits_of(session: Session, most_rank: int, most_bytes: int) -> Fits:
-    """Return what an adapter has to fit to be served on a run's base."""
-    lora = session.config.lora
-    linears = {name: (one.out_features, one.in_features) for name, one in all_linears(session.lm.module).items()}
-    return Fits((session.config.model.name, session.base), linears, lora.alpha / lora.rank, most_rank, most_bytes)
+def fits_of(config: Config, base: str, module: Any, limits: Adapters) -> Fits:
+    """Return what an adapter has to fit to be served on a run's base.
+
+    Args:
+        base: where the base was loaded from.
+        module: its model; on the meta device will do.
+    """
+    linears = {name: (one.out_features, one.in_features) for name, one in all_linears(module).items()}
+    scale = config.lora.alpha / config.lora.rank
+    return Fits((config.model.name, base), linears, scale, limits.most_rank, limits.most_bytes)
