@@ -5,7 +5,7 @@ import logging
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -146,6 +146,43 @@ def evaluate(
     from rayml.evaluation.command import evaluate_run
 
     evaluate_run(run, data, ways, shots, episodes, seed, split, checkpoint, json_file, out, err)
+
+
+@app.command()
+def sweep(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    search: Annotated[
+        list[str] | None,
+        typer.Option(help="A key and what it may be; also uniform, randint, choice.", metavar="KEY=loguniform(LO,HI)"),
+    ] = None,
+    trials: Annotated[int | None, typer.Option(help="Settings to try; else sweep.trials.", min=1)] = None,
+    concurrent: Annotated[
+        int | None, typer.Option(help="Trials at a time; else as many as there is room for.", min=1)
+    ] = None,
+    scheduler: Annotated[str | None, typer.Option(help="`asha` stops trials that are behind, or `none`.")] = None,
+    searcher: Annotated[str | None, typer.Option(help="`optuna`, `random` or `grid`.")] = None,
+    metric: Annotated[str | None, typer.Option(help="On meta-val: the score `after` adapting, or the `gain`.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a sweep that was cut off.")] = False,
+) -> None:
+    """Search settings by Ray Tune: every trial is a training run, scored on meta-val as it goes.
+
+    `rayml sweep CONFIG.yaml --search "inner.lr=loguniform(1e-2,1)" --search "outer.lr=loguniform(1e-4,1e-2)"`
+
+    The same stands in the YAML's `sweep` section. All goes to `run.dir`: the trials' runs, `best.yaml` for `rayml
+    train`, `trials.csv`, `trials.json` and `sweep.png`. A trial that fails is reported, and the sweep goes on.
+    """
+    from rayml.config import read_values, with_values
+
+    values = read_values(config, overrides or [])
+    given = {"trials": trials, "concurrent": concurrent, "scheduler": scheduler, "searcher": searcher, "metric": metric}
+    settings: dict[str, Any] = {f"sweep.{key}": value for key, value in given.items() if value is not None}
+    if search:
+        settings["sweep.search"] = {key: text for key, _, text in (one.partition("=") for one in search)}
+    err.print("[dim]loading libraries, data and model ...[/]")
+    from rayml.distributed.sweep import sweep as run_sweep
+
+    run_sweep(with_values(values, settings), str(config), resume, out)
 
 
 @app.command()
@@ -301,6 +338,16 @@ def quickstart(folder: Annotated[Path, typer.Argument(metavar="DIR")]) -> None:
 
     for name, rows in write_tasks(folder).items():
         out.print(f"{folder / (name + '.jsonl')}  {rows} rows", highlight=False)
+
+
+@data_app.command()
+def evals(folder: Annotated[Path, typer.Argument(metavar="DIR")]) -> None:
+    """Write DIR/evals.jsonl: some eighty small label tasks from the wheel evals (OpenAI's), for meta-training."""
+    from rayml.tasks.evals import write_tasks
+
+    rows = write_tasks(folder)
+    out.print(f"{folder / 'evals.jsonl'}  {len(rows)} tasks, {sum(rows.values())} rows", highlight=False)
+    out.print("The texts keep the licences that the wheel's LICENSE.md names; rayml ships none of them.")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ The sections lie in `rayml.sections`.
 
 import copy
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -26,6 +26,7 @@ from rayml.sections import (
     Regularize,
     Run,
     Section,
+    Sweep,
     Validation,
     Zero,
 )
@@ -50,6 +51,7 @@ class Config(Section):
     regularize: Regularize = Regularize()
     validation: Validation = Validation()
     zero: Zero = Zero()
+    sweep: Sweep = Sweep()
     tasks_per_step: PositiveInt = 4
     """Episodes in an outer step, over all workers."""
     workers: PositiveInt = 1
@@ -149,7 +151,7 @@ def read_values(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected keys and values, got {type(values).__name__}")
     for override in overrides:
-        _set(values, override)
+        _override(values, override)
     return values
 
 
@@ -162,7 +164,7 @@ def parse_section(kind: type[S], values: dict[str, Any], source: str, overrides:
     """Return settings of any kind, as `parse_config` does."""
     values = copy.deepcopy(values)
     for override in overrides:
-        _set(values, override)
+        _override(values, override)
     try:
         return kind.model_validate(values)
     except ValidationError as error:
@@ -187,19 +189,31 @@ def keys(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, tuple
     return found
 
 
-def _set(values: dict[str, Any], override: str) -> None:
+def with_values(values: dict[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested values with dotted keys set to what `settings` gives."""
+    values = copy.deepcopy(values)
+    for key, value in settings.items():
+        _set(values, key, value)
+    return values
+
+
+def _override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"{override!r}: expected key=value, such as inner.lr=0.1")
+    try:
+        _set(values, key, yaml.safe_load(text))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{override!r}: not a YAML value: {error}") from error
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
     *parents, last = key.split(".")
     for parent in parents:
         values = values.setdefault(parent, {})
         if not isinstance(values, dict):
-            raise ConfigError(f"{override!r}: {parent} is a value, not a section")
-    try:
-        values[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{override!r}: not a YAML value: {error}") from error
+            raise ConfigError(f"{key}: {parent} is a value, not a section")
+    values[last] = value
 
 
 def _explain(mistake: Any, kind: type[BaseModel]) -> str:

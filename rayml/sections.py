@@ -202,6 +202,23 @@ class Zero(Section):
     """Mode full: keep the optimizer's state, or at stage 3 the parameters as well, in CPU memory."""
 
 
+class Sweep(Section):
+    """What `rayml sweep` does; training itself knows none of it."""
+
+    search: dict[str, str] = {}
+    """What to search: `{inner.lr: "loguniform(1e-3, 1)"}`; also uniform, randint and choice."""
+    trials: PositiveInt = 16
+    """Settings to try. A grid takes as many points as come nearest."""
+    concurrent: NotNegativeInt = 0
+    """Trials at a time; 0 takes as many as have a GPU, or a CPU core, for each of their workers."""
+    scheduler: Literal["asha", "none"] = "asha"
+    """`asha` stops trials that are behind at a validation (Li et al. 2020, arXiv 1810.05934)."""
+    searcher: Literal["optuna", "random", "grid"] = "optuna"
+    """Where the next settings come from; optuna's learn from the trials before (TPE)."""
+    metric: Literal["after", "gain"] = "after"
+    """What to raise on meta-val: the score after adapting, or by how much it is above the one before."""
+
+
 class Run(Section):
     dir: str
     """The run folder. Exists already: `--resume` goes on with it, anything else is refused."""

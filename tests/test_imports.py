@@ -24,6 +24,7 @@ MAY_LOAD = {
     "evaluation": HEAVY - {"ray"},
     "distributed": HEAVY,
     "serving": HEAVY,
+    "sweeps": {"torch"},
 }
 CODE = """
 import importlib, pkgutil, sys

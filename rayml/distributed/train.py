@@ -38,8 +38,11 @@ WORKER_ENV = {
 }
 
 
-def train(config: Config, resume: bool = False) -> RunFolder:
+def train(config: Config, resume: bool = False, at_once: int = 1) -> RunFolder:
     """Meta-train as the config says; return the run folder.
+
+    Args:
+        at_once: runs like this one that share the machine, or the cluster.
 
     Raises:
         ConfigError, DataError, RunError: the input is bad; nothing was started.
@@ -52,7 +55,7 @@ def train(config: Config, resume: bool = False) -> RunFolder:
     encoder.check([*splits.train, *splits.val, *splits.test])
     run = RunFolder(config.run.dir)
     check_model(config, model, [*splits.train, *splits.val])
-    if not os.environ.get("RAY_ADDRESS"):
+    if not os.environ.get("RAY_ADDRESS") and not ray.is_initialized():
         check_resources(config, cpus=processors(), cpus_each=1, gpus=torch.cuda.device_count())
     run.begin(config, splits, resume)
     if run.is_over(config):
@@ -61,7 +64,7 @@ def train(config: Config, resume: bool = False) -> RunFolder:
     if own_ray:
         start_ray(config)
     try:
-        fit(config, run, splits, model, encoder)
+        fit(config, run, splits, model, encoder, at_once)
     finally:
         if own_ray:
             ray.shutdown()
@@ -116,8 +119,10 @@ def processors() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def start_ray(config: Config) -> None:
+def start_ray(config: Config, at_once: int = 1) -> None:
     """Start Ray here, or join the cluster that RAY_ADDRESS or a Ray job names, and check that the workers fit.
+
+    Here it has room for the workers of `at_once` runs.
 
     Raises:
         ConfigError: there are fewer GPUs or CPUs than workers need.
@@ -125,8 +130,9 @@ def start_ray(config: Config) -> None:
     own: dict[str, Any] = {}
     if not os.environ.get("RAY_ADDRESS"):
         # Logical CPUs: every core trains, and Ray Data's light tasks share them.
-        threads = max(1, processors() // config.workers)
-        own = {"address": "local", "num_cpus": config.workers * (threads + 1), "include_dashboard": False}
+        workers = config.workers * at_once
+        threads = max(1, processors() // workers)
+        own = {"address": "local", "num_cpus": workers * (threads + 1), "include_dashboard": False}
     ray.init(logging_level=logging.ERROR, log_to_driver=False, runtime_env={"env_vars": WORKER_ENV}, **own)
     if not own:
         there = ray.cluster_resources()
@@ -144,18 +150,26 @@ def check_resources(config: Config, cpus: int, cpus_each: int, gpus: int) -> Non
         )
 
 
-def scaling(config: Config) -> ray.train.ScalingConfig:
+def scaling(config: Config, at_once: int) -> ray.train.ScalingConfig:
     """Return the workers' resources: a GPU each, or else an equal share of the CPUs, which sets their threads, too."""
+    workers = config.workers * at_once
     there = ray.cluster_resources()
-    use_gpu = config.device == "cuda" or (config.device == "auto" and there.get("GPU", 0) >= config.workers)
+    use_gpu = config.device == "cuda" or (config.device == "auto" and there.get("GPU", 0) >= workers)
     nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
-    cpus = 1 if use_gpu else max(1, min(int(there["CPU"]) // config.workers - 1, int(max(nodes))))
+    cpus = 1 if use_gpu else max(1, min(int(there["CPU"]) // workers - 1, int(max(nodes))))
     return ray.train.ScalingConfig(
         num_workers=config.workers, use_gpu=use_gpu, resources_per_worker={"CPU": cpus, "GPU": int(use_gpu)}
     )
 
 
-def fit(config: Config, run: RunFolder, splits: Splits, model: str, encoder: Encoder) -> None:
+def fit(
+    config: Config,
+    run: RunFolder,
+    splits: Splits,
+    model: str,
+    encoder: Encoder,
+    at_once: int,
+) -> None:
     """Run Ray Train to its end.
 
     Raises:
@@ -166,7 +180,7 @@ def fit(config: Config, run: RunFolder, splits: Splits, model: str, encoder: Enc
     trainer = TorchTrainer(  # mypy sees the signatures of Train v1, which v2 stands in for
         train_worker,  # type: ignore[arg-type]
         train_loop_config={"job": job},
-        scaling_config=scaling(config),
+        scaling_config=scaling(config, at_once),
         run_config=ray.train.RunConfig(
             storage_path=str(run.path),
             name=run.checkpoints.name,

@@ -66,6 +66,7 @@ def train_worker(settings: dict[str, Any]) -> str | None:
         if validates and is_best(scores):
             keep_best(run, learning)
         enough = validates and is_enough(scores, config.validation.patience)
+        enough |= collective.from_first_worker(run.is_told_to_stop() if log else False)
         if enough or due(learning.done, config.run.checkpoint_every, config.outer.steps):
             report(run, learning, record)
         if enough:

@@ -30,6 +30,7 @@ FREE_KEYS: Any = {
     "engine": True,
     "run": True,
     "validation": True,
+    "sweep": True,
     "outer": {"steps"},
     "data": {"path"},
 }
@@ -43,6 +44,7 @@ class RunFolder:
         self.config, self.metrics = self.path / "config.yaml", self.path / "metrics.jsonl"
         self.checkpoints, self.latest = self.path / "checkpoints", self.path / "latest"
         self.tasks, self.best, self.model = (self.path / name for name in ("tasks.json", "best", "model"))
+        self.stop = self.path / "stop"
 
     def begin(self, config: Config, splits: Splits, resume: bool) -> None:
         """Make the folder, or check that it may be gone on with. One without a checkpoint is begun anew.
@@ -57,6 +59,7 @@ class RunFolder:
         elif self.path.is_dir() and any(self.path.iterdir()) and not self.config.exists():
             raise RunError(f"{self.path}: holds something that is no run; give run.dir another folder")
         self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self.stop.unlink(missing_ok=True)
         write_whole(self.config, dump_config(config))
         write_whole(self.tasks, json.dumps(describe(splits), indent=2, ensure_ascii=False) + "\n")
 
@@ -77,6 +80,13 @@ class RunFolder:
         if changed:
             names = ", ".join(sorted(changed))
             raise RunError(f"{self.path}: holds the run of another config ({names} differ); use another run.dir")
+
+    def tell_to_stop(self) -> None:
+        """Ask the workers to write a checkpoint after the step that they are at, and to end."""
+        self.stop.touch()
+
+    def is_told_to_stop(self) -> bool:
+        return self.stop.exists()
 
     def learned_labels(self) -> bool:
         """Return whether the run was meta-trained on label tasks, and not on free text alone."""

@@ -1,0 +1,108 @@
+"""What a sweep searches: `inner.lr=loguniform(1e-3,1)`, checked before anything starts."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import yaml
+
+from rayml.config import Config, keys, parse_config, with_values
+from rayml.errors import ConfigError
+
+KINDS = {
+    "uniform": "uniform(LOW, HIGH)",
+    "loguniform": "loguniform(LOW, HIGH)",
+    "randint": "randint(LOW, HIGH), both among them",
+    "choice": "choice(ONE, ANOTHER, ...)",
+}
+DIGITS = 3
+"""Significant digits of a number that is drawn: more mean nothing, and are hard to read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """The values that a key may take."""
+
+    key: str
+    kind: str
+    values: tuple[Any, ...]
+    """The two ends, or every choice."""
+
+    def spaced(self, points: int) -> list[Any]:
+        """Return `points` values at equal distances, or equal ratios, the ends among them; or every choice."""
+        if self.kind == "choice":
+            return list(self.values)
+        low, high = self.values
+        if self.kind == "randint":
+            return sorted({round(value) for value in np.linspace(low, high, points)})
+        between = np.geomspace if self.kind == "loguniform" else np.linspace
+        return [rounded(value) for value in between(low, high, points)]
+
+
+def rounded(value: Any) -> Any:
+    """Return a float with a few significant digits; anything else as it is."""
+    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
+
+
+def parse_space(search: Mapping[str, str]) -> list[Range]:
+    """Return the ranges of `{key: "loguniform(1e-3, 1)"}`.
+
+    Raises:
+        ConfigError: no key, an unknown one, or values that are no range; all mistakes at once.
+    """
+    if not search:
+        raise ConfigError("nothing to search: give --search inner.lr=loguniform(1e-3,1), or sweep.search in the YAML")
+    found, mistakes = [], []
+    for key, text in search.items():
+        try:
+            found.append(_parse_range(key, text))
+        except ConfigError as error:
+            mistakes.append(str(error))
+    if mistakes:
+        raise ConfigError("\n  ".join([f"{len(mistakes)} mistake(s) in what to search", *mistakes]))
+    return found
+
+
+def _parse_range(key: str, text: str) -> Range:
+    if key not in keys() or key.startswith(("sweep.", "run.")):
+        raise ConfigError(f"{key}: no key that a sweep can set; `rayml config --keys` lists them")
+    match = re.fullmatch(r"\s*(\w+)\((.*)\)\s*", text)
+    if not match or match[1] not in KINDS:
+        raise ConfigError(f"{key}: expected one of {'; '.join(KINDS.values())}; got {text!r}")
+    kind = match[1]
+    values = [_number(value) for value in yaml.safe_load(f"[{match[2]}]")]
+    if kind == "choice":
+        if len(values) < 2:
+            raise ConfigError(f"{key}: choice needs two values or more, got {text!r}")
+        return Range(key, kind, tuple(values))
+    whole = kind == "randint"
+    if len(values) != 2 or not all(isinstance(v, int if whole else (int, float)) for v in values):
+        raise ConfigError(f"{key}: expected {KINDS[kind]}, {'whole ' * whole}numbers; got {text!r}")
+    low, high = values if whole else map(float, values)
+    if low >= high or (kind == "loguniform" and low <= 0):
+        raise ConfigError(f"{key}: expected {'0 < ' * (kind == 'loguniform')}LOW < HIGH, got {text!r}")
+    return Range(key, kind, (low, high))
+
+
+def _number(value: Any) -> Any:
+    """Return what YAML 1.1 takes for text, such as 1e-3, as the number that it is."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def check_space(space: Iterable[Range], values: dict[str, Any], source: str) -> None:
+    """Raise ConfigError where the config refuses an end, or a choice, of a range."""
+    for one in space:
+        for value in one.values:
+            parse_config(with_values(values, {one.key: value}), f"{source} with {one.key}={value}")
+
+
+def trial_config(values: dict[str, Any], source: str, point: Mapping[str, Any], folder: str, every: int) -> Config:
+    """Return the config of the trial at a point, which validates and reports every so many steps."""
+    settings = {**point, "run.dir": folder, "run.checkpoint_every": every}
+    bare = {key: value for key, value in values.items() if key != "sweep"}
+    return parse_config(with_values(bare, settings), source)
