@@ -1,6 +1,7 @@
 """Task-batched LoRA, against one task at a time, stock PEFT, and a plain fine-tuning loop."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from torch import nn
 
 from rayml.errors import ConfigError
 from rayml.lm.batch import IGNORE, Row, TaskBatch, collate
-from rayml.lm.lora import find_linears
+from rayml.lm.load import checkpoint_activations, load_base
+from rayml.lm.lora import TaskLoRA, find_linears
+from rayml.lm.model import TaskLM
 from rayml.lm.start import principal_start
 from rayml.meta.adapt import adapt, task_gradients
 from rayml.meta.fomaml import fomaml
@@ -157,8 +160,6 @@ def test_the_loss_over_choices_is_normalized_over_them_alone(lm):
 
 
 def test_activation_checkpointing_changes_no_gradient(lm):
-    from rayml.lm.load import checkpoint_activations
-
     start, batch = perturbed_start(lm), random_batch(2, 3, seed=9)
     fast = {name: weight.expand(2, *weight.shape) for name, weight in start.items()}
     plain_losses, plain = task_gradients(lambda f: lm.losses(f, batch), fast)
@@ -197,6 +198,48 @@ def test_principal_start_leaves_what_does_not_vary_to_chance(lm):
     )
     for name, weight in start.items():
         assert weight.abs().max() < 1e3, name
+
+
+@pytest.mark.parametrize("last_layers", [1, 2, 3])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_frozen_layers_run_once_for_a_batch_and_change_nothing(tiny, last_layers, checkpointing):
+    module = load_base(tiny, "float32")
+    lm = TaskLM(module, TaskLoRA(module, TARGETS, 4, alpha=8.0, last_layers=last_layers))
+    if checkpointing:
+        checkpoint_activations(module)
+    start = perturbed_start(lm)
+    batch = random_batch(2, 3, seed=12)
+    runs = [0, 0, 0, 0]
+    for place, layer in enumerate(module.model.layers):
+
+        def count(*_, place=place):
+            runs[place] += 1
+
+        layer.mlp.register_forward_pre_hook(count)
+
+    def steps(fresh):
+        """Return losses and fast weights of three inner steps, on one batch or on a fresh copy each time."""
+
+        def losses(fast):
+            return lm.losses(fast, dataclasses.replace(batch, frozen=[]) if fresh else batch)
+
+        return list(adapt(losses, start, rates(start), 3, 2))[-1]
+
+    found = steps(fresh=False)
+    below = 4 - last_layers
+    assert runs[:below] == [1] * below
+    assert runs[below:] == [6 if checkpointing else 3] * last_layers
+    expected = steps(fresh=True)
+    assert runs[:below] == [4] * below
+    torch.testing.assert_close(found.support_losses, expected.support_losses)
+    for name in start:
+        torch.testing.assert_close(found.fast[name], expected.fast[name])
+    # Another batch of the same shape does not see this one's.
+    other = random_batch(2, 3, seed=13)
+    fast = found.fast
+    torch.testing.assert_close(lm.losses(fast, other), lm.losses(fast, dataclasses.replace(other, frozen=[])))
+    assert not torch.allclose(lm.losses(fast, other), lm.losses(fast, batch))
+    torch.testing.assert_close(lm.states(fast, batch), lm.states(fast, dataclasses.replace(batch, frozen=[])))
 
 
 def test_only_the_last_layers_on_request(lm):

@@ -147,12 +147,12 @@ def run(config: Config, job: Sweeping, space: Sequence[Range]) -> ray.tune.Resul
     # A byte, since Ray Tune does not take nothing: a trial waits for its workers, and a share of a CPU would be one CPU
     # less for their streams of episodes.
     trainable = ray.tune.with_resources(ray.tune.with_parameters(TrialRun, job=job), {"memory": 1})
-    state = Path(job.folder, "tune")
+    state, drawn = Path(job.folder, "tune"), param_space(config, space)
     if ray.tune.Tuner.can_restore(str(state)):
-        return ray.tune.Tuner.restore(str(state), trainable, resume_unfinished=True).fit()
+        return ray.tune.Tuner.restore(str(state), trainable, resume_unfinished=True, param_space=drawn).fit()
     tuner = ray.tune.Tuner(
         trainable,
-        param_space=param_space(config, space),
+        param_space=drawn,
         tune_config=ray.tune.TuneConfig(
             metric=SCORE,
             mode="max",

@@ -5,7 +5,7 @@ Rows are padded on the right, where causal attention never looks, so no attentio
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -29,13 +29,15 @@ class TaskBatch:
 
     `tokens` `[T * K, L]` int64, rows grouped by task. `targets` `[T * K, L]` int64: the token that each position
     predicts (already shifted), IGNORE where there is none. Tasks with fewer rows are filled up with rows of padding.
-    `choices`: for each task the tokens that its loss is normalized over, () for the whole vocabulary.
+    `choices`: for each task the tokens that its loss is normalized over, () for the whole vocabulary. `frozen`: what
+    the layers below the adapted ones make of the tokens, `[T * K, L, D]`, once a forward has put it there.
     """
 
     tokens: Tensor
     targets: Tensor
     tasks: int
     choices: Sequence[Sequence[int]] = ()
+    frozen: list[Tensor] = field(default_factory=list, compare=False)
 
     def to(self, device: torch.device) -> "TaskBatch":
         return TaskBatch(self.tokens.to(device), self.targets.to(device), self.tasks, self.choices)

@@ -1,13 +1,15 @@
 """A causal language model under the weights that its tasks have learned: T adapters side by side, or all of its own."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rayml.lm.batch import IGNORE, TaskBatch
-from rayml.lm.lora import TaskLoRA
+from rayml.lm.frozen import FrozenLayers
+from rayml.lm.lora import TaskLoRA, layer_number
 from rayml.meta.adapt import Params
 
 
@@ -24,6 +26,7 @@ class TaskLM:
         self.module, self.lora = module, lora
         self.device = next(module.parameters()).device
         self._positions: Tensor | None = None
+        self._frozen = frozen_layers(module, lora)
         module.get_output_embeddings().register_forward_pre_hook(self._at_targets)
 
     def _at_targets(self, _head: nn.Module, inputs: tuple[Tensor, ...]):
@@ -36,12 +39,21 @@ class TaskLM:
         (hidden,) = inputs
         return (hidden.flatten(0, 1)[self._positions],)
 
-    def logits_at(self, positions: Tensor, weights: Params | None, tokens: Tensor, **inputs: Any) -> Tensor:
+    def logits_at(
+        self,
+        positions: Tensor,
+        weights: Params | None,
+        tokens: Tensor,
+        frozen: list[Tensor] | None = None,
+        **inputs: Any,
+    ) -> Tensor:
         """Return the logits at some positions of the flattened `tokens` `[N, L]`, `[M]` to `[M, V]`.
 
         Until the next call the model keeps its adapters, since a checkpointed backward runs parts of the forward anew.
 
         Args:
+            frozen: where the output of the layers below the first adapted one is kept for the next call with the
+                same tokens; None forgets it.
             inputs: what else the model takes, such as a cache of keys and values.
         """
         self._positions = positions
@@ -52,7 +64,8 @@ class TaskLM:
                 return torch.func.functional_call(self.module, own, kwargs=inputs).logits
             if self.lora is not None:
                 self.lora.adapters = weights
-            return self.module(**inputs).logits
+            with self._frozen.known(frozen) if self._frozen else nullcontext():
+                return self.module(**inputs).logits
         finally:
             self._positions = None
 
@@ -62,7 +75,7 @@ class TaskLM:
         `weights` are the tasks' `[T, ...]`; None for those of the bare model.
         """
         positions = (batch.targets.flatten() != IGNORE).nonzero().squeeze(1)
-        return self.logits_at(positions, weights, batch.tokens), positions
+        return self.logits_at(positions, weights, batch.tokens, batch.frozen), positions
 
     def states(self, weights: Params | None, batch: TaskBatch) -> Tensor:
         """Return what the model makes of each prompt, `[T, K, D]` in fp32: the last hidden state before the target."""
@@ -71,7 +84,8 @@ class TaskLM:
         seen: list[Tensor] = []
         hook = self.module.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         try:
-            self.logits_at(torch.arange(rows, device=first.device) * length + first, weights, batch.tokens)
+            ends = torch.arange(rows, device=first.device) * length + first
+            self.logits_at(ends, weights, batch.tokens, batch.frozen)
         finally:
             hook.remove()
         return seen[0].float().view(batch.tasks, -1, seen[0].shape[-1])
@@ -109,6 +123,13 @@ class TaskLM:
         tokens = smoothed_cross_entropy(logits, batch.targets.flatten()[positions], smoothing)
         total = torch.zeros(batch.tasks, device=tokens.device).index_add(0, task, tokens)
         return total / torch.bincount(task, minlength=batch.tasks)
+
+
+def frozen_layers(module: Any, lora: TaskLoRA | None) -> FrozenLayers | None:
+    """Return the layers that no adapter changes, where there are any; ZeRO-3 wants every layer in every forward."""
+    first = min(map(layer_number, lora.linears)) if lora else 0
+    is_sharded = any(hasattr(weight, "ds_id") for weight in module.parameters())
+    return FrozenLayers(module, first) if first and not is_sharded else None
 
 
 def smoothed_cross_entropy(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
