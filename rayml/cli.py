@@ -190,26 +190,65 @@ def compare(
     config: ConfigPath,
     overrides: Overrides = None,
     methods: Annotated[
-        str | None, typer.Option(help="Comma-separated, such as `fomaml,reptile,multitask`; else all.")
+        str | None, typer.Option(help="Comma-separated, such as `fomaml,multitask,protonet`; else the usual nine.")
     ] = None,
-    seeds: Annotated[int, typer.Option(help="Runs of each method.", min=1)] = 3,
-    episodes: Annotated[int, typer.Option(help="Episodes of each held-out task.", min=2)] = 30,
-    out_dir: Annotated[Path, typer.Option("--out", help="Where the runs go.", metavar="DIR")] = Path("runs/compare"),
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(help="One more method: a name and what it changes.", metavar='NAME="key=value ..."'),
+    ] = None,
+    run: Annotated[
+        list[Path] | None, typer.Option(help="A run folder that takes part as it is.", metavar="RUN")
+    ] = None,
+    data: Annotated[list[str] | None, typer.Option(help="In place of `data.path`.", metavar="PATH")] = None,
+    seeds: Annotated[int, typer.Option(help="Runs of each method.", min=1)] = 5,
+    episodes: Annotated[int, typer.Option(help="Episodes of each meta-test task.", min=2)] = 20,
+    val_episodes: Annotated[int, typer.Option(help="Meta-val episodes to choose each adaptation by.", min=1)] = 24,
+    rates: Annotated[str, typer.Option(help="Factors on the inner rates, each tried.")] = "0.1,0.3,1,3",
+    steps: Annotated[str, typer.Option(help="Numbers of inner steps, each tried.")] = "1,3,6",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the runs, tokens and time, and stop.")] = False,
+    out_dir: Annotated[Path, typer.Option("--out", help="Where all goes.", metavar="DIR")] = Path("runs/compare"),
 ) -> None:
-    """Train by every algorithm, with equal forward-backward tokens, and compare them on the same held-out episodes.
+    """Is meta-training worth it on your tasks? Train every method with equal tokens, and ask all the same.
 
-    The config's outer steps are FOMAML's; the others take as many as come to the same number of tokens. Cut off, it
-    goes on where it stopped. Prints a table, and writes `compare.json` and `compare.png`.
+    zero_shot, in_context, lora (from an untrained start), multitask, protonet, metaicl, reptile, fomaml and meta_sgd;
+    also anil and maml. The config's outer steps are FOMAML's; the others take as many as come to the same number of
+    forward-backward tokens. Rate and steps of each adaptation are chosen on meta-val, with the same number of tries.
+    Cut off, it goes on where it stopped. Writes `report.md` and `report.html`, and every answer to `results/`.
     """
-    from rayml.config import read_values
+    import shlex
+
+    from rayml.config import read_values, with_values
 
     values = read_values(config, overrides or [])
+    if data:
+        values = with_values(values, {"data.path": data})
     err.print("[dim]loading libraries, data and model ...[/]")
-    from rayml.distributed.compare import METHODS
+    from rayml.distributed.compare import USUAL, Request
     from rayml.distributed.compare import compare as run_comparison
 
-    chosen = [name.strip() for name in methods.split(",")] if methods else list(METHODS)
-    run_comparison(values, str(config), chosen, seeds, episodes, out_dir, out)
+    request = Request(
+        methods=[name.strip() for name in methods.split(",")] if methods else USUAL,
+        variants={name: tuple(shlex.split(text)) for name, _, text in (one.partition("=") for one in variant or [])},
+        runs=run or [],
+        seeds=seeds,
+        episodes=episodes,
+        val_episodes=val_episodes,
+        factors=numbers(rates, float, "--rates"),
+        steps=numbers(steps, int, "--steps"),
+    )
+    command = shlex.join(["rayml", *sys.argv[1:]])
+    run_comparison(values, str(config), request, out_dir, command, dry_run, out)
+
+
+def numbers(text: str, kind: type, option: str) -> list[Any]:
+    """Return comma-separated numbers above zero, sorted."""
+    try:
+        found = sorted({kind(part) for part in text.split(",")})
+    except ValueError:
+        found = []
+    if not found or found[0] <= 0:
+        raise typer.BadParameter(f"{option}: expected numbers above 0 with commas between, got {text!r}")
+    return found
 
 
 @app.command()

@@ -16,25 +16,19 @@ from rayml.distributed.job import DivergedError, Job
 from rayml.distributed.stream import get
 from rayml.engine import collective, local, zero
 from rayml.evaluation.curves import Curve, Scorer
-from rayml.lm.batch import collate
-from rayml.lm.encode import decode_rows
 from rayml.lm.load import checkpoint_activations
 from rayml.lm.lora import TaskLoRA
 from rayml.lm.model import TaskLM
-from rayml.lm.objective import SIDES, task_losses
-from rayml.lm.parameters import trained_parameters
-from rayml.lm.start import principal_start
+from rayml.lm.objective import task_losses
+from rayml.lm.start import untrained_start
 from rayml.meta.adapt import Params
 from rayml.meta.algorithms import ALGORITHMS
 from rayml.meta.gradient import MetaGradient
 from rayml.meta.learner import Learner, initial_log_rates, outer_schedule
 from rayml.meta.weighting import RecentGains
+from rayml.planning.batch import trained_tokens
 from rayml.runs.checkpoint import newest_checkpoint, read_checkpoint, write_state
 from rayml.runs.folder import RunFolder
-
-# Episodes that the start is taken from have seeds of their own, far from any training seed.
-START_SEED = 3_000_017
-START_EPISODES = 16
 
 
 class Replicated:
@@ -49,7 +43,7 @@ class Replicated:
         self.rank, self.workers = collective.rank(), collective.world_size()
         self.lm = build_lm(config, job.model, device)
         self.encoder = get(job.encoder)
-        self.learner = build_learner(config, untrained_start(job, self.lm), device)
+        self.learner = build_learner(config, agreed_start(job, self.lm), device)
         self.tasks = {task.name: place for place, task in enumerate(get(job.train))}
         self.gains = RecentGains(len(self.tasks), device)
 
@@ -114,8 +108,9 @@ class Replicated:
         counts, sums = (torch.zeros(len(self.tasks), device=query.device) for _ in range(2))
         counts.index_add_(0, places, torch.ones_like(query, dtype=counts.dtype))
         sums.index_add_(0, places, (support - query).float())
-        sent = [*gradient.start.values(), *gradient.rates.values(), query.sum(), support.sum(), counts, sums]
-        *totals, counts, sums = collective.sum_over_workers(sent)
+        tokens = torch.tensor(float(trained_tokens(self.config, episodes)), device=query.device)
+        sent = [*gradient.start.values(), *gradient.rates.values(), query.sum(), support.sum(), counts, sums, tokens]
+        *totals, counts, sums, tokens = collective.sum_over_workers(sent)
         *mean, query_loss, support_loss = [total / tasks for total in totals]
         norm = math.nan
         if all(bool(value.isfinite().all()) for value in (*mean, query_loss)):
@@ -123,7 +118,7 @@ class Replicated:
             norm = learner.update(start, dict(zip(gradient.rates, mean[len(start) :], strict=True)))
             self.gains.update(sums, counts)
         rates = torch.cat([rate.flatten() for rate in learner.log_rates.values()])
-        record = {"step": learner.step, "query_loss": float(query_loss), "gradient_norm": norm}
+        record = {"step": learner.step, "query_loss": float(query_loss), "gradient_norm": norm, "tokens": int(tokens)}
         if gradient.support_losses is not None:
             record |= {"support_loss": float(support_loss), "inner_lr": float(rates.mean().exp())}
         return record
@@ -178,17 +173,10 @@ def build_lm(config: Config, model: str, device: torch.device) -> TaskLM:
     return TaskLM(module, TaskLoRA(module, **config.lora.shape()) if config.mode == "adapters" else None)
 
 
-def untrained_start(job: Job, lm: TaskLM) -> Params:
-    """Return the start at step 0, the same on every worker and for any number of them."""
-    config = job.config
-    if lm.lora is None:
-        return {name: p.detach().float().clone() for name, p in trained_parameters(lm.module, config.full).items()}
-    if config.lora.start == "random":
-        return lm.lora.untrained_start(config.seed)
-    sampler, encoder = config.data.sampler(START_SEED), get(job.encoder)
-    episodes = [encoder.episode(sampler.episode(get(job.train), index)) for index in range(START_EPISODES)]
-    batches = [collate([decode_rows(e[side])], encoder.tokenizer.eos_token_id) for e in episodes for side in SIDES]
-    return collective.from_first_worker(principal_start(lm, [b.to(lm.device) for b in batches], config.seed))
+def agreed_start(job: Job, lm: TaskLM) -> Params:
+    """Return the start at step 0, the same on every worker: adapters come from the first, by its own arithmetic."""
+    start = untrained_start(job.config, lm, get(job.encoder), get(job.train))
+    return collective.from_first_worker(start) if lm.lora else start
 
 
 def build_learner(config: Config, start: Params, device: torch.device) -> Learner:

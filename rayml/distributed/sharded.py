@@ -18,6 +18,7 @@ from rayml.evaluation.curves import Curve, Queries, side_of
 from rayml.lm.batch import TaskBatch
 from rayml.lm.objective import SIDES, side_batch
 from rayml.meta.weighting import RecentGains
+from rayml.planning.batch import trained_tokens
 from rayml.runs.checkpoint import newest_checkpoint
 from rayml.runs.folder import RunFolder
 from rayml.tasks.episodes import Episode
@@ -66,7 +67,8 @@ class Sharded:
         self.gains.update(sums.index_add(0, places, gains), counts.index_add(0, places, torch.ones(len(places))))
         means = torch.tensor(found.task_losses).mean(0).tolist()
         losses = {"support_loss": means[0], "query_loss": means[1]}
-        return {"step": self.done, **losses, "gradient_norm": found.gradient_norm}
+        tokens = trained_tokens(self.config, episodes)
+        return {"step": self.done, **losses, "gradient_norm": found.gradient_norm, "tokens": tokens}
 
     def _sides(self, episode: dict[str, Any]) -> tuple[TaskBatch, TaskBatch]:
         support, query = (side_batch([episode], side, self.pad).to(self.device) for side in SIDES)

@@ -1,89 +1,87 @@
-"""Methods side by side, on the same episodes: a table and a picture."""
+"""From what every method answered to the numbers of the report. Nothing else goes in."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 
-from rayml.evaluation.evaluate import interval
+from rayml.evaluation.bootstrap import interval_over_tasks
+from rayml.evaluation.metrics import LABELS, TEXT, calibration_error, scores
 
 BASELINE = "multitask"
-COSTS = "steps", "tokens", "seconds"
+KINDS = {"label": LABELS, "text": TEXT}
+MAIN = {"label": "accuracy", "text": "rouge_l"}
+Result = dict[str, Any]
 
 
-def summarize(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return each method's scores, means over its seeds, with 95 % bootstrap intervals over the episodes.
+def summarize(results: Sequence[Result]) -> dict[str, Any]:
+    """Return, for label tasks and for free text, a row for each method, in the order that they come in.
 
-    Differences to multi-task learning are paired by episode.
+    Differences are to multi-task learning, or to the first method where that is not there, paired by episode.
     """
-    methods = list(dict.fromkeys(result["method"] for result in results))
-    scores = {name: _by_episode([r for r in results if r["method"] == name]) for name in methods}
-    return [
-        {
-            "method": name,
-            "before": interval(scores[name][:, :, 0].mean(0)),
-            "after": interval(scores[name][:, :, -1].mean(0)),
-            "over_baseline": interval(scores[name][:, :, -1].mean(0) - scores[BASELINE][:, :, -1].mean(0))
-            if BASELINE in scores
-            else None,
-            "seeds": scores[name][:, :, -1].mean(1).tolist(),
-            **{
-                key: np.mean([r[key] for r in results if r["method"] == name]) for key in ("steps", "tokens", "seconds")
-            },
-        }
-        for name in methods
-    ]
-
-
-def _by_episode(results: Sequence[dict[str, Any]]) -> np.ndarray:
-    """Return `[seeds, episodes, 2]`: before the support is taken in, and after."""
-    return np.array([[[c["scores"][0], c["scores"][-1]] for c in result["curves"]] for result in results])
-
-
-def table(summary: dict[str, Any]) -> Table:
-    """Return a row for each method."""
-    found = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title="held-out tasks, equal forward-backward tokens")
-    found.caption = "95 % intervals over episodes, paired by episode; means over seeds"
-    found.add_column("method", no_wrap=True)
-    for name in ("before", "after", "over multitask", "seeds", "outer steps", "seconds"):
-        found.add_column(name, justify="right")
-    for row in summary["methods"]:
-        found.add_row(*cells(row))
+    names = list(dict.fromkeys(result["method"] for result in results))
+    found: dict[str, Any] = {"baseline": BASELINE if BASELINE in names else names[0], "kinds": {}}
+    for kind in KINDS:
+        groups = {name: [only(r, kind) for r in results if r["method"] == name] for name in names}
+        if any(result["episodes"] for group in groups.values() for result in group):
+            found["kinds"][kind] = summarize_kind(groups, kind, found["baseline"])
     return found
 
 
-def cells(row: dict[str, Any]) -> list[str]:
-    over = row["over_baseline"]
-    return [
-        row["method"],
-        f"{row['before']['mean']:.2f}",
-        f"{row['after']['mean']:.2f} ± {(row['after']['high'] - row['after']['low']) / 2:.2f}",
-        f"{over['mean']:+.2f} [{over['low']:+.2f}, {over['high']:+.2f}]" if over else "",
-        " ".join(f"{score:.2f}" for score in row["seeds"]),
-        f"{row['steps']:.0f}",
-        f"{row['seconds']:.0f}",
-    ]
+def only(result: Result, kind: str) -> Result:
+    """Return the result with its episodes of one kind."""
+    kept = [e for e in result["episodes"] if ("confidence" in e["queries"][0]) == (kind == "label")]
+    return result | {"episodes": kept}
 
 
-def plot(summary: dict[str, Any], path: Path) -> None:
-    """Draw each method's score with its interval, and a dot for each seed, to a PNG."""
-    import matplotlib
+def summarize_kind(groups: dict[str, list[Result]], kind: str, baseline: str) -> dict[str, Any]:
+    """Return the tasks, the metric that decides, and each method's row."""
+    tasks = list(dict.fromkeys(e["task"] for group in groups.values() for r in group for e in r["episodes"]))
+    tables = {name: {key: table(group, tasks, key) for key in KINDS[kind]} for name, group in groups.items()}
+    main = MAIN[kind]
+    rows = []
+    for name, group in groups.items():
+        after = tables[name][main]
+        by_task = after.mean((0, 2))
+        rows.append(
+            {
+                "method": name,
+                "main": interval_over_tasks(after),
+                "over_baseline": interval_over_tasks(after - tables[baseline][main]) if name != baseline else None,
+                "metrics": {key: float(values.mean()) for key, values in tables[name].items()},
+                "calibration_error": calibration(group) if kind == "label" else None,
+                "worst": {"task": tasks[int(by_task.argmin())], "score": float(by_task.min())},
+                "tasks": dict(zip(tasks, by_task.tolist(), strict=True)),
+                "seeds": after.mean((1, 2)).tolist(),
+                "curve": np.mean(
+                    [np.mean([e["curve"] for e in r["episodes"]], axis=0) for r in group], axis=0
+                ).tolist(),
+                "settings": [result["setting"] for result in group],
+                "adapts": bool(group[0]["tried"]),
+                "labels": group[0]["labels"],
+                "outer_steps": mean_of(group, "outer_steps"),
+                "tokens": mean_of(group, "tokens"),
+                "seconds": mean_of(group, "seconds"),
+                "episode_seconds": float(np.mean([e["seconds"] for r in group for e in r["episodes"]])),
+            }
+        )
+    return {"metric": main, "tasks": tasks, "episodes": tables[baseline][main].shape[2], "methods": rows}
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    rows = sorted(summary["methods"], key=lambda row: row["after"]["mean"])
-    figure, axis = pyplot.subplots(figsize=(7, 0.45 * len(rows) + 1.3), layout="constrained")
-    for place, row in enumerate(rows):
-        after = row["after"]
-        axis.plot([after["low"], after["high"]], [place, place], color="#1f6f54", linewidth=6, alpha=0.3)
-        axis.plot(after["mean"], place, "o", color="#1f6f54")
-        axis.plot(row["seeds"], [place] * len(row["seeds"]), "|", color="#b0552f", markersize=10)
-    axis.set_yticks(range(len(rows)), [row["method"] for row in rows])
-    axis.set_xlabel("query score after taking the support in (dot and 95 % interval; a tick for each seed)")
-    axis.grid(axis="x", alpha=0.25)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+def table(group: Sequence[Result], tasks: Sequence[str], key: str) -> np.ndarray:
+    """Return one metric of every episode, `[seeds, tasks, episodes]`, in the order of the episodes' numbers."""
+    found = [[[scores(e["queries"])[key] for e in episodes_of(r, task)] for task in tasks] for r in group]
+    return np.array(found, dtype=float)
+
+
+def episodes_of(result: Result, task: str) -> list[dict[str, Any]]:
+    return sorted((e for e in result["episodes"] if e["task"] == task), key=lambda e: e["index"])
+
+
+def calibration(group: Sequence[Result]) -> float:
+    """Return the mean over the seeds."""
+    return float(np.mean([calibration_error([q for e in r["episodes"] for q in e["queries"]]) for r in group]))
+
+
+def mean_of(group: Sequence[Result], key: str) -> float:
+    return float(np.mean([result[key] for result in group]))

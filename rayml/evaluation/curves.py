@@ -1,6 +1,6 @@
 """Adaptation curves: the query score before a task's support is taken in, and after every step of taking it in."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,7 +11,7 @@ from rayml.lm.encode import Encoder, class_numbers
 from rayml.lm.model import TaskLM
 from rayml.lm.objective import class_grid
 from rayml.lm.score import OptionBatch
-from rayml.meta.adapt import Params, adapt, expand
+from rayml.meta.adapt import Params, TaskLosses, adapt, expand
 from rayml.meta.protonet import prototype_logits
 from rayml.tasks.episodes import Episode
 
@@ -27,9 +27,13 @@ class Curve:
     scores: list[float]
 
 
+Outputs = list[torch.Tensor]
+"""For each episode the log-probabilities of its queries' options, `[Q, C]`, or, of free text, its mean loss, `[]`."""
+
+
 @dataclass(frozen=True, slots=True)
 class Scorer:
-    """How episodes of held-out tasks are scored: by the run's own algorithm.
+    """How episodes of held-out tasks are answered: by the run's own algorithm.
 
     `fomaml`, `reptile` and the like take their inner steps. `metaicl` and `protonet` take the support in at once: in
     the prompt, or as prototypes; their curves have two points.
@@ -41,37 +45,54 @@ class Scorer:
     steps: int
     """Inner steps."""
 
+    @property
+    def takes_steps(self) -> bool:
+        return self.algorithm not in ("metaicl", "protonet")
+
     def curves(self, episodes: Sequence[Episode], start: Params, rates: Params, only_ends: bool = False) -> list[Curve]:
         """Take in the episodes' support side by side and score their queries before, after, and in between.
 
         The episodes are all of label tasks, or all of free text. With `only_ends`, score before the first step and
         after the last alone.
         """
-        if self.algorithm in ("metaicl", "protonet"):
-            points = self._at_once(episodes, expand(start, len(episodes)))
-        else:
-            points = self._step_by_step(episodes, start, rates, only_ends)
+        at = (0, self.steps) if only_ends else range(self.steps + 1)
+        points = [score_all(episodes, outputs) for outputs in self.outputs(episodes, start, rates, at)]
         scores = zip(*points, strict=True)
         return [Curve(e.task, e.index, bool(e.labels), list(s)) for e, s in zip(episodes, scores, strict=True)]
 
-    def _step_by_step(
-        self, episodes: Sequence[Episode], start: Params, rates: Params, only_ends: bool
-    ) -> Iterator[list[float]]:
-        queries = Queries(self.encoder, episodes, self.lm.device)
-        losses = partial(self.lm.losses, batch=side_of(self.encoder, episodes, "support", self.lm.device))
-        for step, adapted in enumerate(adapt(losses, start, rates, self.steps, len(episodes))):
-            if not only_ends or step in (0, self.steps):
-                yield queries.scores(self.lm, adapted.fast)
+    def outputs(
+        self, episodes: Sequence[Episode], start: Params | None, rates: Params, at: Collection[int]
+    ) -> Iterator[Outputs]:
+        """Yield what is made of the queries after each number of steps in `at`, in order.
 
-    def _at_once(self, episodes: Sequence[Episode], start: Params) -> Iterator[list[float]]:
-        yield Queries(self.encoder, episodes, self.lm.device).scores(self.lm, start)
-        if self.algorithm == "metaicl":
-            yield Queries(self.encoder, episodes, self.lm.device, in_context=True).scores(self.lm, start)
+        What takes the support in at once is asked before and after. A start of None is the bare base.
+        """
+        if self.takes_steps and start is not None:
+            yield from self._step_by_step(episodes, start, rates, at)
         else:
-            yield self._by_prototypes(episodes, start)
+            yield from self._at_once(episodes, expand(start, len(episodes)) if start is not None else None)
+
+    def _step_by_step(
+        self, episodes: Sequence[Episode], start: Params, rates: Params, at: Collection[int]
+    ) -> Iterator[Outputs]:
+        queries = Queries(self.encoder, episodes, self.lm.device)
+        losses = self.support_losses(episodes)
+        for step, adapted in enumerate(adapt(losses, start, rates, max(at), len(episodes))):
+            if step in at:
+                yield queries.outputs(self.lm, adapted.fast)
+
+    def support_losses(self, episodes: Sequence[Episode]) -> TaskLosses:
+        return partial(self.lm.losses, batch=side_of(self.encoder, episodes, "support", self.lm.device))
+
+    def _at_once(self, episodes: Sequence[Episode], weights: Params | None) -> Iterator[Outputs]:
+        yield Queries(self.encoder, episodes, self.lm.device).outputs(self.lm, weights)
+        if self.algorithm == "metaicl":
+            yield Queries(self.encoder, episodes, self.lm.device, in_context=True).outputs(self.lm, weights)
+        else:
+            yield self._by_prototypes(episodes, weights)
 
     @torch.no_grad()
-    def _by_prototypes(self, episodes: Sequence[Episode], weights: Params) -> list[float]:
+    def _by_prototypes(self, episodes: Sequence[Episode], weights: Params | None) -> Outputs:
         support, query = (
             self.lm.states(weights, side_of(self.encoder, episodes, side, self.lm.device))
             for side in ("support", "query")
@@ -79,11 +100,11 @@ class Scorer:
         classes = class_grid([class_numbers(episode, "support") for episode in episodes]).to(self.lm.device)
         ways = max(len(episode.labels) for episode in episodes)
         logits = prototype_logits(support, classes, query, ways)
-        return [accuracy(e, scores[: len(e.query)]) for e, scores in zip(episodes, logits, strict=True)]
+        return [of[: len(e.query), : len(e.labels)].log_softmax(-1) for e, of in zip(episodes, logits, strict=True)]
 
 
 class Queries:
-    """The queries of T episodes, all of label tasks or all of free text, ready to be scored.
+    """The queries of T episodes, all of label tasks or all of free text, ready to be answered.
 
     Args:
         in_context: show each query the episode's support in its prompt.
@@ -104,12 +125,19 @@ class Queries:
             self.batch = side_of(encoder, episodes, "query", device, in_context)
 
     @torch.no_grad()
+    def outputs(self, lm: TaskLM, weights: Params | None) -> Outputs:
+        if isinstance(self.batch, TaskBatch):
+            return list(lm.losses(weights, self.batch))
+        return self.batch.log_probs(lm, weights)
+
     def scores(self, lm: TaskLM, weights: Params | None) -> list[float]:
         """Return each episode's accuracy, or, for free text, its mean loss per target token."""
-        if isinstance(self.batch, TaskBatch):
-            return lm.losses(weights, self.batch).tolist()
-        found = self.batch.log_probs(lm, weights)
-        return [accuracy(episode, scores) for episode, scores in zip(self.episodes, found, strict=True)]
+        return score_all(self.episodes, self.outputs(lm, weights))
+
+
+def score_all(episodes: Sequence[Episode], outputs: Outputs) -> list[float]:
+    """Return each episode's accuracy, or, for free text, its mean loss per target token."""
+    return [accuracy(e, out) if e.labels else float(out) for e, out in zip(episodes, outputs, strict=True)]
 
 
 def side_of(

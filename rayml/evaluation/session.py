@@ -1,6 +1,6 @@
 """A finished run, loaded in this process to adapt and score with."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +14,12 @@ from rayml.lm.load import load_tokenizer, resolve_model
 from rayml.lm.lora import TaskLoRA, linear_kinds
 from rayml.lm.model import TaskLM
 from rayml.lm.parameters import trained_parameters
+from rayml.lm.start import untrained_start
 from rayml.meta.adapt import Params
 from rayml.meta.learner import initial_log_rates
 from rayml.runs.checkpoint import read_checkpoint, verify
 from rayml.runs.folder import RunFolder
+from rayml.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,19 @@ def open_session(run: RunFolder, which: str | None = None, every_linear: bool = 
     start, log_rates, step = learned(config, folder, untrained, device)
     rates = {name: rate.exp() for name, rate in log_rates.items()}
     return Session(config, lm, encoder, base, start, rates, step, untrained)
+
+
+def untrained_session(config: Config, tasks: Sequence[Task]) -> Session:
+    """Load a config's base, with the start that training on these tasks would begin from, and its rates."""
+    device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
+    base = resolve_model(config.model.name)
+    module = local.load(base, config.model.dtype, config.model.attention, device)
+    lm = TaskLM(module, TaskLoRA(module, **config.lora.shape()) if config.mode == "adapters" else None)
+    encoder = config.encoder(load_tokenizer(base))
+    start = {name: weight.to(device) for name, weight in untrained_start(config, lm, encoder, tasks).items()}
+    log_rates = initial_log_rates(start, config.inner.lr, config.inner.modules, per_weight=False)
+    rates = {name: rate.exp() for name, rate in log_rates.items()}
+    return Session(config, lm, encoder, base, start, rates, 0, start)
 
 
 def learned(config: Config, folder: Path, names: Iterable[str], device: torch.device) -> tuple[Params, Params, int]:

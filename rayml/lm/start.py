@@ -4,16 +4,35 @@ from collections.abc import Sequence
 
 import torch
 
-from rayml.lm.batch import TaskBatch
+from rayml.config import Config
+from rayml.lm.batch import TaskBatch, collate
+from rayml.lm.encode import Encoder, decode_rows
 from rayml.lm.lora import A
 from rayml.lm.model import TaskLM
+from rayml.lm.parameters import trained_parameters
 from rayml.meta.adapt import Params
+from rayml.tasks.task import Task
 
 USUAL_DEVIATION = 3**-0.5
 """Of `A x` in each row, for inputs x of unit mean square, under the usual uniform start."""
 LEAST_SHARE = 1e-3
 """A direction counts as varied from this share of the inputs' length on."""
 MOST_ROWS = 1024
+# Episodes that the start is taken from have seeds of their own, far from any training seed.
+START_SEED = 3_000_017
+START_EPISODES = 16
+
+
+def untrained_start(config: Config, lm: TaskLM, encoder: Encoder, tasks: Sequence[Task]) -> Params:
+    """Return where meta-training on these tasks begins, in fp32: for one seed the same for any number of workers."""
+    if lm.lora is None:
+        return {name: p.detach().float().clone() for name, p in trained_parameters(lm.module, config.full).items()}
+    if config.lora.start == "random":
+        return lm.lora.untrained_start(config.seed)
+    sampler, pad = config.data.sampler(START_SEED), encoder.tokenizer.eos_token_id
+    episodes = [encoder.episode(sampler.episode(tasks, index)) for index in range(START_EPISODES)]
+    batches = [collate([decode_rows(e[side])], pad).to(lm.device) for e in episodes for side in ("support", "query")]
+    return principal_start(lm, batches, config.seed)
 
 
 def principal_start(lm: TaskLM, batches: Sequence[TaskBatch], seed: int) -> Params:

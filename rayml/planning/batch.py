@@ -1,7 +1,9 @@
 """What goes through the model in one forward and backward, at most: rows, their length, and how often."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rayml.config import Config
 
@@ -73,3 +75,10 @@ def passes(config: Config) -> tuple[int, int]:
         "protonet": (1, 1),
         "reptile": ((steps + 1) // 2, steps // 2),  # the sides take turns
     }.get(config.algorithm.name, (steps, 1))
+
+
+def trained_tokens(config: Config, episodes: Sequence[dict[str, Any]]) -> int:
+    """Return the tokens, without padding, that an outer step on these episodes runs forward and backward."""
+    support, query = (sum(len(row) for e in episodes for row in e[side]["tokens"]) for side in ("support", "query"))
+    of_support, of_query = passes(config)
+    return of_support * support + of_query * query

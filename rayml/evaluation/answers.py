@@ -1,0 +1,174 @@
+"""What a method answers to episodes of held-out tasks: the raw material of a comparison."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from rayml.evaluation.curves import Scorer, score_all
+from rayml.lm.decode import Decoder
+from rayml.lm.generate import Generation
+from rayml.lm.sampling import Sampling
+from rayml.meta.adapt import Params, adapt, expand
+from rayml.tasks.episodes import Episode, Sampler
+from rayml.tasks.task import Example, Task
+
+SPARE_TOKENS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """Something that learns from a support and answers queries."""
+
+    scorer: Scorer
+    start: Params | None
+    """None: the bare base, which takes the support in its prompt or not at all."""
+    rates: Params
+    takes_support: bool = True
+    """Else it is asked as it stands."""
+
+    @property
+    def takes_steps(self) -> bool:
+        return self.scorer.takes_steps and self.start is not None
+
+    def scaled(self, factor: float) -> Params:
+        return {name: factor * rate for name, rate in self.rates.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """How a contender adapts."""
+
+    factor: float = 1.0
+    """On its inner rates."""
+    steps: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The setting that was best on meta-val, and all that were tried, with their scores."""
+
+    setting: Setting
+    tried: list[tuple[Setting, float]]
+
+
+def choose_setting(
+    contender: Contender,
+    tasks: Sequence[Task],
+    sampler: Sampler,
+    episodes: int,
+    factors: Sequence[float],
+    steps: Sequence[int],
+) -> Choice:
+    """Try every factor with every number of steps on the same meta-val episodes.
+
+    Accuracy is raised, or, where all tasks are free text, the loss lowered. Of equals the fewest steps are taken, then
+    the least rate.
+    """
+    if not contender.takes_steps:
+        return Choice(Setting(), [])
+    tasks = [task for task in tasks if task.options] or tasks
+    sign = 1 if tasks[0].options else -1
+    drawn = [sampler.episode(tasks, index) for index in range(episodes)]
+    tried = []
+    for factor in sorted(factors):
+        rates = contender.scaled(factor)
+        scores = np.array(
+            [
+                [
+                    score_all([episode], outputs)[0]
+                    for outputs in contender.scorer.outputs([episode], contender.start, rates, steps)
+                ]
+                for episode in drawn
+            ]
+        )
+        tried += [
+            (Setting(factor, k), sign * float(mean)) for k, mean in zip(sorted(steps), scores.mean(0), strict=True)
+        ]
+    best, _ = max(tried, key=lambda one: (one[1] if np.isfinite(one[1]) else -np.inf, -one[0].steps, -one[0].factor))
+    return Choice(best, tried)
+
+
+def answer(
+    contender: Contender, tasks: Sequence[Task], sampler: Sampler, episodes: int, setting: Setting, most_steps: int
+) -> Iterator[dict[str, Any]]:
+    """Yield, for `episodes` episodes of each task, what was answered after `setting`.
+
+    A record holds `task`, `index`, `curve` (accuracy, or the loss of free text, after 0, 1, ..., `most_steps` steps at
+    the setting's rate, or before and after), `seconds` and, for every query, `target` and `answer`, in the task's own
+    words; for label tasks also the answer's probability as `confidence`.
+    """
+    for task in tasks:
+        for index in range(episodes):
+            episode = sampler.episode([task], index)
+            began = time.perf_counter()
+            curve, queries = _answer(contender, episode, setting, most_steps)
+            seconds = time.perf_counter() - began
+            yield {"task": task.name, "index": index, "curve": curve, "seconds": round(seconds, 3), "queries": queries}
+
+
+def _answer(
+    contender: Contender, episode: Episode, setting: Setting, most_steps: int
+) -> tuple[list[float], list[dict[str, Any]]]:
+    at = range(most_steps + 1)
+    points = list(contender.scorer.outputs([episode], contender.start, contender.scaled(setting.factor), at))
+    points = points if contender.takes_support else points[:1]
+    curve = [score_all([episode], outputs)[0] for outputs in points]
+    if episode.labels:
+        (log_probs,) = points[setting.steps if contender.takes_steps else -1]
+        return curve, label_answers(episode, log_probs)
+    return curve, text_answers(contender, episode, setting)
+
+
+def label_answers(episode: Episode, log_probs: torch.Tensor) -> list[dict[str, Any]]:
+    """Return what is chosen among the options by their log-probabilities `[Q, C]`."""
+    options = list(episode.labels)
+    found = []
+    for example, row in zip(episode.query, log_probs.exp().tolist(), strict=True):
+        best = max(range(len(options)), key=row.__getitem__)
+        words = {"target": episode.labels[example.target], "answer": episode.labels[options[best]]}
+        found.append({**words, "confidence": round(row[best], 4)})
+    return found
+
+
+def text_answers(contender: Contender, episode: Episode, setting: Setting) -> list[dict[str, Any]]:
+    """Return what is written, greedily, to each query."""
+    scorer, encoder = contender.scorer, contender.scorer.encoder
+    shown = episode.support if encoder.in_context and contender.takes_support else ()
+    longest = max(len(encoder.tokenizer(example.target)["input_ids"]) for example in episode.support)
+    sampling = Sampling(min(encoder.max_tokens, 2 * longest + SPARE_TOKENS))
+    weights = taken_in(contender, episode, setting)
+    texts = []
+    for query in episode.query:
+        row = encoder.row(Example(query.input, "."), is_label=False, shown=shown)
+        texts.append(Generation(encoder.tokenizer, row.tokens[: row.start], weights, sampling))
+    write(scorer, texts)
+    return [
+        {"target": query.target, "answer": text.piece().text.strip()}
+        for query, text in zip(episode.query, texts, strict=True)
+    ]
+
+
+def taken_in(contender: Contender, episode: Episode, setting: Setting) -> Params | None:
+    """Return one episode's weights after the setting's steps; None for the bare base."""
+    if contender.start is None:
+        return None
+    if not contender.takes_steps:
+        return contender.start
+    losses = contender.scorer.support_losses([episode])
+    fast = expand(contender.start, 1)
+    for adapted in adapt(losses, contender.start, contender.scaled(setting.factor), setting.steps, 1):
+        fast = adapted.fast
+    return {name: weight[0] for name, weight in fast.items()}
+
+
+@torch.no_grad()
+def write(scorer: Scorer, texts: Sequence[Generation]) -> None:
+    """Generate all texts to their end, side by side."""
+    decoder = Decoder(scorer.lm, most_rows=len(texts), cache_tokens=0)
+    decoder.join(list(texts))
+    while any(text.finish_reason is None for text in texts):
+        decoder.step()
