@@ -12,15 +12,13 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from rayml.distributed.compare import compare, tokens_per_step
 from rayml.distributed.train import train
-from rayml.errors import ConfigError, RunError
+from rayml.errors import RunError
 from rayml.evaluation.command import adapt_run, evaluate_run, export_run
 from rayml.evaluation.predict import Predictor
 from rayml.lm.load import load_base, resolve_model
 from rayml.meta.algorithms import ALGORITHMS
 from rayml.runs.checkpoint import newest_checkpoint, verify
-from rayml.runs.folder import RunFolder
 from rayml.runs.stopping import is_best, is_enough
 
 pytestmark = pytest.mark.ray
@@ -154,33 +152,3 @@ def test_when_it_is_enough():
     assert not is_enough([], 2)
     assert is_best([0.5])
     assert not is_best([0.5, 0.5])
-
-
-def test_compare_takes_equal_tokens_and_goes_on_where_it_stopped(tmp_path):
-    base = config_for(tmp_path, "fomaml", outer={"steps": 4})
-    values = base.model_dump(mode="json")
-    folder = tmp_path / "all"
-    first = compare(values, "here", ["fomaml", "multitask"], 1, 3, folder, QUIET)
-    steps = {row["method"]: row["steps"] for row in first["methods"]}
-    tokens_of = {row["method"]: row["tokens"] for row in first["methods"]}
-    assert steps["multitask"] > steps["fomaml"] == 4
-    assert tokens_of["multitask"] == pytest.approx(tokens_of["fomaml"], rel=0.1)
-    row = next(row for row in first["methods"] if row["method"] == "multitask")
-    assert row["over_baseline"]["mean"] == 0
-    before = RunFolder(folder / "fomaml-0").latest.stat().st_mtime
-    again = compare(values, "here", ["fomaml", "multitask"], 1, 3, folder, QUIET)
-    assert again["methods"] == first["methods"]
-    assert RunFolder(folder / "fomaml-0").latest.stat().st_mtime == before
-    with pytest.raises(ConfigError, match="nonsense unknown; there are fomaml"):
-        compare(values, "here", ["nonsense"], 1, 3, folder, QUIET)
-
-
-def test_tokens_of_a_step_are_counted_from_the_rows(tmp_path):
-    """Toy rows: three classes, two shots, two queries: eight characters, the prompt's seven, and the letter."""
-    tasks = toy_tasks()
-    row = 8 + len("\nLabel:") + 1
-    expected = {"fomaml": 2 * 6 + 6, "reptile": 6 + 6, "multitask": 6 + 6, "protonet": 6 + 6}
-    for name, rows in expected.items():
-        assert tokens_per_step(config_for(tmp_path, name), tasks) == 4 * rows * row
-    shown = 6 * (row + 2) + row  # two newlines behind each example that is shown
-    assert tokens_per_step(config_for(tmp_path, "metaicl"), tasks) == 4 * 6 * shown

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -114,8 +115,8 @@ def _answer(
     contender: Contender, episode: Episode, setting: Setting, most_steps: int
 ) -> tuple[list[float], list[dict[str, Any]]]:
     at = range(most_steps + 1)
-    points = list(contender.scorer.outputs([episode], contender.start, contender.scaled(setting.factor), at))
-    points = points if contender.takes_support else points[:1]
+    outputs = contender.scorer.outputs([episode], contender.start, contender.scaled(setting.factor), at)
+    points = list(islice(outputs, None if contender.takes_support else 1))
     curve = [score_all([episode], outputs)[0] for outputs in points]
     if episode.labels:
         (log_probs,) = points[setting.steps if contender.takes_steps else -1]

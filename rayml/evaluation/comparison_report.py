@@ -100,7 +100,7 @@ def score_columns(found: dict[str, Any], kind: str, baseline: str) -> list[list[
             bounds(row["over_baseline"], sign="+") if row["over_baseline"] else "",
         ]
         cells += [f"{row['worst']['score']:.2f}", *(f"{row['metrics'][key]:.2f}" for key in others)]
-        cells += [f"{row['calibration_error']:.2f}"] * (kind == "label")
+        cells += [f"{row['calibration_error']:.2f}"] if kind == "label" else []
         rows.append([*cells, " ".join(f"{score:.2f}" for score in row["seeds"])])
     return [heads, *rows]
 

@@ -1,0 +1,350 @@
+"""Comparing methods: intervals, metrics, budgets, and a real comparison whose tables are derived anew."""
+
+import json
+import math
+import re
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_config, tiny_lm, toy_tasks
+from rich.console import Console
+from test_train_algorithms import config_for
+
+from rayml.config import with_values
+from rayml.distributed.compare import METHODS, Request, TokenCounter, compare, plan
+from rayml.errors import ConfigError, DataError
+from rayml.evaluation.answers import Contender, Setting, choose_setting, label_answers, taken_in
+from rayml.evaluation.bootstrap import interval_over_tasks
+from rayml.evaluation.comparison import summarize
+from rayml.evaluation.metrics import BINS, calibration_error, label_scores, text_scores
+from rayml.evaluation.session import untrained_session
+from rayml.lm.objective import task_losses
+from rayml.meta.algorithms import ALGORITHMS
+from rayml.planning.batch import trained_tokens
+from rayml.runs.folder import RunFolder
+from rayml.tasks.prepare import prepare_splits
+from rayml.tasks.task import Example, Task
+
+QUIET = Console(quiet=True)
+REQUEST = Request(
+    methods=["lora", "multitask", "fomaml"],
+    variants={},
+    runs=[],
+    seeds=1,
+    episodes=3,
+    val_episodes=2,
+    factors=[0.3, 1.0],
+    steps=[1, 2],
+)
+
+
+def test_an_interval_over_equal_values_has_no_width():
+    assert interval_over_tasks(np.full((2, 3, 4), 0.5)) == {"mean": 0.5, "low": 0.5, "high": 0.5}
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 1), (1, 2, 1), (1, 1, 2)])
+def test_seeds_tasks_and_episodes_are_each_drawn_anew(shape):
+    """Of two values, both draws are the same one a quarter of the time each: the interval is from one to the other."""
+    assert interval_over_tasks(np.array([0.0, 1.0]).reshape(shape)) == {"mean": 0.5, "low": 0.0, "high": 1.0}
+
+
+def test_an_interval_over_many_tasks_is_that_of_the_normal_distribution():
+    values = np.random.default_rng(0).normal(size=(1, 400, 1))
+    found = interval_over_tasks(values)
+    assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.1)
+    # Tasks are what is drawn: a hundred copies of each episode tell nothing new.
+    assert interval_over_tasks(np.repeat(values, 100, axis=2)) == pytest.approx(found, abs=0.02)
+
+
+def test_label_scores_are_those_of_their_formulas():
+    targets, answers = list("aabbcc"), list("aabcba")
+    f1 = []
+    for label in "abc":
+        right = sum(t == a == label for t, a in zip(targets, answers, strict=True))
+        f1.append(2 * right / (targets.count(label) + answers.count(label)))
+    found = label_scores(targets, answers)
+    assert found == pytest.approx({"accuracy": 0.5, "macro_f1": sum(f1) / 3})
+
+
+def longest_common(first: list[str], second: list[str]) -> int:
+    lengths = np.zeros((len(first) + 1, len(second) + 1), dtype=int)
+    for i, x in enumerate(first):
+        for j, y in enumerate(second):
+            lengths[i + 1, j + 1] = lengths[i, j] + 1 if x == y else max(lengths[i, j + 1], lengths[i + 1, j])
+    return int(lengths[-1, -1])
+
+
+def chrf(target: str, answer: str, order: int = 6, beta: int = 2) -> float:
+    """chrF of one text by the formula of Popović (2015), over the orders that both texts are long enough for."""
+    target, answer = target.replace(" ", ""), answer.replace(" ", "")
+    found = []
+    for n in range(1, order + 1):
+        asked, said = (Counter(t[i : i + n] for i in range(len(t) - n + 1)) for t in (target, answer))
+        if not asked or not said:
+            continue
+        both = (asked & said).total()
+        precision, recall = both / said.total(), both / asked.total()
+        found.append((1 + beta**2) * precision * recall / (beta**2 * precision + recall) if both else 0.0)
+    return sum(found) / len(found)
+
+
+def test_text_scores_are_those_of_their_formulas():
+    targets = ["the cat sat on the mat", "yes", "red wine from france"]
+    answers = ["a cat sat on mat", "no", "red wine"]
+    found = text_scores(targets, answers)
+    # SQuAD leaves articles out: the first answer is the target's words.
+    assert found["exact_match"] == pytest.approx(1 / 3)
+    assert found["token_f1"] == pytest.approx((1 + 0 + 2 * 1 * 0.5 / 1.5) / 3)
+    f = []
+    for target, answer in zip(targets, answers, strict=True):
+        both = longest_common(target.split(), answer.split())
+        precision, recall = both / len(answer.split()), both / len(target.split())
+        f.append(2 * precision * recall / (precision + recall) if both else 0.0)
+    assert found["rouge_l"] == pytest.approx(sum(f) / 3)
+    assert text_scores(targets, targets) == pytest.approx(dict.fromkeys(found, 1.0))
+    assert found["chrf"] == pytest.approx(sum(map(chrf, targets, answers)) / 3, abs=1e-3)
+
+
+def test_the_calibration_error_is_the_gap_between_confidence_and_accuracy():
+    rng = np.random.default_rng(0)
+    queries = [{"confidence": float(c), "answer": "a", "target": "ab"[int(rng.random() > c)]} for c in rng.random(300)]
+    bins = [[q for q in queries if int(min(q["confidence"] * BINS, BINS - 1)) == b] for b in range(BINS)]
+    gaps = [abs(sum(q["confidence"] - (q["answer"] == q["target"]) for q in group)) for group in bins]
+    assert calibration_error(queries) == pytest.approx(sum(gaps) / 300, abs=1e-4)
+
+
+def result(name, seed, scores, **more):
+    """A result of given accuracies, `{task: [of each episode]}`, with four queries an episode."""
+    episodes = []
+    for task, values in scores.items():
+        for index, value in enumerate(values):
+            said = ["yes"] * round(4 * value) + ["no"] * (4 - round(4 * value))
+            queries = [{"target": "yes", "answer": answer, "confidence": 0.5} for answer in said]
+            episodes.append({"task": task, "index": index, "curve": [0.5, value], "seconds": 1.0, "queries": queries})
+    costs = {"outer_steps": 5, "tokens": 100, "seconds": 1.0}
+    setting = {"setting": {"factor": 1.0, "steps": 1}, "tried": [1], "labels": "words"}
+    return {"method": name, "seed": seed, "episodes": episodes, **costs, **setting, **more}
+
+
+def test_differences_are_paired_by_episode():
+    base = {"t1": [0.0, 0.25, 0.75], "t2": [0.5, 0.0, 0.75]}
+    better = {task: [value + 0.25 for value in values] for task, values in base.items()}
+    moved = result("fomaml", 0, better)
+    moved["episodes"] = moved["episodes"][::-1]  # as they come does not matter
+    summary = summarize([result("multitask", 0, base), moved])
+    rows = {row["method"]: row for row in summary["kinds"]["label"]["methods"]}
+    assert rows["fomaml"]["over_baseline"] == {"mean": 0.25, "low": 0.25, "high": 0.25}
+    assert rows["fomaml"]["main"]["high"] > rows["fomaml"]["main"]["low"]
+    assert rows["fomaml"]["worst"] == {"task": "t1", "score": pytest.approx(7 / 12)}
+    assert rows["multitask"]["over_baseline"] is None
+    assert rows["fomaml"]["curve"] == pytest.approx([0.5, np.mean([*better["t1"], *better["t2"]])])
+
+
+class Known:
+    """A scorer whose accuracy after k steps at a rate is known."""
+
+    takes_steps = True
+
+    def __init__(self, accuracy):
+        self.accuracy = accuracy
+
+    def outputs(self, episodes, start, rates, at):
+        for steps in sorted(at):
+            share = self.accuracy[round(float(rates["w"]), 1), steps]
+            yield [log_probs(episode, share) for episode in episodes]
+
+
+def log_probs(episode, share):
+    """The right option for this share of the queries; NaN where that is not finite."""
+    options = list(episode.labels)
+    found = torch.zeros(len(episode.query), len(options))
+    for place, query in enumerate(episode.query):
+        right = options.index(query.target)
+        found[place, right if place < share * len(episode.query) else (right + 1) % len(options)] = 5.0
+    return found.log_softmax(-1)
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "best"),
+    [
+        ({(0.1, 1): 0.25, (0.1, 3): 0.5, (1.0, 1): 0.75, (1.0, 3): 0.5}, Setting(1.0, 1)),
+        ({(0.1, 1): 0.5, (0.1, 3): 0.75, (1.0, 1): 0.75, (1.0, 3): 0.75}, Setting(1.0, 1)),  # the fewest steps
+        ({(0.1, 1): 0.5, (0.1, 3): 0.5, (1.0, 1): 0.5, (1.0, 3): 0.5}, Setting(0.1, 1)),  # then the least rate
+    ],
+)
+def test_the_best_setting_on_meta_val_is_taken(accuracy, best):
+    contender = Contender(Known(accuracy), {"w": torch.zeros(1)}, {"w": torch.tensor(1.0)})
+    sampler = make_sampler()
+    choice = choose_setting(contender, toy_tasks(2), sampler, 4, [1.0, 0.1], [3, 1])
+    assert choice.setting == best
+    assert {(s.factor, s.steps): score for s, score in choice.tried} == pytest.approx(accuracy)
+
+
+def make_sampler(labels="words"):
+    from rayml.tasks.episodes import Sampler
+
+    return Sampler(ways=2, shots=2, queries=4, labels=labels, seed=0)
+
+
+def test_answers_are_in_the_tasks_own_words():
+    episode = make_sampler("letters").episode(toy_tasks(1), 0)
+    found = label_answers(episode, log_probs(episode, 0.5))
+    words = set(episode.labels.values())
+    assert {answer["answer"] for answer in found} <= words
+    assert [answer["target"] for answer in found] == [episode.labels[query.target] for query in episode.query]
+    assert [answer["answer"] == answer["target"] for answer in found] == [True] * 4 + [False] * 4
+    assert found[0]["confidence"] == pytest.approx(math.exp(5) / (math.exp(5) + 1), abs=1e-4)
+
+
+def test_a_text_is_written_with_what_its_episode_taught(tmp_path):
+    """The weights are those of plain SGD on the support."""
+    tasks = [
+        Task("copy", tuple(Example(f"say {word}", f"{word} {word}") for word in ("ab", "cd", "ef", "gh", "ij", "kl")))
+    ]
+    config = make_config(tmp_path, data={"max_tokens": 24})
+    session = untrained_session(config, toy_tasks())
+    contender = Contender(session.scorer(), session.start, session.rates)
+    episode = replace(make_sampler().episode(tasks, 0), query=())
+    losses = contender.scorer.support_losses([episode])
+    fast = {name: weight[None].clone().requires_grad_() for name, weight in session.start.items()}
+    for _ in range(2):
+        gradients = torch.autograd.grad(losses(fast).sum(), list(fast.values()))
+        steps = zip(fast.items(), gradients, strict=True)
+        fast = {n: (w - 0.5 * session.rates[n] * g).detach().requires_grad_() for (n, w), g in steps}
+    found = taken_in(contender, episode, Setting(0.5, 2))
+    for name, weight in fast.items():
+        torch.testing.assert_close(found[name], weight[0].detach(), msg=name)
+
+
+def test_tokens_of_a_step_are_counted_from_the_rows(tmp_path):
+    """Toy rows: three classes, two shots, two queries: eight characters, the prompt's seven, and the letter."""
+    counter = TokenCounter(toy_tasks())
+    row = 8 + len("\nLabel:") + 1
+    expected = {"fomaml": 2 * 6 + 6, "reptile": 6 + 6, "multitask": 6 + 6, "protonet": 6 + 6}
+    for name, rows in expected.items():
+        assert counter.per_step(config_for(tmp_path, name)) == 4 * rows * row
+    shown = 6 * (row + 2) + row  # two newlines behind each example that is shown
+    assert counter.per_step(config_for(tmp_path, "metaicl")) == 4 * 6 * shown
+
+
+@pytest.mark.parametrize("name", ["fomaml", "reptile", "multitask", "metaicl", "protonet"])
+def test_the_budget_is_what_really_runs_forward_and_backward(tiny, tokenizer, tmp_path, name):
+    """Toy rows are equally long, so that there is no padding in what the model is given."""
+    config = config_for(tmp_path, name)
+    encoder, lm = config.encoder(tokenizer), tiny_lm(tiny)
+    sampler = config.data.sampler(0)
+    episodes = [encoder.episode(sampler.episode(toy_tasks(), index)) for index in range(4)]
+    ran = []
+
+    def count(_embedding, inputs):
+        if torch.is_grad_enabled():
+            ran.append(inputs[0].numel())
+
+    lm.module.get_input_embeddings().register_forward_pre_hook(count)
+    losses = task_losses(lm, episodes, tokenizer.eos_token_id, name == "protonet", 0.0)
+    start = lm.lora.untrained_start(0)
+    rates = {key: torch.tensor(0.1) for key in start}
+    ALGORITHMS[name](*losses, start, rates, config.inner.steps, torch.ones(4))
+    assert sum(ran) == trained_tokens(config, episodes)
+
+
+def values_of(tmp_path, **data):
+    base = config_for(tmp_path, "fomaml", outer={"steps": 4})
+    return with_values(base.model_dump(mode="json"), {f"data.{key}": value for key, value in data.items()})
+
+
+def test_methods_are_planned_with_equal_tokens(tmp_path):
+    values = values_of(tmp_path)
+    base = config_for(tmp_path, "fomaml", outer={"steps": 40})
+    values = with_values(values, {"outer.steps": 40})
+    request = replace(REQUEST, methods=list(METHODS), variants={"words": ("data.labels=words",)}, seeds=2)
+    entries = plan(values, "here", base, prepare_splits(base.data), request, tmp_path)
+    trained = [entry for entry in entries if entry.tokens_per_step]
+    budget = next(entry.tokens for entry in trained if entry.name == "fomaml")
+    assert {entry.name for entry in trained} == set(METHODS) - {"zero_shot", "in_context", "lora"} | {"words"}
+    for entry in trained:
+        assert abs(entry.tokens - budget) <= entry.tokens_per_step / 2, entry.name  # to the nearest step
+    assert [entry.seed for entry in entries if entry.name == "zero_shot"] == [0]
+    assert [entry.seed for entry in entries if entry.name == "lora"] == [0, 1]
+    assert next(entry for entry in entries if entry.name == "words").config.data.labels == "words"
+
+
+def test_what_cannot_be_compared_is_refused_before_the_start(tmp_path):
+    values = values_of(tmp_path)
+    with pytest.raises(ConfigError, match="nonsense unknown; there are zero_shot"):
+        compare(values, "here", replace(REQUEST, methods=["nonsense"]), tmp_path / "all", "", False, QUIET)
+    bad = replace(REQUEST, variants={"bad": ("inner.lr=-1",)})
+    with pytest.raises(ConfigError, match="for bad"):
+        compare(values, "here", bad, tmp_path / "all", "", False, QUIET)
+    without = with_values(values, {"data.splits.val_tasks": []})
+    with pytest.raises(DataError, match="meta-val"):
+        compare(without, "here", REQUEST, tmp_path / "all", "", False, QUIET)
+    assert not (tmp_path / "all").exists()
+
+
+@pytest.mark.ray
+def test_a_comparison_goes_on_where_it_stopped_and_its_tables_follow_from_its_answers(tmp_path, capsys):
+    rows = [
+        json.dumps({"task": name, "input": f"say {word}", "target": f"{word} {word}"})
+        for name, words in (("echo-1", "abcdefgh"), ("echo-2", "ijklmnop"))
+        for word in words
+    ]
+    (tmp_path / "text.jsonl").write_text("\n".join(rows) + "\n")
+    values = values_of(tmp_path)
+    values["data"]["path"] = [*values["data"]["path"], str(tmp_path / "text.jsonl")]
+    values["data"]["splits"]["test_tasks"] = ["toy-5", "toy-3", "echo-2"]
+    folder = tmp_path / "all"
+    request = replace(REQUEST, methods=["zero_shot", "lora", "multitask", "fomaml"])
+    out = Console(width=200)
+
+    compare(values, "here", request, folder, "rayml compare", True, out)
+    planned = capsys.readouterr().out
+    assert re.search(r"fomaml +1 +4 +\d+ +\d+", planned)
+    assert "4 settings tried on 2 meta-val episodes" in planned
+    assert not folder.exists()
+
+    summary = compare(values, "here", request, folder, "rayml compare CONFIG", False, out)
+    label, text = summary["kinds"]["label"], summary["kinds"]["text"]
+    assert set(label["tasks"]) == {"toy-5", "toy-3"}
+    assert text["tasks"] == ["echo-2"]
+    tokens = {row["method"]: row["tokens"] for row in label["methods"]}
+    assert tokens["lora"] == tokens["zero_shot"] == 0
+    assert tokens["multitask"] == pytest.approx(tokens["fomaml"], rel=0.15)
+    results = {path.stem: json.loads(path.read_text()) for path in (folder / "results").iterdir()}
+    assert set(results) == {"zero_shot-0", "lora-0", "multitask-0", "fomaml-0"}
+    report = (folder / "report.md").read_text()
+    assert "rayml compare CONFIG" in report
+    for name, found in results.items():
+        answers = [e for e in found["episodes"] if e["task"] != "echo-2"]
+        right = [np.mean([q["answer"] == q["target"] for q in e["queries"]]) for e in answers]
+        row = next(row for row in label["methods"] if row["method"] == found["method"])
+        assert row["main"]["mean"] == pytest.approx(np.mean(right)), name
+        assert f"| {found['method']} | {np.mean(right):.2f} [" in report
+        if found["tried"]:
+            steps = found["setting"]["steps"]
+            assert [e["curve"][steps] for e in answers] == pytest.approx(right)
+            assert len(found["tried"]) == 4
+    page = (folder / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 4
+    assert 'src="label-scores.png"' not in page
+
+    trained = RunFolder(folder / "fomaml-0").latest.stat().st_mtime_ns
+    (folder / "results" / "lora-0.json").unlink()
+    kept = (folder / "results" / "fomaml-0.json").stat().st_mtime_ns
+    again = compare(values, "here", replace(request, runs=[]), folder, "rayml compare CONFIG", False, out)
+    times = "seconds", "episode_seconds"
+    for kind in ("label", "text"):
+        for old, new in zip(summary["kinds"][kind]["methods"], again["kinds"][kind]["methods"], strict=True):
+            assert {k: v for k, v in old.items() if k not in times} == {k: v for k, v in new.items() if k not in times}
+    assert RunFolder(folder / "fomaml-0").latest.stat().st_mtime_ns == trained
+    assert (folder / "results" / "fomaml-0.json").stat().st_mtime_ns == kept
+
+    # A run folder takes part as it is; more episodes are asked anew.
+    request = replace(request, methods=["zero_shot"], runs=[folder / "multitask-0"], episodes=2)
+    other = compare(values, "here", request, tmp_path / "other", "", False, out)
+    names = [row["method"] for row in other["kinds"]["label"]["methods"]]
+    assert names == ["zero_shot", "multitask-0"]
+    assert other["baseline"] == "zero_shot"
