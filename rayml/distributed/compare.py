@@ -125,8 +125,9 @@ def compare(
     if dry_run:
         show_plan(entries, base, splits, request, out)
         return {}
+    own_ray = not ray.is_initialized()
     results = [one(entry, base, splits, request, folder, out) for entry in entries]
-    if ray.is_initialized():
+    if own_ray and ray.is_initialized():
         ray.shutdown()
     summary = summarize(results)
     write_report(summary, results, base, command, folder)

@@ -8,11 +8,13 @@ import logging
 import os
 import threading
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import optuna
 import ray
 import ray.tune
 import torch
@@ -139,11 +141,7 @@ def concurrency(config: Config, cpus: int, cpus_each: int, gpus: int) -> int:
 
 def run(config: Config, job: Sweeping, space: Sequence[Range]) -> ray.tune.ResultGrid:
     """Run Ray Tune to its end, or go on with it."""
-    # Ray Tune writes its state so often: what is lost with a killed driver is a second.
-    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # our own table tells it
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    settle_ray_tune()
     # A byte, since Ray Tune does not take nothing: a trial waits for its workers, and a share of a CPU would be one CPU
     # less for their streams of episodes.
     trainable = ray.tune.with_resources(ray.tune.with_parameters(TrialRun, job=job), {"memory": 1})
@@ -172,6 +170,17 @@ def run(config: Config, job: Sweeping, space: Sequence[Range]) -> ray.tune.Resul
     return tuner.fit()
 
 
+def settle_ray_tune() -> None:
+    """Have Ray Tune keep its state, and keep quiet: our own table tells what happens."""
+    # Ray Tune writes its state so often: what is lost with a killed driver is a second.
+    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    warnings.filterwarnings("ignore", "The reported value is ignored")  # a resumed trial tells its first steps again
+
+
 def param_space(config: Config, space: Sequence[Range]) -> dict[str, Any]:
     """Return what Ray Tune draws from: distributions, or for a grid the values of each key."""
     if config.sweep.searcher == "grid":
@@ -189,10 +198,8 @@ def search_algorithm(config: Config, at_once: int) -> Searcher | SearchAlgorithm
     """Return the searcher, seeded."""
     if config.sweep.searcher != "optuna":
         return BasicVariantGenerator(max_concurrent=at_once, random_state=config.seed)
-    import optuna
     from ray.tune.search.optuna import OptunaSearch
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     return ConcurrencyLimiter(OptunaSearch(metric=SCORE, mode="max", seed=config.seed), max_concurrent=at_once)
 
 

@@ -116,7 +116,7 @@ def cost_columns(found: dict[str, Any]) -> list[list[str]]:
         "training tokens",
         "training seconds",
         "seconds an episode",
-        "rate factor x steps",
+        "rate factor, steps",
     ]
     rows = []
     for row in found["methods"]:
