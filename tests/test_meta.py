@@ -37,6 +37,27 @@ def test_fomaml_gradient_of_a_quadratic_has_its_closed_form(steps):
     torch.testing.assert_close(found.query_losses, 0.5 * gradient.square().sum(1), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_the_loss_at_the_start_adds_its_own_gradient(steps):
+    tensors = {"w": START["w"], "head": START["w"].clone()}  # the inner loop leaves the head
+
+    def losses(centres):
+        return lambda fast: 0.5 * (fast["w"] + fast["head"] - centres).square().sum(1)
+
+    weights = torch.tensor([1.0, 0.5, 2.0])
+    alone, beside = (
+        fomaml(losses(CENTRES), losses(QUERY_CENTRES), tensors, rate(0.2), steps, weights, start_weight)
+        for start_weight in (0.0, 0.7)
+    )
+    at_start = tensors["w"] + tensors["head"] - CENTRES
+    expected = 0.7 * (weights.double()[:, None] * at_start).sum(0) * (steps > 0)
+    torch.testing.assert_close(beside.start["w"] - alone.start["w"], expected, rtol=1e-12, atol=1e-12)
+    assert torch.equal(beside.start["head"], alone.start["head"])
+    assert torch.equal(beside.rates["w"], alone.rates["w"])
+    if steps:
+        torch.testing.assert_close(beside.support_losses, 0.5 * at_start.square().sum(1))
+
+
 def test_the_rate_gradient_is_the_slope_of_the_query_loss_after_one_step():
     def query_loss(alpha):
         return float(

@@ -6,6 +6,7 @@ Every worker adapts its own tasks; their meta-gradients meet in one all-reduce a
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from rayml.lm.objective import task_losses
 from rayml.lm.start import untrained_start
 from rayml.meta.adapt import Params
 from rayml.meta.algorithms import ALGORITHMS
+from rayml.meta.fomaml import fomaml
 from rayml.meta.gradient import MetaGradient
 from rayml.meta.learner import Learner, initial_log_rates, outer_schedule
 from rayml.meta.weighting import RecentGains
@@ -85,7 +87,9 @@ class Replicated:
     def _gradient(self, episodes: list[dict[str, Any]], weights: torch.Tensor) -> MetaGradient:
         """Return the meta-gradient: of all tasks side by side, or, in mode full, of one after the other."""
         config, learner = self.config, self.learner
-        algorithm = ALGORITHMS[config.algorithm.name]
+        algorithm: Any = ALGORITHMS[config.algorithm.name]
+        if algorithm is fomaml:
+            algorithm = partial(fomaml, start_weight=config.outer.start_weight)
         pad, prototypes = self.encoder.tokenizer.eos_token_id, config.algorithm.name == "protonet"
         together = len(episodes) if self.lm.lora else 1
         parts = []

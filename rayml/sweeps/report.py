@@ -132,11 +132,12 @@ def two_keys(axis: Any, space: Sequence[Range], scored: Sequence[Trial], failed:
     for trial, x, y in zip(scored, xs, ys, strict=True):
         edge = "black" if trial.state == "finished" else "white"
         axis.scatter(x, y, c=[trial.score], s=90, cmap=COLOURS, vmin=low, vmax=high, edgecolors=edge, linewidths=1.5)
-        axis.annotate(f"{trial.score:.2f}", (x, y), xytext=(7, 5), textcoords="offset points", fontsize=8)
+        axis.annotate(f"{trial.score:.2f}", (x, y), xytext=(7, 6), textcoords="offset points", fontsize=8)
     for trial in failed:
         axis.plot(place(across, trial), place(up, trial), "x", color="#b0552f", markersize=9)
     ticks(axis.xaxis, across)
     ticks(axis.yaxis, up)
+    axis.set(xlim=edges(across), ylim=edges(up))
     axis.set(xlabel=across.key, ylabel=up.key, title=f"{label} (white rim: stopped early; cross: failed)")
 
 
@@ -174,6 +175,14 @@ def place(one: Range, trial: Trial) -> float:
     if one.kind == "choice":
         return float(one.values.index(value))
     return float(np.log10(value)) if one.kind == "loguniform" else float(value)
+
+
+def edges(one: Range) -> tuple[float, float]:
+    """Return the ends of the key's axis: all that was searched, and a little room."""
+    if one.kind == "choice":
+        return -0.5, len(one.values) - 0.5
+    low, high = (float(np.log10(v)) if one.kind == "loguniform" else float(v) for v in one.values)
+    return low - 0.07 * (high - low), high + 0.07 * (high - low)
 
 
 def tick(one: Range, value: float) -> str:
