@@ -7,7 +7,7 @@ import pytest
 from rayml.config import dump_config, keys, load_config, parse_config
 from rayml.errors import ConfigError
 
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
 
 
 @pytest.fixture

@@ -35,14 +35,14 @@ OTHER_LICENCE = (  # LICENSE.md names other licences for them, share-alike or no
     "theory_of_mind",
 )
 OUTSIDE_CORPUS = (  # LICENSE.md says nothing of the corpus they repeat, which is not permissive, or not known to be
-    "crepe",  # CREPE: no licence found
+    "crepe",  # CREPE, of a licence that was not established
     "french-part-of-speech",  # Wiktionary: CC BY-SA
     "german-part-of-speech",  # Wiktionary: CC BY-SA
     "guess_the_singer",  # song lyrics
-    "heart-disease",  # Kaggle's heart failure data: ODbL, which is share-alike
-    "moral_exceptQA",  # MoralExceptQA: no licence found
-    "ner_finance",  # SEC filings with annotations of no licence found
-    "product-matching",  # WDC Products, from web shops: no licence found
+    "heart-disease",  # Kaggle's heart failure data: ODbL, which is share-alike, as far as is known
+    "moral_exceptQA",  # MoralExceptQA, of a licence that was not established
+    "ner_finance",  # SEC filings, with annotations of unknown origin
+    "product-matching",  # offers of web shops, of unknown origin
     "russe",  # RUSSE: sentences of a national corpus and of Wiktionary
 )
 NOT_LEARNABLE = (
