@@ -76,21 +76,18 @@ def choose_setting(
     drawn = [sampler.episode(tasks, index) for index in range(episodes)]
     tried = []
     for factor in sorted(factors):
-        rates = contender.scaled(factor)
-        scores = np.array(
-            [
-                [
-                    score_all([episode], outputs)[0]
-                    for outputs in contender.scorer.outputs([episode], contender.start, rates, steps)
-                ]
-                for episode in drawn
-            ]
-        )
+        scores = np.array([scores_at(contender, episode, factor, steps) for episode in drawn])
         tried += [
             (Setting(factor, k), sign * float(mean)) for k, mean in zip(sorted(steps), scores.mean(0), strict=True)
         ]
     best, _ = max(tried, key=lambda one: (one[1] if np.isfinite(one[1]) else -np.inf, -one[0].steps, -one[0].factor))
     return Choice(best, tried)
+
+
+def scores_at(contender: Contender, episode: Episode, factor: float, steps: Sequence[int]) -> list[float]:
+    """Return an episode's accuracy, or, for free text, its loss, after each number of steps."""
+    points = contender.scorer.outputs([episode], contender.start, contender.scaled(factor), steps)
+    return [score for outputs in points for score in score_all([episode], outputs)]
 
 
 def answer(
