@@ -223,11 +223,11 @@ def compare(
     if data:
         values = with_values(values, {"data.path": data})
     err.print("[dim]loading libraries, data and model ...[/]")
-    from rayml.distributed.compare import USUAL, Request
+    from rayml.distributed.compare import Request
     from rayml.distributed.compare import compare as run_comparison
 
     request = Request(
-        methods=[name.strip() for name in methods.split(",")] if methods else USUAL,
+        methods=[name.strip() for name in methods.split(",")] if methods else [],
         variants={name: tuple(shlex.split(text)) for name, _, text in (one.partition("=") for one in variant or [])},
         runs=run or [],
         seeds=seeds,

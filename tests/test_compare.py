@@ -270,6 +270,17 @@ def test_methods_are_planned_with_equal_tokens(tmp_path):
     assert [entry.seed for entry in entries if entry.name == "zero_shot"] == [0]
     assert [entry.seed for entry in entries if entry.name == "lora"] == [0, 1]
     assert next(entry for entry in entries if entry.name == "words").config.data.labels == "words"
+    # The budget is FOMAML's, whatever algorithm the config names.
+    other = with_values(values, {"algorithm.name": "multitask"})
+    again = plan(other, "here", base, prepare_splits(base.data), replace(request, variants={}), tmp_path)
+    steps = {entry.name: entry.config.outer.steps for entry in entries}
+    assert {entry.name: entry.config.outer.steps for entry in again}.items() <= steps.items()
+
+
+def test_a_diverged_answer_has_no_confidence():
+    episode = make_sampler().episode(toy_tasks(1), 0)
+    found = label_answers(episode, torch.full((len(episode.query), 2), math.nan))
+    assert {answer["confidence"] for answer in found} == {0.0}
 
 
 def test_what_cannot_be_compared_is_refused_before_the_start(tmp_path):
@@ -279,6 +290,16 @@ def test_what_cannot_be_compared_is_refused_before_the_start(tmp_path):
     bad = replace(REQUEST, variants={"bad": ("inner.lr=-1",)})
     with pytest.raises(ConfigError, match="for bad"):
         compare(values, "here", bad, tmp_path / "all", "", False, QUIET)
+    for variants, message in (
+        ({"fomaml": ("inner.lr=1",)}, "named fomaml"),
+        ({"long": ("outer.steps=9",)}, "variant long: outer.steps=9"),
+        ({"far": ("data.max_tokens=100000",)}, "data.max_tokens"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            compare(values, "here", replace(REQUEST, variants=variants), tmp_path / "all", "", False, QUIET)
+    seen = replace(REQUEST, variants={"seen": ("data.splits.test_tasks=toy-3",)})
+    with pytest.raises(DataError, match="texts of meta-test"):
+        compare(values, "here", seen, tmp_path / "all", "", False, QUIET)
     without = with_values(values, {"data.splits.val_tasks": []})
     with pytest.raises(DataError, match="meta-val"):
         compare(without, "here", REQUEST, tmp_path / "all", "", False, QUIET)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import pickle
 import re
@@ -39,6 +40,7 @@ def test_ranges_are_read():
 def test_every_mistake_in_what_to_search_is_told_at_once():
     search = {"inner.rate": "uniform(0, 1)", "inner.lr": "loguniform(0, 1)", "outer.lr": "normal(0, 1)"}
     search |= {"lora.rank": "randint(1.5, 4)", "inner.steps": "choice(3)", "run.dir": "choice(a, b)"}
+    search |= {"lora.alpha": "uniform(.nan, 1)", "inner.modules": "choice(*.lora_B, x)"}
     with pytest.raises(ConfigError) as raised:
         parse_space(search)
     assert len(str(raised.value).splitlines()) == 1 + len(search)
@@ -51,15 +53,27 @@ def test_a_grid_has_equal_ratios_or_distances():
     assert Range("outer.lr", "uniform", (0.0, 1.0)).spaced(3) == [0.0, 0.5, 1.0]
     assert Range("inner.steps", "randint", (1, 3)).spaced(5) == [1, 2, 3]
     assert Range("lora.rank", "choice", (4, 8)).spaced(9) == [4, 8]
-    assert rounded(0.123456) == 0.123
-    assert rounded(7) == 7
+
+
+def test_what_is_drawn_is_rounded_and_what_is_chosen_is_not():
+    space = [Range("inner.lr", "loguniform", (0.01, 1.0)), Range("outer.lr", "choice", (0.03125, 0.5))]
+    point = {"inner.lr": 0.123456, "outer.lr": 0.03125}
+    assert rounded(point, space) == {"inner.lr": 0.123, "outer.lr": 0.03125}
 
 
 def test_an_end_that_the_config_refuses_is_refused_before_the_start(tmp_path):
     values = make_config(tmp_path).model_dump(mode="json")
     check_space(parse_space({"tasks_per_step": "choice(2, 4)"}), values, "x.yaml")
-    with pytest.raises(ConfigError, match=r"x.yaml with data.ways=1"):
-        check_space(parse_space({"data.ways": "randint(1, 4)"}), values, "x.yaml")
+    with pytest.raises(ConfigError, match=r"x.yaml with lora.rank=0"):
+        check_space(parse_space({"lora.rank": "randint(0, 4)"}), values, "x.yaml")
+
+
+@pytest.mark.parametrize(
+    "key", ["outer.steps", "workers", "run.dir", "validation.every", "data.ways", "data.splits.val"]
+)
+def test_what_would_make_trials_incomparable_is_not_searched(key):
+    with pytest.raises(ConfigError, match="could not be compared"):
+        parse_space({key: "choice(1, 2)"})
 
 
 @pytest.mark.parametrize(
@@ -87,6 +101,7 @@ def test_what_is_raised_is_a_score():
     assert scored(loss, "after")["score"] == -1.0
     assert scored(loss, "gain")["score"] == 2.0
     assert scored({"step": 5, "query_loss": 1.0}, "after") == {}
+    assert scored(loss | {"val_loss_after": math.nan}, "after")["score"] == -math.inf
 
 
 RATES = [Range("inner.lr", "loguniform", (0.01, 1.0)), Range("outer.lr", "loguniform", (1e-4, 1e-2))]

@@ -19,9 +19,9 @@ from rich.progress import Progress
 from rich.table import Table
 
 from rayml.config import Config, parse_config
-from rayml.distributed.train import start_ray, train
+from rayml.distributed.train import check_model, start_ray, train
 from rayml.distributed.worker import VALIDATION_SEED
-from rayml.errors import ConfigError, DataError
+from rayml.errors import ConfigError, DataError, RunError, TrainingError
 from rayml.evaluation.answers import Choice, Contender, answer, choose_setting
 from rayml.evaluation.command import EVALUATION_SEED, trained_on
 from rayml.evaluation.comparison import summarize
@@ -31,6 +31,7 @@ from rayml.evaluation.session import Session, open_session, untrained_session
 from rayml.lm.load import load_tokenizer, resolve_model
 from rayml.meta.adapt import expand, task_gradients
 from rayml.planning.batch import passes
+from rayml.runs.checkpoint import newest_checkpoint, verify
 from rayml.runs.folder import RunFolder, fingerprint, write_whole
 from rayml.tasks.prepare import prepare_splits
 from rayml.tasks.splits import Splits, leaks
@@ -61,7 +62,9 @@ METHODS = {
     "anil": Method(("algorithm.name=fomaml", "inner.modules=['*.lora_B']")),
     "maml": Method(("algorithm.name=maml", "model.attention=eager")),
 }
-USUAL = [name for name in METHODS if name not in ("anil", "maml")]
+USUAL = tuple(name for name in METHODS if name not in ("anil", "maml"))
+OURS = "outer.steps", "seed", "run.dir", "validation.every"
+"""Keys that the comparison sets itself."""
 COUNTED_EPISODES = 64
 START_SECONDS = 30
 """Of a training run's workers, about."""
@@ -72,6 +75,7 @@ class Request:
     """What is compared, and how carefully."""
 
     methods: Sequence[str]
+    """Of none, the usual ones, without protonet where there is free text."""
     variants: Mapping[str, tuple[str, ...]]
     """More methods by name, each by its overrides."""
     runs: Sequence[Path]
@@ -98,6 +102,7 @@ class Entry:
     tokens_per_step: int
     """Forward and backward, on average, without padding; 0 where nothing is trained."""
     run: RunFolder | None
+    trains: bool = False
 
     @property
     def tokens(self) -> int:
@@ -116,6 +121,7 @@ def compare(
 
     Raises:
         ConfigError, DataError, RunError: the input is bad; nothing was started.
+        TrainingError: not one method could be trained.
     """
     base, folder = parse_config(values, source), folder.absolute()
     splits = prepare_splits(base.data)
@@ -126,10 +132,21 @@ def compare(
         show_plan(entries, base, splits, request, out)
         return {}
     own_ray = not ray.is_initialized()
-    results = [one(entry, base, splits, request, folder, out) for entry in entries]
+    results, failed = [], {}
+    for entry in entries:
+        if entry.name in failed:
+            continue
+        try:
+            results.append(one(entry, base, splits, request, folder, out))
+        except TrainingError as error:  # the others go on; a method counts with all its seeds or not at all
+            failed[entry.name] = f"seed {entry.seed}: {error}"
+            out.print(f"{entry.name} is left out, {failed[entry.name]}", style="red", markup=False, soft_wrap=True)
     if own_ray and ray.is_initialized():
         ray.shutdown()
-    summary = summarize(results)
+    results = [result for result in results if result["method"] not in failed]
+    if not results:
+        raise TrainingError(f"{folder}: no method could be trained; {next(iter(failed.values()))}")
+    summary = summarize(results) | {"failed": failed}
     write_report(summary, results, base, command, folder)
     print_summary(summary, folder, out)
     return summary
@@ -140,27 +157,60 @@ def plan(
 ) -> list[Entry]:
     """Return every method and seed, each with as many outer steps as come to FOMAML's tokens."""
     known = METHODS | {name: Method(overrides) for name, overrides in request.variants.items()}
-    unknown = [name for name in request.methods if name not in known]
+    methods = request.methods or usual(splits)
+    unknown = [name for name in methods if name not in known]
     if unknown:
         raise ConfigError(f"--methods: {', '.join(unknown)} unknown; there are {', '.join(known)}")
-    names = list(dict.fromkeys([*request.methods, *request.variants]))
+    check_names(request)
+    names = list(dict.fromkeys([*methods, *request.variants]))
     counter = TokenCounter(splits.train)
-    budget = base.outer.steps * counter.per_step(base)
+    budget = base.outer.steps * counter.per_step(parse_config(values, source, ["algorithm.name=fomaml"]))
     entries = []
     for seed in range(request.seeds):
         for name in names:
             method, path = known[name], folder / f"{name}-{seed}"
             if method.start == "base" and seed:
                 continue  # nothing in it depends on the seed
-            overrides = [*method.overrides, f"seed={seed}", f"run.dir={path}", "validation.every=0"]
+            overrides = [*method.overrides, f"seed={seed}", f"run.dir={path}"]
+            overrides += ["validation.every=0", "validation.patience=0"]
             config = parse_config(values, f"{source} for {name}", overrides)
+            if not seed:
+                check_entry(config, base, splits)
             if method.start != "trained":
                 entries.append(Entry(name, seed, method, config, 0, None))
                 continue
             each = counter.per_step(config)
             config = parse_config(values, source, [*overrides, f"outer.steps={max(1, round(budget / each))}"])
-            entries.append(Entry(name, seed, method, config, each, RunFolder(path)))
+            entries.append(Entry(name, seed, method, config, each, RunFolder(path), trains=True))
     return entries + [of_run(RunFolder(path), splits) for path in request.runs]
+
+
+def usual(splits: Splits) -> list[str]:
+    is_label = all(task.options for tasks in splits for task in tasks)
+    return [name for name in USUAL if name != "protonet" or is_label]
+
+
+def check_names(request: Request) -> None:
+    """Raise ConfigError where two methods would have one name, or a variant sets what the comparison sets."""
+    for name, overrides in request.variants.items():
+        taken = [override for override in overrides if override.partition("=")[0] in OURS]
+        if taken:
+            raise ConfigError(f"--variant {name}: {', '.join(taken)}: the comparison sets it for every method")
+    names = [*METHODS, *request.variants, *(path.absolute().name for path in request.runs)]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(f"two methods, variants or run folders are named {', '.join(twice)}; rename one")
+
+
+def check_entry(config: Config, base: Config, splits: Splits) -> None:
+    """Raise what training would refuse, and DataError if it would see a text of meta-test."""
+    model, tasks = resolve_model(config.model.name), [task for part in splits for task in part]
+    check_model(config, model, tasks)
+    config.encoder(load_tokenizer(model)).check(tasks)
+    if config.data.model_copy(update={"labels": base.data.labels}) != base.data:
+        leaked = leaks(Splits(prepare_splits(config.data).train, (), splits.test))
+        if leaked:
+            raise DataError(f"{config.run.dir}: would train on texts of meta-test, such as {leaked[0][0][:60]!r}")
 
 
 def of_run(run: RunFolder, splits: Splits) -> Entry:
@@ -188,7 +238,8 @@ def one(entry: Entry, base: Config, splits: Splits, request: Request, folder: Pa
         found = json.loads(written.read_text(encoding="utf-8"))
         if found["asked"] == asked:
             return found
-    if entry.method.start == "trained" and entry.tokens_per_step and entry.run and entry.run.path.parent == folder:
+    if entry.trains and entry.run:
+        check_length(entry)
         if not ray.is_initialized():
             start_ray(entry.config)
         out.print(f"{entry.name}, seed {entry.seed}: {entry.config.outer.steps} outer steps", highlight=False)
@@ -226,6 +277,14 @@ def one(entry: Entry, base: Config, splits: Splits, request: Request, folder: Pa
     return result
 
 
+def check_length(entry: Entry) -> None:
+    """Raise RunError if the run there was trained for longer than it is to be."""
+    newest = newest_checkpoint(entry.run.checkpoints) if entry.run else None
+    if newest and verify(newest) > entry.config.outer.steps:
+        steps = entry.config.outer.steps
+        raise RunError(f"{newest.parent.parent}: was trained for more than {steps} outer steps; use another --out")
+
+
 def contender_of(entry: Entry, tasks: Sequence[Task]) -> Contender:
     """Load what takes part: a trained run, an untrained start, or the bare base."""
     is_trained = entry.method.start == "trained" and entry.run
@@ -254,9 +313,9 @@ def fingerprint_of(entry: Entry, base: Config, splits: Splits, request: Request)
     config["data"].pop("path")
     episodes = base.data.ways, base.data.shots, base.data.queries
     how = request.episodes, request.val_episodes, list(request.factors), list(request.steps), episodes
-    asked = repr(
-        (config, entry.method, how, fingerprint(splits.train), fingerprint(splits.val), fingerprint(splits.test))
-    )
+    checkpoint = str(entry.run.trained()[1]) if entry.run and not entry.trains else None
+    tasks = [fingerprint(part) for part in splits]
+    asked = repr((config, entry.method, how, tasks, checkpoint))
     return hashlib.sha256(asked.encode()).hexdigest()[:16]
 
 
@@ -276,7 +335,7 @@ class TokenCounter:
     def sides(self, config: Config) -> tuple[float, float]:
         """Return the mean number of tokens in an episode's support, and in its query."""
         encoder = config.encoder(load_tokenizer(resolve_model(config.model.name)))
-        key = repr((config.data, encoder.in_context, config.seed))
+        key = repr((config.model.name, config.data, encoder.in_context, encoder.token_dropout, config.seed))
         if key not in self.counted:
             sampler = config.data.sampler(config.seed)
             records = [encoder.episode(sampler.episode(self.tasks, index)) for index in range(COUNTED_EPISODES)]

@@ -5,6 +5,7 @@ sweep that was killed goes on: what ended is only read again, and what was cut o
 """
 
 import logging
+import math
 import os
 import threading
 import time
@@ -45,11 +46,14 @@ class Sweeping:
     every: int
     metric: str
     at_once: int
+    space: Sequence[Range]
 
     def config(self, trial: str, point: dict[str, Any]) -> Config:
         """Return the config of a trial; its run folder is named after it."""
-        point = {key: rounded(value) for key, value in point.items()}
-        return trial_config(self.values, self.source, point, f"{self.folder}/trials/{trial}", self.every)
+        return trial_config(self.values, self.source, rounded(point, self.space), self.run(trial), self.every)
+
+    def run(self, trial: str) -> str:
+        return f"{self.folder}/trials/{trial}"
 
 
 def sweep(values: dict[str, Any], source: str, resume: bool, out: Console) -> Path:
@@ -74,7 +78,7 @@ def sweep(values: dict[str, Any], source: str, resume: bool, out: Console) -> Pa
         if not at_once:
             there = ray.cluster_resources()
             at_once = concurrency(config, int(there.get("CPU", 0)), 2, int(there.get("GPU", 0)))
-        job = Sweeping(values, source, str(folder), config.validation.every, config.sweep.metric, at_once)
+        job = Sweeping(values, source, str(folder), config.validation.every, config.sweep.metric, at_once, space)
         results = run(config, job, space)
     finally:
         if not ray_was_there:
@@ -184,7 +188,9 @@ def settle_ray_tune() -> None:
 def param_space(config: Config, space: Sequence[Range]) -> dict[str, Any]:
     """Return what Ray Tune draws from: distributions, or for a grid the values of each key."""
     if config.sweep.searcher == "grid":
-        points = max(2, round(config.sweep.trials ** (1 / len(space))))
+        choices = math.prod(len(one.values) for one in space if one.kind == "choice")
+        ranges = sum(one.kind != "choice" for one in space)
+        points = max(2, round((config.sweep.trials / choices) ** (1 / max(1, ranges))))
         return {one.key: ray.tune.grid_search(one.spaced(points)) for one in space}
     found: dict[str, Any] = {}
     for one in space:
@@ -248,7 +254,8 @@ class TrialRun(ray.tune.Trainable):
             time.sleep(POLL_SECONDS)
 
     def cleanup(self) -> None:
-        self.run.tell_to_stop()
+        if self.run.path.is_dir():  # else it was refused before it began
+            self.run.tell_to_stop()
         self.thread.join()
 
 
@@ -258,6 +265,7 @@ def scored(record: dict[str, Any], metric: str) -> dict[str, Any]:
         if f"val_{name}_after" in record:
             before, after = (record[f"val_{name}_{when}"] for when in ("before", "after"))
             score = sign * (after - before if metric == "gain" else after)
+            score = score if math.isfinite(score) else -math.inf  # the scheduler compares it
             return {"step": record["step"], "before": before, "after": after, SCORE: score}
     return {}
 
@@ -265,14 +273,14 @@ def scored(record: dict[str, Any], metric: str) -> dict[str, Any]:
 def outcome(job: Sweeping, point: dict[str, Any], result: ray.tune.Result) -> Trial:
     """Return what came of a trial."""
     name, metrics = Path(result.path).name, result.metrics or {}
-    config = job.config(name, point)
-    run = RunFolder(config.run.dir)
-    state = "failed" if result.error else "finished" if run.is_over(config) else "stopped"
+    run = RunFolder(job.run(name))
+    state = "failed" if result.error else "finished" if run.is_over(job.config(name, point)) else "stopped"
+    score = metrics.get(SCORE)
     return Trial(
         name=name,
-        point={key: rounded(value) for key, value in point.items()},
+        point=rounded(point, job.space),
         state=state,
-        score=metrics.get(SCORE),
+        score=score if score is not None and math.isfinite(score) else None,
         before=metrics.get("before"),
         after=metrics.get("after"),
         step=metrics.get("step", 0),

@@ -1,5 +1,6 @@
 """What a method answers to episodes of held-out tasks: the raw material of a comparison."""
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -66,7 +67,8 @@ def choose_setting(
 ) -> Choice:
     """Try every factor with every number of steps on the same meta-val episodes.
 
-    Accuracy is raised, or, where all tasks are free text, the loss lowered. Of equals the fewest steps are taken, then
+    Accuracy is raised, or, where all tasks are free text, the loss lowered: where there are both, label tasks decide.
+    Of equals the fewest steps are taken, then
     the least rate.
     """
     if not contender.takes_steps:
@@ -126,6 +128,7 @@ def label_answers(episode: Episode, log_probs: torch.Tensor) -> list[dict[str, A
     options = list(episode.labels)
     found = []
     for example, row in zip(episode.query, log_probs.exp().tolist(), strict=True):
+        row = [probability if math.isfinite(probability) else 0.0 for probability in row]  # adapting diverged
         best = max(range(len(options)), key=row.__getitem__)
         words = {"target": episode.labels[example.target], "answer": episode.labels[options[best]]}
         found.append({**words, "confidence": round(row[best], 4)})

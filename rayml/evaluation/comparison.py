@@ -10,7 +10,7 @@ from rayml.evaluation.metrics import LABELS, TEXT, calibration_error, scores
 
 BASELINE = "multitask"
 KINDS = {"label": LABELS, "text": TEXT}
-MAIN = {"label": "accuracy", "text": "rouge_l"}
+MAIN = {"label": "accuracy", "text": "chrf"}
 Result = dict[str, Any]
 
 
@@ -29,9 +29,9 @@ def summarize(results: Sequence[Result]) -> dict[str, Any]:
 
 
 def only(result: Result, kind: str) -> Result:
-    """Return the result with its episodes of one kind."""
+    """Return the result with its episodes of one kind, and the scores of each."""
     kept = [e for e in result["episodes"] if ("confidence" in e["queries"][0]) == (kind == "label")]
-    return result | {"episodes": kept}
+    return result | {"episodes": [e | {"scores": scores(e["queries"])} for e in kept]}
 
 
 def summarize_kind(groups: dict[str, list[Result]], kind: str, baseline: str) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def summarize_kind(groups: dict[str, list[Result]], kind: str, baseline: str) ->
 
 def table(group: Sequence[Result], tasks: Sequence[str], key: str) -> np.ndarray:
     """Return one metric of every episode, `[seeds, tasks, episodes]`, in the order of the episodes' numbers."""
-    found = [[[scores(e["queries"])[key] for e in episodes_of(r, task)] for task in tasks] for r in group]
+    found = [[[e["scores"][key] for e in episodes_of(r, task)] for task in tasks] for r in group]
     return np.array(found, dtype=float)
 
 

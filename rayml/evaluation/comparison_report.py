@@ -28,7 +28,7 @@ def write_report(
 ) -> None:
     """Write `compare.json`, the plots, `report.md` and `report.html` into the folder."""
     write_whole(folder / "compare.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
-    parts = [header(config, results, command)]
+    parts = [header(config, results, command, summary["failed"])]
     for kind, found in summary["kinds"].items():
         plot_scores(found, summary["baseline"], folder / f"{kind}-scores.png")
         plot_curves(found, kind, folder / f"{kind}-curves.png")
@@ -38,7 +38,7 @@ def write_report(
     write_whole(folder / "report.html", as_html(text, folder))
 
 
-def header(config: Config, results: Sequence[dict[str, Any]], command: str) -> str:
+def header(config: Config, results: Sequence[dict[str, Any]], command: str, failed: dict[str, str]) -> str:
     data = config.data
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     seeds = len({result["seed"] for result in results})
@@ -51,11 +51,10 @@ def header(config: Config, results: Sequence[dict[str, Any]], command: str) -> s
 {date.today()}; {versions}; Python {platform.python_version()}.
 
 {config.model.name}, {data.ways}-way, {data.shots} shots, {data.queries} queries, labels shown as {data.labels};
-{seeds} training seed(s). All methods were trained with the same number of forward-backward tokens. What adapts by inner
-steps took the rate and the number of steps that were best for it on meta-val tasks, out of the same choices for all;
-then all were asked the same episodes of meta-test tasks. Every answer lies in `results/`; these tables are derived
-from it.
-"""
+{seeds} training seed(s). What is trained here took the same number of forward-backward tokens. What adapts by inner steps
+took the rate and the number of steps that were best for it on meta-val tasks, out of the same choices for all; then all
+were asked the same episodes of meta-test tasks. Every answer lies in `results/`; these tables are derived from it.
+""" + "".join(f"\n{name} is left out: {why}\n" for name, why in failed.items())
 
 
 def section(found: dict[str, Any], kind: str, baseline: str) -> str:
@@ -115,7 +114,7 @@ def cost_columns(found: dict[str, Any]) -> list[list[str]]:
         "outer steps",
         "training tokens",
         "training seconds",
-        "seconds an episode",
+        "seconds an episode (whole curve)",
         "rate factor, steps",
     ]
     rows = []

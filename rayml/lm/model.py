@@ -105,7 +105,7 @@ class TaskLM:
         assert self.lora is not None
         hooks = [linear.register_forward_pre_hook(keep(name)) for name, linear in self.lora.linears.items()]
         try:
-            self.target_logits(None, batch)
+            self.logits_at(positions, None, batch.tokens)
         finally:
             for hook in hooks:
                 hook.remove()

@@ -60,7 +60,7 @@ def conclude(config: Config, space: Sequence[Range], trials: Sequence[Trial], fo
 
 def rank(trial: Trial) -> tuple[bool, bool, float]:
     """Return what trials are ordered by, the best highest."""
-    return trial.state == "finished", trial.score is not None, -np.inf if trial.score is None else trial.score
+    return trial.score is not None, trial.state == "finished", -np.inf if trial.score is None else trial.score
 
 
 def write_best(config: Config, best: Trial, path: Path) -> None:

@@ -17,6 +17,9 @@ KINDS = {
     "randint": "randint(LOW, HIGH), both among them",
     "choice": "choice(ONE, ANOTHER, ...)",
 }
+NOT_SEARCHED = {"outer.steps", "workers", "engine", "device", "mode", "seed", "data.path", "data.columns", "data.ways"}
+NOT_SEARCHED |= {"data.shots", "data.queries", "data.drop_small_classes"}
+NOT_SEARCHED_SECTIONS = "run.", "sweep.", "validation.", "data.splits."
 DIGITS = 3
 """Significant digits of a number that is drawn: more mean nothing, and are hard to read."""
 
@@ -38,12 +41,17 @@ class Range:
         if self.kind == "randint":
             return sorted({round(value) for value in np.linspace(low, high, points)})
         between = np.geomspace if self.kind == "loguniform" else np.linspace
-        return [rounded(value) for value in between(low, high, points)]
+        return [significant(value) for value in between(low, high, points)]
 
 
-def rounded(value: Any) -> Any:
-    """Return a float with a few significant digits; anything else as it is."""
-    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
+def rounded(point: Mapping[str, Any], space: Iterable[Range]) -> dict[str, Any]:
+    """Return the point with a few significant digits in what was drawn; what was chosen stays what was given."""
+    drawn = {one.key for one in space if one.kind in ("uniform", "loguniform")}
+    return {key: significant(value) if key in drawn else value for key, value in point.items()}
+
+
+def significant(value: float) -> float:
+    return float(f"{value:.{DIGITS}g}")
 
 
 def parse_space(search: Mapping[str, str]) -> list[Range]:
@@ -66,13 +74,18 @@ def parse_space(search: Mapping[str, str]) -> list[Range]:
 
 
 def _parse_range(key: str, text: str) -> Range:
-    if key not in keys() or key.startswith(("sweep.", "run.")):
-        raise ConfigError(f"{key}: no key that a sweep can set; `rayml config --keys` lists them")
+    if key not in keys():
+        raise ConfigError(f"{key}: no such key; `rayml config --keys` lists them")
+    if key in NOT_SEARCHED or key.startswith(NOT_SEARCHED_SECTIONS):
+        raise ConfigError(f"{key}: trials that differ in it could not be compared, or not run side by side")
     match = re.fullmatch(r"\s*(\w+)\((.*)\)\s*", text)
     if not match or match[1] not in KINDS:
         raise ConfigError(f"{key}: expected one of {'; '.join(KINDS.values())}; got {text!r}")
     kind = match[1]
-    values = [_number(value) for value in yaml.safe_load(f"[{match[2]}]")]
+    try:
+        values = [_number(value) for value in yaml.safe_load(f"[{match[2]}]")]
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{key}: {text!r}: expected values with commas between, quoted where YAML asks it") from error
     if kind == "choice":
         if len(values) < 2:
             raise ConfigError(f"{key}: choice needs two values or more, got {text!r}")
@@ -81,7 +94,7 @@ def _parse_range(key: str, text: str) -> Range:
     if len(values) != 2 or not all(isinstance(v, int if whole else (int, float)) for v in values):
         raise ConfigError(f"{key}: expected {KINDS[kind]}, {'whole ' * whole}numbers; got {text!r}")
     low, high = values if whole else map(float, values)
-    if low >= high or (kind == "loguniform" and low <= 0):
+    if not low < high or (kind == "loguniform" and low <= 0):
         raise ConfigError(f"{key}: expected {'0 < ' * (kind == 'loguniform')}LOW < HIGH, got {text!r}")
     return Range(key, kind, (low, high))
 
