@@ -52,8 +52,9 @@ def header(config: Config, results: Sequence[dict[str, Any]], command: str, fail
 
 {config.model.name}, {data.ways}-way, {data.shots} shots, {data.queries} queries, labels shown as {data.labels};
 {seeds} training seed(s). What is trained here took the same number of forward-backward tokens. What adapts by inner
-steps took the rate and the number of steps that were best for it on meta-val tasks, out of the same choices for all; then all
-were asked the same episodes of meta-test tasks. Every answer lies in `results/`; these tables are derived from it.
+steps took the rate and the number of steps that were best for it on meta-val tasks, out of the same choices for all;
+then all were asked the same episodes of meta-test tasks. Every answer lies in `results/`; these tables are derived
+from it.
 """ + "".join(f"\n{name} is left out: {why}\n" for name, why in failed.items())
 
 
