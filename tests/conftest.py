@@ -53,9 +53,9 @@ def tokenizer(tiny):
     return load_tokenizer(tiny)
 
 
-def tiny_lm(path: str, rank: int = 4) -> TaskLM:
+def tiny_lm(path: str, rank: int = 4, attention: str = "sdpa") -> TaskLM:
     """A fresh tiny model, in fp32, with hooks."""
-    module = load_base(path, "float32")
+    module = load_base(path, "float32", attention)
     return TaskLM(module, TaskLoRA(module, TARGETS, rank, alpha=8.0))
 
 

@@ -96,19 +96,23 @@ class OneTokenLabels(Encoder):
         return encode(self.tokenizer, self.prompt.replace("{input}", example.input), example.target, False, 40)
 
 
+@pytest.mark.parametrize(("attention", "window"), [("eager", None), ("sdpa", None), ("sdpa", 4096)])
 @pytest.mark.parametrize("one_token", [True, False])
-def test_options_score_as_one_sequence_at_a_time(tiny, tokenizer, one_token):
-    lm = tiny_lm(tiny)
+def test_options_score_as_one_sequence_at_a_time(tiny, tokenizer, one_token, attention, window):
+    lm = tiny_lm(tiny, attention=attention)
+    lm.module.config.sliding_window = window  # a mask of our own would switch it off
+    one_row = one_token or not window  # else an option a row
     start = perturbed_start(lm)
     fast = {name: torch.stack([weight, weight * 0.5]) for name, weight in start.items()}
     encoder = (OneTokenLabels if one_token else Encoder)(tokenizer, "{input}:", 40)
     options = [["A", "B", "C"], ["A", "B"]] if one_token else [["A", "spam", "ham ham"], ["long label", "B"]]
     texts = [["hello", "a longer one"], ["x", "yy", "zzz"]]
     rows = [encoder.option_rows(some, among) for some, among in zip(texts, options, strict=True)]
-    batch = OptionBatch(rows, tokenizer.eos_token_id)
-    assert batch.shared == one_token
+    batch = OptionBatch(lm, rows, tokenizer.eos_token_id)
+    most = max(len(some) * (1 if one_row else len(among)) for some, among in zip(texts, options, strict=True))
+    assert len(batch.batch.tokens) == 2 * most
     with torch.no_grad():
-        found = batch.log_probs(lm, fast)
+        found = batch.log_probs(fast)
         for t in range(2):
             alone = {name: weight[t : t + 1] for name, weight in fast.items()}
             for q, question in enumerate(texts[t]):

@@ -82,10 +82,10 @@ class Sharded:
         """
         curves = []
         for episode in episodes:
-            queries = Queries(self.encoder, [episode], self.device)
+            queries = Queries(self.learner.lm, self.encoder, [episode])
             support = side_of(self.encoder, [episode], "support", self.device)
             try:
-                before, after = self.learner.adapt_and_score(support, partial(queries.scores, weights=None))
+                before, after = self.learner.adapt_and_score(support, partial(queries.scores, None))
             except NotFinite as error:
                 raise DivergedError([episode.task]) from error
             curves.append(Curve(episode.task, episode.index, bool(episode.labels), [*before, *after]))

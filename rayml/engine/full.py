@@ -141,18 +141,18 @@ class FullLearner:
         if zero.overflow:  # the engine left the step out
             raise NotFinite(self.outer_step + 1, self._task, "gradient")
 
-    def adapt_and_score(self, support: TaskBatch, score: Callable[[TaskLM], Result]) -> tuple[Result, Result]:
+    def adapt_and_score(self, support: TaskBatch, score: Callable[[], Result]) -> tuple[Result, Result]:
         """Return the scores before and after adapting to one task; the weights are then as they were, bit for bit.
 
         Raises:
             NotFinite: a support loss, or a gradient; the weights are then not restored.
         """
         with torch.no_grad():
-            before = score(self.lm)
+            before = score()
         for _ in range(self.config.inner.steps):
             self._descend(support, "adapt")
         with torch.no_grad():
-            after = score(self.lm)
+            after = score()
         # Only an engine's step refreshes what the forward reads, and it needs a backward: one token is the cheapest.
         logits = self.engine(input_ids=support.tokens[:1, :1], use_cache=False).logits
         self._step(0.0 * logits.float().sum(), "restore", 1.0, 0, 0.0)

@@ -75,19 +75,19 @@ class Scorer:
     def _step_by_step(
         self, episodes: Sequence[Episode], start: Params, rates: Params, at: Collection[int]
     ) -> Iterator[Outputs]:
-        queries = Queries(self.encoder, episodes, self.lm.device)
+        queries = Queries(self.lm, self.encoder, episodes)
         losses = self.support_losses(episodes)
         for step, adapted in enumerate(adapt(losses, start, rates, max(at), len(episodes))):
             if step in at:
-                yield queries.outputs(self.lm, adapted.fast)
+                yield queries.outputs(adapted.fast)
 
     def support_losses(self, episodes: Sequence[Episode]) -> TaskLosses:
         return partial(self.lm.losses, batch=side_of(self.encoder, episodes, "support", self.lm.device))
 
     def _at_once(self, episodes: Sequence[Episode], weights: Params | None) -> Iterator[Outputs]:
-        yield Queries(self.encoder, episodes, self.lm.device).outputs(self.lm, weights)
+        yield Queries(self.lm, self.encoder, episodes).outputs(weights)
         if self.algorithm == "metaicl":
-            yield Queries(self.encoder, episodes, self.lm.device, in_context=True).outputs(self.lm, weights)
+            yield Queries(self.lm, self.encoder, episodes, in_context=True).outputs(weights)
         else:
             yield self._by_prototypes(episodes, weights)
 
@@ -110,8 +110,8 @@ class Queries:
         in_context: show each query the episode's support in its prompt.
     """
 
-    def __init__(self, encoder: Encoder, episodes: Sequence[Episode], device: torch.device, in_context: bool = False):
-        self.episodes = episodes
+    def __init__(self, lm: TaskLM, encoder: Encoder, episodes: Sequence[Episode], in_context: bool = False):
+        self.lm, self.episodes = lm, episodes
         self.batch: TaskBatch | OptionBatch
         if any(bool(episode.labels) != bool(episodes[0].labels) for episode in episodes):
             raise ValueError("label tasks and free text are not scored together")
@@ -120,19 +120,19 @@ class Queries:
                 encoder.option_rows([q.input for q in e.query], list(e.labels), e.support if in_context else ())
                 for e in episodes
             ]
-            self.batch = OptionBatch(questions, encoder.tokenizer.eos_token_id).to(device)
+            self.batch = OptionBatch(lm, questions, encoder.tokenizer.eos_token_id)
         else:
-            self.batch = side_of(encoder, episodes, "query", device, in_context)
+            self.batch = side_of(encoder, episodes, "query", lm.device, in_context)
 
     @torch.no_grad()
-    def outputs(self, lm: TaskLM, weights: Params | None) -> Outputs:
+    def outputs(self, weights: Params | None) -> Outputs:
         if isinstance(self.batch, TaskBatch):
-            return list(lm.losses(weights, self.batch))
-        return self.batch.log_probs(lm, weights)
+            return list(self.lm.losses(weights, self.batch))
+        return self.batch.log_probs(weights)
 
-    def scores(self, lm: TaskLM, weights: Params | None) -> list[float]:
+    def scores(self, weights: Params | None) -> list[float]:
         """Return each episode's accuracy, or, for free text, its mean loss per target token."""
-        return score_all(self.episodes, self.outputs(lm, weights))
+        return score_all(self.episodes, self.outputs(weights))
 
 
 def score_all(episodes: Sequence[Episode], outputs: Outputs) -> list[float]:

@@ -68,8 +68,8 @@ class Predictor:
             return self._by_prototypes(text, labels)
         shown = self.shown if self.card.algorithm == "metaicl" else ()
         rows = self.encoder.option_rows([text], labels, shown)
-        batch = OptionBatch([rows], self.encoder.tokenizer.eos_token_id).to(self.device)
-        return batch.log_probs(self.lm, self.adapters)[0][0]
+        batch = OptionBatch(self.lm, [rows], self.encoder.tokenizer.eos_token_id)
+        return batch.log_probs(self.adapters)[0][0]
 
     def _by_prototypes(self, text: str, labels: list[str]) -> torch.Tensor:
         support = [example for example in self.shown if example.target in labels]

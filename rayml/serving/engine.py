@@ -22,7 +22,7 @@ from rayml.evaluation.session import Session
 from rayml.lm.batch import Row, collate
 from rayml.lm.decode import Decoder
 from rayml.lm.lora import side_by_side
-from rayml.lm.score import OptionBatch
+from rayml.lm.score import OptionBatch, takes_trees, trees_of
 from rayml.meta.adapt import Params
 from rayml.serving.errors import ApiError, busy
 from rayml.serving.settings import Batching, Limits
@@ -196,15 +196,17 @@ class Engine:
             settle(query.answer, scores)
 
     def _next_queries(self) -> list[Query]:
-        """Take queries of one kind from the front, as many as one forward bears."""
+        """Take queries that are answered in one way from the front, as many as one forward bears."""
         chosen: list[Query] = []
         rows = longest = 0
+        may_fork = takes_trees(self.session.lm.module)
         while self._queries and len(chosen) < self.batching.queries:
             query = self._queries[0]
-            rows += query.forward_rows
-            longest = max(longest, *(len(row.tokens) for row in query.rows))
+            trees = trees_of(query.rows, may_fork)
+            rows += len(trees)
+            longest = max(longest, *(len(tree.tokens) for tree in trees))
             too_many = rows * longest > self.batching.prompt_tokens
-            if chosen and (too_many or query.kind != chosen[0].kind):
+            if chosen and (too_many or bool(query.support) != bool(chosen[0].support)):
                 break
             self._queries.popleft()
             if not query.answer.cancelled():  # whoever left needs no answer
@@ -213,7 +215,7 @@ class Engine:
 
     def _scores(self, batch: list[Query]) -> list[Tensor]:
         """Return each query's log-probabilities of its options, `[options]`."""
-        if batch[0].kind == "prototypes":
+        if batch[0].support:
             return self._nearness(batch)
         pad = self.session.encoder.tokenizer.eos_token_id
         adapters = [query.adapter for query in batch]
@@ -221,7 +223,7 @@ class Engine:
         alike = alike and len({len(query.rows) for query in batch}) == 1
         tasks = [[query.rows for query in batch]] if alike else [[query.rows] for query in batch]
         stacked = side_by_side(adapters[:1] if alike else adapters)
-        found = OptionBatch(tasks, pad).to(self.session.lm.device).log_probs(self.session.lm, stacked)
+        found = OptionBatch(self.session.lm, tasks, pad).log_probs(stacked)
         return [scores.cpu() for task in found for scores in task]
 
     def _nearness(self, batch: list[Query]) -> list[Tensor]:

@@ -10,7 +10,6 @@ from rayml.evaluation.learn import Lesson, Losses
 from rayml.lm.batch import Row
 from rayml.lm.generate import Generation
 from rayml.lm.sampling import Piece
-from rayml.lm.score import share_a_row
 from rayml.meta.adapt import Params
 from rayml.meta.protonet import prototype_logits
 
@@ -44,12 +43,6 @@ class Query:
     ):
         self.rows, self.adapter, self.support, self.places = rows, adapter, support, places
         self.answer: Future[Tensor] = Future()
-        # What one forward can score together.
-        self.kind = "prototypes" if support else "last token" if share_a_row(rows) else "rows"
-
-    @property
-    def forward_rows(self) -> int:
-        return len(self.rows) if self.kind == "rows" else 1
 
 
 class Writing(Generation):
