@@ -34,11 +34,11 @@ def side(seed: int, rows: int) -> TaskBatch:
     """Rows of one task, of several lengths; every second task's loss is over some choices alone."""
     from test_lora import random_rows
 
-    choices = CHOICES if seed % 2 else ()
+    labels = [[choice] for choice in CHOICES] if seed % 2 else []
     made = random_rows(rows, seed)
     for row in made:
         row.tokens[-1] = CHOICES[row.tokens[-1] % len(CHOICES)]
-    return collate([made], pad=1, choices=[choices])
+    return collate([made], pad=1, labels=[labels])
 
 
 def meta_batch(step: int, rows: int = 4) -> list[tuple[TaskBatch, TaskBatch]]:

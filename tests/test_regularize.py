@@ -9,9 +9,10 @@ from test_lora import one, random_batch, random_rows
 from torch import nn
 
 from rayml.lm.batch import collate
+from rayml.lm.choices import IGNORE, token_losses
 from rayml.lm.encode import Encoder
 from rayml.lm.load import load_base
-from rayml.lm.model import TaskLM, smoothed_cross_entropy
+from rayml.lm.model import TaskLM
 from rayml.lm.objective import task_losses
 from rayml.lm.parameters import trained_parameters
 from rayml.meta.adapt import expand
@@ -45,16 +46,15 @@ def test_adapter_inputs_are_dropped_with_a_fresh_mask_in_every_forward_inside_th
 def test_label_smoothing_is_torchs_own_where_all_tokens_are_choices():
     logits, targets = torch.randn(6, 9), torch.randint(0, 9, (6,))
     expected = nn.functional.cross_entropy(logits, targets, reduction="none", label_smoothing=0.2)
-    torch.testing.assert_close(smoothed_cross_entropy(logits, targets, 0.2), expected)
-    only = logits.index_fill(1, torch.tensor([3, 8]), -torch.inf)
-    targets = torch.tensor([0, 1, 2, 4, 5, 6])
+    torch.testing.assert_close(token_losses(logits, targets, None, 0.2), expected)
+    targets, among = torch.tensor([0, 1, 2, 4, 5, 6]), torch.tensor([0, 1, 2, 4, 5, 6, 7, IGNORE])
     few = logits[:, [0, 1, 2, 4, 5, 6, 7]]
     expected = nn.functional.cross_entropy(few, torch.arange(6), reduction="none", label_smoothing=0.2)
-    torch.testing.assert_close(smoothed_cross_entropy(only, targets, 0.2), expected)
+    torch.testing.assert_close(token_losses(logits, targets, among.expand(6, -1), 0.2), expected)
 
 
 def test_label_smoothing_has_a_finite_gradient_where_choices_are_few(lm):
-    batch = collate([random_rows(3, seed=2)], pad=1, choices=[list(range(2, 90, 3))])
+    batch = collate([random_rows(3, seed=2)], pad=1, labels=[[[token] for token in range(2, 90, 3)]])
     targets = batch.targets.clone()
     targets[targets >= 0] = 5
     start = {name: weight.clone().requires_grad_() for name, weight in expand(perturbed_start(lm), 1).items()}

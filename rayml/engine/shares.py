@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from rayml.engine import collective
-from rayml.lm.batch import IGNORE, TaskBatch
-from rayml.lm.model import TaskLM, only_choices, smoothed_cross_entropy
+from rayml.lm.batch import TaskBatch
+from rayml.lm.choices import IGNORE, token_losses
+from rayml.lm.model import TaskLM
 
 
 class Share(NamedTuple):
@@ -16,31 +17,29 @@ class Share(NamedTuple):
 
     batch: TaskBatch
     scale: float
-    """On the sum of the rows' token losses: workers / the task's target tokens; 0 for a row that stands in."""
+    """On the sum of the rows' token losses: workers / the number that the task's loss is a mean over; 0 for a
+    row that stands in."""
 
 
 def share_of(batch: TaskBatch) -> Share:
     """Return this worker's rows: i, i + W, ... of W workers.
 
-    Sharded engines average gradients over the workers, whatever number of target tokens each of them has. So every
-    worker's sum is scaled by W / the task's tokens. A worker without a row takes the first with a scale of 0: all
+    Sharded engines average gradients over the workers, whatever number of targets each of them has. So every worker's
+    sum is scaled by W / the task's number of them. A worker without a row takes the first with a scale of 0: all
     must make the same calls.
     """
     if batch.tasks != 1:
         raise ValueError(f"mode full adapts to one task at a time, got {batch.tasks}: workers' gradients are averaged")
     workers, rank = collective.world_size(), collective.rank()
     own = slice(rank, None, workers) if rank < len(batch.tokens) else slice(0, 1)
-    tokens = int((batch.targets != IGNORE).sum())
-    scale = workers / tokens if rank < len(batch.tokens) else 0.0
-    return Share(TaskBatch(batch.tokens[own], batch.targets[own], 1, batch.choices), scale)
+    scale = workers / int(batch.counted().sum()) if rank < len(batch.tokens) else 0.0
+    return Share(batch.take(own), scale)
 
 
 def share_loss(lm: TaskLM, share: Share, smoothing: float = 0.0) -> Tensor:
-    """Return this worker's part of the loss; the mean over the workers is the task's mean over its target tokens."""
+    """Return this worker's part of the loss; the mean over the workers is the task's own (`TaskLM.losses`)."""
     logits, positions = lm.target_logits(None, share.batch)
-    task = torch.zeros_like(positions)
-    logits = only_choices(logits.float(), task, share.batch.choices)
-    return share.scale * smoothed_cross_entropy(logits, share.batch.targets.flatten()[positions], smoothing).sum()
+    return share.scale * token_losses(logits, *share.batch.targets_at(positions), smoothing).sum()
 
 
 def join(support: TaskBatch, query: TaskBatch) -> TaskBatch:
@@ -50,4 +49,11 @@ def join(support: TaskBatch, query: TaskBatch) -> TaskBatch:
         torch.cat([pad(part, (0, length - part.shape[1]), value=fill) for part in parts])
         for parts, fill in (((support.tokens, query.tokens), 0), ((support.targets, query.targets), IGNORE))
     )
-    return TaskBatch(tokens, targets, 1, support.choices)
+    return TaskBatch(tokens, targets, 1, joined_choices(support, query, length))
+
+
+def joined_choices(support: TaskBatch, query: TaskBatch, length: int) -> Tensor | None:
+    sides = [side.choices for side in (support, query) if side.choices is not None]
+    most = max((side.shape[2] for side in sides), default=0)
+    filled = [pad(side, (0, most - side.shape[2], 0, length - side.shape[1]), value=IGNORE) for side in sides]
+    return torch.cat(filled) if filled else None

@@ -120,7 +120,7 @@ class Queries:
                 encoder.option_rows([q.input for q in e.query], list(e.labels), e.support if in_context else ())
                 for e in episodes
             ]
-            self.batch = OptionBatch(lm, questions, encoder.tokenizer.eos_token_id)
+            self.batch = OptionBatch(lm, encoder, questions)
         else:
             self.batch = side_of(encoder, episodes, "query", lm.device, in_context)
 
@@ -145,8 +145,8 @@ def side_of(
 ) -> TaskBatch:
     """Return one side of T episodes with nothing left out, as evaluation sees it."""
     rows = [encoder.rows(getattr(e, side), bool(e.labels), e.support if in_context else ()) for e in episodes]
-    choices = [encoder.choices(episode.labels) for episode in episodes]
-    return collate(rows, encoder.tokenizer.eos_token_id, choices).to(device)
+    labels = [encoder.competing(episode.labels) for episode in episodes]
+    return collate(rows, encoder.tokenizer.eos_token_id, labels).to(device)
 
 
 def accuracy(episode: Episode, scores: torch.Tensor) -> float:

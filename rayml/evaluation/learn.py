@@ -23,8 +23,8 @@ class Lesson:
     """A new task as the model is to see it."""
 
     rows: list[Row]
-    choices: list[int]
-    """Tokens that its loss is normalized over; none for the whole vocabulary."""
+    labels: list[list[int]]
+    """The tokens of those that it chooses among; none for the whole vocabulary."""
     card: AdapterCard
 
 
@@ -83,7 +83,7 @@ def lesson(session: Session, task: Task) -> Lesson:
         algorithm=algorithm,
         shown=[(example.input, example.target) for example in examples] if takes_in_at_once(algorithm) else [],
     )
-    return Lesson(session.encoder.rows(examples, bool(task.options)), session.encoder.choices(shown.values()), card)
+    return Lesson(session.encoder.rows(examples, bool(task.options)), session.encoder.competing(shown.values()), card)
 
 
 def takes_in_at_once(algorithm: str) -> bool:
@@ -103,7 +103,7 @@ def take_in(
         each task's weights, `[...]`, and its support losses before every step and after the last.
     """
     pad = session.encoder.tokenizer.eos_token_id
-    support = collate([one.rows for one in lessons], pad, [one.choices for one in lessons]).to(session.device)
+    support = collate([one.rows for one in lessons], pad, [one.labels for one in lessons]).to(session.device)
     losses = partial(session.lm.losses, batch=support)
     descended: list[torch.Tensor] = []
     found: dict[int, Params] = {}

@@ -68,7 +68,7 @@ class Predictor:
             return self._by_prototypes(text, labels)
         shown = self.shown if self.card.algorithm == "metaicl" else ()
         rows = self.encoder.option_rows([text], labels, shown)
-        batch = OptionBatch(self.lm, [rows], self.encoder.tokenizer.eos_token_id)
+        batch = OptionBatch(self.lm, self.encoder, [rows])
         return batch.log_probs(self.adapters)[0][0]
 
     def _by_prototypes(self, text: str, labels: list[str]) -> torch.Tensor:

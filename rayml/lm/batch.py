@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from rayml.errors import DataError
-
-IGNORE = -100
+from rayml.lm.choices import IGNORE, Label, rivals
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,18 +28,37 @@ class TaskBatch:
 
     `tokens` `[T * K, L]` int64, rows grouped by task. `targets` `[T * K, L]` int64: the token that each position
     predicts (already shifted), IGNORE where there is none. Tasks with fewer rows are filled up with rows of padding.
-    `choices`: for each task the tokens that its loss is normalized over, () for the whole vocabulary. `frozen`: what
-    the layers below the adapted ones make of the tokens, `[T * K, L, D]`, once a forward has put it there.
+    `choices` `[T * K, L, S]` int64: the tokens that each target is chosen among, filled up with IGNORE; None, or all
+    IGNORE: the whole vocabulary. `frozen`: what the layers below the adapted ones make of the tokens, `[T * K, L, D]`,
+    once a forward has put it there.
     """
 
     tokens: Tensor
     targets: Tensor
     tasks: int
-    choices: Sequence[Sequence[int]] = ()
+    choices: Tensor | None = None
     frozen: list[Tensor] = field(default_factory=list, compare=False)
 
     def to(self, device: torch.device) -> "TaskBatch":
-        return TaskBatch(self.tokens.to(device), self.targets.to(device), self.tasks, self.choices)
+        choices = None if self.choices is None else self.choices.to(device)
+        return TaskBatch(self.tokens.to(device), self.targets.to(device), self.tasks, choices)
+
+    def take(self, rows: slice) -> "TaskBatch":
+        """Return some rows of a batch of one task."""
+        return TaskBatch(self.tokens[rows], self.targets[rows], 1, None if self.choices is None else self.choices[rows])
+
+    def targets_at(self, positions: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the targets, `[M]`, and their choices, `[M, S]`, at positions of the flattened batch."""
+        choices = None if self.choices is None else self.choices.flatten(0, 1)[positions]
+        return self.targets.flatten()[positions], choices
+
+    def counted(self) -> Tensor:
+        """Return what a task's loss is a mean over: target tokens of free text, whole labels. `[T * K, L]` bool."""
+        targets = self.targets != IGNORE
+        if self.choices is None:
+            return targets
+        is_first = targets & ~targets.roll(1, dims=1)  # no row's last position has a target
+        return torch.where((self.choices != IGNORE).any(-1), is_first, targets)
 
 
 def encode(
@@ -78,15 +96,34 @@ def encode(
     return Row(first + tokens[cut + len(first) :], start - cut)
 
 
-def collate(tasks: Sequence[Sequence[Row]], pad: int, choices: Sequence[Sequence[int]] = ()) -> TaskBatch:
-    """Stack the rows of T tasks; `pad` may be any token, also the end-of-sequence token."""
+def collate(tasks: Sequence[Sequence[Row]], pad: int, labels: Sequence[Sequence[Label]] = ()) -> TaskBatch:
+    """Stack the rows of T tasks.
+
+    Args:
+        pad: any token, also the end-of-sequence token.
+        labels: of each task, those that its targets compete with; none for the whole vocabulary.
+    """
     rows = max(len(task) for task in tasks)
     length = max(len(row.tokens) for task in tasks for row in task)
     tokens = torch.full((len(tasks), rows, length), pad, dtype=torch.int64)
     targets = torch.full((len(tasks), rows, length), IGNORE, dtype=torch.int64)
+    competing: dict[tuple[int, int, int], list[int]] = {}
     for t, task in enumerate(tasks):
         for k, row in enumerate(task):
             ids = torch.tensor(row.tokens)
             tokens[t, k, : len(ids)] = ids
             targets[t, k, row.start - 1 : len(ids) - 1] = ids[row.start :]
-    return TaskBatch(tokens.flatten(0, 1), targets.flatten(0, 1), len(tasks), choices)
+            if labels and labels[t]:
+                found = enumerate(rivals(row.tokens[row.start :], labels[t]), row.start - 1)
+                competing |= {(t, k, place): some for place, some in found}
+    return TaskBatch(tokens.flatten(0, 1), targets.flatten(0, 1), len(tasks), choice_grid(targets.shape, competing))
+
+
+def choice_grid(shape: Sequence[int], competing: dict[tuple[int, int, int], list[int]]) -> Tensor | None:
+    """Return the choices of T x K rows, `[T * K, L, S]`, from those at each place that has any."""
+    if not competing:
+        return None
+    grid = torch.full((*shape, max(map(len, competing.values()))), IGNORE, dtype=torch.int64)
+    for place, some in competing.items():
+        grid[place][: len(some)] = torch.tensor(some)
+    return grid.flatten(0, 1)

@@ -7,6 +7,7 @@ from typing import Any
 
 from rayml.errors import DataError
 from rayml.lm.batch import Row, encode
+from rayml.lm.choices import compete
 from rayml.tasks.episodes import Episode
 from rayml.tasks.task import Example, Task
 
@@ -57,16 +58,14 @@ class Encoder:
     def _encode(self, prompt: str, example: Example, is_label: bool, most: int, keep: Any = None) -> Row:
         return encode(self.tokenizer, prompt, " " + example.target.strip(), not is_label, most, keep)
 
-    def choices(self, labels: Iterable[str]) -> list[int]:
-        """Return the tokens of the labels that the loss is normalized over; none where that is the vocabulary.
-
-        Scored so, labels of one token each are learned as they are chosen among at the end, and no inner step is
-        spent on learning that a label comes at all.
-        """
+    def competing(self, labels: Iterable[str]) -> list[list[int]]:
+        """Return the tokens of labels that are chosen among (`rayml.lm.choices`); none where that is the vocabulary."""
         rows = [self.row(Example("", label), is_label=True) for label in labels]
-        tokens = [row.tokens[row.start] for row in rows if row.start == len(row.tokens) - 1]
-        distinct = len(set(tokens)) == len(rows)
-        return tokens if self.label_loss == "options" and distinct else []
+        return self.told_apart([row.tokens[row.start :] for row in rows])
+
+    def told_apart(self, labels: list[list[int]]) -> list[list[int]]:
+        """Return the labels' tokens if labels are to be chosen among, and can be, else none."""
+        return labels if self.label_loss == "options" and compete(labels) else []
 
     def episode(self, episode: Episode) -> dict[str, Any]:
         """Return the episode for training, as one row of a data set; `decode_rows` takes the two sides back."""
@@ -79,7 +78,7 @@ class Encoder:
             "query": self.rows(episode.query, is_label, episode.support if self.in_context else ()),
         }
         record: dict[str, Any] = {"index": episode.index, "task": episode.task}
-        record["choices"] = self.choices(episode.labels)
+        record["labels"] = self.competing(episode.labels)
         for side, rows in sides.items():
             record[side] = {
                 "tokens": [row.tokens for row in rows],

@@ -1,13 +1,13 @@
 """A causal language model under the weights that its tasks have learned: T adapters side by side, or all of its own."""
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rayml.lm.batch import IGNORE, TaskBatch
+from rayml.lm.batch import TaskBatch
+from rayml.lm.choices import IGNORE, token_losses
 from rayml.lm.frozen import FrozenLayers
 from rayml.lm.lora import TaskLoRA, layer_number
 from rayml.meta.adapt import Params
@@ -112,17 +112,16 @@ class TaskLM:
         return seen
 
     def losses(self, weights: Params | None, batch: TaskBatch, smoothing: float = 0.0) -> Tensor:
-        """Return each task's mean loss over its target tokens, `[T]` in fp32: length and padding do not weigh.
+        """Return each task's mean loss, `[T]` in fp32: over its labels, or over the target tokens of free text.
 
         Args:
             smoothing: share of the target's weight that is spread evenly over the choices.
         """
         logits, positions = self.target_logits(weights, batch)
+        losses = token_losses(logits, *batch.targets_at(positions), smoothing)
         task = positions // (batch.tokens.numel() // batch.tasks)
-        logits = only_choices(logits.float(), task, batch.choices)
-        tokens = smoothed_cross_entropy(logits, batch.targets.flatten()[positions], smoothing)
-        total = torch.zeros(batch.tasks, device=tokens.device).index_add(0, task, tokens)
-        return total / torch.bincount(task, minlength=batch.tasks)
+        total = torch.zeros(batch.tasks, device=losses.device).index_add(0, task, losses)
+        return total / batch.counted().view(batch.tasks, -1).sum(1)
 
 
 def frozen_layers(module: Any, lora: TaskLoRA | None) -> FrozenLayers | None:
@@ -130,23 +129,3 @@ def frozen_layers(module: Any, lora: TaskLoRA | None) -> FrozenLayers | None:
     first = min(map(layer_number, lora.linears)) if lora else 0
     is_sharded = any(hasattr(weight, "ds_id") for weight in module.parameters())
     return FrozenLayers(module, first) if first and not is_sharded else None
-
-
-def smoothed_cross_entropy(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
-    """Return the loss of each target, `[M]`, of `[M, V]` logits that are minus infinity where there is no choice."""
-    if not smoothing:
-        return nn.functional.cross_entropy(logits, targets, reduction="none")
-    log_probs = logits.log_softmax(-1)
-    possible = logits > -torch.inf
-    spread = log_probs.masked_fill(~possible, 0).sum(-1) / possible.sum(-1)
-    return -(1 - smoothing) * log_probs.gather(1, targets.unsqueeze(1)).squeeze(1) - smoothing * spread
-
-
-def only_choices(logits: Tensor, task: Tensor, choices: Sequence[Sequence[int]]) -> Tensor:
-    """Return `[M, V]` logits without the tokens that are no choice in their task, `task` being `[M]`."""
-    if not any(choices):
-        return logits
-    allowed = torch.zeros(len(choices), logits.shape[-1], dtype=torch.bool, device=logits.device)
-    for t, tokens in enumerate(choices):
-        allowed[t, list(tokens) or slice(None)] = True
-    return logits.masked_fill(~allowed[task], -torch.inf)

@@ -39,7 +39,7 @@ def task_losses(
 
 def side_batch(episodes: Sequence[dict[str, Any]], side: str, pad: int) -> TaskBatch:
     rows = [decode_rows(episode[side]) for episode in episodes]
-    return collate(rows, pad, [episode["choices"] for episode in episodes])
+    return collate(rows, pad, [episode["labels"] for episode in episodes])
 
 
 def class_grid(classes: Sequence[Sequence[int]]) -> Tensor:

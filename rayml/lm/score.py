@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from rayml.lm.batch import Row, collate
+from rayml.lm.choices import IGNORE, rivals, token_losses
+from rayml.lm.encode import Encoder
 from rayml.lm.model import TaskLM
 from rayml.meta.adapt import Params
 
@@ -71,36 +73,54 @@ def takes_trees(module: Any) -> bool:
 class OptionBatch:
     """The queries of T tasks, each with every option of its task: as a rule one forward row a query.
 
-    An option's score is the mean over its tokens, so that length does not decide.
+    Options are scored as they are learned, by `rayml.lm.choices`. Where they cannot be told apart token by token, or
+    were learned over the vocabulary, the mean over an option's tokens is its score, so that length does not decide.
     """
 
-    def __init__(self, lm: TaskLM, tasks: Sequence[Sequence[Sequence[Row]]], pad: int):
-        """Take each task's queries, each with a row an option (`Encoder.option_rows`); `pad` is any token."""
+    def __init__(self, lm: TaskLM, encoder: Encoder, tasks: Sequence[Sequence[Sequence[Row]]]):
+        """Take each task's queries, each with a row an option (`Encoder.option_rows`)."""
         self.lm = lm
         self.shape = [(len(task), len(task[0])) for task in tasks]
         may_fork = takes_trees(lm.module)
-        trees = [[tree for choices in task for tree in trees_of(choices, may_fork)] for task in tasks]
+        trees = [[tree for query in task for tree in trees_of(query, may_fork)] for task in tasks]
         rows = [[Row(tree.tokens, len(tree.tokens)) for tree in task] for task in trees]
-        self.batch = collate(rows, pad).to(lm.device)
-        self._place(trees)
+        self.batch = collate(rows, encoder.tokenizer.eos_token_id).to(lm.device)
+        self._note_places(trees)
+        self._note_options([[row.tokens[row.start :] for row in query] for task in tasks for query in task], encoder)
         forked = any(tree.is_forked for task in trees for tree in task)
         self.inputs = self._branching(trees) if forked else {}
 
-    def _place(self, trees: Sequence[Sequence[Tree]]) -> None:
-        """Note for every token of every option, `[M]`: which it is, of which option, and the place that predicts it."""
-        count, length = self._rows_a_task, self.batch.tokens.shape[1]
-        places, targets, lengths = [], [], []
-        for t, task in enumerate(trees):
-            for k, tree in enumerate(task):
-                first = (t * count + k) * length
-                for option, predictors in zip(tree.options, tree.predictors(), strict=True):
-                    places += [first + place for place in predictors]
-                    targets += option
-                    lengths.append(len(option))
+    def _note_places(self, trees: Sequence[Sequence[Tree]]) -> None:
+        """Note the places with logits, and for every token of every option, `[M]`, which of them predicts it."""
+        length = self.batch.tokens.shape[1]
+        places = [
+            (t * self._rows_a_task + k) * length + place
+            for t, task in enumerate(trees)
+            for k, tree in enumerate(task)
+            for predictors in tree.predictors()
+            for place in predictors
+        ]
+        self.places, self.place_of = torch.tensor(places, device=self.lm.device).unique(return_inverse=True)
+
+    def _note_options(self, queries: Sequence[list[list[int]]], encoder: Encoder) -> None:
+        """Note every token of every option, `[M]`: what it is chosen among, `[M, S]`, and its option's number.
+
+        An option's score is the sum over its tokens, over `divisors` `[options]`.
+        """
+        options, choices, divisors = [], [], []
+        for query in queries:
+            competing = encoder.told_apart(query)
+            for option in query:
+                options.append(option)
+                choices += rivals(option, competing) if competing else [[] for _ in option]
+                divisors.append(1 if competing else len(option))
         device = self.lm.device
-        self.places, self.place_of = torch.tensor(places, device=device).unique(return_inverse=True)
-        self.targets = torch.tensor(targets, device=device)
-        self.lengths = torch.tensor(lengths, device=device)
+        most = max(map(len, choices))
+        filled = [some + [IGNORE] * (most - len(some)) for some in choices]
+        self.choices = torch.tensor(filled, dtype=torch.int64, device=device) if most else None
+        self.targets = torch.tensor([token for option in options for token in option], device=device)
+        numbers = [number for number, option in enumerate(options) for _ in option]
+        self.option_of, self.divisors = torch.tensor(numbers, device=device), torch.tensor(divisors, device=device)
 
     @property
     def _rows_a_task(self) -> int:
@@ -130,11 +150,10 @@ class OptionBatch:
         """Return, for each task, `[queries, options]`: log-probability of the options, normalized over them."""
         batch = self.batch
         logits = self.lm.logits_at(self.places, weights, batch.tokens, batch.frozen, **self.inputs)
-        chosen = logits.float().log_softmax(-1)[self.place_of, self.targets]
-        option = torch.arange(len(self.lengths), device=chosen.device).repeat_interleave(self.lengths)
-        total = torch.zeros(len(self.lengths), device=chosen.device).index_add(0, option, chosen)
-        per_task = (total / self.lengths).split([queries * options for queries, options in self.shape])
+        losses = token_losses(logits, self.targets, self.choices, rows=self.place_of)
+        scores = torch.zeros(len(self.divisors), device=losses.device).index_add(0, self.option_of, -losses)
+        per_task = (scores / self.divisors).split([queries * options for queries, options in self.shape])
         return [
-            mean.view(queries, options).log_softmax(-1)
-            for mean, (queries, options) in zip(per_task, self.shape, strict=True)
+            of.view(queries, options).log_softmax(-1)
+            for of, (queries, options) in zip(per_task, self.shape, strict=True)
         ]

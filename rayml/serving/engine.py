@@ -217,13 +217,12 @@ class Engine:
         """Return each query's log-probabilities of its options, `[options]`."""
         if batch[0].support:
             return self._nearness(batch)
-        pad = self.session.encoder.tokenizer.eos_token_id
         adapters = [query.adapter for query in batch]
         alike = all(adapter is adapters[0] for adapter in adapters)
         alike = alike and len({len(query.rows) for query in batch}) == 1
         tasks = [[query.rows for query in batch]] if alike else [[query.rows] for query in batch]
         stacked = side_by_side(adapters[:1] if alike else adapters)
-        found = OptionBatch(self.session.lm, tasks, pad).log_probs(stacked)
+        found = OptionBatch(self.session.lm, self.session.encoder, tasks).log_probs(stacked)
         return [scores.cpu() for task in found for scores in task]
 
     def _nearness(self, batch: list[Query]) -> list[Tensor]:
