@@ -223,8 +223,8 @@ def compare(
     if data:
         values = with_values(values, {"data.path": data})
     err.print("[dim]loading libraries, data and model ...[/]")
-    from rayml.distributed.compare import Request
     from rayml.distributed.compare import compare as run_comparison
+    from rayml.distributed.entries import Request
 
     request = Request(
         methods=[name.strip() for name in methods.split(",")] if methods else [],

@@ -64,8 +64,8 @@ class Data(Section):
     labels: Literal["letters", "words"] = "letters"
     """`letters`: A, B, ..., permuted in every episode, so that the model has to adapt. `words`: as they are."""
     label_loss: Literal["options", "vocabulary"] = "options"
-    """Normalize a label's loss over the episode's labels, as they are scored; or over the vocabulary, which labels of
-    several tokens and free text always do."""
+    """What a label competes with, in its loss and where it is scored: at each of its tokens with the episode's other
+    labels that begin alike, or with the whole vocabulary, as free text always does."""
     prompt: str = "{input}\nLabel:"
     """What stands before the target; `{input}` is the example's input."""
     max_tokens: Annotated[int, Field(ge=8)] = 256

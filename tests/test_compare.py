@@ -14,7 +14,8 @@ from rich.console import Console
 from test_train_algorithms import config_for
 
 from rayml.config import with_values
-from rayml.distributed.compare import METHODS, Request, TokenCounter, compare, plan
+from rayml.distributed.compare import compare
+from rayml.distributed.entries import METHODS, Request, plan, tokens_per_step
 from rayml.errors import ConfigError, DataError
 from rayml.evaluation.answers import Contender, Setting, choose_setting, label_answers, taken_in
 from rayml.evaluation.bootstrap import interval_over_tasks
@@ -221,13 +222,12 @@ def test_a_text_is_written_with_what_its_episode_taught(tmp_path):
 
 def test_tokens_of_a_step_are_counted_from_the_rows(tmp_path):
     """Toy rows: three classes, two shots, two queries: eight characters, the prompt's seven, and the letter."""
-    counter = TokenCounter(toy_tasks())
     row = 8 + len("\nLabel:") + 1
     expected = {"fomaml": 2 * 6 + 6, "reptile": 6 + 6, "multitask": 6 + 6, "protonet": 6 + 6}
     for name, rows in expected.items():
-        assert counter.per_step(config_for(tmp_path, name)) == 4 * rows * row
+        assert tokens_per_step(config_for(tmp_path, name), toy_tasks()) == 4 * rows * row
     shown = 6 * (row + 2) + row  # two newlines behind each example that is shown
-    assert counter.per_step(config_for(tmp_path, "metaicl")) == 4 * 6 * shown
+    assert tokens_per_step(config_for(tmp_path, "metaicl"), toy_tasks()) == 4 * 6 * shown
 
 
 @pytest.mark.parametrize("name", ["fomaml", "reptile", "multitask", "metaicl", "protonet"])
@@ -298,7 +298,7 @@ def test_what_cannot_be_compared_is_refused_before_the_start(tmp_path):
         with pytest.raises(ConfigError, match=message):
             compare(values, "here", replace(REQUEST, variants=variants), tmp_path / "all", "", False, QUIET)
     seen = replace(REQUEST, variants={"seen": ("data.splits.test_tasks=toy-3",)})
-    with pytest.raises(DataError, match="texts of meta-test"):
+    with pytest.raises(DataError, match=r"text\(s\) are trained on"):
         compare(values, "here", seen, tmp_path / "all", "", False, QUIET)
     without = with_values(values, {"data.splits.val_tasks": []})
     with pytest.raises(DataError, match="meta-val"):

@@ -15,7 +15,7 @@ from rayml.runs.folder import RunFolder, write_whole
 from rayml.sections import Data
 from rayml.tasks.prepare import prepare_splits, prepare_tasks
 from rayml.tasks.read import read_rows
-from rayml.tasks.splits import Splits, leaks
+from rayml.tasks.splits import refuse_leaks
 from rayml.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -92,10 +92,7 @@ def held_out_tasks(config: Config, data: Data, paths: list[str] | None, split: s
     """
     if paths:
         tasks = prepare_tasks(data.model_copy(update={"path": tuple(paths), "drop_small_classes": True}))
-        leaked = leaks(Splits(trained_on(config), (), tasks))
-        if leaked:
-            text, here, there = leaked[0]
-            raise DataError(f"--data: {len(leaked)} text(s) were trained on, such as {text[:60]!r} ({here}, {there})")
+        refuse_leaks("--data", trained_on(config), tasks)
     else:
         tasks = getattr(prepare_splits(config.data), split)
         data.sampler(seed=0).check(tasks)

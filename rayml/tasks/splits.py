@@ -92,3 +92,11 @@ def leaks(splits: Splits) -> list[tuple[str, str, str]]:
                 if there[0] != split:
                     found.append((example.input, "/".join(there), f"{split}/{task.name}"))
     return found
+
+
+def refuse_leaks(who: str, train: Sequence[Task], test: Sequence[Task]) -> None:
+    """Raise DataError if tasks to be tested on hold a text that `who` was, or would be, trained on."""
+    leaked = leaks(Splits(tuple(train), (), tuple(test)))
+    if leaked:
+        text, here, there = leaked[0]
+        raise DataError(f"{who}: {len(leaked)} text(s) are trained on, such as {text[:60]!r} ({here}, {there})")
