@@ -16,6 +16,7 @@ from rich.table import Table
 
 from rayml.config import Config
 from rayml.runs.folder import write_whole
+from rayml.runs.plots import file_pyplot
 
 PACKAGES = "rayml", "torch", "transformers", "ray"
 COLOURS = "#1f6f54", "#b0552f", "#3b6ea5", "#8a5a9e", "#b8860b", "#4d4d4d", "#c2417c", "#2f8f9d", "#7a8b2a", "#a0522d"
@@ -55,6 +56,7 @@ def header(config: Config, results: Sequence[dict[str, Any]], command: str, fail
 steps took the rate and the number of steps that were best for it on meta-val tasks, out of the same choices for all;
 then all were asked the same episodes of meta-test tasks. Every answer lies in `results/`; these tables are derived
 from it.
+from rayml.runs.plots import file_pyplot
 """ + "".join(f"\n{name} is left out: {why}\n" for name, why in failed.items())
 
 
@@ -148,7 +150,7 @@ def as_html(text: str, folder: Path) -> str:
 
 def plot_scores(found: dict[str, Any], baseline: str, path: Path) -> None:
     """Draw each method's score, and beside it the difference to the baseline, both with intervals, to a PNG."""
-    pyplot = plots()
+    pyplot = file_pyplot()
     rows = sorted(found["methods"], key=lambda row: row["main"]["mean"])
     figure, (left, right) = pyplot.subplots(
         1, 2, figsize=(10, 0.42 * len(rows) + 1.4), sharey=True, layout="constrained"
@@ -171,7 +173,7 @@ def plot_scores(found: dict[str, Any], baseline: str, path: Path) -> None:
 
 def plot_curves(found: dict[str, Any], kind: str, path: Path) -> None:
     """Draw the query score over inner steps, each method at its own rate; what takes no steps is a level."""
-    pyplot = plots()
+    pyplot = file_pyplot()
     figure, axis = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     last = max(len(row["curve"]) for row in found["methods"]) - 1
     for row, colour in zip(found["methods"], COLOURS * len(found["methods"]), strict=False):
@@ -184,15 +186,6 @@ def plot_curves(found: dict[str, Any], kind: str, path: Path) -> None:
     axis.grid(alpha=0.25)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
-
-
-def plots() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
 
 
 def print_summary(summary: dict[str, Any], folder: Path, out: Console) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from rayml.runs.plots import file_pyplot
+
 COLUMNS = "before", "after adapting", "untrained, after", "difference"
 
 
@@ -33,11 +35,7 @@ def _cells(scores: dict[str, Any]) -> list[str]:
 
 def plot(summary: dict[str, Any], path: Path, title: str) -> None:
     """Draw the adaptation curves of all tasks together, and of each, to a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = file_pyplot()
     panels = {"all held-out tasks": summary["overall"], **(summary["tasks"] if len(summary["tasks"]) > 1 else {})}
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)

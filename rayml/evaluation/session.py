@@ -57,6 +57,27 @@ def open_session(run: RunFolder, which: str | None = None, every_linear: bool = 
         RunError: no run there, or no such checkpoint in it.
     """
     config, folder = run.trained(which)
+    lm, encoder, base = load(config, every_linear)
+    if lm.lora:
+        untrained = {name: weight.to(lm.device) for name, weight in run.read_untrained().items()}
+    else:
+        untrained = {n: p.detach().float() for n, p in trained_parameters(lm.module, config.full).items()}
+    start, log_rates, step = learned(config, folder, untrained, lm.device)
+    rates = {name: rate.exp() for name, rate in log_rates.items()}
+    return Session(config, lm, encoder, base, start, rates, step, untrained)
+
+
+def untrained_session(config: Config, tasks: Sequence[Task]) -> Session:
+    """Load a config's base, with the start that training on these tasks would begin from, and its rates."""
+    lm, encoder, base = load(config)
+    start = {name: weight.to(lm.device) for name, weight in untrained_start(config, lm, encoder, tasks).items()}
+    log_rates = initial_log_rates(start, config.inner.lr, config.inner.modules, per_weight=False)
+    rates = {name: rate.exp() for name, rate in log_rates.items()}
+    return Session(config, lm, encoder, base, start, rates, 0, start)
+
+
+def load(config: Config, every_linear: bool = False) -> tuple[TaskLM, Encoder, str]:
+    """Return the base with its hooks, whole, what encodes for it, and where it was loaded from."""
     device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
     base = resolve_model(config.model.name)
     module = local.load(base, config.model.dtype, config.model.attention, device)
@@ -64,27 +85,7 @@ def open_session(run: RunFolder, which: str | None = None, every_linear: bool = 
     if every_linear:
         shape |= {"targets": linear_kinds(module), "last_layers": None}
     lm = TaskLM(module, TaskLoRA(module, **shape) if config.mode == "adapters" else None)
-    encoder = config.encoder(load_tokenizer(base))
-    if lm.lora:
-        untrained = {name: weight.to(device) for name, weight in run.read_untrained().items()}
-    else:
-        untrained = {n: p.detach().float() for n, p in trained_parameters(module, config.full).items()}
-    start, log_rates, step = learned(config, folder, untrained, device)
-    rates = {name: rate.exp() for name, rate in log_rates.items()}
-    return Session(config, lm, encoder, base, start, rates, step, untrained)
-
-
-def untrained_session(config: Config, tasks: Sequence[Task]) -> Session:
-    """Load a config's base, with the start that training on these tasks would begin from, and its rates."""
-    device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
-    base = resolve_model(config.model.name)
-    module = local.load(base, config.model.dtype, config.model.attention, device)
-    lm = TaskLM(module, TaskLoRA(module, **config.lora.shape()) if config.mode == "adapters" else None)
-    encoder = config.encoder(load_tokenizer(base))
-    start = {name: weight.to(device) for name, weight in untrained_start(config, lm, encoder, tasks).items()}
-    log_rates = initial_log_rates(start, config.inner.lr, config.inner.modules, per_weight=False)
-    rates = {name: rate.exp() for name, rate in log_rates.items()}
-    return Session(config, lm, encoder, base, start, rates, 0, start)
+    return lm, config.encoder(load_tokenizer(base)), base
 
 
 def learned(config: Config, folder: Path, names: Iterable[str], device: torch.device) -> tuple[Params, Params, int]:

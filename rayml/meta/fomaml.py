@@ -35,9 +35,9 @@ def fomaml(
         if step == 1:
             before, first = adapted.support_losses, adapted.gradient_sum
     losses, gradients = task_gradients(query_losses, adapted.fast)
-    total = {name: g + start_weight * first[name] if name in first else g for name, g in gradients.items()}
+    both = {name: gradient + start_weight * first.get(name, 0) for name, gradient in gradients.items()}
     return MetaGradient(
-        start={name: weighted_sum(gradient, weights) for name, gradient in total.items()},
+        start={name: weighted_sum(gradient, weights) for name, gradient in both.items()},
         rates={
             name: -weighted_sum(gradients[name] * total, weights).sum_to_size(rates[name].shape)
             for name, total in adapted.gradient_sum.items()

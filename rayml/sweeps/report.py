@@ -14,6 +14,7 @@ from rich.table import Table
 
 from rayml.config import Config, dump_config, parse_config, with_values
 from rayml.runs.folder import write_whole
+from rayml.runs.plots import file_pyplot
 from rayml.sweeps.space import Range
 
 COLOURS = "viridis"
@@ -95,11 +96,7 @@ def table(space: Sequence[Range], ranked: Sequence[Trial]) -> Table:
 
 def plot(space: Sequence[Range], trials: Sequence[Trial], path: Path, label: str) -> None:
     """Draw the scores to a PNG: over the values of one key, as a map of two, else as parallel coordinates."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = file_pyplot()
     scored = [trial for trial in trials if trial.score is not None]
     figure, axis = pyplot.subplots(figsize=(max(6.4, 1.9 * len(space)), 4.8), layout="constrained")
     draw = {1: one_key, 2: two_keys}.get(len(space), many_keys)
