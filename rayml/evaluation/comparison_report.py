@@ -56,7 +56,6 @@ def header(config: Config, results: Sequence[dict[str, Any]], command: str, fail
 steps took the rate and the number of steps that were best for it on meta-val tasks, out of the same choices for all;
 then all were asked the same episodes of meta-test tasks. Every answer lies in `results/`; these tables are derived
 from it.
-from rayml.runs.plots import file_pyplot
 """ + "".join(f"\n{name} is left out: {why}\n" for name, why in failed.items())
 
 
