@@ -119,8 +119,6 @@ def impossible(config: Config) -> list[str]:
         and config.model.activation_checkpointing,
         "inner.steps: reptile learns from its inner steps; give it one or more": name == "reptile"
         and not config.inner.steps,
-        "outer.start_weight: mode=full with engine=zero does not take it": config.is_sharded
-        and config.outer.start_weight > 0,
         "regularize.lora_dropout: mode=full has no adapters": full and config.regularize.lora_dropout > 0,
         "zero.stage: adapters leave the base frozen, so only stage 3 saves anything; use zero.stage=3": not full
         and config.engine == "zero"

@@ -21,7 +21,14 @@ def full_config(**changes) -> Config:
         "engine": "zero",
         "algorithm": {"name": "fomaml"},
         "inner": {"lr": INNER_LR, "steps": STEPS},
-        "outer": {"optimizer": "sgd", "lr": 0.5, "warmup_steps": 2, "clip_norm": 0.5, "weight_decay": 0.1},
+        "outer": {
+            "optimizer": "sgd",
+            "lr": 0.5,
+            "warmup_steps": 2,
+            "clip_norm": 0.5,
+            "weight_decay": 0.1,
+            "start_weight": 0.3,
+        },
         "zero": {"stage": 3},
     }
     for key, value in changes.items():
@@ -77,11 +84,12 @@ class Reference:
         weights = list(self.named.values())
         start = [w.clone() for w in weights]
         reptile = self.config.algorithm.name == "reptile"
-        losses = []
+        losses, first = [], weights
         for step in range(self.config.inner.steps):
             with torch.enable_grad():
                 loss, gradient = self.gradient((support, query)[step % 2 if reptile else 0])
             losses.append(loss)
+            first = gradient if step == 0 else first
             self.inner_norms.append(self.norm(gradient))
             for weight, g in zip(weights, gradient, strict=True):
                 weight -= self.config.inner.lr * g
@@ -95,6 +103,8 @@ class Reference:
             if self.config.outer.clip_norm and norm > self.config.outer.clip_norm:
                 self.clipped += 1
                 meta = [g * self.config.outer.clip_norm / norm for g in meta]
+            if self.config.inner.steps:
+                meta = [g + self.config.outer.start_weight * f for g, f in zip(meta, first, strict=True)]
         for weight, before in zip(weights, start, strict=True):
             weight.copy_(before)
         return losses, meta

@@ -100,10 +100,6 @@ def test_every_key_says_what_it_means():
         ),
         (["mode=full", "algorithm.name=protonet"], "not protonet"),
         (["mode=full", "regularize.lora_dropout=0.1"], "mode=full has no adapters"),
-        (
-            ["mode=full", "engine=zero", "outer.start_weight=1"],
-            "outer.start_weight: mode=full with engine=zero does not take it",
-        ),
         (["algorithm.name=maml"], "model.attention=eager"),
         (["algorithm.name=maml", "model.attention=eager", "engine=zero"], "use engine=local"),
         (["algorithm.name=maml", "model.attention=eager", "model.activation_checkpointing=true"], "keeps the whole"),

@@ -106,16 +106,17 @@ class FullLearner:
 
     def _train(self, support: TaskBatch, query: TaskBatch, weight: float, tasks: int) -> list[float]:
         """Adapt to one task and collect its meta-gradient; return the losses of all minibatches."""
-        steps = self.config.inner.steps
+        steps, of_start = self.config.inner.steps, self.config.outer.start_weight
+        # Each batch with its share in the meta-gradient: an inner step, too, can be learned from.
         batches = {
-            "fomaml": [support] * steps + [query],
-            "reptile": [(support, query)[i % 2] for i in range(steps)],
-            "multitask": [join(support, query)],
+            "fomaml": [(support, 0.0 if step else of_start) for step in range(steps)] + [(query, 1.0)],
+            "reptile": [((support, query)[step % 2], 1.0) for step in range(steps)],
+            "multitask": [(join(support, query), 1.0)],
         }[self.config.algorithm.name]
-        inner = "reptile" if self._reptile else "adapt"
-        losses = [self._descend(batch, inner, weight) for batch in batches[:-1]]
+        *inner, (last, _) = batches
+        losses = [self._descend(batch, "learn" if share else "adapt", share * weight) for batch, share in inner]
         clip = 0.0 if self._reptile else self.config.outer.clip_norm
-        return [*losses, self._descend(batches[-1], "query", weight, tasks, clip)]
+        return [*losses, self._descend(last, "query", weight, tasks, clip)]
 
     def _descend(
         self, batch: TaskBatch, phase: str, weight: float = 1.0, tasks: int = 0, clip_norm: float = 0.0

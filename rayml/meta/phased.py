@@ -20,7 +20,7 @@ class Phase(NamedTuple):
     """What a step does, in this order."""
 
     collect: bool = False
-    """Add the gradient to the meta-gradient."""
+    """Add the gradient to the meta-gradient; while descending, of what descends."""
     descend: bool = False
     """Keep the start, if this is the task's first step, and take an inner step."""
     restore: bool = False
@@ -31,7 +31,7 @@ PHASES = {
     "idle": Phase(),
     "adapt": Phase(descend=True),
     "query": Phase(collect=True, restore=True),
-    "reptile": Phase(collect=True, descend=True),  # the last minibatch is a `query`: its step would be undone at once
+    "learn": Phase(collect=True, descend=True),  # reptile's; its last minibatch is a `query`: its step would be undone
     "restore": Phase(restore=True),
 }
 
@@ -73,9 +73,10 @@ class PhasedOptimizer(Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Do what the phase says with the shards that are in the groups now."""
         for shard, inner_lr in self._shards():
-            if self._phase.collect and shard.grad is not None:
+            descends = self._phase.descend and inner_lr
+            if self._phase.collect and shard.grad is not None and (descends or not self._phase.descend):
                 self._collect(shard, shard.grad)
-            if self._phase.descend and shard.grad is not None and inner_lr:
+            if descends and shard.grad is not None:
                 self._descend(shard, shard.grad, inner_lr)
             if self._phase.restore and shard in self._adapted:
                 shard.copy_(self.starts[shard])
