@@ -147,7 +147,7 @@ class Outer(Section):
     """Outer rate of the shared start. Mode full wants a smaller one, such as 1e-5."""
     lr_of_inner_lr: PositiveFloat = 0.02
     """Outer rate of the logarithm of the learned inner rates."""
-    start_weight: NotNegativeFloat = 0.0
+    start_weight: NotNegativeFloat = 1.0
     """fomaml and meta_sgd: weight of the loss before adapting, beside the one after. Above 0 the start stays a good
     model as it stands, as in multi-task learning."""
     steps: PositiveInt = 500
