@@ -231,3 +231,6 @@ class Run(Section):
     """Checkpoints kept, the newest."""
     max_failures: Annotated[int, Field(ge=-1)] = 2
     """Times that lost workers are started again from the last checkpoint; -1 always."""
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
+    """Where the numbers of `metrics.jsonl` are shown, too. W&B and MLflow take their usual environment variables, such
+    as WANDB_MODE=offline and MLFLOW_TRACKING_URI."""

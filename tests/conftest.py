@@ -14,6 +14,7 @@ import torch
 import torch.multiprocessing
 
 os.environ.setdefault("RAYML_CACHE", str(Path(tempfile.gettempdir()) / f"rayml-test-cache-{os.getuid()}"))
+os.environ["WANDB_MODE"] = "offline"
 
 from rayml.config import Config
 from rayml.lm.load import load_base, load_tokenizer, resolve_model

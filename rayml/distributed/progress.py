@@ -1,6 +1,7 @@
 """A progress bar with time left on the driver's terminal, fed by the run's own metrics file."""
 
 import threading
+from collections import deque
 from typing import Any
 
 from rich.console import Console
@@ -11,6 +12,9 @@ from rayml.runs.folder import RunFolder
 
 POLL_SECONDS = 0.5
 LINES_WITHOUT_TERMINAL = 20
+WATCHED_STEPS = 20
+MOST_WAITING = 0.05
+"""Share of a step that may go into waiting for its episodes."""
 
 
 class Progress:
@@ -43,7 +47,7 @@ class Progress:
         self.bar.stop()
 
     def _follow(self) -> None:
-        seen = last_step(self.run)
+        seen, waits = last_step(self.run), DataWait()
         row = self.bar.add_task("", total=self.steps, completed=seen, text="workers are starting")
         while True:
             stopping = self.stop.wait(POLL_SECONDS)
@@ -53,6 +57,8 @@ class Progress:
                     self.bar.update(row, completed=seen, text=describe(record))
                     if self.bar.disable:
                         self._print(record)
+                    if warning := waits.warning(record):
+                        self.console.print(warning, style="yellow", highlight=False, soft_wrap=True)
             if stopping:
                 return
 
@@ -60,6 +66,28 @@ class Progress:
         every = max(1, self.steps // LINES_WITHOUT_TERMINAL)
         if record["step"] % every == 0 or record["step"] == self.steps:
             self.console.print(f"step {record['step']}/{self.steps}: {describe(record)}")
+
+
+class DataWait:
+    """Notices, once, that training waits for its episodes."""
+
+    def __init__(self) -> None:
+        self.recent: deque[dict[str, Any]] = deque(maxlen=WATCHED_STEPS)
+        self.began = self.warned = False
+
+    def warning(self, record: dict[str, Any]) -> str | None:
+        """Return what to say after this step, if anything. The first one waits for the stream to start."""
+        if self.began:
+            self.recent.append(record)
+        self.began = True
+        if self.warned or len(self.recent) < WATCHED_STEPS:
+            return None
+        share = sum(r["data_seconds"] for r in self.recent) / sum(r["step_seconds"] for r in self.recent)
+        self.warned = share > MOST_WAITING
+        message = (
+            f"{share:.0%} of the last {WATCHED_STEPS} steps went into waiting for episodes: give workers more CPUs"
+        )
+        return message if self.warned else None
 
 
 def last_step(run: RunFolder) -> int:

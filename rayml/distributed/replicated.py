@@ -16,19 +16,20 @@ from rayml.config import Config
 from rayml.distributed.job import DivergedError, Job
 from rayml.distributed.stream import get
 from rayml.engine import collective, local, zero
+from rayml.engine.laps import Laps
 from rayml.evaluation.curves import Curve, Scorer
 from rayml.lm.load import checkpoint_activations
 from rayml.lm.lora import TaskLoRA
 from rayml.lm.model import TaskLM
 from rayml.lm.objective import task_losses
 from rayml.lm.start import untrained_start
-from rayml.meta.adapt import Params
+from rayml.meta.adapt import Params, TaskLosses
 from rayml.meta.algorithms import ALGORITHMS
 from rayml.meta.fomaml import fomaml
 from rayml.meta.gradient import MetaGradient
 from rayml.meta.learner import Learner, initial_log_rates, outer_schedule
 from rayml.meta.weighting import RecentGains
-from rayml.planning.batch import trained_tokens
+from rayml.planning.batch import inner_steps, trained_tokens
 from rayml.runs.checkpoint import newest_checkpoint, read_checkpoint, write_state
 from rayml.runs.folder import RunFolder
 
@@ -48,6 +49,7 @@ class Replicated:
         self.learner = build_learner(config, agreed_start(job, self.lm), device)
         self.tasks = {task.name: place for place, task in enumerate(get(job.train))}
         self.gains = RecentGains(len(self.tasks), device)
+        self.laps = Laps(device)
 
     def begin(self, run: RunFolder) -> None:
         """Go on from the newest whole checkpoint, or keep the untrained start to compare with."""
@@ -70,9 +72,9 @@ class Replicated:
         Raises:
             DivergedError: a loss or gradient is not finite; on all workers together.
         """
-        weights = self._weights(episodes)
-        gradient = self._gradient(episodes, weights)
-        record = self._update(gradient, episodes)
+        self.laps.begin()
+        gradient = self._gradient(episodes, self._weights(episodes))
+        record = self._update(gradient, episodes) | self.laps.record()
         if not math.isfinite(record["query_loss"] + record["gradient_norm"]):
             losses = zip(episodes, gradient.query_losses.tolist(), strict=True)
             raise DivergedError([episode["task"] for episode, loss in losses if not math.isfinite(loss)])
@@ -95,10 +97,23 @@ class Replicated:
         parts = []
         for first in range(0, len(episodes), together):
             some = slice(first, first + together)
-            losses = task_losses(self.lm, episodes[some], pad, prototypes, config.regularize.label_smoothing)
+            support, query = task_losses(self.lm, episodes[some], pad, prototypes, config.regularize.label_smoothing)
             with dropping(config, self.lm, learner.step, self.rank):
+                losses = support, self._after_inner_loop(query)
                 parts.append(algorithm(*losses, learner.start, learner.rates, config.inner.steps, weights[some]))
+            self.laps("inner" if config.algorithm.name == "reptile" else "outer")
         return joined(parts)
+
+    def _after_inner_loop(self, query_losses: TaskLosses) -> TaskLosses:
+        """Return the query losses such that asking for them ends the inner loop's lap, where there is one."""
+        if self.config.algorithm.name == "reptile" or not inner_steps(self.config):
+            return query_losses
+
+        def timed(weights: Params) -> torch.Tensor:
+            self.laps("inner")
+            return query_losses(weights)
+
+        return timed
 
     def _update(self, gradient: MetaGradient, episodes: list[dict[str, Any]]) -> dict[str, Any]:
         """Average the meta-gradient over all workers' tasks, in one all-reduce, and take the outer step.
@@ -115,12 +130,14 @@ class Replicated:
         tokens = torch.tensor(float(trained_tokens(self.config, episodes)), device=query.device)
         sent = [*gradient.start.values(), *gradient.rates.values(), query.sum(), support.sum(), counts, sums, tokens]
         *totals, counts, sums, tokens = collective.sum_over_workers(sent)
+        self.laps("communication")
         *mean, query_loss, support_loss = [total / tasks for total in totals]
         norm = math.nan
         if all(bool(value.isfinite().all()) for value in (*mean, query_loss)):
             start = dict(zip(gradient.start, mean, strict=False))
             norm = learner.update(start, dict(zip(gradient.rates, mean[len(start) :], strict=True)))
             self.gains.update(sums, counts)
+        self.laps("outer")
         rates = torch.cat([rate.flatten() for rate in learner.log_rates.values()])
         record = {"step": learner.step, "query_loss": float(query_loss), "gradient_norm": norm, "tokens": int(tokens)}
         if gradient.support_losses is not None:

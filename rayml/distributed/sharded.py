@@ -68,7 +68,8 @@ class Sharded:
         means = torch.tensor(found.task_losses).mean(0).tolist()
         losses = {"support_loss": means[0], "query_loss": means[1]}
         tokens = trained_tokens(self.config, episodes)
-        return {"step": self.done, **losses, "gradient_norm": found.gradient_norm, "tokens": tokens}
+        phases = self.learner.laps.record()
+        return {"step": self.done, **losses, "gradient_norm": found.gradient_norm, "tokens": tokens, **phases}
 
     def _sides(self, episode: dict[str, Any]) -> tuple[TaskBatch, TaskBatch]:
         support, query = (side_batch([episode], side, self.pad).to(self.device) for side in SIDES)

@@ -16,6 +16,7 @@ from rich.console import Console
 from rayml.config import Config
 from rayml.distributed.job import Job
 from rayml.distributed.progress import Progress
+from rayml.distributed.trackers import check_trackers
 from rayml.distributed.worker import train_worker
 from rayml.errors import ConfigError, TrainingError
 from rayml.evaluation.command import export_run
@@ -55,6 +56,7 @@ def train(config: Config, resume: bool = False, at_once: int = 1) -> RunFolder:
     encoder.check([*splits.train, *splits.val, *splits.test])
     run = RunFolder(config.run.dir)
     check_model(config, model, [*splits.train, *splits.val])
+    check_trackers(config.run.trackers)
     if not os.environ.get("RAY_ADDRESS") and not ray.is_initialized():
         check_resources(config, cpus=processors(), cpus_each=1, gpus=torch.cuda.device_count())
     run.begin(config, splits, resume)

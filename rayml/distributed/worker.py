@@ -10,13 +10,13 @@ from typing import Any
 import ray.train
 import ray.train.torch
 import torch.distributed
-from tensorboardX import SummaryWriter
 
 from rayml.config import Config
 from rayml.distributed.job import DivergedError, Job
 from rayml.distributed.replicated import Replicated
 from rayml.distributed.sharded import Sharded
 from rayml.distributed.stream import EncodeEpisode, get, stream_steps
+from rayml.distributed.trackers import open_trackers
 from rayml.engine import collective
 from rayml.evaluation.curves import Curve
 from rayml.runs.checkpoint import folder_name, keep_only, naming_full_disk, seal
@@ -35,7 +35,7 @@ def train_worker(settings: dict[str, Any]) -> str | None:
     run = RunFolder(config.run.dir)
     learning: Learning = (Sharded if config.is_sharded else Replicated)(job, ray.train.torch.get_device())
     learning.begin(run)
-    log = StepLog(run, learning.done) if collective.rank() == 0 else None
+    log = StepLog(config, run, learning.done) if collective.rank() == 0 else None
     scores: list[float] = collective.from_first_worker(val_scores(run.records()) if log else None)
 
     steps = stream_steps(
@@ -46,7 +46,7 @@ def train_worker(settings: dict[str, Any]) -> str | None:
         rank=learning.rank,
         workers=learning.workers,
     )
-    ended = time.perf_counter()
+    ended, checkpoint_seconds = time.perf_counter(), 0.0
     for episodes in steps:
         began = time.perf_counter()
         validates = False
@@ -54,6 +54,7 @@ def train_worker(settings: dict[str, Any]) -> str | None:
             record = learning.step(episodes)
             now = time.perf_counter()
             record |= {"data_seconds": began - ended, "step_seconds": now - ended}
+            record |= {"checkpoint_seconds": checkpoint_seconds}  # waited for, before this step
             validates = bool(job.val) and due(learning.done, config.validation.every, config.outer.steps)
             if validates:
                 record |= validate(config, job, learning)
@@ -63,15 +64,17 @@ def train_worker(settings: dict[str, Any]) -> str | None:
             return stop_reason(learning.done + (not validates), error.tasks)
         if log:
             log.write(record)
-        if validates and is_best(scores):
-            keep_best(run, learning)
         enough = validates and is_enough(scores, config.validation.patience)
         enough |= collective.from_first_worker(run.is_told_to_stop() if log else False)
+        saving = time.perf_counter()
+        if validates and is_best(scores):
+            keep_best(run, learning)
         if enough or due(learning.done, config.run.checkpoint_every, config.outer.steps):
             report(run, learning, record)
         if enough:
             break
         ended = time.perf_counter()
+        checkpoint_seconds = ended - saving
     if log:
         log.close()
     return None
@@ -112,22 +115,22 @@ def validate(config: Config, job: Job, learning: Learning) -> dict[str, float]:
 
 
 class StepLog:
-    """Rank 0's records: a line in `metrics.jsonl` and a point in TensorBoard for every outer step."""
+    """Rank 0's records: for every outer step a line in `metrics.jsonl`, and a point in each tracker."""
 
-    def __init__(self, run: RunFolder, step: int):
+    def __init__(self, config: Config, run: RunFolder, step: int):
         run.truncate_metrics(step)
         self.file = run.metrics.open("a", buffering=1)
-        self.board = SummaryWriter(str(run.path / "tensorboard"), purge_step=step + 1)
+        self.trackers = open_trackers(config, run, step)
 
     def write(self, record: dict[str, Any]) -> None:
         self.file.write(json.dumps(record) + "\n")
-        for name, value in record.items():
-            if name != "step":
-                self.board.add_scalar(name, value, record["step"])
+        for tracker in self.trackers:
+            tracker.write(record)
 
     def close(self) -> None:
         self.file.close()
-        self.board.close()
+        for tracker in self.trackers:
+            tracker.close()
 
 
 def report(run: RunFolder, learning: Learning, record: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from rayml.config import Config
 from rayml.engine import collective
+from rayml.engine.laps import Laps
 from rayml.engine.shares import join, share_loss, share_of
 from rayml.engine.zero import TAG
 from rayml.errors import RunError, TrainingError
@@ -72,6 +73,7 @@ class FullLearner:
         self.lm = TaskLM(engine, None)
         self.outer_step = 0
         """Outer steps so far; the engine's own count is of inner steps."""
+        self.laps = Laps(self.lm.device)
         self._task: int | None = None
 
     def step(
@@ -89,6 +91,7 @@ class FullLearner:
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.outer.lr * self.schedule(self.outer_step)
         weights = weights or [1.0] * len(episodes)
+        self.laps.begin()
         task_losses = []
         for self._task, (support, query) in enumerate(episodes):
             last = self._task == len(episodes) - 1
@@ -115,8 +118,11 @@ class FullLearner:
         }[self.config.algorithm.name]
         *inner, (last, _) = batches
         losses = [self._descend(batch, "learn" if share else "adapt", share * weight) for batch, share in inner]
+        self.laps("inner")
         clip = 0.0 if self._reptile else self.config.outer.clip_norm
-        return [*losses, self._descend(last, "query", weight, tasks, clip)]
+        losses.append(self._descend(last, "query", weight, tasks, clip))
+        self.laps("outer")
+        return losses
 
     def _descend(
         self, batch: TaskBatch, phase: str, weight: float = 1.0, tasks: int = 0, clip_norm: float = 0.0

@@ -1,0 +1,147 @@
+"""Where a run's numbers are shown while it trains: Prometheus, TensorBoard, Weights & Biases, MLflow.
+
+Rank 0 writes the same records to all of them that stand in `metrics.jsonl`. A resumed run goes on in the same place.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from secrets import token_hex
+from typing import Any, Protocol
+
+from ray.util.metrics import Gauge
+from tensorboardX import SummaryWriter
+
+from rayml.config import Config
+from rayml.errors import ConfigError
+from rayml.runs.folder import RunFolder, write_whole
+
+Record = dict[str, Any]
+PACKAGES = {"wandb": "wandb", "mlflow": "mlflow-skinny"}
+
+
+class Tracker(Protocol):
+    def write(self, record: Record) -> None:
+        """Show the record of one outer step."""
+
+    def close(self) -> None:
+        """Send what is not sent yet."""
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise ConfigError if a tracker's package is not installed."""
+    missing = [PACKAGES[name] for name in names if name in PACKAGES and not find_spec(name)]
+    if missing:
+        raise ConfigError(f"run.trackers: not installed here; pip install {' '.join(missing)}")
+
+
+def open_trackers(config: Config, run: RunFolder, step: int) -> list[Tracker]:
+    """Return the config's trackers, ready for the records after `step`. Prometheus is always among them."""
+    kinds: dict[str, Any] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases, "mlflow": MLflow}
+    return [Prometheus(config, run, step), *(kinds[name](config, run, step) for name in config.run.trackers)]
+
+
+def numbers(record: Record) -> dict[str, float]:
+    return {name: value for name, value in record.items() if name != "step"}
+
+
+class Prometheus:
+    """Ray's own metrics, which every node exports: `ray_rayml_query_loss{run="..."}` and the like."""
+
+    def __init__(self, config: Config, run: RunFolder, step: int):
+        self.tags = {"run": run.path.name}
+        self.gauges: dict[str, Gauge] = {}
+
+    def write(self, record: Record) -> None:
+        for name, value in record.items():
+            if name not in self.gauges:
+                text = f"{name.replace('_', ' ')} of the newest outer step"
+                self.gauges[name] = Gauge(f"rayml_{name}", description=text, tag_keys=("run",))
+            self.gauges[name].set(value, tags=self.tags)
+
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    def __init__(self, config: Config, run: RunFolder, step: int):
+        self.board = SummaryWriter(str(run.path / "tensorboard"), purge_step=step + 1)
+
+    def write(self, record: Record) -> None:
+        for name, value in numbers(record).items():
+            self.board.add_scalar(name, value, record["step"])
+
+    def close(self) -> None:
+        self.board.close()
+
+
+class WeightsAndBiases:
+    """A W&B run in the project WANDB_PROJECT, or rayml. WANDB_MODE=offline keeps it in the run folder."""
+
+    def __init__(self, config: Config, run: RunFolder, step: int):
+        import wandb
+
+        self.run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "rayml"),
+            id=remembered(run, "wandb", partial(token_hex, 4)),
+            resume="allow",
+            name=run.path.name,
+            dir=run.path,
+            config=config.model_dump(mode="json"),
+        )
+
+    def write(self, record: Record) -> None:
+        self.run.log(numbers(record), step=record["step"])
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class MLflow:
+    """A run at MLFLOW_TRACKING_URI, or in a file of the run folder, of MLFLOW_EXPERIMENT_NAME, or rayml."""
+
+    def __init__(self, config: Config, run: RunFolder, step: int):
+        from mlflow.tracking import MlflowClient
+
+        self.client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{run.path / 'mlflow.db'}"))
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "rayml")
+        found = self.client.get_experiment_by_name(name)
+        experiment = found.experiment_id if found else self.client.create_experiment(name)
+
+        def create() -> str:
+            made = self.client.create_run(experiment, run_name=run.path.name).info.run_id
+            for key, value in flat(config.model_dump(mode="json")).items():
+                self.client.log_param(made, key, str(value)[:500])
+            return made
+
+        self.id = remembered(run, "mlflow", create)
+
+    def write(self, record: Record) -> None:
+        from mlflow.entities import Metric
+
+        now = int(1000 * time.time())
+        metrics = [Metric(name, value, now, record["step"]) for name, value in numbers(record).items()]
+        self.client.log_batch(self.id, metrics)
+
+    def close(self) -> None:
+        self.client.set_terminated(self.id)
+
+
+def remembered(run: RunFolder, tracker: str, create: Callable[[], str]) -> str:
+    """Return the tracker's own name for this run, made once and kept in the run folder."""
+    file: Path = run.path / "trackers.json"
+    known = json.loads(file.read_text()) if file.exists() else {}
+    if tracker not in known:
+        known[tracker] = create()
+        write_whole(file, json.dumps(known))
+    return known[tracker]
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found

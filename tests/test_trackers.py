@@ -1,0 +1,75 @@
+"""Where a run's numbers are shown, and where its time goes."""
+
+import json
+import urllib.request
+
+import pytest
+import ray
+from conftest import make_config
+from test_train import SPLITS, steps_logged
+
+from rayml.distributed import progress, trackers
+from rayml.distributed.progress import WATCHED_STEPS, DataWait
+from rayml.distributed.train import train
+from rayml.errors import ConfigError
+
+PHASES = "data_seconds", "inner_seconds", "outer_seconds", "communication_seconds"
+
+
+@pytest.mark.ray
+def test_every_tracker_has_every_step_once_also_after_a_resumption(tmp_path):
+    pytest.importorskip("wandb")
+    client = pytest.importorskip("mlflow.tracking").MlflowClient
+    everywhere = {"trackers": ("tensorboard", "wandb", "mlflow")}
+    outer = {"steps": 3}
+    run = train(make_config(tmp_path, outer=outer, data={"splits": SPLITS}, run=everywhere))
+    train(make_config(tmp_path, outer={"steps": 5}, data={"splits": SPLITS}, run=everywhere), resume=True)
+    records = run.records()
+    assert steps_logged(run) == [1, 2, 3, 4, 5]
+
+    ids = json.loads((run.path / "trackers.json").read_text())
+    mlflow = client(f"sqlite:///{run.path / 'mlflow.db'}")
+    found = mlflow.get_metric_history(ids["mlflow"], "query_loss")
+    assert [(point.step, point.value) for point in found] == [(r["step"], r["query_loss"]) for r in records]
+    assert mlflow.get_run(ids["mlflow"]).data.params["outer.steps"] == "3"
+    kept = list((run.path / "wandb").glob(f"offline-run-*-{ids['wandb']}"))
+    assert kept, "both parts are one W&B run"
+    assert list((run.path / "tensorboard").iterdir())
+
+    port = ray.nodes()[0]["MetricsExportPort"]
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+        lines = [line for line in answer.read().decode().splitlines() if line.startswith("ray_rayml_query_loss{")]
+    assert any(f'run="{run.path.name}"' in line for line in lines), "Ray exports it to Prometheus"
+
+
+@pytest.mark.ray
+def test_the_phases_of_a_step_add_up(tmp_path):
+    outer = {"steps": 4}
+    for name in ("fomaml", "multitask"):
+        run = {"dir": str(tmp_path / name), "checkpoint_every": 2}
+        config = make_config(tmp_path, outer=outer, data={"splits": SPLITS}, algorithm={"name": name}, run=run)
+        records = train(config).records()
+        for record in records:
+            missing = {"inner_seconds"} if name == "multitask" else set()
+            assert set(PHASES) - set(record) == missing
+            parts = sum(record.get(phase, 0.0) for phase in PHASES)
+            assert 0.8 * record["step_seconds"] < parts <= record["step_seconds"]
+        assert [record["checkpoint_seconds"] > 0.001 for record in records] == [False, False, True, False]
+
+
+def test_a_tracker_that_is_not_installed_is_named_before_the_start(monkeypatch):
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="pip install wandb mlflow-skinny"):
+        trackers.check_trackers(["tensorboard", "wandb", "mlflow"])
+
+
+def test_waiting_for_episodes_is_said_once(monkeypatch):
+    waits = DataWait()
+    slow, quick = {"data_seconds": 0.2, "step_seconds": 1.0}, {"data_seconds": 0.01, "step_seconds": 1.0}
+    assert waits.warning({"data_seconds": 100.0, "step_seconds": 101.0}) is None  # the stream starts
+    assert [waits.warning(quick) for _ in range(WATCHED_STEPS)] == [None] * WATCHED_STEPS
+    said = [waits.warning(slow) for _ in range(WATCHED_STEPS)]
+    assert said[0] is None
+    (message,) = filter(None, said)
+    assert message.startswith("6% of the last 20 steps")
+    assert progress.MOST_WAITING == 0.05
