@@ -1,0 +1,9 @@
+"""The command line. Heavy libraries are imported by the command that needs them, so that `--help` is quick."""
+
+from rayml.cli import training  # each adds its commands, in the order of `--help`
+
+# isort: split
+from rayml.cli import data, learning
+from rayml.cli.app import app, main
+
+__all__ = ["app", "data", "learning", "main", "training"]

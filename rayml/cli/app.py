@@ -1,0 +1,60 @@
+"""The application that all commands belong to, and what they share."""
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from rayml.errors import RaymlError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+app = typer.Typer(
+    help="Meta-train causal language models, so that they learn a new task from a handful of examples.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(help="Look at tasks before training on them.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+out = Console(width=None if sys.stdout.isatty() else 110)  # room for tables in files and logs
+err = Console(stderr=True)
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="One YAML a run; see configs/.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[key=value]...", help="Such as `inner.lr=0.3 workers=2`.")
+]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder that `rayml train` made.")]
+Checkpoint = Annotated[
+    str | None,
+    typer.Option(help="`best` by meta-val, or `newest`; else the best where `validation.patience` is set."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def main() -> None:
+    """Run the command line; what the user can put right is one message, not a traceback."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    try:
+        app()
+    except RaymlError as error:
+        err.print(f"[bold red]{type(error).__name__}[/]: ", end="")
+        err.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        sys.exit(1)
+
+
+def print_keys(section: type["BaseModel"]) -> None:
+    from rayml.config import keys
+
+    for name, (default, meaning) in keys(section).items():
+        shown = "required" if default is ... else f"default {default!r}"
+        out.print(f"[bold]{name}[/]  [dim]{shown}[/]", highlight=False)
+        out.print(f"    {meaning}", highlight=False, markup=False)

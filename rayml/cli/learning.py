@@ -1,0 +1,109 @@
+"""What a run has learned, put to use: `rayml adapt`, `predict`, `serve`, `publish`, `export`."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rayml.cli.app import Checkpoint, Json, RunPath, app, err, out, print_keys
+
+
+@app.command()
+def adapt(
+    run: RunPath,
+    examples: Annotated[Path, typer.Option(help="JSONL or Parquet: rows of input and target.")],
+    out_dir: Annotated[Path, typer.Option("--out", help="The adapter's folder; must not exist.", metavar="DIR")],
+    name: Annotated[str | None, typer.Option(help="The adapter's name; else the folder's.")] = None,
+) -> None:
+    """Learn one new task from a few examples: writes a stock PEFT folder that also vLLM and LoRAX load.
+
+    Labels are your own: what the model sees of them is kept in the folder.
+    """
+    from rayml.evaluation.command import adapt_run
+
+    adapt_run(run, examples, out_dir, name, out)
+
+
+@app.command()
+def export(
+    run: RunPath,
+    out_dir: Annotated[Path, typer.Option("--out", help="The folder to write; must not exist.", metavar="DIR")],
+    checkpoint: Checkpoint = None,
+) -> None:
+    """Write what a run learned for other libraries: its start as a PEFT adapter, or, in mode full, the whole model.
+
+    `AutoModelForCausalLM.from_pretrained` loads the whole model, `PeftModel.from_pretrained` the adapter. Starting
+    from it takes the inner loop that the run was trained for: without one, it answers no better than by chance.
+    """
+    from rayml.evaluation.command import export_run
+
+    export_run(run, out_dir, checkpoint, out)
+
+
+@app.command()
+def predict(
+    adapter: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `rayml adapt` made.")],
+    text: Annotated[str, typer.Option("--input", help="What to answer.", metavar="TEXT")],
+    options: Annotated[str | None, typer.Option(help="Choose among these, comma-separated; else all labels.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Answer with a learned task: the most probable of its labels, or generated text."""
+    from rayml.evaluation.predict import Predictor
+
+    chosen = [option.strip() for option in options.split(",") if option.strip()] if options else None
+    answer = Predictor(adapter).predict(text, chosen)
+    if as_json:
+        print(json.dumps({"prediction": answer.text, "probabilities": answer.probabilities}, ensure_ascii=False))
+        return
+    out.print(answer.text, style="bold", markup=False, highlight=False)
+    for option, probability in sorted(answer.probabilities.items(), key=lambda item: -item[1]):
+        out.print(f"  {probability:.3f}  {option}", markup=False, highlight=False)
+
+
+@app.command("serve")
+def serve_run(
+    run: Annotated[Path | None, typer.Argument(metavar="RUN", help="A run folder that `rayml train` made.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value]...", help="Such as `replicas.max=4 limits.steps=5`.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Where to listen; beyond this machine an API key is needed.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Where to listen.", min=1, max=65535)] = 8000,
+    store: Annotated[str | None, typer.Option(help="Where adapters are kept; else RUN/adapters.")] = None,
+    keys_file: Annotated[Path | None, typer.Option(help="API keys, one a line; RAYML_API_KEYS adds to them.")] = None,
+    metrics_port: Annotated[int | None, typer.Option(help="Where Prometheus finds the metrics.")] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Listen beyond this machine without a key.")] = False,
+    keys: Annotated[bool, typer.Option("--keys", help="Print every setting with its default and meaning.")] = False,
+) -> None:
+    """Serve a run: post a few examples, get an adapter in about a second, and ask it by name.
+
+    OpenAI's API at /v1/completions and /v1/chat/completions, with /v1/classify and /v1/adapters beside it; /docs shows
+    all of it. Ctrl-C lets what has begun end, and stops.
+    """
+    if keys:
+        from rayml.serving.settings import Serving
+
+        print_keys(Serving)
+        return
+    if run is None:
+        raise typer.BadParameter("give a RUN folder, or --keys")
+    err.print("[dim]loading libraries ...[/]")
+    from rayml.serving.command import serve_forever
+
+    serve_forever(run, overrides or [], host, port, store, keys_file, metrics_port, insecure, out)
+
+
+@app.command()
+def publish(
+    adapter: Annotated[Path, typer.Argument(metavar="DIR", help="A folder, or a zip, of `rayml adapt` or PEFT.")],
+    run: Annotated[Path, typer.Option(help="The run folder that is served.", metavar="RUN")],
+    name: Annotated[str | None, typer.Option(help="The adapter's name; else the folder's.")] = None,
+    store: Annotated[str | None, typer.Option(help="The server's store; else RUN/adapters.")] = None,
+) -> None:
+    """Put an adapter that was learned elsewhere into a server's store, once it is seen to fit the run's base.
+
+    It belongs to the API key in RAYML_API_KEY; without, to servers that ask for none.
+    """
+    from rayml.serving.command import publish_adapter
+
+    publish_adapter(adapter, run, name, store, out)
