@@ -61,8 +61,9 @@ class Data(Section):
     """Support examples, per class (per task for free text)."""
     queries: PositiveInt = 4
     """Query examples, per class (per task for free text)."""
-    labels: Literal["letters", "words"] = "letters"
-    """`letters`: A, B, ..., permuted in every episode, so that the model has to adapt. `words`: as they are."""
+    labels: Literal["words", "letters"] = "words"
+    """`words`: as they are, so that what the model knows of them helps. `letters`: A, B, ..., permuted in every episode,
+    for labels that mean nothing: nothing but adapting can tell which is which."""
     label_loss: Literal["options", "vocabulary"] = "options"
     """What a label competes with, in its loss and where it is scored: at each of its tokens with the episode's other
     labels that begin alike, or with the whole vocabulary, as free text always does."""

@@ -108,6 +108,7 @@ def make_config(folder: Path, **changes) -> Config:
             "ways": 3,
             "shots": 2,
             "queries": 2,
+            "labels": "letters",
             "splits": {"val": 0.0, "test": 0.0, "test_tasks": ["toy-5"]},
         },
         "run": {"dir": str(folder / "run"), "checkpoint_every": 5},

@@ -49,7 +49,7 @@ def test_every_mistake_is_named_at_once_with_the_nearest_key(path):
     assert "inner.setps: no such key; did you mean inner.steps?" in message
     assert "data.quries: no such key; did you mean data.queries?" in message
     assert "outer.lr: Input should be greater than 0, got -1" in message
-    assert "data.labels: Input should be 'letters' or 'words', got 'numbers'" in message
+    assert "data.labels: Input should be 'words' or 'letters', got 'numbers'" in message
 
 
 def test_a_missing_key_is_named(tmp_path):
