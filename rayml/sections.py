@@ -62,8 +62,8 @@ class Data(Section):
     queries: PositiveInt = 4
     """Query examples, per class (per task for free text)."""
     labels: Literal["words", "letters"] = "words"
-    """`words`: as they are, so that what the model knows of them helps. `letters`: A, B, ..., permuted in every episode,
-    for labels that mean nothing: nothing but adapting can tell which is which."""
+    """`words`: as they are, so that what the model knows of them helps. `letters`: A, B, ..., permuted in every
+    episode, for labels that mean nothing: nothing but adapting can tell which is which."""
     label_loss: Literal["options", "vocabulary"] = "options"
     """What a label competes with, in its loss and where it is scored: at each of its tokens with the episode's other
     labels that begin alike, or with the whole vocabulary, as free text always does."""
@@ -150,7 +150,7 @@ class Outer(Section):
     """Outer rate of the logarithm of the learned inner rates."""
     start_weight: NotNegativeFloat = 1.0
     """fomaml and meta_sgd: weight of the loss before adapting, beside the one after. Above 0 the start stays a good
-    model as it stands, as in multi-task learning."""
+    model as it stands, as in multi-task learning. What the inner loop leaves alone has no part in it."""
     steps: PositiveInt = 500
     """Outer steps."""
     warmup_steps: NotNegativeInt = 10
@@ -160,7 +160,7 @@ class Outer(Section):
     weight_decay: NotNegativeFloat = 0.0
     clip_norm: NotNegativeFloat = 1.0
     """Longest meta-gradient, by its global norm; 0 does not clip. The inner steps are never clipped. In mode full
-    under ZeRO it is each task's query gradient that is clipped."""
+    under ZeRO it is each task's query gradient that is clipped, and not that of the start."""
 
 
 class Validation(Section):

@@ -5,21 +5,24 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import typer
 import yaml
 from conftest import make_config
-from rich.console import Console
+from ray.job_submission import JobStatus
 
+from rayml.cli.cluster import parsed
 from rayml.config import dump_config
-from rayml.distributed.submit import MOST_BYTES, files_of, prepare, stage
-from rayml.errors import ConfigError
+from rayml.distributed.submit import MOST_BYTES, files_of, prepare, refuse_second_job, stage
+from rayml.errors import ConfigError, RunError
 from rayml.runs.folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
-QUIET = Console(quiet=True)
 TOKEN = "a-token-of-the-tests-0123456789abcdef"
 PATIENCE_SECONDS = 120
 
@@ -44,6 +47,9 @@ def head(tmp_path_factory):
     command += [f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}", "--disable-usage-stats"]
     command[0] = str(Path(sys.executable).with_name("ray"))
     log = (tmp_path_factory.mktemp("head") / "log").open("w+")
+    # Of its own, and short, for the sockets in it: what `ray start` leaves in the usual one, others would join.
+    folder = tempfile.mkdtemp(prefix="ray")
+    command += [f"--temp-dir={folder}"]
     process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
     address = f"http://127.0.0.1:{dashboard}"
     try:
@@ -52,6 +58,7 @@ def head(tmp_path_factory):
     finally:
         process.terminate()
         process.wait(60)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def wait_for(address, env, process, log):
@@ -119,31 +126,56 @@ def test_a_job_needs_the_token_and_goes_on_when_submitted_again(head, tmp_path):
 # What is checked before anything is sent
 
 
+def prepared(words, folder, name=None, storage=None):
+    return prepare(parsed(words), folder, name, storage)
+
+
 def test_a_run_needs_a_place_that_all_nodes_share(tmp_path):
     folder = project(tmp_path)
     with pytest.raises(ConfigError, match="--storage"):
-        prepare(["train", "config.yaml"], folder, None, None)
-    found = prepare(["train", "config.yaml"], folder, None, "s3://bucket/runs/")
-    assert found.entrypoint[-2:] == ["run.dir=s3://bucket/runs/first", "--resume"]
-    named = prepare(["train", "config.yaml", "run.dir=/mnt/mine"], folder, None, None)
-    assert (named.name, named.entrypoint[-1]) == ("mine", "--resume")
-    assert "run.dir=/mnt/mine" in named.entrypoint
-    swept = prepare(["compare", "config.yaml", "--seeds", "3"], folder, "trial", "/mnt")
-    assert swept.entrypoint[-3:] == ["--seeds", "3", "--out=/mnt/trial"]
-    assert prepare(["evaluate", "/mnt/mine"], folder, None, None).entrypoint[-2:] == ["evaluate", "/mnt/mine"]
-    with pytest.raises(ConfigError, match="--name"):
-        prepare(["evaluate", "/mnt/mine"], folder, "a b", None)
+        prepared(["train", "config.yaml"], folder)
+    with pytest.raises(ConfigError, match="--storage"):
+        prepared(["train", "config.yaml"], folder, storage="s3://bucket/runs")
+    found = prepared(["train", "config.yaml"], folder, storage="/mnt/runs/")
+    assert found.entrypoint[-2:] == ["run.dir=/mnt/runs/first", "--resume"]
+    named = prepared(["train", "--resume", "config.yaml", "run.dir=/mnt/mine"], folder)
+    assert (named.name, named.place, named.entrypoint[-1]) == ("mine", "/mnt/mine", "run.dir=/mnt/mine")
+    swept = prepared(["sweep", "config.yaml", "--search", "inner.lr=loguniform(1e-2,1)"], folder, storage="/mnt")
+    assert swept.entrypoint[-3:] == ["inner.lr=loguniform(1e-2,1)", "run.dir=/mnt/first", "--resume"]
+    compared = ["compare", "config.yaml", "--variant", "mine=inner.lr=0.3", "--seeds", "3"]
+    assert prepared(compared, folder, "trial", "/mnt").entrypoint[-3:] == ["--seeds", "3", "--out=/mnt/trial"]
+    assert prepared([*compared, "--out", "/mnt/x"], folder).place == "/mnt/x"
+    assert prepared(["evaluate", "/mnt/mine"], folder).entrypoint[-2:] == ["evaluate", "/mnt/mine"]
+    for name in ("a b", "..", "-x"):
+        with pytest.raises(ConfigError, match="--name"):
+            prepared(["evaluate", "/mnt/mine"], folder, name)
+    with pytest.raises(typer.BadParameter, match="no 'nonsense' to submit"):
+        parsed(["nonsense"])
 
 
 def test_a_bad_config_or_data_that_stays_behind_is_refused_before_it_is_sent(tmp_path):
     folder = project(tmp_path)
     with pytest.raises(ConfigError, match=r"inner\.lr"):
-        prepare(["train", "config.yaml", "inner.lr=-1"], folder, None, "/mnt")
-    with pytest.raises(ConfigError, match=r"data/rows\.jsonl is not uploaded"):
-        prepare(["train", "config.yaml", "data.path=data/rows.jsonl"], folder, None, "/mnt")
+        prepared(["train", "config.yaml", "inner.lr=-1"], folder, storage="/mnt")
+    with pytest.raises(ConfigError, match="not among what is uploaded"):
+        prepared(["train", str(folder / "config.yaml")], folder, storage="/mnt")
+    for data in (["data.path=data/rows.jsonl"], ["--data", "data/rows.jsonl"]):
+        with pytest.raises(ConfigError, match=r"data/rows\.jsonl is not uploaded"):
+            prepared(["compare" if data[0] == "--data" else "train", "config.yaml", *data], folder, storage="/mnt")
     (folder / "tasks").mkdir()
     (folder / "tasks" / "rows.jsonl").write_text("{}")
-    prepare(["train", "config.yaml", "data.path=tasks"], folder, None, "/mnt")
+    for path in ("tasks", "./tasks", "tasks/*.jsonl"):
+        prepared(["train", "config.yaml", f"data.path={path}"], folder, storage="/mnt")
+
+
+def test_two_jobs_never_write_to_one_place():
+    running = SimpleNamespace(submission_id="a-1", metadata={"rayml_place": "/mnt/a"}, status=JobStatus.RUNNING)
+    ended = SimpleNamespace(submission_id="b-1", metadata={"rayml_place": "/mnt/b"}, status=JobStatus.FAILED)
+    client = SimpleNamespace(list_jobs=lambda: [running, ended])
+    with pytest.raises(RunError, match="job a-1 still writes there"):
+        refuse_second_job(client, "/mnt/a")
+    for place in ("/mnt/b", "/mnt/c", None):
+        refuse_second_job(client, place)
 
 
 def test_only_what_is_needed_is_uploaded(tmp_path):

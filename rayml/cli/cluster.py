@@ -1,11 +1,15 @@
 """Work on a cluster: `rayml submit`."""
 
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from rayml.cli.app import app, err, out
+
+if TYPE_CHECKING:
+    from rayml.distributed.submit import Command
 
 
 @app.command(context_settings={"allow_interspersed_args": False})
@@ -20,7 +24,10 @@ def submit(
     working_dir: Annotated[
         Path, typer.Option(help="What is uploaded, without .git, runs, data and the like.", metavar="DIR")
     ] = Path("."),
-    env: Annotated[list[str] | None, typer.Option(help="Variables for the job.", metavar="KEY=VALUE")] = None,
+    env: Annotated[
+        list[str] | None,
+        typer.Option(help="Variables for the job; KEY alone takes its value here.", metavar="KEY[=VALUE]"),
+    ] = None,
     detach: Annotated[bool, typer.Option("--detach", help="Do not wait for the job to end.")] = False,
     stop_on_interrupt: Annotated[
         bool, typer.Option("--stop-on-interrupt", help="Ctrl-C stops the job; else it goes on without you.")
@@ -31,10 +38,35 @@ def submit(
     The config is checked here first. Submitted again under the same name, training goes on where it stopped. Options of
     `submit` stand before ADDRESS. A cluster with token auth takes RAY_AUTH_MODE=token and RAY_AUTH_TOKEN.
     """
-    variables = dict(one.partition("=")[::2] for one in env or [])
-    if "" in variables.values() or "" in variables:
-        raise typer.BadParameter("--env: expected KEY=VALUE")
+    variables = {name: value if given else os.environ.get(name) for name, given, value in map(assigned, env or [])}
+    missing = [name for name, value in variables.items() if not name or value is None]
+    if missing:
+        raise typer.BadParameter(f"--env: expected KEY=VALUE, or a KEY that is set here; got {', '.join(missing)}")
     err.print("[dim]loading libraries ...[/]")
     from rayml.distributed.submit import submit as submit_job
 
-    submit_job(address, command, working_dir, name, storage, variables, not detach, stop_on_interrupt, out)
+    kept = {name: value for name, value in variables.items() if value is not None}
+    submit_job(address, parsed(command), working_dir, name, storage, kept, not detach, stop_on_interrupt, out)
+
+
+def assigned(text: str) -> tuple[str, str, str]:
+    return text.partition("=")
+
+
+def parsed(words: list[str]) -> "Command":
+    """Return a rayml command as its own parser understands it."""
+    from rayml.distributed.submit import Command
+
+    group = typer.main.get_command(app)
+    found = group.get_command(typer.Context(group), words[0]) if hasattr(group, "get_command") else None
+    if found is None or words[0] == "submit":
+        raise typer.BadParameter(f"COMMAND: rayml has no {words[0]!r} to submit")
+    given = found.make_context(words[0], words[1:]).params
+    return Command(
+        words,
+        config=given.get("config"),
+        overrides=given.get("overrides") or [],
+        out=given.get("out_dir"),
+        data=given.get("data") or [],
+        resumes=given.get("resume") is False,
+    )

@@ -1,13 +1,16 @@
 """`rayml submit`: hand a rayml command to a Ray cluster as a job, with no more than it needs."""
 
 import asyncio
+import os
 import re
 import shlex
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 from ray.job_submission import JobStatus, JobSubmissionClient
@@ -20,22 +23,35 @@ LEFT_OUT = {".git", "runs", "data", "node_modules", "__pycache__", "wandb", "mlr
 """Folders that are not uploaded, wherever they are; neither are hidden ones, such as .venv."""
 MOST_BYTES = 90 * 2**20
 """Of an upload: a dashboard takes 100 MiB, and the packing is not counted here."""
-PLACE = {"train": "run.dir={}", "sweep": "--out={}", "compare": "--out={}"}
-"""How a command that takes a config is told where its results go."""
+NAME = re.compile(r"[A-Za-z0-9_][\w.-]*", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Command:
+    """A rayml command, as its own parser understood it."""
+
+    words: Sequence[str]
+    """What stands behind `rayml`."""
+    config: Path | None = None
+    overrides: Sequence[str] = ()
+    out: Path | None = None
+    data: Sequence[str] = ()
+    resumes: bool = False
+    """Whether it knows --resume, and was not given it."""
 
 
 @dataclass(frozen=True)
 class Submission:
-    """A command for the cluster."""
-
     name: str
     """Of the run: the same again goes on with it."""
     entrypoint: list[str]
+    place: str | None
+    """Where its results go."""
 
 
 def submit(
     address: str,
-    command: Sequence[str],
+    command: Command,
     folder: Path,
     name: str | None,
     storage: str | None,
@@ -48,7 +64,6 @@ def submit(
 
     Args:
         address: the dashboard's, such as http://127.0.0.1:8265.
-        command: what stands behind `rayml`, such as `train CONFIG.yaml workers=8`.
         folder: what the job finds as its working directory.
         name: of the run, else as its config calls it.
         storage: a folder that all nodes share, where runs go that have no place of their own.
@@ -57,64 +72,65 @@ def submit(
 
     Raises:
         ConfigError: the command's own input is bad; nothing was sent.
-        RunError: the cluster does not answer, or refuses; the run's last job still runs; the job failed.
+        RunError: the cluster does not answer, or refuses; another job works in the same place; the job failed.
     """
     asked = prepare(command, folder, name, storage)
     client = connect(address)
-    refuse_second_job(client, asked.name)
-    with tempfile.TemporaryDirectory() as staged:
+    with answering(address), tempfile.TemporaryDirectory() as staged:
+        refuse_second_job(client, asked.place)
         stage(folder, Path(staged))
         job = client.submit_job(
             entrypoint=shlex.join(asked.entrypoint),
             submission_id=f"{asked.name}-{time.strftime('%Y%m%d-%H%M%S')}",
             runtime_env={"working_dir": staged, "env_vars": env},
-            metadata={"rayml_run": asked.name},
+            metadata={"rayml_place": asked.place} if asked.place else {},
         )
     out.print(f"job {job}: {shlex.join(asked.entrypoint)}", highlight=False, soft_wrap=True)
     if follow:
         watch(client, address, job, stop_on_interrupt, out)
 
 
-def prepare(command: Sequence[str], folder: Path, name: str | None, storage: str | None) -> Submission:
-    """Check a command as it would check itself on the cluster, and give its results a place that lasts."""
-    verb, *rest = command
-    config = config_of(rest, folder) if verb in PLACE and rest else None
-    name = name or (Path(config.run.dir).name if config else verb)
-    entry = ["python", "-m", "rayml.cli", verb, *rest]
-    if not re.fullmatch(r"[\w.-]+", name):
-        raise ConfigError(f"--name: expected letters, digits, '.', '-' and '_', got {name!r}")
-    if verb in PLACE and config:
-        place = next((word.partition("=")[2] for word in rest if word.startswith("--out=")), None)
-        place = config.run.dir if verb == "train" else place
-        if not place or not is_everywhere(place):
-            if not storage:
-                raise ConfigError(
-                    f"{place or '--out'}: lies on one machine alone; give --storage a folder that all nodes share"
-                )
-            entry.append(PLACE[verb].format(f"{storage.rstrip('/')}/{name}"))
-        # A job that is submitted again goes on.
-        entry += ["--resume"] if verb in ("train", "sweep") and "--resume" not in rest else []
-    return Submission(name, entry)
-
-
-def config_of(words: Sequence[str], folder: Path) -> Config:
-    """Return the config that a command names.
+def prepare(command: Command, folder: Path, name: str | None, storage: str | None) -> Submission:
+    """Check a command as it would check itself on the cluster, and give its results a place that lasts.
 
     Raises:
-        ConfigError: it is bad, or names data that would not be there.
+        ConfigError: its config is bad, or it needs what would not be there.
     """
-    config = load_config(folder / words[0], [word for word in words[1:] if "=" in word and not word.startswith("-")])
-    uploaded = {file.as_posix() for file in files_of(folder)}
-    for path in config.data.path:
-        is_sent = any(file == path or file.startswith(f"{path.rstrip('/')}/") for file in uploaded)
-        if not is_everywhere(path) and not path.startswith("hf:") and not is_sent:
+    entry = ["python", "-m", "rayml.cli", *command.words]
+    config = checked_config(command, folder) if command.config else None
+    # `train` and `sweep` write to run.dir, `compare` to its --out.
+    place = str(command.out) if command.out else config.run.dir if config else None
+    name = name or (Path(place).name if place else command.words[0])
+    if not NAME.fullmatch(name):
+        raise ConfigError(f"--name: expected letters, digits, '.', '-' and '_', got {name!r}")
+    if place and not place.startswith("/"):
+        if not storage or not storage.startswith("/"):
+            raise ConfigError(
+                f"{place}: lies on one machine alone; give --storage a folder that all nodes share, such as /mnt/runs"
+            )
+        place = f"{storage.rstrip('/')}/{name}"
+        entry.append(f"--out={place}" if command.out else f"run.dir={place}")
+    # A job that is submitted again goes on.
+    return Submission(name, [*entry, "--resume"] if command.resumes else entry, place)
+
+
+def checked_config(command: Command, folder: Path) -> Config:
+    """Return a command's config.
+
+    Raises:
+        ConfigError: it is bad, or names files that would not be uploaded.
+    """
+    assert command.config
+    uploaded = [file.as_posix() for file in files_of(folder)]
+    if os.path.normpath(command.config) not in uploaded:
+        raise ConfigError(f"{command.config}: is not among what is uploaded from {folder}; put it there")
+    config = load_config(folder / command.config, command.overrides)
+    for path in command.data or config.data.path:
+        known = path.startswith("/") or "://" in path or path.startswith("hf:")
+        wanted = os.path.normpath(path)
+        if not known and not any(fnmatch(file, wanted) or file.startswith(f"{wanted}/") for file in uploaded):
             raise ConfigError(f"data.path: {path} is not uploaded; put it where all nodes read it, and name that")
     return config
-
-
-def is_everywhere(path: str) -> bool:
-    """Return whether a path can mean the same on every machine."""
-    return "://" in path or path.startswith("/")
 
 
 def files_of(folder: Path) -> list[Path]:
@@ -155,18 +171,30 @@ def connect(address: str) -> JobSubmissionClient:
     Raises:
         RunError: nobody answers there, or the token is refused.
     """
-    try:
+    with answering(address):
         return JobSubmissionClient(address)
-    except Exception as error:  # Ray raises ConnectionError, RuntimeError and its own, by what went wrong
-        first = str(error).strip().splitlines()[0]
-        raise RunError(f"{address}: {first}") from error
 
 
-def refuse_second_job(client: JobSubmissionClient, name: str) -> None:
-    """Raise RunError if a job still works on the run of this name: two would write into one folder."""
+@contextmanager
+def answering(address: str) -> Iterator[None]:
+    """Turn what a cluster's dashboard refuses, or its silence, into a RunError."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (RuntimeError, OSError, ValueError) as error:  # Ray's own are among them
+        raise error if isinstance(error, RunError) else RunError(f"{address}: {first_line(error)}") from error
+
+
+def first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def refuse_second_job(client: JobSubmissionClient, place: str | None) -> None:
+    """Raise RunError if a job still writes to this place: two would spoil each other's results."""
     for job in client.list_jobs():
-        if (job.metadata or {}).get("rayml_run") == name and not job.status.is_terminal():
-            raise RunError(f"{name}: job {job.submission_id} still works on it; stop it, or give --name another")
+        if place and (job.metadata or {}).get("rayml_place") == place and not job.status.is_terminal():
+            raise RunError(f"{place}: job {job.submission_id} still writes there; stop it, or choose another place")
 
 
 def watch(client: JobSubmissionClient, address: str, job: str, stop_on_interrupt: bool, out: Console) -> None:
@@ -180,16 +208,19 @@ def watch(client: JobSubmissionClient, address: str, job: str, stop_on_interrupt
         async for lines in client.tail_job_logs(job):
             out.print(lines, end="", markup=False, highlight=False, soft_wrap=True)
 
+    goes_on = f"job {job} goes on: ray job logs --follow --address {address} {job}"
     try:
         asyncio.run(tail())
+    except (RuntimeError, OSError) as error:
+        raise RunError(f"{address}: {first_line(error)}; {goes_on}") from error
     except KeyboardInterrupt:
         if stop_on_interrupt:
             client.stop_job(job)
             out.print(f"\njob {job} is told to stop; submitted again, it goes on", highlight=False)
         else:
-            out.print(f"\njob {job} goes on: ray job logs --follow --address {address} {job}", highlight=False)
+            out.print(f"\n{goes_on}", highlight=False)
         return
     status = client.get_job_status(job)
     if status != JobStatus.SUCCEEDED:
-        message = client.get_job_info(job).message or ""
-        raise RunError(f"job {job}: {status.value.lower()}. {message.strip().splitlines()[-1] if message else ''}")
+        message = (client.get_job_info(job).message or "").strip().splitlines()
+        raise RunError(f"job {job}: {status.value.lower()}. {message[-1] if message else ''}")

@@ -104,6 +104,7 @@ class MLflow:
     """A run at MLFLOW_TRACKING_URI, or in a file of the run folder, of MLFLOW_EXPERIMENT_NAME, or rayml."""
 
     def __init__(self, config: Config, run: RunFolder, step: int):
+        from mlflow.entities import Param
         from mlflow.tracking import MlflowClient
 
         self.client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{run.path / 'mlflow.db'}"))
@@ -113,13 +114,17 @@ class MLflow:
 
         def create() -> str:
             made = self.client.create_run(experiment, run_name=run.path.name).info.run_id
-            for key, value in flat(config.model_dump(mode="json")).items():
-                self.client.log_param(made, key, str(value)[:500])
+            values = flat(config.model_dump(mode="json"))
+            self.client.log_batch(made, params=[Param(key, str(value)[:500]) for key, value in values.items()])
             return made
 
         self.id = remembered(run, "mlflow", create)
+        known = self.client.get_metric_history(self.id, "query_loss")
+        self.last = max((metric.step for metric in known), default=0)
 
     def write(self, record: Record) -> None:
+        if record["step"] <= self.last:  # taken again after a crash, with the same result
+            return
         from mlflow.entities import Metric
 
         now = int(1000 * time.time())

@@ -1,6 +1,7 @@
 """What every Ray Train worker runs, top to bottom."""
 
 import json
+import logging
 import math
 import tempfile
 import time
@@ -26,6 +27,7 @@ from rayml.runs.stopping import is_best, is_enough, val_score, val_scores
 # Episodes of validation have seeds of their own, far from any training seed.
 VALIDATION_SEED = 1_000_003
 Learning = Replicated | Sharded
+logger = logging.getLogger(__name__)
 
 
 def train_worker(settings: dict[str, Any]) -> str | None:
@@ -36,8 +38,17 @@ def train_worker(settings: dict[str, Any]) -> str | None:
     learning: Learning = (Sharded if config.is_sharded else Replicated)(job, ray.train.torch.get_device())
     learning.begin(run)
     log = StepLog(config, run, learning.done) if collective.rank() == 0 else None
-    scores: list[float] = collective.from_first_worker(val_scores(run.records()) if log else None)
+    try:
+        return meta_train(job, run, learning, log)
+    finally:
+        if log:
+            log.close()
 
+
+def meta_train(job: Job, run: RunFolder, learning: Learning, log: "StepLog | None") -> str | None:
+    """Take the outer steps that are left; returns as `train_worker` does."""
+    config = job.config
+    scores: list[float] = collective.from_first_worker(val_scores(run.records()) if log else None)
     steps = stream_steps(
         EncodeEpisode(job.train, job.encoder, config.data.sampler(config.seed)),
         first=learning.done * config.tasks_per_step,
@@ -75,8 +86,6 @@ def train_worker(settings: dict[str, Any]) -> str | None:
             break
         ended = time.perf_counter()
         checkpoint_seconds = ended - saving
-    if log:
-        log.close()
     return None
 
 
@@ -124,8 +133,12 @@ class StepLog:
 
     def write(self, record: dict[str, Any]) -> None:
         self.file.write(json.dumps(record) + "\n")
-        for tracker in self.trackers:
-            tracker.write(record)
+        for tracker in list(self.trackers):
+            try:
+                tracker.write(record)
+            except Exception:  # a server that is away is no reason to stop training
+                logger.warning("%s is left out from here on", type(tracker).__name__, exc_info=True)
+                self.trackers.remove(tracker)
 
     def close(self) -> None:
         self.file.close()

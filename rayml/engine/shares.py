@@ -38,8 +38,9 @@ def share_of(batch: TaskBatch) -> Share:
 
 def share_loss(lm: TaskLM, share: Share, smoothing: float = 0.0) -> Tensor:
     """Return this worker's part of the loss; the mean over the workers is the task's own (`TaskLM.losses`)."""
-    logits, positions = lm.target_logits(None, share.batch)
-    return share.scale * token_losses(logits, *share.batch.targets_at(positions), smoothing).sum()
+    batch = share.batch
+    logits, positions = lm.target_logits(None, batch)
+    return share.scale * token_losses(logits, batch.targets.flatten()[positions], batch.choices, smoothing).sum()
 
 
 def join(support: TaskBatch, query: TaskBatch) -> TaskBatch:
@@ -49,11 +50,12 @@ def join(support: TaskBatch, query: TaskBatch) -> TaskBatch:
         torch.cat([pad(part, (0, length - part.shape[1]), value=fill) for part in parts])
         for parts, fill in (((support.tokens, query.tokens), 0), ((support.targets, query.targets), IGNORE))
     )
-    return TaskBatch(tokens, targets, 1, joined_choices(support, query, length))
+    return TaskBatch(tokens, targets, 1, joined_choices(support, query))
 
 
-def joined_choices(support: TaskBatch, query: TaskBatch, length: int) -> Tensor | None:
+def joined_choices(support: TaskBatch, query: TaskBatch) -> Tensor | None:
     sides = [side.choices for side in (support, query) if side.choices is not None]
-    most = max((side.shape[2] for side in sides), default=0)
-    filled = [pad(side, (0, most - side.shape[2], 0, length - side.shape[1]), value=IGNORE) for side in sides]
-    return torch.cat(filled) if filled else None
+    if not sides:
+        return None
+    most = max(side.shape[1] for side in sides)
+    return torch.cat([pad(side, (0, most - side.shape[1]), value=IGNORE) for side in sides])

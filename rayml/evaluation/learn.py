@@ -81,6 +81,7 @@ def lesson(session: Session, task: Task) -> Lesson:
         labels={label: option for option, label in shown.items()},
         lora=config.lora.shape() if session.lm.lora else {},
         algorithm=algorithm,
+        label_loss=config.data.label_loss,
         shown=[(example.input, example.target) for example in examples] if takes_in_at_once(algorithm) else [],
     )
     return Lesson(session.encoder.rows(examples, bool(task.options)), session.encoder.competing(shown.values()), card)

@@ -39,7 +39,7 @@ class Predictor:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.module = local.load(base, self.card.dtype, "sdpa", self.device)
         self.lm = TaskLM(self.module, TaskLoRA(self.module, **self.card.lora) if self.card.lora else None)
-        self.encoder = Encoder(load_tokenizer(base), self.card.prompt, self.card.max_tokens)
+        self.encoder = Encoder(load_tokenizer(base), self.card.prompt, self.card.max_tokens, self.card.label_loss)
         self.weights = {name: weight.to(self.device) for name, weight in self.weights.items()}
         self.adapters = side_by_side([self.weights or None])
         self.shown = [Example(text, target) for text, target in self.card.shown]

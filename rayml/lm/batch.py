@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rayml.errors import DataError
-from rayml.lm.choices import IGNORE, Label, rivals
+from rayml.lm.choices import IGNORE, Competition, Label
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +28,9 @@ class TaskBatch:
 
     `tokens` `[T * K, L]` int64, rows grouped by task. `targets` `[T * K, L]` int64: the token that each position
     predicts (already shifted), IGNORE where there is none. Tasks with fewer rows are filled up with rows of padding.
-    `choices` `[T * K, L, S]` int64: the tokens that each target is chosen among, filled up with IGNORE; None, or all
-    IGNORE: the whole vocabulary. `frozen`: what the layers below the adapted ones make of the tokens, `[T * K, L, D]`,
-    once a forward has put it there.
+    `choices` `[M, S]` int64: the tokens that each of the M targets, in order, is chosen among, filled up with IGNORE;
+    None, or a row of IGNORE: the whole vocabulary. `frozen`: what the layers below the adapted ones make of the tokens,
+    `[T * K, L, D]`, once a forward has put it there.
     """
 
     tokens: Tensor
@@ -45,12 +45,10 @@ class TaskBatch:
 
     def take(self, rows: slice) -> "TaskBatch":
         """Return some rows of a batch of one task."""
-        return TaskBatch(self.tokens[rows], self.targets[rows], 1, None if self.choices is None else self.choices[rows])
-
-    def targets_at(self, positions: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the targets, `[M]`, and their choices, `[M, S]`, at positions of the flattened batch."""
-        choices = None if self.choices is None else self.choices.flatten(0, 1)[positions]
-        return self.targets.flatten()[positions], choices
+        taken = torch.zeros_like(self.targets, dtype=torch.bool)
+        taken[rows] = True
+        choices = None if self.choices is None else self.choices[taken[self.targets != IGNORE]]
+        return TaskBatch(self.tokens[rows], self.targets[rows], 1, choices)
 
     def counted(self) -> Tensor:
         """Return what a task's loss is a mean over: target tokens of free text, whole labels. `[T * K, L]` bool."""
@@ -58,7 +56,8 @@ class TaskBatch:
         if self.choices is None:
             return targets
         is_first = targets & ~targets.roll(1, dims=1)  # no row's last position has a target
-        return torch.where((self.choices != IGNORE).any(-1), is_first, targets)
+        is_label = (self.choices != IGNORE).any(1)
+        return targets.masked_scatter(targets, is_first[targets] | ~is_label)
 
 
 def encode(
@@ -107,23 +106,21 @@ def collate(tasks: Sequence[Sequence[Row]], pad: int, labels: Sequence[Sequence[
     length = max(len(row.tokens) for task in tasks for row in task)
     tokens = torch.full((len(tasks), rows, length), pad, dtype=torch.int64)
     targets = torch.full((len(tasks), rows, length), IGNORE, dtype=torch.int64)
-    competing: dict[tuple[int, int, int], list[int]] = {}
+    choices: list[list[int]] = []
     for t, task in enumerate(tasks):
+        competition = Competition(labels[t]) if labels and labels[t] else None
         for k, row in enumerate(task):
             ids = torch.tensor(row.tokens)
             tokens[t, k, : len(ids)] = ids
-            targets[t, k, row.start - 1 : len(ids) - 1] = ids[row.start :]
-            if labels and labels[t]:
-                found = enumerate(rivals(row.tokens[row.start :], labels[t]), row.start - 1)
-                competing |= {(t, k, place): some for place, some in found}
-    return TaskBatch(tokens.flatten(0, 1), targets.flatten(0, 1), len(tasks), choice_grid(targets.shape, competing))
+            target = row.tokens[row.start :]
+            among = competition.choices(target) if competition else [[] for _ in target]
+            choices += among
+            targets[t, k, row.start - 1 : row.start - 1 + len(among)] = ids[row.start : row.start + len(among)]
+    return TaskBatch(tokens.flatten(0, 1), targets.flatten(0, 1), len(tasks), choice_grid(choices))
 
 
-def choice_grid(shape: Sequence[int], competing: dict[tuple[int, int, int], list[int]]) -> Tensor | None:
-    """Return the choices of T x K rows, `[T * K, L, S]`, from those at each place that has any."""
-    if not competing:
-        return None
-    grid = torch.full((*shape, max(map(len, competing.values()))), IGNORE, dtype=torch.int64)
-    for place, some in competing.items():
-        grid[place][: len(some)] = torch.tensor(some)
-    return grid.flatten(0, 1)
+def choice_grid(choices: Sequence[Sequence[int]]) -> Tensor | None:
+    """Return what each of M targets is chosen among as `[M, S]`, filled up with IGNORE; None, if none has choices."""
+    most = max(map(len, choices), default=0)
+    filled = [[*some, *[IGNORE] * (most - len(some))] for some in choices]
+    return torch.tensor(filled, dtype=torch.int64) if most else None

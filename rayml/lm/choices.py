@@ -5,11 +5,12 @@ the product of these choices (as in GENRE's constrained decoding, De Cao et al. 
 all labels sum to 1. So nothing is spent on learning that a label comes at all, and a label's length does not decide.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 IGNORE = -100
 
@@ -23,14 +24,24 @@ def compete(labels: Sequence[Label]) -> bool:
     return all(b[: len(a)] != a for a, b in pairwise(ordered))
 
 
-def rivals(label: Label, labels: Sequence[Label]) -> list[list[int]]:
-    """Return for each token of a label the tokens that labels with the same beginning go on with, itself among them."""
-    label = list(label)
-    found = []
-    for place, token in enumerate(label):
-        alike = [other for other in labels if list(other[:place]) == label[:place] and len(other) > place]
-        found.append(sorted({token, *(other[place] for other in alike)}))
-    return found
+class Competition:
+    """Labels that compete: for every beginning, the tokens that some of them go on with."""
+
+    def __init__(self, labels: Sequence[Label]):
+        self.following: dict[tuple[int, ...], set[int]] = defaultdict(set)
+        for label in map(tuple, labels):
+            for place, token in enumerate(label):
+                self.following[label[:place]].add(token)
+
+    def choices(self, label: Label) -> list[list[int]]:
+        """Return for each token of a label what it is chosen among, up to the last that has a rival.
+
+        What follows that is certain, and need not be run. There is always a first.
+        """
+        label = tuple(label)
+        found = [sorted(self.following.get(label[:place], set()) | {token}) for place, token in enumerate(label)]
+        last = max((place for place, among in enumerate(found) if len(among) > 1), default=0)
+        return found[: last + 1]
 
 
 def token_losses(
@@ -46,30 +57,29 @@ def token_losses(
         smoothing: share of the target's weight that is spread evenly over the choices.
         rows: `[M]`, the place of each target's logits; as they stand, if None.
     """
-    if rows is None:
-        rows = torch.arange(len(targets), device=targets.device)
-    if choices is None:
-        return _among_all(logits, targets, smoothing, rows)
-    few = (choices != IGNORE).any(1)
-    if few.all():
+    few = torch.zeros_like(targets, dtype=torch.bool) if choices is None else (choices != IGNORE).any(1)
+    if choices is not None and few.all():
         return _among(logits, targets, choices, smoothing, rows)
+    if choices is None or not few.any():
+        return _among_all(logits, targets, smoothing, rows)
+    own = torch.arange(len(targets), device=targets.device) if rows is None else rows
     losses = torch.zeros(len(targets), device=logits.device)
-    losses[few] = _among(logits, targets[few], choices[few], smoothing, rows[few])
-    losses[~few] = _among_all(logits, targets[~few], smoothing, rows[~few])
+    losses[few] = _among(logits, targets[few], choices[few], smoothing, own[few])
+    losses[~few] = _among_all(logits, targets[~few], smoothing, own[~few])
     return losses
 
 
-def _among_all(logits: Tensor, targets: Tensor, smoothing: float, rows: Tensor) -> Tensor:
-    every = logits.float()
-    losses = every.logsumexp(-1)[rows] - (1 - smoothing) * every[rows, targets]
-    return losses - smoothing * every.mean(-1)[rows] if smoothing else losses
+def _among_all(logits: Tensor, targets: Tensor, smoothing: float, rows: Tensor | None) -> Tensor:
+    if rows is not None:
+        logits = logits[rows]
+    return nn.functional.cross_entropy(logits.float(), targets, reduction="none", label_smoothing=smoothing)
 
 
-def _among(logits: Tensor, targets: Tensor, choices: Tensor, smoothing: float, rows: Tensor) -> Tensor:
-    possible = choices != IGNORE
-    found = logits[rows.unsqueeze(1), choices.clamp(min=0)].float()
+def _among(logits: Tensor, targets: Tensor, choices: Tensor, smoothing: float, rows: Tensor | None) -> Tensor:
+    possible, ids = choices != IGNORE, choices.clamp(min=0)
+    found = (logits.gather(1, ids) if rows is None else logits[rows.unsqueeze(1), ids]).float()
     log_probs = found.masked_fill(~possible, -torch.inf).log_softmax(-1)
-    chosen = log_probs[choices == targets.unsqueeze(1)]  # one in every row
+    chosen = log_probs.gather(1, (choices == targets.unsqueeze(1)).int().argmax(1, keepdim=True)).squeeze(1)
     if not smoothing:
         return -chosen
     spread = log_probs.masked_fill(~possible, 0).sum(1) / possible.sum(1)

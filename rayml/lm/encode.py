@@ -28,10 +28,15 @@ class Encoder:
     """Queries carry their episode's support in the prompt (MetaICL, Min et al. 2022, arXiv 2110.15943)."""
     token_dropout: float = 0.0
 
-    def row(self, example: Example, is_label: bool, shown: Sequence[Example] = ()) -> Row:
-        """Return the row of an example behind those `shown` in its prompt; each adds to the length that is allowed."""
+    def row(self, example: Example, is_label: bool, shown: Sequence[Example] = (), spared: int = 0) -> Row:
+        """Return the row of an example behind those `shown` in its prompt; each adds to the length that is allowed.
+
+        Args:
+            spared: tokens that the row shall stay below that length.
+        """
         prompt = "".join(f"{self._prompt(e.input)} {e.target.strip()}\n\n" for e in shown)
-        return self._encode(prompt + self._prompt(example.input), example, is_label, self.max_tokens * (len(shown) + 1))
+        most = self.max_tokens * (len(shown) + 1) - spared
+        return self._encode(prompt + self._prompt(example.input), example, is_label, most)
 
     def rows(self, examples: Iterable[Example], is_label: bool, shown: Sequence[Example] = ()) -> list[Row]:
         return [self.row(example, is_label, shown) for example in examples]
@@ -39,8 +44,17 @@ class Encoder:
     def option_rows(
         self, texts: Iterable[str], options: Sequence[str], shown: Sequence[Example] = ()
     ) -> list[list[Row]]:
-        """Return, for every text, a row with each option as its target."""
-        return [[self.row(Example(text, o), is_label=True, shown=shown) for o in options] for text in texts]
+        """Return, for every text, a row with each option as its target, all behind the same prompt."""
+        return [self._alike([Example(text, option) for option in options], shown) for text in texts]
+
+    def _alike(self, examples: Sequence[Example], shown: Sequence[Example]) -> list[Row]:
+        rows = [self.row(example, is_label=True, shown=shown) for example in examples]
+        if len({row.start for row in rows}) == 1:
+            return rows
+        # A long text was cut, and for longer options by more: all shall see what the longest leaves of it.
+        lengths = [len(row.tokens) - row.start for row in rows]
+        spared = [max(lengths) - length for length in lengths]
+        return [self.row(e, is_label=True, shown=shown, spared=n) for e, n in zip(examples, spared, strict=True)]
 
     def thinned(self, example: Example, is_label: bool, rng: random.Random) -> Row:
         """Return the row of an example without some of its input's tokens, each left out by `token_dropout`."""

@@ -118,7 +118,7 @@ class TaskLM:
             smoothing: share of the target's weight that is spread evenly over the choices.
         """
         logits, positions = self.target_logits(weights, batch)
-        losses = token_losses(logits, *batch.targets_at(positions), smoothing)
+        losses = token_losses(logits, batch.targets.flatten()[positions], batch.choices, smoothing)
         task = positions // (batch.tokens.numel() // batch.tasks)
         total = torch.zeros(batch.tasks, device=losses.device).index_add(0, task, losses)
         return total / batch.counted().view(batch.tasks, -1).sum(1)

@@ -38,6 +38,7 @@ class AdapterCard:
     algorithm: str = "fomaml"
     shown: list[tuple[str, str]] = field(default_factory=list)
     """Examples that answering needs: in the prompt (metaicl), or as prototypes (protonet)."""
+    label_loss: str = "options"
 
 
 def write_card(folder: Path, card: AdapterCard) -> None:

@@ -1,6 +1,5 @@
 """Choose among options by their log-probability, for T tasks at once."""
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
@@ -9,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rayml.lm.batch import Row, collate
-from rayml.lm.choices import IGNORE, rivals, token_losses
+from rayml.lm.batch import Row, choice_grid, collate
+from rayml.lm.choices import Competition, token_losses
 from rayml.lm.encode import Encoder
 from rayml.lm.model import TaskLM
 from rayml.meta.adapt import Params
@@ -50,43 +49,62 @@ class Tree:
         ]
 
 
-def trees_of(choices: Sequence[Row], may_fork: bool) -> list[Tree]:
-    """Return the forward rows of one query: one for all its options, if they follow the same prompt, else one each."""
-    trees = [Tree(row.tokens[: row.start], [row.tokens[row.start :]]) for row in choices]
-    whole = Tree(trees[0].prompt, [option for tree in trees for option in tree.options])
-    is_shared = all(tree.prompt == whole.prompt for tree in trees)
-    return [whole] if is_shared and (may_fork or not whole.is_forked) else trees
+FORKING = {"llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "phi", "phi3", "smollm3", "starcoder2"}
+FORKING |= {"gpt2", "gpt_neox", "gptj", "opt", "deepseek_v3"}
+"""Model types whose attention is a mask and positions, and nothing else."""
 
 
-def takes_trees(module: Any) -> bool:
-    """Return whether a causal LM's attention is given by a mask and positions alone.
+def may_fork(module: Any) -> bool:
+    """Return whether a causal LM sees branches as they are meant: else every option gets a row of its own.
 
-    Not by flash kernels, windows of attention, recurrent layers, or positions that are counted inside.
+    Not with flash kernels, or windows of attention, which a mask of our own would switch off.
     """
-    config = module.config
-    is_plain = set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
-    is_plain = is_plain and not getattr(config, "sliding_window", None) and not getattr(module, "_is_stateful", False)
+    config = getattr(module, "module", module).config  # a sharded engine's own is another
+    is_windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     is_masked = config._attn_implementation in ("eager", "sdpa")
-    return is_plain and is_masked and "position_ids" in inspect.signature(module.forward).parameters
+    return config.model_type in FORKING and is_masked and not is_windowed
+
+
+class Question:
+    """One query with its options: what is run, and what each of its tokens is chosen among.
+
+    Options are scored as they are learned, by `rayml.lm.choices`. Where they cannot be told apart token by token, or
+    are learned over the vocabulary, the mean over an option's tokens is its score, so that length does not decide.
+    """
+
+    def __init__(self, rows: Sequence[Row], encoder: Encoder, forks: bool):
+        """Take a row for each option (`Encoder.option_rows`)."""
+        whole = [row.tokens[row.start :] for row in rows]
+        if encoder.told_apart(whole):
+            competition = Competition(whole)
+            self.choices = [competition.choices(option) for option in whole]
+            self.divisors = [1] * len(whole)
+        else:
+            self.choices = [[[] for _ in option] for option in whole]
+            self.divisors = [len(option) for option in whole]
+        self.options = [option[: len(among)] for option, among in zip(whole, self.choices, strict=True)]
+        prompts = [row.tokens[: row.start] for row in rows]
+        together = Tree(prompts[0], self.options)
+        shared = all(prompt == prompts[0] for prompt in prompts) and (forks or not together.is_forked)
+        apart = [Tree(prompt, [option]) for prompt, option in zip(prompts, self.options, strict=True)]
+        self.trees = [together] if shared else apart
+        """One for all options, if they follow the same prompt, else one each."""
 
 
 class OptionBatch:
-    """The queries of T tasks, each with every option of its task: as a rule one forward row a query.
-
-    Options are scored as they are learned, by `rayml.lm.choices`. Where they cannot be told apart token by token, or
-    were learned over the vocabulary, the mean over an option's tokens is its score, so that length does not decide.
-    """
+    """The queries of T tasks, each with every option of its task: as a rule one forward row a query."""
 
     def __init__(self, lm: TaskLM, encoder: Encoder, tasks: Sequence[Sequence[Sequence[Row]]]):
         """Take each task's queries, each with a row an option (`Encoder.option_rows`)."""
         self.lm = lm
         self.shape = [(len(task), len(task[0])) for task in tasks]
-        may_fork = takes_trees(lm.module)
-        trees = [[tree for query in task for tree in trees_of(query, may_fork)] for task in tasks]
+        forks = may_fork(lm.module)
+        questions = [[Question(query, encoder, forks) for query in task] for task in tasks]
+        trees = [[tree for question in task for tree in question.trees] for task in questions]
         rows = [[Row(tree.tokens, len(tree.tokens)) for tree in task] for task in trees]
         self.batch = collate(rows, encoder.tokenizer.eos_token_id).to(lm.device)
         self._note_places(trees)
-        self._note_options([[row.tokens[row.start :] for row in query] for task in tasks for query in task], encoder)
+        self._note_options([question for task in questions for question in task])
         forked = any(tree.is_forked for task in trees for tree in task)
         self.inputs = self._branching(trees) if forked else {}
 
@@ -102,25 +120,19 @@ class OptionBatch:
         ]
         self.places, self.place_of = torch.tensor(places, device=self.lm.device).unique(return_inverse=True)
 
-    def _note_options(self, queries: Sequence[list[list[int]]], encoder: Encoder) -> None:
+    def _note_options(self, questions: Sequence[Question]) -> None:
         """Note every token of every option, `[M]`: what it is chosen among, `[M, S]`, and its option's number.
 
         An option's score is the sum over its tokens, over `divisors` `[options]`.
         """
-        options, choices, divisors = [], [], []
-        for query in queries:
-            competing = encoder.told_apart(query)
-            for option in query:
-                options.append(option)
-                choices += rivals(option, competing) if competing else [[] for _ in option]
-                divisors.append(1 if competing else len(option))
         device = self.lm.device
-        most = max(map(len, choices))
-        filled = [some + [IGNORE] * (most - len(some)) for some in choices]
-        self.choices = torch.tensor(filled, dtype=torch.int64, device=device) if most else None
+        options = [option for question in questions for option in question.options]
+        grid = choice_grid([among for question in questions for of in question.choices for among in of])
+        self.choices = None if grid is None else grid.to(device)
         self.targets = torch.tensor([token for option in options for token in option], device=device)
         numbers = [number for number, option in enumerate(options) for _ in option]
-        self.option_of, self.divisors = torch.tensor(numbers, device=device), torch.tensor(divisors, device=device)
+        self.option_of = torch.tensor(numbers, device=device)
+        self.divisors = torch.tensor([each for question in questions for each in question.divisors], device=device)
 
     @property
     def _rows_a_task(self) -> int:

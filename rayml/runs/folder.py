@@ -1,7 +1,8 @@
 """A run's folder.
 
 It holds `config.yaml`, `tasks.json`, `metrics.jsonl`, `checkpoints/step_*`, `latest`, `best/step_*` (where there
-were validations), `untrained.safetensors` (in mode adapters), `model/` (in mode full, at the end) and `tensorboard/`.
+were validations), `untrained.safetensors` (in mode adapters), `model/` (in mode full, at the end), `tensorboard/`,
+and what other trackers keep there.
 """
 
 import hashlib

@@ -22,7 +22,7 @@ from rayml.evaluation.session import Session
 from rayml.lm.batch import Row, collate
 from rayml.lm.decode import Decoder
 from rayml.lm.lora import side_by_side
-from rayml.lm.score import OptionBatch, takes_trees, trees_of
+from rayml.lm.score import OptionBatch, Question, may_fork
 from rayml.meta.adapt import Params
 from rayml.serving.errors import ApiError, busy
 from rayml.serving.settings import Batching, Limits
@@ -198,14 +198,13 @@ class Engine:
     def _next_queries(self) -> list[Query]:
         """Take queries that are answered in one way from the front, as many as one forward bears."""
         chosen: list[Query] = []
-        rows = longest = 0
-        may_fork = takes_trees(self.session.lm.module)
+        most = longest = 0
+        forks, encoder = may_fork(self.session.lm.module), self.session.encoder
         while self._queries and len(chosen) < self.batching.queries:
             query = self._queries[0]
-            trees = trees_of(query.rows, may_fork)
-            rows += len(trees)
-            longest = max(longest, *(len(tree.tokens) for tree in trees))
-            too_many = rows * longest > self.batching.prompt_tokens
+            trees = Question(query.rows, encoder, forks).trees
+            most, longest = max(most, len(trees)), max(longest, *(len(tree.tokens) for tree in trees))
+            too_many = (len(chosen) + 1) * most * longest > self.batching.prompt_tokens
             if chosen and (too_many or bool(query.support) != bool(chosen[0].support)):
                 break
             self._queries.popleft()
