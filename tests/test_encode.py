@@ -9,6 +9,7 @@ from conftest import perturbed_start, tiny_lm
 from rayml.errors import DataError
 from rayml.evaluation.curves import side_of
 from rayml.lm.batch import IGNORE, collate, encode
+from rayml.lm.choices import Competition, compete
 from rayml.lm.encode import Encoder, decode_rows
 from rayml.lm.load import load_tokenizer, resolve_model
 from rayml.lm.score import OptionBatch
@@ -85,7 +86,7 @@ def one_at_a_time(lm, fast, encoder, question, options):
     """
     scores = []
     lm.lora.adapters = fast
-    rows = [encoder.row(Example(question, option), is_label=True) for option in options]
+    (rows,) = encoder.option_rows([question], options)
     labels = [row.tokens[row.start :] for row in rows]
     for row, label in zip(rows, labels, strict=True):
         logits = lm.module(input_ids=torch.tensor([row.tokens])).logits[0]
@@ -115,17 +116,17 @@ class OneTokenLabels(Encoder):
 def test_options_score_as_one_sequence_at_a_time(tiny, tokenizer, one_token, attention, window):
     lm = tiny_lm(tiny, attention=attention)
     lm.module.config.sliding_window = window  # a mask of our own would switch it off
-    one_row = one_token or not window  # else an option a row
+    may_fork = not window
     start = perturbed_start(lm)
     fast = {name: torch.stack([weight, weight * 0.5]) for name, weight in start.items()}
     encoder = (OneTokenLabels if one_token else Encoder)(tokenizer, "{input}:", 40)
     long = [["A", "spam", "ham ham", "ham"], ["spam", "sparse"]]  # the first: one option is another's beginning
     options = [["A", "B", "C"], ["A", "B"]] if one_token else long
-    texts = [["hello", "a longer one"], ["x", "yy", "zzz"]]
+    texts = [["hello", "a longer one"], ["x", "yy", "far too long for what the encoder lets through"]]
     rows = [encoder.option_rows(some, among) for some, among in zip(texts, options, strict=True)]
     batch = OptionBatch(lm, encoder, rows)
-    most = max(len(some) * (1 if one_row else len(among)) for some, among in zip(texts, options, strict=True))
-    assert len(batch.batch.tokens) == 2 * most
+    # The first task's options are scored by all of their tokens, the second's by those where they part.
+    assert len(batch.batch.tokens) == 2 * (3 if one_token or may_fork else max(2 * 4, 3 * 2))
     with torch.no_grad():
         found = batch.log_probs(fast)
         for t in range(2):
@@ -134,6 +135,23 @@ def test_options_score_as_one_sequence_at_a_time(tiny, tokenizer, one_token, att
                 expected = one_at_a_time(lm, alone, encoder, question, options[t])
                 torch.testing.assert_close(found[t][q], expected, rtol=1e-4, atol=1e-5)
     lm.lora.adapters = None
+
+
+def test_a_text_is_cut_alike_for_all_options(encoder):
+    rows = encoder.option_rows(["much longer than " * 5], ["A", "a longer label"])[0]
+    assert rows[0].tokens[: rows[0].start] == rows[1].tokens[: rows[1].start]
+    assert len(rows[1].tokens) == 40
+
+
+def test_tokens_without_a_rival_are_not_run():
+    ham, eggs, hat = [7, 1, 2, 3], [7, 4, 5], [7, 1, 9]
+    competition = Competition([ham, eggs, hat])
+    assert competition.choices(ham) == [[7], [1, 4], [2, 9]]
+    assert competition.choices(eggs) == [[7], [1, 4]]
+    assert Competition([ham]).choices(ham) == [[7]], "there is always a first"
+    assert compete([ham, eggs, hat])
+    assert not compete([ham, eggs, [7, 1]])
+    assert not compete([ham, eggs, ham])
 
 
 @pytest.mark.parametrize("label_loss", ["options", "vocabulary"])

@@ -17,20 +17,24 @@ PHASES = "data_seconds", "inner_seconds", "outer_seconds", "communication_second
 
 
 @pytest.mark.ray
-def test_every_tracker_has_every_step_once_also_after_a_resumption(tmp_path):
+def test_every_tracker_has_every_step_once_also_after_a_resumption_and_phases_add_up(tmp_path):
     pytest.importorskip("wandb")
     client = pytest.importorskip("mlflow.tracking").MlflowClient
-    everywhere = {"trackers": ("tensorboard", "wandb", "mlflow")}
+    everywhere = {"trackers": ("tensorboard", "wandb", "mlflow"), "checkpoint_every": 2}
     outer = {"steps": 3}
     run = train(make_config(tmp_path, outer=outer, data={"splits": SPLITS}, run=everywhere))
     train(make_config(tmp_path, outer={"steps": 5}, data={"splits": SPLITS}, run=everywhere), resume=True)
     records = run.records()
     assert steps_logged(run) == [1, 2, 3, 4, 5]
+    assert_phases_add_up(records)
 
     ids = json.loads((run.path / "trackers.json").read_text())
     mlflow = client(f"sqlite:///{run.path / 'mlflow.db'}")
     found = mlflow.get_metric_history(ids["mlflow"], "query_loss")
     assert [(point.step, point.value) for point in found] == [(r["step"], r["query_loss"]) for r in records]
+    again = trackers.MLflow(make_config(tmp_path, run=everywhere), run, 3)
+    again.write(records[3])  # taken again after a crash
+    assert len(mlflow.get_metric_history(ids["mlflow"], "query_loss")) == 5
     assert mlflow.get_run(ids["mlflow"]).data.params["outer.steps"] == "3"
     kept = list((run.path / "wandb").glob(f"offline-run-*-{ids['wandb']}"))
     assert kept, "both parts are one W&B run"
@@ -42,19 +46,11 @@ def test_every_tracker_has_every_step_once_also_after_a_resumption(tmp_path):
     assert any(f'run="{run.path.name}"' in line for line in lines), "Ray exports it to Prometheus"
 
 
-@pytest.mark.ray
-def test_the_phases_of_a_step_add_up(tmp_path):
-    outer = {"steps": 4}
-    for name in ("fomaml", "multitask"):
-        run = {"dir": str(tmp_path / name), "checkpoint_every": 2}
-        config = make_config(tmp_path, outer=outer, data={"splits": SPLITS}, algorithm={"name": name}, run=run)
-        records = train(config).records()
-        for record in records:
-            missing = {"inner_seconds"} if name == "multitask" else set()
-            assert set(PHASES) - set(record) == missing
-            parts = sum(record.get(phase, 0.0) for phase in PHASES)
-            assert 0.8 * record["step_seconds"] < parts <= record["step_seconds"]
-        assert [record["checkpoint_seconds"] > 0.001 for record in records] == [False, False, True, False]
+def assert_phases_add_up(records):
+    for record in records:
+        assert 0.7 * record["step_seconds"] < sum(record[phase] for phase in PHASES) <= record["step_seconds"]
+    # A run begins without having waited for a checkpoint; the second one saved every second step.
+    assert [record["checkpoint_seconds"] > 0.001 for record in records] == [False, False, True, False, True]
 
 
 def test_a_tracker_that_is_not_installed_is_named_before_the_start(monkeypatch):

@@ -291,7 +291,13 @@ def test_a_new_task_is_learned_and_answered_in_the_users_own_labels(straight, tm
 def test_free_text_is_learned_over_zero_3_and_generated(tmp_path):
     """The other kind of task, the other engine: two workers, validation by loss, an adapter that generates."""
     pytest.importorskip("deepspeed")
-    config = make_config(tmp_path, workers=2, engine="zero", outer={"steps": 2}, validation={"every": 2, "episodes": 4})
+    config = make_config(
+        tmp_path,
+        workers=2,
+        engine="zero",
+        outer={"steps": 2, "start_weight": 0},
+        validation={"every": 2, "episodes": 4},
+    )
     rows = [{"task": f"t{i % 3}", "input": f"say {i}", "target": f"it is {i}"} for i in range(60)]
     Path(config.data.path[0]).write_text("".join(json.dumps(row) + "\n" for row in rows))
     splits = {"val": 0.0, "test": 0.0, "val_tasks": ("t1",), "test_tasks": ("t2",)}

@@ -13,16 +13,20 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
+from ray.exceptions import RayError
 from ray.job_submission import JobStatus, JobSubmissionClient
 from rich.console import Console
 
 from rayml.config import Config, load_config
-from rayml.errors import ConfigError, RunError
+from rayml.errors import ConfigError, RaymlError, RunError
 
 LEFT_OUT = {".git", "runs", "data", "node_modules", "__pycache__", "wandb", "mlruns", "build", "dist"}
 """Folders that are not uploaded, wherever they are; neither are hidden ones, such as .venv."""
 MOST_BYTES = 90 * 2**20
 """Of an upload: a dashboard takes 100 MiB, and the packing is not counted here."""
+REFUSALS = RayError, RuntimeError, OSError, ValueError
+"""What Ray's client raises, by what went wrong."""
+START_SECONDS = 30
 NAME = re.compile(r"[A-Za-z0-9_][\w.-]*", re.ASCII)
 
 
@@ -79,15 +83,27 @@ def submit(
     with answering(address), tempfile.TemporaryDirectory() as staged:
         refuse_second_job(client, asked.place)
         stage(folder, Path(staged))
-        job = client.submit_job(
-            entrypoint=shlex.join(asked.entrypoint),
-            submission_id=f"{asked.name}-{time.strftime('%Y%m%d-%H%M%S')}",
-            runtime_env={"working_dir": staged, "env_vars": env},
-            metadata={"rayml_place": asked.place} if asked.place else {},
-        )
+        job = send(client, asked, staged, env)
     out.print(f"job {job}: {shlex.join(asked.entrypoint)}", highlight=False, soft_wrap=True)
     if follow:
         watch(client, address, job, stop_on_interrupt, out)
+
+
+def send(client: JobSubmissionClient, asked: Submission, staged: str, env: dict[str, str]) -> str:
+    """Submit, and return the job's id; a head that has just started may not take jobs at once."""
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            return client.submit_job(
+                entrypoint=shlex.join(asked.entrypoint),
+                submission_id=f"{asked.name}-{time.strftime('%Y%m%d-%H%M%S')}",
+                runtime_env={"working_dir": staged, "env_vars": env},
+                metadata={"rayml_place": asked.place} if asked.place else {},
+            )
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise
+        time.sleep(1)
 
 
 def prepare(command: Command, folder: Path, name: str | None, storage: str | None) -> Submission:
@@ -180,10 +196,10 @@ def answering(address: str) -> Iterator[None]:
     """Turn what a cluster's dashboard refuses, or its silence, into a RunError."""
     try:
         yield
-    except ConfigError:
+    except RaymlError:
         raise
-    except (RuntimeError, OSError, ValueError) as error:  # Ray's own are among them
-        raise error if isinstance(error, RunError) else RunError(f"{address}: {first_line(error)}") from error
+    except REFUSALS as error:
+        raise RunError(f"{address}: {first_line(error)}") from error
 
 
 def first_line(error: Exception) -> str:
@@ -211,7 +227,7 @@ def watch(client: JobSubmissionClient, address: str, job: str, stop_on_interrupt
     goes_on = f"job {job} goes on: ray job logs --follow --address {address} {job}"
     try:
         asyncio.run(tail())
-    except (RuntimeError, OSError) as error:
+    except REFUSALS as error:
         raise RunError(f"{address}: {first_line(error)}; {goes_on}") from error
     except KeyboardInterrupt:
         if stop_on_interrupt:
