@@ -80,7 +80,7 @@ def project(tmp_path) -> Path:
     """A user's folder: a config, and tasks that lie elsewhere."""
     folder = tmp_path / "mine"
     folder.mkdir(parents=True)
-    config = make_config(tmp_path, outer={"steps": 4}, workers=2, run={"dir": "runs/first", "checkpoint_every": 2})
+    config = make_config(tmp_path, outer={"steps": 4}, run={"dir": "runs/first", "checkpoint_every": 2})
     (folder / "config.yaml").write_text(dump_config(config))
     return folder
 
@@ -118,9 +118,11 @@ def test_a_job_needs_the_token_and_goes_on_when_submitted_again(head, tmp_path):
     assert second.returncode == 0, second.stdout + second.stderr
     assert [record["step"] for record in RunFolder(shared / "second").records()] == [1, 2]
 
-    failing = run([*submit, "outer.lr=1e30", "outer.optimizer=sgd", f"run.dir={shared / 'third'}"], env, folder)
+    submit = [sys.executable, "-m", "rayml.cli", "submit", address]
+    failing = run([*submit, "evaluate", str(shared / "third")], env, folder)
     assert failing.returncode == 1
-    assert "not finite" in failing.stdout + failing.stderr
+    assert "no run here" in failing.stdout, "the job's own error"
+    assert "failed" in failing.stderr
 
 
 # What is checked before anything is sent
