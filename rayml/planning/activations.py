@@ -46,9 +46,9 @@ def activation_bytes(shape: Shape, config: Config, batch: Pass, checkpointing: b
 
 
 def logits_bytes(shape: Shape, config: Config, batch: Pass) -> int:
-    """Return the bytes of the logits of the scored tokens: fp32 logits, masked ones, probabilities, and the model's.
+    """Return the bytes of the logits of free text: fp32, log-softmax and gradient, beside the model's own.
 
-    Only where a target stands are there any.
+    Labels, which compete with each other alone, take less. Only where a target stands are there any.
     """
     copy = 0 if config.model.dtype == "float32" else DTYPE_BYTES[config.model.dtype]
     return batch.scored_tokens * shape.vocabulary * (3 * FP32_BYTES + copy)
