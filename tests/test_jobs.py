@@ -40,13 +40,15 @@ def free_ports(count: int) -> list[int]:
 @pytest.fixture(scope="module")
 def head(tmp_path_factory):
     """The dashboard's address of a Ray head that asks for a token, and what a client of it has in its environment."""
-    port, dashboard, client = free_ports(3)
+    port, dashboard, client, agent = free_ports(4)
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "PYTHONPATH": str(ROOT)}
     command = ["ray", "start", "--head", "--block", "--num-cpus=4", f"--port={port}"]
     command += [f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}", "--disable-usage-stats"]
     command[0] = str(Path(sys.executable).with_name("ray"))
     log = (tmp_path_factory.mktemp("head") / "log").open("w+")
+    # Another Ray's agent, such as that of the tests before, holds the usual port: then jobs find none.
+    command += [f"--dashboard-agent-listen-port={agent}"]
     # Of its own, and short, for the sockets in it: what `ray start` leaves in the usual one, others would join.
     folder = tempfile.mkdtemp(prefix="ray")
     command += [f"--temp-dir={folder}"]
