@@ -79,8 +79,8 @@ def submit(
         RunError: the cluster does not answer, or refuses; another job works in the same place; the job failed.
     """
     asked = prepare(command, folder, name, storage)
-    client = connect(address)
     with answering(address), tempfile.TemporaryDirectory() as staged:
+        client = JobSubmissionClient(address)  # with Ray's token auth on, by RAY_AUTH_TOKEN
         refuse_second_job(client, asked.place)
         stage(folder, Path(staged))
         job = send(client, asked, staged, env)
@@ -151,11 +151,11 @@ def checked_config(command: Command, folder: Path) -> Config:
 
 def files_of(folder: Path) -> list[Path]:
     """Return the files that are uploaded, relative to the folder."""
-    return sorted(
-        file.relative_to(folder)
-        for file in folder.rglob("*")
-        if file.is_file() and not any(is_left_out(part) for part in file.relative_to(folder).parts)
-    )
+    found = []
+    for root, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not is_left_out(name)]  # never walked: a .venv has thousands of files
+        found += [Path(root, name) for name in names if not is_left_out(name)]
+    return sorted(file.relative_to(folder) for file in found if file.is_file())
 
 
 def is_left_out(part: str) -> bool:
@@ -179,16 +179,6 @@ def stage(folder: Path, staged: Path) -> None:
     for file in files:
         (staged / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / file, staged / file)
-
-
-def connect(address: str) -> JobSubmissionClient:
-    """Return a client of a cluster's dashboard; with Ray's token auth on, by RAY_AUTH_TOKEN.
-
-    Raises:
-        RunError: nobody answers there, or the token is refused.
-    """
-    with answering(address):
-        return JobSubmissionClient(address)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from tensorboardX import SummaryWriter
 
 from rayml.config import Config
 from rayml.errors import ConfigError
-from rayml.runs.folder import RunFolder, write_whole
+from rayml.runs.folder import RunFolder, flat, write_whole
 
 Record = dict[str, Any]
 PACKAGES = {"wandb": "wandb", "mlflow": "mlflow-skinny"}
@@ -143,10 +143,3 @@ def remembered(run: RunFolder, tracker: str, create: Callable[[], str]) -> str:
         known[tracker] = create()
         write_whole(file, json.dumps(known))
     return known[tracker]
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return found

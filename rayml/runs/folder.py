@@ -67,7 +67,8 @@ class RunFolder:
     def _check_same(self, config: Config, splits: Splits) -> None:
         then = load_config(self.config)
         before, now = (c.model_dump(exclude=FREE_KEYS) for c in (then, config))
-        changed = {name for name, _ in _flat(before).items() ^ _flat(now).items()}
+        before, now = flat(before), flat(now)
+        changed = {name for name in before.keys() | now.keys() if repr(before.get(name)) != repr(now.get(name))}
         if config.outer.schedule != "constant" and then.outer.steps != config.outer.steps:
             changed.add("outer.steps")  # the schedule ends there
         if json.loads(self.tasks.read_text(encoding="utf-8"))["fingerprint"] != fingerprint(splits.train):
@@ -169,8 +170,9 @@ def _value(config: Config, key: str) -> Any:
     return reduce(getattr, key.split("."), config)
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    flat: dict[str, str] = {}
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a nested config's values by their dotted keys."""
+    found: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: repr(value)}
-    return flat
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
