@@ -43,6 +43,8 @@ def head(tmp_path_factory):
     port, dashboard, client, agent = free_ports(4)
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "PYTHONPATH": str(ROOT)}
+    # The `python` of a job is the head's: ours, also where no virtual environment is active.
+    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
     command = ["ray", "start", "--head", "--block", "--num-cpus=4", f"--port={port}"]
     command += [f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}", "--disable-usage-stats"]
     command[0] = str(Path(sys.executable).with_name("ray"))

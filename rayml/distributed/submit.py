@@ -229,4 +229,7 @@ def watch(client: JobSubmissionClient, address: str, job: str, stop_on_interrupt
     status = client.get_job_status(job)
     if status != JobStatus.SUCCEEDED:
         message = (client.get_job_info(job).message or "").strip().splitlines()
-        raise RunError(f"job {job}: {status.value.lower()}. {message[-1] if message else ''}")
+        reason = message[-1] if message else ""
+        if "ModuleNotFoundError" in reason:
+            reason += " (is rayml installed for the `python` that the head finds first?)"
+        raise RunError(f"job {job}: {status.value.lower()}. {reason}")
