@@ -7,10 +7,10 @@ import copy
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, PositiveInt, ValidationError
+from pydantic import BaseModel, Field, PositiveInt, ValidationError
 from pydantic import model_validator as whole
 
 from rayml.errors import ConfigError
@@ -54,8 +54,9 @@ class Config(Section):
     sweep: Sweep = Sweep()
     tasks_per_step: PositiveInt = 4
     """Episodes in an outer step, over all workers."""
-    workers: PositiveInt = 1
-    """Ray Train workers. Each adapts tasks_per_step / workers tasks side by side."""
+    workers: PositiveInt | Annotated[tuple[PositiveInt, PositiveInt], Field(strict=False)] = 1
+    """Ray Train workers. Each adapts tasks_per_step / workers tasks side by side. `[2, 8]`: as many as there is room
+    for, from two to eight, also when nodes are lost or come back."""
     engine: Literal["local", "zero"] = "local"
     """`local`: the whole model on every worker. `zero`: DeepSpeed ZeRO, the model sharded over the workers."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -64,10 +65,11 @@ class Config(Section):
 
     @whole(mode="after")
     def _tasks_divide(self) -> "Config":
-        if self.tasks_per_step % self.workers:
-            nearest = max(1, round(self.tasks_per_step / self.workers)) * self.workers
+        workers = self.most_workers
+        if self.tasks_per_step % workers:
+            nearest = max(1, round(self.tasks_per_step / workers)) * workers
             raise ValueError(
-                f"tasks_per_step: {self.tasks_per_step} is not a multiple of workers={self.workers}; "
+                f"tasks_per_step: {self.tasks_per_step} is not a multiple of workers={workers}; "
                 f"use {nearest}, say, so that every worker has the same number of tasks"
             )
         return self
@@ -99,14 +101,27 @@ class Config(Section):
         return self.mode == "full" and self.engine == "zero"
 
     @property
+    def fewest_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def most_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
+
+    @property
     def tasks_per_worker(self) -> int:
-        return self.tasks_per_step // self.workers
+        """The most that one worker adapts side by side."""
+        return -(-self.tasks_per_step // self.fewest_workers)
 
 
 def impossible(config: Config) -> list[str]:
     """Return why choices that are each fine do not go together."""
     name, full = config.algorithm.name, config.mode == "full"
     rules = {
+        f"workers: the first of [fewest, most] is larger than the second: {config.workers}": config.fewest_workers
+        > config.most_workers,
+        "workers: shards of mode=full with engine=zero are for one number of workers; give one": config.is_sharded
+        and config.fewest_workers < config.most_workers,
         f"algorithm.name: mode=full serves fomaml, reptile and multitask, not {name}": full
         and name not in ("fomaml", "reptile", "multitask"),
         "algorithm.name: maml differentiates twice, which ZeRO-3's gathers do not survive; use engine=local": name

@@ -231,7 +231,11 @@ class Run(Section):
     keep_checkpoints: PositiveInt = 3
     """Checkpoints kept, the newest."""
     max_failures: Annotated[int, Field(ge=-1)] = 2
-    """Times that lost workers are started again from the last checkpoint; -1 always."""
+    """Times that lost workers are started again from the last checkpoint; -1 always. Nodes that are taken away with
+    notice do not count: there is a checkpoint first."""
+    longest_wait: PositiveFloat = 900
+    """Seconds that workers wait for one that hangs, or for room on the cluster. The one that is missing is named, and
+    training goes on from the last checkpoint; or ends, where there is no room."""
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
     """Where the numbers of `metrics.jsonl` are shown, too. W&B and MLflow take their usual environment variables, such
     as WANDB_MODE=offline and MLFLOW_TRACKING_URI."""

@@ -1,5 +1,6 @@
 """What lies in cluster/, without any cluster: each file against the schema of what reads it, and against the others."""
 
+import json
 import os
 import re
 import shlex
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import jsonschema
 import kubernetes_validate
+import promql_parser
 import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
@@ -20,6 +22,7 @@ from transformers import LlamaConfig
 from rayml.config import load_config
 from rayml.planning.memory import memory
 from rayml.planning.read import read_shape
+from rayml.serving.metrics import COUNTERS, GAUGES, HISTOGRAMS
 from rayml.serving.settings import Serving
 
 ROOT = Path(__file__).parent.parent
@@ -281,3 +284,21 @@ def test_the_readme_names_files_that_exist():
     named = set(re.findall(r"(?<![\w/.-])((?:cluster|configs|jobs|serve)/[\w/.-]+)", commands))
     assert len(named) > 8
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+
+
+# The dashboard
+
+
+def test_every_panel_of_the_dashboard_asks_for_what_is_exported():
+    """What training exports is compared with a real run's records, in test_trackers."""
+    serving = set(GAUGES) | {f"{name}_total" for name in [*COUNTERS, "requests"]}
+    serving |= {f"{name}_{part}" for name in [*HISTOGRAMS, "request_seconds"] for part in ("bucket", "sum", "count")}
+    dashboard = json.loads((CLUSTER / "grafana.json").read_text())
+    panels = [panel for panel in dashboard["panels"] if panel["type"] != "row"]
+    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
+    assert len(panels) == 15
+    for expression in (target["expr"] for panel in panels for target in panel["targets"]):
+        promql_parser.parse(expression.replace("$run", "a"))  # raises on a mistake
+        asked = re.findall(r"ray_rayml_(\w+)", expression)
+        assert asked, expression
+        assert "run=~" in expression or set(asked) <= serving, expression

@@ -1,18 +1,23 @@
 """Where a run's numbers are shown, and where its time goes."""
 
 import json
+import re
 import urllib.request
+from pathlib import Path
 
 import pytest
 import ray
+import torch
 from conftest import make_config
 from test_train import SPLITS, steps_logged
 
 from rayml.distributed import progress, trackers
-from rayml.distributed.progress import WATCHED_STEPS, DataWait
+from rayml.distributed.progress import WATCHED_STEPS, DataWait, Lag
+from rayml.distributed.replicated import slowest
 from rayml.distributed.train import train
 from rayml.errors import ConfigError
 
+ROOT = Path(__file__).parents[1]
 PHASES = "data_seconds", "inner_seconds", "outer_seconds", "communication_seconds"
 
 
@@ -39,6 +44,12 @@ def test_every_tracker_has_every_step_once_also_after_a_resumption_and_phases_ad
     kept = list((run.path / "wandb").glob(f"offline-run-*-{ids['wandb']}"))
     assert kept, "both parts are one W&B run"
     assert list((run.path / "tensorboard").iterdir())
+
+    panels = json.loads((ROOT / "cluster" / "grafana.json").read_text())["panels"]
+    expressions = [target["expr"] for panel in panels for target in panel.get("targets", [])]
+    shown = {name for text in expressions if "run=~" in text for name in re.findall(r"ray_rayml_(\w+)", text)}
+    validated = {"val_accuracy_before", "val_accuracy_after"}
+    assert shown == shown & ({*records[-1]} | validated | {*slowest(torch.ones(2))}), "the dashboard's panels"
 
     port = ray.nodes()[0]["MetricsExportPort"]
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
@@ -69,3 +80,14 @@ def test_waiting_for_episodes_is_said_once(monkeypatch):
     (message,) = filter(None, said)
     assert message.startswith("6% of the last 20 steps")
     assert progress.MOST_WAITING == 0.05
+
+
+def test_a_worker_that_lags_is_named_once():
+    lag = Lag()
+    slow = slowest(torch.tensor([1.0, 1.1, 2.2]))
+    assert slow == {"slowest_worker": 2, "slowest_factor": pytest.approx(2.0)}
+    assert slowest(torch.tensor([1.0])) == {}
+    even = [{"slowest_worker": step % 3, "slowest_factor": 3.0} for step in range(WATCHED_STEPS)]
+    assert [lag.warning(record) for record in even] == [None] * WATCHED_STEPS, "each is slow now and then"
+    (message,) = filter(None, [lag.warning(slow) for _ in range(2 * WATCHED_STEPS)])
+    assert message.startswith("worker 2 took 2.0 times as long")

@@ -15,7 +15,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from rayml.config import dump_config
-from rayml.distributed.stream import EncodeEpisode, stream_steps, worker_index
+from rayml.distributed.stream import EncodeEpisode, share_of_step, stream_steps, worker_index
 from rayml.distributed.train import check_resources, train
 from rayml.errors import ConfigError, DataError, RunError, TrainingError
 from rayml.evaluation.command import adapt_run, evaluate_run
@@ -43,12 +43,13 @@ def steps_logged(run: RunFolder) -> list[int]:
 
 
 def test_worker_indices_of_a_step_do_not_depend_on_the_number_of_workers():
-    for workers in (1, 2, 4):
-        share = 4 // workers
+    for workers in (1, 2, 3, 4):
         for step in range(5):
-            rows = range(step * share, (step + 1) * share)
-            drawn = {worker_index(row, 100, 4, rank, workers) for rank in range(workers) for row in rows}
-            assert drawn == set(range(100 + 4 * step, 104 + 4 * step))
+            drawn = []
+            for rank in range(workers):
+                share = share_of_step(4, rank, workers)
+                drawn += [worker_index(step * len(share) + i, 100, 4, share) for i in range(len(share))]
+            assert drawn == list(range(100 + 4 * step, 104 + 4 * step))
 
 
 @needs_ray

@@ -28,7 +28,8 @@ class Method:
     takes_support: bool = True
 
 
-IN_CONTEXT = ("algorithm.name=metaicl", "data.labels=words")
+# They never adapt: where adapters begin is not worth looking at data for.
+IN_CONTEXT = ("algorithm.name=metaicl", "data.labels=words", "lora.start=random")
 METHODS = {
     "zero_shot": Method(IN_CONTEXT, "base", takes_support=False),
     "in_context": Method(IN_CONTEXT, "base"),

@@ -1,6 +1,7 @@
 """What the driver and its workers agree on."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 
@@ -17,6 +18,8 @@ class Job:
     encoder: ray.ObjectRef
     train: ray.ObjectRef
     val: ray.ObjectRef | None
+    roll: Any
+    """The actor that knows how far every worker is."""
 
 
 class DivergedError(Exception):

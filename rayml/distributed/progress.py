@@ -13,6 +13,8 @@ from rayml.runs.folder import RunFolder
 POLL_SECONDS = 0.5
 LINES_WITHOUT_TERMINAL = 20
 WATCHED_STEPS = 20
+MOST_LAGGING = 1.5
+"""Times the median worker's seconds."""
 MOST_WAITING = 0.05
 """Share of a step that may go into waiting for its episodes."""
 
@@ -47,7 +49,7 @@ class Progress:
         self.bar.stop()
 
     def _follow(self) -> None:
-        seen, waits = last_step(self.run), DataWait()
+        seen, notices = last_step(self.run), (DataWait(), Lag())
         row = self.bar.add_task("", total=self.steps, completed=seen, text="workers are starting")
         while True:
             stopping = self.stop.wait(POLL_SECONDS)
@@ -57,7 +59,7 @@ class Progress:
                     self.bar.update(row, completed=seen, text=describe(record))
                     if self.bar.disable:
                         self._print(record)
-                    if warning := waits.warning(record):
+                    for warning in filter(None, (notice.warning(record) for notice in notices)):
                         self.console.print(warning, style="yellow", highlight=False, soft_wrap=True)
             if stopping:
                 return
@@ -88,6 +90,29 @@ class DataWait:
             f"{share:.0%} of the last {WATCHED_STEPS} steps went into waiting for episodes: give workers more CPUs"
         )
         return message if self.warned else None
+
+
+class Lag:
+    """Notices, once a worker, that one takes much longer than the others, step after step."""
+
+    def __init__(self) -> None:
+        self.recent: deque[tuple[int, float]] = deque(maxlen=WATCHED_STEPS)
+        self.warned: set[int] = set()
+
+    def warning(self, record: dict[str, Any]) -> str | None:
+        """Return what to say after this step, if anything."""
+        if "slowest_worker" not in record:
+            return None
+        worker = record["slowest_worker"]
+        self.recent.append((worker, record["slowest_factor"]))
+        same = [factor for one, factor in self.recent if one == worker]
+        if worker in self.warned or len(same) < WATCHED_STEPS or sum(same) / len(same) < MOST_LAGGING:
+            return None
+        self.warned.add(worker)
+        return (
+            f"worker {worker} took {sum(same) / len(same):.1f} times as long as the others for its part of the last "
+            f"{WATCHED_STEPS} steps: look at the node that it is on"
+        )
 
 
 def last_step(run: RunFolder) -> int:

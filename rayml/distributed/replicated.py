@@ -14,6 +14,7 @@ import torch
 
 from rayml.config import Config
 from rayml.distributed.job import DivergedError, Job
+from rayml.distributed.roll import Signature
 from rayml.distributed.stream import get
 from rayml.engine import collective, local, zero
 from rayml.engine.laps import Laps
@@ -40,9 +41,9 @@ class Replicated:
     parts = 1
     """Of a checkpoint."""
 
-    def __init__(self, job: Job, device: torch.device):
+    def __init__(self, job: Job, device: torch.device, sign: Signature):
         config = job.config
-        self.config = config
+        self.config, self.sign = config, sign
         self.rank, self.workers = collective.rank(), collective.world_size()
         self.lm = build_lm(config, job.model, device)
         self.encoder = get(job.encoder)
@@ -66,15 +67,18 @@ class Replicated:
         """Outer steps so far."""
         return self.learner.step
 
-    def step(self, episodes: list[dict[str, Any]]) -> dict[str, Any]:
+    def step(self, episodes: list[dict[str, Any]], waited: float) -> dict[str, Any]:
         """Take an outer step on this worker's episodes and all others'; return its record.
+
+        Args:
+            waited: seconds that this worker waited for the episodes.
 
         Raises:
             DivergedError: a loss or gradient is not finite; on all workers together.
         """
         self.laps.begin()
         gradient = self._gradient(episodes, self._weights(episodes))
-        record = self._update(gradient, episodes) | self.laps.record()
+        record = self._update(gradient, episodes, waited) | self.laps.record()
         if not math.isfinite(record["query_loss"] + record["gradient_norm"]):
             losses = zip(episodes, gradient.query_losses.tolist(), strict=True)
             raise DivergedError([episode["task"] for episode, loss in losses if not math.isfinite(loss)])
@@ -115,7 +119,7 @@ class Replicated:
 
         return timed
 
-    def _update(self, gradient: MetaGradient, episodes: list[dict[str, Any]]) -> dict[str, Any]:
+    def _update(self, gradient: MetaGradient, episodes: list[dict[str, Any]], waited: float) -> dict[str, Any]:
         """Average the meta-gradient over all workers' tasks, in one all-reduce, and take the outer step.
 
         A gradient that is not finite is not applied: every worker sees the same sum, so all refuse it together.
@@ -128,8 +132,12 @@ class Replicated:
         counts.index_add_(0, places, torch.ones_like(query, dtype=counts.dtype))
         sums.index_add_(0, places, (support - query).float())
         tokens = torch.tensor(float(trained_tokens(self.config, episodes)), device=query.device)
-        sent = [*gradient.start.values(), *gradient.rates.values(), query.sum(), support.sum(), counts, sums, tokens]
-        *totals, counts, sums, tokens = collective.sum_over_workers(sent)
+        seconds = torch.zeros(self.workers, device=query.device)
+        seconds[self.rank] = waited + sum(self.laps.seconds.values())
+        losses = query.sum(), support.sum()
+        sent = [*gradient.start.values(), *gradient.rates.values(), *losses, counts, sums, tokens, seconds]
+        self.sign(learner.step + 1)
+        *totals, counts, sums, tokens, seconds = collective.sum_over_workers(sent)
         self.laps("communication")
         *mean, query_loss, support_loss = [total / tasks for total in totals]
         norm = math.nan
@@ -142,7 +150,7 @@ class Replicated:
         record = {"step": learner.step, "query_loss": float(query_loss), "gradient_norm": norm, "tokens": int(tokens)}
         if gradient.support_losses is not None:
             record |= {"support_loss": float(support_loss), "inner_lr": float(rates.mean().exp())}
-        return record
+        return record | slowest(seconds)
 
     def score(self, episodes: Sequence[Any]) -> list[Curve]:
         """Return the scores of this worker's episodes before and after adapting."""
@@ -161,6 +169,14 @@ class Replicated:
         """Write this worker's part of a checkpoint: the first one's is all."""
         if self.rank < self.parts:
             write_state(folder, self.learner.state() | {"gains": self.gains.gains})
+
+
+def slowest(seconds: torch.Tensor) -> dict[str, Any]:
+    """Return which worker took longest for its part of a step, and how many times the median; `seconds`: [workers]."""
+    if len(seconds) == 1:
+        return {}
+    worker = int(seconds.argmax())
+    return {"slowest_worker": worker, "slowest_factor": float(seconds[worker] / seconds.median())}
 
 
 def joined(parts: Sequence[MetaGradient]) -> MetaGradient:

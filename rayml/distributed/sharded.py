@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from rayml.distributed.job import DivergedError, Job
+from rayml.distributed.roll import Signature
 from rayml.distributed.stream import get
 from rayml.engine import collective, zero
 from rayml.engine.full import FullLearner, NotFinite
@@ -29,8 +30,8 @@ class Sharded:
 
     rank, workers = 0, 1  # every worker streams all episodes of a step
 
-    def __init__(self, job: Job, device: torch.device):
-        self.config, self.device = job.config, device
+    def __init__(self, job: Job, device: torch.device, sign: Signature):
+        self.config, self.device, self.sign = job.config, device, sign
         self.parts = collective.world_size()
         self.encoder = get(job.encoder)
         self.pad = self.encoder.tokenizer.eos_token_id
@@ -50,12 +51,13 @@ class Sharded:
         """Outer steps so far."""
         return self.learner.outer_step
 
-    def step(self, episodes: list[dict[str, Any]]) -> dict[str, Any]:
-        """Take an outer step, task after task; return its record.
+    def step(self, episodes: list[dict[str, Any]], waited: float) -> dict[str, Any]:
+        """Take an outer step, task after task; return its record. All wait for the slowest in every layer.
 
         Raises:
             DivergedError: a loss or gradient is not finite; on all workers together.
         """
+        self.sign(self.done + 1)
         places = torch.tensor([self.tasks[episode["task"]] for episode in episodes])
         weights = self.gains.weights()[places].tolist() if self.config.data.weighting == "dynamic" else None
         try:

@@ -28,16 +28,26 @@ class EncodeEpisode:
         return get(self.encoder).episode(self.sampler.episode(get(self.tasks), index))
 
 
+def silence_data() -> None:
+    """Let Ray Data keep its progress to itself, in this process."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = context.print_on_execution_start = False
+
+
 @lru_cache(maxsize=8)
 def get(reference: ray.ObjectRef) -> Any:
     """Return the object, fetched once a process."""
     return ray.get(reference)
 
 
-def worker_index(row: int, first: int, per_step: int, rank: int, workers: int) -> int:
-    """Return the episode at `row` of a worker's stream: step by step, each worker its share of the step's episodes."""
-    share = per_step // workers
-    return first + (row // share) * per_step + rank * share + row % share
+def share_of_step(per_step: int, rank: int, workers: int) -> range:
+    """Return a worker's episodes among those of a step; where they do not divide, some workers have one more."""
+    return range(rank * per_step // workers, (rank + 1) * per_step // workers)
+
+
+def worker_index(row: int, first: int, per_step: int, share: range) -> int:
+    """Return the episode at `row` of a worker's stream: step by step, its share of the step's episodes."""
+    return first + (row // len(share)) * per_step + share[row % len(share)]
 
 
 def stream_steps(
@@ -50,20 +60,18 @@ def stream_steps(
         steps: number of steps.
         per_step: episodes in a step, over all workers.
     """
-    share = per_step // workers
-    context = ray.data.DataContext.get_current()
-    context.execution_options.preserve_order = True
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
+    share = share_of_step(per_step, rank, workers)
+    silence_data()
+    ray.data.DataContext.get_current().execution_options.preserve_order = True
 
     def build(done: int) -> ray.data.Dataset | None:
         """Build the episodes of the next steps, to the end, beside the training."""
         taken = min(STEPS_AHEAD, steps - done)
         if taken <= 0:
             return None
-        rows = ray.data.range(taken * share, override_num_blocks=-(-taken // STEPS_PER_BLOCK))
+        rows = ray.data.range(taken * len(share), override_num_blocks=-(-taken // STEPS_PER_BLOCK))
         begin = first + done * per_step
-        return rows.map(lambda row: encode(worker_index(row["id"], begin, per_step, rank, workers))).materialize()
+        return rows.map(lambda row: encode(worker_index(row["id"], begin, per_step, share))).materialize()
 
     # A part at a time: while its consumer holds an execution back, Ray Data's scheduling thread spins, and takes the
     # interpreter lock from the training that it feeds (three times slower, on two cores).
@@ -73,5 +81,5 @@ def stream_steps(
             ready = part.result()
             part = ahead.submit(build, done + STEPS_AHEAD)
             assert ready is not None
-            for batch in ready.iter_batches(batch_size=share, batch_format="pyarrow"):
+            for batch in ready.iter_batches(batch_size=len(share), batch_format="pyarrow"):
                 yield batch.to_pylist()  # type: ignore[union-attr]  # an Arrow table, as asked for

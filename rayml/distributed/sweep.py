@@ -130,14 +130,14 @@ def concurrency(config: Config, cpus: int, cpus_each: int, gpus: int) -> int:
     Raises:
         ConfigError: more are asked for than there is room for.
     """
-    fit = cpus // (config.workers * cpus_each)
-    if config.device == "cuda" or (config.device == "auto" and gpus >= config.workers):
-        fit = min(fit, gpus // config.workers)
+    fit = cpus // (config.most_workers * cpus_each)
+    if config.device == "cuda" or (config.device == "auto" and gpus >= config.most_workers):
+        fit = min(fit, gpus // config.most_workers)
     if fit < 1:
-        raise ConfigError(f"workers: a trial's {config.workers} do not fit ({cpus} CPUs, {gpus} GPUs); lower it")
+        raise ConfigError(f"workers: a trial's {config.most_workers} do not fit ({cpus} CPUs, {gpus} GPUs); lower it")
     if config.sweep.concurrent > fit:
         raise ConfigError(
-            f"sweep.concurrent: {config.sweep.concurrent} trials of {config.workers} workers do not fit at a time "
+            f"sweep.concurrent: {config.sweep.concurrent} trials of {config.most_workers} workers do not fit at a time "
             f"({cpus} CPUs, {gpus} GPUs); use {fit}"
         )
     return config.sweep.concurrent or fit

@@ -1,6 +1,7 @@
 """The driver: check everything, start Ray, train on N workers, show progress."""
 
 import logging
+import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -8,14 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import ray.data
 import ray.train
 import torch
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
 from rich.console import Console
 
 from rayml.config import Config
 from rayml.distributed.job import Job
 from rayml.distributed.progress import Progress
+from rayml.distributed.roll import Roll, Watch
+from rayml.distributed.stream import silence_data
 from rayml.distributed.trackers import check_trackers
 from rayml.distributed.worker import train_worker
 from rayml.errors import ConfigError, TrainingError
@@ -122,45 +126,49 @@ def processors() -> int:
 
 
 def start_ray(config: Config, at_once: int = 1) -> None:
-    """Start Ray here, or join the cluster that RAY_ADDRESS or a Ray job names, and check that the workers fit.
+    """Start Ray here, with room for the workers of `at_once` runs; or join the cluster that RAY_ADDRESS or a job names.
 
-    Here it has room for the workers of `at_once` runs.
-
-    Raises:
-        ConfigError: there are fewer GPUs or CPUs than workers need.
+    A cluster that has too little room is said so, and may grow: Ray asks its autoscaler.
     """
     own: dict[str, Any] = {}
     if not os.environ.get("RAY_ADDRESS"):
         # Logical CPUs: every core trains, and Ray Data's light tasks share them.
-        workers = config.workers * at_once
+        workers = config.most_workers * at_once
         threads = max(1, processors() // workers)
         own = {"address": "local", "num_cpus": workers * (threads + 1), "include_dashboard": False}
     ray.init(logging_level=logging.ERROR, log_to_driver=False, runtime_env={"env_vars": WORKER_ENV}, **own)
     if not own:
         there = ray.cluster_resources()
-        check_resources(config, cpus=int(there.get("CPU", 0)), cpus_each=2, gpus=int(there.get("GPU", 0)))
+        try:
+            check_resources(config, cpus=int(there.get("CPU", 0)), cpus_each=2, gpus=int(there.get("GPU", 0)))
+        except ConfigError as error:  # it may grow
+            wait = f"{config.run.longest_wait:g} s"
+            Console(stderr=True).print(f"{error}. Waiting up to {wait} for more nodes", style="yellow", highlight=False)
 
 
 def check_resources(config: Config, cpus: int, cpus_each: int, gpus: int) -> None:
     """Raise ConfigError if the workers do not fit. On a cluster each needs a second CPU for its stream of episodes."""
-    if config.device == "cuda" and gpus < config.workers:
-        raise ConfigError(f"workers: {config.workers} need a GPU each, there are {gpus}; lower it, or device=cpu")
-    if config.workers * cpus_each > cpus:
+    workers = config.fewest_workers
+    if config.device == "cuda" and gpus < workers:
+        raise ConfigError(f"workers: {workers} need a GPU each, there are {gpus}; lower it, or device=cpu")
+    if workers * cpus_each > cpus:
         raise ConfigError(
-            f"workers: {config.workers} need {config.workers * cpus_each} CPUs, there are {cpus}; "
+            f"workers: {workers} need {workers * cpus_each} CPUs, there are {cpus}; "
             f"use workers={max(1, cpus // cpus_each)}"
         )
 
 
 def scaling(config: Config, at_once: int) -> ray.train.ScalingConfig:
     """Return the workers' resources: a GPU each, or else an equal share of the CPUs, which sets their threads, too."""
-    workers = config.workers * at_once
+    fewest, most = config.fewest_workers, config.most_workers
     there = ray.cluster_resources()
-    use_gpu = config.device == "cuda" or (config.device == "auto" and there.get("GPU", 0) >= workers)
+    use_gpu = config.device == "cuda" or (config.device == "auto" and there.get("GPU", 0) >= fewest * at_once)
     nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
-    cpus = 1 if use_gpu else max(1, min(int(there["CPU"]) // workers - 1, int(max(nodes))))
+    cpus = 1 if use_gpu else max(1, min(int(there["CPU"]) // (most * at_once) - 1, int(max(nodes))))
     return ray.train.ScalingConfig(
-        num_workers=config.workers, use_gpu=use_gpu, resources_per_worker={"CPU": cpus, "GPU": int(use_gpu)}
+        num_workers=most if fewest == most else (fewest, most),  # type: ignore[arg-type]
+        use_gpu=use_gpu,
+        resources_per_worker={"CPU": cpus, "GPU": int(use_gpu)},
     )
 
 
@@ -177,25 +185,41 @@ def fit(
     Raises:
         TrainingError: training stopped by itself, or its workers failed more than `run.max_failures` times.
     """
+    # Ray Data's actors for the whole cluster lie where it runs first: here, and not on a node that may be lost.
+    silence_data()
+    ray.data.range(1).materialize()
     validates = splits.val and config.validation.every
-    job = Job(config, model, ray.put(encoder), ray.put(splits.train), ray.put(splits.val) if validates else None)
+    roll: Any = ray.remote(num_cpus=0)(Roll).remote()
+    job = Job(config, model, ray.put(encoder), ray.put(splits.train), ray.put(splits.val) if validates else None, roll)
+    longest_wait = config.run.longest_wait
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(longest_wait)  # for a process that does not answer
     trainer = TorchTrainer(  # mypy sees the signatures of Train v1, which v2 stands in for
         train_worker,  # type: ignore[arg-type]
         train_loop_config={"job": job},
+        torch_config=TorchConfig(timeout_s=math.ceil(longest_wait)),
         scaling_config=scaling(config, at_once),
         run_config=ray.train.RunConfig(
             storage_path=str(run.path),
             name=run.checkpoints.name,
             failure_config=ray.train.FailureConfig(max_failures=config.run.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.run.keep_checkpoints),
-            callbacks=[PointToLatest(run)],  # type: ignore[list-item]
+            callbacks=[RunEvents(run, roll)],  # type: ignore[list-item]
         ),
     )
-    with Progress(run, config.outer.steps, Console(stderr=True)):
+    console = Console(stderr=True)
+    with Progress(run, config.outer.steps, console), Watch(roll, longest_wait, console) as watch:
         try:
             stopped = trainer.fit().return_value  # type: ignore[attr-defined]
+        except SystemExit as end:
+            if not watch.found_no_room:
+                raise
+            raise TrainingError(
+                f"{run.path}: no room for the workers within run.longest_wait={longest_wait:g} seconds; what was "
+                "learned is kept: --resume it when there is"
+            ) from end
         except ray.train.TrainingFailedError as error:
-            raise TrainingError(f"{run.path}: {root_cause(error)}") from error
+            named = f"; {watch.named}" if watch.named else ""
+            raise TrainingError(f"{run.path}: {root_cause(error)}{named}") from error
     if stopped:
         raise TrainingError(f"{run.path}: {stopped}")
 
@@ -208,11 +232,14 @@ def root_cause(error: ray.train.TrainingFailedError) -> str:
     return f"workers failed: {type(cause).__name__}: {cause}"
 
 
-class PointToLatest(ray.train.UserCallback):
-    """Writes the name of the newest checkpoint to `latest`, once Ray Train has stored it."""
+class RunEvents(ray.train.UserCallback):
+    """What Ray Train's controller tells: which checkpoint is the newest, to `latest`; and that workers are lost."""
 
-    def __init__(self, run: RunFolder):
-        self.run = run
+    def __init__(self, run: RunFolder, roll: Any):
+        self.run, self.roll = run, roll
+
+    def after_exception(self, run_context, worker_exceptions) -> None:
+        self.roll.end.remote()
 
     def after_report(self, run_context, metrics, checkpoint) -> None:
         if checkpoint is not None:

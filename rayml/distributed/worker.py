@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch.distributed
 from rayml.config import Config
 from rayml.distributed.job import DivergedError, Job
 from rayml.distributed.replicated import Replicated
+from rayml.distributed.roll import Signature
 from rayml.distributed.sharded import Sharded
 from rayml.distributed.stream import EncodeEpisode, get, stream_steps
 from rayml.distributed.trackers import open_trackers
@@ -26,6 +28,8 @@ from rayml.runs.stopping import is_best, is_enough, val_score, val_scores
 
 # Episodes of validation have seeds of their own, far from any training seed.
 VALIDATION_SEED = 1_000_003
+PREEMPTION_SECONDS = 5
+"""Between questions whether nodes are about to be taken away."""
 Learning = Replicated | Sharded
 logger = logging.getLogger(__name__)
 
@@ -35,7 +39,8 @@ def train_worker(settings: dict[str, Any]) -> str | None:
     job: Job = settings["job"]
     config = job.config
     run = RunFolder(config.run.dir)
-    learning: Learning = (Sharded if config.is_sharded else Replicated)(job, ray.train.torch.get_device())
+    sign = Signature(job.roll)
+    learning: Learning = (Sharded if config.is_sharded else Replicated)(job, ray.train.torch.get_device(), sign)
     learning.begin(run)
     log = StepLog(config, run, learning.done) if collective.rank() == 0 else None
     try:
@@ -57,12 +62,13 @@ def meta_train(job: Job, run: RunFolder, learning: Learning, log: "StepLog | Non
         rank=learning.rank,
         workers=learning.workers,
     )
+    notices = Notices(run)
     ended, checkpoint_seconds = time.perf_counter(), 0.0
     for episodes in steps:
         began = time.perf_counter()
         validates = False
         try:
-            record = learning.step(episodes)
+            record = learning.step(episodes, waited=began - ended)
             now = time.perf_counter()
             record |= {"data_seconds": began - ended, "step_seconds": now - ended}
             record |= {"checkpoint_seconds": checkpoint_seconds}  # waited for, before this step
@@ -76,11 +82,12 @@ def meta_train(job: Job, run: RunFolder, learning: Learning, log: "StepLog | Non
         if log:
             log.write(record)
         enough = validates and is_enough(scores, config.validation.patience)
-        enough |= collective.from_first_worker(run.is_told_to_stop() if log else False)
+        stop, leaving = notices.read()
+        enough |= stop
         saving = time.perf_counter()
         if validates and is_best(scores):
             keep_best(run, learning)
-        if enough or due(learning.done, config.run.checkpoint_every, config.outer.steps):
+        if enough or leaving or due(learning.done, config.run.checkpoint_every, config.outer.steps):
             report(run, learning, record)
         if enough:
             break
@@ -109,18 +116,45 @@ def validate(config: Config, job: Job, learning: Learning) -> dict[str, float]:
     of label tasks, or, where there is none, of free text.
     """
     tasks = [task for task in get(job.val) if task.options] or get(job.val)
-    share = config.tasks_per_step // learning.workers
+    share = math.ceil(config.tasks_per_step / learning.workers)
+    episodes = math.ceil(config.validation.episodes / config.tasks_per_step) * config.tasks_per_step
     sampler = config.data.sampler(VALIDATION_SEED)
-    rounds = math.ceil(config.validation.episodes / config.tasks_per_step)
     curves: list[Curve] = []
-    for batch in range(rounds):
+    for batch in range(math.ceil(episodes / (share * learning.workers))):
         first = (batch * learning.workers + learning.rank) * share
         curves += learning.score([sampler.episode(tasks, first + i) for i in range(share)])
     if learning.workers > 1:
         curves = [curve for part in collective.gather_from_workers(curves) for curve in part]
+    # With another number of workers the last round may score a few more.
+    curves = [curve for curve in curves if curve.index < episodes]
     name = "accuracy" if curves[0].is_accuracy else "loss"
     before, after = (sum(curve.scores[k] for curve in curves) / len(curves) for k in (0, -1))
     return {f"val_{name}_before": before, f"val_{name}_after": after}
+
+
+class Notices:
+    """What the workers are told between steps."""
+
+    def __init__(self, run: RunFolder):
+        self.run = run
+        self.asked = time.monotonic()
+        self.leaving: set[str] = set()
+
+    def read(self) -> tuple[bool, bool]:
+        """Return whether to end here, and whether a node of ours was just announced to be taken away.
+
+        All workers ask together, and Ray only now and then: its answer takes longer than a small model's step.
+        """
+        told = ask = False
+        if collective.rank() == 0:
+            told, ask = self.run.is_told_to_stop(), time.monotonic() - self.asked > PREEMPTION_SECONDS
+        told, ask = collective.from_first_worker((told, ask))
+        if not ask:
+            return told, False
+        self.asked = time.monotonic()
+        info = ray.train.get_preemption_info()
+        known, self.leaving = self.leaving, set(info.preempted_node_ids if info else ())
+        return told, bool(self.leaving - known)
 
 
 class StepLog:
@@ -147,16 +181,23 @@ class StepLog:
 
 
 def report(run: RunFolder, learning: Learning, record: dict[str, Any]) -> None:
-    """Hand Ray Train the checkpoint, of which every worker may hold a part; a barrier for all workers."""
+    """Hand Ray Train the checkpoint, of which every worker may hold a part; a barrier for all workers.
+
+    It is uploaded beside the steps that follow, and then removed here.
+    """
     name, rank = folder_name(learning.done), collective.rank()
     has_part = rank < learning.parts
-    with tempfile.TemporaryDirectory() as folder:
-        with naming_full_disk(run.checkpoints / name, learning.done):
-            learning.write(Path(folder))
-            if has_part:
-                seal(Path(folder), learning.done, rank, learning.parts)
-        checkpoint = ray.train.Checkpoint.from_directory(folder) if has_part else None
-        ray.train.report(record, checkpoint, checkpoint_dir_name=name)
+    folder = Path(tempfile.mkdtemp(prefix="rayml-"))
+    with naming_full_disk(run.checkpoints / name, learning.done):
+        learning.write(folder)
+        if has_part:
+            seal(folder, learning.done, rank, learning.parts)
+    checkpoint = ray.train.Checkpoint.from_directory(folder) if has_part else None
+    ray.train.report(
+        record, checkpoint, checkpoint_dir_name=name, checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC
+    )
+    if not has_part:
+        shutil.rmtree(folder)
 
 
 def keep_best(run: RunFolder, learning: Learning) -> None:

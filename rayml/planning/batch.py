@@ -53,7 +53,7 @@ def largest_pass(config: Config, target_tokens: int) -> Pass:
     if name == "protonet" or (name == "multitask" and config.mode == "full"):
         rows = support + query
     if config.mode == "full" and config.engine == "zero":
-        rows = math.ceil(rows / config.workers)
+        rows = math.ceil(rows / config.fewest_workers)
     rows *= tasks_at_once(config)
     return Pass(rows, length, 0 if name == "protonet" else rows * target_tokens)
 

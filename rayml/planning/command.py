@@ -111,7 +111,7 @@ def show(found: dict[str, Any], config: Config, out: Console) -> None:
 
 
 def _parts(found: dict[str, Any], config: Config) -> Table:
-    table = Table(box=SIMPLE_HEAD, padding=(0, 0, 0, 1), title=f"one of {config.workers} worker(s), at its peak")
+    table = Table(box=SIMPLE_HEAD, padding=(0, 0, 0, 1), title=f"one of {config.fewest_workers} worker(s), at its peak")
     table.title_justify = "left"
     table.add_column("part")
     table.add_column("GPU", justify="right")

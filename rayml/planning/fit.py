@@ -46,8 +46,8 @@ def smallest_change(shape: Shape, config: Config, target_tokens: int, gpu_bytes:
     Tried in this order: on the same workers another sharding, checkpointing, or both; then the same on twice as many,
     and so on. With more workers than tasks, there are as many tasks as workers.
     """
-    workers = config.workers
-    while workers <= max(config.workers, MOST_WORKERS):
+    workers = config.fewest_workers
+    while workers <= max(config.fewest_workers, MOST_WORKERS):
         for checkpointing, sharding in product(((), CHECKPOINTING), [(), *shardings(config)]):
             overrides = [*_on(workers, config), *sharding, *checkpointing]
             candidate = changed(config, overrides)

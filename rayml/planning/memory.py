@@ -81,7 +81,7 @@ def _adapters(shape: Shape, config: Config) -> list[Part]:
     rates = 1 if config.algorithm.name == "meta_sgd" else 0  # one rate a weight, learned as the start is
     # Fast weights and the sum of the inner gradients; exact MAML keeps those of every step.
     copies = 2 * (steps if config.algorithm.name == "maml" else min(steps, 1))
-    sent = 2 if config.workers > 1 else 1  # the all-reduce is of one flat copy
+    sent = 2 if config.most_workers > 1 else 1  # the all-reduce is of one flat copy
     return [
         Part("parameters", _base(shape, config) + start),
         Part("gathered layers", _gathered(shape, config)),
@@ -143,7 +143,7 @@ def _gathered(shape: Shape, config: Config, offloaded: bool = False) -> int:
 
     A worker on its own has nothing to gather, unless its weights lie in CPU memory.
     """
-    if config.engine == "local" or (config.workers == 1 and not offloaded):
+    if config.engine == "local" or (config.fewest_workers == 1 and not offloaded):
         return 0
     at_least = shape.largest_layer + shape.embedding
     return DTYPE_BYTES[config.model.dtype] * min(shape.parameters, max(GATHERED, at_least))
@@ -151,4 +151,4 @@ def _gathered(shape: Shape, config: Config, offloaded: bool = False) -> int:
 
 def _share(elements: int, config: Config) -> int:
     """Return one worker's elements of what is sharded over all."""
-    return -(-elements // config.workers)
+    return -(-elements // config.fewest_workers)

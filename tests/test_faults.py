@@ -1,0 +1,151 @@
+"""Workers, nodes and drivers that are lost, hang, or are about to be taken away."""
+
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import ray.train
+from conftest import make_config, on_workers
+from faults import (
+    STEPS,
+    TOLERANCE,
+    Machines,
+    Training,
+    difference,
+    kill_driver,
+    kill_node,
+    kill_worker,
+    preempt_node,
+    stop_worker,
+)
+from pydantic import ValidationError
+
+from rayml.config import Config, dump_config, load_config
+from rayml.distributed import worker
+from rayml.distributed.roll import Roll
+from rayml.distributed.train import train
+from rayml.engine import collective
+from rayml.errors import TrainingError
+from rayml.runs.folder import RunFolder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The final weights of a run that is left alone, over three nodes."""
+    with Machines() as machines:
+        training = Training(machines, tmp_path_factory.mktemp("undisturbed"))
+        training.wait_for_step(3)
+        assert len({node.node_id for node, _ in machines.busy()}) == 3
+        return training.weights()
+
+
+@pytest.mark.cluster
+def test_a_run_survives_the_loss_of_a_worker_a_node_and_the_driver_to_the_last_bit(undisturbed, tmp_path):
+    with Machines(spare=1) as machines:
+        training = Training(machines, tmp_path)
+        for fault, step in (kill_worker, 13), (kill_node, 37), (kill_driver, 58):
+            training.wait_for_step(step)
+            fault(training)
+        assert difference(training.weights(), undisturbed) == 0
+
+
+@pytest.mark.cluster
+def test_a_worker_that_hangs_is_named_and_a_lost_node_leaves_fewer_workers(undisturbed, tmp_path):
+    with Machines() as machines:
+        training = Training(machines, tmp_path, workers=[2, 3], run={"longest_wait": 20})
+        training.wait_for_step(15)
+        stop_worker(training)
+        training.wait_for_step(35)
+        assert "keeps the others waiting in outer step" in training.output()
+        kill_node(training)
+        assert 0 < difference(training.weights(), undisturbed) < TOLERANCE
+
+
+@pytest.mark.cluster
+def test_notice_that_a_node_goes_brings_a_checkpoint_first(undisturbed, tmp_path):
+    with Machines(spare=1) as machines:
+        training = Training(machines, tmp_path, run={"checkpoint_every": STEPS})
+        training.wait_for_step(10)
+        preempt_node(training)
+        weights = training.weights()
+        first, last = sorted(folder.name for folder in training.run.checkpoints.glob("step_*"))
+        assert "step_00000010" <= first < last
+        assert difference(weights, undisturbed) == 0
+
+
+# The roll
+
+
+def test_the_roll_names_who_has_not_come_where_others_are():
+    roll = Roll()
+    assert roll.absent() is None
+    assert roll.seconds_without_workers() > 0
+    roll.begin(["worker 0", "worker 1", "worker 2"])
+    assert roll.seconds_without_workers() == 0
+    assert roll.absent() is None, "all load the model"
+    roll.sign(1, 7)
+    time.sleep(0.01)
+    absence = roll.absent()
+    assert absence.seconds >= 0.01
+    assert str(absence) == "worker 0, worker 2 keeps the others waiting in outer step 7"
+    roll.sign(0, 7)
+    roll.sign(2, 7)
+    assert roll.absent() is None
+    roll.sign(0, 8)
+    assert roll.absent().workers == ("worker 1", "worker 2")
+    roll.begin(["worker 0"])  # of those there were, one is left
+    roll.sign(0, 6)
+    assert roll.absent() is None
+
+
+@pytest.mark.ray
+def test_without_room_for_workers_training_ends_and_says_so(tmp_path, capsys):
+    config = make_config(tmp_path, workers=2, device="cuda", run={"longest_wait": 4.0})
+    with pytest.raises(TrainingError, match=r"no room for the workers within run.longest_wait=4 seconds"):
+        train(config)
+    assert "the cluster has" in capsys.readouterr().err
+
+
+def test_fewest_and_most_workers_are_checked_before_the_start(tmp_path):
+    for workers, mode, reason in (
+        ([3, 2], "adapters", "the first of .* is larger"),
+        ([1, 2], "full", "are for one number of workers"),
+    ):
+        with pytest.raises(ValidationError, match=reason):
+            make_config(tmp_path, workers=workers, tasks_per_step=6, mode=mode, engine="zero")
+    config = make_config(tmp_path, workers=[2, 4])
+    assert (config.fewest_workers, config.most_workers, config.tasks_per_worker) == (2, 4, 2)
+    assert load_config(write(tmp_path, config), ["workers=[1, 2]"]).workers == (1, 2)
+
+
+def write(folder: Path, config: Config) -> Path:
+    (folder / "config.yaml").write_text(dump_config(config))
+    return folder / "config.yaml"
+
+
+@pytest.mark.workers
+def test_all_workers_agree_on_what_they_are_told(tmp_path):
+    on_workers(notices_agree, 2, tmp_path)
+
+
+def notices_agree(rank: int, folder: Path) -> None:
+    """Ray Train says it to some workers sooner than to others; a node is checkpointed for once."""
+    info = None
+    ray.train.get_preemption_info = lambda: collective.from_first_worker(info)  # Ray's own needs Ray's workers
+    run = RunFolder(folder)
+    notices = worker.Notices(run)
+    worker.PREEMPTION_SECONDS = 0.0
+    assert notices.read() == (False, False)
+    info = SimpleNamespace(preempted_node_ids=["a"]) if rank == 0 else None
+    assert notices.read() == (False, True)
+    assert notices.read() == (False, False), "known"
+    info = SimpleNamespace(preempted_node_ids=["a", "b"])
+    assert notices.read() == (False, True)
+    worker.PREEMPTION_SECONDS = 1000.0
+    info = SimpleNamespace(preempted_node_ids=["c"])
+    assert notices.read() == (False, False), "not asked again so soon"
+    collective.gather_from_workers(None)
+    if rank == 0:
+        run.tell_to_stop()
+    assert notices.read() == (True, False)
