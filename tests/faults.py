@@ -28,7 +28,7 @@ from rayml.runs.checkpoint import STATE, newest_checkpoint
 from rayml.runs.folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
-STEPS, EVERY, WORKERS = 80, 10, 3
+STEPS, EVERY, WORKERS = 60, 10, 3
 PATIENCE_SECONDS = 240
 TOLERANCE = 1e-4
 """Relative, where another number of workers summed in another order."""
@@ -39,14 +39,13 @@ class Machines:
 
     def __init__(self, spare: int = 0):
         os.environ["OMP_NUM_THREADS"] = "1"  # all of them share this machine's cores
+        os.environ["RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S"] = "1"
         # A folder of its own, and short, for the sockets in it.
         self.folder = tempfile.mkdtemp(prefix="ray")
         self.cluster = Cluster(
             initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False, "temp_dir": self.folder}
         )
-        for _ in range(WORKERS + spare):
-            self.add()
-        self.cluster.wait_for_nodes()
+        self.have(WORKERS + spare)
 
     def __enter__(self) -> "Machines":
         return self
@@ -55,8 +54,11 @@ class Machines:
         self.cluster.shutdown()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def add(self) -> None:
-        self.cluster.add_node(num_cpus=3)  # two for a worker, one for its episodes
+    def have(self, nodes: int) -> None:
+        """Add nodes until there are as many."""
+        while len(self.cluster.worker_nodes) < nodes:
+            self.cluster.add_node(num_cpus=3)  # two for a worker, one for its episodes
+        self.cluster.wait_for_nodes()
 
     def busy(self) -> list[tuple[Any, psutil.Process]]:
         """Return the nodes that train, with their worker processes, in any order."""
@@ -86,7 +88,7 @@ class Training:
             workers=changes.pop("workers", WORKERS),
             tasks_per_step=WORKERS,
             outer={"steps": STEPS},
-            inner={"steps": 6},
+            inner={"steps": 20},
             run={"dir": str(folder / "run"), "checkpoint_every": EVERY, "keep_checkpoints": 20} | run,
             **changes,
         )
@@ -171,8 +173,9 @@ def stop_worker(training: Training) -> None:
 
 def preempt_node(training: Training) -> None:
     node, worker = random.choice(training.machines.busy())
-    training.machines.announce_loss(node, seconds=20)
+    training.machines.announce_loss(node, seconds=6)
     worker.wait(60)  # Ray Train leaves it at the deadline
+    assert training.process.poll() is None, "training was over before"
     training.machines.lose(node)
 
 
@@ -183,7 +186,7 @@ FAULTS: dict[str, Callable[[Training], None]] = {
     "the driver, SIGKILL, and submitted again": kill_driver,
     "the head and all nodes, and submitted again": kill_head,
     "a worker that hangs (SIGSTOP), `run.longest_wait=20`": stop_worker,
-    "a node, with 20 s notice, and a spare one": preempt_node,
+    "a node, with notice of 6 s, and a spare one": preempt_node,
 }
 
 
@@ -227,7 +230,7 @@ def main() -> None:
 def row(name: str, fault: Callable[[Training], None], folder: Path, undisturbed: dict[str, torch.Tensor]) -> str:
     with Machines(spare=int("workers=" not in name)) as machines:
         training = Training(machines, folder, **settings(name))
-        step = random.randint(5, STEPS - 15)
+        step = random.randint(4, STEPS // 4 if fault is preempt_node else STEPS - 15)
         training.wait_for_step(step)
         began = time.monotonic()
         at = training.step()

@@ -16,7 +16,6 @@ from faults import (
     kill_driver,
     kill_node,
     kill_worker,
-    preempt_node,
     stop_worker,
 )
 from pydantic import ValidationError
@@ -31,47 +30,34 @@ from rayml.runs.folder import RunFolder
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    """The final weights of a run that is left alone, over three nodes."""
-    with Machines() as machines:
-        training = Training(machines, tmp_path_factory.mktemp("undisturbed"))
-        training.wait_for_step(3)
-        assert len({node.node_id for node, _ in machines.busy()}) == 3
-        return training.weights()
+def machines():
+    with Machines() as started:
+        yield started
 
 
 @pytest.mark.cluster
-def test_a_run_survives_the_loss_of_a_worker_a_node_and_the_driver_to_the_last_bit(undisturbed, tmp_path):
-    with Machines(spare=1) as machines:
-        training = Training(machines, tmp_path)
-        for fault, step in (kill_worker, 13), (kill_node, 37), (kill_driver, 58):
-            training.wait_for_step(step)
-            fault(training)
-        assert difference(training.weights(), undisturbed) == 0
+def test_workers_that_hang_or_are_lost_change_nothing_and_a_lost_node_leaves_fewer(machines, tmp_path):
+    """One run is left alone; one loses workers, a node and its driver; one ends with fewer workers."""
+    (tmp_path / "alone").mkdir()
+    alone = Training(machines, tmp_path / "alone")
+    alone.wait_for_step(3)
+    assert len({node.node_id for node, _ in machines.busy()}) == 3
+    undisturbed = alone.weights()
 
+    (tmp_path / "fewer").mkdir()
+    fewer = Training(machines, tmp_path / "fewer", workers=[2, 3])
+    fewer.wait_for_step(STEPS // 2)
+    kill_node(fewer)
+    assert 0 < difference(fewer.weights(), undisturbed) < TOLERANCE
 
-@pytest.mark.cluster
-def test_a_worker_that_hangs_is_named_and_a_lost_node_leaves_fewer_workers(undisturbed, tmp_path):
-    with Machines() as machines:
-        training = Training(machines, tmp_path, workers=[2, 3], run={"longest_wait": 20})
-        training.wait_for_step(15)
-        stop_worker(training)
-        training.wait_for_step(35)
-        assert "keeps the others waiting in outer step" in training.output()
-        kill_node(training)
-        assert 0 < difference(training.weights(), undisturbed) < TOLERANCE
-
-
-@pytest.mark.cluster
-def test_notice_that_a_node_goes_brings_a_checkpoint_first(undisturbed, tmp_path):
-    with Machines(spare=1) as machines:
-        training = Training(machines, tmp_path, run={"checkpoint_every": STEPS})
-        training.wait_for_step(10)
-        preempt_node(training)
-        weights = training.weights()
-        first, last = sorted(folder.name for folder in training.run.checkpoints.glob("step_*"))
-        assert "step_00000010" <= first < last
-        assert difference(weights, undisturbed) == 0
+    machines.have(4)
+    (tmp_path / "same").mkdir()
+    same = Training(machines, tmp_path / "same", run={"longest_wait": 20, "max_failures": 3})
+    for fault, step in (stop_worker, 12), (kill_worker, 22), (kill_node, 32), (kill_driver, 42):
+        same.wait_for_step(step)
+        fault(same)
+    assert difference(same.weights(), undisturbed) == 0
+    assert "keeps the others waiting in outer step" in same.output()
 
 
 # The roll

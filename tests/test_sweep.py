@@ -16,9 +16,9 @@ import pytest
 from conftest import make_config
 
 from rayml.config import dump_config, load_config
-from rayml.distributed.sweep import concurrency, scored
+from rayml.distributed.sweep import begin, concurrency, scored
 from rayml.distributed.trials import TrialTable
-from rayml.errors import ConfigError
+from rayml.errors import ConfigError, RunError
 from rayml.sweeps.report import Trial, conclude, plot
 from rayml.sweeps.space import Range, check_space, parse_space, rounded
 
@@ -197,9 +197,8 @@ def test_a_sweep_that_is_killed_goes_on_and_a_trial_that_fails_is_reported(tmp_p
     before = {run.name: (run / "metrics.jsonl").stat().st_mtime_ns for run in folder.glob("trials/*")}
     assert len(before) == 3
 
-    refused = run_sweep(path)
-    assert "holds a sweep already; --resume it" in refused.communicate()[0]
-    assert refused.returncode == 1
+    with pytest.raises(RunError, match="holds a sweep already; --resume it"):
+        begin(folder, load_config(path), resume=False)
 
     time.sleep(2)
     second = run_sweep(path, "--resume")

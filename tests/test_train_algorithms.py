@@ -4,6 +4,7 @@ Starting a worker takes longer than its training here, so there are two only whe
 """
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from rayml.evaluation.predict import Predictor
 from rayml.lm.load import load_base, resolve_model
 from rayml.meta.algorithms import ALGORITHMS
 from rayml.runs.checkpoint import newest_checkpoint, verify
+from rayml.runs.folder import RunFolder
 from rayml.runs.stopping import is_best, is_enough
 
 pytestmark = pytest.mark.ray
@@ -92,33 +94,40 @@ def assert_full_run_is_whole(folder, run):
     assert_answers(folder, run)
 
 
+FULL = {
+    "outer": {"steps": 4, "lr": 1e-2, "optimizer": "sgd", "clip_norm": 0.0},
+    "validation": {"every": 2, "episodes": 4},
+}
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    """Four steps of mode full by ZeRO over two workers."""
+    pytest.importorskip("deepspeed")
+    return train(config_for(tmp_path_factory.mktemp("sharded"), "fomaml", "full", "zero", **FULL))
+
+
 @pytest.mark.workers
-def test_mode_full_from_end_to_end_is_one_and_the_same_by_both_engines(tmp_path):
+def test_mode_full_from_end_to_end_is_one_and_the_same_by_both_engines(sharded, tmp_path):
     """One worker adapts to whole tasks, or two share the rows of each: the same outer steps."""
-    pytest.importorskip("deepspeed")
-    losses = {}
-    for engine in ("local", "zero"):
-        (tmp_path / engine).mkdir()
-        outer = {"steps": 3, "lr": 1e-2, "optimizer": "sgd", "clip_norm": 0.0}
-        run = train(config_for(tmp_path / engine, "fomaml", "full", engine, outer=outer))
-        assert_full_run_is_whole(tmp_path / engine, run)
-        losses[engine] = [(r["support_loss"], r["query_loss"], r["val_accuracy_after"]) for r in run.records()[2:]]
-    torch.testing.assert_close(torch.tensor(losses["local"]), torch.tensor(losses["zero"]), rtol=1e-4, atol=1e-5)
+    local = train(config_for(tmp_path, "fomaml", "full", "local", **FULL))
+    losses = []
+    for name, run in (("local", local), ("zero", sharded)):
+        (tmp_path / name).mkdir()
+        assert_full_run_is_whole(tmp_path / name, run)
+        losses.append([[r["support_loss"], r["query_loss"], r.get("val_accuracy_after", 0.0)] for r in run.records()])
+    torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.workers
-def test_a_sharded_run_goes_on_exactly_and_refuses_another_number_of_workers(tmp_path):
-    pytest.importorskip("deepspeed")
-    every = {"validation": {"every": 2, "episodes": 4}}
-    (tmp_path / "straight").mkdir()
-    straight = train(config_for(tmp_path / "straight", "fomaml", "full", "zero", outer={"steps": 4}, **every))
-    config = config_for(tmp_path, "fomaml", "full", "zero", outer={"steps": 2}, **every)
-    train(config)
-    longer = config.model_copy(update={"outer": config.outer.model_copy(update={"steps": 4})})
-    run = train(longer, resume=True)
-    assert [r["query_loss"] for r in run.records()] == [r["query_loss"] for r in straight.records()]
+def test_a_sharded_run_goes_on_exactly_and_refuses_another_number_of_workers(sharded, tmp_path):
+    config = config_for(tmp_path, "fomaml", "full", "zero", **FULL)
+    shutil.copytree(sharded.path, config.run.dir)
+    shutil.rmtree(RunFolder(config.run.dir).checkpoints / "step_00000004")
+    run = train(config, resume=True)
+    assert [r["query_loss"] for r in run.records()] == [r["query_loss"] for r in sharded.records()]
     with pytest.raises(RunError, match=r"same engine, mode, workers, zero\.stage alone.*rayml export"):
-        train(longer.model_copy(update={"workers": 1, "outer": config.outer.model_copy(update={"steps": 5})}), True)
+        train(config.model_copy(update={"workers": 1, "outer": config.outer.model_copy(update={"steps": 5})}), True)
 
 
 def test_training_stops_early_and_the_best_checkpoint_is_used(tmp_path):

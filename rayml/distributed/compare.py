@@ -27,7 +27,8 @@ from rayml.evaluation.command import EVALUATION_SEED
 from rayml.evaluation.comparison import summarize
 from rayml.evaluation.comparison_report import print_summary, write_report
 from rayml.evaluation.session import open_session, untrained_session
-from rayml.runs.folder import fingerprint, write_whole
+from rayml.runs.files import write_whole
+from rayml.runs.folder import fingerprint
 from rayml.tasks.prepare import prepare_splits
 from rayml.tasks.splits import Splits
 from rayml.tasks.task import Task

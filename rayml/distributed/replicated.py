@@ -14,8 +14,8 @@ import torch
 
 from rayml.config import Config
 from rayml.distributed.job import DivergedError, Job
-from rayml.distributed.roll import Signature
 from rayml.distributed.stream import get
+from rayml.distributed.watch import Signature
 from rayml.engine import collective, local, zero
 from rayml.engine.laps import Laps
 from rayml.evaluation.curves import Curve, Scorer

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from rayml.distributed.job import DivergedError, Job
-from rayml.distributed.roll import Signature
 from rayml.distributed.stream import get
+from rayml.distributed.watch import Signature
 from rayml.engine import collective, zero
 from rayml.engine.full import FullLearner, NotFinite
 from rayml.evaluation.curves import Curve, Queries, side_of

@@ -28,12 +28,6 @@ class EncodeEpisode:
         return get(self.encoder).episode(self.sampler.episode(get(self.tasks), index))
 
 
-def silence_data() -> None:
-    """Let Ray Data keep its progress to itself, in this process."""
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = context.print_on_execution_start = False
-
-
 @lru_cache(maxsize=8)
 def get(reference: ray.ObjectRef) -> Any:
     """Return the object, fetched once a process."""
@@ -61,8 +55,10 @@ def stream_steps(
         per_step: episodes in a step, over all workers.
     """
     share = share_of_step(per_step, rank, workers)
-    silence_data()
-    ray.data.DataContext.get_current().execution_options.preserve_order = True
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
 
     def build(done: int) -> ray.data.Dataset | None:
         """Build the episodes of the next steps, to the end, beside the training."""

@@ -27,7 +27,8 @@ from rayml.config import Config, dump_config, parse_config
 from rayml.distributed.train import processors, start_ray, train, with_absolute_paths
 from rayml.distributed.trials import TrialTable
 from rayml.errors import ConfigError, RunError, TrainingError
-from rayml.runs.folder import RunFolder, write_whole
+from rayml.runs.files import write_whole
+from rayml.runs.folder import RunFolder
 from rayml.sweeps.report import Trial, conclude
 from rayml.sweeps.space import Range, check_space, parse_space, rounded, trial_config
 from rayml.tasks.prepare import prepare_splits

@@ -18,7 +18,8 @@ from tensorboardX import SummaryWriter
 
 from rayml.config import Config
 from rayml.errors import ConfigError
-from rayml.runs.folder import RunFolder, flat, write_whole
+from rayml.runs.files import write_whole
+from rayml.runs.folder import RunFolder, flat
 
 Record = dict[str, Any]
 PACKAGES = {"wandb": "wandb", "mlflow": "mlflow-skinny"}

@@ -1,5 +1,6 @@
 """The driver: check everything, start Ray, train on N workers, show progress."""
 
+import json
 import logging
 import math
 import os
@@ -9,18 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import ray.data
 import ray.train
 import torch
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 
 from rayml.config import Config
+from rayml.distributed.events import RunEvents
 from rayml.distributed.job import Job
 from rayml.distributed.progress import Progress
-from rayml.distributed.roll import Roll, Watch
-from rayml.distributed.stream import silence_data
+from rayml.distributed.roll import Roll
 from rayml.distributed.trackers import check_trackers
+from rayml.distributed.watch import Watch
 from rayml.distributed.worker import train_worker
 from rayml.errors import ConfigError, TrainingError
 from rayml.evaluation.command import export_run
@@ -29,7 +31,7 @@ from rayml.lm.load import load_shape, load_tokenizer, resolve_model
 from rayml.lm.lora import A, B, find_linears
 from rayml.lm.parameters import trained_parameters
 from rayml.meta.learner import initial_log_rates
-from rayml.runs.folder import RunFolder, write_whole
+from rayml.runs.folder import RunFolder
 from rayml.tasks.prepare import prepare_splits
 from rayml.tasks.splits import Splits
 from rayml.tasks.task import Task
@@ -136,6 +138,9 @@ def start_ray(config: Config, at_once: int = 1) -> None:
         workers = config.most_workers * at_once
         threads = max(1, processors() // workers)
         own = {"address": "local", "num_cpus": workers * (threads + 1), "include_dashboard": False}
+        # Nobody takes this machine away; and a run's end is seen at once.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
     ray.init(logging_level=logging.ERROR, log_to_driver=False, runtime_env={"env_vars": WORKER_ENV}, **own)
     if not own:
         there = ray.cluster_resources()
@@ -185,11 +190,13 @@ def fit(
     Raises:
         TrainingError: training stopped by itself, or its workers failed more than `run.max_failures` times.
     """
-    # Ray Data's actors for the whole cluster lie where it runs first: here, and not on a node that may be lost.
-    silence_data()
-    ray.data.range(1).materialize()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    if len(ray.nodes()) > 1:
+        # Ray Data's actors for the whole cluster stay where it runs first. With a worker's node they would be lost.
+        ray.get(ray.remote(num_cpus=0)(run_data).options(scheduling_strategy=here).remote())
+    forget_lost(run.checkpoints)
     validates = splits.val and config.validation.every
-    roll: Any = ray.remote(num_cpus=0)(Roll).remote()
+    roll: Any = ray.remote(num_cpus=0)(Roll).options(scheduling_strategy=here).remote()
     job = Job(config, model, ray.put(encoder), ray.put(splits.train), ray.put(splits.val) if validates else None, roll)
     longest_wait = config.run.longest_wait
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(longest_wait)  # for a process that does not answer
@@ -203,7 +210,7 @@ def fit(
             name=run.checkpoints.name,
             failure_config=ray.train.FailureConfig(max_failures=config.run.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.run.keep_checkpoints),
-            callbacks=[RunEvents(run, roll)],  # type: ignore[list-item]
+            callbacks=[RunEvents(run.latest, roll)],  # type: ignore[list-item]
         ),
     )
     console = Console(stderr=True)
@@ -224,23 +231,24 @@ def fit(
         raise TrainingError(f"{run.path}: {stopped}")
 
 
+def forget_lost(checkpoints: Path) -> None:
+    """Ray Train does not go on where a checkpoint that it remembers was taken away: then let it remember none."""
+    memory = checkpoints / "checkpoint_manager_snapshot.json"
+    if memory.exists():
+        known = [result["checkpoint_dir_name"] for result in json.loads(memory.read_text())["checkpoint_results"]]
+        if not all((checkpoints / name).is_dir() for name in known):
+            memory.unlink()
+
+
+def run_data() -> None:
+    import ray.data
+
+    ray.data.range(1).materialize()
+
+
 def root_cause(error: ray.train.TrainingFailedError) -> str:
     """Return the first worker's own error; the rest is Ray's account of how it travelled."""
     failures = getattr(error, "worker_failures", {})
     cause = next(iter(failures.values()), error)
     cause = getattr(cause, "cause", None) or cause
     return f"workers failed: {type(cause).__name__}: {cause}"
-
-
-class RunEvents(ray.train.UserCallback):
-    """What Ray Train's controller tells: which checkpoint is the newest, to `latest`; and that workers are lost."""
-
-    def __init__(self, run: RunFolder, roll: Any):
-        self.run, self.roll = run, roll
-
-    def after_exception(self, run_context, worker_exceptions) -> None:
-        self.roll.end.remote()
-
-    def after_report(self, run_context, metrics, checkpoint) -> None:
-        if checkpoint is not None:
-            write_whole(self.run.latest, f"{self.run.checkpoints.name}/{Path(checkpoint.path).name}\n")

@@ -16,10 +16,10 @@ import torch.distributed
 from rayml.config import Config
 from rayml.distributed.job import DivergedError, Job
 from rayml.distributed.replicated import Replicated
-from rayml.distributed.roll import Signature
 from rayml.distributed.sharded import Sharded
 from rayml.distributed.stream import EncodeEpisode, get, stream_steps
 from rayml.distributed.trackers import open_trackers
+from rayml.distributed.watch import Signature
 from rayml.engine import collective
 from rayml.evaluation.curves import Curve
 from rayml.runs.checkpoint import folder_name, keep_only, naming_full_disk, seal
@@ -28,7 +28,7 @@ from rayml.runs.stopping import is_best, is_enough, val_score, val_scores
 
 # Episodes of validation have seeds of their own, far from any training seed.
 VALIDATION_SEED = 1_000_003
-PREEMPTION_SECONDS = 5
+PREEMPTION_SECONDS = 2
 """Between questions whether nodes are about to be taken away."""
 Learning = Replicated | Sharded
 logger = logging.getLogger(__name__)

@@ -11,7 +11,8 @@ from rich.progress import Progress
 from rayml.config import Config
 from rayml.errors import ConfigError, DataError, RunError
 from rayml.evaluation import report
-from rayml.runs.folder import RunFolder, write_whole
+from rayml.runs.files import write_whole
+from rayml.runs.folder import RunFolder
 from rayml.sections import Data
 from rayml.tasks.prepare import prepare_splits, prepare_tasks
 from rayml.tasks.read import read_rows

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rayml.config import Config
-from rayml.runs.folder import write_whole
+from rayml.runs.files import write_whole
 from rayml.runs.plots import file_pyplot
 
 PACKAGES = "rayml", "torch", "transformers", "ray"

@@ -7,7 +7,6 @@ and what other trackers keep there.
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from functools import reduce
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 from rayml.config import Config, dump_config, load_config
 from rayml.errors import RunError
 from rayml.runs.checkpoint import newest_checkpoint, verify
+from rayml.runs.files import write_whole
 from rayml.runs.stopping import is_enough, val_scores
 from rayml.tasks.splits import Splits
 from rayml.tasks.task import Task
@@ -157,13 +157,6 @@ def describe(splits: Splits) -> dict[str, Any]:
 def fingerprint(tasks: Sequence[Task]) -> str:
     """Return a checksum of everything that episodes are drawn from."""
     return hashlib.sha256(repr(list(tasks)).encode()).hexdigest()
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that a reader, or a crash, sees the old one or the new one."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
 
 
 def _value(config: Config, key: str) -> Any:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rayml.config import Config, dump_config, parse_config, with_values
-from rayml.runs.folder import write_whole
+from rayml.runs.files import write_whole
 from rayml.runs.plots import file_pyplot
 from rayml.sweeps.space import Range
 

@@ -1,0 +1,89 @@
+"""The two ends of the roll: workers sign it, and the driver watches who does not."""
+
+import _thread
+import logging
+import os
+import threading
+from typing import Any
+
+import ray
+from rich.console import Console
+
+from rayml.distributed.roll import Absence
+from rayml.engine import collective
+
+POLLS = 8
+"""In the longest wait."""
+START_SECONDS = 60
+"""What workers may take to start, once there is room for them."""
+logger = logging.getLogger(__name__)
+
+
+class Signature:
+    """A worker's hold on the roll, which lies in an actor of the driver's node."""
+
+    def __init__(self, roll: Any):
+        self.roll, self.rank = roll, collective.rank()
+        names = collective.gather_from_workers(
+            f"worker {self.rank} (process {os.getpid()} on {ray.util.get_node_ip_address()})"
+        )
+        if self.rank == 0:
+            ray.get(roll.begin.remote(names))
+        collective.gather_from_workers(None)  # nobody signs the roll of before
+
+    def __call__(self, step: int) -> None:
+        self.roll.sign.remote(self.rank, step)  # the answer is not waited for
+
+
+class Watch:
+    """Says while the block runs, on the driver, which worker keeps the others waiting for half the longest wait.
+
+    Where there is no room for workers for all of it, it interrupts the main thread.
+    """
+
+    def __init__(self, roll: Any, longest_wait: float, console: Console):
+        self.roll, self.longest_wait, self.console = roll, longest_wait, console
+        self.named: Absence | None = None
+        """Who was named last."""
+        self.found_no_room = False
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "Watch":
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop.set()
+        self.thread.join()
+
+    def _watch(self) -> None:
+        while not self.stop.wait(self.longest_wait / POLLS):
+            try:
+                asked = [self.roll.absent.remote(), self.roll.seconds_without_workers.remote()]
+                absence, alone = ray.get(asked, timeout=self.longest_wait)
+            except ray.exceptions.RayError:
+                logger.warning("the workers' roll does not answer", exc_info=True)
+                continue
+            if absence and absence.seconds >= self.longest_wait / 2:
+                self._name(absence)
+            if alone >= START_SECONDS + self.longest_wait / 2:
+                self._tell(f"no room for the workers since {alone:.0f} s; the cluster has {resources()}")
+            if alone >= START_SECONDS + self.longest_wait:
+                self.found_no_room = True
+                _thread.interrupt_main()  # Ray Train takes it as Ctrl-C
+                return
+
+    def _name(self, absence: Absence) -> None:
+        if self.named is None or (absence.step, absence.workers) != (self.named.step, self.named.workers):
+            self._tell(f"{absence} for {absence.seconds:.0f} s")
+        self.named = absence
+
+    def _tell(self, message: str) -> None:
+        self.console.print(message, style="yellow", highlight=False, soft_wrap=True)
+
+
+def resources() -> str:
+    """Return what the cluster has free, in words."""
+    free, there = ray.available_resources(), ray.cluster_resources()
+    return ", ".join(f"{free.get(kind, 0):g} of {there.get(kind, 0):g} {kind}s free" for kind in ("CPU", "GPU"))
