@@ -21,7 +21,7 @@ from faults import (
 from pydantic import ValidationError
 
 from rayml.config import Config, dump_config, load_config
-from rayml.distributed import worker
+from rayml.distributed import watch, worker
 from rayml.distributed.roll import Roll
 from rayml.distributed.train import train
 from rayml.engine import collective
@@ -86,7 +86,9 @@ def test_the_roll_names_who_has_not_come_where_others_are():
 
 
 @pytest.mark.ray
-def test_without_room_for_workers_training_ends_and_says_so(tmp_path, capsys):
+@pytest.mark.cluster  # Ray Train's controller listens again after a minute
+def test_without_room_for_workers_training_ends_and_says_so(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(watch, "START_SECONDS", 1)
     config = make_config(tmp_path, workers=2, device="cuda", run={"longest_wait": 4.0})
     with pytest.raises(TrainingError, match=r"no room for the workers within run.longest_wait=4 seconds"):
         train(config)
