@@ -86,7 +86,6 @@ def test_the_roll_names_who_has_not_come_where_others_are():
 
 
 @pytest.mark.ray
-@pytest.mark.cluster  # Ray Train's controller listens again after a minute
 def test_without_room_for_workers_training_ends_and_says_so(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(watch, "START_SECONDS", 1)
     config = make_config(tmp_path, workers=2, device="cuda", run={"longest_wait": 4.0})

@@ -71,7 +71,9 @@ class Watch:
                 self._tell(f"no room for the workers since {alone:.0f} s; the cluster has {resources()}")
             if alone >= START_SECONDS + self.longest_wait:
                 self.found_no_room = True
-                _thread.interrupt_main()  # Ray Train takes it as Ctrl-C
+                # Ray Train takes it as Ctrl-C: the third one ends it while its controller still looks for room.
+                while not self.stop.wait(1):
+                    _thread.interrupt_main()
                 return
 
     def _name(self, absence: Absence) -> None:
