@@ -188,10 +188,14 @@ def report(run: RunFolder, learning: Learning, record: dict[str, Any]) -> None:
     name, rank = folder_name(learning.done), collective.rank()
     has_part = rank < learning.parts
     folder = Path(tempfile.mkdtemp(prefix="rayml-"))
-    with naming_full_disk(run.checkpoints / name, learning.done):
-        learning.write(folder)
-        if has_part:
-            seal(folder, learning.done, rank, learning.parts)
+    try:
+        with naming_full_disk(run.checkpoints / name, learning.done):
+            learning.write(folder)
+            if has_part:
+                seal(folder, learning.done, rank, learning.parts)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)  # a full disk least of all keeps half a checkpoint
+        raise
     checkpoint = ray.train.Checkpoint.from_directory(folder) if has_part else None
     ray.train.report(
         record, checkpoint, checkpoint_dir_name=name, checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC
