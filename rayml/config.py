@@ -152,21 +152,30 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def read_values(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the nested values of a YAML file with `key=value` overrides, not checked yet.
+    """Return the nested values of a YAML file, which may be a URI, with `key=value` overrides, not checked yet.
 
     Raises:
         ConfigError: the file cannot be read, or is no YAML of keys and values.
     """
+    from rayml.runs.files import place
+
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        values = parse_values(place(str(path)).read_text(encoding="utf-8"), str(path))
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected keys and values, got {type(values).__name__}")
+        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
     for override in overrides:
         _override(values, override)
+    return values
+
+
+def parse_values(text: str, source: str) -> dict[str, Any]:
+    """Return the nested values of a YAML text, not checked yet; `source` names it in the ConfigError."""
+    try:
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source}: not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{source}: expected keys and values, got {type(values).__name__}")
     return values
 
 

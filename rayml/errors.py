@@ -19,3 +19,7 @@ class RunError(RaymlError, RuntimeError):
 
 class TrainingError(RaymlError, RuntimeError):
     """Training that must not go on, such as a loss that is not finite."""
+
+
+class StorageError(RaymlError, OSError):
+    """Storage by URI that does not answer, or refuses."""

@@ -23,6 +23,7 @@ from rayml.lm.model import TaskLM
 from rayml.meta.adapt import Params
 from rayml.tasks.task import Example, Task
 
+SPLITS = {"val": 0.0, "test": 0.0, "val_tasks": ["toy-4"], "test_tasks": ["toy-5"]}
 TARGETS = ("q_proj", "v_proj", "o_proj", "down_proj")
 
 

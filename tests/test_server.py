@@ -28,10 +28,10 @@ START_SECONDS = 180
 class Server:
     """`rayml serve` in a process of its own; killed with all that it started."""
 
-    def __init__(self, run: Path, *settings: str, port: int | None = None):
+    def __init__(self, run: Path | str, *settings: str, port: int | None = None, logs: Path | None = None):
         self.port, self.metrics_port = port or free_port(), free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self.log = run.parent / f"serve-{self.port}.log"
+        self.log = (logs or run.parent) / f"serve-{self.port}.log"
         command = [Path(sys.executable).with_name("rayml"), "serve", run, *settings]
         command += ["--port", str(self.port), "--metrics-port", str(self.metrics_port)]
         env = os.environ | {"RAYML_API_KEYS": ",".join(KEYS), "RAY_AUTH_MODE": "disabled"}

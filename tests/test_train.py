@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import ray
 import torch
-from conftest import make_config, toy_tasks
+from conftest import SPLITS, make_config, toy_tasks
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -27,7 +27,6 @@ from rayml.tasks.episodes import Sampler
 from rayml.tasks.prepare import prepare_splits
 from rayml.tasks.task import Example
 
-SPLITS = {"val": 0.0, "test": 0.0, "val_tasks": ["toy-4"], "test_tasks": ["toy-5"]}
 needs_ray = pytest.mark.ray
 
 

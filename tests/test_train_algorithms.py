@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import make_config, toy_tasks
+from conftest import SPLITS, make_config, toy_tasks
 from peft import PeftModel
 from rich.console import Console
 from transformers import AutoModelForCausalLM
@@ -24,7 +24,6 @@ from rayml.runs.folder import RunFolder
 from rayml.runs.stopping import is_best, is_enough
 
 pytestmark = pytest.mark.ray
-SPLITS = {"val": 0.0, "test": 0.0, "val_tasks": ["toy-4"], "test_tasks": ["toy-5"]}
 QUIET = Console(quiet=True)
 
 

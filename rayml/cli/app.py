@@ -3,7 +3,6 @@
 import logging
 import sys
 import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -27,11 +26,11 @@ app.add_typer(data_app, name="data")
 out = Console(width=None if sys.stdout.isatty() else 110)  # room for tables in files and logs
 err = Console(stderr=True)
 
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="One YAML a run; see configs/.")]
+ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="One YAML a run; see configs/.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[key=value]...", help="Such as `inner.lr=0.3 workers=2`.")
 ]
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder that `rayml train` made.")]
+RunPath = Annotated[str, typer.Argument(metavar="RUN", help="A run folder that `rayml train` made, or its URI.")]
 Checkpoint = Annotated[
     str | None,
     typer.Option(help="`best` by meta-val, or `newest`; else the best where `validation.patience` is set."),

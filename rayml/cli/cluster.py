@@ -18,7 +18,7 @@ def submit(
     command: Annotated[list[str], typer.Argument(metavar="COMMAND...", help="Such as `train CONFIG.yaml workers=8`.")],
     storage: Annotated[
         str | None,
-        typer.Option(help="A folder that all nodes share: results go to DIR/NAME.", metavar="DIR"),
+        typer.Option(help="A folder that all nodes share, or its URI: results go to DIR/NAME.", metavar="DIR"),
     ] = None,
     name: Annotated[str | None, typer.Option(help="The run's name; else that of `run.dir`.")] = None,
     working_dir: Annotated[

@@ -63,7 +63,7 @@ def predict(
 
 @app.command("serve")
 def serve_run(
-    run: Annotated[Path | None, typer.Argument(metavar="RUN", help="A run folder that `rayml train` made.")] = None,
+    run: Annotated[str | None, typer.Argument(metavar="RUN", help="As `rayml train` made it.")] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[key=value]...", help="Such as `replicas.max=4 limits.steps=5`.")
     ] = None,
@@ -96,7 +96,7 @@ def serve_run(
 @app.command()
 def publish(
     adapter: Annotated[Path, typer.Argument(metavar="DIR", help="A folder, or a zip, of `rayml adapt` or PEFT.")],
-    run: Annotated[Path, typer.Option(help="The run folder that is served.", metavar="RUN")],
+    run: Annotated[str, typer.Option(help="The run folder that is served.", metavar="RUN")],
     name: Annotated[str | None, typer.Option(help="The adapter's name; else the folder's.")] = None,
     store: Annotated[str | None, typer.Option(help="The server's store; else RUN/adapters.")] = None,
 ) -> None:

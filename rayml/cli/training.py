@@ -37,7 +37,7 @@ def train(
 
 @app.command("config")
 def show_config(
-    config: Annotated[Path | None, typer.Argument(metavar="CONFIG.yaml")] = None,
+    config: Annotated[str | None, typer.Argument(metavar="CONFIG.yaml")] = None,
     overrides: Overrides = None,
     keys: Annotated[bool, typer.Option("--keys", help="Print every key with its default and meaning.")] = False,
 ) -> None:
@@ -130,7 +130,7 @@ def sweep(
     err.print("[dim]loading libraries, data and model ...[/]")
     from rayml.distributed.sweep import sweep as run_sweep
 
-    run_sweep(with_values(values, settings), str(config), resume, out)
+    run_sweep(with_values(values, settings), config, resume, out)
 
 
 @app.command()
@@ -144,9 +144,7 @@ def compare(
         list[str] | None,
         typer.Option(help="One more method: a name and what it changes.", metavar='NAME="key=value ..."'),
     ] = None,
-    run: Annotated[
-        list[Path] | None, typer.Option(help="A run folder that takes part as it is.", metavar="RUN")
-    ] = None,
+    run: Annotated[list[str] | None, typer.Option(help="A run folder that takes part as it is.", metavar="RUN")] = None,
     data: Annotated[list[str] | None, typer.Option(help="In place of `data.path`.", metavar="PATH")] = None,
     seeds: Annotated[int, typer.Option(help="Runs of each method.", min=1)] = 5,
     episodes: Annotated[int, typer.Option(help="Episodes of each meta-test task.", min=2)] = 20,
@@ -154,7 +152,7 @@ def compare(
     rates: Annotated[str, typer.Option(help="Factors on the inner rates, each tried.")] = "0.1,0.3,1,3",
     steps: Annotated[str, typer.Option(help="Numbers of inner steps, each tried.")] = "1,3,6",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the runs, tokens and time, and stop.")] = False,
-    out_dir: Annotated[Path, typer.Option("--out", help="Where all goes.", metavar="DIR")] = Path("runs/compare"),
+    out_dir: Annotated[str, typer.Option("--out", help="Where all goes.", metavar="DIR")] = "runs/compare",
 ) -> None:
     """Is meta-training worth it on your tasks? Train every method with equal tokens, and ask all the same.
 
@@ -185,7 +183,7 @@ def compare(
         steps=numbers(steps, int, "--steps"),
     )
     command = shlex.join(["rayml", *sys.argv[1:]])
-    run_comparison(values, str(config), request, out_dir, command, dry_run, out)
+    run_comparison(values, config, request, out_dir, command, dry_run, out)
 
 
 def numbers(text: str, kind: type, option: str) -> list[Any]:

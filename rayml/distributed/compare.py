@@ -9,7 +9,6 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -27,7 +26,7 @@ from rayml.evaluation.command import EVALUATION_SEED
 from rayml.evaluation.comparison import summarize
 from rayml.evaluation.comparison_report import print_summary, write_report
 from rayml.evaluation.session import open_session, untrained_session
-from rayml.runs.files import write_whole
+from rayml.runs.files import Place, place, write_whole
 from rayml.runs.folder import fingerprint
 from rayml.tasks.prepare import prepare_splits
 from rayml.tasks.splits import Splits
@@ -35,20 +34,21 @@ from rayml.tasks.task import Task
 
 
 def compare(
-    values: dict[str, Any], source: str, request: Request, folder: Path, command: str, dry_run: bool, out: Console
+    values: dict[str, Any], source: str, request: Request, to: str | Place, command: str, dry_run: bool, out: Console
 ) -> dict[str, Any]:
     """Train what is to be trained, choose each one's adaptation on meta-val, ask all, and write the report.
 
     Args:
         values: the config, nested; its outer steps are FOMAML's, and fix everyone's budget of tokens.
         source: names the config in errors.
+        to: the folder, or its URI, where runs, answers and the report go.
         command: stands in the report.
 
     Raises:
         ConfigError, DataError, RunError: the input is bad; nothing was started.
         TrainingError: not one method could be trained.
     """
-    base, folder = parse_config(values, source), folder.absolute()
+    base, folder = parse_config(values, source), place(to)
     splits = prepare_splits(base.data)
     if not splits.test or not splits.val:
         raise DataError("compare needs tasks for meta-val and meta-test; raise data.splits.val and data.splits.test")
@@ -77,7 +77,7 @@ def compare(
     return summary
 
 
-def one(entry: Entry, base: Config, splits: Splits, request: Request, folder: Path, out: Console) -> dict[str, Any]:
+def one(entry: Entry, base: Config, splits: Splits, request: Request, folder: Place, out: Console) -> dict[str, Any]:
     """Return what one method answered with one seed: from its file, if it was asked the same before."""
     written = folder / "results" / f"{entry.name}-{entry.seed}.json"
     asked = fingerprint_of(entry, base, splits, request)

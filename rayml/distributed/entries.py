@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rayml.config import Config, parse_config
@@ -12,6 +11,7 @@ from rayml.evaluation.command import trained_on
 from rayml.lm.load import load_tokenizer, resolve_model
 from rayml.planning.batch import trained_tokens
 from rayml.runs.checkpoint import newest_checkpoint, verify
+from rayml.runs.files import Place, place
 from rayml.runs.folder import RunFolder
 from rayml.tasks.prepare import prepare_splits
 from rayml.tasks.splits import Splits, refuse_leaks
@@ -57,7 +57,7 @@ class Request:
     """Of none, the usual ones, without protonet where there is free text."""
     variants: Mapping[str, tuple[str, ...]]
     """More methods by name, each by its overrides."""
-    runs: Sequence[Path]
+    runs: Sequence[str]
     """Run folders that take part as they are."""
     seeds: int
     episodes: int
@@ -101,7 +101,7 @@ class Entry:
 
 
 def plan(
-    values: dict[str, Any], source: str, base: Config, splits: Splits, request: Request, folder: Path
+    values: dict[str, Any], source: str, base: Config, splits: Splits, request: Request, folder: Place
 ) -> list[Entry]:
     """Return every method and seed, each with as many outer steps as come to FOMAML's tokens.
 
@@ -148,7 +148,7 @@ def check_names(request: Request) -> None:
         taken = [override for override in overrides if override.partition("=")[0] in OURS]
         if taken:
             raise ConfigError(f"--variant {name}: {', '.join(taken)}: the comparison sets it for every method")
-    names = [*METHODS, *request.variants, *(path.absolute().name for path in request.runs)]
+    names = [*METHODS, *request.variants, *(place(path).name for path in request.runs)]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ConfigError(f"two methods, variants or run folders are named {', '.join(twice)}; rename one")

@@ -10,7 +10,6 @@ from rich.progress import Progress as Bar
 
 from rayml.runs.folder import RunFolder
 
-POLL_SECONDS = 0.5
 LINES_WITHOUT_TERMINAL = 20
 WATCHED_STEPS = 20
 MOST_LAGGING = 1.5
@@ -52,7 +51,7 @@ class Progress:
         seen, notices = last_step(self.run), (DataWait(), Lag())
         row = self.bar.add_task("", total=self.steps, completed=seen, text="workers are starting")
         while True:
-            stopping = self.stop.wait(POLL_SECONDS)
+            stopping = self.stop.wait(self.run.poll_seconds)
             for record in self.run.records():
                 if record["step"] > seen:
                     seen = record["step"]

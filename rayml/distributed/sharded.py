@@ -21,6 +21,7 @@ from rayml.lm.objective import SIDES, side_batch
 from rayml.meta.weighting import RecentGains
 from rayml.planning.batch import trained_tokens
 from rayml.runs.checkpoint import newest_checkpoint
+from rayml.runs.files import local_copy
 from rayml.runs.folder import RunFolder
 from rayml.tasks.episodes import Episode
 
@@ -44,7 +45,8 @@ class Sharded:
         is_first = collective.rank() == 0
         folder = collective.from_first_worker(newest_checkpoint(run.checkpoints) if is_first else None)
         if folder:
-            self.gains.gains = torch.tensor(self.learner.load(folder)["gains"])
+            with local_copy(folder) as here:
+                self.gains.gains = torch.tensor(self.learner.load(here)["gains"])
 
     @property
     def done(self) -> int:

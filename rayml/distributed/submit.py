@@ -36,9 +36,9 @@ class Command:
 
     words: Sequence[str]
     """What stands behind `rayml`."""
-    config: Path | None = None
+    config: str | None = None
     overrides: Sequence[str] = ()
-    out: Path | None = None
+    out: str | None = None
     data: Sequence[str] = ()
     resumes: bool = False
     """Whether it knows --resume, and was not given it."""
@@ -70,7 +70,7 @@ def submit(
         address: the dashboard's, such as http://127.0.0.1:8265.
         folder: what the job finds as its working directory.
         name: of the run, else as its config calls it.
-        storage: a folder that all nodes share, where runs go that have no place of their own.
+        storage: a folder that all nodes share, or its URI, where runs go that have no place of their own.
         env: variables for the job.
         stop_on_interrupt: whether Ctrl-C stops the job; else it goes on by itself.
 
@@ -115,19 +115,25 @@ def prepare(command: Command, folder: Path, name: str | None, storage: str | Non
     entry = ["python", "-m", "rayml.cli", *command.words]
     config = checked_config(command, folder) if command.config else None
     # `train` and `sweep` write to run.dir, `compare` to its --out.
-    place = str(command.out) if command.out else config.run.dir if config else None
+    place = command.out or (config.run.dir if config else None)
     name = name or (Path(place).name if place else command.words[0])
     if not NAME.fullmatch(name):
         raise ConfigError(f"--name: expected letters, digits, '.', '-' and '_', got {name!r}")
-    if place and not place.startswith("/"):
-        if not storage or not storage.startswith("/"):
+    if place and not is_shared(place):
+        if not storage or not is_shared(storage):
             raise ConfigError(
-                f"{place}: lies on one machine alone; give --storage a folder that all nodes share, such as /mnt/runs"
+                f"{place}: lies on one machine alone; give --storage a folder that all nodes share, such as /mnt/runs, "
+                "or a bucket, such as s3://mine/runs"
             )
         place = f"{storage.rstrip('/')}/{name}"
         entry.append(f"--out={place}" if command.out else f"run.dir={place}")
     # A job that is submitted again goes on.
     return Submission(name, [*entry, "--resume"] if command.resumes else entry, place)
+
+
+def is_shared(place: str) -> bool:
+    """Return whether all nodes may know a folder by this name."""
+    return place.startswith("/") or "://" in place
 
 
 def checked_config(command: Command, folder: Path) -> Config:
@@ -138,11 +144,12 @@ def checked_config(command: Command, folder: Path) -> Config:
     """
     assert command.config
     uploaded = [file.as_posix() for file in files_of(folder)]
-    if os.path.normpath(command.config) not in uploaded:
+    if not is_shared(command.config) and os.path.normpath(command.config) not in uploaded:
         raise ConfigError(f"{command.config}: is not among what is uploaded from {folder}; put it there")
-    config = load_config(folder / command.config, command.overrides)
+    here = command.config if "://" in command.config else folder / command.config
+    config = load_config(here, command.overrides)
     for path in command.data or config.data.path:
-        known = path.startswith("/") or "://" in path or path.startswith("hf:")
+        known = is_shared(path) or path.startswith("hf:")
         wanted = os.path.normpath(path)
         if not known and not any(fnmatch(file, wanted) or file.startswith(f"{wanted}/") for file in uploaded):
             raise ConfigError(f"data.path: {path} is not uploaded; put it where all nodes read it, and name that")

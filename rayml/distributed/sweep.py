@@ -24,17 +24,17 @@ from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter, SearchAlg
 from rich.console import Console
 
 from rayml.config import Config, dump_config, parse_config
-from rayml.distributed.train import processors, start_ray, train, with_absolute_paths
+from rayml.distributed.train import processors, start_ray, storage, train, with_absolute_paths
 from rayml.distributed.trials import TrialTable
 from rayml.errors import ConfigError, RunError, TrainingError
-from rayml.runs.files import write_whole
+from rayml.runs.files import Place, place, write_whole
 from rayml.runs.folder import RunFolder
 from rayml.sweeps.report import Trial, conclude
 from rayml.sweeps.space import Range, check_space, parse_space, rounded, trial_config
 from rayml.tasks.prepare import prepare_splits
 
 SCORE = "score"
-POLL_SECONDS = 0.5
+TUNE = "tune"
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,10 @@ class Sweeping:
         return trial_config(self.values, self.source, rounded(point, self.space), self.run(trial), self.every)
 
     def run(self, trial: str) -> str:
-        return f"{self.folder}/trials/{trial}"
+        return str(place(self.folder) / "trials" / trial)
 
 
-def sweep(values: dict[str, Any], source: str, resume: bool, out: Console) -> Path:
+def sweep(values: dict[str, Any], source: str, resume: bool, out: Console) -> Place:
     """Search as the config's `sweep` says; return the folder of `best.yaml`, `trials.csv`, `trials.json`, `sweep.png`.
 
     Raises:
@@ -67,7 +67,7 @@ def sweep(values: dict[str, Any], source: str, resume: bool, out: Console) -> Pa
     config = with_absolute_paths(parse_config(values, source))
     values = config.model_dump(mode="json")
     space = check(config, values, source)
-    folder = Path(config.run.dir)
+    folder = place(config.run.dir)
     begin(folder, config, resume)
     ray_was_there = ray.is_initialized()
     at_once = 0
@@ -104,7 +104,7 @@ def check(config: Config, values: dict[str, Any], source: str) -> list[Range]:
     return space
 
 
-def begin(folder: Path, config: Config, resume: bool) -> None:
+def begin(folder: Place, config: Config, resume: bool) -> None:
     """Write `sweep.yaml`, or check that the sweep there is the same.
 
     Raises:
@@ -150,9 +150,12 @@ def run(config: Config, job: Sweeping, space: Sequence[Range]) -> ray.tune.Resul
     # A byte, since Ray Tune does not take nothing: a trial waits for its workers, and a share of a CPU would be one CPU
     # less for their streams of episodes.
     trainable = ray.tune.with_resources(ray.tune.with_parameters(TrialRun, job=job), {"memory": 1})
-    state, drawn = Path(job.folder, "tune"), param_space(config, space)
-    if ray.tune.Tuner.can_restore(str(state)):
-        return ray.tune.Tuner.restore(str(state), trainable, resume_unfinished=True, param_space=drawn).fit()
+    folder, drawn = storage(place(job.folder)), param_space(config, space)
+    state, there = f"{folder['storage_path']}/{TUNE}", folder.get("storage_filesystem")
+    if ray.tune.Tuner.can_restore(state, there):
+        return ray.tune.Tuner.restore(
+            state, trainable, resume_unfinished=True, param_space=drawn, storage_filesystem=there
+        ).fit()
     tuner = ray.tune.Tuner(
         trainable,
         param_space=drawn,
@@ -165,8 +168,8 @@ def run(config: Config, job: Sweeping, space: Sequence[Range]) -> ray.tune.Resul
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
         run_config=ray.tune.RunConfig(
-            name=state.name,
-            storage_path=job.folder,
+            name=TUNE,
+            **folder,
             verbose=0,
             checkpoint_config=ray.tune.CheckpointConfig(checkpoint_at_end=False),  # the run folder has them
             callbacks=[TrialTable([one.key for one in space], config.outer.steps)],
@@ -252,7 +255,7 @@ class TrialRun(ray.tune.Trainable):
                 if self.error:
                     raise self.error
                 return self.last | {"done": True}
-            time.sleep(POLL_SECONDS)
+            time.sleep(self.run.poll_seconds)
 
     def cleanup(self) -> None:
         if self.run.path.is_dir():  # else it was refused before it began

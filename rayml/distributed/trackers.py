@@ -22,6 +22,9 @@ from rayml.runs.files import write_whole
 from rayml.runs.folder import RunFolder, flat
 
 Record = dict[str, Any]
+FLUSH_SECONDS = 2
+"""Between two writes of TensorBoard's points to its file."""
+MLFLOW_SERVER = "MLFLOW_TRACKING_URI"
 PACKAGES = {"wandb": "wandb", "mlflow": "mlflow-skinny"}
 
 
@@ -33,17 +36,23 @@ class Tracker(Protocol):
         """Send what is not sent yet."""
 
 
-def check_trackers(names: Sequence[str]) -> None:
-    """Raise ConfigError if a tracker's package is not installed."""
+def check_trackers(names: Sequence[str], run: RunFolder) -> None:
+    """Raise ConfigError if a tracker's package is not installed, or it cannot keep its file in the run folder."""
     missing = [PACKAGES[name] for name in names if name in PACKAGES and not find_spec(name)]
     if missing:
         raise ConfigError(f"run.trackers: not installed here; pip install {' '.join(missing)}")
+    if "mlflow" in names and not run.is_local and not os.environ.get(MLFLOW_SERVER):
+        raise ConfigError(f"run.trackers: MLflow keeps no file on object storage; set {MLFLOW_SERVER} to a server's")
 
 
-def open_trackers(config: Config, run: RunFolder, step: int) -> list[Tracker]:
-    """Return the config's trackers, ready for the records after `step`. Prometheus is always among them."""
+def open_trackers(config: Config, run: RunFolder, folder: Path, step: int) -> list[Tracker]:
+    """Return the config's trackers, ready for the records after `step`. Prometheus is always among them.
+
+    Args:
+        folder: of this machine, where they keep their files.
+    """
     kinds: dict[str, Any] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases, "mlflow": MLflow}
-    return [Prometheus(config, run, step), *(kinds[name](config, run, step) for name in config.run.trackers)]
+    return [Prometheus(run), *(kinds[name](config, run, folder, step) for name in config.run.trackers)]
 
 
 def numbers(record: Record) -> dict[str, float]:
@@ -53,7 +62,7 @@ def numbers(record: Record) -> dict[str, float]:
 class Prometheus:
     """Ray's own metrics, which every node exports: `ray_rayml_query_loss{run="..."}` and the like."""
 
-    def __init__(self, config: Config, run: RunFolder, step: int):
+    def __init__(self, run: RunFolder):
         self.tags = {"run": run.path.name}
         self.gauges: dict[str, Gauge] = {}
 
@@ -68,8 +77,8 @@ class Prometheus:
 
 
 class TensorBoard:
-    def __init__(self, config: Config, run: RunFolder, step: int):
-        self.board = SummaryWriter(str(run.path / "tensorboard"), purge_step=step + 1)
+    def __init__(self, config: Config, run: RunFolder, folder: Path, step: int):
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1, flush_secs=FLUSH_SECONDS)
 
     def write(self, record: Record) -> None:
         for name, value in numbers(record).items():
@@ -82,7 +91,7 @@ class TensorBoard:
 class WeightsAndBiases:
     """A W&B run in the project WANDB_PROJECT, or rayml. WANDB_MODE=offline keeps it in the run folder."""
 
-    def __init__(self, config: Config, run: RunFolder, step: int):
+    def __init__(self, config: Config, run: RunFolder, folder: Path, step: int):
         import wandb
 
         self.run = wandb.init(
@@ -90,7 +99,7 @@ class WeightsAndBiases:
             id=remembered(run, "wandb", partial(token_hex, 4)),
             resume="allow",
             name=run.path.name,
-            dir=run.path,
+            dir=folder,
             config=config.model_dump(mode="json"),
         )
 
@@ -104,11 +113,11 @@ class WeightsAndBiases:
 class MLflow:
     """A run at MLFLOW_TRACKING_URI, or in a file of the run folder, of MLFLOW_EXPERIMENT_NAME, or rayml."""
 
-    def __init__(self, config: Config, run: RunFolder, step: int):
+    def __init__(self, config: Config, run: RunFolder, folder: Path, step: int):
         from mlflow.entities import Param
         from mlflow.tracking import MlflowClient
 
-        self.client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{run.path / 'mlflow.db'}"))
+        self.client = MlflowClient(os.environ.get(MLFLOW_SERVER, f"sqlite:///{folder / 'mlflow.db'}"))
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "rayml")
         found = self.client.get_experiment_by_name(name)
         experiment = found.experiment_id if found else self.client.create_experiment(name)
@@ -138,7 +147,7 @@ class MLflow:
 
 def remembered(run: RunFolder, tracker: str, create: Callable[[], str]) -> str:
     """Return the tracker's own name for this run, made once and kept in the run folder."""
-    file: Path = run.path / "trackers.json"
+    file = run.path / "trackers.json"
     known = json.loads(file.read_text()) if file.exists() else {}
     if tracker not in known:
         known[tracker] = create()

@@ -4,9 +4,7 @@ import json
 import logging
 import math
 import os
-import shutil
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -31,7 +29,9 @@ from rayml.lm.load import load_shape, load_tokenizer, resolve_model
 from rayml.lm.lora import A, B, find_linears
 from rayml.lm.parameters import trained_parameters
 from rayml.meta.learner import initial_log_rates
+from rayml.runs.files import Place, made_here, place, remove
 from rayml.runs.folder import RunFolder
+from rayml.runs.remote import Remote
 from rayml.tasks.prepare import prepare_splits
 from rayml.tasks.splits import Splits
 from rayml.tasks.task import Task
@@ -62,7 +62,7 @@ def train(config: Config, resume: bool = False, at_once: int = 1) -> RunFolder:
     encoder.check([*splits.train, *splits.val, *splits.test])
     run = RunFolder(config.run.dir)
     check_model(config, model, [*splits.train, *splits.val])
-    check_trackers(config.run.trackers)
+    check_trackers(config.run.trackers, run)
     if not os.environ.get("RAY_ADDRESS") and not ray.is_initialized():
         check_resources(config, cpus=processors(), cpus_each=1, gpus=torch.cuda.device_count())
     run.begin(config, splits, resume)
@@ -77,8 +77,9 @@ def train(config: Config, resume: bool = False, at_once: int = 1) -> RunFolder:
         if own_ray:
             ray.shutdown()
     if config.mode == "full":
-        shutil.rmtree(run.model, ignore_errors=True)
-        export_run(run.path, run.model, None, Console(quiet=True))
+        remove(run.model)
+        with made_here(run.model) as folder:
+            export_run(run.path, folder, None, Console(quiet=True))
     return run
 
 
@@ -93,7 +94,7 @@ def with_absolute_paths(config: Config) -> Config:
     data = config.data.model_copy(update={"path": tuple(map(absolute, config.data.path))})
     name = os.path.abspath(config.model.name) if os.path.isdir(config.model.name) else config.model.name
     model = config.model.model_copy(update={"name": name})
-    run = config.run.model_copy(update={"dir": os.path.abspath(config.run.dir)})
+    run = config.run.model_copy(update={"dir": str(place(config.run.dir))})
     return config.model_copy(update={"data": data, "model": model, "run": run})
 
 
@@ -206,7 +207,7 @@ def fit(
         torch_config=TorchConfig(timeout_s=math.ceil(longest_wait)),
         scaling_config=scaling(config, at_once),
         run_config=ray.train.RunConfig(
-            storage_path=str(run.path),
+            **storage(run.path),
             name=run.checkpoints.name,
             failure_config=ray.train.FailureConfig(max_failures=config.run.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.run.keep_checkpoints),
@@ -231,7 +232,14 @@ def fit(
         raise TrainingError(f"{run.path}: {stopped}")
 
 
-def forget_lost(checkpoints: Path) -> None:
+def storage(folder: Place) -> dict[str, Any]:
+    """Return where Ray Train keeps checkpoints."""
+    if isinstance(folder, Remote):
+        return {"storage_path": folder.path, "storage_filesystem": folder.fs}
+    return {"storage_path": str(folder)}
+
+
+def forget_lost(checkpoints: Place) -> None:
     """Ray Train does not go on where a checkpoint that it remembers was taken away: then let it remember none."""
     memory = checkpoints / "checkpoint_manager_snapshot.json"
     if memory.exists():

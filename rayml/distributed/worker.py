@@ -23,13 +23,14 @@ from rayml.distributed.watch import Signature
 from rayml.engine import collective
 from rayml.evaluation.curves import Curve
 from rayml.runs.checkpoint import folder_name, keep_only, naming_full_disk, seal
+from rayml.runs.files import Place, deliver
 from rayml.runs.folder import RunFolder
 from rayml.runs.stopping import is_best, is_enough, val_score, val_scores
 
 # Episodes of validation have seeds of their own, far from any training seed.
 VALIDATION_SEED = 1_000_003
 PREEMPTION_SECONDS = 2
-"""Between questions whether nodes are about to be taken away."""
+"""Between questions whether nodes are about to be taken away, and to object storage."""
 Learning = Replicated | Sharded
 logger = logging.getLogger(__name__)
 
@@ -147,7 +148,8 @@ class Notices:
         """
         told = ask = False
         if collective.rank() == 0:
-            told, ask = self.run.is_told_to_stop(), time.monotonic() - self.asked > PREEMPTION_SECONDS
+            ask = time.monotonic() - self.asked > PREEMPTION_SECONDS
+            told = (ask or self.run.is_local) and self.run.is_told_to_stop()
         told, ask = collective.from_first_worker((told, ask))
         if not ask:
             return told, False
@@ -162,8 +164,9 @@ class StepLog:
 
     def __init__(self, config: Config, run: RunFolder, step: int):
         run.truncate_metrics(step)
-        self.file = run.metrics.open("a", buffering=1)
-        self.trackers = open_trackers(config, run, step)
+        self.run, self.file = run, run.metrics.open("a", buffering=1)
+        self.scratch = run.path if isinstance(run.path, Path) else Path(tempfile.mkdtemp(prefix="rayml-"))
+        self.trackers = open_trackers(config, run, self.scratch, step)
 
     def write(self, record: dict[str, Any]) -> None:
         self.file.write(json.dumps(record) + "\n")
@@ -174,10 +177,19 @@ class StepLog:
                 logger.warning("%s is left out from here on", type(tracker).__name__, exc_info=True)
                 self.trackers.remove(tracker)
 
+    def flush(self) -> None:
+        """Bring what was written so far to where the run lies."""
+        self.file.flush()
+        if not self.run.is_local:
+            deliver(self.scratch, self.run.path)
+
     def close(self) -> None:
-        self.file.close()
         for tracker in self.trackers:
             tracker.close()
+        self.flush()
+        self.file.close()
+        if not self.run.is_local:
+            shutil.rmtree(self.scratch)
 
 
 def report(run: RunFolder, learning: Learning, record: dict[str, Any]) -> None:
@@ -185,37 +197,45 @@ def report(run: RunFolder, learning: Learning, record: dict[str, Any]) -> None:
 
     It is uploaded beside the steps that follow, and then removed here.
     """
-    name, rank = folder_name(learning.done), collective.rank()
-    has_part = rank < learning.parts
-    folder = Path(tempfile.mkdtemp(prefix="rayml-"))
-    try:
-        with naming_full_disk(run.checkpoints / name, learning.done):
-            learning.write(folder)
-            if has_part:
-                seal(folder, learning.done, rank, learning.parts)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)  # a full disk least of all keeps half a checkpoint
-        raise
-    checkpoint = ray.train.Checkpoint.from_directory(folder) if has_part else None
+    part = write_part(learning, run.checkpoints)
     ray.train.report(
-        record, checkpoint, checkpoint_dir_name=name, checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC
+        record,
+        ray.train.Checkpoint.from_directory(part) if part else None,
+        checkpoint_dir_name=folder_name(learning.done),
+        checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
     )
-    if not has_part:
-        shutil.rmtree(folder)
 
 
 def keep_best(run: RunFolder, learning: Learning) -> None:
     """Keep the checkpoint of the best validation so far, and drop the one before it; a barrier for all workers."""
     folder = run.best / folder_name(learning.done)
-    if collective.rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
+    part = write_part(learning, run.best)
+    if part:
+        with naming_full_disk(folder, learning.done):
+            deliver(part, folder)
+        shutil.rmtree(part)
     barrier()
-    with naming_full_disk(folder, learning.done):
-        learning.write(folder)
-        barrier()
-        if collective.rank() == 0:
-            seal(folder, learning.done, part=0, parts=1)  # the whole folder is there
-            keep_only(folder)
+    if collective.rank() == 0:
+        keep_only(folder)
+
+
+def write_part(learning: Learning, checkpoints: Place) -> Path | None:
+    """Write this worker's part of a checkpoint, sealed, to a folder of its own; None if it has none.
+
+    All workers call this together, as gathering the parts may ask.
+    """
+    rank, folder = collective.rank(), Path(tempfile.mkdtemp(prefix="rayml-"))
+    try:
+        with naming_full_disk(checkpoints / folder_name(learning.done), learning.done):
+            learning.write(folder)
+            if rank < learning.parts:
+                seal(folder, learning.done, rank, learning.parts)
+                return folder
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)  # a full disk least of all keeps half a checkpoint
+        raise
+    shutil.rmtree(folder)
+    return None
 
 
 def barrier() -> None:

@@ -11,7 +11,7 @@ from rich.progress import Progress
 from rayml.config import Config
 from rayml.errors import ConfigError, DataError, RunError
 from rayml.evaluation import report
-from rayml.runs.files import write_whole
+from rayml.runs.files import Place, write_whole
 from rayml.runs.folder import RunFolder
 from rayml.sections import Data
 from rayml.tasks.prepare import prepare_splits, prepare_tasks
@@ -29,7 +29,7 @@ EVALUATION_SEED = 2_000_003
 
 
 def evaluate_run(
-    run_path: Path,
+    run_path: str | Place,
     data_path: list[str] | None,
     ways: int | None,
     shots: int | None,
@@ -111,7 +111,7 @@ def trained_on(config: Config) -> tuple[Task, ...]:
         return ()
 
 
-def adapt_run(run_path: Path, examples: Path, folder: Path, name: str | None, out: Console) -> None:
+def adapt_run(run_path: str | Place, examples: Path, folder: Path, name: str | None, out: Console) -> None:
     """Learn the task in a file of examples from a run's start, and write its adapter.
 
     Raises:
@@ -143,7 +143,7 @@ def adapt_run(run_path: Path, examples: Path, folder: Path, name: str | None, ou
     out.print(f'next: [bold]rayml predict {folder} --input "..."[/]', highlight=False, soft_wrap=True)
 
 
-def export_run(run_path: Path, folder: Path, checkpoint: str | None, out: Console) -> None:
+def export_run(run_path: str | Place, folder: Path, checkpoint: str | None, out: Console) -> None:
     """Write a run's learned start: a stock PEFT folder, or, in mode full, a whole Hugging Face model.
 
     Raises:

@@ -6,7 +6,6 @@ import platform
 from collections.abc import Sequence
 from datetime import date
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from markdown_it import MarkdownIt
@@ -15,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from rayml.config import Config
-from rayml.runs.files import write_whole
-from rayml.runs.plots import file_pyplot
+from rayml.runs.files import Place, write_whole
+from rayml.runs.plots import file_pyplot, save_figure
 
 PACKAGES = "rayml", "torch", "transformers", "ray"
 COLOURS = "#1f6f54", "#b0552f", "#3b6ea5", "#8a5a9e", "#b8860b", "#4d4d4d", "#c2417c", "#2f8f9d", "#7a8b2a", "#a0522d"
@@ -25,7 +24,7 @@ table{border-collapse:collapse;display:block;overflow-x:auto}td,th{padding:.2em 
 
 
 def write_report(
-    summary: dict[str, Any], results: Sequence[dict[str, Any]], config: Config, command: str, folder: Path
+    summary: dict[str, Any], results: Sequence[dict[str, Any]], config: Config, command: str, folder: Place
 ) -> None:
     """Write `compare.json`, the plots, `report.md` and `report.html` into the folder."""
     write_whole(folder / "compare.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
@@ -137,7 +136,7 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], rule, *rows[1:]])
 
 
-def as_html(text: str, folder: Path) -> str:
+def as_html(text: str, folder: Place) -> str:
     """Return the report as one file, pictures and all."""
     body = MarkdownIt("commonmark").enable("table").render(text)
     for picture in folder.glob("*.png"):
@@ -147,7 +146,7 @@ def as_html(text: str, folder: Path) -> str:
     return f"<!doctype html><html><head>{head}</head><body>{body}</body></html>\n"
 
 
-def plot_scores(found: dict[str, Any], baseline: str, path: Path) -> None:
+def plot_scores(found: dict[str, Any], baseline: str, path: Place) -> None:
     """Draw each method's score, and beside it the difference to the baseline, both with intervals, to a PNG."""
     pyplot = file_pyplot()
     rows = sorted(found["methods"], key=lambda row: row["main"]["mean"])
@@ -166,11 +165,10 @@ def plot_scores(found: dict[str, Any], baseline: str, path: Path) -> None:
     right.axvline(0, color="black", linewidth=0.8)
     for axis in (left, right):
         axis.grid(axis="x", alpha=0.25)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    save_figure(figure, path)
 
 
-def plot_curves(found: dict[str, Any], kind: str, path: Path) -> None:
+def plot_curves(found: dict[str, Any], kind: str, path: Place) -> None:
     """Draw the query score over inner steps, each method at its own rate; what takes no steps is a level."""
     pyplot = file_pyplot()
     figure, axis = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
@@ -183,11 +181,10 @@ def plot_curves(found: dict[str, Any], kind: str, path: Path) -> None:
     axis.set(xlabel="inner steps", ylabel="query accuracy" if kind == "label" else "query loss", xticks=range(last + 1))
     axis.legend(frameon=False, bbox_to_anchor=(1, 1), loc="upper left")
     axis.grid(alpha=0.25)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    save_figure(figure, path)
 
 
-def print_summary(summary: dict[str, Any], folder: Path, out: Console) -> None:
+def print_summary(summary: dict[str, Any], folder: Place, out: Console) -> None:
     """Print the score tables, and where all lies."""
     for kind, found in summary["kinds"].items():
         heads, *rows = score_columns(found, kind, summary["baseline"])

@@ -1,12 +1,12 @@
 """Show an evaluation: a table on the terminal, and the adaptation curves as a picture."""
 
-from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from rayml.runs.plots import file_pyplot
+from rayml.runs.files import Place
+from rayml.runs.plots import file_pyplot, save_figure
 
 COLUMNS = "before", "after adapting", "untrained, after", "difference"
 
@@ -33,7 +33,7 @@ def _cells(scores: dict[str, Any]) -> list[str]:
     return [f"{scores[k]['mean']:.2f} ± {(scores[k]['high'] - scores[k]['low']) / 2:.2f}" for k in keys] + [difference]
 
 
-def plot(summary: dict[str, Any], path: Path, title: str) -> None:
+def plot(summary: dict[str, Any], path: Place, title: str) -> None:
     """Draw the adaptation curves of all tasks together, and of each, to a PNG."""
     pyplot = file_pyplot()
     panels = {"all held-out tasks": summary["overall"], **(summary["tasks"] if len(summary["tasks"]) > 1 else {})}
@@ -61,5 +61,4 @@ def plot(summary: dict[str, Any], path: Path, title: str) -> None:
         axis.remove()
     axes.flat[0].legend(frameon=False, loc="lower right")
     figure.suptitle(title)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    save_figure(figure, path)

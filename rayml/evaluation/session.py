@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -18,6 +17,7 @@ from rayml.lm.start import untrained_start
 from rayml.meta.adapt import Params
 from rayml.meta.learner import initial_log_rates
 from rayml.runs.checkpoint import read_checkpoint, verify
+from rayml.runs.files import Place, local_copy
 from rayml.runs.folder import RunFolder
 from rayml.tasks.task import Task
 
@@ -88,10 +88,11 @@ def load(config: Config, every_linear: bool = False) -> tuple[TaskLM, Encoder, s
     return lm, config.encoder(load_tokenizer(base)), base
 
 
-def learned(config: Config, folder: Path, names: Iterable[str], device: torch.device) -> tuple[Params, Params, int]:
+def learned(config: Config, folder: Place, names: Iterable[str], device: torch.device) -> tuple[Params, Params, int]:
     """Return the start, the logarithms of its inner rates, and the outer step, of a checkpoint."""
     if config.is_sharded:
-        step, whole = verify(folder), zero.consolidate(folder)
+        with local_copy(folder) as here:
+            step, whole = verify(here), zero.consolidate(here)
         start = {name: whole[name].to(device) for name in names}
         return start, initial_log_rates(start, config.inner.lr, config.inner.modules, per_weight=False), step
     saved = read_checkpoint(folder)

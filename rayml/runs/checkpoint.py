@@ -8,7 +8,6 @@ import errno
 import hashlib
 import json
 import logging
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,8 @@ from pathlib import Path
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from rayml.errors import RunError
+from rayml.errors import RunError, StorageError
+from rayml.runs.files import Place, listed, local_copy, remove
 
 STATE = "state.safetensors"
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ def write_state(folder: Path, tensors: dict[str, Tensor]) -> None:
 
 
 @contextmanager
-def naming_full_disk(folder: Path, step: int) -> Iterator[None]:
+def naming_full_disk(folder: Place, step: int) -> Iterator[None]:
     """Turn the system's error about a full disk into a RunError, while a checkpoint is written."""
     try:
         yield
@@ -58,7 +58,7 @@ def seal(folder: Path, step: int, part: int, parts: int) -> None:
     (folder / _manifest(part)).write_text(json.dumps(manifest, indent=1))
 
 
-def verify(folder: Path) -> int:
+def verify(folder: Place) -> int:
     """Return the outer step of a whole checkpoint.
 
     Raises:
@@ -71,22 +71,25 @@ def verify(folder: Path) -> int:
                 if _checksum(folder / name) != checksum:
                     raise RunError(f"{folder}: {name} is not what its manifest says")
         return first["step"]
+    except StorageError:
+        raise  # it may be whole
     except (OSError, ValueError, KeyError) as error:
         raise RunError(f"{folder}: not a whole checkpoint: {error}") from error
 
 
-def read_checkpoint(folder: Path) -> Saved:
+def read_checkpoint(folder: Place) -> Saved:
     """Return what `write_state` wrote.
 
     Raises:
         RunError: a part of it is missing or damaged.
     """
-    return Saved(verify(folder), load_file(folder / STATE))
+    with local_copy(folder) as here:
+        return Saved(verify(here), load_file(here / STATE))
 
 
-def newest_checkpoint(checkpoints: Path) -> Path | None:
+def newest_checkpoint(checkpoints: Place) -> Place | None:
     """Return the newest whole checkpoint among a run's, None if there is none; warn of damaged ones."""
-    for folder in sorted(checkpoints.glob("step_*"), reverse=True):
+    for folder in reversed(listed(checkpoints, "step_*")):
         try:
             verify(folder)
             return folder
@@ -95,17 +98,17 @@ def newest_checkpoint(checkpoints: Path) -> Path | None:
     return None
 
 
-def keep_only(folder: Path) -> None:
+def keep_only(folder: Place) -> None:
     """Remove the other checkpoints beside this one."""
-    for other in folder.parent.glob("step_*"):
-        if other != folder:
-            shutil.rmtree(other)
+    for other in listed(folder.parent, "step_*"):
+        if other.name != folder.name:
+            remove(other)
 
 
 def _manifest(part: int) -> str:
     return f"manifest_{part}.json"
 
 
-def _checksum(path: Path) -> str:
+def _checksum(path: Place) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

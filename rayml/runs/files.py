@@ -1,11 +1,105 @@
-"""Files that are written whole or not at all."""
+"""Files and folders of a run: of this machine, or of object storage.
+
+A file is written whole or not at all: a reader, or a crash, sees the old one or the new one.
+"""
 
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from pyarrow import fs
 
-def write_whole(path: Path, text: str) -> None:
+from rayml.runs.remote import Remote, answering
+
+Place = Path | Remote
+
+
+def filesystem(path: str) -> tuple[fs.FileSystem, str]:
+    """Return the pyarrow filesystem of a folder or a URI (`s3://`, `gs://`, `hdfs://`, `file://`), and the path in it.
+
+    Raises:
+        OSError, ValueError: pyarrow knows no such filesystem, or cannot reach it.
+    """
+    return fs.FileSystem.from_uri(path) if "://" in path else (fs.LocalFileSystem(), os.path.abspath(path))
+
+
+def place(path: str | Place) -> Place:
+    """Return the place that a path or a URI names, such as `runs/first` or `s3://bucket/runs/first`.
+
+    Raises:
+        StorageError: pyarrow knows no such filesystem, or cannot reach it.
+    """
+    if isinstance(path, Remote):
+        return path
+    if "://" not in str(path):
+        return Path(path).absolute()
+    address, mark, query = str(path).partition("?")
+    address = address.rstrip("/")
+    with answering(path):
+        found, inner = filesystem(address + mark + query)
+    if isinstance(found, fs.LocalFileSystem):
+        return Path(inner)
+    return Remote(found, inner, address.removesuffix(inner), mark + query)
+
+
+def listed(folder: Place, pattern: str) -> list[Place]:
+    """Return what lies in a folder and is named so, by name."""
+    return sorted(folder.glob(pattern), key=lambda found: found.name)
+
+
+def write_whole(file: Place, text: str) -> None:
     """Write a file so that a reader, or a crash, sees the old one or the new one."""
-    part = path.with_name(path.name + ".part")
+    if isinstance(file, Remote):
+        file.write_text(text)
+        return
+    part = file.with_name(file.name + ".part")
     part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    os.replace(part, file)
+
+
+@contextmanager
+def local_copy(folder: Place) -> Iterator[Path]:
+    """Yield a folder of this machine with a folder's files: the folder itself, if it lies here."""
+    if isinstance(folder, Path):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="rayml-") as here:
+        with answering(folder):
+            fs.copy_files(folder.path, here, folder.fs, fs.LocalFileSystem())
+        yield Path(here)
+
+
+def deliver(folder: Path, to: Place) -> None:
+    """Copy the files of a folder of this machine."""
+    if isinstance(to, Path):
+        for file in filter(Path.is_file, folder.rglob("*")):
+            copy = to / file.relative_to(folder)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
+        return
+    with answering(to):
+        fs.copy_files(str(folder), to.path, fs.LocalFileSystem(), to.fs)
+
+
+@contextmanager
+def made_here(folder: Place) -> Iterator[Path]:
+    """Yield the path of a folder to make on this machine, which then goes to `folder`: that itself, if it lies here."""
+    if isinstance(folder, Path):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="rayml-") as above:
+        made = Path(above, folder.name)
+        yield made
+        deliver(made, folder)
+
+
+def remove(folder: Place) -> None:
+    """Remove a folder with all that is in it, if it is there."""
+    if isinstance(folder, Path):
+        shutil.rmtree(folder, ignore_errors=True)
+    elif folder.exists():
+        with answering(folder):
+            folder.fs.delete_dir(folder.path)

@@ -2,7 +2,7 @@
 
 It holds `config.yaml`, `tasks.json`, `metrics.jsonl`, `checkpoints/step_*`, `latest`, `best/step_*` (where there
 were validations), `untrained.safetensors` (in mode adapters), `model/` (in mode full, at the end), `tensorboard/`,
-and what other trackers keep there.
+and what other trackers keep there. It may lie on object storage, named by a URI.
 """
 
 import hashlib
@@ -12,13 +12,13 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 from torch import Tensor
 
-from rayml.config import Config, dump_config, load_config
+from rayml.config import Config, dump_config, parse_config, parse_values
 from rayml.errors import RunError
 from rayml.runs.checkpoint import newest_checkpoint, verify
-from rayml.runs.files import write_whole
+from rayml.runs.files import Place, place, write_whole
 from rayml.runs.stopping import is_enough, val_scores
 from rayml.tasks.splits import Splits
 from rayml.tasks.task import Task
@@ -40,12 +40,21 @@ FREE_KEYS: Any = {
 class RunFolder:
     """The paths of a run, and the little that is written to them."""
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path).absolute()
+    def __init__(self, path: str | Place):
+        self.path = place(path)
         self.config, self.metrics = self.path / "config.yaml", self.path / "metrics.jsonl"
         self.checkpoints, self.latest = self.path / "checkpoints", self.path / "latest"
         self.tasks, self.best, self.model = (self.path / name for name in ("tasks.json", "best", "model"))
         self.stop = self.path / "stop"
+
+    @property
+    def is_local(self) -> bool:
+        return isinstance(self.path, Path)
+
+    @property
+    def poll_seconds(self) -> float:
+        """Return the seconds between two looks at what is new: each takes object storage its time."""
+        return 0.5 if self.is_local else 5
 
     def begin(self, config: Config, splits: Splits, resume: bool) -> None:
         """Make the folder, or check that it may be gone on with. One without a checkpoint is begun anew.
@@ -65,7 +74,7 @@ class RunFolder:
         write_whole(self.tasks, json.dumps(describe(splits), indent=2, ensure_ascii=False) + "\n")
 
     def _check_same(self, config: Config, splits: Splits) -> None:
-        then = load_config(self.config)
+        then = self.read_config()
         before, now = (c.model_dump(exclude=FREE_KEYS) for c in (then, config))
         before, now = flat(before), flat(now)
         changed = {name for name in before.keys() | now.keys() if repr(before.get(name)) != repr(now.get(name))}
@@ -82,6 +91,9 @@ class RunFolder:
         if changed:
             names = ", ".join(sorted(changed))
             raise RunError(f"{self.path}: holds the run of another config ({names} differ); use another run.dir")
+
+    def read_config(self) -> Config:
+        return parse_config(parse_values(self.config.read_text(encoding="utf-8"), str(self.config)), str(self.config))
 
     def tell_to_stop(self) -> None:
         """Ask the workers to write a checkpoint after the step that they are at, and to end."""
@@ -106,17 +118,15 @@ class RunFolder:
 
     def read_metrics(self) -> Iterator[dict[str, Any]]:
         """Yield the records of `metrics.jsonl`; a line torn by a crash ends them."""
-        with self.metrics.open() as file:
-            for line in file:
-                if line.endswith("\n"):
-                    yield json.loads(line)
+        for line in self.metrics.read_text().split("\n")[:-1]:
+            yield json.loads(line)
 
     def write_untrained(self, start: dict[str, Tensor]) -> None:
         """Keep the start at step 0, which the trained one is compared with."""
-        save_file({name: weight.cpu() for name, weight in start.items()}, self.path / UNTRAINED)
+        (self.path / UNTRAINED).write_bytes(save({name: weight.cpu() for name, weight in start.items()}))
 
     def read_untrained(self) -> dict[str, Tensor]:
-        return load_file(self.path / UNTRAINED)
+        return load((self.path / UNTRAINED).read_bytes())
 
     def is_over(self, config: Config) -> bool:
         """Return whether the newest checkpoint is that of the last step, or of where validation said that is enough."""
@@ -127,7 +137,7 @@ class RunFolder:
         scores = val_scores(record for record in self.records() if record["step"] <= step)
         return step >= config.outer.steps or is_enough(scores, config.validation.patience)
 
-    def trained(self, which: str | None = None) -> tuple[Config, Path]:
+    def trained(self, which: str | None = None) -> tuple[Config, Place]:
         """Return the config and the folder of a whole checkpoint.
 
         Args:
@@ -139,7 +149,7 @@ class RunFolder:
         """
         if not self.config.exists():
             raise RunError(f"{self.path}: no run here (there is no config.yaml in it)")
-        config = load_config(self.config)
+        config = self.read_config()
         which = which or ("best" if config.validation.patience else "newest")
         folder = newest_checkpoint(self.best if which == "best" else self.checkpoints)
         if folder is None:

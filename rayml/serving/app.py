@@ -14,6 +14,7 @@ from ray.serve.config import AutoscalingConfig, BackpressureConfig, RequestRoute
 from rayml.config import dump_config
 from rayml.distributed.train import WORKER_ENV
 from rayml.runs.checkpoint import verify
+from rayml.runs.files import Place, listed
 from rayml.runs.folder import RunFolder
 from rayml.serving.errors import ApiError
 from rayml.serving.front import Front
@@ -125,6 +126,6 @@ def scaling(replicas: Replicas) -> dict[str, Any]:
     }
 
 
-def sums(checkpoint: Path) -> list[str]:
+def sums(checkpoint: Place) -> list[str]:
     """Return what tells one checkpoint from another: the manifests of its parts, with their checksums."""
-    return [path.read_text() for path in sorted(checkpoint.glob("manifest_*.json"))]
+    return [path.read_text() for path in listed(checkpoint, "manifest_*.json")]

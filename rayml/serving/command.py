@@ -37,7 +37,7 @@ EXAMPLE = {
 
 
 def serve_forever(
-    run: Path,
+    run: str,
     overrides: Sequence[str],
     host: str,
     port: int,
@@ -52,7 +52,7 @@ def serve_forever(
     Raises:
         ConfigError, RunError: settings that do not work, a run that cannot be served, or a host without keys.
     """
-    values: dict[str, Any] = {"run": str(run), "store": store, "keys_file": str(keys_file) if keys_file else None}
+    values: dict[str, Any] = {"run": run, "store": store, "keys_file": str(keys_file) if keys_file else None}
     serving = parse_section(Serving, values, "rayml serve", overrides)
     keys = api_keys(serving.keys_file)
     check_host(host, keys, insecure)
@@ -110,7 +110,7 @@ def start_cluster(serving: Serving, metrics_port: int | None) -> None:
     ray.init(logging_level=logging.ERROR, log_to_driver=False, runtime_env={"env_vars": WORKER_ENV}, **own)
 
 
-def publish_adapter(source: Path, run_path: Path, name: str | None, store: str | None, out: Console) -> None:
+def publish_adapter(source: Path, run_path: str, name: str | None, store: str | None, out: Console) -> None:
     """Check an adapter's folder, or zip, against a run's base, and put it into a server's store.
 
     Raises:

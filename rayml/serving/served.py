@@ -1,17 +1,17 @@
 """The run that is served: whether it can be, and what fits its base."""
 
-from pathlib import Path
 from typing import Any
 
 from rayml.config import Config
 from rayml.errors import RunError
 from rayml.lm.lora import all_linears
+from rayml.runs.files import Place
 from rayml.runs.folder import RunFolder
 from rayml.serving.adapter_files import Fits
 from rayml.serving.settings import Adapters
 
 
-def servable(run: RunFolder) -> tuple[Config, Path]:
+def servable(run: RunFolder) -> tuple[Config, Place]:
     """Return the config and the checkpoint of a run that one copy of the weights can serve.
 
     Raises:

@@ -21,6 +21,7 @@ from pyarrow import fs
 from pydantic import BaseModel, ConfigDict
 
 from rayml.errors import ConfigError, RunError
+from rayml.runs.files import filesystem
 from rayml.serving.adapter_files import FILES
 
 MANIFEST = "manifest.json"
@@ -78,10 +79,7 @@ class AdapterStore:
     def __init__(self, root: str):
         self.root = root
         try:
-            if "://" in root:
-                self.fs, self.path = fs.FileSystem.from_uri(root)
-            else:
-                self.fs, self.path = fs.LocalFileSystem(), str(Path(root).absolute())
+            self.fs, self.path = filesystem(root)
             self.fs.create_dir(self.path, recursive=True)
         except (OSError, ValueError) as error:
             raise ConfigError(f"store: {root!r} cannot be used: {error}") from error

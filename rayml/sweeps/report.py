@@ -1,10 +1,10 @@
 """What a sweep found: a table, `best.yaml`, `trials.csv` and `trials.json`, and a picture."""
 
 import csv
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from rayml.config import Config, dump_config, parse_config, with_values
-from rayml.runs.files import write_whole
-from rayml.runs.plots import file_pyplot
+from rayml.runs.files import Place, write_whole
+from rayml.runs.plots import file_pyplot, save_figure
 from rayml.sweeps.space import Range
 
 COLOURS = "viridis"
@@ -41,7 +41,7 @@ class Trial:
     error: str | None
 
 
-def conclude(config: Config, space: Sequence[Range], trials: Sequence[Trial], folder: Path, out: Console) -> Trial:
+def conclude(config: Config, space: Sequence[Range], trials: Sequence[Trial], folder: Place, out: Console) -> Trial:
     """Write all files, print the table, and return the best trial: finished ones come before those stopped early."""
     ranked = sorted(trials, key=rank, reverse=True)
     best = ranked[0]
@@ -64,22 +64,23 @@ def rank(trial: Trial) -> tuple[bool, bool, float]:
     return trial.score is not None, trial.state == "finished", -np.inf if trial.score is None else trial.score
 
 
-def write_best(config: Config, best: Trial, path: Path) -> None:
+def write_best(config: Config, best: Trial, path: Place) -> None:
     """Write the config with the best trial's values: the same run, at its full length, into a folder of its own."""
     values = config.model_dump(mode="json", exclude={"sweep"})
-    values = with_values(values, best.point | {"run.dir": str(path.with_suffix(""))})
+    values = with_values(values, best.point | {"run.dir": str(path.parent / "best")})
     found = ", ".join(f"{key}={value}" for key, value in best.point.items())
     head = f"# The best trial of a sweep, {best.name}: {found}.\n"
     head += f"# On meta-val {best.before:.3f} before adapting, {best.after:.3f} after, at outer step {best.step}.\n"
     write_whole(path, head + dump_config(parse_config(values, str(path))))
 
 
-def write_csv(trials: Sequence[Trial], path: Path) -> None:
+def write_csv(trials: Sequence[Trial], path: Place) -> None:
     rows = [{**(flat := asdict(trial)).pop("point"), **flat} for trial in trials]
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, text.getvalue())
 
 
 def table(space: Sequence[Range], ranked: Sequence[Trial]) -> Table:
@@ -94,15 +95,14 @@ def table(space: Sequence[Range], ranked: Sequence[Trial]) -> Table:
     return found
 
 
-def plot(space: Sequence[Range], trials: Sequence[Trial], path: Path, label: str) -> None:
+def plot(space: Sequence[Range], trials: Sequence[Trial], path: Place, label: str) -> None:
     """Draw the scores to a PNG: over the values of one key, as a map of two, else as parallel coordinates."""
     pyplot = file_pyplot()
     scored = [trial for trial in trials if trial.score is not None]
     figure, axis = pyplot.subplots(figsize=(max(6.4, 1.9 * len(space)), 4.8), layout="constrained")
     draw = {1: one_key, 2: two_keys}.get(len(space), many_keys)
     draw(axis, space, scored, [trial for trial in trials if trial.score is None], label)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    save_figure(figure, path)
 
 
 def one_key(axis: Any, space: Sequence[Range], scored: Sequence[Trial], failed: Sequence[Trial], label: str) -> None:

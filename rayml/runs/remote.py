@@ -1,0 +1,147 @@
+"""Files and folders on object storage, by pathlib's names, over pyarrow's filesystems."""
+
+import fnmatch
+import io
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyarrow
+from pyarrow import fs
+
+from rayml.errors import StorageError
+
+REWRITE_SECONDS = 5
+"""At least, between two times that a growing file is written to object storage."""
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A file or folder on a pyarrow filesystem, with as much of `pathlib.Path` as runs use.
+
+    Every method raises StorageError if the storage does not answer, or refuses. That a file is not there is
+    FileNotFoundError, as everywhere.
+    """
+
+    fs: fs.FileSystem
+    path: str
+    """Within the filesystem."""
+    scheme: str
+    """What stands before the path in the URI."""
+    query: str
+    """What stands behind it, with its question mark; a filesystem's settings."""
+
+    def __str__(self) -> str:
+        return self.scheme + self.path + self.query
+
+    def __truediv__(self, name: str) -> "Remote":
+        return replace(self, path=f"{self.path}/{name}")
+
+    @property
+    def name(self) -> str:
+        return self.path.rpartition("/")[2]
+
+    @property
+    def parent(self) -> "Remote":
+        return replace(self, path=self.path.rpartition("/")[0])
+
+    def exists(self) -> bool:
+        return self._type() != fs.FileType.NotFound
+
+    def is_dir(self) -> bool:
+        return self._type() == fs.FileType.Directory
+
+    def _type(self) -> fs.FileType:
+        with answering(self):
+            return self.fs.get_file_info(self.path).type
+
+    def iterdir(self) -> Iterator["Remote"]:
+        with answering(self):
+            found = self.fs.get_file_info(fs.FileSelector(self.path, allow_not_found=True))
+        return (self / info.base_name for info in found)
+
+    def glob(self, pattern: str) -> Iterator["Remote"]:
+        """Yield what lies in this very folder and is named so."""
+        return (one for one in self.iterdir() if fnmatch.fnmatch(one.name, pattern))
+
+    def mkdir(self, parents: bool = True, exist_ok: bool = True) -> None:
+        with answering(self):
+            self.fs.create_dir(self.path, recursive=parents)
+
+    def open(self, mode: str = "rb", buffering: int = -1) -> Any:
+        """Open to read bytes (`rb`), or to add lines (`a`)."""
+        if mode == "a":
+            return Growing(self)
+        with answering(self):
+            return self.fs.open_input_file(self.path)
+
+    def read_bytes(self) -> bytes:
+        with answering(self), self.fs.open_input_stream(self.path) as file:
+            return file.read()
+
+    def read_text(self, encoding: str = "utf-8") -> str:
+        return self.read_bytes().decode(encoding)
+
+    def write_bytes(self, data: bytes) -> None:
+        with answering(self), self.fs.open_output_stream(self.path) as file:
+            file.write(data)
+
+    def write_text(self, text: str, encoding: str = "utf-8") -> None:
+        self.write_bytes(text.encode(encoding))
+
+    def touch(self) -> None:
+        self.write_bytes(b"")
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        try:
+            with answering(self):
+                self.fs.delete_file(self.path)
+        except FileNotFoundError:
+            if not missing_ok:
+                raise
+
+
+class Growing(io.TextIOBase):
+    """A text that lines are added to, on storage that takes whole objects alone: so it is written anew now and then.
+
+    That takes a hundredth of the time at most. Where storage does not answer, lines are kept for the next time.
+    """
+
+    def __init__(self, file: Remote):
+        self.file, self.due = file, 0.0
+        self.text = [file.read_text()] if file.exists() else []
+
+    def write(self, text: str) -> int:
+        self.text.append(text)
+        if time.monotonic() >= self.due:
+            self.flush()
+        return len(text)
+
+    def flush(self) -> None:
+        began = time.monotonic()
+        try:
+            self.file.write_text("".join(self.text))
+        except StorageError as error:
+            log.warning("%s; tried again later", error)
+        took = time.monotonic() - began
+        self.due = began + took + max(REWRITE_SECONDS, 99 * took)
+
+    def close(self) -> None:
+        if not self.closed:
+            self.file.write_text("".join(self.text))
+        super().close()
+
+
+@contextmanager
+def answering(place: object) -> Iterator[None]:
+    """Turn what storage refuses, or its silence, into a StorageError."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except (OSError, pyarrow.ArrowException) as error:
+        raise StorageError(f"{place}: {error}") from error

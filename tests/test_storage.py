@@ -1,0 +1,196 @@
+"""Runs, data and adapters on object storage: a real S3 server in this process, spoken to as S3 is."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import requests
+import torch
+from conftest import SPLITS, make_config
+from moto.server import ThreadedMotoServer
+from rich.console import Console
+from serving_run import TICKETS, examples, make_run
+from test_server import KEYS, Server
+
+from rayml.distributed.train import train
+from rayml.errors import ConfigError, RunError, StorageError
+from rayml.evaluation.command import adapt_run, evaluate_run
+from rayml.runs import remote
+from rayml.runs.checkpoint import newest_checkpoint, read_checkpoint, seal, verify, write_state
+from rayml.runs.files import deliver, listed, local_copy, made_here, place, remove, write_whole
+from rayml.serving.store import owner_of
+
+CREDENTIALS = {"AWS_ACCESS_KEY_ID": "tests", "AWS_SECRET_ACCESS_KEY": "of-rayml", "AWS_REGION": "us-east-1"}
+
+
+@pytest.fixture(scope="module")
+def s3():
+    """The address of an S3 server with an empty bucket named `bucket`."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    address = f"http://{host}:{port}"
+    requests.put(f"{address}/bucket", timeout=10).raise_for_status()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (CREDENTIALS | {"AWS_ENDPOINT_URL": address}).items():
+            patch.setenv(name, value)
+        yield address
+    server.stop()
+
+
+@pytest.fixture(params=["local", "remote"])
+def root(request, tmp_path, s3):
+    return place(tmp_path if request.param == "local" else f"s3://bucket/{request.node.name.partition('[')[0]}")
+
+
+def test_both_kinds_of_places_answer_alike(root):
+    folder = root / "a" / "b"
+    assert not folder.exists()
+    assert listed(folder, "*") == []
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "x.txt"
+    for text in ("first", "größer"):
+        write_whole(file, text)
+        assert file.read_text(encoding="utf-8") == text
+    (folder / "y.bin").write_bytes(b"\0\1")
+    assert [found.name for found in listed(folder, "*")] == ["x.txt", "y.bin"]
+    assert [found.name for found in listed(folder, "*.bin")] == ["y.bin"]
+    assert (folder.is_dir(), file.is_dir(), file.exists()) == (True, False, True)
+    assert (file.parent.name, str(file)) == ("b", f"{root}/a/b/x.txt")
+    with file.open("rb") as opened:
+        assert opened.read() == "größer".encode()
+    (folder / "stop").touch()
+    (folder / "stop").unlink()
+    (folder / "stop").unlink(missing_ok=True)
+    with pytest.raises(FileNotFoundError):
+        (folder / "stop").unlink()
+    with pytest.raises(FileNotFoundError):
+        (folder / "nothing").read_bytes()
+    remove(root / "a")
+    remove(root / "a")
+    assert not file.exists()
+
+
+def test_folders_are_copied_there_and_back(root, tmp_path):
+    with made_here(root / "model") as made:
+        (made / "sub").mkdir(parents=True)
+        (made / "sub" / "weights").write_bytes(b"1" * 100_000)
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "card").write_text("2")
+    deliver(tmp_path / "more", root / "model")
+    with local_copy(root / "model") as here:
+        found = {str(file.relative_to(here)): file.stat().st_size for file in here.rglob("*") if file.is_file()}
+    assert found == {"sub/weights": 100_000, "card": 1}
+
+
+def test_uris_keep_their_settings(s3):
+    run = place(f"s3://bucket/runs/?region=us-east-1&endpoint_override={s3.removeprefix('http://')}&scheme=http")
+    assert str(run / "first") == str(run).replace("runs?", "runs/first?")
+    (run / "settings").write_text("kept")
+    assert (place(str(run / "settings")).read_text(), (run / "settings").parent) == ("kept", run)
+    assert place("s3://bucket/runs/settings").read_text() == "kept"
+    assert place("file:///a/b") == Path("/a/b")
+    with pytest.raises(StorageError, match="floppy"):
+        place("floppy://a")
+
+
+def test_a_growing_file_is_written_now_and_then_and_loses_no_line(s3, monkeypatch, caplog):
+    monkeypatch.setattr(remote, "REWRITE_SECONDS", 1000)
+    file = place("s3://not-yet/metrics.jsonl")
+    with file.open("a") as growing:
+        growing.write("1\n")  # there is no such bucket
+        assert "tried again later" in caplog.text
+        requests.put(f"{s3}/not-yet", timeout=10).raise_for_status()
+        growing.write("2\n")
+        assert not file.exists()
+        growing.flush()
+        assert file.read_text() == "1\n2\n"
+        growing.write("3\n")
+    assert file.read_text() == "1\n2\n3\n"
+    with file.open("a") as growing:
+        growing.write("4\n")
+    assert file.read_text() == "1\n2\n3\n4\n"
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_silent_storage_is_not(root, tmp_path):
+    for step in (1, 2):
+        part = tmp_path / f"part-{step}"
+        part.mkdir()
+        write_state(part, {"w": torch.full((3,), float(step))})
+        seal(part, step, part=0, parts=1)
+        deliver(part, root / "checkpoints" / f"step_{step:08d}")
+    newest = newest_checkpoint(root / "checkpoints")
+    assert (verify(newest), read_checkpoint(newest).tensors["w"].tolist()) == (2, [2.0] * 3)
+    (newest / "state.safetensors").write_bytes(b"torn")
+    assert verify(newest_checkpoint(root / "checkpoints")) == 1
+    with pytest.raises(RunError, match="not what its manifest says"):
+        read_checkpoint(newest)
+
+
+def test_silent_storage_is_not_taken_for_damage():
+    settings = "region=us-east-1&endpoint_override=127.0.0.1:9&scheme=http"
+    with pytest.raises(StorageError, match=r"127\.0\.0\.1:9"):
+        newest_checkpoint(place(f"s3://bucket/run/checkpoints?{settings}"))
+
+
+def test_mlflow_without_a_server_is_refused_before_the_start(tmp_path, s3):
+    config = make_config(tmp_path, run={"dir": "s3://bucket/mlflow", "trackers": ["mlflow"]})
+    with pytest.raises(ConfigError, match="set MLFLOW_TRACKING_URI"):
+        train(config)
+    assert not place("s3://bucket/mlflow").exists()
+
+
+@pytest.mark.ray
+def test_train_resume_evaluate_adapt_and_serve_by_uri(s3, tmp_path):
+    """The local Ray began before the server: its workers know of it from the URI."""
+    settings = f"?region=us-east-1&endpoint_override={s3.removeprefix('http://')}&scheme=http"
+    changes = {"data": {"splits": SPLITS}, "validation": {"every": 5, "episodes": 4}, "workers": 2}
+    local = make_config(tmp_path, **changes)
+    place("s3://bucket/data/toy.jsonl").write_bytes((tmp_path / "toy.jsonl").read_bytes())
+    changes["data"]["path"] = f"s3://bucket/data/toy.jsonl{settings}"
+    config = make_config(tmp_path, **changes, run={"dir": f"s3://bucket/runs/first{settings}", "checkpoint_every": 5})
+
+    run = train(config)
+    assert run.latest.read_text() == "checkpoints/step_00000010\n"
+    with pytest.raises(RunError, match="holds a run already"):
+        train(config)
+    (run.checkpoints / "step_00000010" / "state.safetensors").write_bytes(b"torn")
+    assert [record["step"] for record in run.records()] == list(range(1, 11))
+    run = train(config, resume=True)
+    expected = read_checkpoint(newest_checkpoint(train(local).checkpoints))
+    found = read_checkpoint(newest_checkpoint(run.checkpoints))
+    assert found.step == expected.step == 10
+    assert all(torch.equal(found.tensors[name], tensor) for name, tensor in expected.tensors.items())
+    assert [record["step"] for record in run.records()] == list(range(1, 11))
+    assert verify(newest_checkpoint(run.best)) in (5, 10)
+    events = listed(run.path / "tensorboard", "events*")
+    assert len(events) == 2
+    assert all(len(file.read_bytes()) > 500 for file in events)
+
+    by_name = "s3://bucket/runs/first"  # the address is in the environment
+    quiet = Console(quiet=True)
+    summary = evaluate_run(by_name, None, None, None, 4, 0, "test", None, None, quiet, quiet)
+    assert summary["outer_steps"] == 10
+    assert json.loads((run.path / "evaluation.json").read_text())["overall"] == summary["overall"]
+    assert (run.path / "adaptation.png").read_bytes().startswith(b"\x89PNG")
+    rows = [{"task": "t", **example} for example in examples()]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    adapt_run(by_name, tmp_path / "rows.jsonl", tmp_path / "adapter", None, quiet)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.serve
+def test_a_server_keeps_its_adapters_beside_the_run_on_object_storage(s3, tmp_path):
+    deliver(make_run(tmp_path).path, place("s3://bucket/served/run"))
+    server = Server("s3://bucket/served/run", logs=tmp_path)
+    try:
+        adapter = server.client().learn(TICKETS, name="tickets")
+        (answer,) = server.client().classify(adapter.model, ["charged twice"])
+        assert answer.label in {"billing", "bug", "delivery"}
+    finally:
+        assert server.stop() == 0
+    owner = owner_of(KEYS[0])
+    assert (place("s3://bucket/served/run/adapters") / owner / adapter.id / "manifest.json").exists()
