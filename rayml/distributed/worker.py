@@ -89,6 +89,8 @@ def meta_train(job: Job, run: RunFolder, learning: Learning, log: "StepLog | Non
         if validates and is_best(scores):
             keep_best(run, learning)
         if enough or leaving or due(learning.done, config.run.checkpoint_every, config.outer.steps):
+            if log:
+                log.flush()
             report(run, learning, record)
         if enough:
             break
