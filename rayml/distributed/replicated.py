@@ -127,30 +127,39 @@ class Replicated:
         learner, tasks = self.learner, self.config.tasks_per_step
         query = gradient.query_losses
         support = query * 0 if gradient.support_losses is None else gradient.support_losses
-        places = torch.tensor([self.tasks[episode["task"]] for episode in episodes], device=query.device)
-        counts, sums = (torch.zeros(len(self.tasks), device=query.device) for _ in range(2))
-        counts.index_add_(0, places, torch.ones_like(query, dtype=counts.dtype))
-        sums.index_add_(0, places, (support - query).float())
         tokens = torch.tensor(float(trained_tokens(self.config, episodes)), device=query.device)
         seconds = torch.zeros(self.workers, device=query.device)
         seconds[self.rank] = waited + sum(self.laps.seconds.values())
-        losses = query.sum(), support.sum()
-        sent = [*gradient.start.values(), *gradient.rates.values(), *losses, counts, sums, tokens, seconds]
+        tally = self._tally(episodes, support - query)
+        sent = [query.sum(), support.sum(), tokens, seconds, *tally, *gradient.start.values(), *gradient.rates.values()]
         self.sign(learner.step + 1)
-        *totals, counts, sums, tokens, seconds = collective.sum_over_workers(sent)
+        query_loss, support_loss, tokens, seconds, *rest = collective.sum_over_workers(sent)
         self.laps("communication")
-        *mean, query_loss, support_loss = [total / tasks for total in totals]
+        tally, mean = rest[: len(tally)], [total / tasks for total in rest[len(tally) :]]
+        query_loss, support_loss = query_loss / tasks, support_loss / tasks
         norm = math.nan
         if all(bool(value.isfinite().all()) for value in (*mean, query_loss)):
             start = dict(zip(gradient.start, mean, strict=False))
             norm = learner.update(start, dict(zip(gradient.rates, mean[len(start) :], strict=True)))
-            self.gains.update(sums, counts)
+            if tally:
+                self.gains.update(*tally)
         self.laps("outer")
         rates = torch.cat([rate.flatten() for rate in learner.log_rates.values()])
         record = {"step": learner.step, "query_loss": float(query_loss), "gradient_norm": norm, "tokens": int(tokens)}
         if gradient.support_losses is not None:
             record |= {"support_loss": float(support_loss), "inner_lr": float(rates.mean().exp())}
         return record | slowest(seconds)
+
+    def _tally(self, episodes: list[dict[str, Any]], gains: torch.Tensor) -> list[torch.Tensor]:
+        """Return the sums of the tasks' gains, and their counts, `[tasks]` each; nothing where no weight needs them."""
+        if self.config.data.weighting != "dynamic":
+            return []
+        places = torch.tensor([self.tasks[episode["task"]] for episode in episodes], device=gains.device)
+        counts, sums = (torch.zeros(len(self.tasks), device=gains.device) for _ in range(2))
+        return [
+            sums.index_add_(0, places, gains.float()),
+            counts.index_add_(0, places, torch.ones(len(places), device=gains.device)),
+        ]
 
     def score(self, episodes: Sequence[Any]) -> list[Curve]:
         """Return the scores of this worker's episodes before and after adapting."""

@@ -22,22 +22,30 @@ def read_shape(config: Config) -> Shape:
     return shape_of(load_shape(resolve_model(config.model.name), config.model.attention), config)
 
 
-def shape_of(model: Any, config: Config) -> Shape:
-    """Return the shape of a model, on the meta device or any other."""
+def shape_of(model: Any, config: Config, whole_below: int = WHOLE_BELOW) -> Shape:
+    """Return the shape of a model, on the meta device or any other.
+
+    Args:
+        whole_below: tensors of fewer elements stay whole under ZeRO-3.
+    """
     text = model.config.get_text_config()
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     layers: dict[int, int] = {}
     for name, size in sizes.items():
         if in_a_layer(name):
             layers[layer_number(name)] = layers.get(layer_number(name), 0) + size
-    adapted, trained, first = _learned(model, config, sizes)
+    adapted, trained, first = _learned(model, config)
+    small = {name for name, size in sizes.items() if size < whole_below}
     heads = text.num_attention_heads
     head_width = getattr(text, "head_dim", None) or text.hidden_size // heads
     key_heads = getattr(text, "num_key_value_heads", None) or heads
     return Shape(
         parameters=sum(sizes.values()),
-        small_parameters=sum(size for size in sizes.values() if size < WHOLE_BELOW),
-        trained=trained,
+        small_parameters=sum(sizes[name] for name in small),
+        trained=sum(sizes[name] for name in trained),
+        trained_tensors=len(trained),
+        small_trained=tuple(sizes[name] for name in trained if name in small),
+        **_gathered(model, {name: size for name, size in sizes.items() if name not in small}, first, trained),
         largest_layer=max(layers.values()),
         embedding=model.get_output_embeddings().weight.numel(),
         layers=text.num_hidden_layers,
@@ -53,17 +61,29 @@ def shape_of(model: Any, config: Config) -> Shape:
     )
 
 
-def _learned(model: Any, config: Config, sizes: dict[str, int]) -> tuple[tuple[Linear, ...], int, int]:
-    """Return the adapted linears, the count of trained parameters, and the layer where the backward ends."""
+def _gathered(model: Any, large: dict[str, int], first: int, trained: list[str]) -> dict[str, int]:
+    """Return what is gathered for a forward and a backward: the head's matrix, too, where it is the embeddings'."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    embedding, head = (names[of().weight] for of in (model.get_input_embeddings, model.get_output_embeddings))
+    of_embedding, of_head = large.get(embedding, 0), large.get(head, 0)
+    above = sum(size for name, size in large.items() if in_a_layer(name) and layer_number(name) >= first)
+    return {
+        "forward_gathered": sum(large.values()) + (head == embedding) * of_head,
+        "backward_gathered": above + of_head + (embedding in trained) * of_embedding,
+    }
+
+
+def _learned(model: Any, config: Config) -> tuple[tuple[Linear, ...], list[str], int]:
+    """Return the adapted linears, the names of trained parameters, and the layer where the backward ends."""
     if config.mode == "adapters":
         linears = find_linears(model, config.lora.targets, config.lora.last_layers)
         adapted = tuple(
             Linear(name.rsplit(".", 1)[-1], layer_number(name), linear.in_features, linear.out_features)
             for name, linear in linears.items()
         )
-        return adapted, 0, min(linear.layer for linear in adapted)
-    trained = {name: sizes[name] for name in trained_parameters(model, config.full)}
-    return (), sum(trained.values()), min(_reaches(name, model) for name in trained)
+        return adapted, [], min(linear.layer for linear in adapted)
+    trained = list(trained_parameters(model, config.full))
+    return (), trained, min(_reaches(name, model) for name in trained)
 
 
 def _reaches(name: str, model: Any) -> int:

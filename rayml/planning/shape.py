@@ -22,6 +22,13 @@ class Shape:
     """In tensors so small that ZeRO-3 leaves them whole on every worker."""
     trained: int
     """What mode full trains."""
+    trained_tensors: int
+    small_trained: tuple[int, ...]
+    """Those of what is trained that are small."""
+    forward_gathered: int
+    """Elements that ZeRO-3 gathers for a forward that keeps none of them: tied embeddings twice."""
+    backward_gathered: int
+    """The same for its backward, which ends at the first layer with anything to learn in it."""
     largest_layer: int
     embedding: int
     """The token embeddings, or the output head: one of the two, where they are not tied."""
