@@ -76,6 +76,34 @@ def plan(
 
 
 @app.command()
+def scaling(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    out_file: Annotated[Path, typer.Option("--out", help="Where the plot goes.", metavar="PNG")] = Path("scaling.png"),
+    gpus: Annotated[str, typer.Option(help="Numbers of GPUs, comma-separated.")] = "8,16,32,64,128,256,512",
+    network: Annotated[str, typer.Option(help="GB/s that each GPU sends to other nodes.")] = "50,12.5,1.25",
+    link: Annotated[float, typer.Option(help="GB/s that each GPU sends within its node.", min=0.001)] = 450,
+    node_gpus: Annotated[int, typer.Option(help="GPUs of a node.", min=1)] = 8,
+    tflops: Annotated[float, typer.Option(help="TFLOP/s of a GPU, dense, in the model's dtype.", min=0.001)] = 989,
+    utilisation: Annotated[float, typer.Option(help="The share of those that training gets.", min=0.001, max=1)] = 0.4,
+    as_json: Json = False,
+) -> None:
+    """Predict an outer step on many GPUs, from the bytes that workers send and the FLOPs that they do.
+
+    The bytes are those that real collectives were counted to send; the rates are yours to give, an H100's else.
+    Workers get as many tasks each as the config gives one; in mode full under ZeRO they share each task's rows.
+    """
+    from rayml.config import load_config
+    from rayml.planning.scaling import Machines
+    from rayml.planning.scaling_report import scaling as show_scaling
+
+    machines = Machines(tflops * 1e12, utilisation, node_gpus, link * 1e9)
+    networks = [1e9 * one for one in reversed(numbers(network, float, "--network"))]
+    workers = numbers(gpus, int, "--gpus")
+    show_scaling(load_config(config, overrides or []), workers, networks, machines, out_file, as_json, out)
+
+
+@app.command()
 def evaluate(
     run: RunPath,
     data: Annotated[list[str] | None, typer.Option(help="Tasks never seen in training, instead of meta-test.")] = None,

@@ -14,6 +14,7 @@ from rayml.planning.fit import alternatives, changed_value, smallest_change
 from rayml.planning.memory import ALLOWANCE, Plan, memory, passing
 from rayml.planning.read import read_shape
 from rayml.planning.shape import Shape
+from rayml.planning.traffic import traffic
 
 GIB = 1024**3
 BAR_CELLS = 28
@@ -73,6 +74,10 @@ def report(shape: Shape, config: Config, target_tokens: int, gpu_bytes: int | No
             "tasks_at_once": tasks_at_once(config),
             "largest_pass": asdict(largest_pass(config, target_tokens)),
         },
+        "traffic": [
+            asdict(sent) | {"bytes_by_each": round(sent.by_each(config.fewest_workers))}
+            for sent in traffic(shape, config, config.fewest_workers)
+        ],
         "episodes_per_step": config.tasks_per_step,
         "tokens_per_step": tokens_per_step(config),
     }
@@ -102,6 +107,7 @@ def show(found: dict[str, Any], config: Config, out: Console) -> None:
         f"a pass: {batch['tasks_at_once']} task(s), {largest['rows']:,} rows of {largest['row_tokens']} tokens",
         f"the worst case: every task has {config.data.ways} classes, every row data.max_tokens; data is not read",
         _checkpointing(found["passing_bytes"], config),
+        *_traffic(found["traffic"]),
     ]
     if not model["is_measured"]:
         lines.append("activations are an estimate: the formula is for Llama's layers, and this model has others")
@@ -140,6 +146,12 @@ def _shardings(found: dict[str, Any]) -> Table:
         style = "bold" if row["is_config"] else None
         table.add_row(" ".join(row["overrides"]), size(row["device_bytes"]), size(row["host_bytes"]), fits, style=style)
     return table
+
+
+def _traffic(traffic: list[dict[str, Any]]) -> list[str]:
+    """Say what a worker sends to the others; nothing, if it is alone."""
+    parts = [f"{one['name']} {size(one['bytes_by_each'])}" for one in traffic if one["bytes_by_each"]]
+    return [f"a worker sends in an outer step: {', '.join(parts)}"] if parts else []
 
 
 def _checkpointing(passing_bytes: dict[str, int], config: Config) -> str:

@@ -46,6 +46,7 @@ def shape_of(model: Any, config: Config, whole_below: int = WHOLE_BELOW) -> Shap
         trained_tensors=len(trained),
         small_trained=tuple(sizes[name] for name in trained if name in small),
         **_gathered(model, {name: size for name, size in sizes.items() if name not in small}, first, trained),
+        layer_parameters=sum(layers.values()),
         largest_layer=max(layers.values()),
         embedding=model.get_output_embeddings().weight.numel(),
         layers=text.num_hidden_layers,

@@ -29,6 +29,8 @@ class Shape:
     """Elements that ZeRO-3 gathers for a forward that keeps none of them: tied embeddings twice."""
     backward_gathered: int
     """The same for its backward, which ends at the first layer with anything to learn in it."""
+    layer_parameters: int
+    """Of all layers together: without embeddings, head and the last norm."""
     largest_layer: int
     embedding: int
     """The token embeddings, or the output head: one of the two, where they are not tied."""
