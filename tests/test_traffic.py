@@ -120,7 +120,9 @@ def keep_nothing():
 @pytest.mark.parametrize("workers", [2, *(pytest.param(more, marks=pytest.mark.cluster) for more in (4, 8))])
 def test_what_is_sent_is_what_the_plan_says(tiny, tmp_path, workers):
     pytest.importorskip("deepspeed")
-    ways = {name: make_config(tmp_path, workers=workers, tasks_per_step=2 * workers, **way) for name, way in WAYS.items()}
+    ways = {
+        name: make_config(tmp_path, workers=workers, tasks_per_step=2 * workers, **way) for name, way in WAYS.items()
+    }
     on_workers(count, workers, workers, ways, tiny, toy_tasks())
 
 
