@@ -225,7 +225,8 @@ class Sweep(Section):
 
 class Run(Section):
     dir: str
-    """The run folder. Exists already: `--resume` goes on with it, anything else is refused."""
+    """The run folder, or its URI (`s3://`, `gs://`). Exists already: `--resume` goes on with it, anything else is
+    refused."""
     checkpoint_every: PositiveInt = 50
     """Outer steps between checkpoints; there is always one at the end."""
     keep_checkpoints: PositiveInt = 3

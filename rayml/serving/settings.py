@@ -105,7 +105,7 @@ class Replicas(Section):
 
 class Serving(Section):
     run: str
-    """The run folder, on storage that all nodes share."""
+    """The run folder, on storage that all nodes share, or its URI."""
     store: str | None = None
     """Where adapters are kept: a folder, or a URI (`s3://`, `gs://`); else `adapters` in the run folder."""
     name: str | None = None
