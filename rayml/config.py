@@ -6,7 +6,6 @@ The sections lie in `rayml.sections`.
 import copy
 import difflib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import yaml
@@ -33,6 +32,7 @@ from rayml.sections import (
 
 if TYPE_CHECKING:
     from rayml.lm.encode import Encoder
+    from rayml.runs.files import Place
 
 S = TypeVar("S", bound=BaseModel)
 
@@ -146,36 +146,29 @@ def impossible(config: Config) -> list[str]:
     return [reason for reason, holds in rules.items() if holds]
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: "str | Place", overrides: Sequence[str] = ()) -> Config:
     """Return the config of a YAML file with `key=value` overrides, or raise ConfigError with every mistake in it."""
     return parse_config(read_values(path, overrides), str(path))
 
 
-def read_values(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the nested values of a YAML file, which may be a URI, with `key=value` overrides, not checked yet.
+def read_values(path: "str | Place", overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the nested values of a YAML file, or URI, with `key=value` overrides, not checked yet.
 
     Raises:
         ConfigError: the file cannot be read, or is no YAML of keys and values.
     """
-    from rayml.runs.files import place
+    from rayml.runs.files import place  # pyarrow is slow to import
 
     try:
-        values = parse_values(place(str(path)).read_text(encoding="utf-8"), str(path))
+        values = yaml.safe_load(place(path).read_text(encoding="utf-8")) or {}
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected keys and values, got {type(values).__name__}")
     for override in overrides:
         _override(values, override)
-    return values
-
-
-def parse_values(text: str, source: str) -> dict[str, Any]:
-    """Return the nested values of a YAML text, not checked yet; `source` names it in the ConfigError."""
-    try:
-        values = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{source}: not YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{source}: expected keys and values, got {type(values).__name__}")
     return values
 
 

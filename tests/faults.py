@@ -177,6 +177,7 @@ def preempt_node(training: Training) -> None:
     node, worker = random.choice(training.machines.busy())
     training.machines.announce_loss(node, seconds=6)
     worker.wait(60)  # Ray Train leaves it at the deadline
+    assert newest_checkpoint(training.run.checkpoints), "there was no checkpoint first"
     assert training.process.poll() is None, "training was over before"
     training.machines.lose(node)
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -64,7 +65,8 @@ def head(tmp_path_factory):
     finally:
         # What it started sees that it is gone, but takes half a minute.
         for one in [*psutil.Process(process.pid).children(recursive=True), process]:
-            one.kill()
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
         process.wait(60)
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -143,7 +145,12 @@ def test_a_run_needs_a_place_that_all_nodes_share(tmp_path):
     with pytest.raises(ConfigError, match="--storage"):
         prepared(["train", "config.yaml"], folder)
     with pytest.raises(ConfigError, match="--storage"):
-        prepared(["train", "config.yaml"], folder, storage="s3://bucket/runs")
+        prepared(["train", "config.yaml"], folder, storage="runs")
+    for settings in ("", "?endpoint_override=minio:9000&scheme=http"):
+        found = prepared(["train", "config.yaml"], folder, storage=f"s3://bucket/runs/{settings}")
+        assert (found.name, found.place) == ("first", f"s3://bucket/runs/first{settings}")
+        own = prepared(["train", "config.yaml", f"run.dir=s3://bucket/mine{settings}"], folder)
+        assert (own.name, own.place) == ("mine", f"s3://bucket/mine{settings}")
     found = prepared(["train", "config.yaml"], folder, storage="/mnt/runs/")
     assert found.entrypoint[-2:] == ["run.dir=/mnt/runs/first", "--resume"]
     named = prepared(["train", "--resume", "config.yaml", "run.dir=/mnt/mine"], folder)

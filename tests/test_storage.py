@@ -1,7 +1,10 @@
 """Runs, data and adapters on object storage: a real S3 server in this process, spoken to as S3 is."""
 
+import hashlib
 import json
 import logging
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -18,7 +21,8 @@ from rayml.errors import ConfigError, RunError, StorageError
 from rayml.evaluation.command import adapt_run, evaluate_run
 from rayml.runs import remote
 from rayml.runs.checkpoint import newest_checkpoint, read_checkpoint, seal, verify, write_state
-from rayml.runs.files import deliver, listed, local_copy, made_here, place, remove, write_whole
+from rayml.runs.files import checksum, deliver, listed, local_copy, made_here, place, remove, write_whole
+from rayml.runs.folder import RunFolder
 from rayml.serving.store import owner_of
 
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "tests", "AWS_SECRET_ACCESS_KEY": "of-rayml", "AWS_REGION": "us-east-1"}
@@ -60,8 +64,7 @@ def test_both_kinds_of_places_answer_alike(root):
     assert [found.name for found in listed(folder, "*.bin")] == ["y.bin"]
     assert (folder.is_dir(), file.is_dir(), file.exists()) == (True, False, True)
     assert (file.parent.name, str(file)) == ("b", f"{root}/a/b/x.txt")
-    with file.open("rb") as opened:
-        assert opened.read() == "größer".encode()
+    assert checksum(file) == hashlib.sha256("größer".encode()).hexdigest()
     (folder / "stop").touch()
     (folder / "stop").unlink()
     (folder / "stop").unlink(missing_ok=True)
@@ -93,8 +96,12 @@ def test_uris_keep_their_settings(s3):
     assert (place(str(run / "settings")).read_text(), (run / "settings").parent) == ("kept", run)
     assert place("s3://bucket/runs/settings").read_text() == "kept"
     assert place("file:///a/b") == Path("/a/b")
-    with pytest.raises(StorageError, match="floppy"):
-        place("floppy://a")
+    odd = place("s3://bucket/my%20runs/a")
+    (odd / "x").write_text("odd")
+    assert (str(odd / "x"), place("s3://bucket/my%20runs/a/x").read_text()) == ("s3://bucket/my%20runs/a/x", "odd")
+    for wrong in ("floppy://a", "s3://"):
+        with pytest.raises(StorageError, match=wrong):
+            place(wrong)
 
 
 def test_a_growing_file_is_written_now_and_then_and_loses_no_line(s3, monkeypatch, caplog):
@@ -130,10 +137,53 @@ def test_a_damaged_checkpoint_is_passed_over_and_silent_storage_is_not(root, tmp
         read_checkpoint(newest)
 
 
-def test_silent_storage_is_not_taken_for_damage():
-    settings = "region=us-east-1&endpoint_override=127.0.0.1:9&scheme=http"
-    with pytest.raises(StorageError, match=r"127\.0\.0\.1:9"):
-        newest_checkpoint(place(f"s3://bucket/run/checkpoints?{settings}"))
+class Silence(BaseHTTPRequestHandler):
+    """Passes requests on to the S3 server, but answers that it is overloaded when a file of weights is read."""
+
+    def pass_on(self):
+        if self.command == "GET" and "state.safetensors" in self.path:
+            self.send_error(503, "Slow Down")
+            return
+        headers = {name: value for name, value in self.headers.items() if name != "Host"}
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        found = requests.request(self.command, self.server.behind + self.path, headers=headers, data=body, timeout=10)
+        self.send_response(found.status_code)
+        for name in ("ETag", "Last-Modified", "Content-Type", "Content-Range"):
+            if name in found.headers:
+                self.send_header(name, found.headers[name])
+        length = found.headers["Content-Length"] if self.command == "HEAD" else str(len(found.content))
+        self.send_header("Content-Length", length)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(found.content)
+
+    do_GET = do_HEAD = do_PUT = do_POST = pass_on  # noqa: N815
+
+    def log_message(self, *_): ...
+
+
+def test_silent_storage_is_not_taken_for_damage(s3, tmp_path):
+    part = tmp_path / "part"
+    part.mkdir()
+    write_state(part, {"w": torch.ones(3)})
+    seal(part, 1, part=0, parts=1)
+    checkpoints = place("s3://bucket/silent/checkpoints")
+    deliver(part, checkpoints / "step_00000001")
+    assert verify(newest_checkpoint(checkpoints)) == 1
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Silence)
+    server.behind = s3
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    settings = f"region=us-east-1&endpoint_override=127.0.0.1:{server.server_port}&scheme=http"
+    silent = RunFolder(f"s3://bucket/silent?{settings}")
+    try:
+        assert [folder.name for folder in listed(silent.checkpoints, "step_*")] == ["step_00000001"]
+        with pytest.raises(StorageError, match=r"state\.safetensors"):
+            newest_checkpoint(silent.checkpoints)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert silent.records_after(0) == []
+    assert not silent.is_told_to_stop()
 
 
 def test_mlflow_without_a_server_is_refused_before_the_start(tmp_path, s3):
@@ -178,8 +228,10 @@ def test_train_resume_evaluate_adapt_and_serve_by_uri(s3, tmp_path):
     assert (run.path / "adaptation.png").read_bytes().startswith(b"\x89PNG")
     rows = [{"task": "t", **example} for example in examples()]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    adapt_run(by_name, tmp_path / "rows.jsonl", tmp_path / "adapter", None, quiet)
-    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+    adapt_run(by_name, tmp_path / "rows.jsonl", "s3://bucket/adapter", None, quiet)
+    assert (place("s3://bucket/adapter") / "adapter_model.safetensors").exists()
+    with pytest.raises(RunError, match="exists already"):
+        adapt_run(by_name, tmp_path / "rows.jsonl", "s3://bucket/adapter", None, quiet)
 
 
 @pytest.mark.serve

@@ -16,6 +16,7 @@ from rayml.distributed.progress import WATCHED_STEPS, DataWait, Lag
 from rayml.distributed.replicated import slowest
 from rayml.distributed.train import train
 from rayml.errors import ConfigError
+from rayml.runs.folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
 PHASES = "data_seconds", "inner_seconds", "outer_seconds", "communication_seconds"
@@ -37,7 +38,7 @@ def test_every_tracker_has_every_step_once_also_after_a_resumption_and_phases_ad
     mlflow = client(f"sqlite:///{run.path / 'mlflow.db'}")
     found = mlflow.get_metric_history(ids["mlflow"], "query_loss")
     assert [(point.step, point.value) for point in found] == [(r["step"], r["query_loss"]) for r in records]
-    again = trackers.MLflow(make_config(tmp_path, run=everywhere), run, 3)
+    again = trackers.MLflow(make_config(tmp_path, run=everywhere), run, run.path, 3)
     again.write(records[3])  # taken again after a crash
     assert len(mlflow.get_metric_history(ids["mlflow"], "query_loss")) == 5
     assert mlflow.get_run(ids["mlflow"]).data.params["outer.steps"] == "3"
@@ -64,10 +65,10 @@ def assert_phases_add_up(records):
     assert [record["checkpoint_seconds"] > 0.001 for record in records] == [False, False, True, False, True]
 
 
-def test_a_tracker_that_is_not_installed_is_named_before_the_start(monkeypatch):
+def test_a_tracker_that_is_not_installed_is_named_before_the_start(monkeypatch, tmp_path):
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="pip install wandb mlflow-skinny"):
-        trackers.check_trackers(["tensorboard", "wandb", "mlflow"])
+        trackers.check_trackers(["tensorboard", "wandb", "mlflow"], RunFolder(tmp_path))
 
 
 def test_waiting_for_episodes_is_said_once(monkeypatch):

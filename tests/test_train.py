@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from rayml.config import dump_config
 from rayml.distributed.stream import EncodeEpisode, share_of_step, stream_steps, worker_index
-from rayml.distributed.train import check_resources, train
+from rayml.distributed.train import check_resources, cpus_each, forget_lost, train
 from rayml.errors import ConfigError, DataError, RunError, TrainingError
 from rayml.evaluation.command import adapt_run, evaluate_run
 from rayml.evaluation.predict import Predictor
@@ -86,6 +86,15 @@ def test_more_workers_than_processors_are_refused(tmp_path):
     check_resources(config, cpus=8, cpus_each=2, gpus=0)
 
 
+@pytest.mark.parametrize(
+    ("nodes", "workers", "each"),
+    [([4], 2, 1), ([3], 1, 2), ([8, 8, 8], 4, 3), ([8, 8, 16], 3, 7), ([1, 3, 3, 3], 3, 2), ([1], 2, 1), ([], 2, 1)],
+)
+def test_workers_get_as_many_cpus_as_they_all_find_on_the_nodes(nodes, workers, each):
+    """With one more for the episodes of each; where there is too little room, it may come."""
+    assert cpus_each(nodes, workers) == each
+
+
 def test_too_few_examples_stop_before_ray(tmp_path, no_ray):
     with pytest.raises(DataError, match=r"task 'toy-0'.*has 20, needs 32"):
         train(make_config(tmp_path, data={"shots": 30}))
@@ -119,6 +128,17 @@ def test_a_run_folder_of_another_config_or_in_use_is_refused(tmp_path, no_ray):
     (tmp_path / "mine" / "thesis.tex").touch()
     with pytest.raises(RunError, match="something that is no run"):
         RunFolder(tmp_path / "mine").begin(config, splits, resume=False)
+
+
+def test_what_ray_train_remembers_is_forgotten_where_it_is_torn_or_gone(tmp_path):
+    memory = tmp_path / "checkpoint_manager_snapshot.json"
+    (tmp_path / "step_00000001").mkdir()
+    whole = json.dumps({"checkpoint_results": [{"checkpoint_dir_name": "step_00000001"}]})
+    for text, stays in ((whole, True), (whole.replace('1"', '2"'), False), (whole[:20], False)):
+        memory.write_text(text)
+        forget_lost(tmp_path)
+        assert memory.exists() == stays
+    forget_lost(tmp_path)
 
 
 DISK_FULL = """

@@ -13,7 +13,7 @@ from rayml.cli.app import Checkpoint, Json, RunPath, app, err, out, print_keys
 def adapt(
     run: RunPath,
     examples: Annotated[Path, typer.Option(help="JSONL or Parquet: rows of input and target.")],
-    out_dir: Annotated[Path, typer.Option("--out", help="The adapter's folder; must not exist.", metavar="DIR")],
+    out_dir: Annotated[str, typer.Option("--out", help="The adapter's folder; must not exist.", metavar="DIR")],
     name: Annotated[str | None, typer.Option(help="The adapter's name; else the folder's.")] = None,
 ) -> None:
     """Learn one new task from a few examples: writes a stock PEFT folder that also vLLM and LoRAX load.
@@ -28,7 +28,7 @@ def adapt(
 @app.command()
 def export(
     run: RunPath,
-    out_dir: Annotated[Path, typer.Option("--out", help="The folder to write; must not exist.", metavar="DIR")],
+    out_dir: Annotated[str, typer.Option("--out", help="The folder to write; must not exist.", metavar="DIR")],
     checkpoint: Checkpoint = None,
 ) -> None:
     """Write what a run learned for other libraries: its start as a PEFT adapter, or, in mode full, the whole model.

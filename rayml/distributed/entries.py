@@ -10,7 +10,7 @@ from rayml.errors import ConfigError, RunError
 from rayml.evaluation.command import trained_on
 from rayml.lm.load import load_tokenizer, resolve_model
 from rayml.planning.batch import trained_tokens
-from rayml.runs.checkpoint import newest_checkpoint, verify
+from rayml.runs.checkpoint import newest_checkpoint, step_of
 from rayml.runs.files import Place, place
 from rayml.runs.folder import RunFolder
 from rayml.tasks.prepare import prepare_splits
@@ -96,7 +96,7 @@ class Entry:
     def check_length(self) -> None:
         """Raise RunError if the run there was trained for longer than it is to be."""
         newest, steps = newest_checkpoint(self.run.checkpoints) if self.run else None, self.config.outer.steps
-        if self.trains and newest and verify(newest) > steps:
+        if self.trains and newest and step_of(newest) > steps:
             raise RunError(f"{newest.parent.parent}: was trained for more than {steps} outer steps; use another --out")
 
 

@@ -52,14 +52,13 @@ class Progress:
         row = self.bar.add_task("", total=self.steps, completed=seen, text="workers are starting")
         while True:
             stopping = self.stop.wait(self.run.poll_seconds)
-            for record in self.run.records():
-                if record["step"] > seen:
-                    seen = record["step"]
-                    self.bar.update(row, completed=seen, text=describe(record))
-                    if self.bar.disable:
-                        self._print(record)
-                    for warning in filter(None, (notice.warning(record) for notice in notices)):
-                        self.console.print(warning, style="yellow", highlight=False, soft_wrap=True)
+            for record in self.run.records_after(seen):
+                seen = record["step"]
+                self.bar.update(row, completed=seen, text=describe(record))
+                if self.bar.disable:
+                    self._print(record)
+                for warning in filter(None, (notice.warning(record) for notice in notices)):
+                    self.console.print(warning, style="yellow", highlight=False, soft_wrap=True)
             if stopping:
                 return
 
@@ -115,7 +114,7 @@ class Lag:
 
 
 def last_step(run: RunFolder) -> int:
-    return max((record["step"] for record in run.records()), default=0)
+    return max((record["step"] for record in run.records_after(0)), default=0)
 
 
 def describe(record: dict[str, Any]) -> str:

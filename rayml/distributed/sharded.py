@@ -3,11 +3,14 @@
 All workers adapt to one task after another, each with its share of the rows: the counterpart of `replicated`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+import ray.train
 import torch
 
 from rayml.distributed.job import DivergedError, Job
@@ -21,7 +24,7 @@ from rayml.lm.objective import SIDES, side_batch
 from rayml.meta.weighting import RecentGains
 from rayml.planning.batch import trained_tokens
 from rayml.runs.checkpoint import newest_checkpoint
-from rayml.runs.files import local_copy
+from rayml.runs.files import Place, local_copy
 from rayml.runs.folder import RunFolder
 from rayml.tasks.episodes import Episode
 
@@ -45,7 +48,7 @@ class Sharded:
         is_first = collective.rank() == 0
         folder = collective.from_first_worker(newest_checkpoint(run.checkpoints) if is_first else None)
         if folder:
-            with local_copy(folder) as here:
+            with node_copy(folder) as here:
                 self.gains.gains = torch.tensor(self.learner.load(here)["gains"])
 
     @property
@@ -99,3 +102,13 @@ class Sharded:
     def write(self, folder: Path) -> None:
         """Write this worker's part of a checkpoint; every worker has one."""
         self.learner.save(folder, {"gains": self.gains.gains.tolist()})
+
+
+@contextmanager
+def node_copy(folder: Place) -> Iterator[Path]:
+    """Yield a folder of this machine with a checkpoint's files, of which the workers of a node have one copy."""
+    context = ray.train.get_context()
+    with local_copy(folder) if context.get_local_rank() == 0 else nullcontext() as own:
+        copies = dict(filter(itemgetter(1), collective.gather_from_workers((context.get_node_rank(), own))))
+        yield copies[context.get_node_rank()]
+        collective.gather_from_workers(None)  # nobody reads it any more

@@ -116,7 +116,7 @@ def prepare(command: Command, folder: Path, name: str | None, storage: str | Non
     config = checked_config(command, folder) if command.config else None
     # `train` and `sweep` write to run.dir, `compare` to its --out.
     place = command.out or (config.run.dir if config else None)
-    name = name or (Path(place).name if place else command.words[0])
+    name = name or (last_part(place) if place else command.words[0])
     if not NAME.fullmatch(name):
         raise ConfigError(f"--name: expected letters, digits, '.', '-' and '_', got {name!r}")
     if place and not is_shared(place):
@@ -125,7 +125,8 @@ def prepare(command: Command, folder: Path, name: str | None, storage: str | Non
                 f"{place}: lies on one machine alone; give --storage a folder that all nodes share, such as /mnt/runs, "
                 "or a bucket, such as s3://mine/runs"
             )
-        place = f"{storage.rstrip('/')}/{name}"
+        address, mark, settings = storage.partition("?") if "://" in storage else (storage, "", "")
+        place = f"{address.rstrip('/')}/{name}{mark}{settings}"
         entry.append(f"--out={place}" if command.out else f"run.dir={place}")
     # A job that is submitted again goes on.
     return Submission(name, [*entry, "--resume"] if command.resumes else entry, place)
@@ -136,6 +137,11 @@ def is_shared(place: str) -> bool:
     return place.startswith("/") or "://" in place
 
 
+def last_part(place: str) -> str:
+    """Return a folder's own name; a URI's settings are no part of it."""
+    return place.partition("?" if "://" in place else "\0")[0].rstrip("/").rpartition("/")[2]
+
+
 def checked_config(command: Command, folder: Path) -> Config:
     """Return a command's config.
 
@@ -144,7 +150,7 @@ def checked_config(command: Command, folder: Path) -> Config:
     """
     assert command.config
     uploaded = [file.as_posix() for file in files_of(folder)]
-    if not is_shared(command.config) and os.path.normpath(command.config) not in uploaded:
+    if "://" not in command.config and os.path.normpath(command.config) not in uploaded:
         raise ConfigError(f"{command.config}: is not among what is uploaded from {folder}; put it there")
     here = command.config if "://" in command.config else folder / command.config
     config = load_config(here, command.overrides)
@@ -228,15 +234,19 @@ def watch(client: JobSubmissionClient, address: str, job: str, stop_on_interrupt
         raise RunError(f"{address}: {first_line(error)}; {goes_on}") from error
     except KeyboardInterrupt:
         if stop_on_interrupt:
-            client.stop_job(job)
+            with answering(address):
+                client.stop_job(job)
             out.print(f"\njob {job} is told to stop; submitted again, it goes on", highlight=False)
         else:
             out.print(f"\n{goes_on}", highlight=False)
         return
-    status = client.get_job_status(job)
-    if status != JobStatus.SUCCEEDED:
-        message = (client.get_job_info(job).message or "").strip().splitlines()
+    with answering(address):
+        info = client.get_job_info(job)
+    if not info.status.is_terminal():
+        raise RunError(f"{address}: the logs ended; {goes_on}")
+    if info.status != JobStatus.SUCCEEDED:
+        message = (info.message or "").strip().splitlines()
         reason = message[-1] if message else ""
         if "ModuleNotFoundError" in reason:
             reason += " (is rayml installed for the `python` that the head finds first?)"
-        raise RunError(f"job {job}: {status.value.lower()}. {reason}")
+        raise RunError(f"job {job}: {info.status.value.lower()}. {reason}")

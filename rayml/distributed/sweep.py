@@ -246,7 +246,7 @@ class TrialRun(ray.tune.Trainable):
         """Wait for the next validation, or the end."""
         while True:
             ended = not self.thread.is_alive()  # asked first, so that nothing is written after it is read
-            fresh = [scored(r, self.job.metric) for r in self.run.records() if r["step"] > self.last["step"]]
+            fresh = [scored(record, self.job.metric) for record in self.run.records_after(self.last["step"])]
             found = next(filter(None, fresh), None)
             if found and (ended or found["step"] < self.settings.outer.steps):
                 self.last = found
@@ -258,9 +258,11 @@ class TrialRun(ray.tune.Trainable):
             time.sleep(self.run.poll_seconds)
 
     def cleanup(self) -> None:
-        if self.run.path.is_dir():  # else it was refused before it began
-            self.run.tell_to_stop()
-        self.thread.join()
+        try:
+            if self.run.path.is_dir():  # else it was refused before it began
+                self.run.tell_to_stop()
+        finally:
+            self.thread.join()
 
 
 def scored(record: dict[str, Any], metric: str) -> dict[str, Any]:

@@ -117,6 +117,9 @@ class MLflow:
         from mlflow.entities import Param
         from mlflow.tracking import MlflowClient
 
+        # Its own patience, of twenty minutes, is longer than other workers wait.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         self.client = MlflowClient(os.environ.get(MLFLOW_SERVER, f"sqlite:///{folder / 'mlflow.db'}"))
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "rayml")
         found = self.client.get_experiment_by_name(name)

@@ -20,7 +20,7 @@ from rayml.distributed.job import Job
 from rayml.distributed.progress import Progress
 from rayml.distributed.roll import Roll
 from rayml.distributed.trackers import check_trackers
-from rayml.distributed.watch import Watch
+from rayml.distributed.watch import START_SECONDS, Watch
 from rayml.distributed.worker import train_worker
 from rayml.errors import ConfigError, TrainingError
 from rayml.evaluation.command import export_run
@@ -29,7 +29,7 @@ from rayml.lm.load import load_shape, load_tokenizer, resolve_model
 from rayml.lm.lora import A, B, find_linears
 from rayml.lm.parameters import trained_parameters
 from rayml.meta.learner import initial_log_rates
-from rayml.runs.files import Place, made_here, place, remove
+from rayml.runs.files import Place, place, remove
 from rayml.runs.folder import RunFolder
 from rayml.runs.remote import Remote
 from rayml.tasks.prepare import prepare_splits
@@ -78,8 +78,7 @@ def train(config: Config, resume: bool = False, at_once: int = 1) -> RunFolder:
             ray.shutdown()
     if config.mode == "full":
         remove(run.model)
-        with made_here(run.model) as folder:
-            export_run(run.path, folder, None, Console(quiet=True))
+        export_run(run.path, run.model, None, Console(quiet=True))
     return run
 
 
@@ -169,13 +168,22 @@ def scaling(config: Config, at_once: int) -> ray.train.ScalingConfig:
     fewest, most = config.fewest_workers, config.most_workers
     there = ray.cluster_resources()
     use_gpu = config.device == "cuda" or (config.device == "auto" and there.get("GPU", 0) >= fewest * at_once)
-    nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
-    cpus = 1 if use_gpu else max(1, min(int(there["CPU"]) // (most * at_once) - 1, int(max(nodes))))
+    nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    cpus = 1 if use_gpu else cpus_each(nodes, most * at_once)
     return ray.train.ScalingConfig(
         num_workers=most if fewest == most else (fewest, most),  # type: ignore[arg-type]
         use_gpu=use_gpu,
         resources_per_worker={"CPU": cpus, "GPU": int(use_gpu)},
     )
+
+
+def cpus_each(nodes: Sequence[int], workers: int) -> int:
+    """Return the most CPUs that so many workers can have each on nodes of these, with one more for its episodes.
+
+    Where that is less than one, it is one: workers wait for nodes, or take what was meant for episodes.
+    """
+    fitting = [each for each in range(1, max(nodes, default=1)) if sum(n // (each + 1) for n in nodes) >= workers]
+    return max(fitting, default=1)
 
 
 def fit(
@@ -192,15 +200,20 @@ def fit(
         TrainingError: training stopped by itself, or its workers failed more than `run.max_failures` times.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    if len(ray.nodes()) > 1:
+    longest_wait = config.run.longest_wait
+    if sum(node["Alive"] for node in ray.nodes()) > 1:
         # Ray Data's actors for the whole cluster stay where it runs first. With a worker's node they would be lost.
-        ray.get(ray.remote(num_cpus=0)(run_data).options(scheduling_strategy=here).remote())
+        began = ray.remote(num_cpus=0)(run_data).options(scheduling_strategy=here).remote()
+        try:
+            ray.get(began, timeout=START_SECONDS + longest_wait)
+        except ray.exceptions.GetTimeoutError as error:
+            raise no_room(run, longest_wait) from error
     forget_lost(run.checkpoints)
     validates = splits.val and config.validation.every
-    roll: Any = ray.remote(num_cpus=0)(Roll).options(scheduling_strategy=here).remote()
+    roll: Any = ray.remote(num_cpus=0, max_restarts=-1)(Roll).options(scheduling_strategy=here).remote()
     job = Job(config, model, ray.put(encoder), ray.put(splits.train), ray.put(splits.val) if validates else None, roll)
-    longest_wait = config.run.longest_wait
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(longest_wait)  # for a process that does not answer
+    os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(longest_wait)  # for Ray Train's own barriers
     trainer = TorchTrainer(  # mypy sees the signatures of Train v1, which v2 stands in for
         train_worker,  # type: ignore[arg-type]
         train_loop_config={"job": job},
@@ -221,15 +234,19 @@ def fit(
         except SystemExit as end:
             if not watch.found_no_room:
                 raise
-            raise TrainingError(
-                f"{run.path}: no room for the workers within run.longest_wait={longest_wait:g} seconds; what was "
-                "learned is kept: --resume it when there is"
-            ) from end
+            raise no_room(run, longest_wait) from end
         except ray.train.TrainingFailedError as error:
             named = f"; {watch.named}" if watch.named else ""
             raise TrainingError(f"{run.path}: {root_cause(error)}{named}") from error
     if stopped:
         raise TrainingError(f"{run.path}: {stopped}")
+
+
+def no_room(run: RunFolder, longest_wait: float) -> TrainingError:
+    return TrainingError(
+        f"{run.path}: no room for the workers within run.longest_wait={longest_wait:g} seconds; what was learned is "
+        "kept: --resume it when there is"
+    )
 
 
 def storage(folder: Place) -> dict[str, Any]:
@@ -240,12 +257,17 @@ def storage(folder: Place) -> dict[str, Any]:
 
 
 def forget_lost(checkpoints: Place) -> None:
-    """Ray Train does not go on where a checkpoint that it remembers was taken away: then let it remember none."""
+    """Let Ray Train remember no checkpoint, where one is gone that it remembers: it would not go on."""
     memory = checkpoints / "checkpoint_manager_snapshot.json"
-    if memory.exists():
+    if not memory.exists():
+        return
+    try:
         known = [result["checkpoint_dir_name"] for result in json.loads(memory.read_text())["checkpoint_results"]]
-        if not all((checkpoints / name).is_dir() for name in known):
-            memory.unlink()
+        forgets = not all((checkpoints / name).is_dir() for name in known)
+    except (ValueError, KeyError):  # torn, as it is not written in one piece
+        forgets = True
+    if forgets:
+        memory.unlink()
 
 
 def run_data() -> None:

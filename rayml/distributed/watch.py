@@ -4,6 +4,7 @@ import _thread
 import logging
 import os
 import threading
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -68,7 +69,8 @@ class Watch:
             if absence and absence.seconds >= self.longest_wait / 2:
                 self._name(absence)
             if alone >= START_SECONDS + self.longest_wait / 2:
-                self._tell(f"no room for the workers since {alone:.0f} s; the cluster has {resources()}")
+                with suppress(ray.exceptions.RayError):
+                    self._tell(f"no room for the workers since {alone:.0f} s; the cluster has {resources()}")
             if alone >= START_SECONDS + self.longest_wait:
                 self.found_no_room = True
                 # Ray Train takes it as Ctrl-C: the third one ends it while its controller still looks for room.

@@ -6,6 +6,7 @@ import math
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from rayml.distributed.job import DivergedError, Job
 from rayml.distributed.replicated import Replicated
 from rayml.distributed.sharded import Sharded
 from rayml.distributed.stream import EncodeEpisode, get, stream_steps
-from rayml.distributed.trackers import open_trackers
+from rayml.distributed.trackers import Tracker, open_trackers
 from rayml.distributed.watch import Signature
 from rayml.engine import collective
 from rayml.evaluation.curves import Curve
@@ -172,26 +173,34 @@ class StepLog:
 
     def write(self, record: dict[str, Any]) -> None:
         self.file.write(json.dumps(record) + "\n")
+        self._tell(lambda tracker: tracker.write(record))
+
+    def _tell(self, tell: Callable[[Tracker], None]) -> None:
         for tracker in list(self.trackers):
             try:
-                tracker.write(record)
+                tell(tracker)
             except Exception:  # a server that is away is no reason to stop training
                 logger.warning("%s is left out from here on", type(tracker).__name__, exc_info=True)
                 self.trackers.remove(tracker)
 
     def flush(self) -> None:
-        """Bring what was written so far to where the run lies."""
+        """Bring what was written so far to where the run lies; what cannot be brought now is, with the next."""
         self.file.flush()
-        if not self.run.is_local:
+        if self.run.is_local:
+            return
+        try:
             deliver(self.scratch, self.run.path)
+        except OSError as error:
+            logger.warning("%s; tried again later", error)
 
     def close(self) -> None:
-        for tracker in self.trackers:
-            tracker.close()
-        self.flush()
-        self.file.close()
-        if not self.run.is_local:
-            shutil.rmtree(self.scratch)
+        self._tell(lambda tracker: tracker.close())
+        try:
+            self.flush()
+            self.file.close()
+        finally:
+            if not self.run.is_local:
+                shutil.rmtree(self.scratch)
 
 
 def report(run: RunFolder, learning: Learning, record: dict[str, Any]) -> None:
@@ -213,9 +222,11 @@ def keep_best(run: RunFolder, learning: Learning) -> None:
     folder = run.best / folder_name(learning.done)
     part = write_part(learning, run.best)
     if part:
-        with naming_full_disk(folder, learning.done):
-            deliver(part, folder)
-        shutil.rmtree(part)
+        try:
+            with naming_full_disk(folder, learning.done):
+                deliver(part, folder)
+        finally:
+            shutil.rmtree(part)
     barrier()
     if collective.rank() == 0:
         keep_only(folder)

@@ -11,7 +11,7 @@ from rich.progress import Progress
 from rayml.config import Config
 from rayml.errors import ConfigError, DataError, RunError
 from rayml.evaluation import report
-from rayml.runs.files import Place, write_whole
+from rayml.runs.files import Place, made_here, place, write_whole
 from rayml.runs.folder import RunFolder
 from rayml.sections import Data
 from rayml.tasks.prepare import prepare_splits, prepare_tasks
@@ -111,14 +111,13 @@ def trained_on(config: Config) -> tuple[Task, ...]:
         return ()
 
 
-def adapt_run(run_path: str | Place, examples: Path, folder: Path, name: str | None, out: Console) -> None:
+def adapt_run(run_path: str | Place, examples: Path, to: str | Place, name: str | None, out: Console) -> None:
     """Learn the task in a file of examples from a run's start, and write its adapter.
 
     Raises:
         RunError, DataError: no run, the folder exists, or examples that cannot be used.
     """
-    if folder.exists():
-        raise RunError(f"{folder}: exists already; give --out a new folder")
+    folder = new_folder(to)
     run = RunFolder(run_path)
     run.trained()  # refuse early what is no finished run
     rows = read_rows([str(examples)])
@@ -131,8 +130,9 @@ def adapt_run(run_path: str | Place, examples: Path, folder: Path, name: str | N
     task = new_task(rows, name or folder.name, labels=run.learned_labels())
     session = open_session(run)
     learned = learn(session, task)
-    write_weights(session, learned.weights, folder)
-    write_card(folder, learned.card)
+    with made_here(folder) as here:
+        write_weights(session, learned.weights, here)
+        write_card(here, learned.card)
     kind = f"{len(task.options)} labels" if task.options else "free text"
     how = "loss " + " -> ".join(f"{loss:.3f}" for loss in (learned.losses[0], learned.losses[-1]))
     if learned.card.shown:
@@ -143,22 +143,30 @@ def adapt_run(run_path: str | Place, examples: Path, folder: Path, name: str | N
     out.print(f'next: [bold]rayml predict {folder} --input "..."[/]', highlight=False, soft_wrap=True)
 
 
-def export_run(run_path: str | Place, folder: Path, checkpoint: str | None, out: Console) -> None:
+def export_run(run_path: str | Place, to: str | Place, checkpoint: str | None, out: Console) -> None:
     """Write a run's learned start: a stock PEFT folder, or, in mode full, a whole Hugging Face model.
 
     Raises:
         RunError: no run, or the folder exists.
     """
-    if folder.exists():
-        raise RunError(f"{folder}: exists already; give --out a new folder")
+    folder = new_folder(to)
     run = RunFolder(run_path)
     run.trained(checkpoint)
     from rayml.evaluation.session import open_session
 
     session = open_session(run, checkpoint)
-    write_weights(session, session.start, folder)
+    with made_here(folder) as here:
+        write_weights(session, session.start, here)
     what = "a PEFT adapter on " + session.base if session.lm.lora else "a Hugging Face model"
     out.print(f"{folder}: {what}, after {session.step} outer steps", highlight=False, soft_wrap=True)
+
+
+def new_folder(to: str | Place) -> Place:
+    """Return the place of a folder to make, or raise RunError if it is there."""
+    folder = place(to)
+    if folder.exists():
+        raise RunError(f"{to}: exists already; give --out a new folder")
+    return folder
 
 
 def write_weights(session: "Session", weights: "Params", folder: Path) -> None:

@@ -16,7 +16,7 @@ from rayml.lm.parameters import trained_parameters
 from rayml.lm.start import untrained_start
 from rayml.meta.adapt import Params
 from rayml.meta.learner import initial_log_rates
-from rayml.runs.checkpoint import read_checkpoint, verify
+from rayml.runs.checkpoint import read_checkpoint, step_of
 from rayml.runs.files import Place, local_copy
 from rayml.runs.folder import RunFolder
 from rayml.tasks.task import Task
@@ -92,7 +92,7 @@ def learned(config: Config, folder: Place, names: Iterable[str], device: torch.d
     """Return the start, the logarithms of its inner rates, and the outer step, of a checkpoint."""
     if config.is_sharded:
         with local_copy(folder) as here:
-            step, whole = verify(here), zero.consolidate(here)
+            step, whole = step_of(folder), zero.consolidate(here)
         start = {name: whole[name].to(device) for name in names}
         return start, initial_log_rates(start, config.inner.lr, config.inner.modules, per_weight=False), step
     saved = read_checkpoint(folder)

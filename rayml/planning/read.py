@@ -45,7 +45,7 @@ def shape_of(model: Any, config: Config, whole_below: int = WHOLE_BELOW) -> Shap
         trained=sum(sizes[name] for name in trained),
         trained_tensors=len(trained),
         small_trained=tuple(sizes[name] for name in trained if name in small),
-        **_gathered(model, {name: size for name, size in sizes.items() if name not in small}, first, trained),
+        **_sharded(model, {name: size for name, size in sizes.items() if name not in small}, first, trained),
         layer_parameters=sum(layers.values()),
         largest_layer=max(layers.values()),
         embedding=model.get_output_embeddings().weight.numel(),
@@ -62,15 +62,22 @@ def shape_of(model: Any, config: Config, whole_below: int = WHOLE_BELOW) -> Shap
     )
 
 
-def _gathered(model: Any, large: dict[str, int], first: int, trained: list[str]) -> dict[str, int]:
-    """Return what is gathered for a forward and a backward: the head's matrix, too, where it is the embeddings'."""
+def _sharded(model: Any, large: dict[str, int], first: int, trained: list[str]) -> dict[str, int]:
+    """Return what a backward needs of the weights that ZeRO-3 shards."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     embedding, head = (names[of().weight] for of in (model.get_input_embeddings, model.get_output_embeddings))
     of_embedding, of_head = large.get(embedding, 0), large.get(head, 0)
-    above = sum(size for name, size in large.items() if in_a_layer(name) and layer_number(name) >= first)
+    is_tied, reaches_embedding = head == embedding, embedding in trained
+    above: dict[int, list[int]] = {}
+    for name, size in large.items():
+        if in_a_layer(name) and layer_number(name) >= first:
+            above.setdefault(layer_number(name), []).append(size)
+    below = of_embedding if reaches_embedding and not is_tied else 0
     return {
-        "forward_gathered": sum(large.values()) + (head == embedding) * of_head,
-        "backward_gathered": above + of_head + (embedding in trained) * of_embedding,
+        "backward_parameters": sum(map(sum, above.values())) + of_head + below,
+        "recomputed_parameters": sum(sum(sizes[:-1]) for sizes in above.values()),
+        "tied_forward": is_tied * of_head,
+        "tied_backward": (is_tied and reaches_embedding) * of_head,
     }
 
 

@@ -78,10 +78,12 @@ def predict(shape: Shape, config: Config, workers: int, machines: Machines) -> P
 def worker_flops(shape: Shape, config: Config, workers: int) -> float:
     """Return the FLOPs of one worker in an outer step: two a parameter and token, forward; as many for each gradient.
 
-    Exact MAML takes about twice as many for each of its inner steps, as its backward goes through them again.
+    Exact MAML is counted twice, as its backward goes through the inner steps again.
     """
-    rows = zip(passes(config), episode_rows(config), strict=True)
+    rows = list(zip(passes(config), episode_rows(config), strict=True))
     if config.is_sharded:
+        if config.algorithm.name == "multitask":  # both sides in one batch
+            rows = [(1, sum(episode_rows(config)))]
         tokens = config.tasks_per_step * sum(times * ceil(some / workers) for times, some in rows)
     else:
         tokens = config.tasks_per_worker * sum(times * some for times, some in rows)

@@ -25,10 +25,15 @@ class Shape:
     trained_tensors: int
     small_trained: tuple[int, ...]
     """Those of what is trained that are small."""
-    forward_gathered: int
-    """Elements that ZeRO-3 gathers for a forward that keeps none of them: tied embeddings twice."""
-    backward_gathered: int
-    """The same for its backward, which ends at the first layer with anything to learn in it."""
+    backward_parameters: int
+    """Those that are not small, of what a backward goes through: the head, and layers down to the first with anything
+    to learn in it."""
+    recomputed_parameters: int
+    """The same of layers alone, without the last tensor of each."""
+    tied_forward: int
+    """Of the head, if its matrix is the embeddings', too, and so is used at both ends of a forward; else 0."""
+    tied_backward: int
+    """The same for a backward that goes down to the embeddings."""
     layer_parameters: int
     """Of all layers together: without embeddings, head and the last norm."""
     largest_layer: int

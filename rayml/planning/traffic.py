@@ -5,11 +5,13 @@ validations, and the first pass of a sharded base, in which DeepSpeed learns the
 """
 
 from dataclasses import dataclass
+from math import ceil
 from typing import Literal
 
 from rayml.config import Config
 from rayml.planning.activations import DTYPE_BYTES, FP32_BYTES
 from rayml.planning.batch import passes
+from rayml.planning.memory import BUCKET
 from rayml.planning.shape import Shape
 
 REUSED = 1_000_000_000
@@ -25,6 +27,7 @@ class Sent:
     tensor_bytes: int
     """Of the whole tensors, of all calls together."""
     calls: int
+    """About."""
 
     def by_each(self, workers: int) -> float:
         """Return the bytes that each worker sends, in a ring (Patarasu and Yuan 2009): as few as can be."""
@@ -41,8 +44,10 @@ def traffic(shape: Shape, config: Config, workers: int) -> list[Sent]:
 
 
 def meta_gradient(shape: Shape, config: Config, workers: int) -> Sent:
-    """Return the one message in which whole gradients are summed: with the rates' go two losses, the tokens, and each
-    worker's seconds. With `data.weighting=dynamic` there are two numbers more for every meta-train task.
+    """Return the one message in which whole gradients are summed, and with them two losses, tokens, workers' seconds.
+
+    With `data.weighting=dynamic` there are two numbers more for every meta-train task; `inner.modules` leaves out some
+    rates.
     """
     learned, tensors = shape.trained, shape.trained_tensors
     if config.mode == "adapters":
@@ -55,13 +60,14 @@ def of_full(shape: Shape, config: Config) -> list[Sent]:
     """Return what mode full sends under ZeRO: every inner step is an optimizer step of sharded weights."""
     steps = config.tasks_per_step * descents(config)
     gradients, element = FP32_BYTES * shape.trained * steps, DTYPE_BYTES[config.model.dtype]
+    buckets = steps * ceil(shape.trained / BUCKET)
     if config.zero.stage < 3:
         weights = element * shape.trained * steps
-        return [Sent("gradients", "all-reduce", gradients, steps), Sent("new weights", "all-gather", weights, steps)]
+        return [Sent("gradients", "all-reduce", gradients, buckets), Sent("new weights", "all-gather", weights, steps)]
     small = element * sum(shape.small_trained) * steps
     return [
         gathered(shape, config, steps),
-        Sent("gradients", "reduce-scatter", gradients, steps),
+        Sent("gradients", "reduce-scatter", gradients, buckets),
         *([Sent("new small weights", "all-gather", small, steps * len(shape.small_trained))] if small else []),
     ]
 
@@ -75,12 +81,17 @@ def gathered(shape: Shape, config: Config, times: int) -> Sent:
     """Return the sharded weights that are put together for so many passes, each forward and backward.
 
     Between the two, what lies so near the end that its backward comes soon is kept. It does not depend on how many
-    tasks go through the model side by side.
+    tasks go through the model side by side. Where activations are computed again, DeepSpeed lets go of a frozen weight
+    in between, but for the one that the backward begins with.
     """
-    kept = min(shape.backward_gathered, REUSED // 2)
-    elements = shape.forward_gathered + shape.backward_gathered - kept
-    if shape.parameters - shape.small_parameters <= REUSED // 2:
-        elements = shape.parameters - shape.small_parameters
+    sharded = shape.parameters - shape.small_parameters
+    if sharded <= REUSED // 2:
+        elements = sharded
+    else:
+        again = shape.tied_forward + shape.tied_backward if shape.layer_parameters >= REUSED else 0
+        elements = sharded + shape.backward_parameters + again - min(shape.backward_parameters, REUSED // 2)
+    if config.mode == "adapters" and config.model.activation_checkpointing:
+        elements += shape.recomputed_parameters
     return Sent(
         "gathered weights", "all-gather", DTYPE_BYTES[config.model.dtype] * elements * times, times * 2 * shape.layers
     )

@@ -5,7 +5,6 @@ the number of workers. Where it is sharded, every worker writes a part.
 """
 
 import errno
-import hashlib
 import json
 import logging
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from rayml.errors import RunError, StorageError
-from rayml.runs.files import Place, listed, local_copy, remove
+from rayml.runs.files import Place, checksum, listed, local_copy, remove
 
 STATE = "state.safetensors"
 log = logging.getLogger(__name__)
@@ -33,6 +32,11 @@ class Saved:
 
 def folder_name(step: int) -> str:
     return f"step_{step:08d}"
+
+
+def step_of(folder: Place) -> int:
+    """Return the outer step that a checkpoint's folder is named after."""
+    return int(folder.name.removeprefix("step_"))
 
 
 def write_state(folder: Path, tensors: dict[str, Tensor]) -> None:
@@ -53,7 +57,7 @@ def naming_full_disk(folder: Place, step: int) -> Iterator[None]:
 
 def seal(folder: Path, step: int, part: int, parts: int) -> None:
     """Write the manifest of one part, once all its files, which are all that lie in `folder`, are written."""
-    files = {str(path.relative_to(folder)): _checksum(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    files = {str(path.relative_to(folder)): checksum(path) for path in sorted(folder.rglob("*")) if path.is_file()}
     manifest = {"step": step, "parts": parts, "sha256": files}
     (folder / _manifest(part)).write_text(json.dumps(manifest, indent=1))
 
@@ -67,8 +71,8 @@ def verify(folder: Place) -> int:
     try:
         first = json.loads((folder / _manifest(0)).read_text())
         for part in range(first["parts"]):
-            for name, checksum in json.loads((folder / _manifest(part)).read_text())["sha256"].items():
-                if _checksum(folder / name) != checksum:
+            for name, written in json.loads((folder / _manifest(part)).read_text())["sha256"].items():
+                if checksum(folder / name) != written:
                     raise RunError(f"{folder}: {name} is not what its manifest says")
         return first["step"]
     except StorageError:
@@ -107,8 +111,3 @@ def keep_only(folder: Place) -> None:
 
 def _manifest(part: int) -> str:
     return f"manifest_{part}.json"
-
-
-def _checksum(path: Place) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -3,6 +3,7 @@
 A file is written whole or not at all: a reader, or a crash, sees the old one or the new one.
 """
 
+import hashlib
 import os
 import shutil
 import tempfile
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from pyarrow import fs
 
+from rayml.errors import StorageError
 from rayml.runs.remote import Remote, answering
 
 Place = Path | Remote
@@ -37,12 +39,21 @@ def place(path: str | Place) -> Place:
     if "://" not in str(path):
         return Path(path).absolute()
     address, mark, query = str(path).partition("?")
-    address = address.rstrip("/")
     with answering(path):
-        found, inner = filesystem(address + mark + query)
+        found, inner = fs.FileSystem.from_uri(str(path))
     if isinstance(found, fs.LocalFileSystem):
         return Path(inner)
-    return Remote(found, inner, address.removesuffix(inner), mark + query)
+    if not inner:
+        raise StorageError(f"{path}: names no bucket")
+    return Remote(found, inner.rstrip("/"), address.rstrip("/"), mark + query)
+
+
+def checksum(file: Place) -> str:
+    """Return the SHA-256 of a file."""
+    if isinstance(file, Remote):
+        return file.sha256()
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def listed(folder: Place, pattern: str) -> list[Place]:

@@ -8,6 +8,7 @@ and what other trackers keep there. It may lie on object storage, named by a URI
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ from typing import Any
 from safetensors.torch import load, save
 from torch import Tensor
 
-from rayml.config import Config, dump_config, parse_config, parse_values
-from rayml.errors import RunError
-from rayml.runs.checkpoint import newest_checkpoint, verify
+from rayml.config import Config, dump_config, load_config
+from rayml.errors import RunError, StorageError
+from rayml.runs.checkpoint import newest_checkpoint, step_of
 from rayml.runs.files import Place, place, write_whole
 from rayml.runs.stopping import is_enough, val_scores
 from rayml.tasks.splits import Splits
@@ -74,7 +75,7 @@ class RunFolder:
         write_whole(self.tasks, json.dumps(describe(splits), indent=2, ensure_ascii=False) + "\n")
 
     def _check_same(self, config: Config, splits: Splits) -> None:
-        then = self.read_config()
+        then = load_config(self.config)
         before, now = (c.model_dump(exclude=FREE_KEYS) for c in (then, config))
         before, now = flat(before), flat(now)
         changed = {name for name in before.keys() | now.keys() if repr(before.get(name)) != repr(now.get(name))}
@@ -92,15 +93,15 @@ class RunFolder:
             names = ", ".join(sorted(changed))
             raise RunError(f"{self.path}: holds the run of another config ({names} differ); use another run.dir")
 
-    def read_config(self) -> Config:
-        return parse_config(parse_values(self.config.read_text(encoding="utf-8"), str(self.config)), str(self.config))
-
     def tell_to_stop(self) -> None:
         """Ask the workers to write a checkpoint after the step that they are at, and to end."""
         self.stop.touch()
 
     def is_told_to_stop(self) -> bool:
-        return self.stop.exists()
+        """Return whether somebody asked to; not, while storage does not answer."""
+        with suppress(StorageError):
+            return self.stop.exists()
+        return False
 
     def learned_labels(self) -> bool:
         """Return whether the run was meta-trained on label tasks, and not on free text alone."""
@@ -115,6 +116,12 @@ class RunFolder:
     def records(self) -> list[dict[str, Any]]:
         """Return the records of `metrics.jsonl` so far."""
         return list(self.read_metrics()) if self.metrics.exists() else []
+
+    def records_after(self, step: int) -> list[dict[str, Any]]:
+        """Return the records of later steps, for who asks again and again: none, while storage does not answer."""
+        with suppress(StorageError):
+            return [record for record in self.records() if record["step"] > step]
+        return []
 
     def read_metrics(self) -> Iterator[dict[str, Any]]:
         """Yield the records of `metrics.jsonl`; a line torn by a crash ends them."""
@@ -133,7 +140,7 @@ class RunFolder:
         folder = newest_checkpoint(self.checkpoints)
         if folder is None:
             return False
-        step = verify(folder)
+        step = step_of(folder)
         scores = val_scores(record for record in self.records() if record["step"] <= step)
         return step >= config.outer.steps or is_enough(scores, config.validation.patience)
 
@@ -149,7 +156,7 @@ class RunFolder:
         """
         if not self.config.exists():
             raise RunError(f"{self.path}: no run here (there is no config.yaml in it)")
-        config = self.read_config()
+        config = load_config(self.config)
         which = which or ("best" if config.validation.patience else "newest")
         folder = newest_checkpoint(self.best if which == "best" else self.checkpoints)
         if folder is None:

@@ -1,13 +1,13 @@
 """Files and folders on object storage, by pathlib's names, over pyarrow's filesystems."""
 
 import fnmatch
+import hashlib
 import io
 import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import pyarrow
 from pyarrow import fs
@@ -16,6 +16,7 @@ from rayml.errors import StorageError
 
 REWRITE_SECONDS = 5
 """At least, between two times that a growing file is written to object storage."""
+BLOCK_BYTES = 32 * 2**20
 log = logging.getLogger(__name__)
 
 
@@ -30,16 +31,16 @@ class Remote:
     fs: fs.FileSystem
     path: str
     """Within the filesystem."""
-    scheme: str
-    """What stands before the path in the URI."""
+    address: str
+    """The URI up to its query."""
     query: str
-    """What stands behind it, with its question mark; a filesystem's settings."""
+    """A filesystem's settings, with their question mark."""
 
     def __str__(self) -> str:
-        return self.scheme + self.path + self.query
+        return self.address + self.query
 
     def __truediv__(self, name: str) -> "Remote":
-        return replace(self, path=f"{self.path}/{name}")
+        return replace(self, path=f"{self.path}/{name}", address=f"{self.address}/{name}")
 
     @property
     def name(self) -> str:
@@ -47,7 +48,8 @@ class Remote:
 
     @property
     def parent(self) -> "Remote":
-        return replace(self, path=self.path.rpartition("/")[0])
+        above, address = (text.rpartition("/")[0] for text in (self.path, self.address))
+        return replace(self, path=above, address=address)
 
     def exists(self) -> bool:
         return self._type() != fs.FileType.NotFound
@@ -72,12 +74,19 @@ class Remote:
         with answering(self):
             self.fs.create_dir(self.path, recursive=parents)
 
-    def open(self, mode: str = "rb", buffering: int = -1) -> Any:
-        """Open to read bytes (`rb`), or to add lines (`a`)."""
-        if mode == "a":
-            return Growing(self)
-        with answering(self):
-            return self.fs.open_input_file(self.path)
+    def open(self, mode: str, buffering: int = -1) -> "Growing":
+        """Open to add lines (`a`)."""
+        if mode != "a":
+            raise ValueError(f"{self}: read_bytes() and write_bytes() are for mode {mode!r}")
+        return Growing(self)
+
+    def sha256(self) -> str:
+        """Return the checksum of a file, read in large blocks, of which each is a request."""
+        with answering(self), self.fs.open_input_stream(self.path, buffer_size=BLOCK_BYTES) as file:
+            digest = hashlib.sha256()
+            while block := file.read(BLOCK_BYTES):
+                digest.update(block)
+            return digest.hexdigest()
 
     def read_bytes(self) -> bytes:
         with answering(self), self.fs.open_input_stream(self.path) as file:

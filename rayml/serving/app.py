@@ -13,7 +13,7 @@ from ray.serve.config import AutoscalingConfig, BackpressureConfig, RequestRoute
 
 from rayml.config import dump_config
 from rayml.distributed.train import WORKER_ENV
-from rayml.runs.checkpoint import verify
+from rayml.runs.checkpoint import step_of
 from rayml.runs.files import Place, listed
 from rayml.runs.folder import RunFolder
 from rayml.serving.errors import ApiError
@@ -77,7 +77,7 @@ def build(args: Serving) -> serve.Application:
     keys = api_keys(args.keys_file)
     if not keys:
         log.warning("no API key is set: whoever reaches the port may use this server")
-    content = [str(verify(checkpoint)), dump_config(config), *sums(checkpoint)]
+    content = [str(step_of(checkpoint)), dump_config(config), *sums(checkpoint)]
     fingerprint = hashlib.sha256("\n".join(content).encode()).hexdigest()
     base = args.name or config.model.name.rstrip("/").rsplit("/", 1)[-1]
     replicas = args.replicas
