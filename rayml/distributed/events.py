@@ -4,6 +4,7 @@ import logging
 from typing import Any
 
 import ray.train
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 
 from rayml.errors import StorageError
 from rayml.runs.files import Place, write_whole
@@ -12,14 +13,21 @@ from rayml.runs.files import Place, write_whole
 log = logging.getLogger(__name__)
 
 
-class RunEvents(ray.train.UserCallback):
-    """Which checkpoint is the newest, to the file `latest`; and that workers are lost, to the roll."""
+class WorkersGone(WorkerGroupCallback):
+    """Tells the roll that there are no workers: they are lost, preempted, or to be of another number."""
 
-    def __init__(self, latest: Place, roll: Any):
-        self.latest, self.roll = latest, roll
+    def __init__(self, roll: Any):
+        self.roll = roll
 
-    def after_exception(self, run_context, worker_exceptions) -> None:
+    def before_worker_group_shutdown(self, worker_group) -> None:
         self.roll.end.remote()
+
+
+class NewestCheckpoint(ray.train.UserCallback):
+    """Writes which checkpoint is the newest to the file `latest`."""
+
+    def __init__(self, latest: Place):
+        self.latest = latest
 
     def after_report(self, run_context, metrics, checkpoint) -> None:
         if checkpoint is not None:

@@ -15,7 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 
 from rayml.config import Config
-from rayml.distributed.events import RunEvents
+from rayml.distributed.events import NewestCheckpoint, WorkersGone
 from rayml.distributed.job import Job
 from rayml.distributed.progress import Progress
 from rayml.distributed.roll import Roll
@@ -224,7 +224,7 @@ def fit(
             name=run.checkpoints.name,
             failure_config=ray.train.FailureConfig(max_failures=config.run.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.run.keep_checkpoints),
-            callbacks=[RunEvents(run.latest, roll)],  # type: ignore[list-item]
+            callbacks=[NewestCheckpoint(run.latest), WorkersGone(roll)],  # type: ignore[list-item]
         ),
     )
     console = Console(stderr=True)
