@@ -81,8 +81,8 @@ def gathered(shape: Shape, config: Config, times: int) -> Sent:
     """Return the sharded weights that are put together for so many passes, each forward and backward.
 
     Between the two, what lies so near the end that its backward comes soon is kept. It does not depend on how many
-    tasks go through the model side by side. Where activations are computed again, DeepSpeed lets go of a frozen weight
-    in between, but for the one that the backward begins with.
+    tasks go through the model side by side. Where activations are computed again, DeepSpeed may let go of any frozen
+    weight in between, but for the one that the backward begins with: there it is the most that is sent.
     """
     sharded = shape.parameters - shape.small_parameters
     if sharded <= REUSED // 2:
