@@ -15,6 +15,8 @@ import torch.multiprocessing
 
 os.environ.setdefault("RAYML_CACHE", str(Path(tempfile.gettempdir()) / f"rayml-test-cache-{os.getuid()}"))
 os.environ["WANDB_MODE"] = "offline"
+# For the S3 server of test_storage; here, since workers have them from when the shared Ray starts.
+os.environ |= {"AWS_ACCESS_KEY_ID": "tests", "AWS_SECRET_ACCESS_KEY": "of-rayml", "AWS_REGION": "us-east-1"}
 
 from rayml.config import Config
 from rayml.lm.load import load_base, load_tokenizer, resolve_model

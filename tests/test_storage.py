@@ -25,8 +25,6 @@ from rayml.runs.files import checksum, deliver, listed, local_copy, made_here, p
 from rayml.runs.folder import RunFolder
 from rayml.serving.store import owner_of
 
-CREDENTIALS = {"AWS_ACCESS_KEY_ID": "tests", "AWS_SECRET_ACCESS_KEY": "of-rayml", "AWS_REGION": "us-east-1"}
-
 
 @pytest.fixture(scope="module")
 def s3():
@@ -38,8 +36,7 @@ def s3():
     address = f"http://{host}:{port}"
     requests.put(f"{address}/bucket", timeout=10).raise_for_status()
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (CREDENTIALS | {"AWS_ENDPOINT_URL": address}).items():
-            patch.setenv(name, value)
+        patch.setenv("AWS_ENDPOINT_URL", address)
         yield address
     server.stop()
 
