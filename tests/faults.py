@@ -189,6 +189,8 @@ FAULTS: dict[str, Callable[[Training], None]] = {
     "the driver, SIGKILL, and submitted again": kill_driver,
     "the head and all nodes, and submitted again": kill_head,
     "a worker that hangs (SIGSTOP), `run.longest_wait=20`": stop_worker,
+    "a worker process, SIGKILL, `engine=zero`": kill_worker,
+    "a worker that hangs (SIGSTOP), `run.longest_wait=20`, `engine=zero`": stop_worker,
     "a node, with notice of 6 s, and a spare one": preempt_node,
 }
 
@@ -209,16 +211,18 @@ def difference(ours: dict[str, torch.Tensor], undisturbed: dict[str, torch.Tenso
 
 
 def settings(fault: str) -> dict[str, Any]:
+    changes: dict[str, Any] = {"engine": engine(fault)}
     if "workers=" in fault:
-        return {"workers": [2, 3]}
-    # Without a wait to be over soon, a hanging worker costs 15 minutes; a notice's checkpoint is to be the only one.
-    return (
-        {"run": {"longest_wait": 20}}
-        if "hangs" in fault
-        else {"run": {"checkpoint_every": STEPS}}
-        if "notice" in fault
-        else {}
-    )
+        changes["workers"] = [2, 3]
+    if "hangs" in fault:  # else it costs 15 minutes
+        changes["run"] = {"longest_wait": 20}
+    if "notice" in fault:  # whose checkpoint is to be the only one
+        changes["run"] = {"checkpoint_every": STEPS}
+    return changes
+
+
+def engine(fault: str) -> str:
+    return "zero" if "zero" in fault else "local"
 
 
 def main() -> None:
@@ -228,14 +232,16 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     random.seed(asked.seed)
-    with tempfile.TemporaryDirectory() as folder, Machines() as machines:
-        undisturbed = Training(machines, Path(folder)).weights()
+    undisturbed = {}
+    for kind in {engine(fault) for fault in FAULTS if asked.only in fault}:
+        with tempfile.TemporaryDirectory() as folder, Machines() as machines:
+            undisturbed[kind] = Training(machines, Path(folder), engine=kind).weights()
     print("| what is lost | at step | ended | final weights | seconds |")
     print("|---|---|---|---|---|")
     for name, fault in FAULTS.items():
         for _ in range(asked.times * (asked.only in name)):
             with tempfile.TemporaryDirectory() as folder:
-                print(f"| {name} | {row(name, fault, Path(folder), undisturbed)} |", flush=True)
+                print(f"| {name} | {row(name, fault, Path(folder), undisturbed[engine(name)])} |", flush=True)
 
 
 def row(name: str, fault: Callable[[Training], None], folder: Path, undisturbed: dict[str, torch.Tensor]) -> str:
@@ -255,6 +261,8 @@ def row(name: str, fault: Callable[[Training], None], folder: Path, undisturbed:
             if training.machines is not machines:
                 training.machines.__exit__()
     same = "bit-identical" if not found else f"relative difference {found:.0e}"
+    if fault is stop_worker and "gives no sign of life" not in training.output():
+        same += ", but it was not named"
     return f"{at} | yes | {same} | {time.monotonic() - began:.0f}"
 
 

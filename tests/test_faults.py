@@ -1,6 +1,10 @@
 """Workers, nodes and drivers that are lost, hang, or are about to be taken away."""
 
+import os
+import signal
+import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +16,7 @@ from faults import (
     TOLERANCE,
     Machines,
     Training,
+    beside_python,
     difference,
     kill_driver,
     kill_node,
@@ -26,6 +31,7 @@ from rayml.distributed.roll import Roll
 from rayml.distributed.train import train
 from rayml.engine import collective
 from rayml.errors import TrainingError
+from rayml.runs.checkpoint import newest_checkpoint, step_of
 from rayml.runs.folder import RunFolder
 
 
@@ -79,19 +85,55 @@ def test_the_roll_names_who_has_not_come_where_others_are():
     roll.sign(2, 7)
     assert roll.absent() is None
     roll.sign(0, 8)
-    assert roll.absent().workers == ("worker 1", "worker 2")
+    assert str(roll.absent()) == "worker 1, worker 2 keeps the others waiting in outer step 8"
     roll.begin(["worker 0"])  # of those there were, one is left
     roll.sign(0, 6)
     assert roll.absent() is None
+
+
+def test_the_roll_names_whose_process_is_not_heard_of():
+    roll = Roll()
+    roll.begin(["worker 0", "worker 1"])
+    for name in "worker 0", "worker 1", "worker 0 of before":
+        roll.lives(name)
+    assert roll.silent(1.0) is None
+    time.sleep(0.02)
+    assert roll.silent(0.01) is None, "both: then it is the roll that was away"
+    roll.lives("worker 1")
+    absence = roll.silent(0.01)
+    assert (str(absence), absence.seconds > 0.01) == ("worker 0 gives no sign of life", True)
+    roll.begin(["worker 0"])
+    assert roll.silent(0.0) is None, "it has not begun"
+    roll.lives("worker 0")
+    assert str(roll.silent(0.0)) == "worker 0 gives no sign of life", "with no other, nobody else would say so"
 
 
 @pytest.mark.ray
 def test_without_room_for_workers_training_ends_and_says_so(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(watch, "START_SECONDS", 1)
     config = make_config(tmp_path, workers=2, device="cuda", run={"longest_wait": 4.0})
-    with pytest.raises(TrainingError, match=r"no room for the workers within run.longest_wait=4 seconds"):
-        train(config)
+    # In a thread, as a sweep's trials are.
+    with ThreadPoolExecutor(1) as pool, pytest.raises(TrainingError, match=r"within run.longest_wait=4 seconds"):
+        pool.submit(train, config).result()
     assert "the cluster has" in capsys.readouterr().err
+
+
+@pytest.mark.ray
+def test_ctrl_c_leaves_a_checkpoint_of_the_step_it_came_in(tmp_path):
+    config = make_config(tmp_path, outer={"steps": 100_000}, run={"checkpoint_every": 100_000})
+    command = [beside_python("rayml"), "train", str(write(tmp_path, config))]
+    run = RunFolder(config.run.dir)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 90
+    while len(run.records()) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to all
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "stopped; --resume goes on" in errors
+    assert "Traceback" not in errors, errors
+    assert step_of(newest_checkpoint(run.checkpoints)) == len(run.records())
 
 
 def test_fewest_and_most_workers_are_checked_before_the_start(tmp_path):

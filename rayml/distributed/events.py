@@ -3,14 +3,25 @@
 import logging
 from typing import Any
 
+import ray
 import ray.train
-from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
 from rayml.errors import StorageError
 from rayml.runs.files import Place, write_whole
 
 # It runs in the controller's process: what is imported here costs each run's start.
 log = logging.getLogger(__name__)
+
+
+class Controlled(ControllerCallback):
+    """Tells the roll who the controller is: to end it is the only way to end a run that finds no room."""
+
+    def __init__(self, roll: Any):
+        self.roll = roll
+
+    def after_controller_start(self, train_run_context) -> None:
+        self.roll.controlled_by.remote(ray.get_runtime_context().current_actor)
 
 
 class WorkersGone(WorkerGroupCallback):

@@ -1,7 +1,8 @@
-"""Which worker keeps the others waiting: each signs a roll before it waits for them."""
+"""Which worker keeps the others waiting: each signs a roll before it waits for them, and now and then that it lives."""
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 # It runs in a process of its own: what is imported here costs each run's start.
 
@@ -10,26 +11,35 @@ from dataclasses import dataclass
 class Absence:
     """Workers that others wait for."""
 
-    step: int
-    workers: tuple[str, ...]
+    text: str
+    """Names them."""
     seconds: float
-    """Since the first of the others arrived."""
+    """Since the first of the others arrived, or the last sign of life."""
 
     def __str__(self) -> str:
-        return f"{', '.join(self.workers)} keeps the others waiting in outer step {self.step}"
+        return self.text
 
 
 class Roll:
     """The outer step in which each worker came to wait for the others, and when."""
 
     def __init__(self) -> None:
+        self.controller: Any = None
         self.end()
+
+    def controlled_by(self, controller: Any) -> None:
+        self.controller = controller
+
+    def controlling(self) -> Any:
+        """Return the actor that is Ray Train's controller; None before it has started."""
+        return self.controller
 
     def begin(self, workers: list[str]) -> None:
         """Start anew, with the workers' names by rank."""
         self.names = dict(enumerate(workers))
         self.steps: dict[int, int] = {}
         self.times: dict[int, float] = {}
+        self.heard: dict[str, float] = {}
 
     def end(self) -> None:
         """Note that there are no workers: none yet, or no longer."""
@@ -42,6 +52,11 @@ class Roll:
     def sign(self, rank: int, step: int) -> None:
         self.steps[rank], self.times[rank] = step, time.monotonic()
 
+    def lives(self, worker: str) -> None:
+        """Note that a worker's process runs, whatever its training does; nothing, if it is one of those before."""
+        if worker in self.names.values():
+            self.heard[worker] = time.monotonic()
+
     def absent(self) -> Absence | None:
         """Return who has not come where others are; None while all keep up."""
         if not self.steps:
@@ -51,4 +66,13 @@ class Roll:
         if not missing:
             return None
         first = min(self.times[rank] for rank, step in self.steps.items() if step == newest)
-        return Absence(newest, tuple(missing), time.monotonic() - first)
+        text = f"{', '.join(missing)} keeps the others waiting in outer step {newest}"
+        return Absence(text, time.monotonic() - first)
+
+    def silent(self, seconds: float) -> Absence | None:
+        """Return whose process gave no sign of life for so long; None if none did: then it is the roll's own node."""
+        times = {worker: time.monotonic() - heard for worker, heard in self.heard.items()}
+        quiet = {worker: since for worker, since in times.items() if since >= seconds}
+        if not quiet or 1 < len(times) == len(quiet):
+            return None
+        return Absence(f"{', '.join(quiet)} gives no sign of life", max(quiet.values()))

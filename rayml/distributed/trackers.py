@@ -4,6 +4,7 @@ Rank 0 writes the same records to all of them that stand in `metrics.jsonl`. A r
 """
 
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -17,11 +18,12 @@ from ray.util.metrics import Gauge
 from tensorboardX import SummaryWriter
 
 from rayml.config import Config
-from rayml.errors import ConfigError
+from rayml.errors import ConfigError, TrainingError
 from rayml.runs.files import write_whole
 from rayml.runs.folder import RunFolder, flat
 
 Record = dict[str, Any]
+logger = logging.getLogger(__name__)
 FLUSH_SECONDS = 2
 """Between two writes of TensorBoard's points to its file."""
 MLFLOW_SERVER = "MLFLOW_TRACKING_URI"
@@ -32,8 +34,8 @@ class Tracker(Protocol):
     def write(self, record: Record) -> None:
         """Show the record of one outer step."""
 
-    def close(self) -> None:
-        """Send what is not sent yet."""
+    def close(self, failed: bool) -> None:
+        """Send what is not sent yet, and how training ended."""
 
 
 def check_trackers(names: Sequence[str], run: RunFolder) -> None:
@@ -48,11 +50,22 @@ def check_trackers(names: Sequence[str], run: RunFolder) -> None:
 def open_trackers(config: Config, run: RunFolder, folder: Path, step: int) -> list[Tracker]:
     """Return the config's trackers, ready for the records after `step`. Prometheus is always among them.
 
+    One that cannot be opened ends a run that begins, where somebody is there to put it right; one that goes on does
+    without.
+
     Args:
         folder: of this machine, where they keep their files.
     """
     kinds: dict[str, Any] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases, "mlflow": MLflow}
-    return [Prometheus(run), *(kinds[name](config, run, folder, step) for name in config.run.trackers)]
+    opened: list[Tracker] = [Prometheus(run)]
+    for name in config.run.trackers:
+        try:
+            opened.append(kinds[name](config, run, folder, step))
+        except Exception as error:
+            if step == 0:
+                raise TrainingError(f"run.trackers: {name} cannot be opened: {error}") from error
+            logger.warning("%s cannot be opened; training goes on without it", name, exc_info=True)
+    return opened
 
 
 def numbers(record: Record) -> dict[str, float]:
@@ -73,7 +86,7 @@ class Prometheus:
                 self.gauges[name] = Gauge(f"rayml_{name}", description=text, tag_keys=("run",))
             self.gauges[name].set(value, tags=self.tags)
 
-    def close(self) -> None: ...
+    def close(self, failed: bool) -> None: ...
 
 
 class TensorBoard:
@@ -84,7 +97,7 @@ class TensorBoard:
         for name, value in numbers(record).items():
             self.board.add_scalar(name, value, record["step"])
 
-    def close(self) -> None:
+    def close(self, failed: bool) -> None:
         self.board.close()
 
 
@@ -106,8 +119,8 @@ class WeightsAndBiases:
     def write(self, record: Record) -> None:
         self.run.log(numbers(record), step=record["step"])
 
-    def close(self) -> None:
-        self.run.finish()
+    def close(self, failed: bool) -> None:
+        self.run.finish(exit_code=int(failed))
 
 
 class MLflow:
@@ -144,8 +157,8 @@ class MLflow:
         metrics = [Metric(name, value, now, record["step"]) for name, value in numbers(record).items()]
         self.client.log_batch(self.id, metrics)
 
-    def close(self) -> None:
-        self.client.set_terminated(self.id)
+    def close(self, failed: bool) -> None:
+        self.client.set_terminated(self.id, "FAILED" if failed else "FINISHED")
 
 
 def remembered(run: RunFolder, tracker: str, create: Callable[[], str]) -> str:

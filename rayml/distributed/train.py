@@ -5,22 +5,24 @@ import logging
 import math
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ray
 import ray.train
 import torch
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 
 from rayml.config import Config
-from rayml.distributed.events import NewestCheckpoint, WorkersGone
+from rayml.distributed.events import Controlled, NewestCheckpoint, WorkersGone
 from rayml.distributed.job import Job
 from rayml.distributed.progress import Progress
 from rayml.distributed.roll import Roll
 from rayml.distributed.trackers import check_trackers
-from rayml.distributed.watch import START_SECONDS, Watch
+from rayml.distributed.watch import START_SECONDS, Watch, end_run
 from rayml.distributed.worker import train_worker
 from rayml.errors import ConfigError, TrainingError
 from rayml.evaluation.command import export_run
@@ -43,6 +45,9 @@ WORKER_ENV = {
     "MALLOC_MMAP_THRESHOLD_": "4294967296",
     "MALLOC_TRIM_THRESHOLD_": "8589934592",
 }
+
+
+DIED = WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 
 
 def train(config: Config, resume: bool = False, at_once: int = 1) -> RunFolder:
@@ -198,6 +203,7 @@ def fit(
 
     Raises:
         TrainingError: training stopped by itself, or its workers failed more than `run.max_failures` times.
+        KeyboardInterrupt: Ctrl-C ended it.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     longest_wait = config.run.longest_wait
@@ -224,14 +230,14 @@ def fit(
             name=run.checkpoints.name,
             failure_config=ray.train.FailureConfig(max_failures=config.run.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.run.keep_checkpoints),
-            callbacks=[NewestCheckpoint(run.latest), WorkersGone(roll)],  # type: ignore[list-item]
+            callbacks=[NewestCheckpoint(run.latest), Controlled(roll), WorkersGone(roll)],  # type: ignore[list-item]
         ),
     )
     console = Console(stderr=True)
     with Progress(run, config.outer.steps, console), Watch(roll, longest_wait, console) as watch:
         try:
-            stopped = trainer.fit().return_value  # type: ignore[attr-defined]
-        except SystemExit as end:
+            stopped = finished(trainer, run, roll, console)
+        except ray.exceptions.RayActorError as end:
             if not watch.found_no_room:
                 raise
             raise no_room(run, longest_wait) from end
@@ -240,6 +246,26 @@ def fit(
             raise TrainingError(f"{run.path}: {root_cause(error)}{named}") from error
     if stopped:
         raise TrainingError(f"{run.path}: {stopped}")
+
+
+def finished(trainer: TorchTrainer, run: RunFolder, roll: Any, console: Console) -> str | None:
+    """Return what the workers return, once they have; with Ctrl-C there is a checkpoint first, with a second one not.
+
+    In a thread of its own, where Ray Train lets Ctrl-C be: its handler would stay after its end.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        training = pool.submit(trainer.fit)
+        try:
+            return training.result().return_value  # type: ignore[attr-defined]
+        except KeyboardInterrupt:
+            console.print("stopping after this outer step, with a checkpoint; Ctrl-C again stops at once")
+            run.tell_to_stop()
+        try:
+            training.result()
+        except KeyboardInterrupt:
+            end_run(roll)
+    console.print(f"stopped; --resume goes on with {run.path}", highlight=False, soft_wrap=True)
+    raise KeyboardInterrupt
 
 
 def no_room(run: RunFolder, longest_wait: float) -> TrainingError:
@@ -277,8 +303,11 @@ def run_data() -> None:
 
 
 def root_cause(error: ray.train.TrainingFailedError) -> str:
-    """Return the first worker's own error; the rest is Ray's account of how it travelled."""
-    failures = getattr(error, "worker_failures", {})
-    cause = next(iter(failures.values()), error)
+    """Return the first worker's own error, of one that died if any did: the others then fail in waiting for it.
+
+    The rest is Ray's account of how it travelled.
+    """
+    failures = list(getattr(error, "worker_failures", {}).values())
+    cause = next((failure for failure in failures if isinstance(failure, DIED)), None) or next(iter(failures), error)
     cause = getattr(cause, "cause", None) or cause
     return f"workers failed: {type(cause).__name__}: {cause}"

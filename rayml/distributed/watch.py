@@ -1,9 +1,9 @@
 """The two ends of the roll: workers sign it, and the driver watches who does not."""
 
-import _thread
 import logging
 import os
 import threading
+import time
 from contextlib import suppress
 from typing import Any
 
@@ -23,23 +23,28 @@ logger = logging.getLogger(__name__)
 class Signature:
     """A worker's hold on the roll, which lies in an actor of the driver's node."""
 
-    def __init__(self, roll: Any):
+    def __init__(self, roll: Any, longest_wait: float):
         self.roll, self.rank = roll, collective.rank()
-        names = collective.gather_from_workers(
-            f"worker {self.rank} (process {os.getpid()} on {ray.util.get_node_ip_address()})"
-        )
+        self.name = f"worker {self.rank} (process {os.getpid()} on {ray.util.get_node_ip_address()})"
+        names = collective.gather_from_workers(self.name)
         if self.rank == 0:
             ray.get(roll.begin.remote(names))
         collective.gather_from_workers(None)  # nobody signs the roll of before
+        threading.Thread(target=self._live, args=[longest_wait / POLLS], daemon=True).start()
 
     def __call__(self, step: int) -> None:
         self.roll.sign.remote(self.rank, step)  # the answer is not waited for
+
+    def _live(self, every: float) -> None:
+        while True:
+            self.roll.lives.remote(self.name)
+            time.sleep(every)
 
 
 class Watch:
     """Says while the block runs, on the driver, which worker keeps the others waiting for half the longest wait.
 
-    Where there is no room for workers for all of it, it interrupts the main thread.
+    Where there is no room for workers for all of it, it ends the run.
     """
 
     def __init__(self, roll: Any, longest_wait: float, console: Console):
@@ -59,32 +64,39 @@ class Watch:
         self.thread.join()
 
     def _watch(self) -> None:
+        patience = self.longest_wait / 2
         while not self.stop.wait(self.longest_wait / POLLS):
             try:
-                asked = [self.roll.absent.remote(), self.roll.seconds_without_workers.remote()]
-                absence, alone = ray.get(asked, timeout=self.longest_wait)
+                absences = ray.get([self.roll.silent.remote(patience), self.roll.absent.remote()], timeout=patience)
+                alone = ray.get(self.roll.seconds_without_workers.remote(), timeout=patience)
             except ray.exceptions.RayError:
                 logger.warning("the workers' roll does not answer", exc_info=True)
                 continue
-            if absence and absence.seconds >= self.longest_wait / 2:
-                self._name(absence)
-            if alone >= START_SECONDS + self.longest_wait / 2:
+            late = [absence for absence in absences if absence and absence.seconds >= patience]
+            if late:
+                self._name(late[0])
+            if alone >= START_SECONDS + patience:
                 with suppress(ray.exceptions.RayError):
                     self._tell(f"no room for the workers since {alone:.0f} s; the cluster has {resources()}")
             if alone >= START_SECONDS + self.longest_wait:
                 self.found_no_room = True
-                # Ray Train takes it as Ctrl-C: the third one ends it while its controller still looks for room.
-                while not self.stop.wait(1):
-                    _thread.interrupt_main()
+                end_run(self.roll)
                 return
 
     def _name(self, absence: Absence) -> None:
-        if self.named is None or (absence.step, absence.workers) != (self.named.step, self.named.workers):
+        if self.named is None or absence.text != self.named.text:
             self._tell(f"{absence} for {absence.seconds:.0f} s")
         self.named = absence
 
     def _tell(self, message: str) -> None:
         self.console.print(message, style="yellow", highlight=False, soft_wrap=True)
+
+
+def end_run(roll: Any) -> None:
+    """Kill the controller, and with it whatever it started: it has no other way out while it looks for room."""
+    controller = ray.get(roll.controlling.remote())
+    if controller is not None:
+        ray.kill(controller)
 
 
 def resources() -> str:

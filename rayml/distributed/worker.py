@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +42,11 @@ def train_worker(settings: dict[str, Any]) -> str | None:
     job: Job = settings["job"]
     config = job.config
     run = RunFolder(config.run.dir)
-    sign = Signature(job.roll)
+    sign = Signature(job.roll, config.run.longest_wait)
     learning: Learning = (Sharded if config.is_sharded else Replicated)(job, ray.train.torch.get_device(), sign)
     learning.begin(run)
-    log = StepLog(config, run, learning.done) if collective.rank() == 0 else None
-    try:
+    with StepLog(config, run, learning.done) if collective.rank() == 0 else nullcontext() as log:
         return meta_train(job, run, learning, log)
-    finally:
-        if log:
-            log.close()
 
 
 def meta_train(job: Job, run: RunFolder, learning: Learning, log: "StepLog | None") -> str | None:
@@ -141,7 +138,7 @@ class Notices:
 
     def __init__(self, run: RunFolder):
         self.run = run
-        self.asked = time.monotonic()
+        self.asked, self.took = time.monotonic(), 0.0
         self.leaving: set[str] = set()
 
     def read(self) -> tuple[bool, bool]:
@@ -151,8 +148,11 @@ class Notices:
         """
         told = ask = False
         if collective.rank() == 0:
-            ask = time.monotonic() - self.asked > PREEMPTION_SECONDS
+            began = time.monotonic()
+            # Storage that takes long to answer is not asked for more than a twentieth of the time.
+            ask = began - self.asked > PREEMPTION_SECONDS + 20 * self.took
             told = (ask or self.run.is_local) and self.run.is_told_to_stop()
+            self.took = 0.0 if self.run.is_local else time.monotonic() - began
         told, ask = collective.from_first_worker((told, ask))
         if not ask:
             return told, False
@@ -170,6 +170,12 @@ class StepLog:
         self.run, self.file = run, run.metrics.open("a", buffering=1)
         self.scratch = run.path if isinstance(run.path, Path) else Path(tempfile.mkdtemp(prefix="rayml-"))
         self.trackers = open_trackers(config, run, self.scratch, step)
+
+    def __enter__(self) -> "StepLog":
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        self.close(failed=kind is not None)
 
     def write(self, record: dict[str, Any]) -> None:
         self.file.write(json.dumps(record) + "\n")
@@ -193,8 +199,8 @@ class StepLog:
         except OSError as error:
             logger.warning("%s; tried again later", error)
 
-    def close(self) -> None:
-        self._tell(lambda tracker: tracker.close())
+    def close(self, failed: bool) -> None:
+        self._tell(lambda tracker: tracker.close(failed))
         try:
             self.flush()
             self.file.close()
