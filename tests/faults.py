@@ -19,6 +19,7 @@ from typing import Any
 
 import psutil
 import torch
+import yaml
 from conftest import make_config
 from ray.cluster_utils import Cluster
 from safetensors.torch import load_file
@@ -73,10 +74,15 @@ class Machines:
         self.cluster.remove_node(node, allow_graceful=False)
 
     def announce_loss(self, node: Any, seconds: int) -> None:
-        """Tell Ray that a node will be taken away, as a cloud's notice of preemption does."""
-        command = [beside_python("ray"), "drain-node", f"--address={self.cluster.address}", f"--node-id={node.node_id}"]
-        command += ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot"]
-        subprocess.run([*command, f"--deadline-remaining-seconds={seconds}"], check=True, capture_output=True)
+        """Tell Ray that a node will be taken away as a pod does that is evicted; only that here a node has no host."""
+        job = yaml.safe_load((ROOT / "cluster/kubernetes/train.yaml").read_text())
+        container = job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]
+        *shell, script = container["lifecycle"]["preStop"]["exec"]["command"]
+        script = script.replace("drain-node", f"drain-node --node-id={node.node_id}")
+        script = script.replace("seconds=100", f"seconds={seconds}").replace("seq 110", f"seq {seconds}")
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        env = os.environ | {"RAY_ADDRESS": self.cluster.address, "PATH": path}
+        subprocess.run([*shell, script], env=env, check=True, capture_output=True)
 
 
 class Training:
