@@ -47,7 +47,7 @@ from rayml.tasks.prepare import prepare_splits
 OURS = "rayml"
 APART = {"float32": 1e-3, "bfloat16": 0.1}
 """The largest relative difference of a peer's meta-gradient: in bfloat16 each way rounds in another place."""
-SHAPES: dict[str, dict[str, int]] = {
+SHAPES: dict[str, dict[str, Any]] = {
     "llama-1b": {
         "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
         "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256,
@@ -130,7 +130,7 @@ def parse() -> argparse.Namespace:
         "--learn2learn", type=Path, metavar="FOLDER", help="its unpacked source, where it does not build"
     )
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark"), help="where the report goes")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     options.command = shlex.join(["python", *sys.argv])
     return options
 
@@ -196,7 +196,9 @@ def measure(
 
 def ours(lm: TaskLM, start: Params, episodes: Episodes, config: Config) -> Params:
     """Return the meta-gradient as a worker of `rayml train` computes it, from rows of tokens on."""
-    support, query = (collate(side, 0, episodes.labels).to(lm.device) for side in (episodes.support, episodes.query))
+    support, query = (
+        collate(side, 0, episodes.labels, lm.packs).to(lm.device) for side in (episodes.support, episodes.query)
+    )
     rates = {name: torch.tensor(config.inner.lr, device=lm.device) for name in start}
     losses = partial(lm.losses, batch=support), partial(lm.losses, batch=query)
     return fomaml(*losses, start, rates, config.inner.steps, torch.ones(len(episodes.support), device=lm.device)).start

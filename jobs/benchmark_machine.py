@@ -84,7 +84,7 @@ def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated() - there
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         work()
-    events = [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
+    events = [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]
     most = now = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         now += event.nbytes()

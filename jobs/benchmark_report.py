@@ -65,17 +65,16 @@ def floors(result: dict[str, Any]) -> list[str]:
     """Return how far from the machine's own rates each case is."""
     machine = result["machine"]
     lines = [
-        "| case | TFLOPs | least seconds for them | weights read, GiB | least seconds for them | seconds | of the matmul rate |",
+        "| case | TFLOPs | at the rate, s | weights read, GiB | at the rate, s | measured, s | of the matmul rate |",
         "|---|---|---|---|---|---|---|",
     ]
     for case in result["cases"]:
         flops, typical = case["flops"][OURS], statistics.median(case["seconds"][OURS])
         read = 2 * (case["inner_steps"] + 1) * case["base_bytes"]  # in each forward and each backward
         by_flops, by_bytes = flops / machine["matmul_flops"], read / (machine["copy_bytes"] / 2)
-        lines.append(
-            f"| {' '.join(case['changed']) or 'as configured'} | {flops / 1e12:.3g} | {by_flops:.3g} | {read / GIB:.3g} | "
-            f"{by_bytes:.3g} | {typical:.3g} | {by_flops / typical:.0%} |"
-        )
+        name = " ".join(case["changed"]) or "as configured"
+        measured = [f"{value:.3g}" for value in (flops / 1e12, by_flops, read / GIB, by_bytes, typical)]
+        lines.append(f"| {name} | {' | '.join(measured)} | {by_flops / typical:.0%} |")
     return lines
 
 

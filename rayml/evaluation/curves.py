@@ -82,7 +82,8 @@ class Scorer:
                 yield queries.outputs(adapted.fast)
 
     def support_losses(self, episodes: Sequence[Episode]) -> TaskLosses:
-        return partial(self.lm.losses, batch=side_of(self.encoder, episodes, "support", self.lm.device))
+        support = side_of(self.encoder, episodes, "support", self.lm.device, packs=self.lm.packs)
+        return partial(self.lm.losses, batch=support)
 
     def _at_once(self, episodes: Sequence[Episode], weights: Params | None) -> Iterator[Outputs]:
         yield Queries(self.lm, self.encoder, episodes).outputs(weights)
@@ -122,7 +123,7 @@ class Queries:
             ]
             self.batch = OptionBatch(lm, encoder, questions)
         else:
-            self.batch = side_of(encoder, episodes, "query", lm.device, in_context)
+            self.batch = side_of(encoder, episodes, "query", lm.device, in_context, lm.packs)
 
     @torch.no_grad()
     def outputs(self, weights: Params | None) -> Outputs:
@@ -141,12 +142,17 @@ def score_all(episodes: Sequence[Episode], outputs: Outputs) -> list[float]:
 
 
 def side_of(
-    encoder: Encoder, episodes: Sequence[Episode], side: str, device: torch.device, in_context: bool = False
+    encoder: Encoder,
+    episodes: Sequence[Episode],
+    side: str,
+    device: torch.device,
+    in_context: bool = False,
+    packs: bool = False,
 ) -> TaskBatch:
     """Return one side of T episodes with nothing left out, as evaluation sees it."""
     rows = [encoder.rows(getattr(e, side), bool(e.labels), e.support if in_context else ()) for e in episodes]
     labels = [encoder.competing(episode.labels) for episode in episodes]
-    return collate(rows, encoder.tokenizer.eos_token_id, labels).to(device)
+    return collate(rows, encoder.tokenizer.eos_token_id, labels, packs).to(device)
 
 
 def accuracy(episode: Episode, scores: torch.Tensor) -> float:

@@ -104,8 +104,9 @@ def take_in(
         each task's weights, `[...]`, and its support losses before every step and after the last.
     """
     pad = session.encoder.tokenizer.eos_token_id
-    support = collate([one.rows for one in lessons], pad, [one.labels for one in lessons]).to(session.device)
-    losses = partial(session.lm.losses, batch=support)
+    lm = session.lm
+    support = collate([one.rows for one in lessons], pad, [one.labels for one in lessons], lm.packs).to(session.device)
+    losses = partial(lm.losses, batch=support)
     descended: list[torch.Tensor] = []
     found: dict[int, Params] = {}
     fast: Params = {}

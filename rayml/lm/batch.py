@@ -1,17 +1,24 @@
 """From text to the tensors of T tasks.
 
 A row is a prompt and its target, tokenised together: tokenising the parts alone can give other tokens at the seam.
-Rows are padded on the right, where causal attention never looks, so no attention mask is needed.
+Rows are padded on the right, where causal attention never looks, so no attention mask is needed. Where that would be
+much padding, rows of a task are laid one behind the other, and see nothing of each other.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import ceil
 
 import torch
 from torch import Tensor
 
 from rayml.errors import DataError
 from rayml.lm.choices import IGNORE, Competition, Label
+
+PACKED_TOKENS = 256
+"""In a row of several examples, about: longer ones would spend more on attention than they save of padding."""
+LEAST_SAVED = 0.1
+"""Share of a batch that packing must save."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,21 +37,24 @@ class TaskBatch:
     predicts (already shifted), IGNORE where there is none. Tasks with fewer rows are filled up with rows of padding.
     `choices` `[M, S]` int64: the tokens that each of the M targets, in order, is chosen among, filled up with IGNORE;
     None, or a row of IGNORE: the whole vocabulary. `frozen`: what the layers below the adapted ones make of the tokens,
-    `[T * K, L, D]`, once a forward has put it there.
+    `[T * K, L, D]`, once a forward has put it there. `places`, where rows hold several examples each: `[T * K, L]`
+    int64, the place of each token in its own example.
     """
 
     tokens: Tensor
     targets: Tensor
     tasks: int
     choices: Tensor | None = None
+    places: Tensor | None = None
     frozen: list[Tensor] = field(default_factory=list, compare=False)
 
     def to(self, device: torch.device) -> "TaskBatch":
-        choices = None if self.choices is None else self.choices.to(device)
-        return TaskBatch(self.tokens.to(device), self.targets.to(device), self.tasks, choices)
+        choices, places = (None if part is None else part.to(device) for part in (self.choices, self.places))
+        return TaskBatch(self.tokens.to(device), self.targets.to(device), self.tasks, choices, places)
 
     def take(self, rows: slice) -> "TaskBatch":
-        """Return some rows of a batch of one task."""
+        """Return some rows of a batch of one task, of one example each."""
+        assert self.places is None
         taken = torch.zeros_like(self.targets, dtype=torch.bool)
         taken[rows] = True
         choices = None if self.choices is None else self.choices[taken[self.targets != IGNORE]]
@@ -95,28 +105,74 @@ def encode(
     return Row(first + tokens[cut + len(first) :], start - cut)
 
 
-def collate(tasks: Sequence[Sequence[Row]], pad: int, labels: Sequence[Sequence[Label]] = ()) -> TaskBatch:
+def collate(
+    tasks: Sequence[Sequence[Row]], pad: int, labels: Sequence[Sequence[Label]] = (), packs: bool = False
+) -> TaskBatch:
     """Stack the rows of T tasks.
 
     Args:
         pad: any token, also the end-of-sequence token.
         labels: of each task, those that its targets compete with; none for the whole vocabulary.
+        packs: lay rows of a task one behind the other, where that saves much of the batch.
     """
-    rows = max(len(task) for task in tasks)
-    length = max(len(row.tokens) for task in tasks for row in task)
+    laid: Laid = [[[row] for row in task] for task in tasks]
+    is_packed = False
+    if packs:
+        laid, is_packed = packed(tasks, laid)
+    rows, length = grid(laid)
     tokens = torch.full((len(tasks), rows, length), pad, dtype=torch.int64)
     targets = torch.full((len(tasks), rows, length), IGNORE, dtype=torch.int64)
+    places = torch.zeros(len(tasks), rows, length, dtype=torch.int64)
     choices: list[list[int]] = []
-    for t, task in enumerate(tasks):
+    for t, task in enumerate(laid):
         competition = Competition(labels[t]) if labels and labels[t] else None
-        for k, row in enumerate(task):
-            ids = torch.tensor(row.tokens)
-            tokens[t, k, : len(ids)] = ids
-            target = row.tokens[row.start :]
-            among = competition.choices(target) if competition else [[] for _ in target]
-            choices += among
-            targets[t, k, row.start - 1 : row.start - 1 + len(among)] = ids[row.start : row.start + len(among)]
-    return TaskBatch(tokens.flatten(0, 1), targets.flatten(0, 1), len(tasks), choice_grid(choices))
+        for k, examples in enumerate(task):
+            begin = 0
+            for row in examples:
+                ids = torch.tensor(row.tokens)
+                tokens[t, k, begin : begin + len(ids)] = ids
+                places[t, k, begin : begin + len(ids)] = torch.arange(len(ids))
+                target = row.tokens[row.start :]
+                among = competition.choices(target) if competition else [[] for _ in target]
+                choices += among
+                first = begin + row.start - 1
+                targets[t, k, first : first + len(among)] = ids[row.start : row.start + len(among)]
+                begin += len(ids)
+    return TaskBatch(
+        tokens.flatten(0, 1),
+        targets.flatten(0, 1),
+        len(tasks),
+        choice_grid(choices),
+        places.flatten(0, 1) if is_packed else None,
+    )
+
+
+Laid = Sequence[Sequence[Sequence[Row]]]
+"""The examples in each row of each task."""
+
+
+def packed(tasks: Sequence[Sequence[Row]], one_each: Laid) -> tuple[Laid, bool]:
+    """Return tasks' examples laid into rows of about equal length, and True; or as they were, if that saves little."""
+    longest = max(sum(len(row.tokens) for row in task) for task in tasks)
+    laid = [balanced(task, ceil(longest / PACKED_TOKENS)) for task in tasks]
+    cells, before = (rows * length for rows, length in (grid(laid), grid(one_each)))
+    return (laid, True) if cells < (1 - LEAST_SAVED) * before else (one_each, False)
+
+
+def balanced(examples: Sequence[Row], rows: int) -> list[list[Row]]:
+    """Return examples in so many rows: the longest first, each into the row that is shortest so far."""
+    laid: list[list[Row]] = [[] for _ in range(rows)]
+    lengths = [0] * rows
+    for example in sorted(examples, key=lambda row: -len(row.tokens)):
+        shortest = lengths.index(min(lengths))
+        laid[shortest].append(example)
+        lengths[shortest] += len(example.tokens)
+    return laid
+
+
+def grid(laid: Laid) -> tuple[int, int]:
+    """Return the rows of a task, and their length, that all tasks find room in."""
+    return max(map(len, laid)), max(sum(len(row.tokens) for row in examples) for task in laid for examples in task)
 
 
 def choice_grid(choices: Sequence[Sequence[int]]) -> Tensor | None:

@@ -1,6 +1,7 @@
 """A causal language model under the weights that its tasks have learned: T adapters side by side, or all of its own."""
 
 from contextlib import nullcontext
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,6 +29,25 @@ class TaskLM:
         self._positions: Tensor | None = None
         self._frozen = frozen_layers(module, lora)
         module.get_output_embeddings().register_forward_pre_hook(self._at_targets)
+
+    @cached_property
+    def packs(self) -> bool:
+        """Whether examples may share a row, seeing nothing of each other: tried with a few tokens.
+
+        Where attention is told the places of tokens they do not; recurrent layers have no such thing.
+        """
+        if self.lora is None:
+            return False  # mode full deals a task's rows to the workers
+        alone = torch.tensor([[5, 3, 4]], device=self.device)
+        rows = torch.tensor([[1, 2, 1, 5, 3, 4], [4, 4, 2, 5, 3, 4]], device=self.device)
+        places = torch.tensor([[0, 1, 2, 0, 1, 2]] * 2, device=self.device)
+        try:
+            with torch.no_grad():
+                wanted = self.logits_at(torch.tensor([2], device=self.device), None, alone).float()
+                found = self.logits_at(torch.tensor([5, 11], device=self.device), None, rows, position_ids=places)
+        except (TypeError, ValueError):  # it takes no positions
+            return False
+        return bool((found.float() - wanted).norm() < 0.02 * wanted.norm())
 
     def _at_targets(self, _head: nn.Module, inputs: tuple[Tensor, ...]):
         """Hand the output layer only the hidden states that predict a target: `[N, L, D]` to `[M, D]`.
@@ -75,10 +95,14 @@ class TaskLM:
         `weights` are the tasks' `[T, ...]`; None for those of the bare model.
         """
         positions = (batch.targets.flatten() != IGNORE).nonzero().squeeze(1)
-        return self.logits_at(positions, weights, batch.tokens, batch.frozen), positions
+        return self.logits_at(positions, weights, batch.tokens, batch.frozen, **laid(batch)), positions
 
     def states(self, weights: Params | None, batch: TaskBatch) -> Tensor:
-        """Return what the model makes of each prompt, `[T, K, D]` in fp32: the last hidden state before the target."""
+        """Return what the model makes of each prompt, `[T, K, D]` in fp32: the last hidden state before the target.
+
+        For a batch of one example a row.
+        """
+        assert batch.places is None
         first = (batch.targets != IGNORE).int().argmax(1)  # 0 for rows of padding
         rows, length = batch.tokens.shape
         seen: list[Tensor] = []
@@ -105,7 +129,7 @@ class TaskLM:
         assert self.lora is not None
         hooks = [linear.register_forward_pre_hook(keep(name)) for name, linear in self.lora.linears.items()]
         try:
-            self.logits_at(positions, None, batch.tokens)
+            self.logits_at(positions, None, batch.tokens, **laid(batch))
         finally:
             for hook in hooks:
                 hook.remove()
@@ -122,6 +146,11 @@ class TaskLM:
         task = positions // (batch.tokens.numel() // batch.tasks)
         total = torch.zeros(batch.tasks, device=losses.device).index_add(0, task, losses)
         return total / batch.counted().view(batch.tasks, -1).sum(1)
+
+
+def laid(batch: TaskBatch) -> dict[str, Any]:
+    """Return what tells the model where the examples of a row begin."""
+    return {} if batch.places is None else {"position_ids": batch.places}
 
 
 def frozen_layers(module: Any, lora: TaskLoRA | None) -> FrozenLayers | None:

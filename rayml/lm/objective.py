@@ -25,7 +25,8 @@ def task_losses(
         prototypes: score queries by the classes' prototypes, and not by the label tokens.
         smoothing: of the labels, in meta-training.
     """
-    support, query = (side_batch(episodes, side, pad).to(lm.device) for side in SIDES)
+    packs = lm.packs and not prototypes
+    support, query = (side_batch(episodes, side, pad, packs).to(lm.device) for side in SIDES)
     losses = [partial(lm.losses, batch=batch, smoothing=smoothing) for batch in (support, query)]
     if not prototypes:
         return losses[0], losses[1]
@@ -37,9 +38,9 @@ def task_losses(
     return losses[0], by_prototypes
 
 
-def side_batch(episodes: Sequence[dict[str, Any]], side: str, pad: int) -> TaskBatch:
+def side_batch(episodes: Sequence[dict[str, Any]], side: str, pad: int, packs: bool = False) -> TaskBatch:
     rows = [decode_rows(episode[side]) for episode in episodes]
-    return collate(rows, pad, [episode["labels"] for episode in episodes])
+    return collate(rows, pad, [episode["labels"] for episode in episodes], packs)
 
 
 def class_grid(classes: Sequence[Sequence[int]]) -> Tensor:

@@ -1,0 +1,55 @@
+"""Twenty outer steps against losses that were written down once: no speed-up changes a number.
+
+Outer steps of SGD at small rates, for AdamW makes a step of a gradient's last bit.
+
+When an algorithm or a default changes on purpose, `python tests/test_golden.py` writes them anew.
+"""
+
+import json
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import make_config, toy_tasks, write_tasks
+
+from rayml.distributed.train import train
+from rayml.tasks.task import Task
+
+FILE = Path(__file__).parent / "data" / "golden.json"
+WAYS = {
+    "adapters": {"inner": {"steps": 3, "lr": 0.002}, "outer": {"lr": 0.002}},
+    "full": {"mode": "full", "inner": {"lr": 0.01}, "outer": {"lr": 0.01}},
+}
+
+
+def losses(folder: Path, way: str) -> list[list[float]]:
+    """Return both losses of each outer step, and its gradient's norm."""
+    changes = WAYS[way]
+    config = make_config(folder, **changes | {"outer": {"steps": 20, "optimizer": "sgd"} | changes["outer"]})
+    write_tasks(folder / "toy.jsonl", tuple(map(ragged, toy_tasks())))
+    names = "support_loss", "query_loss", "gradient_norm"
+    return [[record[name] for name in names] for record in train(config).records()]
+
+
+def ragged(task: Task) -> Task:
+    """Return a task whose texts have very different lengths."""
+    longer = [replace(e, input=f"{e.input}{' and so on' * (place % 5)}") for place, e in enumerate(task.examples)]
+    return replace(task, examples=tuple(longer))
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("way", WAYS)
+def test_the_losses_of_twenty_outer_steps_are_those_written_down(way, tmp_path):
+    for found, golden in zip(losses(tmp_path, way), json.loads(FILE.read_text())[way], strict=True):
+        assert found == pytest.approx(golden, rel=1e-3)  # processors round differently
+
+
+if __name__ == "__main__":
+    found = {}
+    for name in WAYS:
+        with tempfile.TemporaryDirectory() as folder:
+            found[name] = losses(Path(folder), name)
+    FILE.write_text(json.dumps(found) + "\n")
+    sys.stdout.write(FILE.read_text())
