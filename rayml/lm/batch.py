@@ -5,7 +5,7 @@ Rows are padded on the right, where causal attention never looks, so no attentio
 much padding, rows of a task are laid one behind the other, and see nothing of each other.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import ceil
 
@@ -15,10 +15,10 @@ from torch import Tensor
 from rayml.errors import DataError
 from rayml.lm.choices import IGNORE, Competition, Label
 
-PACKED_TOKENS = 256
-"""In a row of several examples, about: longer ones would spend more on attention than they save of padding."""
-LEAST_SAVED = 0.1
-"""Share of a batch that packing must save."""
+ATTENTION_TOKENS = 1500
+"""In a row, about, at which attention takes as long as everything else: longer rows save padding, and cost that."""
+WIDTHS = 1.0, 1.5, 2, 3, 4, 6, 8
+"""Lengths that packed rows are tried with, in longest examples."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,10 +115,8 @@ def collate(
         labels: of each task, those that its targets compete with; none for the whole vocabulary.
         packs: lay rows of a task one behind the other, where that saves much of the batch.
     """
-    laid: Laid = [[[row] for row in task] for task in tasks]
-    is_packed = False
-    if packs:
-        laid, is_packed = packed(tasks, laid)
+    one_each: Laid = [[[row] for row in task] for task in tasks]
+    laid = min([one_each, *packed(tasks)], key=cost) if packs else one_each
     rows, length = grid(laid)
     tokens = torch.full((len(tasks), rows, length), pad, dtype=torch.int64)
     targets = torch.full((len(tasks), rows, length), IGNORE, dtype=torch.int64)
@@ -143,7 +141,7 @@ def collate(
         targets.flatten(0, 1),
         len(tasks),
         choice_grid(choices),
-        places.flatten(0, 1) if is_packed else None,
+        None if laid is one_each else places.flatten(0, 1),
     )
 
 
@@ -151,12 +149,18 @@ Laid = Sequence[Sequence[Sequence[Row]]]
 """The examples in each row of each task."""
 
 
-def packed(tasks: Sequence[Sequence[Row]], one_each: Laid) -> tuple[Laid, bool]:
-    """Return tasks' examples laid into rows of about equal length, and True; or as they were, if that saves little."""
+def packed(tasks: Sequence[Sequence[Row]]) -> Iterator[Laid]:
+    """Yield ways to lay tasks' examples into rows of about equal length."""
+    example = max(len(row.tokens) for task in tasks for row in task)
     longest = max(sum(len(row.tokens) for row in task) for task in tasks)
-    laid = [balanced(task, ceil(longest / PACKED_TOKENS)) for task in tasks]
-    cells, before = (rows * length for rows, length in (grid(laid), grid(one_each)))
-    return (laid, True) if cells < (1 - LEAST_SAVED) * before else (one_each, False)
+    for rows in {ceil(longest / (width * example)) for width in WIDTHS}:
+        yield [balanced(task, rows) for task in tasks]
+
+
+def cost(laid: Laid) -> float:
+    """Return about what a forward takes, in tokens outside of attention."""
+    rows, length = grid(laid)
+    return rows * length * (1 + length / ATTENTION_TOKENS)
 
 
 def balanced(examples: Sequence[Row], rows: int) -> list[list[Row]]:
