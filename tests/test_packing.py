@@ -50,22 +50,17 @@ def test_rows_of_one_length_stay_as_they_are_and_long_tasks_get_several_rows():
     uneven = [[Row([7] * length, length - 1) for length in [20, 40, 60] * 10]]
     batch = collate(uneven, 1, packs=True)
     rows, length = batch.tokens.shape
-    assert 1200 <= rows * length < 1.1 * 1200, "hardly any padding"
+    assert 1170 <= rows * length < 1.1 * 1170, "hardly any padding"
     assert length < ATTENTION_TOKENS / 5, "and attention over no more than it takes"
-    assert batch.places.max() == 59
+    assert batch.places.max() == 58
 
 
 @pytest.mark.parametrize(("kind", "packs"), [("llama", True), ("gpt_neox", True), ("qwen3", True), ("mamba", False)])
 def test_models_that_would_mix_examples_in_a_row_are_found_out(kind, packs):
     torch.manual_seed(0)
-    small = {
-        "vocab_size": 50,
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-    }
-    config = AutoConfig.for_model(kind, num_key_value_heads=2, **small)
+    small = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2}
+    small |= {"num_attention_heads": 2, "num_key_value_heads": 2}
+    config = AutoConfig.for_model(kind, **small)
     module = AutoModelForCausalLM.from_config(config).eval()
     target = {"gpt_neox": "query_key_value", "mamba": "in_proj"}.get(kind, "q_proj")
     assert TaskLM(module, TaskLoRA(module, [target], rank=2, alpha=4.0)).packs is packs

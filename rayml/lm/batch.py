@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from math import ceil
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rayml.errors import DataError
 from rayml.lm.choices import IGNORE, Competition, Label
@@ -33,12 +33,12 @@ class Row:
 class TaskBatch:
     """K rows of each of T tasks, side by side.
 
-    `tokens` `[T * K, L]` int64, rows grouped by task. `targets` `[T * K, L]` int64: the token that each position
-    predicts (already shifted), IGNORE where there is none. Tasks with fewer rows are filled up with rows of padding.
-    `choices` `[M, S]` int64: the tokens that each of the M targets, in order, is chosen among, filled up with IGNORE;
-    None, or a row of IGNORE: the whole vocabulary. `frozen`: what the layers below the adapted ones make of the tokens,
-    `[T * K, L, D]`, once a forward has put it there. `places`, where rows hold several examples each: `[T * K, L]`
-    int64, the place of each token in its own example.
+    `tokens` `[T * K, L]` int64, rows grouped by task, each up to the last token that a target is predicted from.
+    `targets` `[T * K, L]` int64: the token that each position predicts (already shifted), IGNORE where there is none.
+    Tasks with fewer rows are filled up with rows of padding. `choices` `[M, S]` int64: the tokens that each of the M
+    targets, in order, is chosen among, filled up with IGNORE; None, or a row of IGNORE: the whole vocabulary. `places`,
+    where rows hold several examples each: `[T * K, L]` int64, the place of each token in its own example. `frozen`:
+    what the layers below the adapted ones make of the tokens, `[T * K, L, D]`, once a forward has put it there.
     """
 
     tokens: Tensor
@@ -65,7 +65,10 @@ class TaskBatch:
         targets = self.targets != IGNORE
         if self.choices is None:
             return targets
-        is_first = targets & ~targets.roll(1, dims=1)  # no row's last position has a target
+        goes_on = nn.functional.pad(targets[:, :-1], (1, 0))
+        if self.places is not None:
+            goes_on &= self.places > 0
+        is_first = targets & ~goes_on
         is_label = (self.choices != IGNORE).any(1)
         return targets.masked_scatter(targets, is_first[targets] | ~is_label)
 
@@ -115,27 +118,25 @@ def collate(
         labels: of each task, those that its targets compete with; none for the whole vocabulary.
         packs: lay rows of a task one behind the other, where that saves much of the batch.
     """
-    one_each: Laid = [[[row] for row in task] for task in tasks]
-    laid = min([one_each, *packed(tasks)], key=cost) if packs else one_each
+    competitions = [Competition(labels[t]) if labels and labels[t] else None for t in range(len(tasks))]
+    read = [[reading(row, among) for row in task] for task, among in zip(tasks, competitions, strict=True)]
+    one_each: Laid = [[[one] for one in task] for task in read]
+    laid = min([one_each, *packed(read)], key=cost) if packs else one_each
     rows, length = grid(laid)
     tokens = torch.full((len(tasks), rows, length), pad, dtype=torch.int64)
     targets = torch.full((len(tasks), rows, length), IGNORE, dtype=torch.int64)
     places = torch.zeros(len(tasks), rows, length, dtype=torch.int64)
     choices: list[list[int]] = []
     for t, task in enumerate(laid):
-        competition = Competition(labels[t]) if labels and labels[t] else None
         for k, examples in enumerate(task):
             begin = 0
-            for row in examples:
-                ids = torch.tensor(row.tokens)
-                tokens[t, k, begin : begin + len(ids)] = ids
-                places[t, k, begin : begin + len(ids)] = torch.arange(len(ids))
-                target = row.tokens[row.start :]
-                among = competition.choices(target) if competition else [[] for _ in target]
-                choices += among
-                first = begin + row.start - 1
-                targets[t, k, first : first + len(among)] = ids[row.start : row.start + len(among)]
-                begin += len(ids)
+            for one in examples:
+                end, first = begin + len(one.tokens), begin + one.first
+                tokens[t, k, begin:end] = torch.tensor(one.tokens)
+                places[t, k, begin:end] = torch.arange(len(one.tokens))
+                targets[t, k, first : first + len(one.targets)] = torch.tensor(one.targets)
+                choices += one.choices
+                begin = end
     return TaskBatch(
         tokens.flatten(0, 1),
         targets.flatten(0, 1),
@@ -145,14 +146,34 @@ def collate(
     )
 
 
-Laid = Sequence[Sequence[Sequence[Row]]]
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What the model reads of a row, and what it is to say."""
+
+    tokens: list[int]
+    first: int
+    """The place that predicts the first target."""
+    targets: list[int]
+    choices: list[list[int]]
+    """Of each target."""
+
+
+def reading(row: Row, competition: Competition | None) -> Reading:
+    """Return a row up to the last token that a target is predicted from; all of it, where it has no target."""
+    target = row.tokens[row.start :]
+    choices = competition.choices(target) if competition else [[] for _ in target]
+    first = row.start - 1
+    return Reading(row.tokens[: first + len(choices) if choices else None], first, target[: len(choices)], choices)
+
+
+Laid = Sequence[Sequence[Sequence[Reading]]]
 """The examples in each row of each task."""
 
 
-def packed(tasks: Sequence[Sequence[Row]]) -> Iterator[Laid]:
+def packed(tasks: Sequence[Sequence[Reading]]) -> Iterator[Laid]:
     """Yield ways to lay tasks' examples into rows of about equal length."""
-    example = max(len(row.tokens) for task in tasks for row in task)
-    longest = max(sum(len(row.tokens) for row in task) for task in tasks)
+    example = max(len(one.tokens) for task in tasks for one in task)
+    longest = max(sum(len(one.tokens) for one in task) for task in tasks)
     for rows in {ceil(longest / (width * example)) for width in WIDTHS}:
         yield [balanced(task, rows) for task in tasks]
 
@@ -163,11 +184,11 @@ def cost(laid: Laid) -> float:
     return rows * length * (1 + length / ATTENTION_TOKENS)
 
 
-def balanced(examples: Sequence[Row], rows: int) -> list[list[Row]]:
+def balanced(examples: Sequence[Reading], rows: int) -> list[list[Reading]]:
     """Return examples in so many rows: the longest first, each into the row that is shortest so far."""
-    laid: list[list[Row]] = [[] for _ in range(rows)]
+    laid: list[list[Reading]] = [[] for _ in range(rows)]
     lengths = [0] * rows
-    for example in sorted(examples, key=lambda row: -len(row.tokens)):
+    for example in sorted(examples, key=lambda one: -len(one.tokens)):
         shortest = lengths.index(min(lengths))
         laid[shortest].append(example)
         lengths[shortest] += len(example.tokens)
@@ -176,7 +197,7 @@ def balanced(examples: Sequence[Row], rows: int) -> list[list[Row]]:
 
 def grid(laid: Laid) -> tuple[int, int]:
     """Return the rows of a task, and their length, that all tasks find room in."""
-    return max(map(len, laid)), max(sum(len(row.tokens) for row in examples) for task in laid for examples in task)
+    return max(map(len, laid)), max(sum(len(one.tokens) for one in examples) for task in laid for examples in task)
 
 
 def choice_grid(choices: Sequence[Sequence[int]]) -> Tensor | None:
