@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -100,6 +101,8 @@ def op_seconds(work: Callable[[], Any], device: torch.device) -> dict[str, float
         synchronize(device)
     seconds = dict.fromkeys([*KINDS, "the rest"], 0.0)
     for event in found.key_averages():
+        if event.device_type != DeviceType.CPU:
+            continue  # a kernel, whose time stands with the operation that launched it
         spent = event.self_device_time_total if cuda else event.self_cpu_time_total
         seconds[kind_of(event.key)] += spent / 1e6
     return seconds
