@@ -39,7 +39,7 @@ from rayml.engine import local
 from rayml.lm.batch import Row, collate
 from rayml.lm.encode import decode_rows
 from rayml.lm.load import DTYPES, load_tokenizer, resolve_model
-from rayml.lm.lora import B, TaskLoRA, layer_number
+from rayml.lm.lora import B, TaskLoRA, in_a_layer, layer_number
 from rayml.lm.model import TaskLM
 from rayml.meta.adapt import Params
 from rayml.meta.fomaml import fomaml
@@ -179,8 +179,21 @@ def measure(
         "peak_bytes": {name: peak_bytes(work, device) for name, work in contenders.items()},
         "flops": {name: measured_flops(work) for name, work in contenders.items() if name in (OURS, "PEFT loop")},
         "op_seconds": op_seconds(contenders[OURS], device),
-        "base_bytes": sum(weight.nbytes for weight in model.parameters()),
+        "weight_bytes_read": weight_bytes_read(model, names, config.inner.steps),
     }
+
+
+def weight_bytes_read(model: Any, adapted: Sequence[str], steps: int) -> int:
+    """Return the least bytes of weights that go through the processor: each layer's once in each of its passes.
+
+    Layers below the first adapter have one forward a side; those from it on, and the head, a forward and a backward in
+    each inner step and the query. Of the embeddings, rows alone are read.
+    """
+    first = min(map(layer_number, adapted))
+    head = model.get_output_embeddings().weight
+    passes = 2 * (steps + 1)
+    layers = [(layer_number(name), weight.nbytes) for name, weight in model.named_parameters() if in_a_layer(name)]
+    return head.nbytes * passes + sum(size * (2 if layer < first else passes) for layer, size in layers)
 
 
 def ours(lm: TaskLM, start: Params, episodes: Episodes, config: Config) -> Params:

@@ -70,7 +70,7 @@ def floors(result: dict[str, Any]) -> list[str]:
     ]
     for case in result["cases"]:
         flops, typical = case["flops"][OURS], statistics.median(case["seconds"][OURS])
-        read = 2 * (case["inner_steps"] + 1) * case["base_bytes"]  # in each forward and each backward
+        read = case["weight_bytes_read"]
         by_flops, by_bytes = flops / machine["matmul_flops"], read / (machine["copy_bytes"] / 2)
         name = " ".join(case["changed"]) or "as configured"
         measured = [f"{value:.3g}" for value in (flops / 1e12, by_flops, read / GIB, by_bytes, typical)]
@@ -104,6 +104,6 @@ def draw_axis(cases: list[dict[str, Any]], key: str, file: Path) -> None:
     for axes_, title in (speed, "tasks a second"), (memory, "GiB beyond the model"), (split, "rayml's seconds, shares"):
         axes_.set(title=title, xlabel=key)
         axes_.set_ylim(bottom=0)
-        axes_.legend(fontsize=8)
+        axes_.legend(fontsize=8, loc="lower left" if axes_ is split else "best")
     figure.savefig(file, dpi=120)
     plt.close(figure)
