@@ -36,7 +36,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from rayml.config import Config, load_config
 from rayml.engine import local
-from rayml.lm.batch import Row, collate
+from rayml.lm.batch import Row, collate, readings
 from rayml.lm.encode import decode_rows
 from rayml.lm.load import DTYPES, load_tokenizer, resolve_model
 from rayml.lm.lora import B, TaskLoRA, in_a_layer, layer_number
@@ -74,7 +74,10 @@ class Episodes:
 
     def tokens(self, steps: int) -> int:
         """Return the tokens that go forward and backward, without padding."""
-        support, query = (sum(len(row.tokens) for task in side for row in task) for side in (self.support, self.query))
+        support, query = (
+            sum(len(one.tokens) for t, task in enumerate(side) for one in readings(task, self.labels[t]))
+            for side in (self.support, self.query)
+        )
         return steps * support + query
 
 

@@ -221,12 +221,12 @@ def test_a_text_is_written_with_what_its_episode_taught(tmp_path):
 
 
 def test_tokens_of_a_step_are_counted_from_the_rows(tmp_path):
-    """Toy rows: three classes, two shots, two queries: eight characters, the prompt's seven, and the letter."""
-    row = 8 + len("\nLabel:") + 1
+    """Toy rows: three classes, two shots, two queries: eight characters and the prompt's seven, which tell it."""
+    row = 8 + len("\nLabel:")
     expected = {"fomaml": 2 * 6 + 6, "reptile": 6 + 6, "multitask": 6 + 6, "protonet": 6 + 6}
     for name, rows in expected.items():
         assert tokens_per_step(config_for(tmp_path, name), toy_tasks()) == 4 * rows * row
-    shown = 6 * (row + 2) + row  # two newlines behind each example that is shown
+    shown = 6 * (row + 1 + 2) + row  # the letter and two newlines behind each example that is shown
     assert tokens_per_step(config_for(tmp_path, "metaicl"), toy_tasks()) == 4 * 6 * shown
 
 

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +17,6 @@ from faults import (
     TOLERANCE,
     Machines,
     Training,
-    beside_python,
     difference,
     kill_driver,
     kill_node,
@@ -121,15 +121,21 @@ def test_without_room_for_workers_training_ends_and_says_so(tmp_path, capsys, mo
 @pytest.mark.ray
 def test_ctrl_c_leaves_a_checkpoint_of_the_step_it_came_in(tmp_path):
     config = make_config(tmp_path, outer={"steps": 100_000}, run={"checkpoint_every": 100_000})
-    command = [beside_python("rayml"), "train", str(write(tmp_path, config))]
+    # Where the tests run in the background Ctrl-C is ignored, which a child takes over.
+    heeding = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    command = [sys.executable, "-c", f"{heeding}; import rayml.cli; rayml.cli.main()"]
+    command += ["train", str(write(tmp_path, config))]
     run = RunFolder(config.run.dir)
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    deadline = time.monotonic() + 90
-    while len(run.records()) < 3:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to all
-    _, errors = process.communicate(timeout=60)
+    try:
+        deadline = time.monotonic() + 90
+        while len(run.records()) < 3:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to all
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130, errors
     assert "stopped; --resume goes on" in errors
     assert "Traceback" not in errors, errors

@@ -118,8 +118,7 @@ def collate(
         labels: of each task, those that its targets compete with; none for the whole vocabulary.
         packs: lay rows of a task one behind the other, where that saves much of the batch.
     """
-    competitions = [Competition(labels[t]) if labels and labels[t] else None for t in range(len(tasks))]
-    read = [[reading(row, among) for row in task] for task, among in zip(tasks, competitions, strict=True)]
+    read = [readings(task, labels[t] if labels else ()) for t, task in enumerate(tasks)]
     one_each: Laid = [[[one] for one in task] for task in read]
     laid = min([one_each, *packed(read)], key=cost) if packs else one_each
     rows, length = grid(laid)
@@ -156,6 +155,12 @@ class Reading:
     targets: list[int]
     choices: list[list[int]]
     """Of each target."""
+
+
+def readings(task: Sequence[Row], labels: Sequence[Label]) -> list[Reading]:
+    """Return what is read of a task's rows, whose targets compete with its labels, or with the whole vocabulary."""
+    competition = Competition(labels) if labels else None
+    return [reading(row, competition) for row in task]
 
 
 def reading(row: Row, competition: Competition | None) -> Reading:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from rayml.config import Config
+from rayml.lm.batch import readings
+from rayml.lm.encode import decode_rows
 
 WITHOUT_INNER_LOOP = {"multitask", "metaicl", "protonet"}
 
@@ -79,6 +81,9 @@ def passes(config: Config) -> tuple[int, int]:
 
 def trained_tokens(config: Config, episodes: Sequence[dict[str, Any]]) -> int:
     """Return the tokens, without padding, that an outer step on these episodes runs forward and backward."""
-    support, query = (sum(len(row) for e in episodes for row in e[side]["tokens"]) for side in ("support", "query"))
+    support, query = (
+        sum(len(one.tokens) for e in episodes for one in readings(decode_rows(e[side]), e["labels"]))
+        for side in ("support", "query")
+    )
     of_support, of_query = passes(config)
     return of_support * support + of_query * query
