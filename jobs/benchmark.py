@@ -27,7 +27,7 @@ from typing import Any
 
 import peft
 import torch
-from benchmark_machine import Machine, measured_flops, op_seconds, peak_bytes
+from benchmark_machine import Machine, measured_flops, op_seconds, peak_bytes, timed
 from benchmark_peers import Side, Work, peers, plain_model
 from benchmark_report import write_report
 from rich.console import Console
@@ -312,16 +312,6 @@ def interleaved(contenders: dict[str, Callable[[], Any]], repeats: int, device: 
             found = timed(work, device)
             seconds[name] += [found] if repeat else []
     return seconds
-
-
-def timed(work: Callable[[], Any], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
 
 
 def quartiles(values: Sequence[float]) -> list[float]:

@@ -52,14 +52,16 @@ def machine_name(device: torch.device) -> str:
 
 def fastest(work: Callable[[], Any], device: torch.device, times: int = 10) -> float:
     """Return the least seconds, of several."""
-    found = []
-    for _ in range(times):
-        synchronize(device)
-        began = time.perf_counter()
-        work()
-        synchronize(device)
-        found.append(time.perf_counter() - began)
-    return min(found)
+    return min(timed(work, device) for _ in range(times))
+
+
+def timed(work: Callable[[], Any], device: torch.device) -> float:
+    """Return the seconds of some work, to the end of what it launched."""
+    synchronize(device)
+    began = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - began
 
 
 def synchronize(device: torch.device) -> None:
@@ -77,11 +79,11 @@ def measured_flops(work: Callable[[], Any]) -> int:
 def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
     """Return the most that it has allocated at a time, beyond what was there: by torch's own allocator."""
     if device.type == "cuda":
-        torch.cuda.synchronize()
+        synchronize(device)
         there = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         work()
-        torch.cuda.synchronize()
+        synchronize(device)
         return torch.cuda.max_memory_allocated() - there
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         work()

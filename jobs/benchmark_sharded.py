@@ -18,8 +18,8 @@ from functools import partial
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from benchmark import Episodes, disturbed, drawn_episodes, ours, quartiles, random_model, timed
-from benchmark_machine import machine_name
+from benchmark import Episodes, disturbed, drawn_episodes, ours, quartiles, random_model
+from benchmark_machine import machine_name, timed
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rayml.config import Config, load_config
