@@ -79,7 +79,14 @@ class Config(Section):
 
         data, in_context = self.data, self.algorithm.name == "metaicl"
         return Encoder(
-            tokenizer, data.prompt, data.max_tokens, data.label_loss, in_context, self.regularize.token_dropout
+            tokenizer,
+            data.prompt,
+            data.max_tokens,
+            data.label_loss,
+            in_context,
+            self.regularize.token_dropout,
+            scoring=data.scoring,
+            templates=tuple(data.templates.items()),
         )
 
     @whole(mode="after")

@@ -5,8 +5,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt
 from pydantic import model_validator as whole
 
+from rayml.errors import ConfigError
 from rayml.tasks.episodes import Sampler
+from rayml.tasks.kinds import KindName
+from rayml.tasks.row import COLUMNS
 from rayml.tasks.splits import SplitRule
+from rayml.tasks.templates import compiled
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 NotNegativeInt = Annotated[int, Field(ge=0)]
@@ -54,7 +58,11 @@ class Data(Section):
     path: Annotated[Names, Field(min_length=1)]
     """JSONL or Parquet: files, folders, globs, URIs (s3://, gs://), or `hf:NAME[/CONFIG][:SPLIT]`; one or a list."""
     columns: dict[str, str] = {}
-    """The data's own column names, where they differ: `{input: text, target: label}`."""
+    """The data's own column names, where they differ: `{input: text, target: label}`. Parts of the input are named as
+    `{input.premise: sentence1, input.hypothesis: sentence2}`."""
+    kind: KindName | None = None
+    """What all tasks are, where rows do not say it, nor their fields: `translation`, `summary`; configs/README.md lists
+    them. It chooses the prompt and the metrics."""
     ways: Annotated[int, Field(ge=2)] = 4
     """Classes in an episode; a task with fewer gives all it has."""
     shots: PositiveInt = 4
@@ -67,8 +75,14 @@ class Data(Section):
     label_loss: Literal["options", "vocabulary"] = "options"
     """What a label competes with, in its loss and where it is scored: at each of its tokens with the episode's other
     labels that begin alike, or with the whole vocabulary, as free text always does."""
+    scoring: Literal["learned", "mean", "sum", "pmi", "channel"] = "learned"
+    """How options are scored. `learned`: as the loss has them. `mean`, `sum`: over an option's tokens, against the
+    whole vocabulary. `pmi`: less what it scores without the input. `channel`: how probable it makes the input."""
     prompt: str = "{input}\nLabel:"
-    """What stands before the target; `{input}` is the example's input."""
+    """What stands before the target: a Jinja template; `{input}` is short for `{{ input }}`."""
+    templates: dict[str, Annotated[Names, Field(min_length=1)]] = {}
+    """Prompts of their own for kinds, or for patterns of tasks: `{pair: "{{ premise }} ...", "hotel-*": [...]}`. The
+    first of several is trained with; options are asked with all, and their log-probabilities averaged."""
     max_tokens: Annotated[int, Field(ge=8)] = 256
     """Longest row, prompt and target. Longer prompts lose their beginning, never the target."""
     weighting: Literal["proportional", "uniform", "temperature", "dynamic"] = "proportional"
@@ -82,15 +96,19 @@ class Data(Section):
 
     @whole(mode="after")
     def _columns_are_known(self) -> "Data":
-        unknown = sorted(set(self.columns) - {"task", "input", "target", "options"})
+        unknown = [name for name in self.columns if name not in COLUMNS and not name.startswith("input.")]
         if unknown:
-            raise ValueError(f"data.columns: {', '.join(unknown)} unknown; it names task, input, target and options")
+            raise ValueError(f"data.columns: {', '.join(unknown)} unknown; it names {', '.join(COLUMNS)}, input.PART")
         return self
 
     @whole(mode="after")
-    def _prompt_has_input(self) -> "Data":
-        if "{input}" not in self.prompt:
-            raise ValueError("data.prompt: needs {input} in it")
+    def _prompts_are_templates(self) -> "Data":
+        named = [("prompt", self.prompt), *((f"templates.{key}", p) for key, of in self.templates.items() for p in of)]
+        for key, prompt in named:
+            try:
+                compiled(prompt)
+            except ConfigError as error:
+                raise ValueError(f"data.{key}: {error}") from None
         return self
 
     def sampler(self, seed: int) -> Sampler:

@@ -86,7 +86,7 @@ def one_at_a_time(lm, fast, encoder, question, options):
     """
     scores = []
     lm.lora.adapters = fast
-    (rows,) = encoder.option_rows([question], options)
+    (rows,) = encoder.option_rows([Example(question, "")], options)
     labels = [row.tokens[row.start :] for row in rows]
     for row, label in zip(rows, labels, strict=True):
         logits = lm.module(input_ids=torch.tensor([row.tokens])).logits[0]
@@ -123,7 +123,10 @@ def test_options_score_as_one_sequence_at_a_time(tiny, tokenizer, one_token, att
     long = [["A", "spam", "ham ham", "ham"], ["spam", "sparse"]]  # the first: one option is another's beginning
     options = [["A", "B", "C"], ["A", "B"]] if one_token else long
     texts = [["hello", "a longer one"], ["x", "yy", "far too long for what the encoder lets through"]]
-    rows = [encoder.option_rows(some, among) for some, among in zip(texts, options, strict=True)]
+    rows = [
+        encoder.option_rows([Example(one, "") for one in some], among)
+        for some, among in zip(texts, options, strict=True)
+    ]
     batch = OptionBatch(lm, encoder, rows)
     # The first task's options are scored by all of their tokens, the second's by those where they part.
     assert len(batch.batch.tokens) == 2 * (3 if one_token or may_fork else max(2 * 4, 3 * 2))
@@ -138,7 +141,7 @@ def test_options_score_as_one_sequence_at_a_time(tiny, tokenizer, one_token, att
 
 
 def test_a_text_is_cut_alike_for_all_options(encoder):
-    rows = encoder.option_rows(["much longer than " * 5], ["A", "a longer label"])[0]
+    rows = encoder.option_rows([Example("much longer than " * 5, "")], ["A", "a longer label"])[0]
     assert rows[0].tokens[: rows[0].start] == rows[1].tokens[: rows[1].start]
     assert len(rows[1].tokens) == 40
 

@@ -36,14 +36,15 @@ from rayml.serving.schema import (
     ClassifyRequest,
     CompletionRequest,
     Message,
-    as_input,
     parse,
+    plain,
 )
 from rayml.serving.served import servable
 from rayml.serving.settings import Serving, api_keys, check_host
 from rayml.serving.store import AdapterStore, Manifest, adapter_id, owner_of
 from rayml.serving.work import Adaptation
 from rayml.tasks.prepare import prepare_splits
+from rayml.tasks.task import Example
 
 TEXTS = ["charged again", "the page is blank", "parcel lost", "no app", "x"]
 
@@ -588,7 +589,7 @@ def test_a_downloaded_adapter_scores_in_stock_peft_as_it_is_served(replica, tmp_
     encoder = replica.session.encoder
     answers = ask(replica, manifest.id, TEXTS)
     for text, answer in zip(TEXTS, answers, strict=True):
-        (rows,) = encoder.option_rows([text], ["A", "B", "C"])
+        (rows,) = encoder.option_rows([Example(text, "")], ["A", "B", "C"])
         with torch.no_grad():
             logits = model(torch.tensor([rows[0].tokens[:-1]])).logits[0, -1]
         scores = logits[[row.tokens[-1] for row in rows]].softmax(-1).tolist()
@@ -753,11 +754,14 @@ def test_conversations_become_inputs():
         Message(role="system", content="Be brief."),
         Message(role="user", content=[{"type": "text", "text": "hi"}]),
     ]
-    assert as_input(asked) == "Be brief.\n\nhi"
+    assert plain(asked) == "Be brief.\n\nhi"
     longer = [*asked, Message(role="assistant", content="yes?"), Message(role="user", content="bye")]
-    assert as_input(longer) == "system: Be brief.\nuser: hi\nassistant: yes?\nuser: bye"
+    assert plain(longer) == "system: Be brief.\nuser: hi\nassistant: yes?\nuser: bye"
     example = parse(AdapterRequest, b'{"examples": [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": " yo"}]}]}').examples[0]  # fmt: skip  # noqa: E501
-    assert example.pair() == ("hi", "yo")
+    assert example.example() == Example("hi", "yo")
+    assert example.example(is_dialogue=True).parts == (("user", "hi"), ("assistant", "yo"))
+    fields = parse(AdapterRequest, b'{"examples": [{"input": {"premise": "a", "hypothesis": "b"}, "target": "no"}]}')
+    assert fields.examples[0].example().parts == (("premise", "a"), ("hypothesis", "b"))
 
 
 def test_every_serving_setting_is_explained():

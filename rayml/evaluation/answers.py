@@ -12,11 +12,11 @@ import torch
 
 from rayml.evaluation.curves import Scorer, score_all
 from rayml.lm.decode import Decoder
-from rayml.lm.generate import Generation
+from rayml.lm.generate import Generation, end_tokens
 from rayml.lm.sampling import Sampling
 from rayml.meta.adapt import Params, adapt, expand
 from rayml.tasks.episodes import Episode, Sampler
-from rayml.tasks.task import Example, Task
+from rayml.tasks.task import Task
 
 SPARE_TOKENS = 8
 
@@ -97,9 +97,9 @@ def answer(
 ) -> Iterator[dict[str, Any]]:
     """Yield, for `episodes` episodes of each task, what was answered after `setting`.
 
-    A record holds `task`, `index`, `curve` (accuracy, or the loss of free text, after 0, 1, ..., `most_steps` steps at
-    the setting's rate, or before and after), `seconds` and, for every query, `target` and `answer`, in the task's own
-    words; for label tasks also the answer's probability as `confidence`.
+    A record holds `task`, `kind`, `index`, `curve` (accuracy, or the loss of free text, after 0, 1, ..., `most_steps`
+    steps at the setting's rate, or before and after), `seconds` and, for every query, `target` and `answer`, in the
+    task's own words; for label tasks also the answer's probability as `confidence`.
     """
     for task in tasks:
         for index in range(episodes):
@@ -107,7 +107,8 @@ def answer(
             began = time.perf_counter()
             curve, queries = _answer(contender, episode, setting, most_steps)
             seconds = time.perf_counter() - began
-            yield {"task": task.name, "index": index, "curve": curve, "seconds": round(seconds, 3), "queries": queries}
+            record = {"task": task.name, "kind": task.kind, "index": index, "curve": curve}
+            yield record | {"seconds": round(seconds, 3), "queries": queries}
 
 
 def _answer(
@@ -137,18 +138,22 @@ def label_answers(episode: Episode, log_probs: torch.Tensor) -> list[dict[str, A
 
 def text_answers(contender: Contender, episode: Episode, setting: Setting) -> list[dict[str, Any]]:
     """Return what is written, greedily, to each query."""
-    scorer, encoder = contender.scorer, contender.scorer.encoder
+    scorer, encoder = contender.scorer, contender.scorer.encoder.of(episode.task, episode.kind)
     shown = episode.support if encoder.in_context and contender.takes_support else ()
     longest = max(len(encoder.tokenizer(example.target)["input_ids"]) for example in episode.support)
     sampling = Sampling(min(encoder.max_tokens, 2 * longest + SPARE_TOKENS))
     weights = taken_in(contender, episode, setting)
-    texts = []
+    ends, texts = end_tokens(scorer.lm.module, encoder.tokenizer), []
     for query in episode.query:
-        row = encoder.row(Example(query.input, "."), is_label=False, shown=shown)
-        texts.append(Generation(encoder.tokenizer, row.tokens[: row.start], weights, sampling))
+        texts.append(Generation(encoder.tokenizer, encoder.asked(query, shown), weights, sampling, ends))
     write(scorer, texts)
     return [
-        {"target": query.target, "answer": text.piece().text.strip()}
+        {
+            "target": query.target,
+            "answer": text.piece().text.strip(),
+            "answers": list(query.answers),
+            "input": query.input,
+        }
         for query, text in zip(episode.query, texts, strict=True)
     ]
 

@@ -81,6 +81,12 @@ def evaluate_run(
     title = f"{config.model.name}, {data.ways}-way {data.shots}-shot, {method}after {session.step} outer steps"
     report.plot(summary, picture, title)
     out.print(report.table(summary, title))
+    answers = report.answers_table(summary)
+    if answers:
+        out.print(answers)
+    for name, found in summary["tasks"].items():
+        if "spans" in found:
+            out.print(f"{name}, spans after adapting:\n{found['spans']}", markup=False, highlight=False)
     out.print(f"{written}\n{picture}", highlight=False, soft_wrap=True)
     return summary
 
@@ -127,7 +133,7 @@ def adapt_run(run_path: str | Place, examples: Path, to: str | Place, name: str 
     from rayml.evaluation.session import open_session
     from rayml.lm.peft_files import write_card
 
-    task = new_task(rows, name or folder.name, labels=run.learned_labels())
+    task = new_task(rows, name or folder.name, run.learned_labels(), run.learned_kind())
     session = open_session(run)
     learned = learn(session, task)
     with made_here(folder) as here:

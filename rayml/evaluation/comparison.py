@@ -6,39 +6,49 @@ from typing import Any
 import numpy as np
 
 from rayml.evaluation.bootstrap import interval_over_tasks
-from rayml.evaluation.metrics import LABELS, TEXT, calibration_error, scores
+from rayml.evaluation.metrics import calibration_error, metrics_of, scores
 
 BASELINE = "multitask"
-KINDS = {"label": LABELS, "text": TEXT}
-MAIN = {"label": "accuracy", "text": "chrf"}
 Result = dict[str, Any]
 
 
 def summarize(results: Sequence[Result]) -> dict[str, Any]:
-    """Return, for label tasks and for free text, a row for each method, in the order that they come in.
+    """Return, for each kind of tasks, a row for each method, in the order that they come in.
 
     Differences are to multi-task learning, or to the first method where that is not there, paired by episode.
     """
     names = list(dict.fromkeys(result["method"] for result in results))
     found: dict[str, Any] = {"baseline": BASELINE if BASELINE in names else names[0], "kinds": {}}
-    for kind in KINDS:
+    for kind in dict.fromkeys(kind_of(e) for r in results for e in r["episodes"]):
         groups = {name: [only(r, kind) for r in results if r["method"] == name] for name in names}
-        if any(result["episodes"] for group in groups.values() for result in group):
-            found["kinds"][kind] = summarize_kind(groups, kind, found["baseline"])
+        found["kinds"][kind] = summarize_kind(groups, kind, found["baseline"])
     return found
+
+
+def kind_of(episode: dict[str, Any]) -> str:
+    """Return what an episode is summed up with: its kind, or, of answers chosen among options, `label`."""
+    if is_label(episode):
+        return episode.get("kind") if episode.get("kind") in ("pair", "relation") else "label"  # type: ignore[return-value]
+    return episode.get("kind") or "text"
+
+
+def is_label(episode: dict[str, Any]) -> bool:
+    return "confidence" in episode["queries"][0]
 
 
 def only(result: Result, kind: str) -> Result:
     """Return the result with its episodes of one kind, and the scores of each."""
-    kept = [e for e in result["episodes"] if ("confidence" in e["queries"][0]) == (kind == "label")]
-    return result | {"episodes": [e | {"scores": scores(e["queries"])} for e in kept]}
+    kept = [e for e in result["episodes"] if kind_of(e) == kind]
+    return result | {"episodes": [e | {"scores": scores(kind, e["queries"])} for e in kept]}
 
 
 def summarize_kind(groups: dict[str, list[Result]], kind: str, baseline: str) -> dict[str, Any]:
     """Return the tasks, the metric that decides, and each method's row."""
     tasks = list(dict.fromkeys(e["task"] for group in groups.values() for r in group for e in r["episodes"]))
-    tables = {name: {key: table(group, tasks, key) for key in KINDS[kind]} for name, group in groups.items()}
-    main = MAIN[kind]
+    chosen = is_label(next(e for group in groups.values() for r in group for e in r["episodes"]))
+    metrics = metrics_of(kind, chosen)
+    tables = {name: {key: table(group, tasks, key) for key in metrics} for name, group in groups.items()}
+    main = metrics[0]
     rows = []
     for name, group in groups.items():
         after = tables[name][main]
@@ -49,7 +59,7 @@ def summarize_kind(groups: dict[str, list[Result]], kind: str, baseline: str) ->
                 "main": interval_over_tasks(after),
                 "over_baseline": interval_over_tasks(after - tables[baseline][main]) if name != baseline else None,
                 "metrics": {key: float(values.mean()) for key, values in tables[name].items()},
-                "calibration_error": calibration(group) if kind == "label" else None,
+                "calibration_error": calibration(group) if chosen else None,
                 "worst": {"task": tasks[int(by_task.argmin())], "score": float(by_task.min())},
                 "tasks": dict(zip(tasks, by_task.tolist(), strict=True)),
                 "seeds": after.mean((1, 2)).tolist(),

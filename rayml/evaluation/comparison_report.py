@@ -31,7 +31,7 @@ def write_report(
     parts = [header(config, results, command, summary["failed"])]
     for kind, found in summary["kinds"].items():
         plot_scores(found, summary["baseline"], folder / f"{kind}-scores.png")
-        plot_curves(found, kind, folder / f"{kind}-curves.png")
+        plot_curves(found, folder / f"{kind}-curves.png")
         parts.append(section(found, kind, summary["baseline"]))
     text = "\n".join(parts)
     write_whole(folder / "report.md", text)
@@ -61,9 +61,9 @@ from it.
 def section(found: dict[str, Any], kind: str, baseline: str) -> str:
     names = {"label": "Label tasks", "text": "Free text"}
     return f"""
-## {names[kind]}: {len(found["tasks"])} tasks, {found["episodes"]} episodes each
+## {names.get(kind, f"Tasks of kind {kind}")}: {len(found["tasks"])} tasks, {found["episodes"]} episodes each
 
-{markdown_table(score_columns(found, kind, baseline))}
+{markdown_table(score_columns(found, baseline))}
 
 Intervals are 95 % bootstrap intervals over seeds, tasks and episodes; differences are paired by episode.
 
@@ -81,7 +81,12 @@ Intervals are 95 % bootstrap intervals over seeds, tasks and episodes; differenc
 """
 
 
-def score_columns(found: dict[str, Any], kind: str, baseline: str) -> list[list[str]]:
+def is_label(found: dict[str, Any]) -> bool:
+    """Return whether answers were chosen among options."""
+    return found["methods"][0]["calibration_error"] is not None
+
+
+def score_columns(found: dict[str, Any], baseline: str) -> list[list[str]]:
     """Return a heading and a row for each method, the best first."""
     main, others = found["metric"], [key for key in found["methods"][0]["metrics"] if key != found["metric"]]
     heads = [
@@ -91,7 +96,7 @@ def score_columns(found: dict[str, Any], kind: str, baseline: str) -> list[list[
         "worst task",
         *(key.replace("_", " ") for key in others),
     ]
-    heads += ["calibration error"] * (kind == "label") + ["by seed"]
+    heads += ["calibration error"] * is_label(found) + ["by seed"]
     rows = []
     for row in sorted(found["methods"], key=lambda row: -row["main"]["mean"]):
         cells = [
@@ -100,7 +105,7 @@ def score_columns(found: dict[str, Any], kind: str, baseline: str) -> list[list[
             bounds(row["over_baseline"], sign="+") if row["over_baseline"] else "",
         ]
         cells += [f"{row['worst']['score']:.2f}", *(f"{row['metrics'][key]:.2f}" for key in others)]
-        cells += [f"{row['calibration_error']:.2f}"] if kind == "label" else []
+        cells += [f"{row['calibration_error']:.2f}"] if is_label(found) else []
         rows.append([*cells, " ".join(f"{score:.2f}" for score in row["seeds"])])
     return [heads, *rows]
 
@@ -168,7 +173,7 @@ def plot_scores(found: dict[str, Any], baseline: str, path: Place) -> None:
     save_figure(figure, path)
 
 
-def plot_curves(found: dict[str, Any], kind: str, path: Place) -> None:
+def plot_curves(found: dict[str, Any], path: Place) -> None:
     """Draw the query score over inner steps, each method at its own rate; what takes no steps is a level."""
     pyplot = file_pyplot()
     figure, axis = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
@@ -178,7 +183,7 @@ def plot_curves(found: dict[str, Any], kind: str, path: Place) -> None:
             axis.plot(range(len(row["curve"])), row["curve"], marker="o", color=colour, label=row["method"])
         else:
             axis.plot([0, last], [row["curve"][-1]] * 2, linestyle="--", color=colour, label=row["method"])
-    axis.set(xlabel="inner steps", ylabel="query accuracy" if kind == "label" else "query loss", xticks=range(last + 1))
+    axis.set(xlabel="inner steps", ylabel="query accuracy" if is_label(found) else "query loss", xticks=range(last + 1))
     axis.legend(frameon=False, bbox_to_anchor=(1, 1), loc="upper left")
     axis.grid(alpha=0.25)
     save_figure(figure, path)
@@ -187,7 +192,7 @@ def plot_curves(found: dict[str, Any], kind: str, path: Place) -> None:
 def print_summary(summary: dict[str, Any], folder: Place, out: Console) -> None:
     """Print the score tables, and where all lies."""
     for kind, found in summary["kinds"].items():
-        heads, *rows = score_columns(found, kind, summary["baseline"])
+        heads, *rows = score_columns(found, summary["baseline"])
         title = f"{len(found['tasks'])} meta-test tasks, {found['episodes']} episodes each"
         table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title=title, title_justify="left")
         for head in heads:

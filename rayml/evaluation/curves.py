@@ -10,7 +10,7 @@ from rayml.lm.batch import TaskBatch, collate
 from rayml.lm.encode import Encoder, class_numbers
 from rayml.lm.model import TaskLM
 from rayml.lm.objective import class_grid
-from rayml.lm.score import OptionBatch
+from rayml.lm.score import Ballot
 from rayml.meta.adapt import Params, TaskLosses, adapt, expand
 from rayml.meta.protonet import prototype_logits
 from rayml.tasks.episodes import Episode
@@ -56,9 +56,7 @@ class Scorer:
         after the last alone.
         """
         at = (0, self.steps) if only_ends else range(self.steps + 1)
-        points = [score_all(episodes, outputs) for outputs in self.outputs(episodes, start, rates, at)]
-        scores = zip(*points, strict=True)
-        return [Curve(e.task, e.index, bool(e.labels), list(s)) for e, s in zip(episodes, scores, strict=True)]
+        return curves_of(episodes, list(self.outputs(episodes, start, rates, at)))
 
     def outputs(
         self, episodes: Sequence[Episode], start: Params | None, rates: Params, at: Collection[int]
@@ -113,15 +111,15 @@ class Queries:
 
     def __init__(self, lm: TaskLM, encoder: Encoder, episodes: Sequence[Episode], in_context: bool = False):
         self.lm, self.episodes = lm, episodes
-        self.batch: TaskBatch | OptionBatch
+        self.batch: TaskBatch | Ballot
         if any(bool(episode.labels) != bool(episodes[0].labels) for episode in episodes):
             raise ValueError("label tasks and free text are not scored together")
         if episodes[0].labels:
             questions = [
-                encoder.option_rows([q.input for q in e.query], list(e.labels), e.support if in_context else ())
+                encoder.of(e.task, e.kind).questions(e.query, list(e.labels), e.support if in_context else ())
                 for e in episodes
             ]
-            self.batch = OptionBatch(lm, encoder, questions)
+            self.batch = Ballot(lm, encoder, questions)
         else:
             self.batch = side_of(encoder, episodes, "query", lm.device, in_context, lm.packs)
 
@@ -141,6 +139,12 @@ def score_all(episodes: Sequence[Episode], outputs: Outputs) -> list[float]:
     return [accuracy(e, out) if e.labels else float(out) for e, out in zip(episodes, outputs, strict=True)]
 
 
+def curves_of(episodes: Sequence[Episode], points: Sequence[Outputs]) -> list[Curve]:
+    """Return the curve of each episode from what was made of their queries after each number of steps."""
+    scores = zip(*(score_all(episodes, outputs) for outputs in points), strict=True)
+    return [Curve(e.task, e.index, bool(e.labels), list(s)) for e, s in zip(episodes, scores, strict=True)]
+
+
 def side_of(
     encoder: Encoder,
     episodes: Sequence[Episode],
@@ -150,8 +154,12 @@ def side_of(
     packs: bool = False,
 ) -> TaskBatch:
     """Return one side of T episodes with nothing left out, as evaluation sees it."""
-    rows = [encoder.rows(getattr(e, side), bool(e.labels), e.support if in_context else ()) for e in episodes]
-    labels = [encoder.competing(episode.labels) for episode in episodes]
+    own = [encoder.of(episode.task, episode.kind) for episode in episodes]
+    rows = [
+        each.rows(getattr(e, side), bool(e.labels), e.support if in_context else ())
+        for each, e in zip(own, episodes, strict=True)
+    ]
+    labels = [each.competing(e.labels, e.support[0]) for each, e in zip(own, episodes, strict=True)]
     return collate(rows, encoder.tokenizer.eos_token_id, labels, packs).to(device)
 
 

@@ -1,13 +1,15 @@
 """Did meta-training help? The same episodes of held-out tasks, from the meta-trained and from an untrained start."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from rayml.evaluation.curves import Curve
+from rayml.evaluation.answers import Contender, Setting, label_answers, text_answers
+from rayml.evaluation.curves import Curve, Outputs, Scorer, curves_of
+from rayml.evaluation.metrics import scores, span_report
 from rayml.evaluation.session import Session
 from rayml.tasks.episodes import Episode, Sampler
 from rayml.tasks.task import Task
@@ -21,6 +23,18 @@ class Evaluation:
 
     trained: list[Curve]
     untrained: list[Curve]
+    answered: list["Answered"]
+    """From the trained start."""
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What was answered to one episode's queries (`rayml.evaluation.answers`), before adapting and after."""
+
+    task: str
+    kind: str
+    before: list[dict[str, Any]]
+    after: list[dict[str, Any]]
 
 
 def evaluate(
@@ -36,13 +50,32 @@ def evaluate(
     after each few episodes how many are done.
     """
     rate = dict.fromkeys(session.rates, torch.tensor(session.config.inner.lr, device=session.device))
-    found = Evaluation([], [])
+    found = Evaluation([], [], [])
     scorer = session.scorer()
     for batch in batches(session, tasks, sampler, episodes):
-        found.trained.extend(scorer.curves(batch, session.start, session.rates))
+        points = list(scorer.outputs(batch, session.start, session.rates, range(scorer.steps + 1)))
+        found.trained.extend(curves_of(batch, points))
+        found.answered.extend(answered(session, scorer, batch, points))
         found.untrained.extend(scorer.curves(batch, session.untrained, rate))
         progress(len(batch))
     return found
+
+
+def answered(
+    session: Session, scorer: Scorer, episodes: Sequence[Episode], points: Sequence[Outputs]
+) -> Iterator[Answered]:
+    """Yield the answers to episodes: of labels, from what was made of the queries; texts are written, both times."""
+    contender = Contender(scorer, session.start, session.rates)
+    asked = replace(contender, takes_support=False)
+    for place, episode in enumerate(episodes):
+        if episode.labels:
+            ends = [label_answers(episode, points[k][place]) for k in (0, -1)]
+        else:
+            ends = [
+                text_answers(asked, episode, Setting()),
+                text_answers(contender, episode, Setting(steps=scorer.steps)),
+            ]
+        yield Answered(episode.task, episode.kind, *ends)
 
 
 def trained_curves(session: Session, tasks: Sequence[Task], sampler: Sampler, episodes: int) -> list[Curve]:
@@ -73,8 +106,28 @@ def summarize(evaluation: Evaluation) -> dict[str, Any]:
     return {
         "overall": by_kind[0],
         "overall_loss": by_kind[1] if len(by_kind) > 1 else None,
-        "tasks": {name: summary(group) for name, group in groups.items()},
+        "tasks": {
+            name: summary(group) | answer_summary([a for a in evaluation.answered if a.task == name])
+            for name, group in groups.items()
+        },
     }
+
+
+def answer_summary(answered: Sequence[Answered]) -> dict[str, Any]:
+    """Return one task's kind and the scores of its answers by its kind's metrics; of spans, also seqeval's report."""
+    kind = answered[0].kind
+    before, after = ([scores(kind, getattr(a, when)) for a in answered] for when in ("before", "after"))
+    found: dict[str, Any] = {"kind": kind, "answers": {}}
+    for name in before[0]:
+        ends = [np.array([of[name] for of in each]) for each in (before, after)]
+        found["answers"][name] = {
+            "before": interval(ends[0]),
+            "after": interval(ends[1]),
+            "gain": interval(ends[1] - ends[0]),
+        }
+    if kind == "ner":
+        found["spans"] = span_report([query for a in answered for query in a.after])
+    return found
 
 
 def _only(evaluation: Evaluation, **wanted: Any) -> Evaluation:
@@ -83,7 +136,7 @@ def _only(evaluation: Evaluation, **wanted: Any) -> Evaluation:
     def keep(curve: Curve) -> bool:
         return all(getattr(curve, name) == value for name, value in wanted.items())
 
-    return Evaluation(list(filter(keep, evaluation.trained)), list(filter(keep, evaluation.untrained)))
+    return Evaluation(list(filter(keep, evaluation.trained)), list(filter(keep, evaluation.untrained)), [])
 
 
 def summary(evaluation: Evaluation) -> dict[str, Any]:

@@ -12,9 +12,9 @@ from rayml.evaluation.session import Session
 from rayml.lm.batch import Row, collate
 from rayml.lm.peft_files import AdapterCard
 from rayml.meta.adapt import Params, adapt
-from rayml.tasks import read
 from rayml.tasks.episodes import LETTERS, relabel, shown_labels
-from rayml.tasks.table import build_tasks
+from rayml.tasks.row import Row as DataRow
+from rayml.tasks.table import LABELS, build_tasks
 from rayml.tasks.task import Task
 
 
@@ -39,23 +39,26 @@ class Learned:
     seconds: float
 
 
-def new_task(rows: Sequence[read.Row], name: str, labels: bool) -> Task:
+def new_task(rows: Sequence[DataRow], name: str, labels: bool, kind: str = "") -> Task:
     """Return the one task of these rows, whatever `task` they name.
 
     Args:
         labels: take the targets for labels, also where each stands once, as long as there are two.
+        kind: of rows that do not say.
 
     Raises:
         DataError: one text under two labels.
     """
     targets = tuple(sorted({row.target for row in rows}))
-    if labels and len(targets) > 1:
+    # A label or a text is seen by its targets.
+    rows = [replace(row, kind=row.kind or kind) for row in rows] if kind not in ("label", "text") else rows
+    if labels and len(targets) > 1 and rows[0].kind in ("", *LABELS):
         rows = [replace(row, options=row.options or targets) for row in rows]
     (task,), duplicates = build_tasks(rows)
     if duplicates.conflicting:
         _, text, found = duplicates.conflicting[0]
         raise DataError(f"{text[:60]!r} stands under {' and '.join(found)}; keep one")
-    return Task(name, task.examples, task.options)
+    return replace(task, name=name)
 
 
 def lesson(session: Session, task: Task) -> Lesson:
@@ -69,22 +72,29 @@ def lesson(session: Session, task: Task) -> Lesson:
         raise DataError(f"task {task.name!r} has {len(task.options)} classes; a run with data.labels=letters knows 26")
     if algorithm == "protonet" and not task.options:
         raise DataError(f"task {task.name!r} is free text; a protonet run tells classes apart")
+    encoder = session.encoder.of(task.name, task.kind)
     session.encoder.check([task])
     shown = shown_labels(task, task.options, config.data.labels)
     examples = [relabel(example, shown.get(example.target)) for example in task.examples]
+    kept = examples if takes_in_at_once(algorithm) else []
     card = AdapterCard(
         name=task.name,
         model=config.model.name,
         dtype=config.model.dtype,
-        prompt=config.data.prompt,
+        prompt=encoder.prompt,
         max_tokens=config.data.max_tokens,
         labels={label: option for option, label in shown.items()},
         lora=config.lora.shape() if session.lm.lora else {},
         algorithm=algorithm,
         label_loss=config.data.label_loss,
-        shown=[(example.input, example.target) for example in examples] if takes_in_at_once(algorithm) else [],
+        kind=task.kind,
+        ensemble=list(encoder.ensemble),
+        scoring=encoder.scoring,
+        shown=[(example.input, example.target) for example in kept],
+        shown_parts=[list(example.parts) for example in kept] if any(example.parts for example in kept) else [],
     )
-    return Lesson(session.encoder.rows(examples, bool(task.options)), session.encoder.competing(shown.values()), card)
+    labels = encoder.competing(shown.values(), examples[0])
+    return Lesson(encoder.rows(examples, bool(task.options)), labels, card)
 
 
 def takes_in_at_once(algorithm: str) -> bool:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -9,15 +10,16 @@ from rayml.engine import local
 from rayml.errors import ConfigError
 from rayml.lm.batch import TaskBatch, collate
 from rayml.lm.decode import Decoder
-from rayml.lm.encode import Encoder
-from rayml.lm.generate import Generation
+from rayml.lm.generate import Generation, end_tokens
 from rayml.lm.load import load_tokenizer, resolve_model
 from rayml.lm.lora import TaskLoRA, side_by_side
 from rayml.lm.model import TaskLM
-from rayml.lm.peft_files import load_learned
+from rayml.lm.peft_files import encoder_of, load_learned
 from rayml.lm.sampling import Sampling
-from rayml.lm.score import OptionBatch
+from rayml.lm.score import Ballot
 from rayml.meta.protonet import prototype_logits
+from rayml.tasks.episodes import relabel
+from rayml.tasks.row import unanswered
 from rayml.tasks.task import Example
 
 
@@ -39,13 +41,16 @@ class Predictor:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.module = local.load(base, self.card.dtype, "sdpa", self.device)
         self.lm = TaskLM(self.module, TaskLoRA(self.module, **self.card.lora) if self.card.lora else None)
-        self.encoder = Encoder(load_tokenizer(base), self.card.prompt, self.card.max_tokens, self.card.label_loss)
+        self.encoder = encoder_of(self.card, load_tokenizer(base))
         self.weights = {name: weight.to(self.device) for name, weight in self.weights.items()}
         self.adapters = side_by_side([self.weights or None])
-        self.shown = [Example(text, target) for text, target in self.card.shown]
+        self.shown = self.card.examples()
 
-    def predict(self, text: str, options: list[str] | None = None) -> Prediction:
+    def predict(self, given: Any, options: list[str] | None = None) -> Prediction:
         """Choose among the task's options, or those given; generate where there are none.
+
+        Args:
+            given: a text, fields by their names, or the (role, text) of a dialogue's turns.
 
         Raises:
             ConfigError: an option that the task does not have.
@@ -54,38 +59,38 @@ class Predictor:
         unknown = [option for option in options or () if own and option not in own]
         if unknown:
             raise ConfigError(f"--options: {', '.join(unknown)} not among the task's labels: {', '.join(own)}")
-        chosen = options or list(own)
+        chosen, example = options or list(own), unanswered(given)
         if not chosen:
-            return Prediction(self._generate(text), {})
-        log_probs = self._log_probs(text, [own.get(option, option) for option in chosen])
+            return Prediction(self._generate(example), {})
+        log_probs = self._log_probs(example, [own.get(option, option) for option in chosen])
         probabilities = dict(zip(chosen, log_probs.exp().tolist(), strict=True))
         return Prediction(max(probabilities, key=lambda option: probabilities[option]), probabilities)
 
     @torch.no_grad()
-    def _log_probs(self, text: str, labels: list[str]) -> torch.Tensor:
+    def _log_probs(self, example: Example, labels: list[str]) -> torch.Tensor:
         """Return the log-probability of each label, `[C]`."""
         if self.card.algorithm == "protonet":
-            return self._by_prototypes(text, labels)
+            return self._by_prototypes(example, labels)
         shown = self.shown if self.card.algorithm == "metaicl" else ()
-        rows = self.encoder.option_rows([text], labels, shown)
-        batch = OptionBatch(self.lm, self.encoder, [rows])
-        return batch.log_probs(self.adapters)[0][0]
+        ballot = Ballot(self.lm, self.encoder, [self.encoder.questions([example], labels, shown)])
+        return ballot.log_probs(self.adapters)[0][0]
 
-    def _by_prototypes(self, text: str, labels: list[str]) -> torch.Tensor:
-        support = [example for example in self.shown if example.target in labels]
-        classes = torch.tensor([[labels.index(example.target) for example in support]], device=self.device)
-        sides = [self.lm.states(self.adapters, self._batch(rows)) for rows in (support, [Example(text, labels[0])])]
+    def _by_prototypes(self, example: Example, labels: list[str]) -> torch.Tensor:
+        support = [one for one in self.shown if one.target in labels]
+        classes = torch.tensor([[labels.index(one.target) for one in support]], device=self.device)
+        asks = relabel(example, labels[0])
+        sides = [self.lm.states(self.adapters, self._batch(rows)) for rows in (support, [asks])]
         return prototype_logits(sides[0], classes, sides[1], len(labels))[0, 0].log_softmax(-1)
 
     def _batch(self, examples: list[Example]) -> TaskBatch:
         rows = self.encoder.rows(examples, is_label=True)
         return collate([rows], self.encoder.tokenizer.eos_token_id).to(self.device)
 
-    def _generate(self, text: str) -> str:
-        row = self.encoder.row(Example(text, "."), is_label=False, shown=self.shown)
-        generation = Generation(
-            self.encoder.tokenizer, row.tokens[: row.start], self.weights or None, Sampling(self.card.max_tokens)
-        )
+    def _generate(self, example: Example) -> str:
+        prompt, sampling = self.encoder.asked(example, self.shown), Sampling(self.card.max_tokens)
+        tokenizer = self.encoder.tokenizer
+        ends = end_tokens(self.module, tokenizer)
+        generation = Generation(tokenizer, prompt, self.weights or None, sampling, ends)
         decoder = Decoder(self.lm, most_rows=1, cache_tokens=0)
         decoder.join([generation])
         while not generation.finish_reason:

@@ -26,11 +26,42 @@ def table(summary: dict[str, Any], title: str) -> Table:
     return found
 
 
+def answers_table(summary: dict[str, Any]) -> Table | None:
+    """Return the scores of what was written, a row for each task and metric; None where all tasks have plain labels."""
+    rows = [
+        (name, found["kind"], metric, ends)
+        for name, found in summary["tasks"].items()
+        for metric, ends in found["answers"].items()
+        if found["metric"] == "loss" or found["kind"] in ("pair", "relation")
+    ]
+    if not rows:
+        return None
+    found = Table(box=SIMPLE_HEAD, padding=(0, 0, 0, 1), caption="answers, from the meta-trained start")
+    found.caption_justify = "left"
+    for place, head in enumerate(("held-out task", "kind", "metric", "before", "after adapting", "gain")):
+        found.add_column(head, no_wrap=True, justify="left" if place < 3 else "right")
+    last = ""
+    for name, kind, metric, ends in rows:
+        first = name != last
+        cells = [_bounds(ends["before"]), _bounds(ends["after"]), _signed(ends["gain"])]
+        found.add_row(name if first else "", kind if first else "", metric.replace("_", " "), *cells)
+        last = name
+    return found
+
+
+def _bounds(of: dict[str, float]) -> str:
+    return f"{of['mean']:.2f} ± {(of['high'] - of['low']) / 2:.2f}"
+
+
+def _signed(of: dict[str, float]) -> str:
+    return f"{of['mean']:+.2f} [{of['low']:+.2f}, {of['high']:+.2f}]"
+
+
 def _cells(scores: dict[str, Any]) -> list[str]:
-    keys = ("before", "after", "untrained_after")
-    signed = scores["over_untrained"]
-    difference = f"{signed['mean']:+.2f} [{signed['low']:+.2f}, {signed['high']:+.2f}]"
-    return [f"{scores[k]['mean']:.2f} ± {(scores[k]['high'] - scores[k]['low']) / 2:.2f}" for k in keys] + [difference]
+    return [
+        *(_bounds(scores[key]) for key in ("before", "after", "untrained_after")),
+        _signed(scores["over_untrained"]),
+    ]
 
 
 def plot(summary: dict[str, Any], path: Place, title: str) -> None:

@@ -27,6 +27,8 @@ class Row:
 
     tokens: list[int]
     start: int
+    silent: tuple[int, ...] = ()
+    """Places behind `start` that are read, and not predicted: what others say between the assistant's turns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,8 +155,9 @@ class Reading:
     first: int
     """The place that predicts the first target."""
     targets: list[int]
+    """What each place from there on predicts; IGNORE for nothing."""
     choices: list[list[int]]
-    """Of each target."""
+    """Of each target that is something."""
 
 
 def readings(task: Sequence[Row], labels: Sequence[Label]) -> list[Reading]:
@@ -165,10 +168,14 @@ def readings(task: Sequence[Row], labels: Sequence[Label]) -> list[Reading]:
 
 def reading(row: Row, competition: Competition | None) -> Reading:
     """Return a row up to the last token that a target is predicted from; all of it, where it has no target."""
-    target = row.tokens[row.start :]
-    choices = competition.choices(target) if competition else [[] for _ in target]
-    first = row.start - 1
-    return Reading(row.tokens[: first + len(choices) if choices else None], first, target[: len(choices)], choices)
+    target, first = row.tokens[row.start :], row.start - 1
+    if competition:
+        choices = competition.choices(target)
+        target = target[: len(choices)]
+    else:
+        target = [IGNORE if place in row.silent else token for place, token in enumerate(target, row.start)]
+        choices = [[] for token in target if token != IGNORE]
+    return Reading(row.tokens[: first + len(target) if target else None], first, target, choices)
 
 
 Laid = Sequence[Sequence[Sequence[Reading]]]

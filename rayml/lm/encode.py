@@ -2,14 +2,22 @@
 
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 from rayml.errors import DataError
 from rayml.lm.batch import Row, encode
+from rayml.lm.chat import chat_prompt, chat_row
 from rayml.lm.choices import compete
-from rayml.tasks.episodes import Episode
-from rayml.tasks.task import Example, Task
+from rayml.tasks.episodes import Episode, relabel
+from rayml.tasks.kinds import KINDS
+from rayml.tasks.task import Example, Parts, Task
+from rayml.tasks.templates import render
+
+CHANNEL = "Label: {}\nText:"
+"""What stands before the input where the input is scored, given a label."""
+NO_TEXT = Example("", "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,16 +25,32 @@ class Encoder:
     """How examples are shown to the model.
 
     A label stands behind one space, and ends where it ends: options are scored against each other. Free text ends
-    with the end-of-sequence token.
+    with the end-of-sequence token. A dialogue is written by the model's own chat template.
     """
 
     tokenizer: Any
     prompt: str
+    """Jinja: what stands before the target."""
     max_tokens: int
     label_loss: str = "options"
     in_context: bool = False
     """Queries carry their episode's support in the prompt (MetaICL, Min et al. 2022, arXiv 2110.15943)."""
     token_dropout: float = 0.0
+    kind: str = ""
+    ensemble: tuple[str, ...] = ()
+    """More prompts that options are asked with: the mean of the log-probabilities counts (PET, Schick and Schütze 2021,
+    arXiv 2001.07676)."""
+    scoring: str = "learned"
+    templates: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    """(kind, or pattern of tasks, prompts) that `of` chooses among."""
+
+    def of(self, task: str, kind: str) -> "Encoder":
+        """Return the encoder of a task: its templates are its own, or else its kind's, or else the prompt."""
+        by_task = [prompts for key, prompts in self.templates if key not in KINDS and fnmatchcase(task, key)]
+        by_kind = [prompts for key, prompts in self.templates if key == kind]
+        own = KINDS[kind].prompt if kind in KINDS else ""
+        prompts = (by_task or by_kind or [(own or self.prompt, *(() if own else self.ensemble))])[0]
+        return replace(self, prompt=prompts[0], ensemble=prompts[1:], kind=kind)
 
     def row(self, example: Example, is_label: bool, shown: Sequence[Example] = (), spared: int = 0) -> Row:
         """Return the row of an example behind those `shown` in its prompt; each adds to the length that is allowed.
@@ -34,18 +58,52 @@ class Encoder:
         Args:
             spared: tokens that the row shall stay below that length.
         """
-        prompt = "".join(f"{self._prompt(e.input)} {e.target.strip()}\n\n" for e in shown)
         most = self.max_tokens * (len(shown) + 1) - spared
-        return self._encode(prompt + self._prompt(example.input), example, is_label, most)
+        if self.kind == "dialogue" and example.parts:
+            return chat_row(self.tokenizer, [turn for one in (*shown, example) for turn in one.parts], most)
+        return self._encode(self._prompt(example, shown), example, is_label, most)
 
     def rows(self, examples: Iterable[Example], is_label: bool, shown: Sequence[Example] = ()) -> list[Row]:
         return [self.row(example, is_label, shown) for example in examples]
 
+    def asked(self, example: Example, shown: Sequence[Example] = ()) -> list[int]:
+        """Return the tokens that an answer is written behind; the example's own target is not looked at."""
+        if self.kind == "dialogue":
+            turns = [*(turn for one in shown for turn in one.parts), *(example.parts[:-1] or [("user", example.input)])]
+            return chat_prompt(self.tokenizer, turns)[-self.max_tokens * (len(shown) + 1) :]
+        row = self.row(replace(example, target="."), is_label=False, shown=shown)
+        return row.tokens[: row.start]
+
     def option_rows(
-        self, texts: Iterable[str], options: Sequence[str], shown: Sequence[Example] = ()
+        self, examples: Iterable[Example], options: Sequence[str], shown: Sequence[Example] = ()
     ) -> list[list[Row]]:
-        """Return, for every text, a row with each option as its target, all behind the same prompt."""
-        return [self._alike([Example(text, option) for option in options], shown) for text in texts]
+        """Return, for every example, a row with each option as its target, all behind the same prompt."""
+        return [self._alike([relabel(example, option) for option in options], shown) for example in examples]
+
+    def questions(
+        self, examples: Sequence[Example], options: Sequence[str], shown: Sequence[Example] = ()
+    ) -> list[tuple[float, list[list[Row]]]]:
+        """Return the ways in which options are asked for, each with its weight: rows as `option_rows` returns them.
+
+        An option's score is the weighted sum of its log-probabilities. One way for each template; and for `pmi` one
+        more without the input, that counts against it (PMI_DC, Holtzman et al. 2021, arXiv 2104.08315).
+        """
+        found = []
+        for prompt in (self.prompt, *self.ensemble):
+            way, share = replace(self, prompt=prompt), 1 / (1 + len(self.ensemble))
+            if self.scoring == "channel":
+                found.append((share, [[way._channel_row(e, option) for option in options] for e in examples]))
+                continue
+            found.append((share, way.option_rows(examples, options, shown)))
+            if self.scoring == "pmi":
+                found.append((-share, way.option_rows([blank(e) for e in examples], options)))
+        return found
+
+    def _channel_row(self, example: Example, option: str) -> Row:
+        """Return the row of an input behind a label: how probable the label makes it (noisy channel, Min et al. 2022,
+        arXiv 2108.04106)."""
+        row = encode(self.tokenizer, CHANNEL.format(option), " " + example.input.strip(), False, 10**9)
+        return Row(row.tokens[: self.max_tokens], row.start)
 
     def _alike(self, examples: Sequence[Example], shown: Sequence[Example]) -> list[Row]:
         rows = [self.row(example, is_label=True, shown=shown) for example in examples]
@@ -58,23 +116,33 @@ class Encoder:
 
     def thinned(self, example: Example, is_label: bool, rng: random.Random) -> Row:
         """Return the row of an example without some of its input's tokens, each left out by `token_dropout`."""
-        first = self.prompt.index("{input}")
-        last = first + len(example.input)
+        prompt = self._prompt(example)
+        inside: set[int] = set()
+        for text in [text for _, text in example.parts] or [example.input]:
+            first = prompt.find(text)
+            inside |= set(range(first, first + len(text))) if first >= 0 else set()
 
         def keep(character: int) -> bool:
-            return not first <= character < last or rng.random() >= self.token_dropout
+            return character not in inside or rng.random() >= self.token_dropout
 
-        return self._encode(self._prompt(example.input), example, is_label, self.max_tokens, keep)
+        if self.kind == "dialogue":
+            return self.row(example, is_label)
+        return self._encode(prompt, example, is_label, self.max_tokens, keep)
 
-    def _prompt(self, text: str) -> str:
-        return self.prompt.replace("{input}", text)
+    def _prompt(self, example: Example, shown: Sequence[Example] = ()) -> str:
+        before = "".join(f"{render(self.prompt, e)} {e.target.strip()}\n\n" for e in shown)
+        return before + render(self.prompt, example)
 
     def _encode(self, prompt: str, example: Example, is_label: bool, most: int, keep: Any = None) -> Row:
         return encode(self.tokenizer, prompt, " " + example.target.strip(), not is_label, most, keep)
 
-    def competing(self, labels: Iterable[str]) -> list[list[int]]:
-        """Return the tokens of labels that are chosen among (`rayml.lm.choices`); none where that is the vocabulary."""
-        rows = [self.row(Example("", label), is_label=True) for label in labels]
+    def competing(self, labels: Iterable[str], like: Example = NO_TEXT) -> list[list[int]]:
+        """Return the tokens of labels that are chosen among (`rayml.lm.choices`); none where that is the vocabulary.
+
+        Args:
+            like: an example of the task, where inputs have parts; its texts do not matter.
+        """
+        rows = [self.row(relabel(blank(like), label), is_label=True) for label in labels]
         return self.told_apart([row.tokens[row.start :] for row in rows])
 
     def told_apart(self, labels: list[list[int]]) -> list[list[int]]:
@@ -83,35 +151,51 @@ class Encoder:
 
     def episode(self, episode: Episode) -> dict[str, Any]:
         """Return the episode for training, as one row of a data set; `decode_rows` takes the two sides back."""
-        is_label = bool(episode.labels)
+        is_label, own = bool(episode.labels), self.of(episode.task, episode.kind)
         rng = random.Random(f"{episode.task}/{episode.index}")
         sides = {
-            "support": [self.thinned(e, is_label, rng) for e in episode.support]
+            "support": [own.thinned(e, is_label, rng) for e in episode.support]
             if self.token_dropout
-            else self.rows(episode.support, is_label),
-            "query": self.rows(episode.query, is_label, episode.support if self.in_context else ()),
+            else own.rows(episode.support, is_label),
+            "query": own.rows(episode.query, is_label, episode.support if self.in_context else ()),
         }
         record: dict[str, Any] = {"index": episode.index, "task": episode.task}
-        record["labels"] = self.competing(episode.labels)
+        record["labels"] = own.competing(episode.labels, episode.support[0])
         for side, rows in sides.items():
             record[side] = {
                 "tokens": [row.tokens for row in rows],
                 "starts": [row.start for row in rows],
+                "silent": [list(row.silent) for row in rows],
                 "classes": class_numbers(episode, side),
             }
         return record
 
     def check(self, tasks: Iterable[Task]) -> None:
-        """Raise DataError for every target that has no token, or leaves no room for its input."""
+        """Raise DataError for every task whose template does not fit it, and every target that cannot be learned."""
         errors = []
         for task in tasks:
-            for target in {example.target for example in task.examples}:
+            own = self.of(task.name, task.kind)
+            # One of every target, and one of every set of parts: the others are no different.
+            some = {e.target: e for e in task.examples} | {fields(e.parts): e for e in task.examples}
+            dialogues = task.kind == "dialogue"
+            for example in task.examples if dialogues else some.values():
                 try:
-                    self.row(Example("", target), bool(task.options))
+                    own.row(example if dialogues else blank(example), bool(task.options))
+                    for prompt in own.ensemble:
+                        render(prompt, example)
                 except DataError as error:
                     errors.append(f"task {task.name!r}: {error}")
         if errors:
-            raise DataError("targets that cannot be learned:\n  " + "\n  ".join(errors[:20]))
+            raise DataError("targets, or prompts, that cannot be learned:\n  " + "\n  ".join(errors[:20]))
+
+
+def blank(example: Example) -> Example:
+    """Return an example with nothing in its input, nor in the input's parts."""
+    return replace(example, input="", parts=tuple((name, "") for name, _ in example.parts))
+
+
+def fields(parts: Parts) -> tuple[str, ...]:
+    return tuple(name for name, _ in parts)
 
 
 def class_numbers(episode: Episode, side: str) -> list[int]:
@@ -122,4 +206,5 @@ def class_numbers(episode: Episode, side: str) -> list[int]:
 
 def decode_rows(side: dict[str, Any]) -> list[Row]:
     """Return the rows of one side of a record that `Encoder.episode` made."""
-    return [Row(list(tokens), start) for tokens, start in zip(side["tokens"], side["starts"], strict=True)]
+    columns = side["tokens"], side["starts"], side["silent"]
+    return [Row(list(tokens), start, tuple(silent)) for tokens, start, silent in zip(*columns, strict=True)]

@@ -15,8 +15,10 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from rayml.errors import RunError
+from rayml.lm.encode import Encoder
 from rayml.lm.lora import layer_number
 from rayml.meta.adapt import Params
+from rayml.tasks.task import Example
 
 CARD, WEIGHTS = "rayml.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -39,6 +41,30 @@ class AdapterCard:
     shown: list[tuple[str, str]] = field(default_factory=list)
     """Examples that answering needs: in the prompt (metaicl), or as prototypes (protonet)."""
     label_loss: str = "options"
+    kind: str = ""
+    ensemble: list[str] = field(default_factory=list)
+    scoring: str = "learned"
+    shown_parts: list[list[tuple[str, str]]] = field(default_factory=list)
+    """Of each example in `shown`, where its input has parts."""
+
+    def examples(self) -> list[Example]:
+        """Return the examples in `shown`."""
+        parts = self.shown_parts or [[]] * len(self.shown)
+        pairs = zip(self.shown, parts, strict=True)
+        return [Example(text, target, tuple((name, part) for name, part in of)) for (text, target), of in pairs]
+
+
+def encoder_of(card: AdapterCard, tokenizer: Any, max_tokens: int | None = None) -> Encoder:
+    """Return how an adapter's task is shown to the model."""
+    return Encoder(
+        tokenizer,
+        card.prompt,
+        card.max_tokens if max_tokens is None else max_tokens,
+        card.label_loss,
+        kind=card.kind,
+        ensemble=tuple(card.ensemble),
+        scoring=card.scoring,
+    )
 
 
 def write_card(folder: Path, card: AdapterCard) -> None:

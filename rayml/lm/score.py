@@ -70,18 +70,20 @@ class Question:
 
     Options are scored as they are learned, by `rayml.lm.choices`. Where they cannot be told apart token by token, or
     are learned over the vocabulary, the mean over an option's tokens is its score, so that length does not decide.
+    `data.scoring` may ask for the mean, or for the sum.
     """
 
     def __init__(self, rows: Sequence[Row], encoder: Encoder, forks: bool):
         """Take a row for each option (`Encoder.option_rows`)."""
         whole = [row.tokens[row.start :] for row in rows]
-        if encoder.told_apart(whole):
+        if encoder.scoring == "learned" and encoder.told_apart(whole):
             competition = Competition(whole)
             self.choices = [competition.choices(option) for option in whole]
             self.divisors = [1] * len(whole)
         else:
             self.choices = [[[] for _ in option] for option in whole]
-            self.divisors = [len(option) for option in whole]
+            is_mean = encoder.scoring in ("learned", "mean")
+            self.divisors = [len(option) if is_mean else 1 for option in whole]
         self.options = [option[: len(among)] for option, among in zip(whole, self.choices, strict=True)]
         prompts = [row.tokens[: row.start] for row in rows]
         together = Tree(prompts[0], self.options)
@@ -169,3 +171,20 @@ class OptionBatch:
             of.view(queries, options).log_softmax(-1)
             for of, (queries, options) in zip(per_task, self.shape, strict=True)
         ]
+
+
+class Ballot:
+    """The queries of T tasks, asked in several ways whose answers are weighed (`Encoder.questions`)."""
+
+    def __init__(self, lm: TaskLM, encoder: Encoder, tasks: Sequence[Sequence[tuple[float, list[list[Row]]]]]):
+        """Take each task's ways, each with its weight; a task of fewer ways than others is asked again, for nothing."""
+        self.ways = []
+        for way in range(max(map(len, tasks))):
+            asked = [task[way] if way < len(task) else (0.0, task[0][1]) for task in tasks]
+            batch = OptionBatch(lm, encoder, [rows for _, rows in asked])
+            self.ways.append(([weight for weight, _ in asked], batch))
+
+    def log_probs(self, weights: Params | None) -> list[Tensor]:
+        """Return, for each task, `[queries, options]`: log-probability of the options, normalized over them."""
+        found = [[w * of for w, of in zip(share, b.log_probs(weights), strict=True)] for share, b in self.ways]
+        return found[0] if len(found) == 1 else [sum(of).log_softmax(-1) for of in zip(*found, strict=True)]

@@ -107,6 +107,11 @@ class RunFolder:
         """Return whether the run was meta-trained on label tasks, and not on free text alone."""
         return any(json.loads(self.tasks.read_text(encoding="utf-8"))["train"].values())
 
+    def learned_kind(self) -> str:
+        """Return the kind of all tasks that the run was meta-trained on; "" where there are several."""
+        kinds = set(json.loads(self.tasks.read_text(encoding="utf-8")).get("kinds", {}).values())
+        return kinds.pop() if len(kinds) == 1 else ""
+
     def truncate_metrics(self, step: int) -> None:
         """Forget what was logged after `step`: those steps are about to be taken again."""
         if self.metrics.exists():
@@ -168,7 +173,8 @@ class RunFolder:
 def describe(splits: Splits) -> dict[str, Any]:
     """Return what `tasks.json` holds: the classes of every task in every split (none for free text)."""
     named = {name: {task.name: task.options for task in tasks} for name, tasks in splits._asdict().items()}
-    return {"fingerprint": fingerprint(splits.train), **named}
+    kinds = {task.name: task.kind for task in splits.train}
+    return {"fingerprint": fingerprint(splits.train), **named, "kinds": kinds}
 
 
 def fingerprint(tasks: Sequence[Task]) -> str:

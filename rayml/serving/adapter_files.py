@@ -15,14 +15,16 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 
-from rayml.errors import RunError
+from rayml.errors import ConfigError, RunError
 from rayml.lm.lora import A, B
 from rayml.lm.peft_files import CARD, PREFIX, WEIGHTS, AdapterCard
 from rayml.meta.adapt import Params
+from rayml.tasks.templates import compiled
 
 CONFIG = "adapter_config.json"
 FILES = CONFIG, WEIGHTS, CARD
 MOST_CONFIG_BYTES = 1_000_000
+MOST_PROMPTS = 16
 # What a PEFT LoRA may ask for beyond A and B, which the task-batched layer does not do.
 UNSUPPORTED = (
     "use_dora",
@@ -162,6 +164,11 @@ def _read_card(path: Path) -> AdapterCard:
         card = TypeAdapter(AdapterCard).validate_json(json.dumps(read), strict=True)
     except ValidationError:
         raise RunError(f"{CARD} is not what rayml writes") from None
-    if "{input}" not in card.prompt or card.max_tokens < 1:
-        raise RunError(f"{CARD} is not what rayml writes: its prompt has no {{input}}, or reads nothing")
+    if card.max_tokens < 1 or len(card.ensemble) > MOST_PROMPTS or len(card.shown_parts) not in (0, len(card.shown)):
+        raise RunError(f"{CARD} is not what rayml writes: it reads nothing, or has more than {MOST_PROMPTS} prompts")
+    try:
+        for prompt in (card.prompt, *card.ensemble):
+            compiled(prompt)
+    except ConfigError as error:
+        raise RunError(f"{CARD} is not what rayml writes: {error}") from None
     return card

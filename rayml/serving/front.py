@@ -29,9 +29,7 @@ from rayml.serving.schema import (
     ChatRequest,
     ClassifyRequest,
     CompletionRequest,
-    Message,
     Sampled,
-    as_input,
     parse,
 )
 from rayml.serving.settings import Serving, describe
@@ -146,8 +144,8 @@ class Front:
             if asked.steps is not None and asked.steps > self.limits.steps:
                 raise ApiError(422, f"steps: at most {self.limits.steps}", "steps")
             self._check_count("options", len(asked.options or [""]), self.limits.options)
-            pairs = [example.pair() for example in asked.examples]
-            content = [self.fingerprint, asked.name, pairs, asked.options, asked.steps]
+            content = [self.fingerprint, asked.name, asked.pairs, asked.options, asked.steps]
+            content += [asked.kind] if asked.kind else []
             adapter = adapter_id(asked.name, content)
             manifest, new = await self._ask("learn", owner, adapter, asked)
             return JSONResponse(describe(manifest, self.base), 201 if new else 200)
@@ -236,13 +234,10 @@ class Front:
 
         async def work(owner: str) -> Response:
             asked: ChatRequest = await self._body(request, ChatRequest)
-            prompt: str | list[Message] = asked.messages
-            if asked.model != self.base:
-                prompt = as_input(asked.messages)
             most = asked.max_completion_tokens or asked.max_tokens or self._some_tokens()
             sampling = self._sampling(asked, most, asked.top_logprobs if asked.logprobs else None)
             shape = Shape(asked.model, chat=True, logprobs=asked.logprobs)
-            return await self._write(owner, asked, [prompt], sampling, shape)
+            return await self._write(owner, asked, [asked.messages], sampling, shape)
 
         return await self._answer(request, "chat", work)
 

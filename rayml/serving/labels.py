@@ -45,4 +45,4 @@ def label_piece(probabilities: dict[str, float], sampling: Sampling) -> Piece:
 
 
 def shown_of(loaded: Adapter | None) -> list[Example]:
-    return [Example(text, target) for text, target in loaded.card.shown] if loaded else []
+    return loaded.card.examples() if loaded else []

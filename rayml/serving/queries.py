@@ -9,18 +9,23 @@ from rayml.serving.adapter_files import Adapter
 from rayml.serving.errors import ApiError
 from rayml.serving.labels import shown_of
 from rayml.serving.work import Query, Support
-from rayml.tasks.task import Example
+from rayml.tasks.episodes import relabel
+from rayml.tasks.row import unanswered
 
+Given = str | dict[str, str]
+"""An input as clients send it: a text, or fields by their names."""
 LONGEST_TOKEN = 64
 """Characters of a token, at most: what stands before that many times the tokens that are read is not tokenized."""
-Cut = list[tuple[Query, bool]]
-"""Queries, and whether the beginning of each one's text was cut."""
+Ways = list[tuple[float, Query]]
+"""The ways in which one input is asked about, each with its weight (`Encoder.questions`)."""
+Cut = list[tuple[Ways, bool]]
+"""The ways of each input, and whether the beginning of its text was cut."""
 
 
 def option_queries(
-    encoder: Encoder, loaded: Adapter | None, texts: Sequence[str], labels: list[str], context: int, truncate: bool
+    encoder: Encoder, loaded: Adapter | None, inputs: Sequence[Given], labels: list[str], context: int, truncate: bool
 ) -> Cut:
-    """Return a query for each text, with a row for each label.
+    """Return the queries of each input, with a row for each label.
 
     Raises:
         ApiError: 400, a text is too long, and not to be truncated; 422, a label that cannot be scored.
@@ -28,38 +33,47 @@ def option_queries(
     shown = shown_of(loaded)
     most = min(encoder.max_tokens * (len(shown) + 1), context)
     queries = []
-    for place, text in enumerate(texts):
+    for place, given in enumerate(inputs):
         try:
-            (row,) = unlimited(encoder).option_rows([text], [max(labels, key=len)], shown)[0]
+            (row,) = unlimited(encoder).option_rows([unanswered(given)], [max(labels, key=len)], shown)[0]
             is_long = len(row.tokens) > most
             if is_long and not truncate:
                 raise too_long(place, len(row.tokens), most)
-            (rows,) = encoder.option_rows([text[-LONGEST_TOKEN * most :]], labels, shown)
-        except DataError:
+            ways = encoder.questions([unanswered(ending(given, LONGEST_TOKEN * most))], labels, shown)
+        except DataError as error:
             message = f"options: one of them has no token, or is too long beside input.{place}"
+            if str(error).startswith("template"):
+                raise ApiError(422, f"input.{place}: {error}", f"input.{place}") from None
             raise ApiError(422, message, "options") from None
-        longest = max(len(row.tokens) for row in rows)
+        longest = max(len(row.tokens) for _, (rows,) in ways for row in rows)
         if longest > context:
             raise too_long(place, longest, context)
-        queries.append((Query(rows, loaded.weights if loaded else None), is_long))
+        weights = loaded.weights if loaded else None
+        queries.append(([(share, Query(rows, weights)) for share, (rows,) in ways], is_long))
     return queries
 
 
 def prototype_queries(
-    encoder: Encoder, loaded: Adapter, support: Support, texts: Sequence[str], labels: list[str], truncate: bool
+    encoder: Encoder, loaded: Adapter, support: Support, inputs: Sequence[Given], labels: list[str], truncate: bool
 ) -> Cut:
-    """Return a query for each text, to be compared with the classes of `labels`; raises as `option_queries` does."""
+    """Return a query for each input, to be compared with the classes of `labels`; raises as `option_queries` does."""
     known = list(loaded.card.labels)
     places = [known.index(label) for label in labels]
     queries = []
-    for place, text in enumerate(texts):
-        example = Example(text, known[0])
+    for place, given in enumerate(inputs):
+        example = relabel(unanswered(given), known[0])
         tokens = len(unlimited(encoder).row(example, is_label=True).tokens)
         is_long = tokens > encoder.max_tokens
         if is_long and not truncate:
             raise too_long(place, tokens, encoder.max_tokens)
-        queries.append((Query([encoder.row(example, is_label=True)], loaded.weights, support, places), is_long))
+        query = Query([encoder.row(example, is_label=True)], loaded.weights, support, places)
+        queries.append(([(1.0, query)], is_long))
     return queries
+
+
+def ending(given: Given, most: int) -> Given:
+    """Return an input without what stands before its last `most` characters, in each of its fields."""
+    return given[-most:] if isinstance(given, str) else {name: text[-most:] for name, text in given.items()}
 
 
 def support_of(encoder: Encoder, loaded: Adapter) -> Support:

@@ -11,29 +11,30 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from jinja2 import TemplateError
 
 from rayml.errors import DataError
 from rayml.evaluation.learn import Lesson, inner_steps, lesson, new_task
 from rayml.evaluation.session import open_session
+from rayml.lm.chat import chat_prompt
 from rayml.lm.decode import context_tokens
 from rayml.lm.encode import Encoder
 from rayml.lm.generate import end_tokens
-from rayml.lm.peft_files import save_adapter, write_card
+from rayml.lm.peft_files import encoder_of, save_adapter, write_card
 from rayml.lm.sampling import Piece, Sampling
 from rayml.runs.folder import RunFolder
 from rayml.serving.adapter_files import Adapter
 from rayml.serving.engine import Engine, Observe
 from rayml.serving.errors import ApiError, busy
 from rayml.serving.labels import choices, label_piece, shown_of
-from rayml.serving.queries import option_queries, prototype_queries, support_of, unlimited
+from rayml.serving.queries import Cut, Given, option_queries, prototype_queries, support_of, unlimited
 from rayml.serving.resident import Resident, forget_task
-from rayml.serving.schema import AdapterRequest, ClassifyRequest, Message
+from rayml.serving.schema import AdapterRequest, ClassifyRequest, Message, plain, turns_of
 from rayml.serving.served import fits_of, servable
 from rayml.serving.settings import Serving
 from rayml.serving.store import AdapterStore, Manifest
-from rayml.serving.work import Adaptation, Query, Support, Writing
-from rayml.tasks import read
+from rayml.serving.work import Adaptation, Support, Writing
+from rayml.tasks.row import Row, unanswered
+from rayml.tasks.table import FREE_TEXT
 from rayml.tasks.task import Example, Task
 
 
@@ -45,7 +46,7 @@ class Replica:
         run = RunFolder(serving.run)
         servable(run)
         self.session = open_session(run, every_linear=True)
-        self.learned_labels = run.learned_labels()
+        self.learned_labels, self.learned_kind = run.learned_labels(), run.learned_kind()
         self.context = min(context_tokens(self.session.lm.module.config), serving.limits.context_tokens)
         self.store = AdapterStore(serving.store or str(run.path / "adapters"))
         fits = fits_of(self.session.config, self.session.base, self.session.lm.module, serving.adapters)
@@ -133,29 +134,32 @@ class Replica:
                 raise ApiError(429, f"this key has {most} adapters, as many as it may; delete one", code="too_many")
 
     def _lesson(self, request: AdapterRequest) -> Lesson:
-        pairs = [example.pair() for example in request.examples]
+        is_dialogue = (request.kind or self.learned_kind) == "dialogue"
+        examples = [example.example(is_dialogue) for example in request.examples]
         options = tuple(dict.fromkeys(request.options or ()))
-        for place, (_, target) in enumerate(pairs):
-            if options and target not in options:
-                raise ApiError(422, f"examples.{place}: {target[:60]!r} is none of the options", f"examples.{place}")
-        targets = {target for _, target in pairs}
-        if (options or self.learned_labels) and len(targets) < 2:
+        for place, example in enumerate(examples):
+            if options and example.target not in options:
+                message = f"examples.{place}: {example.target[:60]!r} is none of the options"
+                raise ApiError(422, message, f"examples.{place}")
+        targets = {example.target for example in examples}
+        labels = self.learned_labels and request.kind not in FREE_TEXT
+        if (options or labels) and len(targets) < 2:
             raise ApiError(422, "examples: all have the same label; give examples of two or more", "examples")
         rows = [
-            read.Row(request.name, text, target, options, f"examples.{place}")
-            for place, (text, target) in enumerate(pairs)
+            Row(request.name, one.input, one.target, options, f"examples.{place}", request.kind or "", one.parts)
+            for place, one in enumerate(examples)
         ]
         try:
-            prepared = lesson(self.session, new_task(rows, request.name, self.learned_labels))
+            task = new_task(rows, request.name, labels, self.learned_kind)
+            prepared = lesson(self.session, task)
         except DataError as error:
             raise ApiError(422, f"examples: {error}", "examples") from None
-        self._check_lengths(pairs)
+        self._check_lengths(self.session.encoder.of(task.name, task.kind), examples)
         return prepared
 
-    def _check_lengths(self, pairs: Sequence[tuple[str, str]]) -> None:
-        encoder = self.session.encoder
-        for place, (text, target) in enumerate(pairs):
-            tokens = len(unlimited(encoder).row(Example(text, target), is_label=False).tokens)
+    def _check_lengths(self, encoder: Encoder, examples: Sequence[Example]) -> None:
+        for place, example in enumerate(examples):
+            tokens = len(unlimited(encoder).row(example, is_label=False).tokens)
             if tokens > encoder.max_tokens + 1:  # what ends free text is not counted
                 message = f"examples.{place}: has {tokens} tokens; this model reads {encoder.max_tokens} of an example"
                 raise ApiError(422, message, f"examples.{place}", "example_too_long")
@@ -178,32 +182,32 @@ class Replica:
         return {"answers": answers, "tokens": tokens}
 
     async def _choose(
-        self, loaded: Adapter | None, texts: Sequence[str], labels: dict[str, str], truncate: bool
+        self, loaded: Adapter | None, inputs: Sequence[Given], labels: dict[str, str], truncate: bool
     ) -> tuple[list[dict[str, Any]], int]:
-        """Score `labels`, each with what the model sees of it, for every text."""
-        queries = await asyncio.to_thread(self._queries, loaded, texts, list(labels.values()), truncate)
-        self.engine.classify([query for query, _ in queries])
-        found = await asyncio.gather(*(asyncio.wrap_future(query.answer) for query, _ in queries))
+        """Score `labels`, each with what the model sees of it, for every input."""
+        queries = await asyncio.to_thread(self._queries, loaded, inputs, list(labels.values()), truncate)
+        self.engine.classify([query for ways, _ in queries for _, query in ways])
         answers = []
-        for scores, (_, is_cut) in zip(found, queries, strict=True):
+        for ways, is_cut in queries:
+            found = await asyncio.gather(*(asyncio.wrap_future(query.answer) for _, query in ways))
+            shares = torch.tensor([share for share, _ in ways])
+            scores = (shares @ torch.stack(found)).log_softmax(-1)
             probabilities = dict(zip(labels, scores.exp().tolist(), strict=True))
             label = max(probabilities, key=lambda option: probabilities[option])
             answers.append({"label": label, "probabilities": probabilities, "truncated": is_cut})
-        return answers, sum(len(query.rows[0].tokens) for query, _ in queries)
+        return answers, sum(len(query.rows[0].tokens) for ways, _ in queries for _, query in ways)
 
-    def _queries(
-        self, loaded: Adapter | None, texts: Sequence[str], labels: list[str], truncate: bool
-    ) -> list[tuple[Query, bool]]:
-        """Return a query for each text, and whether its beginning was cut."""
+    def _queries(self, loaded: Adapter | None, inputs: Sequence[Given], labels: list[str], truncate: bool) -> Cut:
+        """Return the queries of each input, and whether its beginning was cut."""
         encoder = self._encoder(loaded)
         if loaded is None or loaded.card.algorithm != "protonet":
-            return option_queries(encoder, loaded, texts, labels, self.context, truncate)
+            return option_queries(encoder, loaded, inputs, labels, self.context, truncate)
         if loaded not in self._supports:
             self._supports[loaded] = support_of(encoder, loaded)
-        return prototype_queries(encoder, loaded, self._supports[loaded], texts, labels, truncate)
+        return prototype_queries(encoder, loaded, self._supports[loaded], inputs, labels, truncate)
 
     async def write(
-        self, owner: str, adapter: str | None, prompts: Sequence[str | list[Message]], sampling: Sampling
+        self, owner: str, adapter: str | None, prompts: Sequence[Given | list[Message]], sampling: Sampling
     ) -> AsyncIterator[tuple[int, Piece, int]]:
         """Yield (which prompt, what its text grew by, tokens of the prompt) until all have ended.
 
@@ -214,7 +218,7 @@ class Replica:
         """
         loaded = await self._adapter(owner, adapter)
         if loaded and loaded.card.labels:
-            for written in await self._write_labels(loaded, [str(prompt) for prompt in prompts], sampling):
+            for written in await self._write_labels(loaded, [plain(prompt) for prompt in prompts], sampling):
                 yield written
             return
         arrived: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue()
@@ -248,31 +252,31 @@ class Replica:
                 self.engine.cancel(writing)
 
     async def _write_labels(
-        self, loaded: Adapter, texts: Sequence[str], sampling: Sampling
+        self, loaded: Adapter, inputs: Sequence[Given], sampling: Sampling
     ) -> list[tuple[int, Piece, int]]:
-        answers, tokens = await self._choose(loaded, texts, choices(loaded, None), truncate=False)
+        answers, tokens = await self._choose(loaded, inputs, choices(loaded, None), truncate=False)
         pieces = [label_piece(answer["probabilities"], sampling) for answer in answers]
         # The tokens of all texts stand with the first: they are summed in the end.
         return [(place, piece, 0 if place else tokens) for place, piece in enumerate(pieces)]
 
     def _prompt_tokens(
-        self, loaded: Adapter | None, prompt: str | list[Message], max_tokens: int, place: int
+        self, loaded: Adapter | None, prompt: Given | list[Message], max_tokens: int, place: int
     ) -> list[int]:
         tokenizer = self.session.encoder.tokenizer
         most = self.context - max_tokens
-        if isinstance(prompt, list):
-            if not tokenizer.chat_template:
+        try:
+            if loaded:
+                is_dialogue = loaded.card.kind == "dialogue"
+                given = turns_of(prompt) if is_dialogue and isinstance(prompt, list) else plain(prompt)
+                tokens = unlimited(self._encoder(loaded)).asked(unanswered(given), shown_of(loaded))
+            elif not isinstance(prompt, list):
+                tokens = tokenizer(prompt)["input_ids"]
+            elif tokenizer.chat_template:
+                tokens = chat_prompt(tokenizer, turns_of(prompt))
+            else:
                 raise ApiError(400, "this base has no chat template; use /v1/completions", "messages")
-            turns = [{"role": message.role, "content": message.text} for message in prompt]
-            try:
-                tokens = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
-            except TemplateError as error:
-                raise ApiError(400, f"messages: the base's chat template refuses them: {error}", "messages") from None
-        elif loaded is None:
-            tokens = tokenizer(prompt)["input_ids"]
-        else:
-            row = unlimited(self._encoder(loaded)).row(Example(prompt, "."), is_label=False, shown=shown_of(loaded))
-            tokens = row.tokens[: row.start]
+        except DataError as error:
+            raise ApiError(400, str(error), "messages" if isinstance(prompt, list) else "prompt") from None
         if not tokens:
             raise ApiError(400, f"prompt {place} is empty", "prompt")
         if len(tokens) > most:
@@ -287,10 +291,9 @@ class Replica:
     def _encoder(self, loaded: Adapter | None) -> Encoder:
         """Return how an adapter was shown its examples; the base and plain PEFT's read up to the context."""
         encoder = self.session.encoder
-        if loaded is None or not loaded.card.max_tokens:
-            prompt = loaded.card.prompt if loaded else encoder.prompt
-            return dataclasses.replace(encoder, prompt=prompt, max_tokens=self.context)
-        return dataclasses.replace(encoder, prompt=loaded.card.prompt, max_tokens=loaded.card.max_tokens)
+        if loaded is None:
+            return dataclasses.replace(encoder, max_tokens=self.context)
+        return encoder_of(loaded.card, encoder.tokenizer, loaded.card.max_tokens or self.context)
 
     async def check(self, seconds: float) -> None:
         """Run the model on one token.

@@ -7,6 +7,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from rayml.serving.errors import ApiError
 from rayml.serving.store import NAME, UNNAMED
+from rayml.tasks.episodes import relabel
+from rayml.tasks.kinds import KindName
+from rayml.tasks.row import unanswered
+from rayml.tasks.task import Example, conversation
 
 
 def clean(text: str) -> str:
@@ -52,10 +56,14 @@ class Message(Body):
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
+Fields = Annotated[dict[str, Text], Field(min_length=1, max_length=16)]
+"""An input's parts by their names, such as a premise and a hypothesis."""
+
+
 class ExampleBody(Body):
     """`{"input", "target"}`, or `{"messages"}` whose last is the assistant's answer."""
 
-    input: Filled | None = None
+    input: Filled | Fields | None = None
     target: Label | None = None
     messages: list[Message] | None = None
 
@@ -67,14 +75,18 @@ class ExampleBody(Body):
             raise ValueError("give input and target, or messages")
         if self.messages is not None and (len(self.messages) < 2 or self.messages[-1].role != "assistant"):
             raise ValueError("messages end with the assistant's answer, and have something before it")
-        if not all(text.strip() for text in self.pair()):
-            raise ValueError("the messages hold no text")
+        example = self.example()
+        if not (example.input.strip() and example.target.strip()):
+            raise ValueError("the messages, or the fields, hold no text")
         return self
 
-    def pair(self) -> tuple[str, str]:
-        if self.messages is not None:
-            return as_input(self.messages[:-1]), self.messages[-1].text.strip()
-        return str(self.input), str(self.target)
+    def example(self, is_dialogue: bool = False) -> Example:
+        """Return it as a task has it; messages as one text, unless the task is a dialogue."""
+        if self.messages is None:
+            return relabel(unanswered(self.input or ""), str(self.target))
+        turns, answer = turns_of(self.messages[:-1]), self.messages[-1].text.strip()
+        parts = (*turns, ("assistant", answer)) if is_dialogue else ()
+        return Example(conversation(turns), answer, parts)
 
 
 class AdapterRequest(Body):
@@ -82,10 +94,17 @@ class AdapterRequest(Body):
     name: Name = UNNAMED
     options: list[Label] | None = None
     """The labels; else the targets of the examples."""
+    kind: KindName | None = None
+    """What kind of task it is; else what the run was meta-trained on."""
     steps: Annotated[int, Field(ge=0)] | None = None
     """Inner steps; else the run's."""
     ttl_seconds: Annotated[float, Field(gt=0, le=10 * 365 * 86400)] | None = None
     """The adapter expires after this; else never."""
+
+    @property
+    def pairs(self) -> list[Any]:
+        """What tells the examples from others: (input, target), or all turns of messages."""
+        return [(e.input, e.target) if e.messages is None else turns_of(e.messages) for e in self.examples]
 
 
 class StreamOptions(Body):
@@ -132,22 +151,24 @@ class ChatRequest(Sampled):
 
 class ClassifyRequest(Body):
     model: Text
-    input: Text | list[Text]
+    input: Text | Fields | list[Text | Fields]
     options: list[Label] | None = None
     """Choose among these; else among the adapter's labels."""
     truncate: bool = False
     """Cut the beginning of inputs that are longer than the adapter reads, instead of refusing them."""
 
     @property
-    def inputs(self) -> list[str]:
-        return [self.input] if isinstance(self.input, str) else self.input
+    def inputs(self) -> list[str | dict[str, str]]:
+        return self.input if isinstance(self.input, list) else [self.input]
 
 
-def as_input(messages: Sequence[Message]) -> str:
-    """Return a conversation as the input of an adapter: one turn as it is, more of them with who said what."""
-    if [message.role for message in messages if message.role not in ("system", "developer")] == ["user"]:
-        return "\n\n".join(message.text for message in messages)
-    return "\n".join(f"{message.role}: {message.text}" for message in messages)
+def turns_of(messages: Sequence[Message]) -> list[tuple[str, str]]:
+    return [(message.role, message.text) for message in messages]
+
+
+def plain(prompt: str | dict[str, str] | Sequence[Message]) -> str | dict[str, str]:
+    """Return what is asked as an adapter's input: a conversation as one text."""
+    return prompt if isinstance(prompt, str | dict) else conversation(turns_of(prompt))
 
 
 def parse(kind: type[Body], body: bytes) -> Any:

@@ -29,7 +29,7 @@ def check_data(arguments: list[str], config: Path | None, out: Console) -> bool:
         ConfigError, DataError: a setting or a file that cannot be read at all.
     """
     data = _settings([a for a in arguments if "=" not in a], [a for a in arguments if "=" in a], config)
-    tasks, duplicates = build_tasks(read_rows(data.path, data.columns))
+    tasks, duplicates = build_tasks(read_rows(data.path, data.columns, data.kind))
     if data.drop_small_classes:
         tasks = without_small_classes(tasks, data.shots + data.queries)
     splits = split_tasks(tasks, data.splits.rule())

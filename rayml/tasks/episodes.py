@@ -3,7 +3,7 @@
 import random
 import string
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from rayml.errors import DataError
@@ -26,6 +26,7 @@ class Episode:
     support: tuple[Example, ...]
     query: tuple[Example, ...]
     labels: dict[str, str]
+    kind: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,7 @@ class Sampler:
             support=tuple(relabel(example, shown.get(name)) for name, example in support),
             query=tuple(relabel(example, shown.get(name)) for name, example in query),
             labels={label: name for name, label in shown.items()},
+            kind=task.kind,
         )
 
     def check(self, tasks: Sequence[Task]) -> None:
@@ -97,4 +99,4 @@ def shown_labels(task: Task, chosen: Sequence[str], scheme: LabelScheme) -> dict
 
 def relabel(example: Example, label: str | None) -> Example:
     """Return the example with the label that the model is to see; free text stays as it is."""
-    return example if label is None else Example(example.input, label)
+    return example if label is None else replace(example, target=label)

@@ -18,7 +18,7 @@ def prepare_tasks(data: Data) -> tuple[Task, ...]:
     Raises:
         DataError: unreadable, or with classes too small for an episode.
     """
-    tasks, duplicates = build_tasks(read_rows(data.path, data.columns))
+    tasks, duplicates = build_tasks(read_rows(data.path, data.columns, data.kind))
     if duplicates.conflicting:
         log.warning(
             "%d text(s) stand under two labels and are left out; see `rayml data check`", len(duplicates.conflicting)

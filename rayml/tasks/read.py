@@ -1,11 +1,11 @@
-"""Read rows `{"task", "input", "target", "options"?}` from JSONL, Parquet, or a Hugging Face data set."""
+"""Read rows `{"task", "input", "target", ...}` from JSONL, Parquet, or a Hugging Face data set."""
 
 import fnmatch
 import glob
 import json
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,31 +13,22 @@ import pyarrow.fs
 import pyarrow.parquet
 
 from rayml.errors import DataError
+from rayml.tasks.row import Row, RowError, row_of
 
 SUFFIXES = (".jsonl", ".parquet")
 SHOWN_ERRORS = 20
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One validated row, and where it stood."""
-
-    task: str
-    input: str
-    target: str
-    options: tuple[str, ...]
-    where: str
-
-
-def read_rows(paths: Iterable[str], columns: dict[str, str] | None = None) -> list[Row]:
+def read_rows(paths: Iterable[str], columns: dict[str, str] | None = None, kind: str | None = None) -> list[Row]:
     """Read every row of every path.
 
     Args:
         paths: files, folders (searched for .jsonl and .parquet), globs, any URI that pyarrow reads (`s3://`, `gs://`,
             `hdfs://`, `file://`), or `hf:NAME[/CONFIG][:SPLIT]`, where NAME is a data set on the Hugging Face Hub or
             a folder made by `Dataset.save_to_disk`.
-        columns: the data's own name of `task`, `input`, `target` or `options`, where it differs. With no `task`
-            column, the file's or the data set's name is the task.
+        columns: the data's own names, where they differ (`rayml.tasks.row`). With no `task` column, the file's or the
+            data set's name is the task.
+        kind: of rows that do not tell it.
 
     Raises:
         DataError: nothing there, nothing in it, or rows that cannot be used, each with its file and line.
@@ -47,8 +38,13 @@ def read_rows(paths: Iterable[str], columns: dict[str, str] | None = None) -> li
         found = False
         for where, record, default_task in _records(path):
             found = True
-            row = _row(record, columns or {}, default_task, where)
-            rows.append(row) if isinstance(row, Row) else errors.append(row)
+            try:
+                if isinstance(record, str):
+                    raise RowError(record)
+                row = row_of(record, columns or {}, default_task, where)
+                rows.append(row if row.kind or not kind else replace(row, kind=kind))
+            except RowError as error:
+                errors.append(f"{where}: {error}")
         if not found:
             raise DataError(f"{path}: there is no row in it")
     if errors:
@@ -146,23 +142,3 @@ def _hugging_face(name: str) -> Iterator[tuple[str, dict[str, Any] | str, str]]:
             known = isinstance(record[key], int) and 0 <= record[key] < feature.num_classes
             record[key] = feature.int2str(record[key]) if known else None  # -1 stands for no label
         yield f"hf:{name}: row {number}", record, Path(name).name
-
-
-def _row(record: dict[str, Any] | str, columns: dict[str, str], default_task: str, where: str) -> Row | str:
-    """Return the validated row, or one line that says what is wrong with it."""
-    if isinstance(record, str):
-        return f"{where}: {record}"
-    texts = {name: record.get(columns.get(name, name)) for name in ("task", "input", "target")}
-    if texts["task"] is None and "task" not in columns:
-        texts["task"] = default_task
-    for name, text in texts.items():
-        if not isinstance(text, str):
-            return f"{where}: {columns.get(name, name)!r} is {'missing' if text is None else 'not text'}"
-        if not text.strip():
-            return f"{where}: {columns.get(name, name)!r} is empty"
-    options = record.get(columns.get("options", "options")) or ()
-    if not isinstance(options, (list, tuple)) or not all(isinstance(option, str) for option in options):
-        return f"{where}: 'options' is not a list of texts"
-    if options and texts["target"] not in options:
-        return f"{where}: target {texts['target']!r} is not among its options {list(options)}"
-    return Row(**texts, options=tuple(options), where=where)  # type: ignore[arg-type]  # all are text by now

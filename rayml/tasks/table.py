@@ -3,8 +3,14 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from rayml.tasks.read import Row
+from rayml.errors import DataError
+from rayml.tasks.row import Row
 from rayml.tasks.task import Example, Task, normalized
+
+LABELS = "label", "pair", "relation"
+"""Kinds whose targets are classes, however often each comes."""
+FREE_TEXT = "multilabel", "ner", "translation", "summary", "dialogue", "text"
+"""Kinds whose targets are written, and never chosen among."""
 
 
 @dataclass
@@ -21,7 +27,10 @@ def build_tasks(rows: Iterable[Row]) -> tuple[tuple[Task, ...], Duplicates]:
     """Group rows into tasks, sorted by name, each text once.
 
     A task is a label task when its rows carry `options`, or when it has two targets or more and each stands twice or
-    more on average; else it is free text.
+    more on average; else it is free text. So is a task of a kind that is never chosen among.
+
+    Raises:
+        DataError: a task with rows of several kinds.
     """
     by_task: dict[str, list[Row]] = {}
     for row in rows:
@@ -31,7 +40,15 @@ def build_tasks(rows: Iterable[Row]) -> tuple[tuple[Task, ...], Duplicates]:
 
 
 def _task(name: str, rows: list[Row], duplicates: Duplicates) -> Task:
-    options = _options(rows)
+    kinds = {row.kind: row for row in rows}
+    if len(kinds) > 1:
+        one, other = list(kinds.values())[:2]
+        raise DataError(
+            f"task {name!r} has rows of two kinds: {one.kind or 'label or text'!r} at {one.where} and "
+            f"{other.kind or 'label or text'!r} at {other.where}; give each kind a task of its own"
+        )
+    (kind,) = kinds
+    options = () if kind in FREE_TEXT else _options(rows, kind)
     by_text: dict[str, list[Row]] = {}
     for row in rows:
         by_text.setdefault(normalized(row.input), []).append(row)
@@ -43,17 +60,18 @@ def _task(name: str, rows: list[Row], duplicates: Duplicates) -> Task:
             continue
         if len(same) > 1:
             duplicates.repeated[name] = duplicates.repeated.get(name, 0) + len(same) - 1
-        examples.append(Example(same[0].input, same[0].target))
-    return Task(name, tuple(examples), options)
+        examples.append(Example(same[0].input, same[0].target, same[0].parts, same[0].answers))
+    return Task(name, tuple(examples), options, kind or ("label" if options else "text"))
 
 
-def _options(rows: list[Row]) -> tuple[str, ...]:
+def _options(rows: list[Row], kind: str) -> tuple[str, ...]:
     """Return the classes in a fixed order, or () for free text."""
     given = dict.fromkeys(option for row in rows for option in row.options)
     if given:
         return tuple(given)
     targets = sorted({row.target for row in rows})
-    return tuple(targets) if 2 <= len(targets) <= len(rows) / 2 else ()
+    come_back = len(targets) <= len(rows) / 2 if kind == "" else kind in LABELS
+    return tuple(targets) if len(targets) >= 2 and come_back else ()
 
 
 def without_small_classes(tasks: Iterable[Task], need: int) -> tuple[Task, ...]:

@@ -1,0 +1,85 @@
+"""Dialogues: turns as the model's own chat template writes them, of which the assistant's are learned."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from jinja2 import TemplateError
+
+from rayml.errors import DataError
+from rayml.lm.batch import Row
+from rayml.tasks.kinds import CHAT
+
+Turns = Sequence[tuple[str, str]]
+"""(role, text)."""
+
+
+def chat_text(tokenizer: Any, turns: Turns, asks: bool = False) -> str:
+    """Return turns as the chat template writes them; with `asks`, up to where the assistant's answer begins.
+
+    Raises:
+        DataError: the template refuses them.
+    """
+    messages = [{"role": role, "content": text} for role, text in turns]
+    template = tokenizer.chat_template or CHAT
+    try:
+        return tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=asks
+        )
+    except TemplateError as error:
+        raise DataError(f"the model's chat template refuses a dialogue ({turns[0][1][:60]!r}): {error}") from None
+
+
+def chat_prompt(tokenizer: Any, turns: Turns) -> list[int]:
+    """Return the tokens that the assistant's answer to these turns is written behind."""
+    return tokenizer(chat_text(tokenizer, turns, asks=True), add_special_tokens=False)["input_ids"]
+
+
+def answer_spans(tokenizer: Any, turns: Turns) -> tuple[str, list[tuple[int, int]]]:
+    """Return the dialogue's text, and the characters of each of the assistant's turns, with what ends it.
+
+    Templates that mark the assistant's turns (`{% generation %}`) are few, so a turn is what its text adds to the text
+    that asks for it.
+
+    Raises:
+        DataError: the template writes the beginning of a dialogue otherwise when more follows.
+    """
+    whole = chat_text(tokenizer, turns)
+    found = []
+    for place, (role, _) in enumerate(turns):
+        if role == "assistant":
+            begin, end = (chat_text(tokenizer, turns[: place + more], asks=not more) for more in (0, 1))
+            if not (whole.startswith(begin) and whole.startswith(end)):
+                raise DataError(
+                    "the model's chat template changes earlier turns when later ones follow, so the assistant's "
+                    f"cannot be told: {turns[0][1][:60]!r}; use rows of input and target"
+                )
+            found.append((len(begin), len(end.rstrip())))
+    return whole, found
+
+
+def chat_row(tokenizer: Any, turns: Turns, max_tokens: int) -> Row:
+    """Return a dialogue's row, whose targets are the assistant's turns; a long one loses its beginning.
+
+    Raises:
+        DataError: as above, or the last turn alone is too long.
+    """
+    text, spans = answer_spans(tokenizer, turns)
+    if not tokenizer.chat_template:  # whose own would end a turn with a token that a text ends with
+        text += tokenizer.eos_token
+        spans[-1] = spans[-1][0], len(text)
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    tokens, offsets = encoding["input_ids"], encoding["offset_mapping"]
+    said = [any(first < stop and last > start for start, stop in spans) for first, last in offsets]
+    last = max(place for place, mine in enumerate(said) if mine)
+    tokens, said = tokens[: last + 1], said[: last + 1]
+    cut = max(0, len(tokens) - max_tokens)
+    begins = next(place for place, (first, end) in enumerate(offsets) if first < spans[-1][1] and end > spans[-1][0])
+    if cut >= begins:
+        raise DataError(
+            f"the assistant's turn {turns[-1][1][:60]!r} leaves no room for what it answers within "
+            f"data.max_tokens={max_tokens}; raise it or shorten the turn"
+        )
+    tokens, said = tokens[cut:], said[cut:]
+    start = next(place for place in range(1, len(said)) if said[place])
+    silent = tuple(place for place in range(start, len(said)) if not said[place])
+    return Row(tokens, start, silent)

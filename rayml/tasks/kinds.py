@@ -1,0 +1,97 @@
+"""Kinds of tasks: how each is shown to the model unless told otherwise, what its targets are, and what it is scored by.
+
+A kind is a template, a way to write targets as text, and metrics; everything else is the same for all. Which loss is
+taken depends on one thing alone: targets that are chosen among (`options`) compete with each other, others are free
+text.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+KindName = Literal["label", "pair", "relation", "multilabel", "ner", "qa", "translation", "summary", "dialogue", "text"]
+NAMES: tuple[str, ...] = get_args(KindName)
+SEPARATOR = "; "
+NOTHING = "none"
+"""What a list of labels or spans is written as when it is empty."""
+NO_RELATION = "no_relation", "none", "other", "na"
+"""Relations that are none: they do not count in a relation task's F1 (as in TACRED, Zhang et al. 2017)."""
+PART_LINES = (
+    "{% if parts %}{% for name, text in parts %}{{ name }}: {{ text }}\n{% endfor %}{% else %}{{ input }}\n{% endif %}"
+)
+CHAT = (
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+"""For models without a chat template of their own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """How tasks of one kind are shown and scored."""
+
+    prompt: str
+    """Jinja, what stands before the target; empty: `data.prompt`."""
+    metrics: tuple[str, ...]
+    """Of `rayml.evaluation.metrics`; the first decides."""
+
+
+LABELS = "accuracy", "macro_f1"
+KINDS = {
+    "label": Kind("", LABELS),
+    "pair": Kind(PART_LINES + "Label:", LABELS),
+    "relation": Kind("{{ text }}\nRelation of {{ head }} to {{ tail }}:", (*LABELS, "relation_f1")),
+    "multilabel": Kind("{{ input }}\nLabels:", ("micro_f1", "macro_f1", "exact_match")),
+    "ner": Kind("{{ input }}\nEntities:", ("span_f1", "span_precision", "span_recall")),
+    "qa": Kind(
+        "{% if context is defined %}{{ context }}\n{% endif %}"
+        "Question: {% if question is defined %}{{ question }}{% else %}{{ input }}{% endif %}\nAnswer:",
+        ("token_f1", "exact_match"),
+    ),
+    "translation": Kind("{{ input }}\nTranslation:", ("chrf", "bleu")),
+    "summary": Kind("{{ input }}\nSummary:", ("rouge_l", "rouge_1", "rouge_2")),
+    "dialogue": Kind("", ("chrf", "token_f1")),
+    "text": Kind("", ("chrf", "exact_match", "token_f1", "rouge_l")),
+}
+
+
+def kind_of(fields: Sequence[str], target: Any) -> str:
+    """Return the kind that a row's fields and target tell; "" where it is a plain label or text."""
+    names = set(fields)
+    if isinstance(target, list):
+        return "ner" if any(isinstance(one, dict) for one in target) else "multilabel"
+    if {"head", "tail"} <= names:
+        return "relation"
+    if "question" in names:
+        return "qa"
+    return "pair" if len(names) == 2 else ""
+
+
+def written(target: Any) -> str | None:
+    """Return a target as the model is to write it: a text, labels, or spans `{"text", "type"}`; None if it is neither.
+
+    >>> written([{"text": "Berlin", "type": "place"}, {"text": "Ada", "type": "person"}])
+    'place: Berlin; person: Ada'
+    """
+    if isinstance(target, str):
+        return target
+    if not isinstance(target, list):
+        return None
+    texts = [f"{one['type']}: {one['text']}" if is_span(one) else one for one in target]
+    return SEPARATOR.join(texts) or NOTHING if all(isinstance(text, str) for text in texts) else None
+
+
+def is_span(one: Any) -> bool:
+    return isinstance(one, dict) and isinstance(one.get("text"), str) and isinstance(one.get("type"), str)
+
+
+def listed(text: str) -> list[str]:
+    """Return the labels or spans in a text that `written` made, or that a model wrote."""
+    found = [part.strip() for part in text.split(SEPARATOR.strip()) if part.strip()]
+    return [] if found == [NOTHING] else found
+
+
+def spans(text: str) -> list[tuple[str, str]]:
+    """Return the (type, text) of the spans in a text that `written` made, or that a model wrote."""
+    pairs = [part.partition(":") for part in listed(text)]
+    return [(kind.strip(), span.strip()) for kind, colon, span in pairs if colon and kind.strip() and span.strip()]

@@ -1,0 +1,79 @@
+"""Prompt templates: Jinja (`{{ input }}`, `{% if context is defined %}`), of which texts are allowed, no programs.
+
+A template may come with an adapter that a stranger made. So it is parsed first, and only what puts texts together is
+let through: variables, `if`, one `for` over the input's parts, and a few filters. It takes no longer than its text.
+"""
+
+from functools import lru_cache
+
+from jinja2 import StrictUndefined, Template, TemplateError, nodes
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from rayml.errors import ConfigError, DataError
+from rayml.tasks.task import Example
+
+FILTERS = {"trim", "lower", "upper", "capitalize", "title", "truncate", "first", "last", "default"}
+ALLOWED = (
+    nodes.Template,
+    nodes.Output,
+    nodes.TemplateData,
+    nodes.Name,
+    nodes.Const,
+    nodes.If,
+    nodes.For,
+    nodes.Tuple,
+    nodes.Filter,
+    nodes.Test,
+    nodes.Compare,
+    nodes.Operand,
+    nodes.And,
+    nodes.Or,
+    nodes.Not,
+)
+ENVIRONMENT = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+
+
+@lru_cache(maxsize=4096)
+def compiled(template: str) -> Template:
+    """Return a template, ready to render; `{input}` is short for `{{ input }}`.
+
+    Raises:
+        ConfigError: it is no template, or more than one.
+    """
+    if "{{" not in template and "{%" not in template:
+        template = template.replace("{input}", "{{ input }}")
+    try:
+        _refuse_programs(ENVIRONMENT.parse(template))
+        return ENVIRONMENT.from_string(template)
+    except TemplateError as error:
+        raise ConfigError(f"template {template[:80]!r}: {error}") from None
+
+
+def _refuse_programs(tree: nodes.Template) -> None:
+    uses_input = False
+    for node in tree.find_all(nodes.Node):
+        uses_input |= isinstance(node, nodes.Name) and node.ctx == "load"
+        if not isinstance(node, ALLOWED):
+            raise TemplateError(f"{type(node).__name__} is not for prompts: variables, if, for and filters are")
+        if isinstance(node, nodes.Filter) and node.name not in FILTERS:
+            raise TemplateError(f"no filter {node.name!r} here; there are {', '.join(sorted(FILTERS))}")
+        if isinstance(node, nodes.For):
+            over = node.iter
+            if not isinstance(over, nodes.Name) or over.name != "parts" or any(node.find_all(nodes.For)):
+                raise TemplateError("`for` goes over `parts` alone, and once")
+    if not uses_input:
+        raise TemplateError("shows nothing of the input; `{{ input }}` does")
+
+
+def render(template: str, example: Example) -> str:
+    """Return what stands before an example's target.
+
+    Raises:
+        DataError: the template asks for something that the example has not.
+    """
+    fields = dict(example.parts)
+    try:
+        return compiled(template).render({"input": example.input, "parts": example.parts, **fields})
+    except TemplateError as error:
+        there = ", ".join(["input", "parts", *fields])
+        raise DataError(f"template {template[:80]!r}: {error}; there are {there}") from None
