@@ -64,7 +64,10 @@ def test_a_missing_key_is_named(tmp_path):
         (["tasks_per_step=3", "workers=2"], "tasks_per_step: 3 is not a multiple of workers=2; use 4"),
         (["data.prompt=hello"], "data.prompt: template 'hello': shows nothing of the input"),
         (["data.prompt='{{ input'"], "data.prompt: template .* unexpected end of template"),
-        (["data.templates={pair: '{% for n in range(9) %}{{ n }}{% endfor %}'}"], "templates.pair: .* not for prompts"),
+        (
+            ["data.templates={pair: '{% for n in range(9) %}{{ n }}{% endfor %}'}"],
+            r"data.templates.pair: .*`for` goes over `parts` alone",
+        ),
         (["data.kind=poem"], "data.kind: Input should be"),
         (["data.columns={inputs: text}"], "data.columns: inputs unknown"),
         (["inner.lr"], "expected key=value"),

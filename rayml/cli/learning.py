@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -44,7 +44,12 @@ def export(
 @app.command()
 def predict(
     adapter: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `rayml adapt` made.")],
-    text: Annotated[str, typer.Option("--input", help="What to answer.", metavar="TEXT")],
+    text: Annotated[
+        str,
+        typer.Option(
+            "--input", help='What to answer; or JSON: fields, or messages `[{"role", "content"}]`.', metavar="TEXT"
+        ),
+    ],
     options: Annotated[str | None, typer.Option(help="Choose among these, comma-separated; else all labels.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -52,13 +57,30 @@ def predict(
     from rayml.evaluation.predict import Predictor
 
     chosen = [option.strip() for option in options.split(",") if option.strip()] if options else None
-    answer = Predictor(adapter).predict(text, chosen)
+    answer = Predictor(adapter).predict(given(text), chosen)
     if as_json:
         print(json.dumps({"prediction": answer.text, "probabilities": answer.probabilities}, ensure_ascii=False))
         return
     out.print(answer.text, style="bold", markup=False, highlight=False)
     for option, probability in sorted(answer.probabilities.items(), key=lambda item: -item[1]):
         out.print(f"  {probability:.3f}  {option}", markup=False, highlight=False)
+
+
+def given(text: str) -> Any:
+    """Return what is to be answered: a text as it is, and fields or a dialogue's turns from JSON."""
+    try:
+        value = json.loads(text) if text.lstrip()[:1] in ("{", "[") else None
+    except ValueError:
+        return text
+    if isinstance(value, dict) and value and all(isinstance(part, str) for part in value.values()):
+        return value
+    if (
+        isinstance(value, list)
+        and value
+        and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value)
+    ):
+        return [(str(message["role"]), str(message["content"])) for message in value]
+    return text
 
 
 @app.command("serve")

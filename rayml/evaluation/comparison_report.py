@@ -191,7 +191,7 @@ def plot_curves(found: dict[str, Any], path: Place) -> None:
 
 def print_summary(summary: dict[str, Any], folder: Place, out: Console) -> None:
     """Print the score tables, and where all lies."""
-    for kind, found in summary["kinds"].items():
+    for found in summary["kinds"].values():
         heads, *rows = score_columns(found, summary["baseline"])
         title = f"{len(found['tasks'])} meta-test tasks, {found['episodes']} episodes each"
         table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title=title, title_justify="left")
