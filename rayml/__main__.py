@@ -1,0 +1,5 @@
+"""`python -m rayml`, where the command `rayml` is not on the path."""
+
+from rayml.cli import main
+
+main()
