@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from rayml.cli.app import data_app, out
+from rayml.cli.app import data_app, err, out
 
 
 @data_app.command()
@@ -25,6 +25,33 @@ def check(
         raise typer.BadParameter("give a PATH, or --config CONFIG.yaml")
     if not check_data(paths or [], config, out):
         raise typer.Exit(1)
+
+
+@data_app.command()
+def convert(
+    given: Annotated[str, typer.Argument(metavar="IN", help="A file, a folder, or `hf:NAME[/CONFIG][:SPLIT]`.")],
+    to: Annotated[Path, typer.Argument(metavar="OUT", help="What to write: .jsonl or .parquet.")],
+    format: Annotated[str | None, typer.Option(help="What IN is, where it does not tell.")] = None,
+    columns: Annotated[
+        str | None,
+        typer.Option(help="Own names, such as `input=text,target=label` or `input.premise=s1,input.hypothesis=s2`."),
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="The task's name; else the data's own, or the file's.")] = None,
+    kind: Annotated[str | None, typer.Option(help="The kind of its tasks, where the data does not tell.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT.")] = False,
+) -> None:
+    """Convert what people have into rows that `data.path` takes; the format is recognised, and said.
+
+    Natural-Instructions and BIG-bench JSON, CrossFit's TSV, MetaICL's and chat JSONL (OpenAI's and ShareGPT's), SQuAD,
+    CoNLL (BIO, BMES, BIOES), CSV and TSV, JSONL and Parquet of your own columns, Hugging Face data sets.
+
+    `rayml data convert people.conll ner.jsonl --columns input=0,target=3`
+
+    `rayml data convert nli.csv nli.jsonl --columns input.premise=s1,input.hypothesis=s2,target=gold`
+    """
+    from rayml.tasks.convert_command import convert_data
+
+    convert_data(given, to, format, columns, task, kind, force, out, err)
 
 
 @data_app.command()

@@ -4,8 +4,9 @@ import fnmatch
 import glob
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -33,27 +34,37 @@ def read_rows(paths: Iterable[str], columns: dict[str, str] | None = None, kind:
     Raises:
         DataError: nothing there, nothing in it, or rows that cannot be used, each with its file and line.
     """
+    return checked(chain.from_iterable(map(_some_records, paths)), columns or {}, kind)
+
+
+def checked(
+    found: Iterable[tuple[str, dict[str, Any] | str, str]], columns: Mapping[str, str], kind: str | None
+) -> list[Row]:
+    """Return the rows of (where, record or what is wrong with it, default task); arguments and errors as above."""
     rows, errors = [], []
-    for path in paths:
-        found = False
-        for where, record, default_task in _records(path):
-            found = True
-            try:
-                if isinstance(record, str):
-                    raise RowError(record)
-                row = row_of(record, columns or {}, default_task, where)
-                rows.append(row if row.kind or not kind else replace(row, kind=kind))
-            except RowError as error:
-                errors.append(f"{where}: {error}")
-        if not found:
-            raise DataError(f"{path}: there is no row in it")
+    for where, record, default_task in found:
+        try:
+            if isinstance(record, str):
+                raise RowError(record)
+            row = row_of(record, columns, default_task, where)
+            rows.append(row if row.kind or not kind else replace(row, kind=kind))
+        except RowError as error:
+            errors.append(f"{where}: {error}")
     if errors:
         more = [f"... and {len(errors) - SHOWN_ERRORS} more"] if len(errors) > SHOWN_ERRORS else []
         raise DataError("rows that cannot be used:\n  " + "\n  ".join(errors[:SHOWN_ERRORS] + more))
     return rows
 
 
-def _records(path: str) -> Iterator[tuple[str, dict[str, Any] | str, str]]:
+def _some_records(path: str) -> Iterator[tuple[str, dict[str, Any] | str, str]]:
+    found = records(path)
+    first = next(found, None)
+    if first is None:
+        raise DataError(f"{path}: there is no row in it")
+    return chain([first], found)
+
+
+def records(path: str) -> Iterator[tuple[str, dict[str, Any] | str, str]]:
     """Yield (where, record or what is wrong with it, default task name)."""
     if path.startswith("hf:"):
         yield from _hugging_face(path.removeprefix("hf:"))

@@ -16,7 +16,7 @@ from rayml.tasks.recipes import words as w
 Row = dict[str, Any]
 ROWS = 64
 """Of a task, before texts that come twice are left out."""
-SEEN = (
+SEEN: tuple[str, ...] = (
     "{0} asked about the {1} in {2} for {3}.",
     "On {3} {0} wants to pick up the {1} at our {2} office.",
     "The {1} from {2} went to {0} last {3}.",
@@ -33,12 +33,11 @@ SEEN_CHINESE = (
 
 def drawn(desk: str, rng: random.Random) -> tuple[str, tuple[str, ...], tuple[str, str, str, str]]:
     """Return a text of a desk, what stands in it (person, thing, place, day), and what the desk calls them."""
+    things, names = w.CHINESE[desk] if desk in w.CHINESE else w.DESKS[desk]
+    lists: tuple[tuple[str, ...], ...] = (w.PEOPLE, things, w.PLACES, w.DAYS)
+    texts = SEEN
     if desk in w.CHINESE:
-        things, names = w.CHINESE[desk]
         lists, texts = (w.CHINESE_PEOPLE, things, w.CHINESE_PLACES, w.CHINESE_DAYS), SEEN_CHINESE
-    else:
-        things, names = w.DESKS[desk]
-        lists, texts = (w.PEOPLE, things, w.PLACES, w.DAYS), SEEN
     found = tuple(rng.choice(options) for options in lists)
     return rng.choice(texts).format(*found, rng.choice(w.FAULTS)), found, names
 
