@@ -118,9 +118,9 @@ def open_session(options: argparse.Namespace) -> Session:
 
 def draw(session: Session, seed: int) -> Params:
     """Return an adapter that changes what is said, and not so much that it is noise."""
-    assert session.lm.lora is not None
+    assert session.lm.adapter is not None
     generator = torch.Generator().manual_seed(seed)
-    start = session.lm.lora.untrained_start(seed)
+    start = session.lm.adapter.untrained_start(seed)
     noise = {n: 0.02 * torch.randn(w.shape, generator=generator) if n.endswith("B") else 0 for n, w in start.items()}
     return {name: (weight + noise[name]).to(session.lm.device) for name, weight in start.items()}
 

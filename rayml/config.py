@@ -25,6 +25,7 @@ from rayml.sections import (
     Regularize,
     Run,
     Section,
+    SoftPrompt,
     Sweep,
     Validation,
     Zero,
@@ -42,9 +43,12 @@ class Config(Section):
     data: Data
     run: Run
     mode: Literal["adapters", "full"] = "adapters"
-    """What is learned. `adapters`: LoRA on a frozen base. `full`: every parameter of the model."""
+    """What is learned. `adapters`: LoRA, or soft prompts, on a frozen base. `full`: every parameter of the model."""
+    adapter: Literal["lora", "soft_prompt"] = "lora"
+    """What kind of adapters."""
     algorithm: Algorithm = Algorithm()
     lora: Lora = Lora()
+    soft_prompt: SoftPrompt = SoftPrompt()
     full: Full = Full()
     inner: Inner = Inner()
     outer: Outer = Outer()
@@ -87,6 +91,7 @@ class Config(Section):
             self.regularize.token_dropout,
             scoring=data.scoring,
             templates=tuple(data.templates.items()),
+            soft_tokens=self.soft_tokens,
         )
 
     @whole(mode="after")
@@ -101,6 +106,11 @@ class Config(Section):
         """Whether inner rates are learned."""
         by_weight, by_tensor = self.algorithm.name == "meta_sgd", self.algorithm.name in ("fomaml", "maml")
         return self.mode == "adapters" and (by_weight or (by_tensor and self.inner.learn_lr))
+
+    @property
+    def soft_tokens(self) -> int:
+        """Soft tokens in front of every row."""
+        return self.soft_prompt.tokens if self.mode == "adapters" and self.adapter == "soft_prompt" else 0
 
     @property
     def is_sharded(self) -> bool:
@@ -141,7 +151,9 @@ def impossible(config: Config) -> list[str]:
         and config.model.activation_checkpointing,
         "inner.steps: reptile learns from its inner steps; give it one or more": name == "reptile"
         and not config.inner.steps,
-        "regularize.lora_dropout: mode=full has no adapters": full and config.regularize.lora_dropout > 0,
+        "regularize.lora_dropout: it is for adapter=lora, and mode=adapters": (full or config.adapter != "lora")
+        and config.regularize.lora_dropout > 0,
+        "adapter: mode=full has none": full and config.adapter != "lora",
         "zero.stage: adapters leave the base frozen, so only stage 3 saves anything; use zero.stage=3": not full
         and config.engine == "zero"
         and config.zero.stage != 3,

@@ -120,7 +120,7 @@ class Data(Section):
 
 
 class Lora(Section):
-    """The adapters. What a task learns is one LoRA adapter."""
+    """The adapters with `adapter=lora`: what a task learns is one LoRA adapter."""
 
     start: Literal["principal", "random"] = "principal"
     """Where A begins: what varies most between training examples, or LoRA's usual random start. B begins at 0."""
@@ -135,6 +135,15 @@ class Lora(Section):
     def shape(self) -> dict[str, Any]:
         """Return what fixes the adapters' tensors and how they act."""
         return self.model_dump(mode="json", exclude={"start"})
+
+
+class SoftPrompt(Section):
+    """The adapters with `adapter=soft_prompt`: what a task learns are embeddings in front of its rows."""
+
+    tokens: PositiveInt = 16
+    """How many; each adds a token to every row, beside `data.max_tokens`."""
+    start: Literal["words", "random"] = "words"
+    """Where they begin: embeddings of words that the training examples hold, or random ones of the same size."""
 
 
 class Algorithm(Section):

@@ -66,7 +66,7 @@ def tiny_lm(path: str, rank: int = 4, attention: str = "sdpa") -> TaskLM:
 def perturbed_start(lm: TaskLM, seed: int = 0) -> Params:
     """A start whose B is not zero: with B = 0 the gradient of A vanishes, and half the code would go untested."""
     generator = torch.Generator().manual_seed(seed)
-    start = lm.lora.untrained_start(seed)
+    start = lm.adapter.untrained_start(seed)
     noise = {name: 0.05 * torch.randn(w.shape, generator=generator) for name, w in start.items()}
     return {name: w + noise[name] * name.endswith(B) for name, w in start.items()}
 

@@ -28,7 +28,7 @@ def adapters(lm):
     generator = torch.Generator().manual_seed(0)
 
     def draw(rank: int, kinds: tuple[str, ...]):
-        chosen = {name: linear for name, linear in lm.lora.linears.items() if name.endswith(kinds)}
+        chosen = {name: linear for name, linear in lm.adapter.linears.items() if name.endswith(kinds)}
         shapes = {f"{n}.lora_A": (rank, one.in_features) for n, one in chosen.items()}
         shapes |= {f"{n}.lora_B": (one.out_features, rank) for n, one in chosen.items()}
         return {name: 0.3 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
@@ -38,7 +38,7 @@ def adapters(lm):
 
 
 def by_transformers(lm, tokenizer, prompt, adapter, tokens=TOKENS):
-    lm.lora.adapters = side_by_side([adapter])
+    lm.adapter.adapters = side_by_side([adapter])
     row = torch.tensor([tokenizer(prompt)["input_ids"]])
     made = lm.module.generate(
         input_ids=row, attention_mask=torch.ones_like(row), max_new_tokens=tokens, do_sample=False, pad_token_id=1
@@ -186,7 +186,7 @@ def test_log_probabilities_are_those_of_the_logits(lm, tokenizer, adapters):
     row = generation(tokenizer, 1, adapters, logprobs=3)
     decoder = Decoder(lm, most_rows=1, cache_tokens=0)
     decoder.join([row])
-    lm.lora.adapters = side_by_side([adapters[1]])
+    lm.adapter.adapters = side_by_side([adapters[1]])
     expected = lm.module(torch.tensor([row.tokens[: row.prompt_tokens]])).logits[0, -1].log_softmax(-1)
     (score,) = row.piece().scores
     assert score.logprob == pytest.approx(float(expected.max()), abs=1e-5)

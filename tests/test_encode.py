@@ -85,7 +85,7 @@ def one_at_a_time(lm, fast, encoder, question, options):
     Chosen among, options are a tree of tokens: at every node, the softmax is over what follows there.
     """
     scores = []
-    lm.lora.adapters = fast
+    lm.adapter.adapters = fast
     (rows,) = encoder.option_rows([Example(question, "")], options)
     labels = [row.tokens[row.start :] for row in rows]
     for row, label in zip(rows, labels, strict=True):
@@ -137,7 +137,7 @@ def test_options_score_as_one_sequence_at_a_time(tiny, tokenizer, one_token, att
             for q, question in enumerate(texts[t]):
                 expected = one_at_a_time(lm, alone, encoder, question, options[t])
                 torch.testing.assert_close(found[t][q], expected, rtol=1e-4, atol=1e-5)
-    lm.lora.adapters = None
+    lm.adapter.adapters = None
 
 
 def test_a_text_is_cut_alike_for_all_options(encoder):
@@ -175,7 +175,7 @@ def test_labels_are_learned_as_they_are_scored(tiny, tokenizer, label_loss):
         alone = [lm.losses(both[t], collate([encoder.rows(e.support, t == 0)], pad=1)) for t, e in enumerate(episodes)]
     torch.testing.assert_close(found[1], alone[1][0])
     assert torch.allclose(found[0], alone[0][0]) == (label_loss == "vocabulary")
-    lm.lora.adapters = None
+    lm.adapter.adapters = None
 
 
 def test_the_real_model_takes_a_letter_as_one_token_and_normalizes_the_loss_over_letters():

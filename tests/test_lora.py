@@ -177,7 +177,7 @@ def test_principal_start_reads_what_varies(lm):
     batches = [random_batch(1, 8, seed=10), random_batch(1, 8, seed=11)]
     start = principal_start(lm, batches, seed=0)
     seen = [lm.target_inputs(batch) for batch in batches]
-    for name in lm.lora.linears:
+    for name in lm.adapter.linears:
         inputs = torch.cat([part[name] for part in seen])
         centred = (inputs - inputs.mean(0)) @ start[name + ".lora_A"].T
         covariance = centred.T @ centred / len(centred)
@@ -190,7 +190,7 @@ def test_principal_start_leaves_what_does_not_vary_to_chance(lm):
     """With one-token labels, all targets are predicted from the same token: the first layer sees one input."""
     rows = [Row([*random_rows(1, seed)[0].tokens[:6], 9, 40], 7) for seed in range(12)]
     start = principal_start(lm, [collate([rows], pad=1)], seed=0)
-    usual = lm.lora.untrained_start(0)
+    usual = lm.adapter.untrained_start(0)
     first = "model.layers.0.self_attn.q_proj.lora_A"
     assert torch.equal(start[first], usual[first])
     assert not torch.equal(

@@ -26,7 +26,7 @@ def test_an_exported_adapter_gives_equal_logits_in_stock_peft(tiny, tmp_path, la
 
     stock = PeftModel.from_pretrained(load_base(tiny, "float32"), tmp_path / "mine")
     tokens = torch.randint(2, 90, (3, 12), generator=torch.Generator().manual_seed(0))
-    lm.lora.adapters = {name: weight[None] for name, weight in weights.items()}
+    lm.adapter.adapters = {name: weight[None] for name, weight in weights.items()}
     with torch.no_grad():
         ours, theirs = module(input_ids=tokens).logits, stock(input_ids=tokens).logits
         bare = load_base(tiny, "float32")(input_ids=tokens).logits

@@ -304,7 +304,7 @@ def small_model(sizes):
 
 def with_adapters(model, config):
     lm = TaskLM(model, TaskLoRA(model, **config.lora.shape()))
-    start = lm.lora.untrained_start(0)
+    start = lm.adapter.untrained_start(0)
     return lm, {name: w.expand(TASKS, *w.shape).clone().requires_grad_() for name, w in start.items()}
 
 

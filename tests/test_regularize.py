@@ -30,7 +30,7 @@ def lm(tiny):
 def test_adapter_inputs_are_dropped_with_a_fresh_mask_in_every_forward_inside_the_block_alone(lm):
     fast, batch = expand(perturbed_start(lm), 2), random_batch(2, 3, seed=1)
     plain = lm.losses(fast, batch)
-    with lm.lora.dropping(0.5):
+    with lm.adapter.dropping(0.5):
         first, second = lm.losses(fast, batch), lm.losses(fast, batch)
         torch.manual_seed(7)
         once = lm.losses(fast, batch)
@@ -114,7 +114,7 @@ def test_prototype_losses_through_the_model_equal_hidden_states_taken_by_hand(to
     for side in ("support", "query"):
         found = []
         for tokens, first in zip(record[side]["tokens"], record[side]["starts"], strict=True):
-            lm.lora.adapters = {name: weight[:1] for name, weight in start.items()}
+            lm.adapter.adapters = {name: weight[:1] for name, weight in start.items()}
             found.append(lm.module.model(input_ids=torch.tensor([tokens])).last_hidden_state[0, first - 1])
         states[side] = torch.stack(found)[None]
     classes = torch.tensor([[0, 1]]), torch.tensor([[1, 0]])

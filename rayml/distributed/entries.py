@@ -29,7 +29,7 @@ class Method:
 
 
 # They never adapt: where adapters begin is not worth looking at data for.
-IN_CONTEXT = ("algorithm.name=metaicl", "data.labels=words", "lora.start=random")
+IN_CONTEXT = ("algorithm.name=metaicl", "data.labels=words", "lora.start=random", "adapter=lora")
 METHODS = {
     "zero_shot": Method(IN_CONTEXT, "base", takes_support=False),
     "in_context": Method(IN_CONTEXT, "base"),

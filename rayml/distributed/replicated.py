@@ -20,8 +20,7 @@ from rayml.engine import collective, local, zero
 from rayml.engine.laps import Laps
 from rayml.evaluation.curves import Curve, Scorer
 from rayml.lm.load import checkpoint_activations
-from rayml.lm.lora import TaskLoRA
-from rayml.lm.model import TaskLM
+from rayml.lm.model import TaskLM, hooks
 from rayml.lm.objective import task_losses
 from rayml.lm.start import untrained_start
 from rayml.meta.adapt import Params, TaskLosses
@@ -97,7 +96,7 @@ class Replicated:
         if algorithm is fomaml:
             algorithm = partial(fomaml, start_weight=config.outer.start_weight)
         pad, prototypes = self.encoder.tokenizer.eos_token_id, config.algorithm.name == "protonet"
-        together = len(episodes) if self.lm.lora else 1
+        together = len(episodes) if self.lm.adapter else 1
         parts = []
         for first in range(0, len(episodes), together):
             some = slice(first, first + together)
@@ -165,7 +164,7 @@ class Replicated:
         """Return the scores of this worker's episodes before and after adapting."""
         config = self.config
         scorer = Scorer(self.lm, self.encoder, config.algorithm.name, config.inner.steps)
-        together = len(episodes) if self.lm.lora else 1
+        together = len(episodes) if self.lm.adapter else 1
         return [
             curve
             for first in range(0, len(episodes), together)
@@ -204,10 +203,10 @@ def joined(parts: Sequence[MetaGradient]) -> MetaGradient:
 def dropping(config: Config, lm: TaskLM, step: int, rank: int) -> AbstractContextManager[None]:
     """Drop adapters' inputs inside the block, with masks that depend on seed, step and rank alone."""
     share = config.regularize.lora_dropout
-    if lm.lora is None or not share:
+    if lm.adapter is None or not share:
         return nullcontext()
     torch.manual_seed(hash((config.seed, step, rank)) % 2**63)
-    return lm.lora.dropping(share)
+    return lm.adapter.dropping(share)
 
 
 def build_lm(config: Config, model: str, device: torch.device) -> TaskLM:
@@ -216,13 +215,14 @@ def build_lm(config: Config, model: str, device: torch.device) -> TaskLM:
     module = engine.load(model, config.model.dtype, config.model.attention, device)
     if config.model.activation_checkpointing:
         checkpoint_activations(module)
-    return TaskLM(module, TaskLoRA(module, **config.lora.shape()) if config.mode == "adapters" else None)
+    shape = config.lora.shape() if config.mode == "adapters" else {}
+    return TaskLM(module, hooks(module, shape, config.soft_tokens))
 
 
 def agreed_start(job: Job, lm: TaskLM) -> Params:
     """Return the start at step 0, the same on every worker: adapters come from the first, by its own arithmetic."""
     start = untrained_start(job.config, lm, get(job.encoder), get(job.train))
-    return collective.from_first_worker(start) if lm.lora else start
+    return collective.from_first_worker(start) if lm.adapter else start
 
 
 def build_learner(config: Config, start: Params, device: torch.device) -> Learner:

@@ -30,6 +30,7 @@ from rayml.lm.encode import Encoder
 from rayml.lm.load import load_shape, load_tokenizer, resolve_model
 from rayml.lm.lora import A, B, find_linears
 from rayml.lm.parameters import trained_parameters
+from rayml.lm.soft_prompt import PROMPT
 from rayml.meta.learner import initial_log_rates
 from rayml.runs.files import Place, place, remove
 from rayml.runs.folder import RunFolder
@@ -107,6 +108,8 @@ def check_model(config: Config, model: str, tasks: Sequence[Task]) -> None:
     bare = load_shape(model)
     if config.mode == "full":
         names = list(trained_parameters(bare, config.full))
+    elif config.soft_tokens:
+        names = [PROMPT]
     else:
         linears = find_linears(bare, config.lora.targets, config.lora.last_layers)
         names = [name + part for name in linears for part in (A, B)]
@@ -114,7 +117,7 @@ def check_model(config: Config, model: str, tasks: Sequence[Task]) -> None:
         raise ConfigError(
             f"inner.modules: {', '.join(config.inner.modules)} matches nothing learned, such as {names[0]}"
         )
-    longest = config.data.max_tokens
+    longest = config.data.max_tokens + config.soft_tokens
     if config.algorithm.name == "metaicl":
         shown = max(min(config.data.ways, len(task.options) or 1) for task in tasks) * config.data.shots
         longest *= shown + 1

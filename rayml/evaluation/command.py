@@ -163,7 +163,7 @@ def export_run(run_path: str | Place, to: str | Place, checkpoint: str | None, o
     session = open_session(run, checkpoint)
     with made_here(folder) as here:
         write_weights(session, session.start, here)
-    what = "a PEFT adapter on " + session.base if session.lm.lora else "a Hugging Face model"
+    what = "a PEFT adapter on " + session.base if session.lm.adapter else "a Hugging Face model"
     out.print(f"{folder}: {what}, after {session.step} outer steps", highlight=False, soft_wrap=True)
 
 
@@ -179,7 +179,7 @@ def write_weights(session: "Session", weights: "Params", folder: Path) -> None:
     """Write weights that a session's model takes as stock libraries read them."""
     from rayml.lm.peft_files import save_adapter, save_model
 
-    if session.lm.lora:
-        save_adapter(folder, weights, session.config.lora.shape(), session.base)
+    if session.lm.adapter:
+        save_adapter(folder, weights, session.config, session.base)
     else:
         save_model(folder, session.lm.module, weights, session.encoder.tokenizer)

@@ -87,7 +87,7 @@ def trained_curves(session: Session, tasks: Sequence[Task], sampler: Sampler, ep
 
 def batches(session: Session, tasks: Sequence[Task], sampler: Sampler, episodes: int) -> Iterator[list[Episode]]:
     """Yield `episodes` episodes of each task, as many at a time as a worker adapts side by side."""
-    at_a_time = session.config.tasks_per_worker if session.lm.lora else 1
+    at_a_time = session.config.tasks_per_worker if session.lm.adapter else 1
     for task in tasks:
         for first in range(0, episodes, at_a_time):
             yield [sampler.episode([task], index) for index in range(first, min(first + at_a_time, episodes))]

@@ -12,8 +12,8 @@ from rayml.lm.batch import TaskBatch, collate
 from rayml.lm.decode import Decoder
 from rayml.lm.generate import Generation, end_tokens
 from rayml.lm.load import load_tokenizer, resolve_model
-from rayml.lm.lora import TaskLoRA, side_by_side
-from rayml.lm.model import TaskLM
+from rayml.lm.lora import side_by_side
+from rayml.lm.model import TaskLM, hooks
 from rayml.lm.peft_files import encoder_of, load_learned
 from rayml.lm.sampling import Sampling
 from rayml.lm.score import Ballot
@@ -40,7 +40,7 @@ class Predictor:
         base = own_model or resolve_model(self.card.model)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.module = local.load(base, self.card.dtype, "sdpa", self.device)
-        self.lm = TaskLM(self.module, TaskLoRA(self.module, **self.card.lora) if self.card.lora else None)
+        self.lm = TaskLM(self.module, hooks(self.module, self.card.lora, self.card.soft_tokens))
         self.encoder = encoder_of(self.card, load_tokenizer(base))
         self.weights = {name: weight.to(self.device) for name, weight in self.weights.items()}
         self.adapters = side_by_side([self.weights or None])

@@ -10,8 +10,8 @@ from rayml.engine import local, zero
 from rayml.evaluation.curves import Scorer
 from rayml.lm.encode import Encoder
 from rayml.lm.load import load_tokenizer, resolve_model
-from rayml.lm.lora import TaskLoRA, linear_kinds
-from rayml.lm.model import TaskLM
+from rayml.lm.lora import linear_kinds
+from rayml.lm.model import TaskLM, hooks
 from rayml.lm.parameters import trained_parameters
 from rayml.lm.start import untrained_start
 from rayml.meta.adapt import Params
@@ -58,7 +58,7 @@ def open_session(run: RunFolder, which: str | None = None, every_linear: bool = 
     """
     config, folder = run.trained(which)
     lm, encoder, base = load(config, every_linear)
-    if lm.lora:
+    if lm.adapter:
         untrained = {name: weight.to(lm.device) for name, weight in run.read_untrained().items()}
     else:
         untrained = {n: p.detach().float() for n, p in trained_parameters(lm.module, config.full).items()}
@@ -84,7 +84,7 @@ def load(config: Config, every_linear: bool = False) -> tuple[TaskLM, Encoder, s
     shape = config.lora.shape()
     if every_linear:
         shape |= {"targets": linear_kinds(module), "last_layers": None}
-    lm = TaskLM(module, TaskLoRA(module, **shape) if config.mode == "adapters" else None)
+    lm = TaskLM(module, hooks(module, shape if config.mode == "adapters" else {}, config.soft_tokens))
     return lm, config.encoder(load_tokenizer(base)), base
 
 

@@ -10,6 +10,7 @@ from rayml.errors import DataError
 from rayml.lm.batch import Row, encode
 from rayml.lm.chat import chat_prompt, chat_row
 from rayml.lm.choices import compete
+from rayml.lm.soft_prompt import soft_tokens
 from rayml.tasks.episodes import Episode, relabel
 from rayml.tasks.kinds import KINDS
 from rayml.tasks.task import Example, Parts, Task
@@ -43,6 +44,8 @@ class Encoder:
     scoring: str = "learned"
     templates: tuple[tuple[str, tuple[str, ...]], ...] = ()
     """(kind, or pattern of tasks, prompts) that `of` chooses among."""
+    soft_tokens: int = 0
+    """That every row begins with (`rayml.lm.soft_prompt`), beside the tokens that it may have."""
 
     def of(self, task: str, kind: str) -> "Encoder":
         """Return the encoder of a task: its templates are its own, or else its kind's, or else the prompt."""
@@ -60,7 +63,7 @@ class Encoder:
         """
         most = self.max_tokens * (len(shown) + 1) - spared
         if self.kind == "dialogue" and example.parts:
-            return chat_row(self.tokenizer, [turn for one in (*shown, example) for turn in one.parts], most)
+            return self._softened(chat_row(self.tokenizer, [turn for e in (*shown, example) for turn in e.parts], most))
         return self._encode(self._prompt(example, shown), example, is_label, most)
 
     def rows(self, examples: Iterable[Example], is_label: bool, shown: Sequence[Example] = ()) -> list[Row]:
@@ -70,7 +73,8 @@ class Encoder:
         """Return the tokens that an answer is written behind; the example's own target is not looked at."""
         if self.kind == "dialogue":
             turns = [*(turn for one in shown for turn in one.parts), *(example.parts[:-1] or [("user", example.input)])]
-            return chat_prompt(self.tokenizer, turns)[-self.max_tokens * (len(shown) + 1) :]
+            tokens = chat_prompt(self.tokenizer, turns)[-self.max_tokens * (len(shown) + 1) :]
+            return [*soft_tokens(self.soft_tokens), *tokens]
         row = self.row(replace(example, target="."), is_label=False, shown=shown)
         return row.tokens[: row.start]
 
@@ -103,7 +107,7 @@ class Encoder:
         """Return the row of an input behind a label: how probable the label makes it (noisy channel, Min et al. 2022,
         arXiv 2108.04106)."""
         row = encode(self.tokenizer, CHANNEL.format(option), " " + example.input.strip(), False, 10**9)
-        return Row(row.tokens[: self.max_tokens], row.start)
+        return self._softened(Row(row.tokens[: self.max_tokens], row.start))
 
     def _alike(self, examples: Sequence[Example], shown: Sequence[Example]) -> list[Row]:
         rows = [self.row(example, is_label=True, shown=shown) for example in examples]
@@ -134,7 +138,13 @@ class Encoder:
         return before + render(self.prompt, example)
 
     def _encode(self, prompt: str, example: Example, is_label: bool, most: int, keep: Any = None) -> Row:
-        return encode(self.tokenizer, prompt, " " + example.target.strip(), not is_label, most, keep)
+        row = encode(self.tokenizer, prompt, " " + example.target.strip(), not is_label, most, keep)
+        return self._softened(row)
+
+    def _softened(self, row: Row) -> Row:
+        count = self.soft_tokens
+        silent = tuple(place + count for place in row.silent)
+        return Row([*soft_tokens(count), *row.tokens], row.start + count, silent) if count else row
 
     def competing(self, labels: Iterable[str], like: Example = NO_TEXT) -> list[list[int]]:
         """Return the tokens of labels that are chosen among (`rayml.lm.choices`); none where that is the vocabulary.

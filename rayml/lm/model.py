@@ -11,6 +11,7 @@ from rayml.lm.batch import TaskBatch
 from rayml.lm.choices import IGNORE, token_losses
 from rayml.lm.frozen import FrozenLayers
 from rayml.lm.lora import TaskLoRA, layer_number
+from rayml.lm.soft_prompt import TaskPrompt
 from rayml.meta.adapt import Params
 
 
@@ -19,15 +20,15 @@ class TaskLM:
 
     Args:
         module: the causal LM to call; may be the module of a DeepSpeed engine.
-        lora: the hooks that were put on that model: weights are then adapters of T tasks. None (mode full): they are
+        adapter: the hooks that were put on that model: weights are then adapters of T tasks. None (mode full): they are
             parameters of the model itself, by its own names, of one task at a time.
     """
 
-    def __init__(self, module: Any, lora: TaskLoRA | None):
-        self.module, self.lora = module, lora
+    def __init__(self, module: Any, adapter: TaskLoRA | TaskPrompt | None):
+        self.module, self.adapter = module, adapter
         self.device = next(module.parameters()).device
         self._positions: Tensor | None = None
-        self._frozen = frozen_layers(module, lora)
+        self._frozen = frozen_layers(module, adapter)
         module.get_output_embeddings().register_forward_pre_hook(self._at_targets)
 
     @cached_property
@@ -36,7 +37,7 @@ class TaskLM:
 
         Where attention is told the places of tokens they do not; recurrent layers have no such thing.
         """
-        if self.lora is None:
+        if self.adapter is None:
             return False  # mode full deals a task's rows to the workers
         alone = torch.tensor([[5, 3, 4]], device=self.device)
         rows = torch.tensor([[1, 2, 1, 5, 3, 4], [4, 4, 2, 5, 3, 4]], device=self.device)
@@ -79,11 +80,11 @@ class TaskLM:
         self._positions = positions
         inputs = {"input_ids": tokens, "use_cache": False} | inputs
         try:
-            if self.lora is None and weights is not None:
+            if self.adapter is None and weights is not None:
                 own = {name: weight.squeeze(0).to(self.module.dtype) for name, weight in weights.items()}
                 return torch.func.functional_call(self.module, own, kwargs=inputs).logits
-            if self.lora is not None:
-                self.lora.adapters = weights
+            if self.adapter is not None:
+                self.adapter.adapters = weights
             with self._frozen.known(frozen) if self._frozen else nullcontext():
                 return self.module(**inputs).logits
         finally:
@@ -126,8 +127,8 @@ class TaskLM:
 
             return hook
 
-        assert self.lora is not None
-        hooks = [linear.register_forward_pre_hook(keep(name)) for name, linear in self.lora.linears.items()]
+        assert self.adapter is not None
+        hooks = [linear.register_forward_pre_hook(keep(name)) for name, linear in self.adapter.linears.items()]
         try:
             self.logits_at(positions, None, batch.tokens, **laid(batch))
         finally:
@@ -153,8 +154,15 @@ def laid(batch: TaskBatch) -> dict[str, Any]:
     return {} if batch.places is None else {"position_ids": batch.places}
 
 
-def frozen_layers(module: Any, lora: TaskLoRA | None) -> FrozenLayers | None:
+def hooks(module: Any, lora: dict[str, Any], soft_tokens: int) -> TaskLoRA | TaskPrompt | None:
+    """Return the hooks of soft prompts, or of LoRA of a shape, put on a model; None where there is neither."""
+    if soft_tokens:
+        return TaskPrompt(module, soft_tokens)
+    return TaskLoRA(module, **lora) if lora else None
+
+
+def frozen_layers(module: Any, adapter: TaskLoRA | TaskPrompt | None) -> FrozenLayers | None:
     """Return the layers that no adapter changes, where there are any; ZeRO-3 wants every layer in every forward."""
-    first = min(map(layer_number, lora.linears)) if lora else 0
+    first = min(map(layer_number, adapter.linears)) if adapter and adapter.linears else 0
     is_sharded = any(hasattr(weight, "ds_id") for weight in module.parameters())
     return FrozenLayers(module, first) if first and not is_sharded else None

@@ -11,17 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig, PromptTuningConfig
 from safetensors.torch import load_file, save_file
 
+from rayml.config import Config
 from rayml.errors import RunError
 from rayml.lm.encode import Encoder
 from rayml.lm.lora import layer_number
+from rayml.lm.soft_prompt import PROMPT
 from rayml.meta.adapt import Params
 from rayml.tasks.task import Example
 
 CARD, WEIGHTS = "rayml.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+PROMPT_KEY = "prompt_embeddings"
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class AdapterCard:
     labels: dict[str, str] = field(default_factory=dict)
     """What the model sees to the user's own label; empty for free text."""
     lora: dict = field(default_factory=dict)
+    soft_tokens: int = 0
     algorithm: str = "fomaml"
     shown: list[tuple[str, str]] = field(default_factory=list)
     """Examples that answering needs: in the prompt (metaicl), or as prototypes (protonet)."""
@@ -64,6 +68,7 @@ def encoder_of(card: AdapterCard, tokenizer: Any, max_tokens: int | None = None)
         kind=card.kind,
         ensemble=tuple(card.ensemble),
         scoring=card.scoring,
+        soft_tokens=card.soft_tokens,
     )
 
 
@@ -71,28 +76,35 @@ def write_card(folder: Path, card: AdapterCard) -> None:
     (folder / CARD).write_text(json.dumps(asdict(card), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def save_adapter(folder: Path, weights: Params, lora: dict[str, Any], base: str) -> None:
-    """Write one adapter, `[r, in]` and `[out, r]` each, as a stock PEFT folder.
+def save_adapter(folder: Path, weights: Params, config: Config, base: str) -> None:
+    """Write one adapter as a stock PEFT folder: LoRA, `[r, in]` and `[out, r]` each, or prompt tuning, `[P, d]`.
 
     Args:
-        lora: rank, alpha, targets, last_layers.
+        config: of the run.
         base: where `base_model_name_or_path` is to point.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    layers = sorted({layer_number(name) for name in weights})
-    LoraConfig(
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=base,
-        r=lora["rank"],
-        lora_alpha=lora["alpha"],
-        target_modules=list(lora["targets"]),
-        layers_to_transform=layers if lora["last_layers"] else None,
-        lora_dropout=0.0,
-        bias="none",
-        inference_mode=True,
-    ).save_pretrained(str(folder))
-    tensors = {f"{PREFIX}{name}.weight": weight.detach().cpu().contiguous() for name, weight in weights.items()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    common: dict[str, Any] = {"task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True}
+    if config.adapter == "soft_prompt":
+        tokens, width = weights[PROMPT].shape
+        peft: PeftConfig = PromptTuningConfig(num_virtual_tokens=tokens, token_dim=width, **common)
+        peft.num_transformer_submodules = 1  # type: ignore[attr-defined]  # PEFT sets it at training
+        tensors = {PROMPT_KEY: weights[PROMPT]}
+    else:
+        lora, layers = config.lora, sorted({layer_number(name) for name in weights})
+        peft = LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha,  # type: ignore[arg-type]  # any number will do
+            target_modules=list(lora.targets),
+            layers_to_transform=layers if lora.last_layers else None,
+            lora_dropout=0.0,
+            bias="none",
+            **common,
+        )
+        tensors = {f"{PREFIX}{name}.weight": weight for name, weight in weights.items()}
+    peft.save_pretrained(str(folder))
+    whole = {name: weight.detach().cpu().contiguous() for name, weight in tensors.items()}
+    save_file(whole, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def save_model(folder: Path, module: Any, weights: Params, tokenizer: Any) -> None:
@@ -114,9 +126,14 @@ def load_learned(folder: Path) -> tuple[Params, AdapterCard, str | None]:
     """
     try:
         card = AdapterCard(**json.loads((folder / CARD).read_text(encoding="utf-8")))
-        if not card.lora:
+        if not card.lora and not card.soft_tokens:
             return {}, card, str(folder)
         tensors = load_file(folder / WEIGHTS)
     except (OSError, ValueError, TypeError) as error:
         raise RunError(f"{folder}: no adapter that `rayml adapt` wrote: {error}") from error
-    return {name.removeprefix(PREFIX).removesuffix(".weight"): w.float() for name, w in tensors.items()}, card, None
+    return {weight_name(key): tensor.float() for key, tensor in tensors.items()}, card, None
+
+
+def weight_name(key: str) -> str:
+    """Return what rayml calls a tensor that PEFT calls `key`."""
+    return PROMPT if key == PROMPT_KEY else key.removeprefix(PREFIX).removesuffix(".weight")

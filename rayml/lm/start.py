@@ -7,9 +7,10 @@ import torch
 from rayml.config import Config
 from rayml.lm.batch import TaskBatch, collate
 from rayml.lm.encode import Encoder, decode_rows
-from rayml.lm.lora import A
+from rayml.lm.lora import A, TaskLoRA
 from rayml.lm.model import TaskLM
 from rayml.lm.parameters import trained_parameters
+from rayml.lm.soft_prompt import TaskPrompt
 from rayml.meta.adapt import Params
 from rayml.tasks.task import Task
 
@@ -25,12 +26,16 @@ START_EPISODES = 16
 
 def untrained_start(config: Config, lm: TaskLM, encoder: Encoder, tasks: Sequence[Task]) -> Params:
     """Return where meta-training on these tasks begins, in fp32: for one seed the same for any number of workers."""
-    if lm.lora is None:
+    if lm.adapter is None:
         return {name: p.detach().float().clone() for name, p in trained_parameters(lm.module, config.full).items()}
-    if config.lora.start == "random":
-        return lm.lora.untrained_start(config.seed)
+    words = isinstance(lm.adapter, TaskPrompt) and config.soft_prompt.start == "words"
+    if not words and (isinstance(lm.adapter, TaskPrompt) or config.lora.start == "random"):
+        return lm.adapter.untrained_start(config.seed)
     sampler, pad = config.data.sampler(START_SEED), encoder.tokenizer.eos_token_id
     episodes = [encoder.episode(sampler.episode(tasks, index)) for index in range(START_EPISODES)]
+    if isinstance(lm.adapter, TaskPrompt):
+        tokens = [token for e in episodes for row in e["support"]["tokens"] for token in row]
+        return lm.adapter.start_from(tokens, config.seed)
     batches = [collate([decode_rows(e[side])], pad).to(lm.device) for e in episodes for side in ("support", "query")]
     return principal_start(lm, batches, config.seed)
 
@@ -45,15 +50,15 @@ def principal_start(lm: TaskLM, batches: Sequence[TaskBatch], seed: int) -> Para
     Args:
         batches: a few dozen rows or more in all; where fewer than r directions vary, the other rows stay random.
     """
-    assert lm.lora is not None
-    start = lm.lora.untrained_start(seed)
+    assert isinstance(lm.adapter, TaskLoRA)
+    start = lm.adapter.untrained_start(seed)
     seen = [lm.target_inputs(batch) for batch in batches]
-    for name in lm.lora.linears:
+    for name in lm.adapter.linears:
         inputs = torch.cat([part[name] for part in seen])[:MOST_ROWS].cpu()
         _, deviations, directions = torch.linalg.svd(inputs - inputs.mean(0), full_matrices=False)
         deviations = deviations / len(inputs) ** 0.5
         # Where all examples end alike, the first layer sees no variation at all: nothing there to scale up.
         varied = int((deviations > LEAST_SHARE * inputs.square().sum(1).mean().sqrt()).sum())
-        rank = min(lm.lora.rank, varied)
+        rank = min(lm.adapter.rank, varied)
         start[name + A][:rank] = directions[:rank] * (USUAL_DEVIATION / deviations[:rank, None])
     return start

@@ -48,7 +48,7 @@ def largest_pass(config: Config, target_tokens: int) -> Pass:
     into one in mode full.
     """
     support, query = episode_rows(config)
-    name, length = config.algorithm.name, config.data.max_tokens
+    name, length = config.algorithm.name, config.data.max_tokens + config.soft_tokens
     rows = max(support, query) if inner_steps(config) or name == "multitask" else query
     if name == "metaicl":
         length *= support + 1

@@ -58,7 +58,8 @@ def shape_of(model: Any, config: Config, whole_below: int = WHOLE_BELOW) -> Shap
         vocabulary=text.vocab_size,
         adapted=adapted,
         first_layer=first,
-        is_measured=text.model_type in MEASURED,
+        is_measured=text.model_type in MEASURED and not config.soft_tokens,
+        prompt=config.soft_tokens * model.get_input_embeddings().embedding_dim,
     )
 
 
@@ -83,6 +84,8 @@ def _sharded(model: Any, large: dict[str, int], first: int, trained: list[str]) 
 
 def _learned(model: Any, config: Config) -> tuple[tuple[Linear, ...], list[str], int]:
     """Return the adapted linears, the names of trained parameters, and the layer where the backward ends."""
+    if config.soft_tokens:
+        return (), [], 0
     if config.mode == "adapters":
         linears = find_linears(model, config.lora.targets, config.lora.last_layers)
         adapted = tuple(

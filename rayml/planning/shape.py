@@ -55,6 +55,9 @@ class Shape:
     is_measured: bool
     """The formula for activations was checked against layers of this kind; for others it is an estimate."""
 
+    prompt: int = 0
+    """Elements of a soft prompt, where that is what is learned."""
+
     def adapter(self, rank: int) -> int:
-        """Return the elements of one adapter: `A [r, in]` and `B [out, r]` of every adapted linear."""
-        return rank * sum(linear.inputs + linear.outputs for linear in self.adapted)
+        """Return the elements of one adapter: `A [r, in]` and `B [out, r]` of every adapted linear; or of a prompt."""
+        return self.prompt + rank * sum(linear.inputs + linear.outputs for linear in self.adapted)

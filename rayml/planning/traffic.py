@@ -51,7 +51,7 @@ def meta_gradient(shape: Shape, config: Config, workers: int) -> Sent:
     """
     learned, tensors = shape.trained, shape.trained_tensors
     if config.mode == "adapters":
-        learned, tensors = shape.adapter(config.lora.rank), 2 * len(shape.adapted)
+        learned, tensors = shape.adapter(config.lora.rank), 2 * len(shape.adapted) + bool(shape.prompt)
     rates = {"fomaml": tensors, "maml": tensors, "meta_sgd": learned}.get(config.algorithm.name, 0)
     return Sent("meta-gradient", "all-reduce", FP32_BYTES * (learned + rates + 3 + workers), 1)
 

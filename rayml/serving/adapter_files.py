@@ -17,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 
 from rayml.errors import ConfigError, RunError
 from rayml.lm.lora import A, B
-from rayml.lm.peft_files import CARD, PREFIX, WEIGHTS, AdapterCard
+from rayml.lm.peft_files import CARD, PREFIX, PROMPT_KEY, WEIGHTS, AdapterCard
+from rayml.lm.soft_prompt import PROMPT
 from rayml.meta.adapt import Params
 from rayml.tasks.templates import compiled
 
@@ -51,6 +52,8 @@ class Fits:
     """What the task-batched layer multiplies every update by: the run's alpha / rank."""
     most_rank: int
     most_bytes: int
+    prompt_width: int = 0
+    """Of the embeddings, where soft prompts are served; else LoRA is."""
 
 
 @dataclass(frozen=True, eq=False)  # told apart by identity
@@ -76,8 +79,13 @@ def read_adapter(folder: Path, fits: Fits) -> Adapter:
     if size > fits.most_bytes:
         raise RunError(f"{size} bytes; at most {fits.most_bytes}")
     config = _read_json(folder / CONFIG)
-    scale = _check_config(config, fits)
-    weights = _read_weights(folder / WEIGHTS, fits, config["r"])
+    _check_base(config, fits)
+    scale = fits.scale
+    if fits.prompt_width:
+        weights = _read_prompt(folder / WEIGHTS, config, fits)
+    else:
+        scale = _check_config(config, fits)
+        weights = _read_weights(folder / WEIGHTS, fits, config["r"])
     card = _read_card(folder / CARD)
     # The layer scales every adapter alike, so what this one asks for beyond that goes into B.
     extra = scale / fits.scale
@@ -102,23 +110,41 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _check_config(config: dict[str, Any], fits: Fits) -> float:
     """Return alpha / rank, or what the config asks for in its place."""
-    if config.get("peft_type") != "LORA":
-        raise RunError(f"peft_type is {config.get('peft_type')!r}; LORA alone is served")
     asked = [key for key in UNSUPPORTED if config.get(key)]
     if config.get("bias", "none") != "none":
         asked.append("bias")
     if asked:
         raise RunError(f"asks for {', '.join(asked)}, which is not served")
-    base = str(config.get("base_model_name_or_path") or "")
-    last = base.rstrip("/").rsplit("/", 1)[-1].lower()
-    if base and base not in fits.names and last not in {n.rstrip("/").rsplit("/", 1)[-1].lower() for n in fits.names}:
-        raise RunError(f"was made for the base {base!r}; this server has {fits.names[0]!r}")
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if type(rank) is not int or not 1 <= rank <= fits.most_rank:
         raise RunError(f"rank r={rank!r}; 1 to {fits.most_rank} are served")
     if not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise RunError(f"lora_alpha={alpha!r} is no number")
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _check_base(config: dict[str, Any], fits: Fits) -> None:
+    kind = "PROMPT_TUNING" if fits.prompt_width else "LORA"
+    if config.get("peft_type") != kind:
+        raise RunError(f"peft_type is {config.get('peft_type')!r}; {kind} alone is served")
+    base = str(config.get("base_model_name_or_path") or "")
+    last = base.rstrip("/").rsplit("/", 1)[-1].lower()
+    if base and base not in fits.names and last not in {n.rstrip("/").rsplit("/", 1)[-1].lower() for n in fits.names}:
+        raise RunError(f"was made for the base {base!r}; this server has {fits.names[0]!r}")
+
+
+def _read_prompt(path: Path, config: dict[str, Any], fits: Fits) -> Params:
+    tokens = config.get("num_virtual_tokens")
+    if type(tokens) is not int or not 1 <= tokens <= fits.most_rank:
+        raise RunError(f"num_virtual_tokens={tokens!r}; 1 to {fits.most_rank} are served")
+    try:
+        with safe_open(path, "pt") as file:
+            shape = file.get_slice(PROMPT_KEY).get_shape() if list(file.keys()) == [PROMPT_KEY] else None
+            if shape != [tokens, fits.prompt_width]:
+                raise RunError(f"{PROMPT_KEY} has the shape {shape}; this base needs {[tokens, fits.prompt_width]}")
+            return {PROMPT: file.get_tensor(PROMPT_KEY).float()}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise RunError(f"{WEIGHTS} is no safetensors file: {error}") from None
 
 
 def _read_weights(path: Path, fits: Fits, rank: int) -> Params:

@@ -31,7 +31,7 @@ def option_queries(
         ApiError: 400, a text is too long, and not to be truncated; 422, a label that cannot be scored.
     """
     shown = shown_of(loaded)
-    most = min(encoder.max_tokens * (len(shown) + 1), context)
+    most = min(encoder.max_tokens * (len(shown) + 1) + encoder.soft_tokens, context)
     queries = []
     for place, given in enumerate(inputs):
         try:
@@ -63,7 +63,7 @@ def prototype_queries(
     for place, given in enumerate(inputs):
         example = relabel(unanswered(given), known[0])
         tokens = len(unlimited(encoder).row(example, is_label=True).tokens)
-        is_long = tokens > encoder.max_tokens
+        is_long = tokens > encoder.max_tokens + encoder.soft_tokens
         if is_long and not truncate:
             raise too_long(place, tokens, encoder.max_tokens)
         query = Query([encoder.row(example, is_label=True)], loaded.weights, support, places)

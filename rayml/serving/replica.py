@@ -160,13 +160,14 @@ class Replica:
     def _check_lengths(self, encoder: Encoder, examples: Sequence[Example]) -> None:
         for place, example in enumerate(examples):
             tokens = len(unlimited(encoder).row(example, is_label=False).tokens)
+            tokens -= encoder.soft_tokens
             if tokens > encoder.max_tokens + 1:  # what ends free text is not counted
                 message = f"examples.{place}: has {tokens} tokens; this model reads {encoder.max_tokens} of an example"
                 raise ApiError(422, message, f"examples.{place}", "example_too_long")
 
     def _publish(self, owner: str, manifest: Manifest, prepared: Lesson, weights: dict[str, Any]) -> Manifest:
         with tempfile.TemporaryDirectory() as folder:
-            save_adapter(Path(folder), weights, self.session.config.lora.shape(), self.session.base)
+            save_adapter(Path(folder), weights, self.session.config, self.session.base)
             write_card(Path(folder), prepared.card)
             return self.store.publish(owner, manifest, Path(folder))
 
@@ -292,7 +293,7 @@ class Replica:
         """Return how an adapter was shown its examples; the base and plain PEFT's read up to the context."""
         encoder = self.session.encoder
         if loaded is None:
-            return dataclasses.replace(encoder, max_tokens=self.context)
+            return dataclasses.replace(encoder, max_tokens=self.context, soft_tokens=0)
         return encoder_of(loaded.card, encoder.tokenizer, loaded.card.max_tokens or self.context)
 
     async def check(self, seconds: float) -> None:

@@ -35,4 +35,5 @@ def fits_of(config: Config, base: str, module: Any, limits: Adapters) -> Fits:
     """
     linears = {name: (one.out_features, one.in_features) for name, one in all_linears(module).items()}
     scale = config.lora.alpha / config.lora.rank
-    return Fits((config.model.name, base), linears, scale, limits.most_rank, limits.most_bytes)
+    width = module.get_input_embeddings().embedding_dim if config.soft_tokens else 0
+    return Fits((config.model.name, base), linears, scale, limits.most_rank, limits.most_bytes, width)
