@@ -19,6 +19,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
 from rayml.lm.sampling import Sampling
+from rayml.serving import playground
 from rayml.serving.answers import Shape
 from rayml.serving.errors import ApiError
 from rayml.serving.http import as_api_error, chained, refusal, session, takes, translated, until_error
@@ -82,6 +83,11 @@ class Front:
                 self.store.sweep()
             except OSError:
                 log.exception("expired adapters were not swept")
+
+    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
+    async def page(self) -> Response:
+        """The playground."""
+        return playground.answer()
 
     @app.get("/healthz")
     async def healthz(self) -> Response:
