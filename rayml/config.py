@@ -149,6 +149,13 @@ def impossible(config: Config) -> list[str]:
         and config.model.attention != "eager",
         "model.activation_checkpointing: maml keeps the whole inner loop; it does not go with it": name == "maml"
         and config.model.activation_checkpointing,
+        "regularize.adversarial: the inner loop of maml, reptile, metaicl and protonet, and that of mode=full with "
+        "engine=zero, know none": config.regularize.adversarial > 0
+        and (name in ("maml", "reptile", "metaicl", "protonet") or config.is_sharded),
+        "inner.unfreeze_every: mode=full with engine=zero, maml and reptile do not thaw": config.inner.unfreeze_every
+        and (name in ("maml", "reptile") or config.is_sharded),
+        "inner.layer_decay: mode=full with engine=zero has one rate": config.inner.layer_decay < 1
+        and config.is_sharded,
         "inner.steps: reptile learns from its inner steps; give it one or more": name == "reptile"
         and not config.inner.steps,
         "regularize.lora_dropout: it is for adapter=lora, and mode=adapters": (full or config.adapter != "lora")

@@ -164,6 +164,10 @@ class Inner(Section):
     modules: Names = ()
     """Patterns of the tensors that the inner loop changes, such as `*.layers.29.*` or `*.lora_B`; all, if there is
     none. The others are learned by the outer loop alone (ANIL, Raghu et al. 2020)."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Factor on the inner rate from each layer to the one below it (discriminative rates, Howard and Ruder 2018)."""
+    unfreeze_every: NotNegativeInt = 0
+    """Inner steps after which one more layer learns, from the top (gradual unfreezing); 0: all from the first."""
 
 
 class Outer(Section):
@@ -209,6 +213,9 @@ class Regularize(Section):
     """Share of the adapters' inputs that is dropped: a fresh mask in every forward, support and query alike."""
     label_smoothing: Fraction = 0.0
     """Share of the target's weight that is spread over the choices (over the vocabulary, for free text)."""
+    adversarial: NotNegativeFloat = 0.0
+    """Length, as a share of the embeddings' own, of the step on them that makes a support worst, with which the inner
+    loop learns as well as without (FGM, Miyato et al. 2017). 0.1 is much; twice the inner loop's time."""
     token_dropout: Fraction = 0.0
     """Share of a support input's tokens that is left out: the support is augmented, the query is not."""
 

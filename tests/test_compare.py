@@ -246,7 +246,7 @@ def test_the_budget_is_what_really_runs_forward_and_backward(tiny, tokenizer, tm
             ran.append(inputs[0].numel())
 
     lm.module.get_input_embeddings().register_forward_pre_hook(count)
-    losses = task_losses(lm, episodes, tokenizer.eos_token_id, name == "protonet", 0.0)
+    losses = task_losses(lm, episodes, tokenizer.eos_token_id, config)
     start = lm.adapter.untrained_start(0)
     rates = {key: torch.tensor(0.1) for key in start}
     ALGORITHMS[name](*losses, start, rates, config.inner.steps, torch.ones(4))

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from conftest import perturbed_start, tiny_lm
+from conftest import make_config, perturbed_start, tiny_lm
 from test_lora import one, random_batch, random_rows
 from torch import nn
 
@@ -105,11 +105,12 @@ def test_in_context_queries_carry_the_support_and_only_their_target_counts(token
     assert text_of(tokenizer, record["support"], 0) == "the quick brown fox\nLabel: A"
 
 
-def test_prototype_losses_through_the_model_equal_hidden_states_taken_by_hand(tokenizer, lm):
+def test_prototype_losses_through_the_model_equal_hidden_states_taken_by_hand(tokenizer, lm, tmp_path):
     encoder = Encoder(tokenizer, "{input}\nLabel:", 64)
     record = encoder.episode(EPISODE)
     start = expand(perturbed_start(lm), 2)
-    _, query_losses = task_losses(lm, [record, record], pad=1, prototypes=True, smoothing=0.0)
+    config = make_config(tmp_path, algorithm={"name": "protonet"})
+    _, query_losses = task_losses(lm, [record, record], 1, config)
     states = {}
     for side in ("support", "query"):
         found = []

@@ -30,10 +30,17 @@ class Method:
 
 # They never adapt: where adapters begin is not worth looking at data for.
 IN_CONTEXT = ("algorithm.name=metaicl", "data.labels=words", "lora.start=random", "adapter=lora")
+# Fine-tuning of the model's own weights, in place of adapters; its rates are others.
+FINE_TUNED = "mode=full", "engine=local", "algorithm.name=fomaml", "adapter=lora", "inner.lr=0.03"
+UNUSUAL = "anil", "maml", "full", "top_layers", "gradual", "discriminative"
 METHODS = {
     "zero_shot": Method(IN_CONTEXT, "base", takes_support=False),
     "in_context": Method(IN_CONTEXT, "base"),
     "lora": Method(("algorithm.name=fomaml",), "untrained"),
+    "full": Method(FINE_TUNED, "untrained"),
+    "top_layers": Method((*FINE_TUNED, "full.last_layers=2", "full.embeddings=false"), "untrained"),
+    "gradual": Method((*FINE_TUNED, "inner.unfreeze_every=1"), "untrained"),
+    "discriminative": Method((*FINE_TUNED, "inner.layer_decay=0.9"), "untrained"),
     "multitask": Method(("algorithm.name=multitask",)),
     "protonet": Method(("algorithm.name=protonet",)),
     "metaicl": Method(("algorithm.name=metaicl",)),
@@ -43,7 +50,7 @@ METHODS = {
     "anil": Method(("algorithm.name=fomaml", "inner.modules=['*.lora_B']")),
     "maml": Method(("algorithm.name=maml", "model.attention=eager")),
 }
-USUAL = tuple(name for name in METHODS if name not in ("anil", "maml"))
+USUAL = tuple(name for name in METHODS if name not in UNUSUAL)
 OURS = "outer.steps", "seed", "run.dir", "validation.every"
 """Keys that the comparison sets itself."""
 COUNTED_EPISODES = 64

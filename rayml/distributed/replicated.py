@@ -4,7 +4,7 @@ Every worker adapts its own tasks; their meta-gradients meet in one all-reduce a
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from rayml.distributed.watch import Signature
 from rayml.engine import collective, local, zero
 from rayml.engine.laps import Laps
 from rayml.evaluation.curves import Curve, Scorer
+from rayml.lm.depth import rate_factors
 from rayml.lm.load import checkpoint_activations
 from rayml.lm.model import TaskLM, hooks
 from rayml.lm.objective import task_losses
@@ -46,7 +47,9 @@ class Replicated:
         self.rank, self.workers = collective.rank(), collective.world_size()
         self.lm = build_lm(config, job.model, device)
         self.encoder = get(job.encoder)
-        self.learner = build_learner(config, agreed_start(job, self.lm), device)
+        start = agreed_start(job, self.lm)
+        factors = rate_factors(self.lm.module, start, config.inner.layer_decay)
+        self.learner = build_learner(config, start, factors, device)
         self.tasks = {task.name: place for place, task in enumerate(get(job.train))}
         self.gains = RecentGains(len(self.tasks), device)
         self.laps = Laps(device)
@@ -95,12 +98,12 @@ class Replicated:
         algorithm: Any = ALGORITHMS[config.algorithm.name]
         if algorithm is fomaml:
             algorithm = partial(fomaml, start_weight=config.outer.start_weight)
-        pad, prototypes = self.encoder.tokenizer.eos_token_id, config.algorithm.name == "protonet"
+        pad = self.encoder.tokenizer.eos_token_id
         together = len(episodes) if self.lm.adapter else 1
         parts = []
         for first in range(0, len(episodes), together):
             some = slice(first, first + together)
-            support, query = task_losses(self.lm, episodes[some], pad, prototypes, config.regularize.label_smoothing)
+            support, query = task_losses(self.lm, episodes[some], pad, config)
             with dropping(config, self.lm, learner.step, self.rank):
                 losses = support, self._after_inner_loop(query)
                 parts.append(algorithm(*losses, learner.start, learner.rates, config.inner.steps, weights[some]))
@@ -163,7 +166,7 @@ class Replicated:
     def score(self, episodes: Sequence[Any]) -> list[Curve]:
         """Return the scores of this worker's episodes before and after adapting."""
         config = self.config
-        scorer = Scorer(self.lm, self.encoder, config.algorithm.name, config.inner.steps)
+        scorer = Scorer(self.lm, self.encoder, config.algorithm.name, config.inner.steps, config.inner.unfreeze_every)
         together = len(episodes) if self.lm.adapter else 1
         return [
             curve
@@ -225,13 +228,13 @@ def agreed_start(job: Job, lm: TaskLM) -> Params:
     return collective.from_first_worker(start) if lm.adapter else start
 
 
-def build_learner(config: Config, start: Params, device: torch.device) -> Learner:
+def build_learner(config: Config, start: Params, factors: Mapping[str, float], device: torch.device) -> Learner:
     """Return a learner at step 0."""
     outer, inner, name = config.outer, config.inner, config.algorithm.name
     start = {name: weight.to(device) for name, weight in start.items()}
     return Learner(
         start,
-        initial_log_rates(start, inner.lr, inner.modules, per_weight=name == "meta_sgd"),
+        initial_log_rates(start, inner.lr, inner.modules, name == "meta_sgd", factors),
         learn_rates=config.learns_rates,
         optimizer=outer.optimizer,
         lr=outer.lr,

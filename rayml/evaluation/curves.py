@@ -2,14 +2,13 @@
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
 from rayml.lm.batch import TaskBatch, collate
 from rayml.lm.encode import Encoder, class_numbers
 from rayml.lm.model import TaskLM
-from rayml.lm.objective import class_grid
+from rayml.lm.objective import class_grid, inner_losses
 from rayml.lm.score import Ballot
 from rayml.meta.adapt import Params, TaskLosses, adapt, expand
 from rayml.meta.protonet import prototype_logits
@@ -44,6 +43,7 @@ class Scorer:
     algorithm: str
     steps: int
     """Inner steps."""
+    unfreeze_every: int = 0
 
     @property
     def takes_steps(self) -> bool:
@@ -81,7 +81,7 @@ class Scorer:
 
     def support_losses(self, episodes: Sequence[Episode]) -> TaskLosses:
         support = side_of(self.encoder, episodes, "support", self.lm.device, packs=self.lm.packs)
-        return partial(self.lm.losses, batch=support)
+        return inner_losses(self.lm, support, self.unfreeze_every)
 
     def _at_once(self, episodes: Sequence[Episode], weights: Params | None) -> Iterator[Outputs]:
         yield Queries(self.lm, self.encoder, episodes).outputs(weights)

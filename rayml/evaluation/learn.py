@@ -10,6 +10,7 @@ import torch
 from rayml.errors import DataError
 from rayml.evaluation.session import Session
 from rayml.lm.batch import Row, collate
+from rayml.lm.objective import inner_losses
 from rayml.lm.peft_files import AdapterCard
 from rayml.meta.adapt import Params, adapt
 from rayml.tasks.episodes import LETTERS, relabel, shown_labels
@@ -118,10 +119,11 @@ def take_in(
     lm = session.lm
     support = collate([one.rows for one in lessons], pad, [one.labels for one in lessons], lm.packs).to(session.device)
     losses = partial(lm.losses, batch=support)
+    inner = inner_losses(lm, support, session.config.inner.unfreeze_every)
     descended: list[torch.Tensor] = []
     found: dict[int, Params] = {}
     fast: Params = {}
-    for step, adapted in enumerate(adapt(losses, session.start, session.rates, max(steps), len(lessons))):
+    for step, adapted in enumerate(adapt(inner, session.start, session.rates, max(steps), len(lessons))):
         if adapted.support_losses is not None:
             descended.append(adapted.support_losses)
         fast = adapted.fast

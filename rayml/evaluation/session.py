@@ -8,6 +8,7 @@ import torch
 from rayml.config import Config
 from rayml.engine import local, zero
 from rayml.evaluation.curves import Scorer
+from rayml.lm.depth import rate_factors
 from rayml.lm.encode import Encoder
 from rayml.lm.load import load_tokenizer, resolve_model
 from rayml.lm.lora import linear_kinds
@@ -43,7 +44,8 @@ class Session:
 
     def scorer(self) -> Scorer:
         """Return what scores episodes as the run's own algorithm does."""
-        return Scorer(self.lm, self.encoder, self.config.algorithm.name, self.config.inner.steps)
+        inner = self.config.inner
+        return Scorer(self.lm, self.encoder, self.config.algorithm.name, inner.steps, inner.unfreeze_every)
 
 
 def open_session(run: RunFolder, which: str | None = None, every_linear: bool = False) -> Session:
@@ -71,7 +73,8 @@ def untrained_session(config: Config, tasks: Sequence[Task]) -> Session:
     """Load a config's base, with the start that training on these tasks would begin from, and its rates."""
     lm, encoder, base = load(config)
     start = {name: weight.to(lm.device) for name, weight in untrained_start(config, lm, encoder, tasks).items()}
-    log_rates = initial_log_rates(start, config.inner.lr, config.inner.modules, per_weight=False)
+    factors = rate_factors(lm.module, start, config.inner.layer_decay)
+    log_rates = initial_log_rates(start, config.inner.lr, config.inner.modules, per_weight=False, factors=factors)
     rates = {name: rate.exp() for name, rate in log_rates.items()}
     return Session(config, lm, encoder, base, start, rates, 0, start)
 

@@ -1,7 +1,7 @@
 """The outer loop's state: the shared start, the inner rates, the outer optimizer over both, and the step."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -26,15 +26,19 @@ def outer_schedule(kind: str, warmup_steps: int, steps: int) -> Callable[[int], 
     return factor
 
 
-def initial_log_rates(start: Params, lr: float, modules: Sequence[str], per_weight: bool) -> Params:
+def initial_log_rates(
+    start: Params, lr: float, modules: Sequence[str], per_weight: bool, factors: Mapping[str, float] | None = None
+) -> Params:
     """Return the logarithm of `lr` for each tensor that the inner loop changes.
 
     Args:
         modules: patterns of those tensors' names; () for all.
         per_weight: a rate for each weight, as in Meta-SGD, and not one for each tensor.
+        factors: on the rates of some tensors.
     """
     inner = {n: w for n, w in start.items() if not modules or any(fnmatchcase(n, pattern) for pattern in modules)}
-    return {n: torch.full(w.shape if per_weight else (), math.log(lr), device=w.device) for n, w in inner.items()}
+    logs = {n: math.log(lr * (factors or {}).get(n, 1.0)) for n in inner}
+    return {n: torch.full(w.shape if per_weight else (), logs[n], device=w.device) for n, w in inner.items()}
 
 
 class Learner:
