@@ -90,6 +90,8 @@ class Data(Section):
     `dynamic`: evenly, and tasks that gained less of late weigh more in the meta-gradient."""
     temperature: Annotated[float, Field(ge=1)] = 2.0
     """Of the weighting: 1 is proportional, large is uniform."""
+    replay: Fraction = 0.3
+    """Share of the episodes that are of the old run's tasks, where a run continues another; 0 leaves them out."""
     drop_small_classes: bool = False
     """Leave out classes with fewer than shots + queries examples, instead of refusing."""
     splits: SplitsSection = SplitsSection()
@@ -261,6 +263,8 @@ class Run(Section):
     dir: str
     """The run folder, or its URI (`s3://`, `gs://`). Exists already: `--resume` goes on with it, anything else is
     refused."""
+    continues: str | None = None
+    """A run folder whose learned start and rates this one begins with (`rayml train --continue RUN`)."""
     checkpoint_every: PositiveInt = 50
     """Outer steps between checkpoints; there is always one at the end."""
     keep_checkpoints: PositiveInt = 3

@@ -16,15 +16,23 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last whole checkpoint, if there is one.")
     ] = False,
+    continued: Annotated[
+        str | None,
+        typer.Option("--continue", help="Begin with what this run learned, and replay its tasks.", metavar="RUN"),
+    ] = None,
 ) -> None:
     """Meta-train on Ray: checkpoints, metrics and the resolved config go to `run.dir`.
 
     Everything that can be wrong with the input is checked before Ray starts. Watch it with
     `tensorboard --logdir RUN/tensorboard`.
+
+    With `--continue RUN` a run stays current: it goes on from RUN with new tasks, `data.replay` of the episodes are of
+    the old ones, and in the end the old meta-test tasks tell what was forgotten.
     """
     from rayml.config import load_config
 
-    settings = load_config(config, overrides or [])
+    given = [*(overrides or []), *([f"run.continues={continued}"] if continued else [])]
+    settings = load_config(config, given)
     err.print("[dim]loading libraries, data and model ...[/]")
     from rayml.distributed.train import train as run_training
 

@@ -20,6 +20,8 @@ class Job:
     val: ray.ObjectRef | None
     roll: Any
     """The actor that knows how far every worker is."""
+    replayed: frozenset[str] = frozenset()
+    """Names of the old run's tasks, where this one continues another."""
 
 
 class DivergedError(Exception):

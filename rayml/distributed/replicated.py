@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from rayml.config import Config
+from rayml.distributed.continuing import old_start
 from rayml.distributed.job import DivergedError, Job
 from rayml.distributed.stream import get
 from rayml.distributed.watch import Signature
@@ -61,7 +62,11 @@ class Replicated:
         if saved:
             self.learner.load(saved.tensors, saved.step)
             self.gains.gains.copy_(saved.tensors["gains"])
-        elif self.rank == 0 and self.config.mode == "adapters":
+            return
+        begun = collective.from_first_worker(old_start(self.config) if self.rank == 0 else None)
+        if begun:
+            self.learner.begin_at(*begun)
+        if self.rank == 0 and self.config.mode == "adapters":
             run.write_untrained(self.learner.start)
 
     @property

@@ -17,6 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 
 from rayml.config import Config
+from rayml.distributed.continuing import old_run, report_forgetting, with_replay
 from rayml.distributed.events import Controlled, NewestCheckpoint, WorkersGone
 from rayml.distributed.job import Job
 from rayml.distributed.progress import Progress
@@ -62,7 +63,10 @@ def train(config: Config, resume: bool = False, at_once: int = 1) -> RunFolder:
         TrainingError: training stopped, and why.
     """
     config = with_absolute_paths(config)
-    splits = prepare_splits(config.data)
+    splits, replayed = prepare_splits(config.data), frozenset[str]()
+    old = old_run(config)
+    if old:
+        splits, replayed = with_replay(splits, old, config.data.replay)
     model = resolve_model(config.model.name)
     encoder = config.encoder(load_tokenizer(model))
     encoder.check([*splits.train, *splits.val, *splits.test])
@@ -78,10 +82,12 @@ def train(config: Config, resume: bool = False, at_once: int = 1) -> RunFolder:
     if own_ray:
         start_ray(config)
     try:
-        fit(config, run, splits, model, encoder, at_once)
+        fit(config, run, splits, model, encoder, at_once, replayed)
     finally:
         if own_ray:
             ray.shutdown()
+    if old:
+        report_forgetting(run, old, splits, Console(stderr=True))
     if config.mode == "full":
         remove(run.model)
         export_run(run.path, run.model, None, Console(quiet=True))
@@ -99,7 +105,8 @@ def with_absolute_paths(config: Config) -> Config:
     data = config.data.model_copy(update={"path": tuple(map(absolute, config.data.path))})
     name = os.path.abspath(config.model.name) if os.path.isdir(config.model.name) else config.model.name
     model = config.model.model_copy(update={"name": name})
-    run = config.run.model_copy(update={"dir": str(place(config.run.dir))})
+    paths = {"dir": config.run.dir} | ({"continues": config.run.continues} if config.run.continues else {})
+    run = config.run.model_copy(update={key: str(place(path)) for key, path in paths.items()})
     return config.model_copy(update={"data": data, "model": model, "run": run})
 
 
@@ -201,6 +208,7 @@ def fit(
     model: str,
     encoder: Encoder,
     at_once: int,
+    replayed: frozenset[str] = frozenset(),
 ) -> None:
     """Run Ray Train to its end.
 
@@ -220,7 +228,8 @@ def fit(
     forget_lost(run.checkpoints)
     validates = splits.val and config.validation.every
     roll: Any = ray.remote(num_cpus=0, max_restarts=-1)(Roll).options(scheduling_strategy=here).remote()
-    job = Job(config, model, ray.put(encoder), ray.put(splits.train), ray.put(splits.val) if validates else None, roll)
+    val = ray.put(splits.val) if validates else None
+    job = Job(config, model, ray.put(encoder), ray.put(splits.train), val, roll, replayed)
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(longest_wait)  # for a process that does not answer
     os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(longest_wait)  # for Ray Train's own barriers
     trainer = TorchTrainer(  # mypy sees the signatures of Train v1, which v2 stands in for

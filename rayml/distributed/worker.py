@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,9 @@ def meta_train(job: Job, run: RunFolder, learning: Learning, log: "StepLog | Non
     """Take the outer steps that are left; returns as `train_worker` does."""
     config = job.config
     scores: list[float] = collective.from_first_worker(val_scores(run.records()) if log else None)
+    sampler = replace(config.data.sampler(config.seed), replayed=job.replayed, replay=config.data.replay)
     steps = stream_steps(
-        EncodeEpisode(job.train, job.encoder, config.data.sampler(config.seed)),
+        EncodeEpisode(job.train, job.encoder, sampler),
         first=learning.done * config.tasks_per_step,
         steps=config.outer.steps - learning.done,
         per_step=config.tasks_per_step,

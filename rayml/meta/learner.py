@@ -101,6 +101,12 @@ class Learner:
         self.step += 1
         return norms[0]
 
+    def begin_at(self, start: Params, log_rates: Params) -> None:
+        """Begin at what was learned before, in place of where an untrained start is."""
+        for own, given in ((self.start, start), (self.log_rates, log_rates)):
+            for name, param in own.items():
+                param.copy_(given[name])
+
     def state(self) -> dict[str, Tensor]:
         """Return everything that the next step depends on, but for `step`, as flat named tensors."""
         tensors = {f"start/{name}": w for name, w in self.start.items()}

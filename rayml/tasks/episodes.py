@@ -40,6 +40,10 @@ class Sampler:
     seed: int
     spread: float = 1.0
     """A task's share of the episodes goes with its classes to this power: 1 is proportional, 0 is uniform."""
+    replayed: frozenset[str] = frozenset()
+    """Names of tasks that have a share of their own together."""
+    replay: float = 0.0
+    """That share."""
 
     def episode(self, tasks: Sequence[Task], index: int) -> Episode:
         """Return episode `index`: a task by its classes (free text counts 1) and `spread`, then `ways` of those.
@@ -48,7 +52,7 @@ class Sampler:
         have distinct texts (see `rayml.tasks.table`), so they share no text either.
         """
         rng = random.Random(f"{self.seed}/{index}")  # a str seed is hashed by SHA-512: the same on every machine
-        (task,) = rng.choices(tasks, [len(task.classes) ** self.spread for task in tasks])
+        (task,) = rng.choices(tasks, self._weights(tasks))
         chosen = rng.sample(list(task.classes), min(self.ways, len(task.classes)))
         drawn = {name: rng.sample(task.classes[name], self.shots + self.queries) for name in chosen}
         shown = shown_labels(task, chosen, self.labels)
@@ -62,6 +66,15 @@ class Sampler:
             labels={label: name for name, label in shown.items()},
             kind=task.kind,
         )
+
+    def _weights(self, tasks: Sequence[Task]) -> list[float]:
+        weights = [len(task.classes) ** self.spread for task in tasks]
+        old = [task.name in self.replayed for task in tasks]
+        if not any(old) or all(old):
+            return weights
+        sums = {is_old: sum(w for w, o in zip(weights, old, strict=True) if o == is_old) for is_old in (True, False)}
+        shares = {True: self.replay / sums[True], False: (1 - self.replay) / sums[False]}
+        return [weight * shares[is_old] for weight, is_old in zip(weights, old, strict=True)]
 
     def check(self, tasks: Sequence[Task]) -> None:
         """Raise DataError, naming every class that an episode could not be drawn from."""

@@ -1,0 +1,135 @@
+"""Staying current: a run that goes on from what another learned, with some of its old tasks among the new ones.
+
+Replay (Rolnick et al. 2019, arXiv 1811.11682) keeps what is learned from being forgotten; how much was is measured on
+the old run's own meta-test tasks, before and after.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from rayml.config import Config
+from rayml.errors import ConfigError, RunError
+from rayml.evaluation.command import EVALUATION_SEED
+from rayml.evaluation.evaluate import interval, trained_curves
+from rayml.evaluation.session import Session, learned, open_session
+from rayml.meta.adapt import Params
+from rayml.runs.files import write_whole
+from rayml.runs.folder import RunFolder, flat
+from rayml.tasks.prepare import prepare_splits
+from rayml.tasks.splits import Splits, refuse_leaks
+from rayml.tasks.task import Task
+
+SAME = (
+    "model.name",
+    "mode",
+    "adapter",
+    "lora.rank",
+    "lora.alpha",
+    "lora.targets",
+    "lora.last_layers",
+    "soft_prompt.tokens",
+    "inner.modules",
+)
+"""Keys that say what a start is made of."""
+EPISODES = 16
+FILE = "forgetting.json"
+
+
+@dataclass(frozen=True)
+class Old:
+    """The run that is continued."""
+
+    run: RunFolder
+    config: Config
+    splits: Splits
+
+
+def old_run(config: Config) -> Old | None:
+    """Return the run that a config continues, if it does.
+
+    Raises:
+        RunError: it is not there, or not whole.
+        ConfigError: its start does not fit this config; with the keys that differ.
+    """
+    if config.run.continues is None:
+        return None
+    run = RunFolder(config.run.continues)
+    if run.path == RunFolder(config.run.dir).path:
+        raise RunError(f"{run.path}: is this run itself; give run.dir another folder")
+    then, _ = run.trained()
+    before, now = (flat(c.model_dump()) for c in (then, config))
+    differs = [key for key in SAME if before[key] != now[key]]
+    if then.mode == "full":
+        raise ConfigError("run.continues: a run in mode full is continued by its folder RUN/model as model.name")
+    if (then.algorithm.name == "meta_sgd") != (config.algorithm.name == "meta_sgd"):
+        differs.append("algorithm.name")
+    if differs:
+        raise ConfigError(f"run.continues: {run.path} has another start; {', '.join(differs)} must be as there")
+    return Old(run, then, prepare_splits(then.data))
+
+
+def with_replay(splits: Splits, old: Old, share: float) -> tuple[Splits, frozenset[str]]:
+    """Return the splits with the old meta-train tasks among the new, and the names of the old.
+
+    A task of the same name in both is the new one's.
+
+    Raises:
+        DataError: new tasks hold a text of the old meta-test, or old tasks one of the new.
+    """
+    refuse_leaks("this run's meta-train", splits.train, old.splits.test)
+    new = {task.name for part in splits for task in part}
+    replayed = tuple(task for task in old.splits.train if task.name not in new) if share else ()
+    refuse_leaks("the tasks to replay", replayed, splits.test)
+    return splits._replace(train=(*splits.train, *replayed)), frozenset(task.name for task in replayed)
+
+
+def old_start(config: Config) -> tuple[Params, Params] | None:
+    """Return what the run that a config continues has learned: its start, and the logarithms of its inner rates."""
+    if config.run.continues is None:
+        return None
+    then, folder = RunFolder(config.run.continues).trained()
+    start, log_rates, _ = learned(then, folder, (), torch.device("cpu"))
+    return start, log_rates
+
+
+def report_forgetting(run: RunFolder, old: Old, splits: Splits, out: Console) -> dict[str, Any]:
+    """Adapt to the old and the new meta-test tasks from both starts; print the scores, and write `forgetting.json`.
+
+    Accuracy over label tasks, or the loss over free text, after adapting; 95 % intervals over episodes, paired.
+    """
+    then, now = open_session(old.run), open_session(run)
+    found = {}
+    for name, tasks, session in (("old", old.splits.test, then), ("new", splits.test, now)):
+        kinds = [[t for t in tasks if bool(t.options) == is_label] for is_label in (True, False)]
+        for kind, some in zip(("accuracy", "loss"), kinds, strict=True):
+            if some:
+                found[f"{name} tasks, {kind}"] = both(session, then, now, some)
+    write_whole(run.path / FILE, json.dumps({"continues": str(old.run.path), "scores": found}, indent=2) + "\n")
+    table = Table(box=SIMPLE_HEAD, padding=(0, 0, 0, 1), title="before and after going on", title_justify="left")
+    for place, head in enumerate(("meta-test", "before", "after", "change")):
+        table.add_column(head, justify="right" if place else "left")
+    for name, ends in found.items():
+        cells = [
+            f"{ends[key]['mean']:.3f} [{ends[key]['low']:.3f}, {ends[key]['high']:.3f}]" for key in ("before", "after")
+        ]
+        change = ends["change"]
+        table.add_row(name, *cells, f"{change['mean']:+.3f} [{change['low']:+.3f}, {change['high']:+.3f}]")
+    out.print(table)
+    return found
+
+
+def both(shows: Session, then: Session, now: Session, tasks: list[Task]) -> dict[str, dict[str, float]]:
+    """Return the scores after adapting to the same episodes, as `shows` shows them, from the old start and the new."""
+    sampler = shows.config.data.sampler(EVALUATION_SEED)
+    ends = []
+    for session in (then, now):
+        asked = Session(shows.config, session.lm, shows.encoder, session.base, session.start, session.rates, 0, {})
+        ends.append(np.array([curve.scores[-1] for curve in trained_curves(asked, tasks, sampler, EPISODES)]))
+    return {"before": interval(ends[0]), "after": interval(ends[1]), "change": interval(ends[1] - ends[0])}

@@ -1,0 +1,104 @@
+"""`rayml train --continue`: begins with what a run learned, replays its tasks, and says what was forgotten."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import make_config, toy_tasks, write_tasks
+from rich.console import Console
+
+from rayml.config import Config
+from rayml.distributed.continuing import FILE, old_run, old_start, report_forgetting, with_replay
+from rayml.distributed.train import train
+from rayml.errors import ConfigError, DataError, RunError
+from rayml.evaluation.session import open_session
+from rayml.runs.folder import RunFolder
+from rayml.tasks.prepare import prepare_splits
+
+
+def renamed(seed: int, prefix: str):
+    return tuple(replace(task, name=f"{prefix}-{task.name[-1]}") for task in toy_tasks(seed=seed))
+
+
+@pytest.fixture(scope="module")
+def old(tmp_path_factory, local_ray) -> RunFolder:
+    return train(make_config(tmp_path_factory.mktemp("old"), outer={"steps": 4, "warmup_steps": 0, "lr": 0.01}))
+
+
+def new_config(folder, old: RunFolder, **changes) -> Config:
+    path = write_tasks(folder / "new.jsonl", renamed(9, "new"))
+    splits = {"val": 0.0, "test": 0.0, "test_tasks": ["new-5"]}
+    base = make_config(
+        folder,
+        data={"path": str(path), "splits": splits, "replay": 0.25},
+        outer={"steps": 4, "warmup_steps": 0, "lr": 0.01},
+        run={"dir": str(folder / "run"), "checkpoint_every": 2, "continues": str(old.path)},
+    )
+    return Config.model_validate(base.model_dump() | changes)
+
+
+@pytest.mark.ray
+def test_a_run_goes_on_from_another_and_resumes_bit_for_bit(old, tmp_path):
+    whole = train(new_config(tmp_path, old))
+    # It began where the old one ended, and went on from there.
+    begun, then = whole.read_untrained(), open_session(old)
+    assert all(torch.equal(begun[name], then.start[name]) for name in begun)
+    now = open_session(whole)
+    assert any(not torch.equal(now.start[name], then.start[name]) for name in begun)
+    assert now.rates.keys() == then.rates.keys()
+
+    # What is forgotten stands beside what is new.
+    found = json.loads((whole.path / FILE).read_text())
+    assert found["continues"] == str(old.path)
+    assert set(found["scores"]) == {"old tasks, accuracy", "new tasks, accuracy"}
+    for ends in found["scores"].values():
+        assert ends["change"]["mean"] == pytest.approx(ends["after"]["mean"] - ends["before"]["mean"], abs=1e-9)
+
+    # Cut off after two steps and resumed it comes to the same.
+    (tmp_path / "cut").mkdir()
+    first = new_config(tmp_path / "cut", old, outer={"steps": 2, "warmup_steps": 0, "lr": 0.01})
+    train(first)
+    resumed = open_session(train(new_config(tmp_path / "cut", old), resume=True))
+    assert all(torch.equal(resumed.start[name], now.start[name]) for name in now.start)
+
+
+@pytest.mark.ray
+def test_old_episodes_have_their_share_and_scores_are_of_the_same_episodes(old, tmp_path):
+    config = new_config(tmp_path, old)
+    found = old_run(config)
+    assert found is not None
+    splits, replayed = with_replay(prepare_splits(config.data), found, 0.25)
+    assert replayed == {f"toy-{n}" for n in range(5)}
+    assert not replayed & {task.name for task in (*splits.val, *splits.test)}
+    sampler = replace(config.data.sampler(0), replayed=replayed, replay=0.25)
+    drawn = Counter(sampler.episode(splits.train, index).task in replayed for index in range(2000))
+    assert drawn[True] / 2000 == pytest.approx(0.25, abs=0.03)
+    assert with_replay(prepare_splits(config.data), found, 0.0)[1] == frozenset()
+    # A run beside itself has forgotten nothing.
+    scores = report_forgetting(old, found, found.splits, Console(quiet=True))
+    assert all(ends["change"] == {"mean": 0.0, "low": 0.0, "high": 0.0} for ends in scores.values())
+    start = old_start(config)
+    assert start is not None
+    assert all(torch.equal(start[0][name], weight) for name, weight in open_session(old).start.items())
+
+
+@pytest.mark.ray
+def test_what_cannot_be_continued_is_refused_before_anything_starts(old, tmp_path):
+    with pytest.raises(RunError, match="no run here"):
+        train(new_config(tmp_path, RunFolder(tmp_path / "nothing")))
+    config = new_config(tmp_path, old)
+    other = config.model_copy(update={"lora": config.lora.model_copy(update={"rank": 8})})
+    with pytest.raises(ConfigError, match=r"lora\.rank must be as there"):
+        train(other)
+    same = config.model_copy(update={"run": config.run.model_copy(update={"dir": str(old.path)})})
+    with pytest.raises(RunError, match="is this run itself"):
+        train(same)
+    leaking = tuple(replace(task, name=f"leak-{task.name}") for task in toy_tasks() if task.name == "toy-5")
+    path = write_tasks(tmp_path / "leak.jsonl", leaking)
+    data = config.data.model_copy(
+        update={"path": (str(path),), "splits": config.data.splits.model_copy(update={"test_tasks": ()})}
+    )
+    with pytest.raises(DataError, match=r"meta-train.*trained on"):
+        train(config.model_copy(update={"data": data}))
