@@ -91,6 +91,7 @@ class Config(Section):
             self.regularize.token_dropout,
             scoring=data.scoring,
             templates=tuple(data.templates.items()),
+            labels=data.labels,
             soft_tokens=self.soft_tokens,
         )
 

@@ -103,7 +103,7 @@ class Replicated:
         algorithm: Any = ALGORITHMS[config.algorithm.name]
         if algorithm is fomaml:
             algorithm = partial(fomaml, start_weight=config.outer.start_weight)
-        pad = self.encoder.tokenizer.eos_token_id
+        pad = self.encoder.pad
         together = len(episodes) if self.lm.adapter else 1
         parts = []
         for first in range(0, len(episodes), together):

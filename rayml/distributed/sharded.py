@@ -38,7 +38,7 @@ class Sharded:
         self.config, self.device, self.sign = job.config, device, sign
         self.parts = collective.world_size()
         self.encoder = get(job.encoder)
-        self.pad = self.encoder.tokenizer.eos_token_id
+        self.pad = self.encoder.pad
         self.learner = FullLearner(zero.load_full(job.model, job.config, device), job.config)
         self.tasks = {task.name: place for place, task in enumerate(get(job.train))}
         self.gains = RecentGains(len(self.tasks))

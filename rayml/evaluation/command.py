@@ -180,6 +180,6 @@ def write_weights(session: "Session", weights: "Params", folder: Path) -> None:
     from rayml.lm.peft_files import save_adapter, save_model
 
     if session.lm.adapter:
-        save_adapter(folder, weights, session.config, session.base)
+        save_adapter(folder, weights, session.config, session.base, session.encoder.is_masked)
     else:
         save_model(folder, session.lm.module, weights, session.encoder.tokenizer)

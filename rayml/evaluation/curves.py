@@ -160,7 +160,7 @@ def side_of(
         for each, e in zip(own, episodes, strict=True)
     ]
     labels = [each.competing(e.labels, e.support[0]) for each, e in zip(own, episodes, strict=True)]
-    return collate(rows, encoder.tokenizer.eos_token_id, labels, packs).to(device)
+    return collate(rows, encoder.pad, labels, packs).to(device)
 
 
 def accuracy(episode: Episode, scores: torch.Tensor) -> float:

@@ -115,7 +115,7 @@ def take_in(
     Returns:
         each task's weights, `[...]`, and its support losses before every step and after the last.
     """
-    pad = session.encoder.tokenizer.eos_token_id
+    pad = session.encoder.pad
     lm = session.lm
     support = collate([one.rows for one in lessons], pad, [one.labels for one in lessons], lm.packs).to(session.device)
     losses = partial(lm.losses, batch=support)

@@ -84,7 +84,7 @@ class Predictor:
 
     def _batch(self, examples: list[Example]) -> TaskBatch:
         rows = self.encoder.rows(examples, is_label=True)
-        return collate([rows], self.encoder.tokenizer.eos_token_id).to(self.device)
+        return collate([rows], self.encoder.pad).to(self.device)
 
     def _generate(self, example: Example) -> str:
         prompt, sampling = self.encoder.asked(example, self.shown), Sampling(self.card.max_tokens)

@@ -29,6 +29,8 @@ class Row:
     start: int
     silent: tuple[int, ...] = ()
     """Places behind `start` that are read, and not predicted: what others say between the assistant's turns."""
+    suffix: tuple[int, ...] = ()
+    """What a masked model reads behind the mask, which is the last token before `start`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +177,8 @@ def reading(row: Row, competition: Competition | None) -> Reading:
     else:
         target = [IGNORE if place in row.silent else token for place, token in enumerate(target, row.start)]
         choices = [[] for token in target if token != IGNORE]
-    return Reading(row.tokens[: first + len(target) if target else None], first, target, choices)
+    read = row.tokens[: first + len(target) if target else None]
+    return Reading([*read, *row.suffix], first, target, choices)
 
 
 Laid = Sequence[Sequence[Sequence[Reading]]]

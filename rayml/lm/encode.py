@@ -10,8 +10,9 @@ from rayml.errors import DataError
 from rayml.lm.batch import Row, encode
 from rayml.lm.chat import chat_prompt, chat_row
 from rayml.lm.choices import compete
+from rayml.lm.masked import masked_row, predicts_masks
 from rayml.lm.soft_prompt import soft_tokens
-from rayml.tasks.episodes import Episode, relabel
+from rayml.tasks.episodes import Episode, LabelScheme, relabel
 from rayml.tasks.kinds import KINDS
 from rayml.tasks.task import Example, Parts, Task
 from rayml.tasks.templates import render
@@ -44,6 +45,7 @@ class Encoder:
     scoring: str = "learned"
     templates: tuple[tuple[str, tuple[str, ...]], ...] = ()
     """(kind, or pattern of tasks, prompts) that `of` chooses among."""
+    labels: LabelScheme = "words"
     soft_tokens: int = 0
     """That every row begins with (`rayml.lm.soft_prompt`), beside the tokens that it may have."""
 
@@ -54,6 +56,16 @@ class Encoder:
         own = KINDS[kind].prompt if kind in KINDS else ""
         prompts = (by_task or by_kind or [(own or self.prompt, *(() if own else self.ensemble))])[0]
         return replace(self, prompt=prompts[0], ensemble=prompts[1:], kind=kind)
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether labels are predicted at a mask (`rayml.lm.masked`)."""
+        return predicts_masks(self.tokenizer)
+
+    @property
+    def pad(self) -> int:
+        """The token that rows are filled up with."""
+        return self.tokenizer.pad_token_id if self.is_masked else self.tokenizer.eos_token_id
 
     def row(self, example: Example, is_label: bool, shown: Sequence[Example] = (), spared: int = 0) -> Row:
         """Return the row of an example behind those `shown` in its prompt; each adds to the length that is allowed.
@@ -134,10 +146,20 @@ class Encoder:
         return self._encode(prompt, example, is_label, self.max_tokens, keep)
 
     def _prompt(self, example: Example, shown: Sequence[Example] = ()) -> str:
-        before = "".join(f"{render(self.prompt, e)} {e.target.strip()}\n\n" for e in shown)
+        before = "".join(f"{self._answered(e, e.target.strip())}\n\n" for e in shown)
+        if self.is_masked:
+            return before + self._answered(example, self.tokenizer.mask_token)
         return before + render(self.prompt, example)
 
+    def _answered(self, example: Example, answer: str) -> str:
+        """Return the prompt with an answer where its mask is, or else behind it."""
+        blank_space = "\0"
+        text = render(self.prompt, example, mask=blank_space)
+        return text.replace(blank_space, answer) if blank_space in text else f"{text} {answer}"
+
     def _encode(self, prompt: str, example: Example, is_label: bool, most: int, keep: Any = None) -> Row:
+        if self.is_masked:
+            return masked_row(self.tokenizer, prompt, example.target, is_label, most, keep)
         row = encode(self.tokenizer, prompt, " " + example.target.strip(), not is_label, most, keep)
         return self._softened(row)
 
@@ -176,6 +198,7 @@ class Encoder:
                 "tokens": [row.tokens for row in rows],
                 "starts": [row.start for row in rows],
                 "silent": [list(row.silent) for row in rows],
+                "suffixes": [list(row.suffix) for row in rows],
                 "classes": class_numbers(episode, side),
             }
         return record
@@ -190,7 +213,8 @@ class Encoder:
             dialogues = task.kind == "dialogue"
             for example in task.examples if dialogues else some.values():
                 try:
-                    own.row(example if dialogues else blank(example), bool(task.options))
+                    seen = relabel(example, "A" if task.options and self.labels == "letters" else None)
+                    own.row(seen if dialogues else blank(seen), bool(task.options))
                     for prompt in own.ensemble:
                         render(prompt, example)
                 except DataError as error:
@@ -216,5 +240,7 @@ def class_numbers(episode: Episode, side: str) -> list[int]:
 
 def decode_rows(side: dict[str, Any]) -> list[Row]:
     """Return the rows of one side of a record that `Encoder.episode` made."""
-    columns = side["tokens"], side["starts"], side["silent"]
-    return [Row(list(tokens), start, tuple(silent)) for tokens, start, silent in zip(*columns, strict=True)]
+    columns = side["tokens"], side["starts"], side["silent"], side["suffixes"]
+    return [
+        Row(list(tokens), start, tuple(gaps), tuple(end)) for tokens, start, gaps, end in zip(*columns, strict=True)
+    ]

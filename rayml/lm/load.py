@@ -22,7 +22,10 @@ if not torch.cuda.is_available():
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -31,6 +34,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from transformers.utils import logging as transformers_logging
 
 from rayml.errors import ConfigError
+from rayml.lm.masked import mark_masked
 
 SMOLLM2 = "smollm2-135m-instruct"
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -48,11 +52,15 @@ def resolve_model(name: str) -> str:
         return str(_cached(SMOLLM2, _convert_smollm2))
     if name == "tiny":
         return str(_cached("tiny-llama-3", _make_tiny))
+    if name == "tiny-masked":
+        return str(_cached("tiny-bert-1", _make_tiny_masked))
     if Path(name).is_dir():
         return str(Path(name).resolve())
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         return name
-    raise ConfigError(f"model.name: {name!r} is no folder here and no Hugging Face id; or use {SMOLLM2}, tiny")
+    raise ConfigError(
+        f"model.name: {name!r} is no folder here and no Hugging Face id; or use {SMOLLM2}, tiny, tiny-masked"
+    )
 
 
 def load_tokenizer(path: str):
@@ -63,22 +71,25 @@ def load_tokenizer(path: str):
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
+        masked = is_masked(path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.name: no tokenizer at {path!r}: {error}") from error
-    if not tokenizer.is_fast or tokenizer.eos_token_id is None:
+    if masked:
+        mark_masked(tokenizer)
+    if not tokenizer.is_fast or (tokenizer.eos_token_id is None and not masked):
         raise ConfigError(f"model.name: {path!r} has no fast tokenizer with an end-of-sequence token")
     return tokenizer
 
 
 def load_base(path: str, dtype: str, attention: str = "sdpa", deepspeed: dict[str, Any] | None = None):
-    """Return the causal LM of a resolved model, frozen and in eval mode.
+    """Return the causal, or masked, LM of a resolved model, frozen and in eval mode.
 
     Args:
         deepspeed: a ZeRO-3 config, to shard each weight over the workers as it is read.
     """
     sharded_loading = HfDeepSpeedConfig(deepspeed) if deepspeed else None  # acts on from_pretrained while it lives
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = auto_model(path).from_pretrained(
             path, dtype=DTYPES[dtype], attn_implementation=attention, use_safetensors=True
         )
     except (OSError, ValueError) as error:
@@ -95,9 +106,19 @@ def load_shape(path: str, attention: str = "sdpa"):
     """
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), attn_implementation=attention)
+            return auto_model(path).from_config(AutoConfig.from_pretrained(path), attn_implementation=attention)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.name: no causal language model's config at {path!r}: {error}") from error
+
+
+def is_masked(path: str) -> bool:
+    """Return whether a model predicts masked tokens, and not the next: by what its config says that it is."""
+    kinds = getattr(AutoConfig.from_pretrained(path), "architectures", None) or []
+    return any(kind.endswith("ForMaskedLM") for kind in kinds)
+
+
+def auto_model(path: str) -> Any:
+    return AutoModelForMaskedLM if is_masked(path) else AutoModelForCausalLM
 
 
 def checkpoint_activations(model) -> None:
@@ -145,22 +166,28 @@ def _convert_smollm2(folder: Path) -> None:
     AutoTokenizer.from_pretrained(source, gguf_file=SMOLLM2_FILE).save_pretrained(folder)
 
 
-def _make_tiny(folder: Path) -> None:
-    """Make a random Llama of 0.2 M parameters that reads characters, and a letter behind a space as one token."""
+def _characters(special: list[str], unknown: str) -> Any:
+    """Return a tokenizer of characters, and of a letter behind a space as one token."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     letters = [f" {letter}" for letter in string.ascii_uppercase]
-    tokens = ["<unk>", "<end>", *(chr(code) for code in range(32, 127)), "\n", *letters]
-    characters = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>"))
+    tokens = [*special, *(chr(code) for code in range(32, 127)), "\n", *letters]
+    characters = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token=unknown))
     characters.pre_tokenizer = pre_tokenizers.Split(Regex(" [A-Z]|[\\s\\S]"), "isolated")
     characters.decoder = decoders.Fuse()
+    return characters
+
+
+def _make_tiny(folder: Path) -> None:
+    """Make a random Llama of 0.2 M parameters."""
+    characters = _characters(["<unk>", "<end>"], "<unk>")
     PreTrainedTokenizerFast(
         tokenizer_object=characters, unk_token="<unk>", eos_token="<end>", pad_token="<end>"
     ).save_pretrained(folder)
     torch.manual_seed(0)
     LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(tokens),
+            vocab_size=characters.get_vocab_size(),
             hidden_size=64,
             intermediate_size=128,
             num_hidden_layers=4,
@@ -171,5 +198,28 @@ def _make_tiny(folder: Path) -> None:
             bos_token_id=None,
             eos_token_id=1,
             pad_token_id=1,
+        )
+    ).save_pretrained(folder)
+
+
+def _make_tiny_masked(folder: Path) -> None:
+    """Make a random BERT of 0.2 M parameters."""
+    from tokenizers.processors import TemplateProcessing
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    characters = _characters(special, "[UNK]")
+    characters.post_processor = TemplateProcessing("[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    names = {f"{name.strip('[]').lower()}_token": name for name in special}
+    PreTrainedTokenizerFast(tokenizer_object=characters, **names).save_pretrained(folder)
+    torch.manual_seed(0)
+    BertForMaskedLM(
+        BertConfig(
+            vocab_size=characters.get_vocab_size(),
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            max_position_embeddings=512,
+            pad_token_id=0,
         )
     ).save_pretrained(folder)

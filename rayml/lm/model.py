@@ -27,6 +27,10 @@ class TaskLM:
     def __init__(self, module: Any, adapter: TaskLoRA | TaskPrompt | None):
         self.module, self.adapter = module, adapter
         self.device = next(module.parameters()).device
+        config = getattr(module, "module", module).config
+        # Attention to both sides would see padding, too.
+        is_masked = type(getattr(module, "module", module)).__name__.endswith("ForMaskedLM")
+        self._pad = config.pad_token_id if is_masked else None
         self._positions: Tensor | None = None
         self._frozen = frozen_layers(module, adapter)
         module.get_output_embeddings().register_forward_pre_hook(self._at_targets)
@@ -37,8 +41,8 @@ class TaskLM:
 
         Where attention is told the places of tokens they do not; recurrent layers have no such thing.
         """
-        if self.adapter is None:
-            return False  # mode full deals a task's rows to the workers
+        if self.adapter is None or self._pad is not None:
+            return False  # mode full deals a task's rows to the workers; a masked model looks to both sides
         alone = torch.tensor([[5, 3, 4]], device=self.device)
         rows = torch.tensor([[1, 2, 1, 5, 3, 4], [4, 4, 2, 5, 3, 4]], device=self.device)
         places = torch.tensor([[0, 1, 2, 0, 1, 2]] * 2, device=self.device)
@@ -78,7 +82,8 @@ class TaskLM:
             inputs: what else the model takes, such as a cache of keys and values.
         """
         self._positions = positions
-        inputs = {"input_ids": tokens, "use_cache": False} | inputs
+        seen = {"use_cache": False} if self._pad is None else {"attention_mask": (tokens != self._pad).long()}
+        inputs = {"input_ids": tokens} | seen | inputs
         try:
             if self.adapter is None and weights is not None:
                 own = {name: weight.squeeze(0).to(self.module.dtype) for name, weight in weights.items()}

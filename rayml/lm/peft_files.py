@@ -76,7 +76,7 @@ def write_card(folder: Path, card: AdapterCard) -> None:
     (folder / CARD).write_text(json.dumps(asdict(card), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def save_adapter(folder: Path, weights: Params, config: Config, base: str) -> None:
+def save_adapter(folder: Path, weights: Params, config: Config, base: str, is_masked: bool = False) -> None:
     """Write one adapter as a stock PEFT folder: LoRA, `[r, in]` and `[out, r]` each, or prompt tuning, `[P, d]`.
 
     Args:
@@ -84,7 +84,8 @@ def save_adapter(folder: Path, weights: Params, config: Config, base: str) -> No
         base: where `base_model_name_or_path` is to point.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    common: dict[str, Any] = {"task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True}
+    kind = None if is_masked else "CAUSAL_LM"  # PEFT knows no masked ones, and wraps any model then
+    common: dict[str, Any] = {"task_type": kind, "base_model_name_or_path": base, "inference_mode": True}
     if config.adapter == "soft_prompt":
         tokens, width = weights[PROMPT].shape
         peft: PeftConfig = PromptTuningConfig(num_virtual_tokens=tokens, token_dim=width, **common)

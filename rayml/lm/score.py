@@ -25,6 +25,8 @@ class Tree:
 
     prompt: list[int]
     options: list[list[int]]
+    suffix: tuple[int, ...] = ()
+    """What a masked model reads behind the prompt, whose last token is the mask."""
 
     @property
     def branches(self) -> list[list[int]]:
@@ -86,9 +88,10 @@ class Question:
             self.divisors = [len(option) if is_mean else 1 for option in whole]
         self.options = [option[: len(among)] for option, among in zip(whole, self.choices, strict=True)]
         prompts = [row.tokens[: row.start] for row in rows]
-        together = Tree(prompts[0], self.options)
+        suffix = rows[0].suffix
+        together = Tree(prompts[0], self.options, suffix)
         shared = all(prompt == prompts[0] for prompt in prompts) and (forks or not together.is_forked)
-        apart = [Tree(prompt, [option]) for prompt, option in zip(prompts, self.options, strict=True)]
+        apart = [Tree(prompt, [option], suffix) for prompt, option in zip(prompts, self.options, strict=True)]
         self.trees = [together] if shared else apart
         """One for all options, if they follow the same prompt, else one each."""
 
@@ -103,8 +106,8 @@ class OptionBatch:
         forks = may_fork(lm.module)
         questions = [[Question(query, encoder, forks) for query in task] for task in tasks]
         trees = [[tree for question in task for tree in question.trees] for task in questions]
-        rows = [[Row(tree.tokens, len(tree.tokens)) for tree in task] for task in trees]
-        self.batch = collate(rows, encoder.tokenizer.eos_token_id).to(lm.device)
+        rows = [[Row(tree.tokens, len(tree.tokens), suffix=tree.suffix) for tree in task] for task in trees]
+        self.batch = collate(rows, encoder.pad).to(lm.device)
         self._note_places(trees)
         self._note_options([question for task in questions for question in task])
         forked = any(tree.is_forked for task in trees for tree in task)

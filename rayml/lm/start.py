@@ -31,7 +31,7 @@ def untrained_start(config: Config, lm: TaskLM, encoder: Encoder, tasks: Sequenc
     words = isinstance(lm.adapter, TaskPrompt) and config.soft_prompt.start == "words"
     if not words and (isinstance(lm.adapter, TaskPrompt) or config.lora.start == "random"):
         return lm.adapter.untrained_start(config.seed)
-    sampler, pad = config.data.sampler(START_SEED), encoder.tokenizer.eos_token_id
+    sampler, pad = config.data.sampler(START_SEED), encoder.pad
     episodes = [encoder.episode(sampler.episode(tasks, index)) for index in range(START_EPISODES)]
     if isinstance(lm.adapter, TaskPrompt):
         tokens = [token for e in episodes for row in e["support"]["tokens"] for token in row]

@@ -237,7 +237,7 @@ class Engine:
     @torch.no_grad()
     def _states(self, adapters: list[Params | None], rows: list[list[Row]]) -> Tensor:
         """Return the state before each row's target, `[T, K, D]`."""
-        batch = collate(rows, self.session.encoder.tokenizer.eos_token_id).to(self.session.lm.device)
+        batch = collate(rows, self.session.encoder.pad).to(self.session.lm.device)
         return self.session.lm.states(side_by_side(adapters), batch)
 
     def _write_tokens(self) -> None:

@@ -33,6 +33,7 @@ from rayml.serving.served import fits_of, servable
 from rayml.serving.settings import Serving
 from rayml.serving.store import AdapterStore, Manifest
 from rayml.serving.work import Adaptation, Support, Writing
+from rayml.tasks.episodes import relabel
 from rayml.tasks.row import Row, unanswered
 from rayml.tasks.table import FREE_TEXT
 from rayml.tasks.task import Example, Task
@@ -154,20 +155,22 @@ class Replica:
             prepared = lesson(self.session, task)
         except DataError as error:
             raise ApiError(422, f"examples: {error}", "examples") from None
-        self._check_lengths(self.session.encoder.of(task.name, task.kind), examples)
+        self._check_lengths(self.session.encoder.of(task.name, task.kind), task, prepared.card.labels)
         return prepared
 
-    def _check_lengths(self, encoder: Encoder, examples: Sequence[Example]) -> None:
-        for place, example in enumerate(examples):
-            tokens = len(unlimited(encoder).row(example, is_label=False).tokens)
+    def _check_lengths(self, encoder: Encoder, task: Task, labels: dict[str, str]) -> None:
+        shown = {option: label for label, option in labels.items()}
+        for place, example in enumerate(task.examples):
+            seen = relabel(example, shown.get(example.target))
+            tokens = len(unlimited(encoder).row(seen, bool(task.options)).tokens)
             tokens -= encoder.soft_tokens
-            if tokens > encoder.max_tokens + 1:  # what ends free text is not counted
+            if tokens > encoder.max_tokens + (not task.options):  # what ends free text is not counted
                 message = f"examples.{place}: has {tokens} tokens; this model reads {encoder.max_tokens} of an example"
                 raise ApiError(422, message, f"examples.{place}", "example_too_long")
 
     def _publish(self, owner: str, manifest: Manifest, prepared: Lesson, weights: dict[str, Any]) -> Manifest:
         with tempfile.TemporaryDirectory() as folder:
-            save_adapter(Path(folder), weights, self.session.config, self.session.base)
+            save_adapter(Path(folder), weights, self.session.config, self.session.base, self.session.encoder.is_masked)
             write_card(Path(folder), prepared.card)
             return self.store.publish(owner, manifest, Path(folder))
 
@@ -265,6 +268,8 @@ class Replica:
     ) -> list[int]:
         tokenizer = self.session.encoder.tokenizer
         most = self.context - max_tokens
+        if self.session.encoder.is_masked:
+            raise ApiError(400, "a masked model writes no text; ask /v1/classify", "model")
         try:
             if loaded:
                 is_dialogue = loaded.card.kind == "dialogue"

@@ -65,15 +65,19 @@ def _refuse_programs(tree: nodes.Template) -> None:
         raise TemplateError("shows nothing of the input; `{{ input }}` does")
 
 
-def render(template: str, example: Example) -> str:
+def render(template: str, example: Example, mask: str = "") -> str:
     """Return what stands before an example's target.
+
+    Args:
+        mask: what `{{ mask }}` is, where a masked model's target may stand within.
 
     Raises:
         DataError: the template asks for something that the example has not.
     """
     fields = dict(example.parts)
     try:
-        return compiled(template).render({"input": example.input, "parts": example.parts, **fields})
+        values = {"input": example.input, "parts": example.parts, "mask": mask, **fields}
+        return compiled(template).render(values)
     except TemplateError as error:
         there = ", ".join(["input", "parts", *fields])
         raise DataError(f"template {template[:80]!r}: {error}; there are {there}") from None
