@@ -87,7 +87,7 @@ def load_base(path: str, dtype: str, attention: str = "sdpa", deepspeed: dict[st
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # bitsandbytes would repack a 4-bit linear at its first forward on a CPU, for a kernel without a gradient.
-            module.support_avx512bf16_for_cpu = False
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
     return model.requires_grad_(False).eval()
 
 
