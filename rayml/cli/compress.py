@@ -31,15 +31,5 @@ def compress(
     """
     from rayml.compression.command import Distillation, compress_run
 
-    compress_run(
-        run,
-        out_dir,
-        quantize,
-        distill,
-        prune,
-        Distillation(steps, lr, temperature, hard),
-        episodes,
-        checkpoint,
-        out,
-        err,
-    )
+    how = Distillation(steps, lr, temperature, hard)
+    compress_run(run, out_dir, quantize, distill, prune, how, episodes, checkpoint, out, err)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from rayml.compression.quantize import LIBRARY, check_library
-from rayml.compression.student import wanted_layers
+from rayml.compression.student import evenly_spaced, wanted_layers
 from rayml.config import Config
 from rayml.errors import ConfigError, RunError
 from rayml.evaluation.command import EVALUATION_SEED, held_out_tasks, new_folder
@@ -125,7 +125,11 @@ def check_run(config: Config, source: RunFolder, distill: str | None) -> str:
         raise ConfigError(f"--distill: a student is taught to adapt, and {config.algorithm.name} does not in training")
     base = resolve_model(config.model.name)
     file = Path(base, "config.json")
-    if file.exists() and "quantization_config" in json.loads(file.read_text(encoding="utf-8")):
+    known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    count = wanted_layers(distill) if distill else None
+    if count and "num_hidden_layers" in known:
+        evenly_spaced(known["num_hidden_layers"], count)
+    if "quantization_config" in known:
         raise RunError(f"{source.path}: its base is quantised; distil or prune first, and quantise last")
     return base
 

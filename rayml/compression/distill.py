@@ -3,8 +3,8 @@
 For every episode the teacher adapts to the support by the run's own inner loop, and says how probable it finds each
 choice at the query's targets. The student adapts its own adapters to the same support by the labels, and its query loss
 is the divergence from what the teacher said, mixed with the loss by the labels (Hinton et al. 2015, arXiv 1503.02531).
-First order as in `rayml.meta.fomaml`: the query's gradient at the student's fast weights updates its start and its inner
-rates; and its layers, which the inner loop leaves alone.
+First order as in `rayml.meta.fomaml`: the query's gradient at the student's fast weights updates its start, its inner
+rates, and its layers, which the inner loop leaves alone.
 """
 
 from collections.abc import Sequence

@@ -35,14 +35,9 @@ def speeds(sessions: Sequence[Session], episode: Episode) -> list[dict[str, Any]
     """
     forward: list[list[float]] = [[] for _ in sessions]
     inner: list[list[float]] = [[] for _ in sessions]
-    queries = [Queries(session.lm, session.encoder, [episode]) for session in sessions]
     for turn in range(REPEATS + 1):
         for place, session in enumerate(sessions):
-            fast = expand(session.start, 1)
-            times = (
-                seconds(session, lambda q=queries[place], f=fast: q.outputs(f)),
-                seconds(session, adapting(session, episode)),
-            )
+            times = seconds(session, answering(session, episode)), seconds(session, adapting(session, episode))
             if turn:
                 forward[place].append(times[0])
                 inner[place].append(times[1])
@@ -50,6 +45,12 @@ def speeds(sessions: Sequence[Session], episode: Episode) -> list[dict[str, Any]
         {"forward_seconds": spread(ours), "adapt_seconds": spread(theirs)}
         for ours, theirs in zip(forward, inner, strict=True)
     ]
+
+
+def answering(session: Session, episode: Episode) -> Callable[[], Any]:
+    """Return what answers an episode's queries from the start, encoded anew: a batch remembers its frozen layers."""
+    fast = expand(session.start, 1)
+    return lambda: Queries(session.lm, session.encoder, [episode]).outputs(fast)
 
 
 def adapting(session: Session, episode: Episode) -> Callable[[], Any]:

@@ -21,9 +21,8 @@ def table(summary: dict[str, Any], title: str) -> Table:
     for when, name in (("before", "as it stands"), ("after", "after adapting")):
         found.add_row(f"held-out {metric}, {name}", *(score(scores[side][when]) for side in ("before", "after")))
     apart = scores["difference"]
-    found.add_row(
-        "  difference after adapting", "", f"{apart['mean']:+.3f} [{apart['low']:+.3f}, {apart['high']:+.3f}]"
-    )
+    difference = f"{apart['mean']:+.3f} [{apart['low']:+.3f}, {apart['high']:+.3f}]"
+    found.add_row("  difference after adapting", "", difference)
     return found
 
 

@@ -1,6 +1,7 @@
 """The three ways to a smaller base: each writes it to `folder / "base"`, and returns what its run has learned."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,9 @@ from rayml.tasks.prepare import prepare_splits
 
 if TYPE_CHECKING:
     from rayml.compression.command import Distillation
+
+WORK = "student"
+"""What a student is loaded from: its files may stay mapped while it is trained, so they are not written over."""
 
 
 def quantized(session: Session, base: str, kind: str, folder: Path) -> Compressed:
@@ -77,6 +81,7 @@ def distilled(
         episodes = [encoder.episode(sampler.episode(tasks, index)) for index in drawn]
         records.append(student.step(teacher, episodes, encoder.tokenizer.eos_token_id, mixture))
         progress()
+    shutil.rmtree(folder / WORK, ignore_errors=True)
     save_base(lm.module, DTYPES[config.model.dtype], base_folder(folder))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return Compressed(config, learner.start, learner.rates, untrained)
@@ -93,10 +98,10 @@ def student_of(
     if count is not None:
         total = session.lm.module.config.num_hidden_layers
         kept = evenly_spaced(total, count)
-        write_student(base, kept, base_folder(folder))
+        write_student(base, kept, folder / WORK)
         lora = config.lora.model_copy(update={"last_layers": kept.lora_layers(config, total)})
         config = config.model_copy(update={"lora": lora})
-        lm = student_lm(config, str(base_folder(folder)), session)
+        lm = student_lm(config, str(folder / WORK), session)
         log_rates = {n: rate.log() for n, rate in kept.tensors(session.rates).items()}
         return config, lm, kept.tensors(session.start), log_rates
     path = resolve_model(name)
