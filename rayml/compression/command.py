@@ -2,10 +2,10 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import Progress
@@ -18,6 +18,10 @@ from rayml.evaluation.command import EVALUATION_SEED, held_out_tasks, new_folder
 from rayml.lm.load import resolve_model
 from rayml.runs.files import write_whole
 from rayml.runs.folder import RunFolder
+from rayml.tasks.task import Task
+
+if TYPE_CHECKING:
+    from rayml.evaluation.session import Session
 
 # Episodes that the compressed run is made with have seeds of their own, far from those of training and evaluation.
 SUPPORT_SEED, DISTILLATION_SEED = 4_000_037, 5_000_011
@@ -64,10 +68,12 @@ def compress_run(
     tasks = held_out_tasks(config, config.data, None, "test")
     err.print("[dim]loading libraries and model ...[/]")
     from rayml.compression import ways
+    from rayml.compression.folder import write_run
+    from rayml.compression.report import table
     from rayml.evaluation.session import open_session
 
     session = open_session(source, checkpoint)
-    part = folder.with_name(folder.name + ".part")
+    part = folder.with_name(folder.name + ".part")  # a base that is not whole is never taken for one
     shutil.rmtree(part, ignore_errors=True)
     with Progress(*Progress.get_default_columns(), console=err, disable=not err.is_terminal) as progress:
         try:
@@ -82,15 +88,11 @@ def compress_run(
             part.rename(folder)
         finally:
             shutil.rmtree(part, ignore_errors=True)
-        from rayml.compression.folder import write_run
-
         small = open_session(write_run(source, folder, compressed, session.step))
         summary = measured(session, small, tasks, episodes, progress)
     how = f"{quantize}" if quantize else f"pruned by {prune}" if prune else f"distilled into {distill}"
     record = {"run": str(source.path), "how": how, "steps": distillation.steps if distill else None, **summary}
     write_whole(folder / "compression.json", json.dumps(record, indent=2) + "\n")
-    from rayml.compression.report import table
-
     out.print(table(summary, f"{config.model.name}, {how}"))
     out.print(f"{folder}\nnext: rayml serve {to}", highlight=False, soft_wrap=True)
     return record
@@ -140,7 +142,9 @@ def bar(progress: Progress, name: str, total: int) -> Callable[..., None]:
     return lambda count=1: progress.advance(row, count)
 
 
-def measured(before: Any, after: Any, tasks: Any, episodes: int, progress: Progress) -> dict[str, Any]:
+def measured(
+    before: "Session", after: "Session", tasks: Sequence[Task], episodes: int, progress: Progress
+) -> dict[str, Any]:
     """Return size, speed and score of two sessions."""
     from rayml.compression import measure
 

@@ -27,6 +27,8 @@ from rayml.meta.learner import Learner
 
 @dataclass(frozen=True, slots=True)
 class Teacher:
+    """A run, as its student sees it."""
+
     lm: TaskLM
     start: Params
     rates: Params

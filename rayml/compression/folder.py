@@ -21,6 +21,7 @@ class Compressed:
 
 
 def base_folder(folder: Path) -> Path:
+    """Return where a compressed run keeps its base."""
     return folder / "base"
 
 

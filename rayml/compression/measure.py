@@ -77,7 +77,9 @@ def spread(times: Sequence[float]) -> dict[str, float]:
     return {"median": float(median), "low": float(low), "high": float(high)}
 
 
-def scores(session: Session, tasks: Sequence[Task], sampler: Sampler, episodes: int, done: Callable[[int], None]):
+def scores(
+    session: Session, tasks: Sequence[Task], sampler: Sampler, episodes: int, done: Callable[[int], None]
+) -> list[Curve]:
     """Return the curves of `episodes` episodes of each task."""
     found: list[Curve] = []
     for task in tasks:

@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -78,5 +79,6 @@ def write_student(base: str, kept: Kept, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def save_base(module: nn.Module, dtype: torch.dtype, folder: Path) -> None:
-    module.to(dtype).save_pretrained(folder)  # type: ignore[operator]
+def save_base(module: Any, dtype: torch.dtype, folder: Path) -> None:
+    """Write a trained student in the dtype that its run loads it in."""
+    module.to(dtype).save_pretrained(folder)

@@ -2,9 +2,9 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rayml.compression import distill, prune, quantize
 from rayml.compression.folder import Compressed, base_folder
@@ -21,6 +21,7 @@ from rayml.lm.start import untrained_start
 from rayml.meta.adapt import Params
 from rayml.meta.learner import Learner, initial_log_rates, outer_schedule
 from rayml.tasks.prepare import prepare_splits
+from rayml.tasks.task import Task
 
 if TYPE_CHECKING:
     from rayml.compression.command import Distillation
@@ -88,7 +89,7 @@ def distilled(
 
 
 def student_of(
-    session: Session, base: str, name: str, folder: Path, tasks: Any
+    session: Session, base: str, name: str, folder: Path, tasks: Sequence[Task]
 ) -> tuple[Config, TaskLM, Params, Params]:
     """Return a student's config, its model with hooks, and the start and logarithms of the rates that it begins with.
 
@@ -114,5 +115,6 @@ def student_of(
 
 
 def student_lm(config: Config, path: str, session: Session) -> TaskLM:
+    """Return a student where its teacher lies, in fp32 to be trained."""
     module = load_base(path, "float32", config.model.attention).to(session.device)
     return TaskLM(module, TaskLoRA(module, **config.lora.shape()))
