@@ -10,7 +10,7 @@ def table(summary: dict[str, Any], title: str) -> Table:
     """Return a row for each number, in columns before and after compression."""
     metric, scores = summary["score"]["metric"], summary["score"]
     found = Table(box=SIMPLE_HEAD, title=title, title_justify="left", caption_justify="left")
-    found.caption = "seconds: median [quartiles], on this machine; scores: 95 % intervals over the same episodes"
+    found.caption = "seconds: median and quartiles, on this machine; scores: 95 % intervals over the same episodes"
     for name in ("", "before", "after"):
         found.add_column(name, justify="right" if name else "left", no_wrap=True)
     sides = [summary[side] for side in ("before", "after")]
