@@ -22,6 +22,7 @@ MAY_LOAD = {
     "planning": {"torch", "transformers"},
     "runs": {"torch"},
     "evaluation": HEAVY - {"ray"},
+    "compression": HEAVY - {"ray"},
     "distributed": HEAVY,
     "serving": HEAVY,
     "sweeps": {"torch"},

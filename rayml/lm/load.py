@@ -92,9 +92,13 @@ def load_base(path: str, dtype: str, attention: str = "sdpa", deepspeed: dict[st
         model = auto_model(path).from_pretrained(
             path, dtype=DTYPES[dtype], attn_implementation=attention, use_safetensors=True
         )
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:  # a quantised one needs the library that quantised it
         raise ConfigError(f"model.name: no causal language model at {path!r}: {error}") from error
     del sharded_loading
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes would repack a 4-bit linear at its first forward on a CPU, for a kernel without a gradient.
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
     return model.requires_grad_(False).eval()
 
 

@@ -149,9 +149,14 @@ class TaskLM:
         """
         logits, positions = self.target_logits(weights, batch)
         losses = token_losses(logits, batch.targets.flatten()[positions], batch.choices, smoothing)
-        task = positions // (batch.tokens.numel() // batch.tasks)
-        total = torch.zeros(batch.tasks, device=losses.device).index_add(0, task, losses)
-        return total / batch.counted().view(batch.tasks, -1).sum(1)
+        return mean_by_task(losses, positions, batch)
+
+
+def mean_by_task(losses: Tensor, positions: Tensor, batch: TaskBatch) -> Tensor:
+    """Return each task's mean, `[T]`, of the target tokens' losses `[M]` at `positions` `[M]`."""
+    task = positions // (batch.tokens.numel() // batch.tasks)
+    total = torch.zeros(batch.tasks, device=losses.device).index_add(0, task, losses)
+    return total / batch.counted().view(batch.tasks, -1).sum(1)
 
 
 def laid(batch: TaskBatch) -> dict[str, Any]:

@@ -1,0 +1,120 @@
+"""The three ways to a smaller base: each writes it to `folder / "base"`, and returns what its run has learned."""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rayml.compression import distill, prune, quantize
+from rayml.compression.folder import Compressed, base_folder
+from rayml.compression.student import evenly_spaced, save_base, wanted_layers, write_student
+from rayml.config import Config
+from rayml.errors import ConfigError
+from rayml.evaluation.session import Session
+from rayml.lm.batch import collate
+from rayml.lm.encode import decode_rows
+from rayml.lm.load import DTYPES, load_base, load_tokenizer, resolve_model
+from rayml.lm.lora import TaskLoRA
+from rayml.lm.model import TaskLM
+from rayml.lm.start import untrained_start
+from rayml.meta.adapt import Params
+from rayml.meta.learner import Learner, initial_log_rates, outer_schedule
+from rayml.tasks.prepare import prepare_splits
+from rayml.tasks.task import Task
+
+if TYPE_CHECKING:
+    from rayml.compression.command import Distillation
+
+WORK = "student"
+"""What a student is loaded from: its files may stay mapped while it is trained, so they are not written over."""
+
+
+def quantized(session: Session, base: str, kind: str, folder: Path) -> Compressed:
+    """Quantise the base; what was learned stays as it is."""
+    quantize.quantize_base(base, session.config.model.dtype, kind, base_folder(folder))
+    return Compressed(session.config, session.start, session.rates, session.untrained)
+
+
+def pruned(session: Session, base: str, fraction: float, folder: Path, progress: Callable[[], None]) -> Compressed:
+    """Prune the base's MLPs by what meta-train texts make of them; adapters are cut with them."""
+    from rayml.compression.command import SUPPORT_EPISODES, SUPPORT_SEED
+
+    config, encoder, pad = session.config, session.encoder, session.encoder.tokenizer.eos_token_id
+    sampler, tasks = config.data.sampler(SUPPORT_SEED), prepare_splits(config.data).train
+    episodes = [encoder.episode(sampler.episode(tasks, index)) for index in range(SUPPORT_EPISODES)]
+    batches = [collate([decode_rows(e["support"])], pad).to(session.device) for e in episodes]
+    kept = prune.choose(session.lm, batches, session.start, fraction, progress)
+    prune.prune_base(base, config.model.dtype, kept, base_folder(folder))
+    learned = (prune.cut_adapters(part, kept) for part in (session.start, session.rates, session.untrained))
+    return Compressed(config, *learned)
+
+
+def distilled(
+    session: Session, base: str, name: str, how: "Distillation", folder: Path, progress: Callable[[], None]
+) -> Compressed:
+    """Teach a student on the run's meta-train tasks; `metrics.jsonl` gets its losses.
+
+    Raises:
+        ConfigError: a student of as many layers, or that reads other tokens.
+    """
+    from rayml.compression.command import DISTILLATION_SEED
+
+    tasks = prepare_splits(session.config.data).train
+    config, lm, start, log_rates = student_of(session, base, name, folder, tasks)
+    learner = Learner(
+        {n: w.to(session.device) for n, w in start.items()},
+        {n: w.to(session.device) for n, w in log_rates.items()},
+        learn_rates=config.learns_rates,
+        lr=config.outer.lr,
+        lr_of_inner_lr=config.outer.lr_of_inner_lr,
+        weight_decay=0.0,
+        clip_norm=config.outer.clip_norm,
+        schedule=outer_schedule("cosine", min(10, how.steps // 10), how.steps),
+    )
+    untrained = {n: w.clone() for n, w in start.items()}
+    student = distill.Student(lm, learner, config.inner.steps, how.lr)
+    teacher = distill.Teacher(session.lm, session.start, session.rates, config.inner.steps)
+    sampler, encoder = config.data.sampler(DISTILLATION_SEED), session.encoder
+    mixture, records = distill.Mixture(how.temperature, how.hard), []
+    for step in range(how.steps):
+        drawn = range(step * config.tasks_per_step, (step + 1) * config.tasks_per_step)
+        episodes = [encoder.episode(sampler.episode(tasks, index)) for index in drawn]
+        records.append(student.step(teacher, episodes, encoder.tokenizer.eos_token_id, mixture))
+        progress()
+    shutil.rmtree(folder / WORK, ignore_errors=True)
+    save_base(lm.module, DTYPES[config.model.dtype], base_folder(folder))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return Compressed(config, learner.start, learner.rates, untrained)
+
+
+def student_of(
+    session: Session, base: str, name: str, folder: Path, tasks: Sequence[Task]
+) -> tuple[Config, TaskLM, Params, Params]:
+    """Return a student's config, its model with hooks, and the start and logarithms of the rates that it begins with.
+
+    Of the teacher's own layers it begins with the teacher's adapters; another model as meta-training would.
+    """
+    config, count = session.config, wanted_layers(name)
+    if count is not None:
+        total = session.lm.module.config.num_hidden_layers
+        kept = evenly_spaced(total, count)
+        write_student(base, kept, folder / WORK)
+        lora = config.lora.model_copy(update={"last_layers": kept.lora_layers(config, total)})
+        config = config.model_copy(update={"lora": lora})
+        lm = student_lm(config, str(folder / WORK), session)
+        log_rates = {n: rate.log() for n, rate in kept.tensors(session.rates).items()}
+        return config, lm, kept.tensors(session.start), log_rates
+    path = resolve_model(name)
+    if load_tokenizer(path).get_vocab() != session.encoder.tokenizer.get_vocab():
+        raise ConfigError(f"--distill {name}: reads other tokens than its teacher; expected a model of one family")
+    lm = student_lm(config, path, session)
+    start = untrained_start(config, lm, session.encoder, tasks)
+    by_weight = config.algorithm.name == "meta_sgd"
+    return config, lm, start, initial_log_rates(start, config.inner.lr, config.inner.modules, per_weight=by_weight)
+
+
+def student_lm(config: Config, path: str, session: Session) -> TaskLM:
+    """Return a student where its teacher lies, in fp32 to be trained."""
+    module = load_base(path, "float32", config.model.attention).to(session.device)
+    return TaskLM(module, TaskLoRA(module, **config.lora.shape()))
