@@ -158,7 +158,7 @@ def test_a_student_gets_closer_to_its_teacher(tiny, tokenizer, tmp_path):
     lm = TaskLM(module, TaskLoRA(module, ("q_proj", "v_proj"), 4, 8.0))
     whole = tiny_lm(tiny)
     teacher = Teacher(whole, perturbed_start(whole), {n: torch.tensor(0.1) for n in perturbed_start(whole)}, steps=2)
-    start = lm.lora.untrained_start(0)
+    start = lm.adapter.untrained_start(0)
     log_rates = initial_log_rates(start, 0.1, (), per_weight=False)
     learner = Learner(
         start, log_rates, learn_rates=True, lr=1e-2, lr_of_inner_lr=0.02, weight_decay=0, clip_norm=1,
@@ -192,7 +192,7 @@ def test_the_result_is_a_run_that_can_be_used(run, tmp_path, way):
     assert session.base == str(tmp_path / "small" / "base")
     assert found["after"]["weights_bytes"] < 0.9 * found["before"]["weights_bytes"]
     assert json.loads((tmp_path / "small" / "compression.json").read_text()) == found
-    linears = session.lm.lora.linears
+    linears = session.lm.adapter.linears
     assert set(session.start) == {f"{name}.lora_{side}" for name in linears for side in "AB"}
     assert all(session.start[f"{n}.lora_A"].shape[1] == linear.in_features for n, linear in linears.items())
     if "prune" in way:

@@ -37,7 +37,8 @@ print(*sys.modules)
 
 
 def test_every_room_has_its_rule():
-    assert {module.name for module in pkgutil.iter_modules(rayml.__path__)} == set(MAY_LOAD)
+    found = {module.name for module in pkgutil.iter_modules(rayml.__path__)}
+    assert found - {"__main__"} == set(MAY_LOAD)
 
 
 @pytest.mark.parametrize("room", [room for room, allowed in MAY_LOAD.items() if allowed != HEAVY])

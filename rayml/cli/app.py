@@ -42,6 +42,9 @@ def main() -> None:
     """Run the command line; what the user can put right is one message, not a traceback."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     warnings.filterwarnings("ignore", category=FutureWarning)
+    # On import they say which kernels, for other machines, were not loaded.
+    for noisy in ("torchao", "bitsandbytes", "torch.utils._pytree"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
         app()
     except RaymlError as error:

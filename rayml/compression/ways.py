@@ -15,8 +15,7 @@ from rayml.evaluation.session import Session
 from rayml.lm.batch import collate
 from rayml.lm.encode import decode_rows
 from rayml.lm.load import DTYPES, load_base, load_tokenizer, resolve_model
-from rayml.lm.lora import TaskLoRA
-from rayml.lm.model import TaskLM
+from rayml.lm.model import TaskLM, hooks
 from rayml.lm.start import untrained_start
 from rayml.meta.adapt import Params
 from rayml.meta.learner import Learner, initial_log_rates, outer_schedule
@@ -40,7 +39,7 @@ def pruned(session: Session, base: str, fraction: float, folder: Path, progress:
     """Prune the base's MLPs by what meta-train texts make of them; adapters are cut with them."""
     from rayml.compression.command import SUPPORT_EPISODES, SUPPORT_SEED
 
-    config, encoder, pad = session.config, session.encoder, session.encoder.tokenizer.eos_token_id
+    config, encoder, pad = session.config, session.encoder, session.encoder.pad
     sampler, tasks = config.data.sampler(SUPPORT_SEED), prepare_splits(config.data).train
     episodes = [encoder.episode(sampler.episode(tasks, index)) for index in range(SUPPORT_EPISODES)]
     batches = [collate([decode_rows(e["support"])], pad).to(session.device) for e in episodes]
@@ -80,7 +79,7 @@ def distilled(
     for step in range(how.steps):
         drawn = range(step * config.tasks_per_step, (step + 1) * config.tasks_per_step)
         episodes = [encoder.episode(sampler.episode(tasks, index)) for index in drawn]
-        records.append(student.step(teacher, episodes, encoder.tokenizer.eos_token_id, mixture))
+        records.append(student.step(teacher, episodes, encoder.pad, mixture))
         progress()
     shutil.rmtree(folder / WORK, ignore_errors=True)
     save_base(lm.module, DTYPES[config.model.dtype], base_folder(folder))
@@ -117,4 +116,4 @@ def student_of(
 def student_lm(config: Config, path: str, session: Session) -> TaskLM:
     """Return a student where its teacher lies, in fp32 to be trained."""
     module = load_base(path, "float32", config.model.attention).to(session.device)
-    return TaskLM(module, TaskLoRA(module, **config.lora.shape()))
+    return TaskLM(module, hooks(module, config.lora.shape(), config.soft_tokens))
