@@ -150,10 +150,9 @@ def run(tmp_path_factory, local_ray):
             tmp_path_factory.mktemp("masked"),
             model={"name": "tiny-masked"},
             lora={"rank": 8, "alpha": 16.0, "targets": ["query", "value", "dense"]},
-            inner={"steps": 3, "lr": 0.5},
-            outer={"steps": 60, "warmup_steps": 0, "lr": 0.01},
+            inner={"steps": 3, "lr": 0.002},
+            outer={"steps": 12, "warmup_steps": 0, "lr": 0.001},
             tasks_per_step=8,
-            run={"dir": str(tmp_path_factory.mktemp("run") / "run"), "checkpoint_every": 60},
         )
     )
 
@@ -164,7 +163,7 @@ def test_a_masked_model_learns_to_learn(run):
     tasks = prepare_splits(session.config.data).test
     curves = trained_curves(session, tasks, session.config.data.sampler(seed=7), 40)
     before, after = (sum(curve.scores[k] for curve in curves) / len(curves) for k in (0, -1))
-    assert after > before + 0.1, (before, after)
+    assert after > before + 0.2, (before, after)
 
 
 @pytest.mark.ray

@@ -53,7 +53,7 @@ def resolve_model(name: str) -> str:
     if name == "tiny":
         return str(_cached("tiny-llama-3", _make_tiny))
     if name == "tiny-masked":
-        return str(_cached("tiny-bert-1", _make_tiny_masked))
+        return str(_cached("tiny-bert-2", _make_tiny_masked))
     if Path(name).is_dir():
         return str(Path(name).resolve())
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
@@ -225,5 +225,6 @@ def _make_tiny_masked(folder: Path) -> None:
             num_attention_heads=4,
             max_position_embeddings=512,
             pad_token_id=0,
+            initializer_range=0.1,  # with BERT's own 0.02 a mask would see next to nothing of its text
         )
     ).save_pretrained(folder)
