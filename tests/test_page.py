@@ -136,7 +136,7 @@ def test_the_keyboard_alone_will_do(page, server):
         order.append(focused.get_attribute("id") or focused.get_attribute("href"))
         if focused.get_attribute("id") == "learn":
             break
-    assert order[-5:] == [f"{server.url}/docs", "name", "sample", "examples", "learn"]
+    assert order[-6:] == [f"{server.url}/docs", "name", "sample", "examples", "written", "learn"]
     page.find_element(By.ID, "sample").send_keys("客", Keys.ENTER)
     Select(page.find_element(By.ID, "sample")).select_by_visible_text("客服意图")
     page.find_element(By.ID, "learn").send_keys(Keys.ENTER)
@@ -149,6 +149,18 @@ def test_the_keyboard_alone_will_do(page, server):
     page.switch_to.active_element.send_keys(Keys.SHIFT, Keys.TAB)
     page.find_element(By.CSS_SELECTOR, "[aria-label='Delete kefu for good']").send_keys(Keys.ENTER)
     wait(page, lambda: text(page, "said") == "kefu is deleted.")
+
+
+def test_answers_may_be_written_instead_of_chosen(page, server):
+    Select(page.find_element(By.ID, "sample")).select_by_visible_text("Replies in a style")
+    assert page.find_element(By.ID, "written").is_selected()
+    page.find_element(By.ID, "learn").click()
+    wait(page, lambda: "replies learned 4 examples" in text(page, "learned"))
+    page.find_element(By.ID, "ask").click()
+    wait(page, lambda: len(page.find_elements(By.CSS_SELECTOR, ".sides")) == 1)
+    assert not page.find_elements(By.CSS_SELECTOR, ".adapter .bar")
+    assert "/v1/completions" in text(page, "curl")
+    server.client().delete("replies")
 
 
 def test_mistakes_are_said_where_they_are(page):

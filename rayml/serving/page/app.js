@@ -16,7 +16,7 @@ the courier never came => delivery`, "my screen is frozen\nmoney is missing from
   "Replies in a style": ["replies", `My kettle leaks. => Ahoy! A new kettle sails to you today.
 My lamp is broken. => Ahoy! A new lamp sails to you today.
 My chair wobbles. => Ahoy! A new chair sails to you today.
-My phone is dead. => Ahoy! A new phone sails to you today.`, "My clock stopped."],
+My phone is dead. => Ahoy! A new phone sails to you today.`, "My clock stopped.", true],
 };
 const $ = (id) => document.getElementById(id);
 let base = "", chosen = null, last = null, curls = [];
@@ -92,7 +92,7 @@ $("teach").addEventListener("submit", (event) => {
     const { examples, wrong } = parse($("examples").value);
     try {
       if (wrong.length) throw new Error(`Line ${wrong[0]}: expected "text => answer".`);
-      const body = { name: $("name").value, examples };
+      const body = { name: $("name").value, examples, ...($("written").checked && { kind: "text" }) };
       const found = await api("/v1/adapters", body);
       curls = [];
       note(0, "/v1/adapters", body);
@@ -226,7 +226,9 @@ async function begin() {
 for (const name of Object.keys(SAMPLES)) $("sample").append(el("option", name, { value: name }));
 $("sample").addEventListener("change", () => {
   if (!$("sample").value) return;
-  [$("name").value, $("examples").value, $("inputs").value] = SAMPLES[$("sample").value];
+  const [name, examples, inputs, written] = SAMPLES[$("sample").value];
+  [$("name").value, $("examples").value, $("inputs").value] = [name, examples, inputs];
+  $("written").checked = Boolean(written);
   count();
 });
 $("examples").addEventListener("input", count);
