@@ -516,7 +516,7 @@ POISON = {
     "is not what rayml": lambda d: change_card(d, shown=[1]),
     "what rayml writes$": lambda d: change_card(d, prompt=5),
     "rayml.json is not": lambda d: change_card(d, max_tokens="x"),
-    "no {input}": lambda d: change_card(d, prompt="x"),
+    "nothing of the input": lambda d: change_card(d, prompt="x"),
     "reads nothing": lambda d: change_card(d, max_tokens=0),
 }
 
