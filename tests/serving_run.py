@@ -1,16 +1,25 @@
-"""A run for tests of serving: the tiny model with a start and rates drawn at random, written as training does."""
+"""For tests of serving: a run whose start and rates are drawn at random, written as training does; a replica of it."""
 
+import asyncio
+import json
 import math
 from pathlib import Path
 
+import pytest
 import torch
 from conftest import make_config, perturbed_start
+from rich.console import Console
 
+from rayml.evaluation.command import adapt_run
 from rayml.lm.load import load_base, resolve_model
 from rayml.lm.lora import TaskLoRA
 from rayml.lm.model import TaskLM
 from rayml.runs.checkpoint import folder_name, seal, write_state
 from rayml.runs.folder import RunFolder
+from rayml.serving.replica import Replica
+from rayml.serving.schema import AdapterRequest, ClassifyRequest
+from rayml.serving.settings import Serving
+from rayml.serving.store import adapter_id
 from rayml.tasks.prepare import prepare_splits
 
 TICKETS = [
@@ -21,6 +30,7 @@ TICKETS = [
     ("where is it", "delivery"),
     ("lost parcel", "delivery"),
 ]
+TEXTS = ["charged again", "the page is blank", "parcel lost", "no app", "x"]
 
 
 def make_run(folder: Path, inner_lr: float = 0.5, **changes) -> RunFolder:
@@ -44,3 +54,62 @@ def make_run(folder: Path, inner_lr: float = 0.5, **changes) -> RunFolder:
 
 def examples(pairs=TICKETS) -> list[dict[str, str]]:
     return [{"input": text, "target": label} for text, label in pairs]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("serving"))
+
+
+@pytest.fixture(scope="module")
+def replica(run):
+    return Replica(Serving(run=str(run.path)))
+
+
+@pytest.fixture
+def learned(run, tmp_path):
+    """A folder that `rayml adapt` wrote."""
+    file = tmp_path / "few.jsonl"
+    file.write_text("\n".join(map(json.dumps, examples())))
+    adapt_run(run.path, file, tmp_path / "tickets", None, Console(quiet=True))
+    return tmp_path / "tickets"
+
+
+def request(pairs=TICKETS, **more) -> AdapterRequest:
+    return AdapterRequest.model_validate({"examples": examples(pairs), **more})
+
+
+def ask(replica, adapter, texts, **more):
+    asked = ClassifyRequest.model_validate({"model": "tiny", "input": texts, **more})
+    return asyncio.run(replica.classify("public", adapter, asked))["answers"]
+
+
+def learn(replica, *requests):
+    async def all_at_once():
+        ids = [adapter_id(one.name, [one.model_dump_json()]) for one in requests]
+        found = await asyncio.gather(*(replica.learn("public", i, one) for i, one in zip(ids, requests, strict=True)))
+        return [manifest for manifest, _ in found]
+
+    return asyncio.run(all_at_once())
+
+
+def write(replica, adapter, prompts, sampling):
+    async def collect():
+        return [piece async for piece in replica.write("public", adapter, prompts, sampling)]
+
+    return asyncio.run(collect())
+
+
+def fits(replica):
+    return replica.resident.fits
+
+
+def change_weights(folder: Path, change):
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def first(tensors, kind):
+    return next(name for name in tensors if kind in name)

@@ -1,0 +1,114 @@
+"""Scores, intervals and summaries of a comparison."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from rayml.evaluation.bootstrap import interval_over_tasks
+from rayml.evaluation.comparison import summarize
+from rayml.evaluation.metrics import BINS, calibration_error, label_scores, text_scores
+
+
+def test_an_interval_over_equal_values_has_no_width():
+    assert interval_over_tasks(np.full((2, 3, 4), 0.5)) == {"mean": 0.5, "low": 0.5, "high": 0.5}
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 1), (1, 2, 1), (1, 1, 2)])
+def test_seeds_tasks_and_episodes_are_each_drawn_anew(shape):
+    """Of two values, both draws are the same one a quarter of the time each: the interval is from one to the other."""
+    assert interval_over_tasks(np.array([0.0, 1.0]).reshape(shape)) == {"mean": 0.5, "low": 0.0, "high": 1.0}
+
+
+def test_an_interval_over_many_tasks_is_that_of_the_normal_distribution():
+    values = np.random.default_rng(0).normal(size=(1, 400, 1))
+    found = interval_over_tasks(values)
+    assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.1)
+    # Tasks are what is drawn: a hundred copies of each episode tell nothing new.
+    assert interval_over_tasks(np.repeat(values, 100, axis=2)) == pytest.approx(found, abs=0.02)
+
+
+def test_label_scores_are_those_of_their_formulas():
+    targets, answers = list("aabbcc"), list("aabcba")
+    f1 = []
+    for label in "abc":
+        right = sum(t == a == label for t, a in zip(targets, answers, strict=True))
+        f1.append(2 * right / (targets.count(label) + answers.count(label)))
+    found = label_scores(targets, answers)
+    assert found == pytest.approx({"accuracy": 0.5, "macro_f1": sum(f1) / 3, "relation_f1": 0.5})
+
+
+def longest_common(first: list[str], second: list[str]) -> int:
+    lengths = np.zeros((len(first) + 1, len(second) + 1), dtype=int)
+    for i, x in enumerate(first):
+        for j, y in enumerate(second):
+            lengths[i + 1, j + 1] = lengths[i, j] + 1 if x == y else max(lengths[i, j + 1], lengths[i + 1, j])
+    return int(lengths[-1, -1])
+
+
+def chrf(target: str, answer: str, order: int = 6, beta: int = 2) -> float:
+    """chrF of one text by the formula of Popović (2015), over the orders that both texts are long enough for."""
+    target, answer = target.replace(" ", ""), answer.replace(" ", "")
+    found = []
+    for n in range(1, order + 1):
+        asked, said = (Counter(t[i : i + n] for i in range(len(t) - n + 1)) for t in (target, answer))
+        if not asked or not said:
+            continue
+        both = (asked & said).total()
+        precision, recall = both / said.total(), both / asked.total()
+        found.append((1 + beta**2) * precision * recall / (beta**2 * precision + recall) if both else 0.0)
+    return sum(found) / len(found)
+
+
+def test_text_scores_are_those_of_their_formulas():
+    targets = ["the cat sat on the mat", "yes", "red wine from france"]
+    answers = ["a cat sat on mat", "no", "red wine"]
+    found = text_scores(targets, answers)
+    # SQuAD leaves articles out: the first answer is the target's words.
+    assert found["exact_match"] == pytest.approx(1 / 3)
+    assert found["token_f1"] == pytest.approx((1 + 0 + 2 * 1 * 0.5 / 1.5) / 3)
+    f = []
+    for target, answer in zip(targets, answers, strict=True):
+        both = longest_common(target.split(), answer.split())
+        precision, recall = both / len(answer.split()), both / len(target.split())
+        f.append(2 * precision * recall / (precision + recall) if both else 0.0)
+    assert found["rouge_l"] == pytest.approx(sum(f) / 3)
+    perfect = text_scores(targets, targets)
+    assert perfect.pop("rouge_2") == pytest.approx(2 / 3)  # "yes" has no two words
+    assert perfect == pytest.approx(dict.fromkeys(perfect, 1.0))
+    assert found["chrf"] == pytest.approx(sum(map(chrf, targets, answers)) / 3, abs=1e-3)
+
+
+def test_the_calibration_error_is_the_gap_between_confidence_and_accuracy():
+    rng = np.random.default_rng(0)
+    queries = [{"confidence": float(c), "answer": "a", "target": "ab"[int(rng.random() > c)]} for c in rng.random(300)]
+    bins = [[q for q in queries if int(min(q["confidence"] * BINS, BINS - 1)) == b] for b in range(BINS)]
+    gaps = [abs(sum(q["confidence"] - (q["answer"] == q["target"]) for q in group)) for group in bins]
+    assert calibration_error(queries) == pytest.approx(sum(gaps) / 300, abs=1e-4)
+
+
+def result(name, seed, scores, **more):
+    """A result of given accuracies, `{task: [of each episode]}`, with four queries an episode."""
+    episodes = []
+    for task, values in scores.items():
+        for index, value in enumerate(values):
+            said = ["yes"] * round(4 * value) + ["no"] * (4 - round(4 * value))
+            queries = [{"target": "yes", "answer": answer, "confidence": 0.5} for answer in said]
+            episodes.append({"task": task, "index": index, "curve": [0.5, value], "seconds": 1.0, "queries": queries})
+    costs = {"outer_steps": 5, "tokens": 100, "seconds": 1.0}
+    setting = {"setting": {"factor": 1.0, "steps": 1}, "tried": [1], "labels": "words"}
+    return {"method": name, "seed": seed, "episodes": episodes, **costs, **setting, **more}
+
+
+def test_differences_are_paired_by_episode():
+    base = {"t1": [0.0, 0.25, 0.75], "t2": [0.5, 0.0, 0.75]}
+    better = {task: [value + 0.25 for value in values] for task, values in base.items()}
+    moved = result("fomaml", 0, better)
+    moved["episodes"] = moved["episodes"][::-1]  # as they come does not matter
+    summary = summarize([result("multitask", 0, base), moved])
+    rows = {row["method"]: row for row in summary["kinds"]["label"]["methods"]}
+    assert rows["fomaml"]["over_baseline"] == {"mean": 0.25, "low": 0.25, "high": 0.25}
+    assert rows["fomaml"]["main"]["high"] > rows["fomaml"]["main"]["low"]
+    assert rows["fomaml"]["worst"] == {"task": "t1", "score": pytest.approx(7 / 12)}
+    assert rows["multitask"]["over_baseline"] is None
+    assert rows["fomaml"]["curve"] == pytest.approx([0.5, np.mean([*better["t1"], *better["t2"]])])

@@ -1,0 +1,210 @@
+"""What a replica refuses, how it fails, and the runs it can serve."""
+
+import asyncio
+import io
+import json
+import time
+
+import pytest
+import torch
+from conftest import make_config
+from rich.console import Console
+from serving_run import TEXTS, TICKETS, ask, examples, learn, learned, make_run, replica, request, run, write  # noqa: F401
+
+from rayml.errors import RunError
+from rayml.evaluation.command import adapt_run
+from rayml.evaluation.predict import Predictor
+from rayml.lm.sampling import Sampling
+from rayml.runs.checkpoint import seal
+from rayml.runs.folder import RunFolder
+from rayml.serving.errors import ApiError
+from rayml.serving.replica import Replica
+from rayml.serving.schema import (
+    ClassifyRequest,
+)
+from rayml.serving.served import servable
+from rayml.serving.settings import Serving
+from rayml.serving.work import Adaptation
+from rayml.tasks.prepare import prepare_splits
+
+
+@pytest.mark.parametrize(
+    ("pairs", "more", "says"),
+    [
+        ([("a", "x"), ("b", "x")], {}, "same label"),
+        ([("a", "x"), ("b", "y")], {"options": ["x", "z"]}, "none of the options"),
+        ([("a", "x"), (" A ", "y")], {}, "stands under x and y"),
+        ([("a", "x"), ("b " * 400, "y")], {}, "examples.1: has 8"),
+        ([(f"t{n}", f"l{n}") for n in range(27)], {}, "27 classes"),
+    ],
+)
+def test_examples_that_cannot_be_learned_from_are_refused(replica, pairs, more, says):
+    with pytest.raises(ApiError, match=says) as refused:
+        learn(replica, request(pairs, **more))
+    assert refused.value.status == 422
+
+
+def test_too_long_an_input_is_refused_or_cut_where_asked(replica):
+    (manifest,) = learn(replica, request())
+    with pytest.raises(ApiError, match="truncate") as refused:
+        ask(replica, manifest.id, ["fine", "word " * 200])
+    assert (refused.value.status, refused.value.param) == (400, "input.1")
+    (answer,) = ask(replica, manifest.id, ["word " * 200], truncate=True)
+    assert answer["truncated"]
+    with pytest.raises(ApiError, match="context"):
+        write(replica, None, ["a" * 4000], Sampling(200))
+
+
+def test_a_full_queue_says_so_and_recovers(run):
+    replica = Replica(Serving.model_validate({"run": str(run.path), "limits": {"waiting_queries": 3}}))
+    assert len(ask(replica, None, ["a", "b", "c"], options=["x", "y"])) == 3
+    with pytest.raises(ApiError, match="at most 3") as refused:
+        ask(replica, None, ["a", "b", "c", "d"], options=["x", "y"])
+    assert refused.value.status == 429
+    assert len(ask(replica, None, ["a", "b", "c"], options=["x", "y"])) == 3
+    replica.engine.close()
+
+
+def test_a_key_has_no_more_adapters_than_it_may(run, tmp_path):
+    settings = {"run": str(run.path), "store": str(tmp_path / "few"), "limits": {"adapters_per_key": 2}}
+    replica = Replica(Serving.model_validate(settings))
+    learn(replica, request(name="one", ttl_seconds=0.01))
+    learn(replica, request(name="two"))
+    time.sleep(0.05)
+    learn(replica, request(name="three"))  # the first has expired
+    with pytest.raises(ApiError, match="2 adapters") as refused:
+        learn(replica, request(name="four"))
+    assert (refused.value.status, refused.value.code) == (429, "too_many")
+    replica.engine.close()
+
+
+def test_a_failing_batch_fails_alone(run, monkeypatch):
+    replica = Replica(Serving(run=str(run.path)))
+    with monkeypatch.context() as broken:
+        broken.setattr("rayml.serving.engine.side_by_side", lambda adapters: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            ask(replica, None, ["a"], options=["x", "y"])
+    assert ask(replica, None, ["a"], options=["x", "y"])
+    asyncio.run(replica.check(5))
+    replica.engine.close()
+
+
+def test_whoever_leaves_takes_nobody_along(replica):
+    async def some_leave():
+        asked = ClassifyRequest(model="m", input=TEXTS, options=["yes", "no"])
+        asking = [asyncio.create_task(replica.classify("public", None, asked)) for _ in range(12)]
+        await asyncio.sleep(0.01)
+        for one in asking[::2]:
+            one.cancel()
+        return await asyncio.gather(*asking, return_exceptions=True)
+
+    found = asyncio.run(some_leave())
+    assert all(len(one["answers"]) == len(TEXTS) for one in found[1::2])
+    assert replica.engine.is_alive()
+    asyncio.run(replica.check(5))
+
+
+def test_the_health_check_runs_the_model(run):
+    replica = Replica(Serving(run=str(run.path)))
+    asyncio.run(replica.check(5))
+    with torch.no_grad():
+        replica.session.lm.module.get_input_embeddings().weight.fill_(float("nan"))
+    with pytest.raises(RuntimeError, match="not finite"):
+        asyncio.run(replica.check(5))
+    replica.engine.close()
+    with pytest.raises(ApiError, match="going away"):
+        asyncio.run(replica.check(0.2))
+
+
+def test_a_long_step_is_no_illness_until_it_is_too_long(run):
+    replica = Replica(Serving.model_validate({"run": str(run.path), "replicas": {"stuck_seconds": 1.0}}))
+    replica.engine._has_queries = lambda: True
+    replica.engine._answer = lambda: time.sleep(3)
+    with replica.engine._changed:
+        replica.engine._changed.notify()
+    time.sleep(0.1)
+    asyncio.run(replica.check(0.2))
+    time.sleep(1)
+    with pytest.raises(asyncio.TimeoutError):
+        asyncio.run(replica.check(0.2))
+    replica.engine._has_queries = lambda: False
+    replica.engine.close()
+
+
+def test_lessons_share_a_loop_as_long_as_they_are_small(run):
+    replica = Replica(Serving.model_validate({"run": str(run.path), "batching": {"adaptation_tokens": 200}}))
+    small, large = (replica._lesson(request([(f"t{n}", f"l{n % 2}") for n in range(k)])) for k in (4, 40))
+    replica.engine.close()
+    rows = len(small.rows) * max(len(row.tokens) for row in small.rows)
+    assert 1 < 200 // rows < 6
+    for lessons, together in (([small] * 6, 200 // rows), ([small, large], 1), ([large, small], 1)):
+        replica.engine._adaptations.extend(Adaptation(one, 1) for one in lessons)
+        assert len(replica.engine._next_lessons()) == together
+        replica.engine._adaptations.clear()
+
+
+@pytest.mark.parametrize("algorithm", ["metaicl", "protonet"])
+def test_what_keeps_its_examples_answers_as_rayml_predict(tmp_path, algorithm):
+    run = make_run(tmp_path / "m", algorithm={"name": algorithm})
+    replica = Replica(Serving.model_validate({"run": str(run.path), "adapters": {"resident_bytes": 1}}))
+    others = [("a b", "x"), ("c d", "y")]
+    first, second = learn(replica, request(), request(others, name="other"))
+    assert (first.steps, first.loss_before) == (0, None)
+    predictors = []
+    for name, pairs in (("tickets", TICKETS), ("other", others)):
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("\n".join(map(json.dumps, examples(pairs))))
+        adapt_run(run.path, file, tmp_path / name, None, Console(quiet=True))
+        predictors.append(Predictor(tmp_path / name))
+
+    async def all_at_once():
+        asked = [ClassifyRequest(model="m", input=text) for text in TEXTS]
+        ids = [(manifest.id, place) for place, manifest in enumerate((first, second))]
+        found = [(replica.classify("public", i, one), one.input, place) for one in asked for i, place in ids]
+        answers = await asyncio.gather(*(answer for answer, _, _ in found))
+        return [(answer["answers"][0], text, place) for answer, (_, text, place) in zip(answers, found, strict=True)]
+
+    for answer, text, place in asyncio.run(all_at_once()):
+        assert answer["probabilities"] == pytest.approx(predictors[place].predict(text).probabilities, abs=1e-4)
+    (some,) = ask(replica, first.id, ["charged"], options=["delivery", "bug"])
+    offline = predictors[0].predict("charged", ["delivery", "bug"]).probabilities
+    assert some["probabilities"] == pytest.approx(offline, abs=1e-4)
+    replica.engine.close()
+
+
+def test_a_run_on_free_text_writes_what_rayml_predict_writes(tmp_path):
+    rows = [{"task": f"t{n % 3}", "input": f"in {n}", "target": f"out {n}"} for n in range(60)]
+    (tmp_path / "free.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    run = make_run(tmp_path / "f", data={"path": str(tmp_path / "free.jsonl"), "splits": {}, "max_tokens": 40})
+    replica = Replica(Serving(run=str(run.path)))
+    pairs = [("one", "eins"), ("two", "zwei"), ("three", "drei"), ("four", "drei")]
+    (manifest,) = learn(replica, request(pairs))
+    file = tmp_path / "few.jsonl"
+    file.write_text("\n".join(map(json.dumps, examples(pairs))))
+    adapt_run(run.path, file, tmp_path / "numbers", None, Console(quiet=True))
+    pieces = write(replica, manifest.id, ["five"], Sampling(40))
+    assert "".join(piece.text for _, piece, _ in pieces).strip() == Predictor(tmp_path / "numbers").predict("five").text
+    (answer,) = ask(replica, manifest.id, ["five"], options=["vier", "fuenf"])
+    assert set(answer["probabilities"]) == {"vier", "fuenf"}
+    replica.engine.close()
+
+
+def test_runs_that_one_copy_cannot_serve_are_refused(tmp_path):
+    config = make_config(tmp_path, mode="full")
+    run = RunFolder(config.run.dir)
+    run.begin(config, prepare_splits(config.data), resume=False)
+    checkpoint = run.checkpoints / "step_00000001"
+    checkpoint.mkdir()
+    seal(checkpoint, step=1, part=0, parts=1)
+    with pytest.raises(RunError, match="mode=adapters"):
+        servable(run)
+
+
+def test_rayml_adapt_says_when_the_loss_rose(run, tmp_path):
+    wild = make_run(tmp_path / "wild", inner_lr=1e4)
+    file = tmp_path / "few.jsonl"
+    file.write_text("\n".join(map(json.dumps, examples())))
+    for one, rose in ((run, False), (wild, True)):
+        out = Console(file=io.StringIO(), width=200)
+        adapt_run(one.path, file, tmp_path / f"out-{rose}", None, out)
+        assert ("the loss rose" in out.file.getvalue()) == rose

@@ -1,0 +1,219 @@
+"""The store of adapters, what a replica holds of it, requests and settings."""
+
+import asyncio
+import shutil
+import time
+
+import pytest
+import torch
+from serving_run import (  # noqa: F401
+    TEXTS,
+    TICKETS,
+    ask,
+    change_weights,
+    examples,
+    first,
+    fits,
+    learn,
+    learned,
+    make_run,
+    replica,
+    request,
+    run,
+    write,
+)
+
+from rayml.errors import ConfigError, RunError
+from rayml.serving.adapter_files import read_adapter
+from rayml.serving.errors import ApiError
+from rayml.serving.resident import Resident
+from rayml.serving.schema import (
+    AdapterRequest,
+    ChatRequest,
+    ClassifyRequest,
+    CompletionRequest,
+    Message,
+    parse,
+    plain,
+)
+from rayml.serving.settings import Serving, api_keys, check_host
+from rayml.serving.store import AdapterStore, Manifest, adapter_id, owner_of
+from rayml.tasks.task import Example
+
+
+def manifest_of(name: str, number: int = 0, **more) -> Manifest:
+    return Manifest(
+        id=adapter_id(name, number), name=name, created_at=number, expires_at=more.get("expires_at"),
+        examples=2, steps=3, loss_before=1.0, loss_after=0.5, seconds=0.1,
+    )  # fmt: skip
+
+
+@pytest.fixture(params=["path", "uri"])
+def store(request, tmp_path):
+    return AdapterStore(str(tmp_path / "store") if request.param == "path" else f"file://{tmp_path}/store")
+
+
+def test_what_is_published_is_found_by_id_and_name_by_its_owner_alone(store, learned):
+    older, newer = (store.publish("public", manifest_of("t", number), learned) for number in (1, 2))
+    assert store.find("public", older.id) == older
+    assert store.find("public", "t") == newer
+    ids = sorted([newer.id, older.id])
+    assert [m.id for m in store.page("public")[0]] == ids
+    assert store.page("public", most=1)[1]
+    assert [m.id for m in store.page("public", after=ids[0])[0]] == ids[1:]
+    assert store.find(owner_of("another key, long enough"), older.id) is None
+    for reference in ("nobody", "../public/" + older.id, older.id + "/..", "", "t/", "T", "%2e%2e"):
+        assert store.find("public", reference) is None
+    store.delete("public", newer.id)
+    assert store.find("public", "t") == older
+
+
+def test_an_adapter_without_its_manifest_is_not_there(store, learned):
+    whole = store.publish("public", manifest_of("t"), learned)
+    store.fs.delete_file(f"{store.path}/public/{whole.id}/manifest.json")
+    assert store.find("public", whole.id) is None
+    assert store.page("public") == ([], None)
+    store.publish("public", manifest_of("t"), learned)
+    with store.fs.open_output_stream(f"{store.path}/public/{whole.id}/manifest.json") as file:
+        file.write(b'{"id": "torn')
+    assert store.find("public", whole.id) is None
+
+
+def test_what_expired_is_gone(store, learned):
+    store.publish("public", manifest_of("old", expires_at=time.time() - 1), learned)
+    kept = store.publish("public", manifest_of("new", expires_at=time.time() + 60), learned)
+    assert store.find("public", "old") is None
+    assert store.count("public") == 2
+    store.sweep()
+    assert store.count("public") == 1
+    assert store.renew("public", kept, None).expires_at is None
+    assert store.find("public", kept.id).expires_at is None
+
+
+def test_damaged_files_are_not_believed(store, learned, tmp_path):
+    whole = store.publish("public", manifest_of("t"), learned)
+    with store.fs.open_output_stream(f"{store.path}/public/{whole.id}/rayml.json") as file:
+        file.write(b"{}")
+    with pytest.raises(RunError, match="checksum"):
+        store.fetch("public", whole, tmp_path)
+    with pytest.raises(RunError, match="no file"):
+        store.read("public", whole.id, "../../secret")
+
+
+def test_two_who_publish_the_same_leave_one_that_is_whole(store, learned, tmp_path):
+    """The second writes its weights between the first one's weights and manifest."""
+    other = tmp_path / "other"
+    shutil.copytree(learned, other)
+    change_weights(other, lambda tensors: tensors[first(tensors, "lora_B")].add_(1e-6))
+    write, done = store._write_whole, []
+
+    def interrupted(path, data):
+        if path.endswith("manifest.json") and not done:
+            done.append(True)
+            store.publish("public", manifest_of("t"), other)
+        write(path, data)
+
+    store._write_whole = interrupted
+    store.publish("public", manifest_of("t"), learned)
+    store._write_whole = write
+    (tmp_path / "fetched").mkdir()
+    store.fetch("public", store.find("public", "t"), tmp_path / "fetched")
+
+
+def test_the_least_recently_used_leave_and_come_back(replica, learned, tmp_path):
+    store = AdapterStore(str(tmp_path / "store"))
+    ids = [store.publish("public", manifest_of("t", number), learned).id for number in range(4)]
+    seen: list[tuple[str, float]] = []
+    size = read_adapter(learned, fits(replica)).size
+    resident = Resident(store, fits(replica), 2 * size, torch.device("cpu"), lambda *pair: seen.append(pair))
+
+    async def use():
+        first = await resident.get("public", ids[0])
+        await resident.get("public", ids[1])
+        assert await resident.get("public", ids[0]) is first
+        await resident.get("public", ids[2])  # 1 leaves
+        assert await resident.get("public", ids[0]) is first
+        await asyncio.gather(*(resident.get("public", ids[1]) for _ in range(3)))
+        with pytest.raises(ApiError) as missing:
+            await resident.get("public", adapter_id("none", 0))
+        return missing.value.status
+
+    assert asyncio.run(use()) == 404
+    names = [name for name, _ in seen]
+    assert (names.count("loads"), names.count("evictions")) == (4, 2)
+    assert seen[-1] == ("resident_bytes", 2 * size)
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "field"),
+    [
+        (ClassifyRequest, b'{"model": "m", "input": "x", "inputs": 1}', "inputs"),
+        (ClassifyRequest, b'{"model": "m", "input": 5}', "input"),
+        (ClassifyRequest, b'{"model": "m", "input": "a\\u0000b"}', "input"),
+        (CompletionRequest, b'{"model": "m", "prompt": "x", "temperature": NaN}', "temperature"),
+        (CompletionRequest, b'{"model": "m", "prompt": "x", "n": 2}', "n"),
+        (CompletionRequest, b'{"model": "m", "prompt": "x", "max_tokens": 0}', "max_tokens"),
+        (ChatRequest, b'{"model": "m", "messages": []}', "messages"),
+        (AdapterRequest, b'{"examples": [{"input": "x"}]}', "examples.0"),
+        (AdapterRequest, b'{"examples": [{"messages": [{"role": "user", "content": "x"}]}]}', "examples.0"),
+        (AdapterRequest, b'{"examples": [], "name": "a/b"}', "name"),
+        (AdapterRequest, b'{"examples": [], "name": "a.b"}', "name"),
+        (AdapterRequest, b'{"examples": [], "ttl_seconds": -1}', "ttl_seconds"),
+        (ClassifyRequest, b"\xff\xfe", None),
+        (ClassifyRequest, b"[" * 100_000, None),
+        (ClassifyRequest, b'{"model": "m", "input": "\\ud800"}', None),
+    ],
+)
+def test_bad_requests_are_400_and_name_the_field(kind, body, field):
+    with pytest.raises(ApiError) as refused:
+        parse(kind, body)
+    assert (refused.value.status, refused.value.param) == (400, field)
+    assert set(refused.value.body()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_conversations_become_inputs():
+    asked = [
+        Message(role="system", content="Be brief."),
+        Message(role="user", content=[{"type": "text", "text": "hi"}]),
+    ]
+    assert plain(asked) == "Be brief.\n\nhi"
+    longer = [*asked, Message(role="assistant", content="yes?"), Message(role="user", content="bye")]
+    assert plain(longer) == "system: Be brief.\nuser: hi\nassistant: yes?\nuser: bye"
+    example = parse(AdapterRequest, b'{"examples": [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": " yo"}]}]}').examples[0]  # fmt: skip  # noqa: E501
+    assert example.example() == Example("hi", "yo")
+    assert example.example(is_dialogue=True).parts == (("user", "hi"), ("assistant", "yo"))
+    fields = parse(AdapterRequest, b'{"examples": [{"input": {"premise": "a", "hypothesis": "b"}, "target": "no"}]}')
+    assert fields.examples[0].example().parts == (("premise", "a"), ("hypothesis", "b"))
+
+
+def test_every_serving_setting_is_explained():
+    from rayml.config import keys
+
+    explained = {name: text for name, (_, text) in keys(Serving).items()}
+    assert len(explained) > 30
+    assert [name for name, text in explained.items() if not text] == []
+
+
+def test_keys_come_from_a_file_and_the_environment(tmp_path, monkeypatch):
+    file = tmp_path / "keys"
+    file.write_text("# team a\n" + "a" * 20 + "\n\n" + "b" * 20 + "\n")
+    monkeypatch.setenv("RAYML_API_KEYS", "c" * 20)
+    assert api_keys(str(file)) == {"a" * 20, "b" * 20, "c" * 20}
+    monkeypatch.setenv("RAYML_API_KEYS", "short")
+    with pytest.raises(ConfigError, match="16 characters"):
+        api_keys(None)
+    file.write_text("#\n")
+    monkeypatch.delenv("RAYML_API_KEYS")
+    with pytest.raises(ConfigError, match="no key"):
+        api_keys(str(file))
+    with pytest.raises(ConfigError, match="cannot be read"):
+        api_keys(str(tmp_path / "none"))
+
+
+def test_others_are_let_in_by_a_key_alone():
+    for host in ("127.0.0.1", "localhost", "::1"):
+        check_host(host, frozenset(), insecure=False)
+    check_host("0.0.0.0", frozenset({"k" * 16}), insecure=False)
+    check_host("0.0.0.0", frozenset(), insecure=True)
+    with pytest.raises(ConfigError, match="no API key"):
+        check_host("0.0.0.0", frozenset(), insecure=False)
