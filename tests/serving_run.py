@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import make_config, perturbed_start
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 from rayml.evaluation.command import adapt_run
 from rayml.lm.load import load_base, resolve_model
