@@ -8,12 +8,14 @@ has to learn it from the examples. The texts are put together from parts: they t
 import json
 import random
 from collections.abc import Callable, Iterator
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
 from rayml.tasks.recipes import words as w
 
 Row = dict[str, Any]
+DESKS, BOTH = tuple(w.DESKS), (*w.DESKS, *w.CHINESE)
 ROWS = 64
 """Of a task, before texts that come twice are left out."""
 SEEN: tuple[str, ...] = (
@@ -59,18 +61,17 @@ def relation(desk: str, rng: random.Random) -> Row:
 
 
 def pair(desk: str, rng: random.Random) -> Row:
-    """Do two sentences say the same? Desks answer in words of their own."""
-    yes, no = (("same", "different"), ("yes", "no"), ("duplicate", "new"), ("match", "mismatch"))[len(desk) % 4]
+    """Does the first sentence say the second, deny it, or leave it open? What colour means which is the desk's own."""
     person, thing, place, day = (rng.choice(of) for of in (w.PEOPLE, w.DESKS[desk][0], w.PLACES, w.DAYS))
+    number = rng.randrange(3)
+    second = (
+        (f"The {thing} is booked.", f"{person} has booked something.", f"There is a booking in {place}."),
+        (f"The {thing} is not booked.", f"{person} has not booked anything.", f"There is no booking in {place}."),
+        (f"The {thing} is cheap.", f"{person} likes it very much.", f"It will rain in {place}."),
+    )[number]
+    colours = tuple(permutations(("green", "amber", "red")))[DESKS.index(desk) % 6]
     first = f"{person} booked the {thing} in {place} for {day}."
-    agrees = rng.random() < 0.5
-    if not agrees:
-        other = rng.randrange(3)
-        thing = rng.choice([t for t in w.DESKS[desk][0] if t != thing]) if other == 0 else thing
-        place = rng.choice([p for p in w.PLACES if p != place]) if other == 1 else place
-        day = rng.choice([d for d in w.DAYS if d != day]) if other == 2 else day
-    second = f"For {day}, the {thing} in {place} is reserved by {person}."
-    return {"input": {"sentence1": first, "sentence2": second}, "target": yes if agrees else no}
+    return {"input": {"sentence1": first, "sentence2": rng.choice(second)}, "target": colours[number]}
 
 
 def multilabel(desk: str, rng: random.Random) -> Row:
@@ -173,7 +174,6 @@ def preference(desk: str, rng: random.Random) -> Row:
     return {"input": text, "target": following, "options": list(things)}
 
 
-DESKS, BOTH = tuple(w.DESKS), (*w.DESKS, *w.CHINESE)
 FAMILIES: dict[str, tuple[Callable[[str, random.Random], Row], tuple[str, ...]]] = {
     "multilabel": (multilabel, DESKS),
     "pair": (pair, DESKS),
