@@ -194,8 +194,9 @@ def compare(
 
     zero_shot, in_context, lora (from an untrained start), multitask, protonet, metaicl, reptile, fomaml and meta_sgd;
     also anil, maml, and fine-tuning of the model itself: full, top_layers, gradual, discriminative. The config's outer
-    steps are FOMAML's; the others take as many as come to the same number of forward-backward tokens. Rate and steps of each adaptation are chosen on meta-val, with the same number of tries.
-    Cut off, it goes on where it stopped. Writes `report.md` and `report.html`, and every answer to `results/`.
+    steps are FOMAML's; the others take as many as come to the same number of forward-backward tokens. Rate and steps
+    of each adaptation are chosen on meta-val, with the same number of tries. Cut off, it goes on where it stopped.
+    Writes `report.md` and `report.html`, and every answer to `results/`.
     """
     import shlex
 
