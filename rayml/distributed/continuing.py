@@ -5,6 +5,7 @@ the old run's own meta-test tasks, before and after.
 """
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 from rayml.config import Config
@@ -38,7 +40,8 @@ SAME = (
     "inner.modules",
 )
 """Keys that say what a start is made of."""
-EPISODES = 16
+EPISODES = 64
+"""That forgetting is measured on, of the old tasks together, and of the new ones."""
 FILE = "forgetting.json"
 
 
@@ -105,12 +108,19 @@ def report_forgetting(run: RunFolder, old: Old, splits: Splits, out: Console) ->
     Accuracy over label tasks, or the loss over free text, after adapting; 95 % intervals over episodes, paired.
     """
     then, now = open_session(old.run), open_session(run)
-    found = {}
-    for name, tasks, session in (("old", old.splits.test, then), ("new", splits.test, now)):
-        kinds = [[t for t in tasks if bool(t.options) == is_label] for is_label in (True, False)]
-        for kind, some in zip(("accuracy", "loss"), kinds, strict=True):
-            if some:
-                found[f"{name} tasks, {kind}"] = both(session, then, now, some)
+    groups = {
+        f"{name} tasks, {'accuracy' if is_label else 'loss'}": ([t for t in of if bool(t.options) == is_label], shows)
+        for name, of, shows in (("old", old.splits.test, then), ("new", splits.test, now))
+        for is_label in (True, False)
+    }
+    groups = {name: group for name, group in groups.items() if group[0]}
+    with Progress(*Progress.get_default_columns(), console=out, disable=not out.is_terminal) as progress:
+        total = sum(2 * len(tasks) * episodes_each(tasks) for tasks, _ in groups.values())
+        row = progress.add_task("what was forgotten", total=total)
+        found = {
+            name: both(shows, then, now, tasks, lambda n: progress.advance(row, n))
+            for name, (tasks, shows) in groups.items()
+        }
     write_whole(run.path / FILE, json.dumps({"continues": str(old.run.path), "scores": found}, indent=2) + "\n")
     table = Table(box=SIMPLE_HEAD, padding=(0, 0, 0, 1), title="before and after going on", title_justify="left")
     for place, head in enumerate(("meta-test", "before", "after", "change")):
@@ -125,11 +135,18 @@ def report_forgetting(run: RunFolder, old: Old, splits: Splits, out: Console) ->
     return found
 
 
-def both(shows: Session, then: Session, now: Session, tasks: list[Task]) -> dict[str, dict[str, float]]:
+def episodes_each(tasks: Sequence[Task]) -> int:
+    return max(2, -(-EPISODES // len(tasks)))
+
+
+def both(
+    shows: Session, then: Session, now: Session, tasks: Sequence[Task], progress: Callable[[int], None]
+) -> dict[str, dict[str, float]]:
     """Return the scores after adapting to the same episodes, as `shows` shows them, from the old start and the new."""
     sampler = shows.config.data.sampler(EVALUATION_SEED)
     ends = []
     for session in (then, now):
         asked = Session(shows.config, session.lm, shows.encoder, session.base, session.start, session.rates, 0, {})
-        ends.append(np.array([curve.scores[-1] for curve in trained_curves(asked, tasks, sampler, EPISODES)]))
+        found = trained_curves(asked, tasks, sampler, episodes_each(tasks), progress)
+        ends.append(np.array([curve.scores[-1] for curve in found]))
     return {"before": interval(ends[0]), "after": interval(ends[1]), "change": interval(ends[1] - ends[0])}

@@ -78,11 +78,19 @@ def answered(
         yield Answered(episode.task, episode.kind, *ends)
 
 
-def trained_curves(session: Session, tasks: Sequence[Task], sampler: Sampler, episodes: int) -> list[Curve]:
-    """Return the curves of the same episodes from the trained start alone."""
-    scorer = session.scorer()
-    found = [scorer.curves(b, session.start, session.rates) for b in batches(session, tasks, sampler, episodes)]
-    return [curve for curves in found for curve in curves]
+def trained_curves(
+    session: Session,
+    tasks: Sequence[Task],
+    sampler: Sampler,
+    episodes: int,
+    progress: Callable[[int], None] = lambda _: None,
+) -> list[Curve]:
+    """Return the curves of the same episodes from the trained start alone; `progress` is told how many were adapted."""
+    scorer, found = session.scorer(), []
+    for batch in batches(session, tasks, sampler, episodes):
+        found += scorer.curves(batch, session.start, session.rates)
+        progress(len(batch))
+    return found
 
 
 def batches(session: Session, tasks: Sequence[Task], sampler: Sampler, episodes: int) -> Iterator[list[Episode]]:
