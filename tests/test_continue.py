@@ -56,6 +56,11 @@ def test_a_run_goes_on_from_another_and_resumes_bit_for_bit(old, tmp_path):
     for ends in found["scores"].values():
         assert ends["change"]["mean"] == pytest.approx(ends["after"]["mean"] - ends["before"]["mean"], abs=1e-9)
 
+    # Cut off while that was measured, it is made up for.
+    (whole.path / FILE).unlink()
+    train(new_config(tmp_path, old), resume=True)
+    assert json.loads((whole.path / FILE).read_text()) == found
+
     # Cut off after two steps and resumed it comes to the same.
     (tmp_path / "cut").mkdir()
     first = new_config(tmp_path / "cut", old, outer={"steps": 2, "warmup_steps": 0, "lr": 0.01})

@@ -4,8 +4,9 @@ import json
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -17,7 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 
 from rayml.config import Config
-from rayml.distributed.continuing import old_run, report_forgetting, with_replay
+from rayml.distributed.continuing import FILE, old_run, report_forgetting, with_replay
 from rayml.distributed.events import Controlled, NewestCheckpoint, WorkersGone
 from rayml.distributed.job import Job
 from rayml.distributed.progress import Progress
@@ -76,22 +77,29 @@ def train(config: Config, resume: bool = False, at_once: int = 1) -> RunFolder:
     if not os.environ.get("RAY_ADDRESS") and not ray.is_initialized():
         check_resources(config, cpus=processors(), cpus_each=1, gpus=torch.cuda.device_count())
     run.begin(config, splits, resume)
-    if run.is_over(config):
-        return run
-    own_ray = not ray.is_initialized()
-    if own_ray:
+    trains = not run.is_over(config)
+    if trains:
+        with own_ray(config):
+            fit(config, run, splits, model, encoder, at_once, replayed)
+        if config.mode == "full":
+            remove(run.model)
+            export_run(run.path, run.model, None, Console(quiet=True))
+    if old and (trains or not (run.path / FILE).exists()):  # it may have been cut off there
+        report_forgetting(run, old, splits, Console(stderr=True))
+    return run
+
+
+@contextmanager
+def own_ray(config: Config) -> Iterator[None]:
+    """Start Ray where none runs, and end it."""
+    starts = not ray.is_initialized()
+    if starts:
         start_ray(config)
     try:
-        fit(config, run, splits, model, encoder, at_once, replayed)
+        yield
     finally:
-        if own_ray:
+        if starts:
             ray.shutdown()
-    if old:
-        report_forgetting(run, old, splits, Console(stderr=True))
-    if config.mode == "full":
-        remove(run.model)
-        export_run(run.path, run.model, None, Console(quiet=True))
-    return run
 
 
 def with_absolute_paths(config: Config) -> Config:

@@ -8,7 +8,6 @@ has to learn it from the examples. The texts are put together from parts: they t
 import json
 import random
 from collections.abc import Callable, Iterator
-from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +60,7 @@ def relation(desk: str, rng: random.Random) -> Row:
 
 
 def pair(desk: str, rng: random.Random) -> Row:
-    """Does the first sentence say the second, deny it, or leave it open? What colour means which is the desk's own."""
+    """Does the first sentence say the second, deny it, or leave it open? Desks have words of their own for it."""
     person, thing, place, day = (rng.choice(of) for of in (w.PEOPLE, w.DESKS[desk][0], w.PLACES, w.DAYS))
     number = rng.randrange(3)
     second = (
@@ -69,9 +68,9 @@ def pair(desk: str, rng: random.Random) -> Row:
         (f"The {thing} is not booked.", f"{person} has not booked anything.", f"There is no booking in {place}."),
         (f"The {thing} is cheap.", f"{person} likes it very much.", f"It will rain in {place}."),
     )[number]
-    colours = tuple(permutations(("green", "amber", "red")))[DESKS.index(desk) % 6]
+    names = w.VERDICTS[DESKS.index(desk) % len(w.VERDICTS)]
     first = f"{person} booked the {thing} in {place} for {day}."
-    return {"input": {"sentence1": first, "sentence2": rng.choice(second)}, "target": colours[number]}
+    return {"input": {"sentence1": first, "sentence2": rng.choice(second)}, "target": names[number]}
 
 
 def multilabel(desk: str, rng: random.Random) -> Row:
