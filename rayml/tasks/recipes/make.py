@@ -60,7 +60,7 @@ def relation(desk: str, rng: random.Random) -> Row:
 
 
 def pair(desk: str, rng: random.Random) -> Row:
-    """Does the first sentence say the second, deny it, or leave it open? Desks have words of their own for it."""
+    """The first sentence says the second, denies it, or leaves it open: each desk looks into another of the three."""
     person, thing, place, day = (rng.choice(of) for of in (w.PEOPLE, w.DESKS[desk][0], w.PLACES, w.DAYS))
     number = rng.randrange(3)
     second = (
@@ -68,9 +68,9 @@ def pair(desk: str, rng: random.Random) -> Row:
         (f"The {thing} is not booked.", f"{person} has not booked anything.", f"There is no booking in {place}."),
         (f"The {thing} is cheap.", f"{person} likes it very much.", f"It will rain in {place}."),
     )[number]
-    names = w.VERDICTS[DESKS.index(desk) % len(w.VERDICTS)]
+    label = "check" if number == len(desk) % 3 else "fine"
     first = f"{person} booked the {thing} in {place} for {day}."
-    return {"input": {"sentence1": first, "sentence2": rng.choice(second)}, "target": names[number]}
+    return {"input": {"sentence1": first, "sentence2": rng.choice(second)}, "target": label}
 
 
 def multilabel(desk: str, rng: random.Random) -> Row:

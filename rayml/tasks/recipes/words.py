@@ -40,14 +40,6 @@ MOODS = {
         "I regret buying it",
     ),
 }
-VERDICTS = (
-    ("entailment", "contradiction", "neutral"),
-    ("yes", "no", "maybe"),
-    ("follows", "conflicts", "open"),
-    ("confirmed", "denied", "unknown"),
-    ("true", "false", "unclear"),
-    ("right", "wrong", "unsaid"),
-)
 # For every desk: its things, and what it calls the person, the thing, the place and the day that a text is about.
 DESKS: dict[str, tuple[tuple[str, ...], tuple[str, str, str, str]]] = {
     "kitchen": (("kettle", "toaster", "blender", "frying pan", "coffee mill"), ("buyer", "item", "city", "day")),
