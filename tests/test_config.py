@@ -105,7 +105,7 @@ def test_every_key_says_what_it_means():
             "mode=full serves fomaml, reptile and multitask",
         ),
         (["mode=full", "algorithm.name=protonet"], "not protonet"),
-        (["mode=full", "regularize.lora_dropout=0.1"], "it is for adapter=lora"),
+        (["mode=full", "regularize.lora_dropout=0.1"], "it is for adapter=lora, and mode=adapters"),
         (["algorithm.name=maml"], "model.attention=eager"),
         (["algorithm.name=maml", "model.attention=eager", "engine=zero"], "use engine=local"),
         (["algorithm.name=maml", "model.attention=eager", "model.activation_checkpointing=true"], "keeps the whole"),

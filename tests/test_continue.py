@@ -10,7 +10,7 @@ from conftest import make_config, toy_tasks, write_tasks
 from rich.console import Console
 
 from rayml.config import Config
-from rayml.distributed.continuing import FILE, old_run, old_start, report_forgetting, with_replay
+from rayml.distributed.continuing import FORGETTING, old_run, old_start, report_forgetting, with_replay
 from rayml.distributed.train import train
 from rayml.errors import ConfigError, DataError, RunError
 from rayml.evaluation.session import open_session
@@ -50,16 +50,16 @@ def test_a_run_goes_on_from_another_and_resumes_bit_for_bit(old, tmp_path):
     assert now.rates.keys() == then.rates.keys()
 
     # What is forgotten stands beside what is new.
-    found = json.loads((whole.path / FILE).read_text())
+    found = json.loads((whole.path / FORGETTING).read_text())
     assert found["continues"] == str(old.path)
     assert set(found["scores"]) == {"old tasks, accuracy", "new tasks, accuracy"}
     for ends in found["scores"].values():
         assert ends["change"]["mean"] == pytest.approx(ends["after"]["mean"] - ends["before"]["mean"], abs=1e-9)
 
     # Cut off while that was measured, it is made up for.
-    (whole.path / FILE).unlink()
+    (whole.path / FORGETTING).unlink()
     train(new_config(tmp_path, old), resume=True)
-    assert json.loads((whole.path / FILE).read_text()) == found
+    assert json.loads((whole.path / FORGETTING).read_text()) == found
 
     # Cut off after two steps and resumed it comes to the same.
     (tmp_path / "cut").mkdir()

@@ -42,7 +42,7 @@ SAME = (
 """Keys that say what a start is made of."""
 EPISODES = 64
 """That forgetting is measured on, of the old tasks together, and of the new ones."""
-FILE = "forgetting.json"
+FORGETTING = "forgetting.json"
 
 
 @dataclass(frozen=True)
@@ -114,14 +114,14 @@ def report_forgetting(run: RunFolder, old: Old, splits: Splits, out: Console) ->
         for is_label in (True, False)
     }
     groups = {name: group for name, group in groups.items() if group[0]}
-    with Progress(*Progress.get_default_columns(), console=out, disable=not out.is_terminal) as progress:
+    with Progress(console=out, disable=not out.is_terminal) as progress:
         total = sum(2 * len(tasks) * episodes_each(tasks) for tasks, _ in groups.values())
         row = progress.add_task("what was forgotten", total=total)
         found = {
             name: both(shows, then, now, tasks, lambda n: progress.advance(row, n))
             for name, (tasks, shows) in groups.items()
         }
-    write_whole(run.path / FILE, json.dumps({"continues": str(old.run.path), "scores": found}, indent=2) + "\n")
+    write_whole(run.path / FORGETTING, json.dumps({"continues": str(old.run.path), "scores": found}, indent=2) + "\n")
     table = Table(box=SIMPLE_HEAD, padding=(0, 0, 0, 1), title="before and after going on", title_justify="left")
     for place, head in enumerate(("meta-test", "before", "after", "change")):
         table.add_column(head, justify="right" if place else "left")

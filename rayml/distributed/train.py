@@ -18,7 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 
 from rayml.config import Config
-from rayml.distributed.continuing import FILE, old_run, report_forgetting, with_replay
+from rayml.distributed.continuing import FORGETTING, old_run, report_forgetting, with_replay
 from rayml.distributed.events import Controlled, NewestCheckpoint, WorkersGone
 from rayml.distributed.job import Job
 from rayml.distributed.progress import Progress
@@ -84,7 +84,7 @@ def train(config: Config, resume: bool = False, at_once: int = 1) -> RunFolder:
         if config.mode == "full":
             remove(run.model)
             export_run(run.path, run.model, None, Console(quiet=True))
-    if old and (trains or not (run.path / FILE).exists()):  # it may have been cut off there
+    if old and (trains or not (run.path / FORGETTING).exists()):  # it may have been cut off there
         report_forgetting(run, old, splits, Console(stderr=True))
     return run
 
