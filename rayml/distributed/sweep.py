@@ -24,7 +24,7 @@ from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter, SearchAlg
 from rich.console import Console
 
 from rayml.config import Config, dump_config, parse_config
-from rayml.distributed.train import processors, start_ray, storage, train, with_absolute_paths
+from rayml.distributed.train import own_ray, processors, storage, train, with_absolute_paths
 from rayml.distributed.trials import TrialTable
 from rayml.errors import ConfigError, RunError, TrainingError
 from rayml.runs.files import Place, place, write_whole
@@ -69,21 +69,15 @@ def sweep(values: dict[str, Any], source: str, resume: bool, out: Console) -> Pl
     space = check(config, values, source)
     folder = place(config.run.dir)
     begin(folder, config, resume)
-    ray_was_there = ray.is_initialized()
     at_once = 0
     if not os.environ.get("RAY_ADDRESS"):
         at_once = concurrency(config, processors(), 1, torch.cuda.device_count())
-    if not ray_was_there:
-        start_ray(config, max(1, at_once))
-    try:
+    with own_ray(config, max(1, at_once)):
         if not at_once:
             there = ray.cluster_resources()
             at_once = concurrency(config, int(there.get("CPU", 0)), 2, int(there.get("GPU", 0)))
         job = Sweeping(values, source, str(folder), config.validation.every, config.sweep.metric, at_once, space)
         results = run(config, job, space)
-    finally:
-        if not ray_was_there:
-            ray.shutdown()
     # A result knows its settings only if its trial came to a validation; the trials behind it always do.
     points = [trial.config for trial in results._experiment_analysis.trials]
     trials = [outcome(job, point, results[number]) for number, point in enumerate(points)]

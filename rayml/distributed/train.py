@@ -90,11 +90,11 @@ def train(config: Config, resume: bool = False, at_once: int = 1) -> RunFolder:
 
 
 @contextmanager
-def own_ray(config: Config) -> Iterator[None]:
-    """Start Ray where none runs, and end it."""
+def own_ray(config: Config, at_once: int = 1) -> Iterator[None]:
+    """Start Ray where none runs, for `at_once` runs beside each other, and end it."""
     starts = not ray.is_initialized()
     if starts:
-        start_ray(config)
+        start_ray(config, at_once)
     try:
         yield
     finally:
