@@ -198,7 +198,10 @@ return [...document.querySelectorAll("h1, h2, p, label, button, code, th, td, a,
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1200])
-def test_everything_can_be_read_and_named(scheme, width, page):
+def test_everything_can_be_read_and_named(scheme, width, page, server):
+    server.client().learn([("no refund", "billing"), ("it hangs", "bug")], "customer-service-desk")
+    page.refresh()
+    wait(page, lambda: "customer-service-desk" in text(page, "adapters"))
     page.execute_cdp_cmd(
         "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
     )
@@ -216,3 +219,4 @@ def test_everything_can_be_read_and_named(scheme, width, page):
     assert [name for role, name in parts if role == "heading"][:3] == ["rayml", "1. Teach", "2. Try"]
     assert {"main", "region"} <= {role for role, _ in parts}
     page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    server.client().delete("customer-service-desk")
