@@ -10,6 +10,7 @@ from conftest import make_config, toy_tasks, write_tasks
 from rich.console import Console
 
 from rayml.config import Config
+from rayml.distributed import continuing
 from rayml.distributed.continuing import FORGETTING, old_run, old_start, report_forgetting, with_replay
 from rayml.distributed.train import train
 from rayml.errors import ConfigError, DataError, RunError
@@ -20,6 +21,11 @@ from rayml.tasks.prepare import prepare_splits
 
 def renamed(seed: int, prefix: str):
     return tuple(replace(task, name=f"{prefix}-{task.name[-1]}") for task in toy_tasks(seed=seed))
+
+
+@pytest.fixture(autouse=True)
+def few_episodes(monkeypatch):
+    monkeypatch.setattr(continuing, "EPISODES", 8)
 
 
 @pytest.fixture(scope="module")

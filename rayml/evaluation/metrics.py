@@ -9,15 +9,10 @@ from typing import Any
 import regex
 import torch
 from sacrebleu.metrics import BLEU, CHRF
-from torchmetrics.functional.classification import (
-    binary_calibration_error,
-    multiclass_f1_score,
-    multilabel_f1_score,
-)
-from torchmetrics.functional.text import rouge_score, squad
 
 from rayml.tasks.kinds import KINDS, LABELS, NO_RELATION, listed, spans
 
+# torchmetrics and scikit-learn take seconds to import, and every worker would wait for them: they are where they are used.
 BINS = 15
 UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}]"
 WORD = regex.compile(rf"{UNSPACED}|(?:(?!{UNSPACED})[\p{{L}}\p{{M}}\p{{N}}])+")
@@ -50,6 +45,8 @@ def scores(kind: str, queries: Queries) -> dict[str, float]:
 
 def label_scores(targets: Sequence[str], answers: Sequence[str]) -> dict[str, float]:
     """Return accuracy, the mean of the classes' F1, and the F1 over all relations that are one."""
+    from torchmetrics.functional.classification import multiclass_f1_score
+
     places = {label: place for place, label in enumerate(dict.fromkeys([*targets, *answers]))}
     right, chosen = (torch.tensor([places[label] for label in labels]) for labels in (targets, answers))
     f1 = multiclass_f1_score(chosen, right, num_classes=max(2, len(places)), average="macro")
@@ -77,6 +74,8 @@ def multilabel_scores(targets: Sequence[str], answers: Sequence[str]) -> dict[st
 
 def multilabel_f1(pairs: Sequence[tuple[set[str], set[str]]], average: Any) -> float:
     """Return the F1 of (right, said) labels; 1 where there is none in either."""
+    from torchmetrics.functional.classification import multilabel_f1_score
+
     labels = sorted(set().union(*(right | said for right, said in pairs)))
     if not labels:
         return 1.0
@@ -87,7 +86,7 @@ def multilabel_f1(pairs: Sequence[tuple[set[str], set[str]]], average: Any) -> f
 
 def span_scores(queries: Queries) -> dict[str, float]:
     """Return precision, recall and F1 of whole spans with their types, as CoNLL counts them."""
-    from seqeval.metrics import f1_score, precision_score, recall_score  # scikit-learn takes its time to import
+    from seqeval.metrics import f1_score, precision_score, recall_score
 
     right, said = tagged(queries)
     if not any(tag != "O" for tags in (*right, *said) for tag in tags):
@@ -152,6 +151,8 @@ def text_scores(
     Args:
         others: right answers beside each target; the best counts.
     """
+    from torchmetrics.functional.text import rouge_score, squad
+
     right = [[target, *more] for target, more in zip(targets, others or [()] * len(targets), strict=True)]
     asked: list[Any] = [
         {"answers": {"answer_start": [0] * len(texts), "text": [spaced(text) for text in texts]}, "id": str(n)}
@@ -197,6 +198,8 @@ def bleu_tokens(text: str) -> str:
 
 def calibration_error(queries: Queries) -> float:
     """Return the expected calibration error of label answers (Naeini et al. 2015), over bins of equal width."""
+    from torchmetrics.functional.classification import binary_calibration_error
+
     confidence = torch.tensor([query["confidence"] for query in queries], dtype=torch.float32)
     right = torch.tensor([int(query["answer"] == query["target"]) for query in queries])
     return float(binary_calibration_error(confidence, right, n_bins=BINS))
