@@ -1,6 +1,7 @@
 """What tests share: a cache for the tiny model, toy tasks, one local Ray, and gloo processes."""
 
 import faulthandler
+import multiprocessing.forkserver
 import os
 import random
 import socket
@@ -44,6 +45,30 @@ def local_ray(tmp_path_factory):
     start_ray(make_config(tmp_path_factory.mktemp("ray"), workers=2))
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """One server of two to three replicas for the page and the API; the last test of the API ends it."""
+    from serving_process import Server
+    from serving_run import make_run
+
+    server = Server(
+        make_run(tmp_path_factory.mktemp("server")).path,
+        "replicas.min=2",
+        "replicas.max=3",
+        "replicas.target_ongoing_requests=4",
+        "replicas.upscale_delay_seconds=1",
+        "replicas.downscale_delay_seconds=4",
+        "replicas.queued_requests=60",
+        "replicas.ongoing_requests=16",
+        "limits.retry_after_seconds=1",
+        "limits.adapters_per_key=150",
+        "adapters.known_seconds=0.2",
+    )
+    yield server
+    if server.process.poll() is None and server.stop():
+        server.process.kill()
 
 
 @pytest.fixture(autouse=True)
@@ -129,11 +154,20 @@ def make_config(folder: Path, **changes) -> Config:
 
 
 def on_workers(function, workers: int, *arguments) -> None:
-    """Run `function(rank, *arguments)` on gloo processes; an exception in one fails the test."""
+    """Run `function(rank, *arguments)` on gloo processes; an exception in one fails the test.
+
+    They are forked from a process that has imported what would take each of them seconds.
+    """
+    multiprocessing.set_forkserver_preload(["deepspeed", "rayml.lm.load"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DS_ACCELERATOR", "cpu")
+        multiprocessing.forkserver.ensure_running()
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    torch.multiprocessing.spawn(_worker, (workers, port, function, arguments), nprocs=workers)
+    torch.multiprocessing.start_processes(
+        _worker, (workers, port, function, arguments), nprocs=workers, start_method="forkserver"
+    )
 
 
 def _worker(rank: int, workers: int, port: int, function, arguments) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -99,9 +100,11 @@ def test_a_job_needs_the_token_and_goes_on_when_submitted_again(head, tmp_path):
     address, env = head
     folder, shared = project(tmp_path), tmp_path / "shared"
     submit = [sys.executable, "-m", "rayml.cli", "submit", "--storage", str(shared), address, "train", "config.yaml"]
-    for wrong in ({}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "another-token-0123456789abcdefabcd"}):
-        without = {name: value for name, value in env.items() if not name.startswith("RAY_")} | wrong
-        refused = run(submit, without, folder)
+    without = {name: value for name, value in env.items() if not name.startswith("RAY_")}
+    wrong = without | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "another-token-0123456789abcdefabcd"}
+    with ThreadPoolExecutor() as pool:
+        both = list(pool.map(lambda env: run(submit, env, folder), (without, wrong)))
+    for refused in both:
         assert refused.returncode == 1
         assert "RunError" in refused.stderr
         assert "oken" in refused.stderr, refused.stderr
@@ -120,14 +123,16 @@ def test_a_job_needs_the_token_and_goes_on_when_submitted_again(head, tmp_path):
         shutil.copytree(ROOT / part, clone / part, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copyfile(folder / "config.yaml", clone / "config.yaml")
     job = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--address", address, "--working-dir", "."]
-    again = run([*job, "--", "python", "jobs/train.py", *entrypoint[1:], "outer.steps=6"], env, clone)
+    with ThreadPoolExecutor() as pool:  # beside it, a job that fails
+        evaluate = [sys.executable, "-m", "rayml.cli", "submit", address, "evaluate", str(shared / "third")]
+        ends = pool.submit(run, evaluate, env, folder)
+        again = run([*job, "--", "python", "jobs/train.py", *entrypoint[1:], "outer.steps=6"], env, clone)
+        failing = ends.result()
     assert again.returncode == 0, again.stdout + again.stderr
     assert "step 5/6" in again.stdout
     assert "step 1/6" not in again.stdout
     assert [record["step"] for record in RunFolder(shared / "first").records()] == [1, 2, 3, 4, 5, 6]
 
-    submit = [sys.executable, "-m", "rayml.cli", "submit", address]
-    failing = run([*submit, "evaluate", str(shared / "third")], env, folder)
     assert failing.returncode == 1
     assert "no run here" in failing.stdout, "the job's own error"
     assert "failed" in failing.stderr

@@ -8,21 +8,13 @@ from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
-from serving_run import make_run
-from test_server import KEYS, Server
+from serving_process import KEYS
 
 pytestmark = [
     pytest.mark.serve,
     pytest.mark.skipif(not shutil.which("chromedriver"), reason="Debian's chromium and chromium-driver are not here"),
 ]
 EXAMPLES = "charged twice => billing\nno refund => billing\napp crashes\tbug\nblank page\tbug\n"
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    server = Server(make_run(tmp_path_factory.mktemp("page")).path)
-    yield server
-    server.stop()
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ import torch
 from conftest import SPLITS, make_config
 from moto.server import ThreadedMotoServer
 from rich.console import Console
+from serving_process import KEYS, Server
 from serving_run import TICKETS, examples, make_run
-from test_server import KEYS, Server
 
 from rayml.distributed.train import train
 from rayml.errors import ConfigError, RunError, StorageError

@@ -12,7 +12,7 @@ from sacrebleu.metrics import BLEU, CHRF
 
 from rayml.tasks.kinds import KINDS, LABELS, NO_RELATION, listed, spans
 
-# torchmetrics and scikit-learn take seconds to import, and every worker would wait for them: they are where they are used.
+# torchmetrics and scikit-learn take seconds to import, for which every worker would wait: they are where they are used.
 BINS = 15
 UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}]"
 WORD = regex.compile(rf"{UNSPACED}|(?:(?!{UNSPACED})[\p{{L}}\p{{M}}\p{{N}}])+")

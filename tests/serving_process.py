@@ -1,0 +1,75 @@
+"""`rayml serve` in a process of its own, with what tests ask of it."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import requests
+
+from serve.client import Client
+
+KEYS = "first-key-of-the-tests", "other-key-of-the-tests"
+START_SECONDS = 180
+
+
+class Server:
+    """`rayml serve` in a process of its own; killed with all that it started."""
+
+    def __init__(self, run: Path | str, *settings: str, port: int | None = None, logs: Path | None = None):
+        self.port, self.metrics_port = port or free_port(), free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = (logs or run.parent) / f"serve-{self.port}.log"
+        command = [Path(sys.executable).with_name("rayml"), "serve", run, *settings]
+        command += ["--port", str(self.port), "--metrics-port", str(self.metrics_port)]
+        env = os.environ | {"RAYML_API_KEYS": ",".join(KEYS), "RAY_AUTH_MODE": "disabled"}
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log, env=env)
+        wait_for(lambda: "Ctrl-C" in self.log.read_text() or self.process.poll() is not None, START_SECONDS)
+        assert self.process.poll() is None, self.log.read_text()
+
+    def client(self, key: str = KEYS[0], **more) -> Client:
+        return Client(self.url, key, **more)
+
+    def replicas(self) -> list[psutil.Process]:
+        found = []
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            try:
+                if "ServeReplica:rayml:Model" in " ".join(process.cmdline()):
+                    found.append(process)
+            except psutil.Error:  # it ended meanwhile
+                continue
+        return found
+
+    def session(self) -> Path:
+        """Return the folder in which this server's Ray logs."""
+        commands = [" ".join(child.cmdline()) for child in psutil.Process(self.process.pid).children(recursive=True)]
+        return Path(next(found[1] for found in (re.search(r"--session[-_]dir=(\S+)", c) for c in commands) if found))
+
+    def metric(self, name: str) -> float:
+        text = requests.get(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=10).text
+        return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if re.match(rf"ray_{name}[{{ ]", line))
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(90)
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def wait_for(holds, seconds: float = 60):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if holds():
+            return
+        time.sleep(0.2)
+    raise AssertionError(f"it did not come true in {seconds} s")
