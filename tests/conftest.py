@@ -77,6 +77,26 @@ def _with_ray(request):
         request.getfixturevalue("local_ray")
 
 
+@pytest.fixture
+def local_mode(monkeypatch, local_ray):
+    """Train in this process, by Ray Train's local mode: for tests of what is learned, not of how workers start.
+
+    That mode keeps no checkpoints, so they are put where Ray Train would put them.
+    """
+    import ray.train
+
+    from rayml.distributed import train, worker
+    from rayml.runs.checkpoint import folder_name
+    from rayml.runs.files import deliver
+
+    def keep(run, learning, record):
+        deliver(worker.write_part(learning, run.checkpoints), run.checkpoints / folder_name(learning.done))
+
+    monkeypatch.setattr(train, "scaling", lambda *_: ray.train.ScalingConfig(num_workers=0))
+    monkeypatch.setattr(worker, "Signature", lambda *_: lambda step: None)
+    monkeypatch.setattr(worker, "report", keep)
+
+
 @pytest.fixture(scope="session")
 def tokenizer(tiny):
     return load_tokenizer(tiny)

@@ -41,7 +41,7 @@ def ragged(task: Task) -> Task:
 
 @pytest.mark.ray
 @pytest.mark.parametrize("way", WAYS)
-def test_the_losses_of_twenty_outer_steps_are_those_written_down(way, tmp_path):
+def test_the_losses_of_twenty_outer_steps_are_those_written_down(way, tmp_path, local_mode):
     """Processors round differently, and that grows: seen, 3e-5 in the first ten steps, and 0.0013 in the last ten."""
     found, golden = losses(tmp_path, way), json.loads(FILE.read_text())[way]
     assert len(found) == len(golden) == 20

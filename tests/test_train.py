@@ -272,7 +272,7 @@ def evaluated(folder: Path, steps: int) -> dict[str, Any]:
 
 
 @needs_ray
-def test_the_gain_on_an_unseen_toy_task_rises_and_does_not_without_inner_steps(tmp_path):
+def test_the_gain_on_an_unseen_toy_task_rises_and_does_not_without_inner_steps(tmp_path, local_mode):
     meta, multitask = evaluated(tmp_path / "meta", steps=2), evaluated(tmp_path / "multitask", steps=0)
     assert meta["before"]["mean"] == pytest.approx(1 / 3, abs=0.1)  # letters are permuted: chance
     assert meta["gain"]["low"] > 0.1

@@ -1,6 +1,7 @@
-"""Every algorithm and mode from end to end: trained on a real Ray, evaluated, exported, taught a new task.
+"""Every algorithm and mode from end to end: trained, evaluated, exported, taught a new task.
 
-Starting a worker takes longer than its training here, so there are two only where that is what is tested.
+Starting a worker takes ten times as long as its training here, so workers are started only where that is what is
+tested: in mode full, and in test_train.py.
 """
 
 import json
@@ -58,7 +59,7 @@ def assert_answers(folder, run):
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_an_algorithm_from_end_to_end(tmp_path, tiny, name):
+def test_an_algorithm_from_end_to_end(tmp_path, tiny, name, local_mode):
     data = {"splits": SPLITS, "max_tokens": 64, "weighting": "dynamic"}
     regularize = {"lora_dropout": 0.1, "label_smoothing": 0.1, "token_dropout": 0.1}
     config = config_for(tmp_path, name, data=data, regularize=regularize)
@@ -129,7 +130,7 @@ def test_a_sharded_run_goes_on_exactly_and_refuses_another_number_of_workers(sha
         train(config.model_copy(update={"workers": 1, "outer": config.outer.model_copy(update={"steps": 5})}), True)
 
 
-def test_training_stops_early_and_the_best_checkpoint_is_used(tmp_path):
+def test_training_stops_early_and_the_best_checkpoint_is_used(tmp_path, local_mode):
     """A rate that forgets everything: the first validation is the best, or nearly."""
     config = config_for(
         tmp_path,
