@@ -203,7 +203,7 @@ def test_what_cannot_be_compared_is_refused_before_the_start(tmp_path):
 
 
 @pytest.mark.ray
-def test_a_comparison_goes_on_where_it_stopped_and_its_tables_follow_from_its_answers(tmp_path, capsys):
+def test_a_comparison_goes_on_where_it_stopped_and_its_tables_follow_from_its_answers(tmp_path, capsys, local_mode):
     rows = [
         json.dumps({"task": name, "input": f"say {word}", "target": f"{word} {word}"})
         for name, words in (("echo-1", "abcdefgh"), ("echo-2", "ijklmnop"))
@@ -248,7 +248,7 @@ def test_a_comparison_goes_on_where_it_stopped_and_its_tables_follow_from_its_an
     assert page.count("data:image/png;base64,") == 4
     assert 'src="label-scores.png"' not in page
 
-    trained = RunFolder(folder / "fomaml-0").latest.stat().st_mtime_ns
+    trained = RunFolder(folder / "fomaml-0").metrics.stat().st_mtime_ns
     (folder / "results" / "lora-0.json").unlink()
     kept = (folder / "results" / "fomaml-0.json").stat().st_mtime_ns
     again = compare(values, "here", replace(request, runs=[]), folder, "rayml compare CONFIG", False, out)
@@ -256,7 +256,7 @@ def test_a_comparison_goes_on_where_it_stopped_and_its_tables_follow_from_its_an
     for kind in ("label", "text"):
         for old, new in zip(summary["kinds"][kind]["methods"], again["kinds"][kind]["methods"], strict=True):
             assert {k: v for k, v in old.items() if k not in times} == {k: v for k, v in new.items() if k not in times}
-    assert RunFolder(folder / "fomaml-0").latest.stat().st_mtime_ns == trained
+    assert RunFolder(folder / "fomaml-0").metrics.stat().st_mtime_ns == trained
     assert (folder / "results" / "fomaml-0.json").stat().st_mtime_ns == kept
 
     # A run folder takes part as it is; more episodes are asked anew.
