@@ -177,7 +177,7 @@ def test_prometheus_finds_what_happened(server):
     wait_for(lambda: server.metric("rayml_loads_total") > 0, 30)  # what the dead replica held
     assert server.metric("rayml_adaptations_total") > 10
     assert server.metric("rayml_request_seconds_count") > 400
-    assert server.metric("rayml_classify_batch_count") > 50
+    assert server.metric("rayml_classify_batch_count") > 10  # the more at once, the fewer; the dead replica's are gone
     assert server.metric("rayml_resident_adapters") > 10
 
 
