@@ -137,9 +137,16 @@ def check_run(config: Config, source: RunFolder, distill: str | None) -> str:
 
 
 def bar(progress: Progress, name: str, total: int) -> Callable[..., None]:
-    """Return what moves a new bar on by one, or by as many as it is told."""
+    """Return what moves a new bar on by one, or by as many as it is told; with no terminal, a line for each tenth."""
     row = progress.add_task(name, total=total)
-    return lambda count=1: progress.advance(row, count)
+
+    def advance(count: int = 1) -> None:
+        progress.advance(row, count)
+        done = int(progress.tasks[row].completed)
+        if progress.disable and 10 * done // total > 10 * (done - count) // total:
+            progress.console.print(f"{name}: {done} of {total}", highlight=False)
+
+    return advance
 
 
 def measured(
