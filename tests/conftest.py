@@ -4,6 +4,7 @@ import faulthandler
 import multiprocessing.forkserver
 import os
 import random
+import shutil
 import socket
 import sys
 import tempfile
@@ -90,7 +91,9 @@ def local_mode(monkeypatch, local_ray):
     from rayml.runs.files import deliver
 
     def keep(run, learning, record):
-        deliver(worker.write_part(learning, run.checkpoints), run.checkpoints / folder_name(learning.done))
+        part = worker.write_part(learning, run.checkpoints)
+        deliver(part, run.checkpoints / folder_name(learning.done))
+        shutil.rmtree(part)
 
     monkeypatch.setattr(train, "scaling", lambda *_: ray.train.ScalingConfig(num_workers=0))
     monkeypatch.setattr(worker, "Signature", lambda *_: lambda step: None)

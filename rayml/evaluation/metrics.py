@@ -1,6 +1,9 @@
 """Scores of answers, by torchmetrics, sacrebleu and seqeval, from 0 to 1; of the calibration error less is better.
 
 Words are runs of letters and digits of any script; where a script sets no spaces (Han, Kana, Thai), characters.
+
+torchmetrics and scikit-learn (seqeval's) take seconds to import, for which every worker would wait: so each function
+imports what it uses.
 """
 
 from collections.abc import Sequence
@@ -12,7 +15,6 @@ from sacrebleu.metrics import BLEU, CHRF
 
 from rayml.tasks.kinds import KINDS, LABELS, NO_RELATION, listed, spans
 
-# torchmetrics and scikit-learn take seconds to import, for which every worker would wait: they are where they are used.
 BINS = 15
 UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}]"
 WORD = regex.compile(rf"{UNSPACED}|(?:(?!{UNSPACED})[\p{{L}}\p{{M}}\p{{N}}])+")
