@@ -9,6 +9,7 @@ import socket
 import sys
 import tempfile
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -78,8 +79,23 @@ def _with_ray(request):
         request.getfixturevalue("local_ray")
 
 
+@pytest.fixture(scope="session")
+def straight(local_ray, tmp_path_factory):
+    """A run of ten steps in one go, on a worker of its own, with validations."""
+    from rayml.distributed.train import train
+
+    folder = tmp_path_factory.mktemp("straight")
+    return train(make_config(folder, data={"splits": SPLITS}, validation={"every": 5, "episodes": 4}))
+
+
 @pytest.fixture
-def local_mode(monkeypatch, local_ray):
+def local_mode(local_ray):
+    with training_here():
+        yield
+
+
+@contextmanager
+def training_here():
     """Train in this process, by Ray Train's local mode: for tests of what is learned, not of how workers start.
 
     That mode keeps no checkpoints, so they are put where Ray Train would put them.
@@ -95,9 +111,11 @@ def local_mode(monkeypatch, local_ray):
         deliver(part, run.checkpoints / folder_name(learning.done))
         shutil.rmtree(part)
 
-    monkeypatch.setattr(train, "scaling", lambda *_: ray.train.ScalingConfig(num_workers=0))
-    monkeypatch.setattr(worker, "Signature", lambda *_: lambda step: None)
-    monkeypatch.setattr(worker, "report", keep)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "scaling", lambda *_: ray.train.ScalingConfig(num_workers=0))
+        patch.setattr(worker, "Signature", lambda *_: lambda step: None)
+        patch.setattr(worker, "report", keep)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -8,10 +8,9 @@ import pytest
 import torch
 from conftest import make_config, perturbed_start, tiny_lm, toy_tasks
 from rich.console import Console
-from rich.progress import Progress
 from serving_run import make_run
 
-from rayml.compression.command import Distillation, bar, compress_run
+from rayml.compression.command import Distillation, compress_run
 from rayml.compression.distill import Mixture, Student, Teacher, also_for, divergence, query_losses
 from rayml.compression.prune import cut_adapters, cut_mlps, gated_mlps
 from rayml.compression.quantize import quantize_base
@@ -225,13 +224,3 @@ def test_bad_input_is_refused_first(run, tmp_path):
     with pytest.raises(RunError, match="mode full"):
         compressed(run, new, prune=0.5)
     assert not new.exists()
-
-
-def test_long_work_is_told_also_where_there_is_no_terminal(capsys):
-    err = Console(stderr=True)
-    with Progress(console=err, disable=not err.is_terminal) as progress:
-        advance = bar(progress, "distilling", 40)
-        for _ in range(20):
-            advance(2)
-    told = capsys.readouterr().err.split("\n")[:-1]
-    assert told == [f"distilling: {done} of 40" for done in range(4, 41, 4)]

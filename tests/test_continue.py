@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import make_config, toy_tasks, write_tasks
+from conftest import make_config, toy_tasks, training_here, write_tasks
 from rich.console import Console
 
 from rayml.config import Config
@@ -31,7 +31,9 @@ def few_episodes(monkeypatch):
 
 @pytest.fixture(scope="module")
 def old(tmp_path_factory, local_ray) -> RunFolder:
-    return train(make_config(tmp_path_factory.mktemp("old"), outer={"steps": 4, "warmup_steps": 0, "lr": 0.01}))
+    config = make_config(tmp_path_factory.mktemp("old"), outer={"steps": 4, "warmup_steps": 0, "lr": 0.01})
+    with training_here():
+        return train(config)
 
 
 def new_config(folder, old: RunFolder, **changes) -> Config:
@@ -47,8 +49,9 @@ def new_config(folder, old: RunFolder, **changes) -> Config:
 
 
 @pytest.mark.ray
-def test_a_run_goes_on_from_another_and_resumes_bit_for_bit(old, tmp_path):
+def test_a_run_goes_on_from_another_and_resumes_bit_for_bit(old, tmp_path, local_mode, capsys):
     whole = train(new_config(tmp_path, old))
+    assert "before and after: 32 of 32" in capsys.readouterr().err
     # It began where the old one ended, and went on from there.
     begun, then = whole.read_untrained(), open_session(old)
     assert all(torch.equal(begun[name], then.start[name]) for name in begun)

@@ -12,6 +12,7 @@ import rayml
 HEAVY = {"torch", "transformers", "peft", "deepspeed", "ray"}
 MAY_LOAD = {
     "cli": set(),
+    "bars": set(),
     "config": set(),
     "sections": set(),
     "errors": set(),

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import make_config
+from conftest import make_config, training_here
 from peft import PeftModel
 from rich.console import Console
 from transformers import (
@@ -145,16 +145,16 @@ def test_what_a_mask_cannot_say_is_refused_by_name(words):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, local_ray):
-    return train(
-        make_config(
-            tmp_path_factory.mktemp("masked"),
-            model={"name": "tiny-masked"},
-            lora={"rank": 8, "alpha": 16.0, "targets": ["query", "value", "dense"]},
-            inner={"steps": 3, "lr": 0.002},
-            outer={"steps": 12, "warmup_steps": 0, "lr": 0.001},
-            tasks_per_step=8,
-        )
+    config = make_config(
+        tmp_path_factory.mktemp("masked"),
+        model={"name": "tiny-masked"},
+        lora={"rank": 8, "alpha": 16.0, "targets": ["query", "value", "dense"]},
+        inner={"steps": 3, "lr": 0.002},
+        outer={"steps": 12, "warmup_steps": 0, "lr": 0.001},
+        tasks_per_step=8,
     )
+    with training_here():
+        return train(config)
 
 
 @pytest.mark.ray

@@ -177,8 +177,9 @@ def test_prometheus_finds_what_happened(server):
     wait_for(lambda: server.metric("rayml_loads_total") > 0, 30)  # what the dead replica held
     assert server.metric("rayml_adaptations_total") > 10
     assert server.metric("rayml_request_seconds_count") > 400
-    # Of the dead replica's there are none; the more queries in a batch, the fewer batches: so the queries are counted.
-    assert server.metric("rayml_classify_batch_sum") > 200
+    # Of the dead replica's there are none, and the others tell theirs now and then. The more queries in a batch, the
+    # fewer batches: so the queries are counted.
+    wait_for(lambda: server.metric("rayml_classify_batch_sum") > 200, 30)
     assert server.metric("rayml_resident_adapters") > 10
 
 

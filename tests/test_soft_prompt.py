@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import make_config
+from conftest import make_config, training_here
 from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
@@ -119,7 +119,8 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(config, local_ray) -> RunFolder:
-    return train(config)
+    with training_here():
+        return train(config)
 
 
 @pytest.mark.ray

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -179,8 +180,10 @@ def test_silent_storage_is_not_taken_for_damage(s3, tmp_path):
     finally:
         server.shutdown()
         server.server_close()
-    assert silent.records_after(0) == []
-    assert not silent.is_told_to_stop()
+    with ThreadPoolExecutor() as pool:  # each is patient
+        records, is_told = pool.submit(silent.records_after, 0), pool.submit(silent.is_told_to_stop)
+    assert records.result() == []
+    assert not is_told.result()
 
 
 def test_mlflow_without_a_server_is_refused_before_the_start(tmp_path, s3):
@@ -191,14 +194,16 @@ def test_mlflow_without_a_server_is_refused_before_the_start(tmp_path, s3):
 
 
 @pytest.mark.ray
-def test_train_resume_evaluate_adapt_and_serve_by_uri(s3, tmp_path):
-    """The local Ray began before the server: its workers know of it from the URI."""
+def test_train_resume_evaluate_and_adapt_by_uri(s3, tmp_path, straight):
+    """As it is without; the local Ray began before the server: its workers know of it from the URI."""
     settings = f"?region=us-east-1&endpoint_override={s3.removeprefix('http://')}&scheme=http"
-    changes = {"data": {"splits": SPLITS}, "validation": {"every": 5, "episodes": 4}, "workers": 2}
-    local = make_config(tmp_path, **changes)
+    config = make_config(
+        tmp_path,
+        data={"splits": SPLITS, "path": f"s3://bucket/data/toy.jsonl{settings}"},
+        validation={"every": 5, "episodes": 4},
+        run={"dir": f"s3://bucket/runs/first{settings}", "checkpoint_every": 5},
+    )
     place("s3://bucket/data/toy.jsonl").write_bytes((tmp_path / "toy.jsonl").read_bytes())
-    changes["data"]["path"] = f"s3://bucket/data/toy.jsonl{settings}"
-    config = make_config(tmp_path, **changes, run={"dir": f"s3://bucket/runs/first{settings}", "checkpoint_every": 5})
 
     run = train(config)
     assert run.latest.read_text() == "checkpoints/step_00000010\n"
@@ -207,7 +212,7 @@ def test_train_resume_evaluate_adapt_and_serve_by_uri(s3, tmp_path):
     (run.checkpoints / "step_00000010" / "state.safetensors").write_bytes(b"torn")
     assert [record["step"] for record in run.records()] == list(range(1, 11))
     run = train(config, resume=True)
-    expected = read_checkpoint(newest_checkpoint(train(local).checkpoints))
+    expected = read_checkpoint(newest_checkpoint(straight.checkpoints))
     found = read_checkpoint(newest_checkpoint(run.checkpoints))
     assert found.step == expected.step == 10
     assert all(torch.equal(found.tensors[name], tensor) for name, tensor in expected.tensors.items())

@@ -179,7 +179,7 @@ def test_a_sweep_that_is_killed_goes_on_and_a_trial_that_fails_is_reported(tmp_p
         data={"splits": {"val": 0.0, "test": 0.0, "val_tasks": "toy-4", "test_tasks": "toy-5"}},
         outer={"steps": 6},
         validation={"every": 3, "episodes": 4},
-        sweep={"search": {"inner.lr": rates}, "trials": 3, "concurrent": 1, "searcher": "grid", "scheduler": "none"},
+        sweep={"search": {"inner.lr": rates}, "trials": 3, "concurrent": 2, "searcher": "grid", "scheduler": "none"},
     )
     path, folder = tmp_path / "sweep.yaml", Path(config.run.dir)
     path.write_text(dump_config(config))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import ray
 import torch
-from conftest import make_config
+from conftest import make_config, training_here
 from test_train import SPLITS, steps_logged
 
 from rayml.distributed import progress, trackers
@@ -29,7 +29,8 @@ def test_every_tracker_has_every_step_once_also_after_a_resumption_and_phases_ad
     everywhere = {"trackers": ("tensorboard", "wandb", "mlflow"), "checkpoint_every": 2}
     outer = {"steps": 3}
     run = train(make_config(tmp_path, outer=outer, data={"splits": SPLITS}, run=everywhere))
-    train(make_config(tmp_path, outer={"steps": 5}, data={"splits": SPLITS}, run=everywhere), resume=True)
+    with training_here():
+        train(make_config(tmp_path, outer={"steps": 5}, data={"splits": SPLITS}, run=everywhere), resume=True)
     records = run.records()
     assert steps_logged(run) == [1, 2, 3, 4, 5]
     assert_phases_add_up(records)

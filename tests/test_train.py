@@ -187,13 +187,6 @@ def test_a_checkpoint_reads_back_and_a_changed_one_is_refused(tmp_path):
 # Training
 
 
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory):
-    """Ten steps in one go, on one worker and a Ray of their own, with validations, which must change nothing."""
-    folder = tmp_path_factory.mktemp("straight")
-    return train(make_config(folder, data={"splits": SPLITS}, validation={"every": 5, "episodes": 4}))
-
-
 @needs_ray
 def test_a_run_folder_holds_what_it_should(straight):
     assert steps_logged(straight) == list(range(1, 11))
@@ -217,7 +210,7 @@ def copy_of(straight, tmp_path):
 
 @needs_ray
 def test_five_steps_and_five_resumed_equal_ten_bit_for_bit(straight, tmp_path, caplog):
-    """The checkpoint of step 10 is torn, and it died on the way to the next one."""
+    """The checkpoint of step 10 is torn, and it died on the way to the next one; this time without validations."""
     config, run = copy_of(straight, tmp_path)
     state = run.checkpoints / "step_00000010" / "state.safetensors"
     state.write_bytes(state.read_bytes()[:-100])

@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import SPLITS, make_config, toy_tasks
+from conftest import SPLITS, make_config, toy_tasks, training_here
 from peft import PeftModel
 from rich.console import Console
 from transformers import AutoModelForCausalLM
@@ -110,7 +110,8 @@ def sharded(tmp_path_factory):
 @pytest.mark.workers
 def test_mode_full_from_end_to_end_is_one_and_the_same_by_both_engines(sharded, tmp_path):
     """One worker adapts to whole tasks, or two share the rows of each: the same outer steps."""
-    local = train(config_for(tmp_path, "fomaml", "full", "local", **FULL))
+    with training_here():
+        local = train(config_for(tmp_path, "fomaml", "full", "local", **FULL))
     losses = []
     for name, run in (("local", local), ("zero", sharded)):
         (tmp_path / name).mkdir()

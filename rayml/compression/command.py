@@ -2,14 +2,14 @@
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import Progress
 
+from rayml.bars import Bar, bars
 from rayml.compression.quantize import LIBRARY, check_library
 from rayml.compression.student import evenly_spaced, wanted_layers
 from rayml.config import Config
@@ -75,21 +75,21 @@ def compress_run(
     session = open_session(source, checkpoint)
     part = folder.with_name(folder.name + ".part")  # a base that is not whole is never taken for one
     shutil.rmtree(part, ignore_errors=True)
-    with Progress(*Progress.get_default_columns(), console=err, disable=not err.is_terminal) as progress:
+    with bars(err) as bar:
         try:
             if quantize:
                 compressed = ways.quantized(session, base, quantize, part)
             elif prune:
-                compressed = ways.pruned(session, base, prune, part, bar(progress, "reading", SUPPORT_EPISODES))
+                compressed = ways.pruned(session, base, prune, part, bar("reading", SUPPORT_EPISODES))
             else:
-                done = bar(progress, "distilling", distillation.steps)
+                done = bar("distilling", distillation.steps)
                 compressed = ways.distilled(session, base, str(distill), distillation, part, done)
             session.encoder.tokenizer.save_pretrained(part / "base")
             part.rename(folder)
         finally:
             shutil.rmtree(part, ignore_errors=True)
         small = open_session(write_run(source, folder, compressed, session.step))
-        summary = measured(session, small, tasks, episodes, progress)
+        summary = measured(session, small, tasks, episodes, bar)
     how = f"{quantize}" if quantize else f"pruned by {prune}" if prune else f"distilled into {distill}"
     record = {"run": str(source.path), "how": how, "steps": distillation.steps if distill else None, **summary}
     write_whole(folder / "compression.json", json.dumps(record, indent=2) + "\n")
@@ -136,28 +136,13 @@ def check_run(config: Config, source: RunFolder, distill: str | None) -> str:
     return base
 
 
-def bar(progress: Progress, name: str, total: int) -> Callable[..., None]:
-    """Return what moves a new bar on by one, or by as many as it is told; with no terminal, a line for each tenth."""
-    row = progress.add_task(name, total=total)
-
-    def advance(count: int = 1) -> None:
-        progress.advance(row, count)
-        done = int(progress.tasks[row].completed)
-        if progress.disable and 10 * done // total > 10 * (done - count) // total:
-            progress.console.print(f"{name}: {done} of {total}", highlight=False)
-
-    return advance
-
-
-def measured(
-    before: "Session", after: "Session", tasks: Sequence[Task], episodes: int, progress: Progress
-) -> dict[str, Any]:
+def measured(before: "Session", after: "Session", tasks: Sequence[Task], episodes: int, bar: Bar) -> dict[str, Any]:
     """Return size, speed and score of two sessions."""
     from rayml.compression import measure
 
     sampler = before.config.data.sampler(EVALUATION_SEED)
     curves = [
-        measure.scores(session, tasks, sampler, episodes, bar(progress, name, episodes * len(tasks)))
+        measure.scores(session, tasks, sampler, episodes, bar(name, episodes * len(tasks)))
         for session, name in ((before, "scoring before"), (after, "scoring after"))
     ]
     timed = measure.speeds([before, after], sampler.episode(tasks, 0))

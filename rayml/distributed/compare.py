@@ -13,8 +13,8 @@ from typing import Any
 
 import ray
 from rich.console import Console
-from rich.progress import Progress
 
+from rayml.bars import bars
 from rayml.config import Config, parse_config
 from rayml.distributed.comparison_plan import show_plan
 from rayml.distributed.entries import Entry, Request, plan
@@ -116,10 +116,12 @@ def adapted_and_asked(entry: Entry, base: Config, splits: Splits, request: Reque
     seconds = time.perf_counter() - began
     most = max(request.steps) if contender.takes_steps else 0
     asking = answer(contender, splits.test, data.sampler(EVALUATION_SEED), request.episodes, choice.setting, most)
-    with Progress(*Progress.get_default_columns(), console=Console(stderr=True), transient=True) as bar:
-        episodes = list(
-            bar.track(asking, total=len(splits.test) * request.episodes, description=f"asking {entry.name}")
-        )
+    episodes = []
+    with bars(Console(stderr=True)) as bar:
+        asked = bar(f"asking {entry.name}", len(splits.test) * request.episodes)
+        for episode in asking:
+            episodes.append(episode)
+            asked()
     return {"choosing_seconds": round(seconds, 1), **described(choice), "episodes": episodes}
 
 

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
+from rayml.bars import bars
 from rayml.config import Config
 from rayml.errors import ConfigError, RunError
 from rayml.evaluation.command import EVALUATION_SEED
@@ -114,13 +114,9 @@ def report_forgetting(run: RunFolder, old: Old, splits: Splits, out: Console) ->
         for is_label in (True, False)
     }
     groups = {name: group for name, group in groups.items() if group[0]}
-    with Progress(console=out, disable=not out.is_terminal) as progress:
-        total = sum(2 * len(tasks) * episodes_each(tasks) for tasks, _ in groups.values())
-        row = progress.add_task("what was forgotten", total=total)
-        found = {
-            name: both(shows, then, now, tasks, lambda n: progress.advance(row, n))
-            for name, (tasks, shows) in groups.items()
-        }
+    with bars(out) as bar:
+        done = bar("before and after", sum(2 * len(tasks) * episodes_each(tasks) for tasks, _ in groups.values()))
+        found = {name: both(shows, then, now, tasks, done) for name, (tasks, shows) in groups.items()}
     write_whole(run.path / FORGETTING, json.dumps({"continues": str(old.run.path), "scores": found}, indent=2) + "\n")
     table = Table(box=SIMPLE_HEAD, padding=(0, 0, 0, 1), title="before and after going on", title_justify="left")
     for place, head in enumerate(("meta-test", "before", "after", "change")):

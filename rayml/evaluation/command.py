@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import Progress
 
+from rayml.bars import bars
 from rayml.config import Config
 from rayml.errors import ConfigError, DataError, RunError
 from rayml.evaluation import report
@@ -60,10 +60,9 @@ def evaluate_run(
 
     session = open_session(run, checkpoint)
     session.encoder.check(tasks)
-    with Progress(*Progress.get_default_columns(), console=err, disable=not err.is_terminal) as progress:
-        row = progress.add_task("adapting", total=len(tasks) * episodes)
-        sampler = data.sampler(EVALUATION_SEED + seed)
-        found = evaluate(session, tasks, sampler, episodes, lambda n: progress.advance(row, n))
+    sampler = data.sampler(EVALUATION_SEED + seed)
+    with bars(err) as bar:
+        found = evaluate(session, tasks, sampler, episodes, bar("adapting", len(tasks) * episodes))
     settings = {"ways": data.ways, "shots": data.shots, "queries": data.queries, "episodes": episodes, "seed": seed}
     summary = {
         "run": str(run.path),

@@ -1,0 +1,36 @@
+"""Long work is told also where there is no terminal."""
+
+from rich.console import Console
+
+from rayml.bars import bars
+
+
+def test_without_a_terminal_there_is_a_line_for_each_tenth(capsys):
+    with bars(Console(stderr=True)) as bar:
+        advance = bar("distilling", 40)
+        for _ in range(20):
+            advance(2)
+    told = capsys.readouterr().err.split("\n")[:-1]
+    assert told == [f"distilling: {done} of 40" for done in range(4, 41, 4)]
+
+
+def test_work_in_few_parts_ends_with_its_whole(capsys):
+    with bars(Console(stderr=True)) as bar:
+        first, second = bar("adapting", 3), bar("asking", 1)
+        for _ in range(3):
+            first()
+        second()
+    assert capsys.readouterr().err.split("\n")[:-1] == [
+        "adapting: 1 of 3",
+        "adapting: 2 of 3",
+        "adapting: 3 of 3",
+        "asking: 1 of 1",
+    ]
+
+
+def test_a_terminal_shows_bars_and_no_lines(capsys):
+    with bars(Console(stderr=True, force_terminal=True)) as bar:
+        bar("adapting", 2)(2)
+    shown = capsys.readouterr().err
+    assert "100%" in shown
+    assert "2 of 2" not in shown
