@@ -12,10 +12,10 @@ from rich.console import Console
 
 from rayml.config import Config
 from rayml.distributed import continuing
-from rayml.distributed.continuing import FORGETTING, old_run, old_start, report_forgetting, with_replay
+from rayml.distributed.continuing import FORGETTING, old_run, report_forgetting, with_replay
 from rayml.distributed.train import train
 from rayml.errors import ConfigError, DataError, RunError
-from rayml.evaluation.session import open_session
+from rayml.evaluation.session import open_session, start_of
 from rayml.runs.folder import RunFolder
 from rayml.tasks.prepare import prepare_splits
 
@@ -93,9 +93,8 @@ def test_old_episodes_have_their_share_and_scores_are_of_the_same_episodes(old, 
     # A run beside itself has forgotten nothing.
     scores = report_forgetting(old, found, found.splits, Console(quiet=True))
     assert all(ends["change"] == {"mean": 0.0, "low": 0.0, "high": 0.0} for ends in scores.values())
-    start = old_start(config)
-    assert start is not None
-    assert all(torch.equal(start[0][name], weight) for name, weight in open_session(old).start.items())
+    start, _ = start_of(old)
+    assert all(torch.equal(start[name], weight) for name, weight in open_session(old).start.items())
 
 
 @pytest.mark.ray

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -20,8 +19,7 @@ from rayml.config import Config
 from rayml.errors import ConfigError, RunError
 from rayml.evaluation.command import EVALUATION_SEED
 from rayml.evaluation.evaluate import interval, trained_curves
-from rayml.evaluation.session import Session, learned, open_session
-from rayml.meta.adapt import Params
+from rayml.evaluation.session import Session, open_session
 from rayml.runs.files import write_whole
 from rayml.runs.folder import RunFolder, flat
 from rayml.tasks.prepare import prepare_splits
@@ -91,15 +89,6 @@ def with_replay(splits: Splits, old: Old, share: float) -> tuple[Splits, frozens
     replayed = tuple(task for task in old.splits.train if task.name not in new) if share else ()
     refuse_leaks("the tasks to replay", replayed, splits.test)
     return splits._replace(train=(*splits.train, *replayed)), frozenset(task.name for task in replayed)
-
-
-def old_start(config: Config) -> tuple[Params, Params] | None:
-    """Return what the run that a config continues has learned: its start, and the logarithms of its inner rates."""
-    if config.run.continues is None:
-        return None
-    then, folder = RunFolder(config.run.continues).trained()
-    start, log_rates, _ = learned(then, folder, (), torch.device("cpu"))
-    return start, log_rates
 
 
 def report_forgetting(run: RunFolder, old: Old, splits: Splits, out: Console) -> dict[str, Any]:

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from rayml.config import Config
-from rayml.distributed.continuing import old_start
 from rayml.distributed.job import DivergedError, Job
 from rayml.distributed.stream import get
 from rayml.distributed.watch import Signature
 from rayml.engine import collective, local, zero
 from rayml.engine.laps import Laps
 from rayml.evaluation.curves import Curve, Scorer
+from rayml.evaluation.session import start_of
 from rayml.lm.depth import rate_factors
 from rayml.lm.load import checkpoint_activations
 from rayml.lm.model import TaskLM, hooks
@@ -63,7 +63,8 @@ class Replicated:
             self.learner.load(saved.tensors, saved.step)
             self.gains.gains.copy_(saved.tensors["gains"])
             return
-        begun = collective.from_first_worker(old_start(self.config) if self.rank == 0 else None)
+        old = self.config.run.continues
+        begun = collective.from_first_worker(start_of(RunFolder(old)) if old and self.rank == 0 else None)
         if begun:
             self.learner.begin_at(*begun)
         if self.rank == 0 and self.config.mode == "adapters":

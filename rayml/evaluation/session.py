@@ -104,3 +104,9 @@ def learned(config: Config, folder: Place, names: Iterable[str], device: torch.d
         for kind in ("start/", "log_rate/")
     ]
     return parts[0], parts[1], saved.step
+
+
+def start_of(run: RunFolder) -> tuple[Params, Params]:
+    """Return what a run of adapters has learned: its start, and the logarithms of its inner rates; on the CPU."""
+    config, folder = run.trained()
+    return learned(config, folder, (), torch.device("cpu"))[:2]
