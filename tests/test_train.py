@@ -209,8 +209,11 @@ def copy_of(straight, tmp_path):
 
 
 @needs_ray
-def test_five_steps_and_five_resumed_equal_ten_bit_for_bit(straight, tmp_path, caplog):
-    """The checkpoint of step 10 is torn, and it died on the way to the next one; this time without validations."""
+def test_five_steps_and_five_resumed_equal_ten_bit_for_bit(straight, tmp_path, caplog, local_mode):
+    """The checkpoint of step 10 is torn, and it died on the way to the next one; this time without validations.
+
+    With workers anew: tests/test_storage.py.
+    """
     config, run = copy_of(straight, tmp_path)
     state = run.checkpoints / "step_00000010" / "state.safetensors"
     state.write_bytes(state.read_bytes()[:-100])
