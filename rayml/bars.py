@@ -12,11 +12,11 @@ Bar = Callable[[str, int], Callable[..., None]]
 
 @contextmanager
 def bars(console: Console) -> Iterator[Bar]:
-    """Yield what adds a bar, for as long as the block runs."""
+    """Yield what adds a bar, for as long as the block runs; of no work at all none is shown."""
     with Progress(*Progress.get_default_columns(), console=console, disable=not console.is_terminal) as shown:
 
         def add(name: str, total: int) -> Callable[..., None]:
-            row = shown.add_task(name, total=total)
+            row = shown.add_task(name, total=total, visible=total > 0)
 
             def advance(count: int = 1) -> None:
                 shown.advance(row, count)

@@ -31,6 +31,8 @@ def test_work_in_few_parts_ends_with_its_whole(capsys):
 def test_a_terminal_shows_bars_and_no_lines(capsys):
     with bars(Console(stderr=True, force_terminal=True)) as bar:
         bar("adapting", 2)(2)
+        bar("nothing", 0)
     shown = capsys.readouterr().err
     assert "100%" in shown
     assert "2 of 2" not in shown
+    assert "nothing" not in shown

@@ -73,7 +73,9 @@ def log_probs(episode, share):
 def test_the_best_setting_on_meta_val_is_taken(accuracy, best):
     contender = Contender(Known(accuracy), {"w": torch.zeros(1)}, {"w": torch.tensor(1.0)})
     sampler = make_sampler()
-    choice = choose_setting(contender, toy_tasks(2), sampler, 4, [1.0, 0.1], [3, 1])
+    told = []
+    choice = choose_setting(contender, toy_tasks(2), sampler, 4, [1.0, 0.1], [3, 1], lambda: told.append(1))
+    assert len(told) == 2 * 4
     assert choice.setting == best
     assert {(s.factor, s.steps): score for s, score in choice.tried} == pytest.approx(accuracy)
 

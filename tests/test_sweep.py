@@ -173,7 +173,7 @@ def run_sweep(config: Path, *more: str) -> subprocess.Popen:
 
 @pytest.mark.ray
 def test_a_sweep_that_is_killed_goes_on_and_a_trial_that_fails_is_reported(tmp_path):
-    rates = "choice(0.1, 1e+30, 0.2)"  # the second diverges
+    rates = "choice(0.1, 1e+30, 0.2)"  # the first two beside each other; one diverges
     config = make_config(
         tmp_path,
         data={"splits": {"val": 0.0, "test": 0.0, "val_tasks": "toy-4", "test_tasks": "toy-5"}},
@@ -188,12 +188,12 @@ def test_a_sweep_that_is_killed_goes_on_and_a_trial_that_fails_is_reported(tmp_p
     seen = ""
     for line in first.stdout:
         seen += line
-        if re.match(r"3 .* 3/6 ", line):  # two trials have ended, the third is half-way
+        if re.match(r"\d +0\.2 +3/6 ", line):  # two trials have ended, the third is half-way
             first.send_signal(signal.SIGKILL)
             break
     first.wait()
-    assert re.search(r"^1 .* finished$", seen, re.M), seen
-    assert re.search(r"^2 .* failed$", seen, re.M), seen
+    assert re.search(r"^\d +0\.1 .* finished$", seen, re.M), seen
+    assert re.search(r"^\d +1e\+30 .* failed$", seen, re.M), seen
     before = {run.name: (run / "metrics.jsonl").stat().st_mtime_ns for run in folder.glob("trials/*")}
     assert len(before) == 3
 

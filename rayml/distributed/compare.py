@@ -109,16 +109,16 @@ def adapted_and_asked(entry: Entry, base: Config, splits: Splits, request: Reque
     """Choose how an entry adapts on meta-val, and ask it the comparison's own episodes under its own labels."""
     contender = contender_of(entry, splits.train)
     data = base.data.model_copy(update={"labels": entry.config.data.labels})
-    began = time.perf_counter()
-    choice = choose_setting(
-        contender, splits.val, data.sampler(VALIDATION_SEED), request.val_episodes, request.factors, request.steps
-    )
-    seconds = time.perf_counter() - began
-    most = max(request.steps) if contender.takes_steps else 0
-    asking = answer(contender, splits.test, data.sampler(EVALUATION_SEED), request.episodes, choice.setting, most)
-    episodes = []
+    tried = splits.val, data.sampler(VALIDATION_SEED), request.val_episodes, request.factors, request.steps
     with bars(Console(stderr=True)) as bar:
+        began = time.perf_counter()
+        tries = len(request.factors) * request.val_episodes * contender.takes_steps
+        choice = choose_setting(contender, *tried, bar(f"adapting {entry.name}", tries))
+        seconds = time.perf_counter() - began
+        most = max(request.steps) if contender.takes_steps else 0
+        asking = answer(contender, splits.test, data.sampler(EVALUATION_SEED), request.episodes, choice.setting, most)
         asked = bar(f"asking {entry.name}", len(splits.test) * request.episodes)
+        episodes = []
         for episode in asking:
             episodes.append(episode)
             asked()

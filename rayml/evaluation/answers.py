@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -64,12 +64,12 @@ def choose_setting(
     episodes: int,
     factors: Sequence[float],
     steps: Sequence[int],
+    progress: Callable[[], None],
 ) -> Choice:
     """Try every factor with every number of steps on the same meta-val episodes.
 
     Accuracy is raised, or, where all tasks are free text, the loss lowered: where there are both, label tasks decide.
-    Of equals the fewest steps are taken, then
-    the least rate.
+    Of equals the fewest steps are taken, then the least rate. `progress` is told after each episode with each factor.
     """
     if not contender.takes_steps:
         return Choice(Setting(), [])
@@ -78,10 +78,12 @@ def choose_setting(
     drawn = [sampler.episode(tasks, index) for index in range(episodes)]
     tried = []
     for factor in sorted(factors):
-        scores = np.array([scores_at(contender, episode, factor, steps) for episode in drawn])
-        tried += [
-            (Setting(factor, k), sign * float(mean)) for k, mean in zip(sorted(steps), scores.mean(0), strict=True)
-        ]
+        scores = []
+        for episode in drawn:
+            scores.append(scores_at(contender, episode, factor, steps))
+            progress()
+        means = np.array(scores).mean(0)
+        tried += [(Setting(factor, k), sign * float(mean)) for k, mean in zip(sorted(steps), means, strict=True)]
     best, _ = max(tried, key=lambda one: (one[1] if np.isfinite(one[1]) else -np.inf, -one[0].steps, -one[0].factor))
     return Choice(best, tried)
 
