@@ -91,7 +91,8 @@ class Data(Section):
     temperature: Annotated[float, Field(ge=1)] = 2.0
     """Of the weighting: 1 is proportional, large is uniform."""
     replay: Fraction = 0.3
-    """Share of the episodes that are of the old run's tasks, where a run continues another; 0 leaves them out."""
+    """Share of the episodes that are of the old run's tasks, where a run continues another; 0 leaves them out. They are
+    shown as this config says: keep the old prompt and templates, or what is replayed is not what was learned."""
     drop_small_classes: bool = False
     """Leave out classes with fewer than shots + queries examples, instead of refusing."""
     splits: SplitsSection = SplitsSection()

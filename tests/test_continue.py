@@ -12,7 +12,7 @@ from rich.console import Console
 
 from rayml.config import Config
 from rayml.distributed import continuing
-from rayml.distributed.continuing import FORGETTING, old_run, report_forgetting, with_replay
+from rayml.distributed.continuing import FORGETTING, old_run, report_forgetting, shown_anew, with_replay
 from rayml.distributed.train import train
 from rayml.errors import ConfigError, DataError, RunError
 from rayml.evaluation.session import open_session, start_of
@@ -51,7 +51,9 @@ def new_config(folder, old: RunFolder, **changes) -> Config:
 @pytest.mark.ray
 def test_a_run_goes_on_from_another_and_resumes_bit_for_bit(old, tmp_path, local_mode, capsys):
     whole = train(new_config(tmp_path, old))
-    assert "before and after: 32 of 32" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "before and after: 32 of 32" in told
+    assert "replayed as this config shows them" not in told
     # It began where the old one ended, and went on from there.
     begun, then = whole.read_untrained(), open_session(old)
     assert all(torch.equal(begun[name], then.start[name]) for name in begun)
@@ -76,6 +78,19 @@ def test_a_run_goes_on_from_another_and_resumes_bit_for_bit(old, tmp_path, local
     resumed = open_session(train(new_config(tmp_path, old), resume=True))
     assert [record["step"] for record in whole.records()] == [1, 2, 3, 4]
     assert all(torch.equal(resumed.start[name], now.start[name]) for name in now.start)
+
+
+@pytest.mark.ray
+def test_it_is_said_where_old_tasks_are_replayed_in_another_form(old, tmp_path, local_mode, capsys):
+    config = new_config(tmp_path, old)
+    then = config.data
+    now = then.model_copy(update={"prompt": "{input}?", "templates": {"toy-*": ("{input}!",)}})
+    assert shown_anew(then, then) == []
+    assert shown_anew(now, then) == ["data.prompt", "data.templates.toy-*"]
+    assert shown_anew(then, now) == ["data.prompt"]
+    outer = config.outer.model_copy(update={"steps": 1})
+    train(config.model_copy(update={"data": now, "outer": outer}))
+    assert f"data.prompt: not as in {old.path}, whose tasks are replayed" in capsys.readouterr().err
 
 
 @pytest.mark.ray

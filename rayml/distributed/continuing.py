@@ -22,6 +22,7 @@ from rayml.evaluation.evaluate import interval, trained_curves
 from rayml.evaluation.session import Session, open_session
 from rayml.runs.files import write_whole
 from rayml.runs.folder import RunFolder, flat
+from rayml.sections import Data
 from rayml.tasks.prepare import prepare_splits
 from rayml.tasks.splits import Splits, refuse_leaks
 from rayml.tasks.task import Task
@@ -91,6 +92,12 @@ def with_replay(splits: Splits, old: Old, share: float) -> tuple[Splits, frozens
     return splits._replace(train=(*splits.train, *replayed)), frozenset(task.name for task in replayed)
 
 
+def shown_anew(old: Data, new: Data) -> list[str]:
+    """Return the keys by which replayed tasks are shown in another way than in their own run."""
+    differ = [f"data.{key}" for key in ("prompt", "labels") if getattr(old, key) != getattr(new, key)]
+    return differ + [f"data.templates.{name}" for name, of in old.templates.items() if new.templates.get(name) != of]
+
+
 def report_forgetting(run: RunFolder, old: Old, splits: Splits, out: Console) -> dict[str, Any]:
     """Adapt to the old and the new meta-test tasks from both starts; print the scores, and write `forgetting.json`.
 
@@ -107,17 +114,19 @@ def report_forgetting(run: RunFolder, old: Old, splits: Splits, out: Console) ->
         done = bar("before and after", sum(2 * len(tasks) * episodes_each(tasks) for tasks, _ in groups.values()))
         found = {name: both(shows, then, now, tasks, done) for name, (tasks, shows) in groups.items()}
     write_whole(run.path / FORGETTING, json.dumps({"continues": str(old.run.path), "scores": found}, indent=2) + "\n")
-    table = Table(box=SIMPLE_HEAD, padding=(0, 0, 0, 1), title="before and after going on", title_justify="left")
+    table = Table(
+        box=SIMPLE_HEAD, show_edge=False, padding=(0, 0, 0, 1), title="before and after going on", title_justify="left"
+    )
     for place, head in enumerate(("meta-test", "before", "after", "change")):
         table.add_column(head, justify="right" if place else "left")
     for name, ends in found.items():
-        cells = [
-            f"{ends[key]['mean']:.3f} [{ends[key]['low']:.3f}, {ends[key]['high']:.3f}]" for key in ("before", "after")
-        ]
-        change = ends["change"]
-        table.add_row(name, *cells, f"{change['mean']:+.3f} [{change['low']:+.3f}, {change['high']:+.3f}]")
+        table.add_row(name, *(shown(ends[key], sign) for key, sign in (("before", ""), ("after", ""), ("change", "+"))))
     out.print(table)
     return found
+
+
+def shown(ends: dict[str, float], sign: str) -> str:
+    return "{mean:{sign}.2f} [{low:{sign}.2f}, {high:{sign}.2f}]".format(**ends, sign=sign)
 
 
 def episodes_each(tasks: Sequence[Task]) -> int:

@@ -18,7 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 
 from rayml.config import Config
-from rayml.distributed.continuing import FORGETTING, old_run, report_forgetting, with_replay
+from rayml.distributed.continuing import FORGETTING, old_run, report_forgetting, shown_anew, with_replay
 from rayml.distributed.events import Controlled, NewestCheckpoint, WorkersGone
 from rayml.distributed.job import Job
 from rayml.distributed.progress import Progress
@@ -68,6 +68,10 @@ def train(config: Config, resume: bool = False, at_once: int = 1) -> RunFolder:
     old = old_run(config)
     if old:
         splits, replayed = with_replay(splits, old, config.data.replay)
+        anew = replayed and shown_anew(old.config.data, config.data)
+        if anew:
+            said = f"{', '.join(anew)}: not as in {old.run.path}, whose tasks are replayed as this config shows them"
+            Console(stderr=True).print(said, style="yellow", highlight=False, soft_wrap=True)
     model = resolve_model(config.model.name)
     encoder = config.encoder(load_tokenizer(model))
     encoder.check([*splits.train, *splits.val, *splits.test])
