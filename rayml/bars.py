@@ -11,9 +11,10 @@ Bar = Callable[[str, int], Callable[..., None]]
 
 
 @contextmanager
-def bars(console: Console) -> Iterator[Bar]:
-    """Yield what adds a bar, for as long as the block runs; of no work at all none is shown."""
-    with Progress(*Progress.get_default_columns(), console=console, disable=not console.is_terminal) as shown:
+def bars(console: Console, transient: bool = False) -> Iterator[Bar]:
+    """Yield what adds a bar; of no work at all none is shown, and those that are `transient` go with the block."""
+    columns, is_terminal = Progress.get_default_columns(), console.is_terminal
+    with Progress(*columns, console=console, disable=not is_terminal, transient=transient) as shown:
 
         def add(name: str, total: int) -> Callable[..., None]:
             row = shown.add_task(name, total=total, visible=total > 0)

@@ -81,11 +81,11 @@ def _with_ray(request):
 
 @pytest.fixture(scope="session")
 def straight(local_ray, tmp_path_factory):
-    """A run of ten steps in one go, on a worker of its own, with validations."""
+    """A run of ten steps in one go, on two workers, with validations."""
     from rayml.distributed.train import train
 
     folder = tmp_path_factory.mktemp("straight")
-    return train(make_config(folder, data={"splits": SPLITS}, validation={"every": 5, "episodes": 4}))
+    return train(make_config(folder, data={"splits": SPLITS}, validation={"every": 5, "episodes": 4}, workers=2))
 
 
 @pytest.fixture

@@ -14,6 +14,14 @@ def test_without_a_terminal_there_is_a_line_for_each_tenth(capsys):
     assert told == [f"distilling: {done} of 40" for done in range(4, 41, 4)]
 
 
+def test_no_part_is_passed_over_that_holds_more_than_a_tenth(capsys):
+    with bars(Console(stderr=True)) as bar:
+        advance = bar("adapting", 20)
+        for _ in range(4):
+            advance(5)
+    assert capsys.readouterr().err.split("\n")[:-1] == [f"adapting: {done} of 20" for done in (5, 10, 15, 20)]
+
+
 def test_work_in_few_parts_ends_with_its_whole(capsys):
     with bars(Console(stderr=True)) as bar:
         first, second = bar("adapting", 3), bar("asking", 1)

@@ -19,6 +19,7 @@ from rayml.config import Config
 from rayml.errors import ConfigError, RunError
 from rayml.evaluation.command import EVALUATION_SEED
 from rayml.evaluation.evaluate import interval, trained_curves
+from rayml.evaluation.report import bounds
 from rayml.evaluation.session import Session, open_session
 from rayml.runs.files import write_whole
 from rayml.runs.folder import RunFolder, flat
@@ -120,13 +121,9 @@ def report_forgetting(run: RunFolder, old: Old, splits: Splits, out: Console) ->
     for place, head in enumerate(("meta-test", "before", "after", "change")):
         table.add_column(head, justify="right" if place else "left")
     for name, ends in found.items():
-        table.add_row(name, *(shown(ends[key], sign) for key, sign in (("before", ""), ("after", ""), ("change", "+"))))
+        table.add_row(name, bounds(ends["before"]), bounds(ends["after"]), bounds(ends["change"], "+"))
     out.print(table)
     return found
-
-
-def shown(ends: dict[str, float], sign: str) -> str:
-    return "{mean:{sign}.2f} [{low:{sign}.2f}, {high:{sign}.2f}]".format(**ends, sign=sign)
 
 
 def episodes_each(tasks: Sequence[Task]) -> int:

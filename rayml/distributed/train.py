@@ -68,8 +68,8 @@ def train(config: Config, resume: bool = False, at_once: int = 1) -> RunFolder:
     old = old_run(config)
     if old:
         splits, replayed = with_replay(splits, old, config.data.replay)
-        anew = replayed and shown_anew(old.config.data, config.data)
-        if anew:
+        anew = shown_anew(old.config.data, config.data)
+        if anew and replayed:
             said = f"{', '.join(anew)}: not as in {old.run.path}, whose tasks are replayed as this config shows them"
             Console(stderr=True).print(said, style="yellow", highlight=False, soft_wrap=True)
     model = resolve_model(config.model.name)

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rayml.config import Config
+from rayml.evaluation.report import bounds
 from rayml.runs.files import Place, write_whole
 from rayml.runs.plots import file_pyplot, save_figure
 
@@ -108,10 +109,6 @@ def score_columns(found: dict[str, Any], baseline: str) -> list[list[str]]:
         cells += [f"{row['calibration_error']:.2f}"] if is_label(found) else []
         rows.append([*cells, " ".join(f"{score:.2f}" for score in row["seeds"])])
     return [heads, *rows]
-
-
-def bounds(interval: dict[str, float], sign: str = "") -> str:
-    return "{mean:{sign}.2f} [{low:{sign}.2f}, {high:{sign}.2f}]".format(sign=sign, **interval)
 
 
 def cost_columns(found: dict[str, Any]) -> list[list[str]]:

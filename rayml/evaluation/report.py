@@ -43,24 +43,25 @@ def answers_table(summary: dict[str, Any]) -> Table | None:
     last = ""
     for name, kind, metric, ends in rows:
         first = name != last
-        cells = [_bounds(ends["before"]), _bounds(ends["after"]), _signed(ends["gain"])]
+        cells = [_half_width(ends["before"]), _half_width(ends["after"]), bounds(ends["gain"], "+")]
         found.add_row(name if first else "", kind if first else "", metric.replace("_", " "), *cells)
         last = name
     return found
 
 
-def _bounds(of: dict[str, float]) -> str:
+def _half_width(of: dict[str, float]) -> str:
     return f"{of['mean']:.2f} ± {(of['high'] - of['low']) / 2:.2f}"
 
 
-def _signed(of: dict[str, float]) -> str:
-    return f"{of['mean']:+.2f} [{of['low']:+.2f}, {of['high']:+.2f}]"
+def bounds(of: dict[str, float], sign: str = "") -> str:
+    """Return an interval's mean and ends; differences have a `sign` of "+"."""
+    return "{mean:{sign}.2f} [{low:{sign}.2f}, {high:{sign}.2f}]".format(sign=sign, **of)
 
 
 def _cells(scores: dict[str, Any]) -> list[str]:
     return [
-        *(_bounds(scores[key]) for key in ("before", "after", "untrained_after")),
-        _signed(scores["over_untrained"]),
+        *(_half_width(scores[key]) for key in ("before", "after", "untrained_after")),
+        bounds(scores["over_untrained"], "+"),
     ]
 
 
