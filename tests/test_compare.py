@@ -17,9 +17,9 @@ from rayml.distributed.compare import compare
 from rayml.distributed.entries import METHODS, Request, plan, tokens_per_step
 from rayml.errors import ConfigError, DataError
 from rayml.evaluation.answers import Contender, Setting, choose_setting, label_answers, taken_in
-from rayml.evaluation.session import untrained_session
 from rayml.lm.objective import task_losses
 from rayml.meta.algorithms import ALGORITHMS
+from rayml.model import untrained_model
 from rayml.planning.batch import trained_tokens
 from rayml.runs.folder import RunFolder
 from rayml.tasks.prepare import prepare_splits
@@ -102,7 +102,7 @@ def test_a_text_is_written_with_what_its_episode_taught(tmp_path):
         Task("copy", tuple(Example(f"say {word}", f"{word} {word}") for word in ("ab", "cd", "ef", "gh", "ij", "kl")))
     ]
     config = make_config(tmp_path, data={"max_tokens": 24})
-    session = untrained_session(config, toy_tasks())
+    session = untrained_model(config, toy_tasks())
     contender = Contender(session.scorer(), session.start, session.rates)
     episode = replace(make_sampler().episode(tasks, 0), query=())
     losses = contender.scorer.support_losses([episode])

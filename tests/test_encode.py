@@ -12,7 +12,7 @@ from rayml.lm.batch import IGNORE, collate, encode
 from rayml.lm.choices import Competition, compete
 from rayml.lm.encode import Encoder, decode_rows
 from rayml.lm.load import load_tokenizer, resolve_model
-from rayml.lm.score import OptionBatch
+from rayml.lm.score import OptionBatch, Question, may_fork
 from rayml.tasks.episodes import Episode, Sampler
 from rayml.tasks.task import Example, Task
 
@@ -116,7 +116,8 @@ class OneTokenLabels(Encoder):
 def test_options_score_as_one_sequence_at_a_time(tiny, tokenizer, one_token, attention, window):
     lm = tiny_lm(tiny, attention=attention)
     lm.module.config.sliding_window = window  # a mask of our own would switch it off
-    may_fork = not window
+    forks = may_fork(lm.module)
+    assert forks == (not window)
     start = perturbed_start(lm)
     fast = {name: torch.stack([weight, weight * 0.5]) for name, weight in start.items()}
     encoder = (OneTokenLabels if one_token else Encoder)(tokenizer, "{input}:", 40)
@@ -127,9 +128,10 @@ def test_options_score_as_one_sequence_at_a_time(tiny, tokenizer, one_token, att
         encoder.option_rows([Example(one, "") for one in some], among)
         for some, among in zip(texts, options, strict=True)
     ]
-    batch = OptionBatch(lm, encoder, rows)
+    questions = [[Question(query, encoder, forks) for query in task] for task in rows]
+    batch = OptionBatch(lm, encoder.pad, questions)
     # The first task's options are scored by all of their tokens, the second's by those where they part.
-    assert len(batch.batch.tokens) == 2 * (3 if one_token or may_fork else max(2 * 4, 3 * 2))
+    assert len(batch.batch.tokens) == 2 * (3 if one_token or forks else max(2 * 4, 3 * 2))
     with torch.no_grad():
         found = batch.log_probs(fast)
         for t in range(2):

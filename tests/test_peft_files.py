@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import TARGETS, make_config, perturbed_start, tiny_lm
+from conftest import TARGETS, perturbed_start, tiny_lm
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -21,7 +21,7 @@ def test_an_exported_adapter_gives_equal_logits_in_stock_peft(tiny, tmp_path, la
     weights = perturbed_start(lm)
     shape = {"rank": 4, "alpha": 8.0, "targets": list(TARGETS), "last_layers": last_layers}
     card = AdapterCard("mine", "tiny", "float32", "{input}:", 40, {"A": "ham"}, shape)
-    save_adapter(tmp_path / "mine", weights, make_config(tmp_path, lora=shape), tiny)
+    save_adapter(tmp_path / "mine", weights, shape, tiny)
     write_card(tmp_path / "mine", card)
 
     stock = PeftModel.from_pretrained(load_base(tiny, "float32"), tmp_path / "mine")

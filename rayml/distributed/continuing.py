@@ -6,7 +6,7 @@ the old run's own meta-test tasks, before and after.
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from rayml.errors import ConfigError, RunError
 from rayml.evaluation.command import EVALUATION_SEED
 from rayml.evaluation.evaluate import interval, trained_curves
 from rayml.evaluation.report import bounds
-from rayml.evaluation.session import Session, open_session
+from rayml.model import MetaModel, load
 from rayml.runs.files import write_whole
 from rayml.runs.folder import RunFolder, flat
 from rayml.sections import Data
@@ -104,7 +104,7 @@ def report_forgetting(run: RunFolder, old: Old, splits: Splits, out: Console) ->
 
     Accuracy over label tasks, or the loss over free text, after adapting; 95 % intervals over episodes, paired.
     """
-    then, now = open_session(old.run), open_session(run)
+    then, now = load(old.run), load(run)
     groups = {
         f"{name} tasks, {'accuracy' if is_label else 'loss'}": ([t for t in of if bool(t.options) == is_label], shows)
         for name, of, shows in (("old", old.splits.test, then), ("new", splits.test, now))
@@ -131,13 +131,13 @@ def episodes_each(tasks: Sequence[Task]) -> int:
 
 
 def both(
-    shows: Session, then: Session, now: Session, tasks: Sequence[Task], progress: Callable[[int], None]
+    shows: MetaModel, then: MetaModel, now: MetaModel, tasks: Sequence[Task], progress: Callable[[int], None]
 ) -> dict[str, dict[str, float]]:
     """Return the scores after adapting to the same episodes, as `shows` shows them, from the old start and the new."""
     sampler = shows.config.data.sampler(EVALUATION_SEED)
     ends = []
-    for session in (then, now):
-        asked = Session(shows.config, session.lm, shows.encoder, session.base, session.start, session.rates, 0, {})
+    for model in (then, now):
+        asked = replace(model, config=shows.config, encoder=shows.encoder)
         found = trained_curves(asked, tasks, sampler, episodes_each(tasks), progress)
         ends.append(np.array([curve.scores[-1] for curve in found]))
     return {"before": interval(ends[0]), "after": interval(ends[1]), "change": interval(ends[1] - ends[0])}

@@ -19,7 +19,6 @@ from rayml.distributed.watch import Signature
 from rayml.engine import collective, local, zero
 from rayml.engine.laps import Laps
 from rayml.evaluation.curves import Curve, Scorer
-from rayml.evaluation.session import start_of
 from rayml.lm.depth import rate_factors
 from rayml.lm.load import checkpoint_activations
 from rayml.lm.model import TaskLM, hooks
@@ -31,6 +30,7 @@ from rayml.meta.fomaml import fomaml
 from rayml.meta.gradient import MetaGradient
 from rayml.meta.learner import Learner, initial_log_rates, outer_schedule
 from rayml.meta.weighting import RecentGains
+from rayml.model import start_of
 from rayml.planning.batch import inner_steps, trained_tokens
 from rayml.runs.checkpoint import newest_checkpoint, read_checkpoint, write_state
 from rayml.runs.folder import RunFolder

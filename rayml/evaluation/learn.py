@@ -1,14 +1,13 @@
 """Learn new tasks from a handful of examples each, from a run's start: on the command line one, in a server many."""
 
-import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
 from rayml.errors import DataError
-from rayml.evaluation.session import Session
 from rayml.lm.batch import Row, collate
 from rayml.lm.objective import inner_losses
 from rayml.lm.peft_files import AdapterCard
@@ -17,6 +16,9 @@ from rayml.tasks.episodes import LETTERS, relabel, shown_labels
 from rayml.tasks.row import Row as DataRow
 from rayml.tasks.table import LABELS, build_tasks
 from rayml.tasks.task import Task
+
+if TYPE_CHECKING:
+    from rayml.model import MetaModel
 
 
 @dataclass(frozen=True)
@@ -27,17 +29,6 @@ class Lesson:
     labels: list[list[int]]
     """The tokens of those that it chooses among; none for the whole vocabulary."""
     card: AdapterCard
-
-
-@dataclass(frozen=True)
-class Learned:
-    """A new task's adapter, or, in mode full, its own copy of what was trained."""
-
-    weights: Params
-    card: AdapterCard
-    losses: list[float]
-    """Support loss before each inner step, and after the last."""
-    seconds: float
 
 
 def new_task(rows: Sequence[DataRow], name: str, labels: bool, kind: str = "") -> Task:
@@ -62,7 +53,7 @@ def new_task(rows: Sequence[DataRow], name: str, labels: bool, kind: str = "") -
     return replace(task, name=name)
 
 
-def lesson(session: Session, task: Task) -> Lesson:
+def lesson(session: "MetaModel", task: Task) -> Lesson:
     """Show a task's examples in the way that the run was trained with.
 
     Raises:
@@ -108,7 +99,7 @@ Losses = list[float]
 
 
 def take_in(
-    session: Session, lessons: Sequence[Lesson], steps: Sequence[int]
+    session: "MetaModel", lessons: Sequence[Lesson], steps: Sequence[int]
 ) -> Generator[None, None, list[tuple[Params, Losses]]]:
     """Adapt to T tasks side by side, each by its own number of inner steps; yields after every step.
 
@@ -135,24 +126,7 @@ def take_in(
     return [(found[t], curves[t][: last + 1]) for t, last in enumerate(steps)]
 
 
-def learn(session: Session, task: Task, steps: int | None = None) -> Learned:
-    """Take in every example of `task` from the run's learned start, just as training did.
-
-    Raises:
-        DataError: as `lesson` does.
-    """
-    prepared = lesson(session, task)
-    began = time.perf_counter()
-    adaptation = take_in(session, [prepared], [inner_steps(session, steps)])
-    while True:
-        try:
-            next(adaptation)
-        except StopIteration as end:
-            ((weights, losses),) = end.value
-            return Learned(weights, prepared.card, losses, time.perf_counter() - began)
-
-
-def inner_steps(session: Session, steps: int | None) -> int:
+def inner_steps(session: "MetaModel", steps: int | None) -> int:
     """Return how many steps a new task takes: those asked for, or the run's own; none where it is taken in at once."""
     config = session.config
     return 0 if takes_in_at_once(config.algorithm.name) else config.inner.steps if steps is None else steps

@@ -99,15 +99,13 @@ class Question:
 class OptionBatch:
     """The queries of T tasks, each with every option of its task: as a rule one forward row a query."""
 
-    def __init__(self, lm: TaskLM, encoder: Encoder, tasks: Sequence[Sequence[Sequence[Row]]]):
-        """Take each task's queries, each with a row an option (`Encoder.option_rows`)."""
+    def __init__(self, lm: TaskLM, pad: int, questions: Sequence[Sequence[Question]]):
+        """Take each task's queries; all of a task have as many options."""
         self.lm = lm
-        self.shape = [(len(task), len(task[0])) for task in tasks]
-        forks = may_fork(lm.module)
-        questions = [[Question(query, encoder, forks) for query in task] for task in tasks]
+        self.shape = [(len(task), len(task[0].options)) for task in questions]
         trees = [[tree for question in task for tree in question.trees] for task in questions]
         rows = [[Row(tree.tokens, len(tree.tokens), suffix=tree.suffix) for tree in task] for task in trees]
-        self.batch = collate(rows, encoder.pad).to(lm.device)
+        self.batch = collate(rows, pad).to(lm.device)
         self._note_places(trees)
         self._note_options([question for task in questions for question in task])
         forked = any(tree.is_forked for task in trees for tree in task)
@@ -184,7 +182,9 @@ class Ballot:
         self.ways = []
         for way in range(max(map(len, tasks))):
             asked = [task[way] if way < len(task) else (0.0, task[0][1]) for task in tasks]
-            batch = OptionBatch(lm, encoder, [rows for _, rows in asked])
+            forks = may_fork(lm.module)
+            questions = [[Question(rows, encoder, forks) for rows in queries] for _, queries in asked]
+            batch = OptionBatch(lm, encoder.pad, questions)
             self.ways.append(([weight for weight, _ in asked], batch))
 
     def log_probs(self, weights: Params | None) -> list[Tensor]:

@@ -56,18 +56,8 @@ class Fits:
     """Of the embeddings, where soft prompts are served; else LoRA is."""
 
 
-@dataclass(frozen=True, eq=False)  # told apart by identity
-class Adapter:
-    """An adapter in memory, ready for the task-batched layer."""
-
-    weights: Params
-    card: AdapterCard
-    size: int
-    """Bytes."""
-
-
-def read_adapter(folder: Path, fits: Fits) -> Adapter:
-    """Return the adapter in a folder that rayml or plain PEFT wrote.
+def read_adapter(folder: Path, fits: Fits) -> tuple[Params, AdapterCard]:
+    """Return the weights and the card of the adapter in a folder that rayml or plain PEFT wrote.
 
     Raises:
         RunError: it does not fit the base, or cannot be trusted; with the reason.
@@ -93,7 +83,7 @@ def read_adapter(folder: Path, fits: Fits) -> Adapter:
     broken = [name for name, weight in weights.items() if not torch.isfinite(weight).all()]
     if broken:
         raise RunError(f"{broken[0]} holds numbers that are not finite")
-    return Adapter(weights, card, sum(weight.nbytes for weight in weights.values()))
+    return weights, card
 
 
 def _read_json(path: Path) -> dict[str, Any]:
