@@ -205,8 +205,8 @@ class Validation(Section):
     episodes: PositiveInt = 32
     """Episodes of a validation, the same every time."""
     patience: NotNegativeInt = 0
-    """Stop after this many validations without a better score, and use the best checkpoint from then on; 0 never
-    stops. The best checkpoint is kept in either case."""
+    """Stop after this many validations without a better score; 0 never stops. The best checkpoint is kept in either
+    case, and is what is read from then on (`--checkpoint newest` reads the last)."""
 
 
 class Regularize(Section):
