@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from rayml.adapter import Adapter, Prediction, load_adapter
     from rayml.api import Sweep, compare, evaluate, sweep, train
     from rayml.config import Config, load_config
     from rayml.errors import ConfigError, DataError, RaymlError, RunError, StorageError, TrainingError
-    from rayml.model import Adapter, MetaModel, Prediction, load, load_adapter
+    from rayml.model import MetaModel, load
 
 __all__ = [
     "Adapter",
@@ -42,10 +43,11 @@ __all__ = [
     "train",
 ]
 _HOMES = {
+    "adapter": ("Adapter", "Prediction", "load_adapter"),
     "api": ("Sweep", "compare", "evaluate", "sweep", "train"),
     "config": ("Config", "load_config"),
     "errors": ("ConfigError", "DataError", "RaymlError", "RunError", "StorageError", "TrainingError"),
-    "model": ("Adapter", "MetaModel", "Prediction", "load", "load_adapter"),
+    "model": ("MetaModel", "load"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -25,6 +25,7 @@ MAY_LOAD = {
     "lm": HEAVY - {"ray"},  # transformers itself imports deepspeed where it is installed
     "engine": HEAVY - {"ray"},
     "evaluation": HEAVY - {"ray"},
+    "adapter": HEAVY - {"ray"},
     "model": HEAVY - {"ray"},
     "compression": HEAVY - {"ray"},
     "distributed": HEAVY,

@@ -17,6 +17,7 @@ from transformers import (
     RobertaConfig,
 )
 
+from rayml.adapter import load_adapter
 from rayml.distributed.train import train
 from rayml.errors import DataError
 from rayml.evaluation.evaluate import trained_curves
@@ -28,7 +29,7 @@ from rayml.lm.model import TaskLM
 from rayml.lm.sampling import Sampling
 from rayml.lm.score import Ballot
 from rayml.meta.adapt import task_gradients
-from rayml.model import load, load_adapter
+from rayml.model import load
 from rayml.serving.errors import ApiError
 from rayml.serving.replica import Replica
 from rayml.serving.schema import AdapterRequest, ClassifyRequest

@@ -22,11 +22,11 @@ from serving_run import (  # noqa: F401
     write,
 )
 
+from rayml.adapter import load_adapter
 from rayml.errors import RunError
 from rayml.evaluation.learn import take_in
 from rayml.lm.peft_files import load_learned
 from rayml.lm.sampling import Sampling
-from rayml.model import load_adapter
 from rayml.serving.http import as_api_error
 from rayml.serving.replica import Replica
 from rayml.serving.schema import (

@@ -9,9 +9,10 @@ import torch
 from conftest import make_config
 from serving_run import TEXTS, TICKETS, ask, examples, learn, learned, make_run, replica, request, run, write  # noqa: F401
 
+from rayml.adapter import load_adapter
 from rayml.errors import RunError
 from rayml.lm.sampling import Sampling
-from rayml.model import load, load_adapter
+from rayml.model import load
 from rayml.runs.checkpoint import seal
 from rayml.runs.folder import RunFolder
 from rayml.serving.errors import ApiError

@@ -23,8 +23,8 @@ from serving_run import (  # noqa: F401
     write,
 )
 
+from rayml.adapter import load_adapter
 from rayml.errors import ConfigError, RunError
-from rayml.model import load_adapter
 from rayml.serving.errors import ApiError
 from rayml.serving.resident import Resident
 from rayml.serving.schema import (

@@ -11,6 +11,7 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
+from rayml.adapter import load_adapter
 from rayml.distributed.train import train
 from rayml.errors import ConfigError, RunError
 from rayml.lm.batch import IGNORE, collate
@@ -22,7 +23,7 @@ from rayml.lm.peft_files import PROMPT_KEY, WEIGHTS
 from rayml.lm.score import Ballot
 from rayml.lm.soft_prompt import PROMPT, TaskPrompt
 from rayml.meta.adapt import task_gradients
-from rayml.model import load, load_adapter
+from rayml.model import load
 from rayml.runs.folder import RunFolder
 from rayml.serving.adapter_files import read_adapter
 from rayml.serving.replica import Replica

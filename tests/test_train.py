@@ -13,13 +13,14 @@ import torch
 from conftest import SPLITS, make_config, toy_tasks
 from safetensors.torch import load_file
 
+from rayml.adapter import load_adapter
 from rayml.api import evaluate
 from rayml.config import dump_config
 from rayml.distributed.stream import EncodeEpisode, share_of_step, stream_steps, worker_index
 from rayml.distributed.train import check_resources, cpus_each, forget_lost, train
 from rayml.errors import ConfigError, DataError, RunError, TrainingError
 from rayml.lm.encode import Encoder
-from rayml.model import load, load_adapter
+from rayml.model import load
 from rayml.runs.checkpoint import newest_checkpoint, read_checkpoint, seal, verify, write_state
 from rayml.runs.folder import RunFolder
 from rayml.tasks.episodes import Sampler

@@ -14,12 +14,13 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
+from rayml.adapter import load_adapter
 from rayml.api import evaluate
 from rayml.distributed.train import train
 from rayml.errors import RunError
 from rayml.lm.load import load_base, resolve_model
 from rayml.meta.algorithms import ALGORITHMS
-from rayml.model import load, load_adapter
+from rayml.model import load
 from rayml.runs.checkpoint import newest_checkpoint, verify
 from rayml.runs.folder import RunFolder
 from rayml.runs.stopping import is_best, is_enough

@@ -10,7 +10,7 @@ import rayml
 from rayml.cli.app import Checkpoint, Json, RunPath, app, err, out, print_keys
 
 if TYPE_CHECKING:
-    from rayml.model import Adapter
+    from rayml.adapter import Adapter
 
 
 @app.command()
@@ -29,7 +29,7 @@ def adapt(
 
     folder = RunFolder(run)
     folder.trained(checkpoint)  # refuse early what is no finished run
-    from rayml.model import new_folder
+    from rayml.adapter import new_folder
     from rayml.tasks.read import read_rows
 
     to = new_folder(out_dir)
@@ -64,7 +64,7 @@ def export(
     `AutoModelForCausalLM.from_pretrained` loads the whole model, `PeftModel.from_pretrained` the adapter. Starting
     from it takes the inner loop that the run was trained for: without one, it answers no better than by chance.
     """
-    from rayml.model import new_folder
+    from rayml.adapter import new_folder
 
     new_folder(out_dir)
     model = rayml.load(run, checkpoint=checkpoint)

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 import torch
 
+from rayml.adapter import Adapter
 from rayml.errors import ConfigError
 from rayml.lm.sampling import Piece, Sampling, TokenScore
-from rayml.model import Adapter
 from rayml.serving.errors import ApiError
 
 

@@ -3,10 +3,10 @@
 import dataclasses
 from collections.abc import Sequence
 
+from rayml.adapter import Adapter
 from rayml.errors import DataError
 from rayml.lm.encode import Encoder
 from rayml.lm.queries import Query
-from rayml.model import Adapter
 from rayml.serving.errors import ApiError
 from rayml.tasks.episodes import relabel
 from rayml.tasks.row import unanswered

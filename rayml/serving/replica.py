@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from rayml.adapter import Adapter, chosen
 from rayml.errors import DataError, TrainingError
 from rayml.evaluation.learn import Lesson, inner_steps, lesson
 from rayml.lm.chat import chat_prompt
@@ -18,7 +19,7 @@ from rayml.lm.generate import end_tokens
 from rayml.lm.peft_files import AdapterCard, encoder_of
 from rayml.lm.sampling import Piece, Sampling
 from rayml.meta.adapt import Params
-from rayml.model import Adapter, chosen, load, refuse_diverged
+from rayml.model import load, refuse_diverged
 from rayml.runs.folder import RunFolder
 from rayml.serving.engine import Engine, Observe
 from rayml.serving.errors import ApiError, busy

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from rayml.adapter import Adapter
 from rayml.errors import RunError
 from rayml.lm.peft_files import AdapterCard
 from rayml.meta.adapt import Params
-from rayml.model import Adapter
 from rayml.serving.adapter_files import Fits, read_adapter
 from rayml.serving.errors import ApiError
 from rayml.serving.store import AdapterStore
