@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
@@ -97,6 +97,12 @@ class Adapter:
         """Bytes of its weights in memory."""
         return sum(weight.nbytes for weight in (self.weights or {}).values())
 
+    @overload
+    def predict(self, inputs: str | Mapping[str, str], options: Sequence[str] | None = None) -> Prediction: ...
+    @overload
+    def predict(self, inputs: list[str], options: Sequence[str] | None = None) -> list[Prediction]: ...
+    @overload
+    def predict(self, inputs: Input | Iterable[Input], options: Sequence[str] | None = None) -> Any: ...
     def predict(self, inputs: Input | Iterable[Input], options: Sequence[str] | None = None) -> Any:
         """Choose among the task's labels, or among `options`; write a text where there are neither.
 
@@ -215,8 +221,8 @@ def load_adapter(folder: str | Place, *, model: "MetaModel | Adapter | None" = N
 
     Args:
         folder: its path, or URI.
-        model: whose base it is to share, so that none is loaded; it has to be the one that the task was learned on. A
-            task of mode full is a whole model, and shares nothing.
+        model: whose base it is to share, in the dtype that it has, so that none is loaded; it has to be the one that
+            the task was learned on. A task of mode full is a whole model, and shares nothing.
 
     Raises:
         RunError: it is not there, or not whole, or it does not fit the model's base.
@@ -244,10 +250,10 @@ def base_of(card: AdapterCard, own_model: str | None) -> tuple[TaskLM, str]:
 
 def refuse_misfit(folder: Place, weights: Params, card: AdapterCard, model: "MetaModel | Adapter") -> None:
     """Raise RunError if a task was not learned on a model's base, or its hooks cannot carry it."""
-    name, dtype = model_and_dtype(model)
+    name = model.card.model if isinstance(model, Adapter) else model.config.model.name
+    if card.model != name:
+        raise RunError(f"{folder}: was learned on {card.model}, not on {name}")
     hooked = model.lm.adapter
-    if (card.model, card.dtype) != (name, dtype):
-        raise RunError(f"{folder}: was learned on {card.model} in {card.dtype}, not on {name} in {dtype}")
     if isinstance(hooked, TaskLoRA):
         adapted = {weight.rsplit(".lora_", 1)[0] for weight in weights}
         fits = adapted <= hooked.linears.keys() and card.lora["alpha"] / card.lora["rank"] == hooked.alpha / hooked.rank
@@ -258,12 +264,6 @@ def refuse_misfit(folder: Place, weights: Params, card: AdapterCard, model: "Met
             f"{folder}: adapts what this model's hooks do not, or by another alpha / rank; load it without `model`, or "
             "load the run with every_linear=True"
         )
-
-
-def model_and_dtype(model: "MetaModel | Adapter") -> tuple[str, str]:
-    if isinstance(model, Adapter):
-        return model.card.model, model.card.dtype
-    return model.config.model.name, model.config.model.dtype
 
 
 def new_folder(to: str | Place) -> Place:

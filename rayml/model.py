@@ -30,7 +30,7 @@ from rayml.meta.learner import initial_log_rates
 from rayml.runs.checkpoint import read_checkpoint, step_of
 from rayml.runs.files import Place, local_copy, made_here
 from rayml.runs.folder import RunFolder
-from rayml.tasks.read import rows_given
+from rayml.tasks.read import Examples, rows_given
 from rayml.tasks.row import Row
 from rayml.tasks.task import Task
 
@@ -81,7 +81,7 @@ class MetaModel:
         inner = self.config.inner
         return Scorer(self.lm, self.encoder, self.config.algorithm.name, inner.steps, inner.unfreeze_every)
 
-    def adapt(self, examples: Any, *, name: str = "task", steps: int | None = None) -> Adapter:
+    def adapt(self, examples: Examples, *, name: str = "task", steps: int | None = None) -> Adapter:
         """Learn one new task from a few examples, in about a second.
 
         Args:
@@ -99,7 +99,7 @@ class MetaModel:
         return self.adapt_many({name: examples}, steps=steps)[name]
 
     def adapt_many(
-        self, tasks: Mapping[str, Any], *, steps: int | None = None, at_once: int = AT_ONCE
+        self, tasks: Mapping[str, Examples], *, steps: int | None = None, at_once: int = AT_ONCE
     ) -> dict[str, Adapter]:
         """Learn T tasks side by side, in one batched inner loop: each comes out as it would alone.
 

@@ -18,6 +18,8 @@ from rayml.tasks.row import Row, RowError, row_of
 
 SUFFIXES = (".jsonl", ".parquet")
 SHOWN_ERRORS = 20
+Examples = str | Path | Iterable[Any]
+"""A path or URI; a pandas DataFrame, or a `datasets.Dataset`; or pairs `(input, target)`, dicts, and `Row`s."""
 
 
 def read_rows(paths: Iterable[str], columns: dict[str, str] | None = None, kind: str | None = None) -> list[Row]:
@@ -37,7 +39,7 @@ def read_rows(paths: Iterable[str], columns: dict[str, str] | None = None, kind:
     return checked(chain.from_iterable(map(_some_records, paths)), columns or {}, kind)
 
 
-def rows_given(examples: Any) -> list[Row]:
+def rows_given(examples: Examples) -> list[Row]:
     """Return the rows of examples in any form that people have them in.
 
     Args:
