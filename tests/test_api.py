@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import make_config
+from conftest import SPLITS, make_config
 from serving_run import make_run
 
 import rayml
@@ -129,3 +129,18 @@ def test_settings_are_changed_in_any_form(tmp_path):
     assert dotted({"run": {"dir": Path("here")}}) == {"run.dir": "here"}
     with pytest.raises(ConfigError, match=r"did you mean inner\.lr"):
         rayml.load_config(config, {"inner.lrr": 0.1})
+
+
+@pytest.mark.ray
+def test_training_returns_the_model_that_its_folder_holds(tmp_path, local_mode):
+    config = make_config(tmp_path, data={"splits": SPLITS}, validation={"every": 2, "episodes": 2})
+    model = rayml.train(config, {"outer.steps": 4}, run={"checkpoint_every": 2})
+    assert model.run.path == Path(config.run.dir)
+    assert (model.config.outer.steps, model.config.run.checkpoint_every) == (4, 2)
+    scores = [record["val_accuracy_after"] for record in model.run.records() if "val_accuracy_after" in record]
+    assert model.step == 2 * (1 + scores.index(max(scores)))
+    with pytest.raises(rayml.RunError, match="holds a run already"):
+        rayml.train(config, {"outer.steps": 4})
+    newer = rayml.train(config, ["outer.steps=2", f"run.dir={tmp_path}/newer"], continues=model.run.path)
+    assert newer.config.run.continues == str(model.run.path)
+    assert newer.adapt([("a b", "x"), ("c d", "y")]).predict("a").label in ("x", "y")

@@ -11,7 +11,10 @@ import torch
 from conftest import make_config, tiny_lm, toy_tasks
 from rich.console import Console
 from test_train_algorithms import config_for
+from typer.testing import CliRunner
 
+import rayml
+from rayml.cli import app
 from rayml.config import with_values
 from rayml.distributed.compare import compare
 from rayml.distributed.entries import METHODS, Request, plan, tokens_per_step
@@ -219,8 +222,16 @@ def test_a_comparison_goes_on_where_it_stopped_and_its_tables_follow_from_its_an
     request = replace(REQUEST, methods=["zero_shot", "lora", "multitask", "fomaml"])
     out = Console(width=200)
 
-    compare(values, "here", request, folder, "rayml compare", True, out)
-    planned = capsys.readouterr().out
+    (tmp_path / "compare.yaml").write_text(json.dumps(values))
+    command = [
+        "compare",
+        str(tmp_path / "compare.yaml"),
+        "--methods=fomaml",
+        "--seeds=1",
+        "--rates=0.5,1",
+        "--steps=1,2",
+    ]
+    planned = CliRunner().invoke(app, [*command, "--val-episodes=2", f"--out={folder}", "--dry-run"]).output
     assert re.search(r"fomaml +1 +4 +\d+ +\d+", planned)
     assert "4 settings tried on 2 meta-val episodes" in planned
     assert not folder.exists()
@@ -262,8 +273,9 @@ def test_a_comparison_goes_on_where_it_stopped_and_its_tables_follow_from_its_an
     assert (folder / "results" / "fomaml-0.json").stat().st_mtime_ns == kept
 
     # A run folder takes part as it is; more episodes are asked anew.
-    request = replace(request, methods=["zero_shot"], runs=[folder / "multitask-0"], episodes=2)
-    other = compare(values, "here", request, tmp_path / "other", "", False, out)
+    asked = {"val_episodes": request.val_episodes, "rates": request.factors, "steps": request.steps}
+    runs = [folder / "multitask-0"]
+    other = rayml.compare(values, methods=["zero_shot"], runs=runs, episodes=2, out=tmp_path / "other", **asked)
     names = [row["method"] for row in other["kinds"]["label"]["methods"]]
     assert names == ["zero_shot", "multitask-0"]
     assert other["baseline"] == "zero_shot"
