@@ -120,7 +120,7 @@ def compare(
     *,
     methods: Sequence[str] = (),
     variants: Mapping[str, Sequence[str]] | None = None,
-    runs: Sequence[str] = (),
+    runs: "Sequence[str | Place]" = (),
     seeds: int = 5,
     episodes: int = 20,
     val_episodes: int = 24,
@@ -163,7 +163,7 @@ def compare(
     request = Request(
         methods=list(methods),
         variants={name: tuple(changes) for name, changes in (variants or {}).items()},
-        runs=list(runs),
+        runs=[str(run) for run in runs],
         seeds=seeds,
         episodes=episodes,
         val_episodes=val_episodes,
