@@ -106,7 +106,8 @@ def test_examples_come_in_any_form(model, tmp_path):
         read_rows([str(file)]),
         [list(pair) for pair in TICKETS],
         pandas.DataFrame(examples()),
-        pandas.DataFrame([e | {"options": labels} for e in examples()]),
+        pandas.DataFrame([e | {"options": labels, "features": 1} for e in examples()]),
+        pandas.DataFrame([examples()[0] | {"kind": "label"}, *examples()[1:]]).drop(columns="kind"),
         datasets.Dataset.from_list(examples()),
         datasets.Dataset.from_dict(columns, features=classes),
     ):

@@ -51,10 +51,13 @@ def rows_given(examples: Examples) -> list[Row]:
     """
     if isinstance(examples, str | Path):
         return read_rows([str(examples)])
-    if hasattr(examples, "features"):
-        found: Iterable[Any] = _class_names(examples)
-    elif hasattr(examples, "to_dict"):
-        found = ({k: v for k, v in record.items() if v is not None and v == v} for record in _frame_records(examples))
+    if hasattr(examples, "iloc"):
+        frame = _frame_records(examples)
+        found: Iterable[Any] = (
+            {k: v for k, v in row.items() if v is not None and v == v} for row in frame
+        )  # NaN: none
+    elif hasattr(examples, "features"):
+        found = _class_names(examples)
     else:
         found = examples
     if isinstance(found, Mapping) or not isinstance(found, Iterable):
