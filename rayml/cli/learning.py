@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from rayml.cli.app import Checkpoint, Json, RunPath, app, err, out, print_keys
+from rayml.progress import doing
 
 
 @app.command()
@@ -54,10 +55,12 @@ def predict(
     as_json: Json = False,
 ) -> None:
     """Answer with a learned task: the most probable of its labels, or generated text."""
-    from rayml.evaluation.predict import Predictor
-
     chosen = [option.strip() for option in options.split(",") if option.strip()] if options else None
-    answer = Predictor(adapter).predict(given(text), chosen)
+    with doing(err, "loading libraries and model"):
+        from rayml.evaluation.predict import Predictor
+
+        predictor = Predictor(adapter)
+    answer = predictor.predict(given(text), chosen)
     if as_json:
         print(json.dumps({"prediction": answer.text, "probabilities": answer.probabilities}, ensure_ascii=False))
         return
@@ -109,8 +112,8 @@ def serve_run(
         return
     if run is None:
         raise typer.BadParameter("give a RUN folder, or --keys")
-    err.print("[dim]loading libraries ...[/]")
-    from rayml.serving.command import serve_forever
+    with doing(err, "loading libraries"):
+        from rayml.serving.command import serve_forever
 
     serve_forever(run, overrides or [], host, port, store, keys_file, metrics_port, insecure, out)
 

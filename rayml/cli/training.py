@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from rayml.cli.app import Checkpoint, ConfigPath, Json, Overrides, RunPath, app, err, out, print_keys
+from rayml.progress import doing
 
 
 @app.command()
@@ -33,8 +34,8 @@ def train(
 
     given = [*(overrides or []), *([f"run.continues={continued}"] if continued else [])]
     settings = load_config(config, given)
-    err.print("[dim]loading libraries, data and model ...[/]")
-    from rayml.distributed.train import train as run_training
+    with doing(err, "loading libraries"):
+        from rayml.distributed.train import train as run_training
 
     run = run_training(settings, resume)
     taken = run.records()[-1]["step"]
@@ -163,8 +164,8 @@ def sweep(
     settings: dict[str, Any] = {f"sweep.{key}": value for key, value in given.items() if value is not None}
     if search:
         settings["sweep.search"] = {key: text for key, _, text in (one.partition("=") for one in search)}
-    err.print("[dim]loading libraries, data and model ...[/]")
-    from rayml.distributed.sweep import sweep as run_sweep
+    with doing(err, "loading libraries"):
+        from rayml.distributed.sweep import sweep as run_sweep
 
     run_sweep(with_values(values, settings), config, resume, out)
 
@@ -205,9 +206,9 @@ def compare(
     values = read_values(config, overrides or [])
     if data:
         values = with_values(values, {"data.path": data})
-    err.print("[dim]loading libraries, data and model ...[/]")
-    from rayml.distributed.compare import compare as run_comparison
-    from rayml.distributed.entries import Request
+    with doing(err, "loading libraries"):
+        from rayml.distributed.compare import compare as run_comparison
+        from rayml.distributed.entries import Request
 
     request = Request(
         methods=[name.strip() for name in methods.split(",")] if methods else [],

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from rayml.bars import Bar, bars
 from rayml.compression.quantize import LIBRARY, check_library
 from rayml.compression.student import evenly_spaced, wanted_layers
 from rayml.config import Config
 from rayml.errors import ConfigError, RunError
 from rayml.evaluation.command import EVALUATION_SEED, held_out_tasks, new_folder
 from rayml.lm.load import resolve_model
+from rayml.progress import Bar, doing, progress
 from rayml.runs.files import write_whole
 from rayml.runs.folder import RunFolder
 from rayml.tasks.task import Task
@@ -66,16 +66,16 @@ def compress_run(
     config, _ = source.trained(checkpoint)
     base = check_run(config, source, distill)
     tasks = held_out_tasks(config, config.data, None, "test")
-    err.print("[dim]loading libraries and model ...[/]")
-    from rayml.compression import ways
-    from rayml.compression.folder import write_run
-    from rayml.compression.report import table
-    from rayml.evaluation.session import open_session
+    with doing(err, "loading libraries and model"):
+        from rayml.compression import ways
+        from rayml.compression.folder import write_run
+        from rayml.compression.report import table
+        from rayml.evaluation.session import open_session
 
-    session = open_session(source, checkpoint)
+        session = open_session(source, checkpoint)
     part = folder.with_name(folder.name + ".part")  # a base that is not whole is never taken for one
     shutil.rmtree(part, ignore_errors=True)
-    with bars(err) as bar:
+    with progress(err) as bar:
         try:
             if quantize:
                 compressed = ways.quantized(session, base, quantize, part)

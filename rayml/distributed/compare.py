@@ -14,7 +14,6 @@ from typing import Any
 import ray
 from rich.console import Console
 
-from rayml.bars import bars
 from rayml.config import Config, parse_config
 from rayml.distributed.comparison_plan import show_plan
 from rayml.distributed.entries import Entry, Request, plan
@@ -26,6 +25,7 @@ from rayml.evaluation.command import EVALUATION_SEED
 from rayml.evaluation.comparison import summarize
 from rayml.evaluation.comparison_report import print_summary, write_report
 from rayml.evaluation.session import open_session, untrained_session
+from rayml.progress import progress
 from rayml.runs.files import Place, place, write_whole
 from rayml.runs.folder import fingerprint
 from rayml.tasks.prepare import prepare_splits
@@ -110,7 +110,7 @@ def adapted_and_asked(entry: Entry, base: Config, splits: Splits, request: Reque
     contender = contender_of(entry, splits.train)
     data = base.data.model_copy(update={"labels": entry.config.data.labels})
     tried = splits.val, data.sampler(VALIDATION_SEED), request.val_episodes, request.factors, request.steps
-    with bars(Console(stderr=True), transient=True) as bar:
+    with progress(Console(stderr=True), transient=True) as bar:
         began = time.perf_counter()
         tries = len(request.factors) * request.val_episodes * contender.takes_steps
         choice = choose_setting(contender, *tried, bar(f"adapting {entry.name}", tries))

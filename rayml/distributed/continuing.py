@@ -14,13 +14,13 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from rayml.bars import bars
 from rayml.config import Config
 from rayml.errors import ConfigError, RunError
 from rayml.evaluation.command import EVALUATION_SEED
 from rayml.evaluation.evaluate import interval, trained_curves
 from rayml.evaluation.report import bounds
 from rayml.evaluation.session import Session, open_session
+from rayml.progress import progress
 from rayml.runs.files import write_whole
 from rayml.runs.folder import RunFolder, flat
 from rayml.sections import Data
@@ -111,7 +111,7 @@ def report_forgetting(run: RunFolder, old: Old, splits: Splits, out: Console) ->
         for is_label in (True, False)
     }
     groups = {name: group for name, group in groups.items() if group[0]}
-    with bars(out) as bar:
+    with progress(out) as bar:
         done = bar("before and after", sum(2 * len(tasks) * episodes_each(tasks) for tasks, _ in groups.values()))
         found = {name: both(shows, then, now, tasks, done) for name, (tasks, shows) in groups.items()}
     write_whole(run.path / FORGETTING, json.dumps({"continues": str(old.run.path), "scores": found}, indent=2) + "\n")

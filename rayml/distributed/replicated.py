@@ -20,9 +20,12 @@ from rayml.engine import collective, local, zero
 from rayml.engine.laps import Laps
 from rayml.evaluation.curves import Curve, Scorer
 from rayml.evaluation.session import start_of
+from rayml.lm.batch import Row
 from rayml.lm.depth import rate_factors
+from rayml.lm.encode import Encoder
+from rayml.lm.frozen import KnownStates
 from rayml.lm.load import checkpoint_activations
-from rayml.lm.model import TaskLM, hooks
+from rayml.lm.model import TaskLM, hooks, known_states
 from rayml.lm.objective import task_losses
 from rayml.lm.start import untrained_start
 from rayml.meta.adapt import Params, TaskLosses
@@ -34,6 +37,13 @@ from rayml.meta.weighting import RecentGains
 from rayml.planning.batch import inner_steps, trained_tokens
 from rayml.runs.checkpoint import newest_checkpoint, read_checkpoint, write_state
 from rayml.runs.folder import RunFolder
+from rayml.tasks.episodes import relabel
+from rayml.tasks.task import Task
+
+WORTH_KNOWING = 2
+"""Times that an example comes back on average, from which on its frozen states are kept."""
+MOST_KNOWN_BYTES = 2 * 2**30
+"""On each worker, for those states."""
 
 
 class Replicated:
@@ -48,12 +58,28 @@ class Replicated:
         self.rank, self.workers = collective.rank(), collective.world_size()
         self.lm = build_lm(config, job.model, device)
         self.encoder = get(job.encoder)
+        rows = returning_rows(job, self.encoder) if self.lm.has_frozen_layers else []
+        if rows:
+            self.lm.known = self._known_states(rows)
+        sign.doing("finding the start")
         start = agreed_start(job, self.lm)
         factors = rate_factors(self.lm.module, start, config.inner.layer_decay)
         self.learner = build_learner(config, start, factors, device)
         self.tasks = {task.name: place for place, task in enumerate(get(job.train))}
         self.gains = RecentGains(len(self.tasks), device)
         self.laps = Laps(device)
+
+    def _known_states(self, rows: Sequence[Row]) -> KnownStates | None:
+        """Return what the frozen layers make of rows, of which each worker runs a share; None, if that is too much."""
+        width, size = self.lm.module.get_input_embeddings().weight.shape[1], self.lm.module.dtype.itemsize
+        if sum(len(row.tokens) for row in rows) * width * size > MOST_KNOWN_BYTES:
+            return None
+        share = slice(self.rank, None, self.workers)
+
+        def tell(percent: int) -> None:
+            self.sign.doing(f"reading {len(rows)} training examples with the frozen layers, once: {percent} %")
+
+        return known_states(self.lm, rows, self.encoder.pad, share, collective.join_from_workers, tell)
 
     def begin(self, run: RunFolder) -> None:
         """Go on from the newest whole checkpoint, or keep the untrained start to compare with."""
@@ -186,6 +212,27 @@ class Replicated:
         """Write this worker's part of a checkpoint: the first one's is all."""
         if self.rank < self.parts:
             write_state(folder, self.learner.state() | {"gains": self.gains.gains})
+
+
+def returning_rows(job: Job, encoder: Encoder) -> list[Row]:
+    """Return the rows of the tasks whose examples come back in later episodes, as often as it takes to be worth it."""
+    config, data = job.config, job.config.data
+    validations = config.outer.steps // config.validation.every * config.validation.episodes if job.val else 0
+    rows: list[Row] = []
+    for tasks, episodes in (
+        (get(job.train), config.outer.steps * config.tasks_per_step),
+        (get(job.val) if job.val else (), validations),
+    ):
+        drawn = episodes * data.ways * (data.shots + data.queries)
+        if not encoder.in_context and drawn >= WORTH_KNOWING * sum(len(task.examples) for task in tasks):
+            rows += [row for task in tasks for row in task_rows(encoder.of(task.name, task.kind), task, data.labels)]
+    return rows
+
+
+def task_rows(encoder: Encoder, task: Task, labels: str) -> list[Row]:
+    """Return a row for each example of a task, as episodes show it but for which letter stands for a label."""
+    letter = "A" if task.options and labels == "letters" else None
+    return encoder.rows([relabel(example, letter) for example in task.examples], bool(task.options))
 
 
 def slowest(seconds: torch.Tensor) -> dict[str, Any]:

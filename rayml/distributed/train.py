@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
@@ -28,12 +28,15 @@ from rayml.distributed.watch import START_SECONDS, Watch, end_run
 from rayml.distributed.worker import train_worker
 from rayml.errors import ConfigError, TrainingError
 from rayml.evaluation.command import export_run
+from rayml.interrupt import heed_sigterm, kept
 from rayml.lm.encode import Encoder
 from rayml.lm.load import load_shape, load_tokenizer, resolve_model
 from rayml.lm.lora import A, B, find_linears
 from rayml.lm.parameters import trained_parameters
 from rayml.lm.soft_prompt import PROMPT
 from rayml.meta.learner import initial_log_rates
+from rayml.progress import doing
+from rayml.runs.checkpoint import newest_checkpoint, step_of
 from rayml.runs.files import Place, place, remove
 from rayml.runs.folder import RunFolder
 from rayml.runs.remote import Remote
@@ -50,6 +53,8 @@ WORKER_ENV = {
 }
 
 
+SECONDS_TO_STOP = 5.0
+"""That an interrupted run may take to its next checkpoint."""
 DIED = WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 
 
@@ -98,7 +103,8 @@ def own_ray(config: Config, at_once: int = 1) -> Iterator[None]:
     """Start Ray where none runs, for `at_once` runs beside each other, and end it."""
     starts = not ray.is_initialized()
     if starts:
-        start_ray(config, at_once)
+        with doing(Console(stderr=True), "starting Ray"):
+            start_ray(config, at_once)
     try:
         yield
     finally:
@@ -124,7 +130,7 @@ def with_absolute_paths(config: Config) -> Config:
 
 def check_model(config: Config, model: str, tasks: Sequence[Task]) -> None:
     """Raise ConfigError if the model lacks what the config names; on the meta device, so that nothing is loaded."""
-    bare = load_shape(model)
+    bare = load_shape(model, "eager")  # which every model has
     if config.mode == "full":
         names = list(trained_parameters(bare, config.full))
     elif config.soft_tokens:
@@ -169,6 +175,7 @@ def start_ray(config: Config, at_once: int = 1) -> None:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
     ray.init(logging_level=logging.ERROR, log_to_driver=False, runtime_env={"env_vars": WORKER_ENV}, **own)
+    heed_sigterm()
     if not own:
         there = ray.cluster_resources()
         try:
@@ -258,7 +265,7 @@ def fit(
         ),
     )
     console = Console(stderr=True)
-    with Progress(run, config.outer.steps, console), Watch(roll, longest_wait, console) as watch:
+    with Progress(run, config.outer.steps, console, roll), Watch(roll, longest_wait, console) as watch:
         try:
             stopped = finished(trainer, run, roll, console)
         except ray.exceptions.RayActorError as end:
@@ -273,7 +280,7 @@ def fit(
 
 
 def finished(trainer: TorchTrainer, run: RunFolder, roll: Any, console: Console) -> str | None:
-    """Return what the workers return, once they have; with Ctrl-C there is a checkpoint first, with a second one not.
+    """Return what the workers return, once they have. With Ctrl-C there is a checkpoint first, if the step ends soon.
 
     In a thread of its own, where Ray Train lets Ctrl-C be: its handler would stay after its end.
     """
@@ -281,15 +288,17 @@ def finished(trainer: TorchTrainer, run: RunFolder, roll: Any, console: Console)
         training = pool.submit(trainer.fit)
         try:
             return training.result().return_value  # type: ignore[attr-defined]
-        except KeyboardInterrupt:
-            console.print("stopping after this outer step, with a checkpoint; Ctrl-C again stops at once")
-            run.tell_to_stop()
-        try:
-            training.result()
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as end:
+            stopped = end
+        console.print("stopping after this outer step, with a checkpoint, or in a few seconds without")
+        run.tell_to_stop()
+        with suppress(KeyboardInterrupt, TimeoutError):
+            training.result(timeout=SECONDS_TO_STOP)
+        if not training.done():
             end_run(roll)
-    console.print(f"stopped; --resume goes on with {run.path}", highlight=False, soft_wrap=True)
-    raise KeyboardInterrupt
+    folder = newest_checkpoint(run.checkpoints)
+    learned = f"{step_of(folder)} outer steps are kept in {run.path}" if folder else "no outer step is kept"
+    raise kept(stopped, f"{learned}; the same command with --resume goes on") from None
 
 
 def no_room(run: RunFolder, longest_wait: float) -> TrainingError:

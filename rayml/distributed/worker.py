@@ -25,6 +25,7 @@ from rayml.distributed.trackers import Tracker, open_trackers
 from rayml.distributed.watch import Signature
 from rayml.engine import collective
 from rayml.evaluation.curves import Curve
+from rayml.lm.precision import device_for, settled, with_dtype
 from rayml.runs.checkpoint import folder_name, keep_only, naming_full_disk, seal
 from rayml.runs.files import Place, deliver
 from rayml.runs.folder import RunFolder
@@ -41,13 +42,30 @@ logger = logging.getLogger(__name__)
 def train_worker(settings: dict[str, Any]) -> str | None:
     """Meta-train; return None, or why training failed (the same on every worker)."""
     job: Job = settings["job"]
+    device = ray.train.torch.get_device()
+    run = RunFolder(job.config.run.dir)
+    sign = Signature(job.roll, job.config.run.longest_wait)
+    job = replace(job, config=agreed_precision(job, run, device, sign))
     config = job.config
-    run = RunFolder(config.run.dir)
-    sign = Signature(job.roll, config.run.longest_wait)
-    learning: Learning = (Sharded if config.is_sharded else Replicated)(job, ray.train.torch.get_device(), sign)
+    sign.doing("loading the model")
+    learning: Learning = (Sharded if config.is_sharded else Replicated)(job, device, sign)
     learning.begin(run)
+    sign.doing("first outer step")
     with StepLog(config, run, learning.done) if collective.rank() == 0 else nullcontext() as log:
         return meta_train(job, run, learning, log)
+
+
+def agreed_precision(job: Job, run: RunFolder, device: torch.device, sign: Signature) -> Config:
+    """Return the config with one dtype and attention for all workers; the run folder keeps them, the driver tells."""
+    devices = collective.gather_from_workers(device_for(job.config, job.model, device))
+    made_in = collective.from_first_worker(run.made_in() if collective.rank() == 0 else None)
+    if made_in and job.config.is_sharded:  # its shards are of that dtype
+        job = replace(job, config=with_dtype(job.config, made_in))
+    config, precision = settled(job.config, job.model, devices, made_in)
+    if collective.rank() == 0:
+        run.write_precision(precision.dtype, precision.attention, precision.why)
+        sign.note(str(precision), precision.warning)
+    return config
 
 
 def meta_train(job: Job, run: RunFolder, learning: Learning, log: "StepLog | None") -> str | None:

@@ -26,6 +26,18 @@ def sum_over_workers(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
 
 
+def join_from_workers(part: Tensor) -> list[Tensor]:
+    """Return every worker's `[n, D]`, by rank, on every worker; n may differ, also 0."""
+    if world_size() == 1:
+        return [part]
+    sizes = gather_from_workers(len(part))
+    padded = part.new_zeros(max(sizes), *part.shape[1:])
+    padded[: len(part)] = part
+    found = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(found, padded)
+    return [whole[:size] for whole, size in zip(found, sizes, strict=True)]
+
+
 def from_first_worker(value: Any) -> Any:
     """Return worker 0's picklable value on every worker."""
     if world_size() == 1:

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from rayml.bars import bars
-from rayml.config import Config
+from rayml.config import Config, dump_config
 from rayml.errors import ConfigError, DataError, RunError
 from rayml.evaluation import report
+from rayml.interrupt import kept
+from rayml.progress import doing, progress
 from rayml.runs.files import Place, made_here, place, write_whole
-from rayml.runs.folder import RunFolder
+from rayml.runs.folder import RunFolder, fingerprint
 from rayml.sections import Data
 from rayml.tasks.prepare import prepare_splits, prepare_tasks
 from rayml.tasks.read import read_rows
@@ -54,16 +55,26 @@ def evaluate_run(
     config, _ = run.trained(checkpoint)
     data = config.data.model_copy(update={k: v for k, v in {"ways": ways, "shots": shots}.items() if v})
     tasks = held_out_tasks(config, data, data_path, split)
-    err.print("[dim]loading libraries and model ...[/]")
-    from rayml.evaluation.evaluate import evaluate, summarize
-    from rayml.evaluation.session import open_session
+    with doing(err, "loading libraries and model"):
+        from rayml.evaluation.evaluate import evaluate, summarize
+        from rayml.evaluation.parts import Parts
+        from rayml.evaluation.session import open_session
 
-    session = open_session(run, checkpoint)
+        session = open_session(run, checkpoint)
+    err.print(str(session.precision), style="dim", markup=False, highlight=False, soft_wrap=True)
     session.encoder.check(tasks)
     sampler = data.sampler(EVALUATION_SEED + seed)
-    with bars(err) as bar:
-        found = evaluate(session, tasks, sampler, episodes, bar("adapting", len(tasks) * episodes))
     settings = {"ways": data.ways, "shots": data.shots, "queries": data.queries, "episodes": episodes, "seed": seed}
+    asked = [session.step, session.precision.dtype, settings, fingerprint(tasks), dump_config(config)]
+    total, parts = len(tasks) * episodes, Parts(run.path, asked)
+    err.print(f"{len(tasks)} tasks x {episodes} episodes, each from two starts: {2 * total} adaptations", style="dim")
+    try:
+        with progress(err) as bar:
+            found = evaluate(session, tasks, sampler, episodes, parts, bar("adapting", total))
+    except KeyboardInterrupt as end:
+        message = f"{parts.episodes} of {total} episodes are kept; the same command goes on with the others"
+        raise kept(end, message) from None
+    parts.remove()
     summary = {
         "run": str(run.path),
         "algorithm": config.algorithm.name,
@@ -128,12 +139,15 @@ def adapt_run(run_path: str | Place, examples: Path, to: str | Place, name: str 
     rows = read_rows([str(examples)])
     if len({row.task for row in rows}) > 1:
         raise DataError(f"{examples}: holds {len({row.task for row in rows})} tasks; adapt to one at a time")
-    from rayml.evaluation.learn import learn, new_task
-    from rayml.evaluation.session import open_session
-    from rayml.lm.peft_files import write_card
+    err = Console(stderr=True)
+    with doing(err, "loading libraries and model"):
+        from rayml.evaluation.learn import learn, new_task
+        from rayml.evaluation.session import open_session
+        from rayml.lm.peft_files import write_card
 
-    task = new_task(rows, name or folder.name, run.learned_labels(), run.learned_kind())
-    session = open_session(run)
+        task = new_task(rows, name or folder.name, run.learned_labels(), run.learned_kind())
+        session = open_session(run)
+    err.print(str(session.precision), style="dim", markup=False, highlight=False, soft_wrap=True)
     learned = learn(session, task)
     with made_here(folder) as here:
         write_weights(session, learned.weights, here)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,6 +13,9 @@ from rayml.evaluation.metrics import scores, span_report
 from rayml.evaluation.session import Session
 from rayml.tasks.episodes import Episode, Sampler
 from rayml.tasks.task import Task
+
+if TYPE_CHECKING:
+    from rayml.evaluation.parts import Parts
 
 BOOTSTRAP_SAMPLES = 2000
 
@@ -25,6 +28,11 @@ class Evaluation:
     untrained: list[Curve]
     answered: list["Answered"]
     """From the trained start."""
+
+    def add(self, part: "Evaluation") -> None:
+        self.trained.extend(part.trained)
+        self.untrained.extend(part.untrained)
+        self.answered.extend(part.answered)
 
 
 @dataclass(frozen=True)
@@ -42,21 +50,31 @@ def evaluate(
     tasks: Sequence[Task],
     sampler: Sampler,
     episodes: int,
+    parts: "Parts",
     progress: Callable[[int], None],
 ) -> Evaluation:
     """Adapt to `episodes` episodes of each task from both starts, by the run's own algorithm and inner steps.
 
-    Every task gets the same number of episodes. The untrained start's rate is what `inner.lr` says. `progress` is told
-    after each few episodes how many are done.
+    Every task gets the same number of episodes. The untrained start's rate is what `inner.lr` says. What `parts` holds
+    already is not done again. `progress` is told after each few episodes how many are done.
     """
     rate = dict.fromkeys(session.rates, torch.tensor(session.config.inner.lr, device=session.device))
     found = Evaluation([], [], [])
     scorer = session.scorer()
     for batch in batches(session, tasks, sampler, episodes):
+        known = parts.next()
+        if known:
+            found.add(known)
+            progress(len(batch))
+            continue
         points = list(scorer.outputs(batch, session.start, session.rates, range(scorer.steps + 1)))
-        found.trained.extend(curves_of(batch, points))
-        found.answered.extend(answered(session, scorer, batch, points))
-        found.untrained.extend(scorer.curves(batch, session.untrained, rate))
+        part = Evaluation(
+            curves_of(batch, points),
+            scorer.curves(batch, session.untrained, rate),
+            list(answered(session, scorer, batch, points)),
+        )
+        parts.keep(part)
+        found.add(part)
         progress(len(batch))
     return found
 

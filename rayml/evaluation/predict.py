@@ -15,6 +15,7 @@ from rayml.lm.load import load_tokenizer, resolve_model
 from rayml.lm.lora import side_by_side
 from rayml.lm.model import TaskLM, hooks
 from rayml.lm.peft_files import encoder_of, load_learned
+from rayml.lm.precision import decide, has_sdpa, look_at, widest_linear
 from rayml.lm.sampling import Sampling
 from rayml.lm.score import Ballot
 from rayml.meta.protonet import prototype_logits
@@ -39,7 +40,10 @@ class Predictor:
         self.weights, self.card, own_model = load_learned(folder)
         base = own_model or resolve_model(self.card.model)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.module = local.load(base, self.card.dtype, "sdpa", self.device)
+        self.precision = decide(
+            ("auto", "auto"), [look_at(self.device, widest_linear(base))], self.card.dtype, sdpa=has_sdpa(base)
+        )
+        self.module = local.load(base, self.precision.dtype, self.precision.attention, self.device)
         self.lm = TaskLM(self.module, hooks(self.module, self.card.lora, self.card.soft_tokens))
         self.encoder = encoder_of(self.card, load_tokenizer(base))
         self.weights = {name: weight.to(self.device) for name, weight in self.weights.items()}

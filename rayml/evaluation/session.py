@@ -14,6 +14,7 @@ from rayml.lm.load import load_tokenizer, resolve_model
 from rayml.lm.lora import linear_kinds
 from rayml.lm.model import TaskLM, hooks
 from rayml.lm.parameters import trained_parameters
+from rayml.lm.precision import Precision, device_for, settled
 from rayml.lm.start import untrained_start
 from rayml.meta.adapt import Params
 from rayml.meta.learner import initial_log_rates
@@ -37,6 +38,8 @@ class Session:
     step: int
     untrained: Params
     """Where training began."""
+    precision: Precision
+    """What the base runs in here; `config.model` has it, too."""
 
     @property
     def device(self) -> torch.device:
@@ -59,36 +62,45 @@ def open_session(run: RunFolder, which: str | None = None, every_linear: bool = 
         RunError: no run there, or no such checkpoint in it.
     """
     config, folder = run.trained(which)
-    lm, encoder, base = load(config, every_linear)
+    config, precision, lm, encoder, base = load(config, every_linear, run.made_in())
     if lm.adapter:
         untrained = {name: weight.to(lm.device) for name, weight in run.read_untrained().items()}
     else:
         untrained = {n: p.detach().float() for n, p in trained_parameters(lm.module, config.full).items()}
     start, log_rates, step = learned(config, folder, untrained, lm.device)
     rates = {name: rate.exp() for name, rate in log_rates.items()}
-    return Session(config, lm, encoder, base, start, rates, step, untrained)
+    return Session(config, lm, encoder, base, start, rates, step, untrained, precision)
 
 
 def untrained_session(config: Config, tasks: Sequence[Task]) -> Session:
     """Load a config's base, with the start that training on these tasks would begin from, and its rates."""
-    lm, encoder, base = load(config)
+    config, precision, lm, encoder, base = load(config)
     start = {name: weight.to(lm.device) for name, weight in untrained_start(config, lm, encoder, tasks).items()}
     factors = rate_factors(lm.module, start, config.inner.layer_decay)
     log_rates = initial_log_rates(start, config.inner.lr, config.inner.modules, per_weight=False, factors=factors)
     rates = {name: rate.exp() for name, rate in log_rates.items()}
-    return Session(config, lm, encoder, base, start, rates, 0, start)
+    return Session(config, lm, encoder, base, start, rates, 0, start, precision)
 
 
-def load(config: Config, every_linear: bool = False) -> tuple[TaskLM, Encoder, str]:
-    """Return the base with its hooks, whole, what encodes for it, and where it was loaded from."""
+def load(
+    config: Config, every_linear: bool = False, made_in: str | None = None
+) -> tuple[Config, Precision, TaskLM, Encoder, str]:
+    """Return the base with its hooks, whole, what encodes for it, and where it was loaded from.
+
+    Before them come the config with the dtype and the attention that it was loaded with, and why those.
+
+    Args:
+        made_in: the dtype that a run was trained in.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
     base = resolve_model(config.model.name)
+    config, precision = settled(config, base, [device_for(config, base, device)], made_in)
     module = local.load(base, config.model.dtype, config.model.attention, device)
     shape = config.lora.shape()
     if every_linear:
         shape |= {"targets": linear_kinds(module), "last_layers": None}
     lm = TaskLM(module, hooks(module, shape if config.mode == "adapters" else {}, config.soft_tokens))
-    return lm, config.encoder(load_tokenizer(base)), base
+    return config, precision, lm, config.encoder(load_tokenizer(base)), base
 
 
 def learned(config: Config, folder: Place, names: Iterable[str], device: torch.device) -> tuple[Params, Params, int]:

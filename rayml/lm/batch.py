@@ -43,6 +43,7 @@ class TaskBatch:
     targets, in order, is chosen among, filled up with IGNORE; None, or a row of IGNORE: the whole vocabulary. `places`,
     where rows hold several examples each: `[T * K, L]` int64, the place of each token in its own example. `frozen`:
     what the layers below the adapted ones make of the tokens, `[T * K, L, D]`, once a forward has put it there.
+    `examples`: the row, the place in it, and the tokens of each example.
     """
 
     tokens: Tensor
@@ -51,10 +52,12 @@ class TaskBatch:
     choices: Tensor | None = None
     places: Tensor | None = None
     frozen: list[Tensor] = field(default_factory=list, compare=False)
+    examples: tuple[tuple[int, int, tuple[int, ...]], ...] = ()
 
     def to(self, device: torch.device) -> "TaskBatch":
         choices, places = (None if part is None else part.to(device) for part in (self.choices, self.places))
-        return TaskBatch(self.tokens.to(device), self.targets.to(device), self.tasks, choices, places)
+        tokens, targets = self.tokens.to(device), self.targets.to(device)
+        return TaskBatch(tokens, targets, self.tasks, choices, places, examples=self.examples)
 
     def take(self, rows: slice) -> "TaskBatch":
         """Return some rows of a batch of one task, of one example each."""
@@ -130,6 +133,7 @@ def collate(
     targets = torch.full((len(tasks), rows, length), IGNORE, dtype=torch.int64)
     places = torch.zeros(len(tasks), rows, length, dtype=torch.int64)
     choices: list[list[int]] = []
+    held: list[tuple[int, int, tuple[int, ...]]] = []
     for t, task in enumerate(laid):
         for k, examples in enumerate(task):
             begin = 0
@@ -139,6 +143,7 @@ def collate(
                 places[t, k, begin:end] = torch.arange(len(one.tokens))
                 targets[t, k, first : first + len(one.targets)] = torch.tensor(one.targets)
                 choices += one.choices
+                held.append((t * rows + k, begin, tuple(one.tokens)))
                 begin = end
     return TaskBatch(
         tokens.flatten(0, 1),
@@ -146,6 +151,7 @@ def collate(
         len(tasks),
         choice_grid(choices),
         None if laid is one_each else places.flatten(0, 1),
+        examples=tuple(held),
     )
 
 

@@ -166,7 +166,8 @@ class OptionBatch:
     def log_probs(self, weights: Params | None) -> list[Tensor]:
         """Return, for each task, `[queries, options]`: log-probability of the options, normalized over them."""
         batch = self.batch
-        logits = self.lm.logits_at(self.places, weights, batch.tokens, batch.frozen, **self.inputs)
+        slot = batch.frozen if self.inputs else self.lm.slot(batch)  # what is forked sees otherwise than alone
+        logits = self.lm.logits_at(self.places, weights, batch.tokens, slot, **self.inputs)
         losses = token_losses(logits, self.targets, self.choices, rows=self.place_of)
         scores = torch.zeros(len(self.divisors), device=losses.device).index_add(0, self.option_of, -losses)
         per_task = (scores / self.divisors).split([queries * options for queries, options in self.shape])

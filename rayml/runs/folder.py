@@ -1,8 +1,9 @@
 """A run's folder.
 
-It holds `config.yaml`, `tasks.json`, `metrics.jsonl`, `checkpoints/step_*`, `latest`, `best/step_*` (where there
-were validations), `untrained.safetensors` (in mode adapters), `model/` (in mode full, at the end), `tensorboard/`,
-and what other trackers keep there. It may lie on object storage, named by a URI.
+It holds `config.yaml`, `precision.json` (dtype and attention, and why), `tasks.json`, `metrics.jsonl`,
+`checkpoints/step_*`, `latest`, `best/step_*` (where there were validations), `untrained.safetensors` (in mode
+adapters), `model/` (in mode full, at the end), `tensorboard/`, and what other trackers keep there. It may lie on object
+storage, named by a URI.
 """
 
 import hashlib
@@ -46,7 +47,7 @@ class RunFolder:
         self.config, self.metrics = self.path / "config.yaml", self.path / "metrics.jsonl"
         self.checkpoints, self.latest = self.path / "checkpoints", self.path / "latest"
         self.tasks, self.best, self.model = (self.path / name for name in ("tasks.json", "best", "model"))
-        self.stop = self.path / "stop"
+        self.stop, self.precision = self.path / "stop", self.path / "precision.json"
 
     @property
     def is_local(self) -> bool:
@@ -92,6 +93,17 @@ class RunFolder:
         if changed:
             names = ", ".join(sorted(changed))
             raise RunError(f"{self.path}: holds the run of another config ({names} differ); use another run.dir")
+
+    def write_precision(self, dtype: str, attention: str, why: str) -> None:
+        """Keep what the model was trained in."""
+        write_whole(self.precision, json.dumps({"dtype": dtype, "attention": attention, "why": why}, indent=2) + "\n")
+
+    def made_in(self) -> str | None:
+        """Return the dtype that the run was trained in; None before it was."""
+        if self.precision.exists():
+            return json.loads(self.precision.read_text(encoding="utf-8"))["dtype"]
+        asked = load_config(self.config).model.dtype if self.config.exists() else "auto"
+        return None if asked == "auto" else asked
 
     def tell_to_stop(self) -> None:
         """Ask the workers to write a checkpoint after the step that they are at, and to end."""
