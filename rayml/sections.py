@@ -206,7 +206,7 @@ class Validation(Section):
     """Episodes of a validation, the same every time."""
     patience: NotNegativeInt = 0
     """Stop after this many validations without a better score, and use the best checkpoint from then on; 0 never
-    stops. The best checkpoint is kept in either case."""
+    stops. The best checkpoint is kept in either case. Without a task for meta-val it has no effect."""
 
 
 class Regularize(Section):

@@ -81,6 +81,9 @@ def train(config: Config, resume: bool = False, at_once: int = 1) -> RunFolder:
     if not os.environ.get("RAY_ADDRESS") and not ray.is_initialized():
         check_resources(config, cpus=processors(), cpus_each=1, gpus=torch.cuda.device_count())
     run.begin(config, splits, resume)
+    if config.validation.patience and not splits.val:
+        warned = "validation.patience: there is no task for meta-val, so it never stops; raise data.splits.val"
+        Console(stderr=True).print(warned, style="yellow", highlight=False, soft_wrap=True)
     trains = not run.is_over(config)
     if trains:
         with own_ray(config):

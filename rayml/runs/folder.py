@@ -153,8 +153,8 @@ class RunFolder:
         """Return the config and the folder of a whole checkpoint.
 
         Args:
-            which: "newest", or "best" by meta-val; None: the best if the run had a `validation.patience`, else the
-                newest.
+            which: "newest", or "best" by meta-val; None: the best if the run had a `validation.patience` and a
+                validation, else the newest.
 
         Raises:
             RunError: this is no run folder, or it has no such checkpoint.
@@ -162,8 +162,10 @@ class RunFolder:
         if not self.config.exists():
             raise RunError(f"{self.path}: no run here (there is no config.yaml in it)")
         config = load_config(self.config)
-        which = which or ("best" if config.validation.patience else "newest")
-        folder = newest_checkpoint(self.best if which == "best" else self.checkpoints)
+        places = [self.best if which == "best" else self.checkpoints]
+        if which is None and config.validation.patience:
+            places.insert(0, self.best)  # none, where there was no meta-val task, or no validation yet
+        folder = next(filter(None, map(newest_checkpoint, places)), None)
         if folder is None:
             reason = "no validation has chosen a best checkpoint" if which == "best" else "no whole checkpoint"
             raise RunError(f"{self.path}: {reason}; train it first")
