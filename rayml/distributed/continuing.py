@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -18,9 +17,10 @@ from rayml.bars import bars
 from rayml.config import Config
 from rayml.errors import ConfigError, RunError
 from rayml.evaluation.command import EVALUATION_SEED
-from rayml.evaluation.evaluate import interval, trained_curves
+from rayml.evaluation.evaluate import trained_curves
 from rayml.evaluation.report import bounds
 from rayml.evaluation.session import Session, open_session
+from rayml.evaluation.statistics import by_task, interval
 from rayml.runs.files import write_whole
 from rayml.runs.folder import RunFolder, flat
 from rayml.sections import Data
@@ -102,7 +102,8 @@ def shown_anew(old: Data, new: Data) -> list[str]:
 def report_forgetting(run: RunFolder, old: Old, splits: Splits, out: Console) -> dict[str, Any]:
     """Adapt to the old and the new meta-test tasks from both starts; print the scores, and write `forgetting.json`.
 
-    Accuracy over label tasks, or the loss over free text, after adapting; 95 % intervals over episodes, paired.
+    Accuracy over label tasks, or the loss over free text, after adapting, with intervals over tasks and
+    episodes, paired.
     """
     then, now = open_session(old.run), open_session(run)
     groups = {
@@ -139,5 +140,5 @@ def both(
     for session in (then, now):
         asked = Session(shows.config, session.lm, shows.encoder, session.base, session.start, session.rates, 0, {})
         found = trained_curves(asked, tasks, sampler, episodes_each(tasks), progress)
-        ends.append(np.array([curve.scores[-1] for curve in found]))
+        ends.append(by_task(found)[-1])
     return {"before": interval(ends[0]), "after": interval(ends[1]), "change": interval(ends[1] - ends[0])}

@@ -162,10 +162,9 @@ class RunFolder:
         if not self.config.exists():
             raise RunError(f"{self.path}: no run here (there is no config.yaml in it)")
         config = load_config(self.config)
-        places = [self.best if which == "best" else self.checkpoints]
-        if which is None and config.validation.patience:
-            places.insert(0, self.best)  # none, where there was no meta-val task, or no validation yet
-        folder = next(filter(None, map(newest_checkpoint, places)), None)
+        folder = newest_checkpoint(self.best) if which == "best" or (not which and config.validation.patience) else None
+        if folder is None and which != "best":  # there was no meta-val task, or no validation yet
+            folder = newest_checkpoint(self.checkpoints)
         if folder is None:
             reason = "no validation has chosen a best checkpoint" if which == "best" else "no whole checkpoint"
             raise RunError(f"{self.path}: {reason}; train it first")
