@@ -198,7 +198,8 @@ class Outer(Section):
 
 
 class Validation(Section):
-    """Adapting to meta-val tasks during training."""
+    """Adapting to meta-val tasks during training. The score of a validation is the mean over tasks of their
+    accuracy, or, for text, of exp(-loss), the mean probability of a token; patience, sweeps and `best/` go by it."""
 
     every: NotNegativeInt = 50
     """Outer steps between validations; 0 never."""

@@ -29,6 +29,7 @@ from rayml.distributed.trials import TrialTable
 from rayml.errors import ConfigError, RunError, TrainingError
 from rayml.runs.files import Place, place, write_whole
 from rayml.runs.folder import RunFolder
+from rayml.runs.stopping import val_score
 from rayml.sweeps.report import Trial, conclude
 from rayml.sweeps.space import Range, check_space, parse_space, rounded, trial_config
 from rayml.tasks.prepare import prepare_splits
@@ -261,13 +262,12 @@ class TrialRun(ray.tune.Trainable):
 
 def scored(record: dict[str, Any], metric: str) -> dict[str, Any]:
     """Return a record's step, its scores on meta-val and what is to be raised; nothing if it has none."""
-    for name, sign in (("accuracy", 1), ("loss", -1)):
-        if f"val_{name}_after" in record:
-            before, after = (record[f"val_{name}_{when}"] for when in ("before", "after"))
-            score = sign * (after - before if metric == "gain" else after)
-            score = score if math.isfinite(score) else -math.inf  # the scheduler compares it
-            return {"step": record["step"], "before": before, "after": after, SCORE: score}
-    return {}
+    before, after = (val_score(record, when) for when in ("before", "after"))
+    if before is None or after is None:
+        return {}
+    score = after - before if metric == "gain" else after
+    score = score if math.isfinite(score) else -math.inf  # the scheduler compares it
+    return {"step": record["step"], "before": before, "after": after, SCORE: score}
 
 
 def outcome(job: Sweeping, point: dict[str, Any], result: ray.tune.Result) -> Trial:

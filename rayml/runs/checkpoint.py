@@ -81,6 +81,11 @@ def verify(folder: Place) -> int:
         raise RunError(f"{folder}: not a whole checkpoint: {error}") from error
 
 
+def identity(folder: Place) -> list[str]:
+    """Return what tells a checkpoint from another, of another training in the same place: its manifests' checksums."""
+    return [checksum(manifest) for manifest in listed(folder, "manifest_*.json")]
+
+
 def read_checkpoint(folder: Place) -> Saved:
     """Return what `write_state` wrote.
 

@@ -21,6 +21,7 @@ from rayml.errors import RunError, StorageError
 from rayml.runs.checkpoint import newest_checkpoint, step_of
 from rayml.runs.files import Place, place, write_whole
 from rayml.runs.stopping import is_enough, val_scores
+from rayml.sections import Run
 from rayml.tasks.splits import Splits
 from rayml.tasks.task import Task
 
@@ -30,7 +31,7 @@ FREE_KEYS: Any = {
     "workers": True,
     "device": True,
     "engine": True,
-    "run": True,
+    "run": set(Run.model_fields) - {"continues"},
     "validation": True,
     "sweep": True,
     "outer": {"steps"},
