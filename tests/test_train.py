@@ -2,9 +2,11 @@
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,8 @@ from rayml.evaluation.command import adapt_run, evaluate_run
 from rayml.evaluation.curves import Curve
 from rayml.evaluation.predict import Predictor
 from rayml.lm.encode import Encoder
-from rayml.runs.checkpoint import newest_checkpoint, read_checkpoint, seal, verify, write_state
+from rayml.runs import files
+from rayml.runs.checkpoint import newest_checkpoint, read_checkpoint, read_newest, seal, verify, write_state
 from rayml.runs.folder import RunFolder
 from rayml.runs.stopping import is_best, is_enough, val_score, val_scores
 from rayml.tasks.episodes import Sampler
@@ -233,6 +236,49 @@ def test_a_checkpoint_reads_back_and_a_changed_one_is_refused(tmp_path):
     (tmp_path / "state.safetensors").write_bytes(damaged)
     with pytest.raises(RunError, match="not what its manifest says"):
         read_checkpoint(tmp_path)
+
+
+def old_checkpoint(root: Path, step: int) -> Path:
+    """A checkpoint that was written a minute ago."""
+    folder = root / f"step_{step:08d}"
+    folder.mkdir(parents=True)
+    write_state(folder, {"w": torch.full((3,), float(step))})
+    seal(folder, step, part=0, parts=1)
+    for file in folder.iterdir():
+        os.utime(file, (time.time() - 60,) * 2)
+    return folder
+
+
+@pytest.fixture
+def hashed(monkeypatch):
+    """The names of the files whose checksum is taken, each time."""
+    seen, read = [], files._read_checksum
+    monkeypatch.setattr(files, "_read_checksum", lambda file: (seen.append(file.parent.name), read(file))[1])
+    return seen
+
+
+def test_a_checkpoint_is_read_for_its_checksum_once(tmp_path, hashed):
+    config = make_config(tmp_path, outer={"steps": 3})
+    run = RunFolder(config.run.dir)
+    run.begin(config, prepare_splits(config.data), resume=False)
+    for step in (1, 2):
+        old_checkpoint(run.checkpoints, step)
+    hashed.clear()
+    assert not run.is_over(config)
+    assert hashed == [], "where it goes on, who goes on reads it"
+    _, folder = run.trained()
+    run.trained()
+    assert read_checkpoint(folder).step == read_newest(run.checkpoints).step == 2
+    assert hashed == ["step_00000002"]
+    old_checkpoint(run.checkpoints, 3)
+    hashed.clear()
+    assert run.is_over(config)
+    assert run.is_over(config)
+    assert hashed == ["step_00000003"]
+    (folder / "state.safetensors").write_bytes(b"torn")
+    (run.checkpoints / "step_00000003" / "state.safetensors").write_bytes(b"torn")
+    assert not run.is_over(config)
+    assert read_newest(run.checkpoints).step == 1
 
 
 # Training

@@ -6,7 +6,7 @@ the old run's own meta-test tasks, before and after.
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -19,7 +19,7 @@ from rayml.errors import ConfigError, RunError
 from rayml.evaluation.command import EVALUATION_SEED
 from rayml.evaluation.evaluate import trained_curves
 from rayml.evaluation.report import bounds
-from rayml.evaluation.session import Session, open_session
+from rayml.evaluation.session import Session, open_session, start_of
 from rayml.evaluation.statistics import by_task, interval
 from rayml.runs.files import write_whole
 from rayml.runs.folder import RunFolder, flat
@@ -105,7 +105,8 @@ def report_forgetting(run: RunFolder, old: Old, splits: Splits, out: Console) ->
     Accuracy over label tasks, or the loss over free text, after adapting, with intervals over tasks and
     episodes, paired.
     """
-    then, now = open_session(old.run), open_session(run)
+    now = open_session(run)
+    then = as_before(old, now)
     groups = {
         f"{name} tasks, {'accuracy' if is_label else 'loss'}": ([t for t in of if bool(t.options) == is_label], shows)
         for name, of, shows in (("old", old.splits.test, then), ("new", splits.test, now))
@@ -125,6 +126,20 @@ def report_forgetting(run: RunFolder, old: Old, splits: Splits, out: Console) ->
         table.add_row(name, bounds(ends["before"]), bounds(ends["after"]), bounds(ends["change"], "+"))
     out.print(table)
     return found
+
+
+def as_before(old: Old, now: Session) -> Session:
+    """Return the old run, on the base that is loaded already, unless it was another dtype's."""
+    if old.config.model != now.config.model:
+        return open_session(old.run)
+    start, log_rates = start_of(old.run)
+    return replace(
+        now,
+        config=old.config,
+        encoder=old.config.encoder(now.encoder.tokenizer),
+        start={name: weight.to(now.device) for name, weight in start.items()},
+        rates={name: rate.exp().to(now.device) for name, rate in log_rates.items()},
+    )
 
 
 def episodes_each(tasks: Sequence[Task]) -> int:

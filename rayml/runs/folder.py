@@ -18,8 +18,8 @@ from torch import Tensor
 
 from rayml.config import Config, dump_config, load_config
 from rayml.errors import RunError, StorageError
-from rayml.runs.checkpoint import newest_checkpoint, step_of
-from rayml.runs.files import Place, place, write_whole
+from rayml.runs.checkpoint import is_whole, newest_checkpoint, step_of
+from rayml.runs.files import Place, listed, place, write_whole
 from rayml.runs.stopping import is_enough, val_scores
 from rayml.sections import Run
 from rayml.tasks.splits import Splits
@@ -143,12 +143,14 @@ class RunFolder:
 
     def is_over(self, config: Config) -> bool:
         """Return whether the newest checkpoint is that of the last step, or of where validation said that is enough."""
-        folder = newest_checkpoint(self.checkpoints)
-        if folder is None:
-            return False
-        step = step_of(folder)
-        scores = val_scores(record for record in self.records() if record["step"] <= step)
-        return step >= config.outer.steps or is_enough(scores, config.validation.patience)
+        records = self.records()
+        for folder in reversed(listed(self.checkpoints, "step_*")):
+            scores = val_scores(record for record in records if record["step"] <= step_of(folder))
+            if step_of(folder) < config.outer.steps and not is_enough(scores, config.validation.patience):
+                return False  # whole or not: whoever goes on from it reads it
+            if is_whole(folder):
+                return True
+        return False
 
     def trained(self, which: str | None = None) -> tuple[Config, Place]:
         """Return the config and the folder of a whole checkpoint.
