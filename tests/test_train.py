@@ -20,8 +20,9 @@ from safetensors.torch import load_file
 from rayml.config import dump_config
 from rayml.distributed import worker
 from rayml.distributed.job import Job
+from rayml.distributed.ray_internals import forget_lost
 from rayml.distributed.stream import EncodeEpisode, share_of_step, stream_steps, worker_index
-from rayml.distributed.train import check_resources, cpus_each, forget_lost, train
+from rayml.distributed.train import check_resources, cpus_each, train
 from rayml.distributed.worker import validate
 from rayml.errors import ConfigError, DataError, RunError, TrainingError
 from rayml.evaluation.command import adapt_run, evaluate_run

@@ -24,6 +24,7 @@ from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter, SearchAlg
 from rich.console import Console
 
 from rayml.config import Config, dump_config, parse_config
+from rayml.distributed.ray_internals import trial_settings
 from rayml.distributed.train import own_ray, processors, storage, train, with_absolute_paths
 from rayml.distributed.trials import TrialTable
 from rayml.errors import ConfigError, RunError, TrainingError
@@ -80,7 +81,7 @@ def sweep(values: dict[str, Any], source: str, resume: bool, out: Console) -> Pl
         job = Sweeping(values, source, str(folder), config.validation.every, config.sweep.metric, at_once, space)
         results = run(config, job, space)
     # A result knows its settings only if its trial came to a validation; the trials behind it always do.
-    points = [trial.config for trial in results._experiment_analysis.trials]
+    points = trial_settings(results)
     trials = [outcome(job, point, results[number]) for number, point in enumerate(points)]
     if all(trial.score is None for trial in trials):
         raise TrainingError(f"{folder}: no trial came to a validation; the first: {trials[0].error or trials[0].state}")

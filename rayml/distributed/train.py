@@ -1,6 +1,5 @@
 """The driver: check everything, start Ray, train on N workers, show progress."""
 
-import json
 import logging
 import math
 import os
@@ -13,7 +12,6 @@ import ray
 import ray.train
 import torch
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 
@@ -22,6 +20,7 @@ from rayml.distributed.continuing import FORGETTING, old_run, report_forgetting,
 from rayml.distributed.events import Controlled, NewestCheckpoint, WorkersGone
 from rayml.distributed.job import Job
 from rayml.distributed.progress import Progress
+from rayml.distributed.ray_internals import DIED, forget_lost
 from rayml.distributed.roll import Roll
 from rayml.distributed.trackers import check_trackers
 from rayml.distributed.watch import START_SECONDS, Watch, end_run
@@ -48,9 +47,6 @@ WORKER_ENV = {
     "MALLOC_MMAP_THRESHOLD_": "4294967296",
     "MALLOC_TRIM_THRESHOLD_": "8589934592",
 }
-
-
-DIED = WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 
 
 def train(config: Config, resume: bool = False, at_once: int = 1) -> RunFolder:
@@ -307,20 +303,6 @@ def storage(folder: Place) -> dict[str, Any]:
     if isinstance(folder, Remote):
         return {"storage_path": folder.path, "storage_filesystem": folder.fs}
     return {"storage_path": str(folder)}
-
-
-def forget_lost(checkpoints: Place) -> None:
-    """Let Ray Train remember no checkpoint, where one is gone that it remembers: it would not go on."""
-    memory = checkpoints / "checkpoint_manager_snapshot.json"
-    if not memory.exists():
-        return
-    try:
-        known = [result["checkpoint_dir_name"] for result in json.loads(memory.read_text())["checkpoint_results"]]
-        forgets = not all((checkpoints / name).is_dir() for name in known)
-    except (ValueError, KeyError):  # torn, as it is not written in one piece
-        forgets = True
-    if forgets:
-        memory.unlink()
 
 
 def run_data() -> None:
