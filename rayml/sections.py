@@ -199,7 +199,8 @@ class Outer(Section):
 
 
 class Validation(Section):
-    """Adapting to meta-val tasks during training."""
+    """Adapting to meta-val tasks during training. The score of a validation is the mean over tasks of their
+    accuracy, or, for text, of exp(-loss), the mean probability of a token; patience, sweeps and `best/` go by it."""
 
     every: NotNegativeInt = 50
     """Outer steps between validations; 0 never."""
@@ -207,7 +208,7 @@ class Validation(Section):
     """Episodes of a validation, the same every time."""
     patience: NotNegativeInt = 0
     """Stop after this many validations without a better score, and use the best checkpoint from then on; 0 never
-    stops. The best checkpoint is kept in either case."""
+    stops. The best checkpoint is kept in either case. Without a task for meta-val it has no effect."""
 
 
 class Regularize(Section):

@@ -154,6 +154,20 @@ def test_training_stops_early_and_the_best_checkpoint_is_used(tmp_path, local_mo
     assert train(config, resume=True).records() == records  # it is over
 
 
+@pytest.mark.parametrize("mode", ["adapters", "full"])
+def test_patience_without_a_task_for_meta_val_is_said_to_have_no_effect_and_the_newest_is_used(
+    tmp_path, local_mode, capsys, mode
+):
+    splits = {"val": 0.0, "test": 0.0, "test_tasks": ["toy-5"]}
+    changes = {"data": {"splits": splits}, "outer": {"steps": 2}, "validation": {"every": 1, "patience": 1}}
+    run = train(make_config(tmp_path, mode=mode, **changes))
+    assert "validation.patience: there is no task for meta-val, so it never stops" in capsys.readouterr().err
+    assert run.trained()[1] == newest_checkpoint(run.checkpoints)
+    with pytest.raises(RunError, match="no validation has chosen a best checkpoint"):
+        run.trained("best")
+    assert run.model.exists() == (mode == "full")
+
+
 def test_when_it_is_enough():
     assert not is_enough([0.5, 0.4, 0.4], 0)
     assert not is_enough([0.5, 0.4, 0.4], 3)

@@ -1,5 +1,7 @@
 """Several processes over gloo: however the tasks are spread, and however the base is held, the gradient is one."""
 
+import pickle
+
 import pytest
 import torch
 from conftest import TARGETS, on_workers, perturbed_start, tiny_lm
@@ -69,3 +71,40 @@ def test_two_workers_of_two_tasks_equal_one_of_four(tiny, expected):
 def test_zero_3_on_two_workers_equals_one_process(tiny, expected, checkpointing):
     pytest.importorskip("deepspeed")
     on_workers(zero_worker, 2, tiny, expected, checkpointing)
+
+
+def state() -> dict[str, torch.Tensor]:
+    """As of an optimizer: large ones, scalars, and another dtype."""
+    numbers = torch.arange(300_000.0).view(2, -1)
+    return {"start/a": numbers, "exp_avg/a": numbers.T, "step/a": torch.tensor(3.0), "b": numbers[0].bfloat16()}
+
+
+def receiver(rank):
+    pickled, send = [], torch.distributed.broadcast_object_list
+
+    def measured(values, **how):
+        pickled.append(len(pickle.dumps(values)))
+        send(values, **how)
+
+    torch.distributed.broadcast_object_list = measured
+    found = collective.tensors_from_first_worker(state() if rank == 0 else {})
+    assert found.keys() == state().keys()
+    for name, tensor in state().items():
+        assert torch.equal(found[name], tensor)
+        assert found[name].dtype == tensor.dtype
+    assert collective.tensors_from_first_worker({}) == {}
+    assert max(pickled) < 2000, "names and shapes alone"
+
+
+def test_a_state_is_sent_to_all_workers_without_being_pickled():
+    on_workers(receiver, 2)
+
+
+def test_whether_numbers_are_finite_is_asked_of_the_device_once(monkeypatch):
+    asked, ask = [], torch.Tensor.__bool__
+    monkeypatch.setattr(torch.Tensor, "__bool__", lambda tensor: (asked.append(1), ask(tensor))[1])
+    numbers = [torch.ones(3), torch.ones(2, 2), torch.tensor(1.0)]
+    assert collective.all_finite(numbers)
+    assert not collective.all_finite([*numbers, torch.tensor([1.0, torch.nan])])
+    assert not collective.all_finite([torch.tensor(torch.inf), *numbers])
+    assert len(asked) == 3

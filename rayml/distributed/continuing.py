@@ -6,10 +6,9 @@ the old run's own meta-test tasks, before and after.
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -17,9 +16,10 @@ from rich.table import Table
 from rayml.config import Config
 from rayml.errors import ConfigError, RunError
 from rayml.evaluation.command import EVALUATION_SEED
-from rayml.evaluation.evaluate import interval, trained_curves
+from rayml.evaluation.evaluate import trained_curves
 from rayml.evaluation.report import bounds
-from rayml.evaluation.session import Session, open_session
+from rayml.evaluation.session import Session, open_session, start_of
+from rayml.evaluation.statistics import by_task, interval
 from rayml.progress import progress
 from rayml.runs.files import write_whole
 from rayml.runs.folder import RunFolder, flat
@@ -102,9 +102,11 @@ def shown_anew(old: Data, new: Data) -> list[str]:
 def report_forgetting(run: RunFolder, old: Old, splits: Splits, out: Console) -> dict[str, Any]:
     """Adapt to the old and the new meta-test tasks from both starts; print the scores, and write `forgetting.json`.
 
-    Accuracy over label tasks, or the loss over free text, after adapting; 95 % intervals over episodes, paired.
+    Accuracy over label tasks, or the loss over free text, after adapting, with intervals over tasks and
+    episodes, paired.
     """
-    then, now = open_session(old.run), open_session(run)
+    now = open_session(run)
+    then = as_before(old, now)
     groups = {
         f"{name} tasks, {'accuracy' if is_label else 'loss'}": ([t for t in of if bool(t.options) == is_label], shows)
         for name, of, shows in (("old", old.splits.test, then), ("new", splits.test, now))
@@ -126,6 +128,20 @@ def report_forgetting(run: RunFolder, old: Old, splits: Splits, out: Console) ->
     return found
 
 
+def as_before(old: Old, now: Session) -> Session:
+    """Return the old run, on the base that is loaded already, unless it was another dtype's."""
+    if old.config.model != now.config.model:
+        return open_session(old.run)
+    start, log_rates = start_of(old.run)
+    return replace(
+        now,
+        config=old.config,
+        encoder=old.config.encoder(now.encoder.tokenizer),
+        start={name: weight.to(now.device) for name, weight in start.items()},
+        rates={name: rate.exp().to(now.device) for name, rate in log_rates.items()},
+    )
+
+
 def episodes_each(tasks: Sequence[Task]) -> int:
     return max(2, -(-EPISODES // len(tasks)))
 
@@ -139,5 +155,5 @@ def both(
     for session in (then, now):
         asked = Session(shows.config, session.lm, shows.encoder, session.base, session.start, session.rates, 0, {})
         found = trained_curves(asked, tasks, sampler, episodes_each(tasks), progress)
-        ends.append(np.array([curve.scores[-1] for curve in found]))
+        ends.append(by_task(found)[-1])
     return {"before": interval(ends[0]), "after": interval(ends[1]), "change": interval(ends[1] - ends[0])}

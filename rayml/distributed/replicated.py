@@ -35,7 +35,7 @@ from rayml.meta.gradient import MetaGradient
 from rayml.meta.learner import Learner, initial_log_rates, outer_schedule
 from rayml.meta.weighting import RecentGains
 from rayml.planning.batch import inner_steps, trained_tokens
-from rayml.runs.checkpoint import newest_checkpoint, read_checkpoint, write_state
+from rayml.runs.checkpoint import read_newest, write_state
 from rayml.runs.folder import RunFolder
 from rayml.tasks.episodes import relabel
 from rayml.tasks.task import Task
@@ -83,16 +83,17 @@ class Replicated:
 
     def begin(self, run: RunFolder) -> None:
         """Go on from the newest whole checkpoint, or keep the untrained start to compare with."""
-        folder = newest_checkpoint(run.checkpoints) if self.rank == 0 else None
-        saved = collective.from_first_worker(read_checkpoint(folder) if folder else None)
-        if saved:
-            self.learner.load(saved.tensors, saved.step)
-            self.gains.gains.copy_(saved.tensors["gains"])
+        saved = read_newest(run.checkpoints) if self.rank == 0 else None
+        step = collective.from_first_worker(saved.step if saved else None)
+        if step is not None:
+            tensors = collective.tensors_from_first_worker(saved.tensors if saved else {})
+            self.learner.load(tensors, step)
+            self.gains.gains.copy_(tensors["gains"])
             return
         old = self.config.run.continues
-        begun = collective.from_first_worker(start_of(RunFolder(old)) if old and self.rank == 0 else None)
-        if begun:
-            self.learner.begin_at(*begun)
+        if old:
+            start, log_rates = start_of(RunFolder(old)) if self.rank == 0 else ({}, {})
+            self.learner.begin_at(*map(collective.tensors_from_first_worker, (start, log_rates)))
         if self.rank == 0 and self.config.mode == "adapters":
             run.write_untrained(self.learner.start)
 
@@ -172,7 +173,7 @@ class Replicated:
         tally, mean = rest[: len(tally)], [total / tasks for total in rest[len(tally) :]]
         query_loss, support_loss = query_loss / tasks, support_loss / tasks
         norm = math.nan
-        if all(bool(value.isfinite().all()) for value in (*mean, query_loss)):
+        if collective.all_finite([*mean, query_loss]):
             start = dict(zip(gradient.start, mean, strict=False))
             norm = learner.update(start, dict(zip(gradient.rates, mean[len(start) :], strict=True)))
             if tally:
@@ -278,7 +279,7 @@ def build_lm(config: Config, model: str, device: torch.device) -> TaskLM:
 def agreed_start(job: Job, lm: TaskLM) -> Params:
     """Return the start at step 0, the same on every worker: adapters come from the first, by its own arithmetic."""
     start = untrained_start(job.config, lm, get(job.encoder), get(job.train))
-    return collective.from_first_worker(start) if lm.adapter else start
+    return collective.tensors_from_first_worker(start) if lm.adapter else start
 
 
 def build_learner(config: Config, start: Params, factors: Mapping[str, float], device: torch.device) -> Learner:

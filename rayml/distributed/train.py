@@ -1,6 +1,5 @@
 """The driver: check everything, start Ray, train on N workers, show progress."""
 
-import json
 import logging
 import math
 import os
@@ -13,7 +12,6 @@ import ray
 import ray.train
 import torch
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 
@@ -22,6 +20,7 @@ from rayml.distributed.continuing import FORGETTING, old_run, report_forgetting,
 from rayml.distributed.events import Controlled, NewestCheckpoint, WorkersGone
 from rayml.distributed.job import Job
 from rayml.distributed.progress import Progress
+from rayml.distributed.ray_internals import DIED, forget_lost
 from rayml.distributed.roll import Roll
 from rayml.distributed.trackers import check_trackers
 from rayml.distributed.watch import START_SECONDS, Watch, end_run
@@ -55,7 +54,6 @@ WORKER_ENV = {
 
 SECONDS_TO_STOP = 5.0
 """That an interrupted run may take to its next checkpoint."""
-DIED = WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 
 
 def train(config: Config, resume: bool = False, at_once: int = 1) -> RunFolder:
@@ -86,6 +84,9 @@ def train(config: Config, resume: bool = False, at_once: int = 1) -> RunFolder:
     if not os.environ.get("RAY_ADDRESS") and not ray.is_initialized():
         check_resources(config, cpus=processors(), cpus_each=1, gpus=torch.cuda.device_count())
     run.begin(config, splits, resume)
+    if config.validation.patience and not splits.val:
+        warned = "validation.patience: there is no task for meta-val, so it never stops; raise data.splits.val"
+        Console(stderr=True).print(warned, style="yellow", highlight=False, soft_wrap=True)
     trains = not run.is_over(config)
     if trains:
         with own_ray(config):
@@ -313,20 +314,6 @@ def storage(folder: Place) -> dict[str, Any]:
     if isinstance(folder, Remote):
         return {"storage_path": folder.path, "storage_filesystem": folder.fs}
     return {"storage_path": str(folder)}
-
-
-def forget_lost(checkpoints: Place) -> None:
-    """Let Ray Train remember no checkpoint, where one is gone that it remembers: it would not go on."""
-    memory = checkpoints / "checkpoint_manager_snapshot.json"
-    if not memory.exists():
-        return
-    try:
-        known = [result["checkpoint_dir_name"] for result in json.loads(memory.read_text())["checkpoint_results"]]
-        forgets = not all((checkpoints / name).is_dir() for name in known)
-    except (ValueError, KeyError):  # torn, as it is not written in one piece
-        forgets = True
-    if forgets:
-        memory.unlink()
 
 
 def run_data() -> None:

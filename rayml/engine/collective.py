@@ -1,6 +1,6 @@
 """What workers say to each other outside the base model. With one worker, nothing is sent."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,6 +45,28 @@ def from_first_worker(value: Any) -> Any:
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
+
+
+def tensors_from_first_worker(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return worker 0's tensors on every worker, on the CPU; what others give is not looked at.
+
+    One after the other, as they lie in memory: pickled together, the state of an optimizer takes each worker several
+    times its size.
+    """
+    if world_size() == 1:
+        return dict(tensors)
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    found = {}
+    for name, shape, dtype in from_first_worker([(name, t.shape, t.dtype) for name, t in tensors.items()]):
+        sent = tensors[name].to(device).contiguous() if rank() == 0 else torch.empty(shape, dtype=dtype, device=device)
+        dist.broadcast(sent, src=0)
+        found[name] = sent.cpu()
+    return found
+
+
+def all_finite(tensors: Sequence[Tensor]) -> bool:
+    """Return whether all numbers are finite, waiting for the device once."""
+    return bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())
 
 
 def gather_from_workers(value: Any) -> list[Any]:

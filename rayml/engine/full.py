@@ -14,6 +14,7 @@ import torch
 
 from rayml.config import Config
 from rayml.engine import collective
+from rayml.engine.deepspeed_internals import client_optimizer, left_step_out, set_clip_norm
 from rayml.engine.laps import Laps
 from rayml.engine.shares import join, share_loss, share_of
 from rayml.engine.zero import TAG
@@ -68,7 +69,7 @@ class FullLearner:
     def __init__(self, engine: Any, config: Config):
         outer = config.outer
         self.engine, self.config = engine, config
-        self.optimizer: PhasedOptimizer = engine.basic_optimizer
+        self.optimizer: PhasedOptimizer = client_optimizer(engine)
         self.schedule = outer_schedule(outer.schedule, outer.warmup_steps, outer.steps)
         self.lm = TaskLM(engine, None)
         self.outer_step = 0
@@ -138,14 +139,13 @@ class FullLearner:
 
     def _step(self, loss: torch.Tensor, phase: str, weight: float, tasks: int, clip_norm: float) -> None:
         """Backward and step. The engine clips while `clip_norm` is set: it must not in the inner loop."""
-        zero = self.engine.optimizer
         self.engine.backward(loss)
         self.optimizer.enter(phase, weight, tasks)
-        zero.clip_grad = clip_norm
+        set_clip_norm(self.engine, clip_norm)
         self.engine.step()
         self.optimizer.enter("idle")
-        zero.clip_grad = 0.0
-        if zero.overflow:  # the engine left the step out
+        set_clip_norm(self.engine, 0.0)
+        if left_step_out(self.engine):
             raise NotFinite(self.outer_step + 1, self._task, "gradient")
 
     def adapt_and_score(self, support: TaskBatch, score: Callable[[], Result]) -> tuple[Result, Result]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rayml.errors import DataError
-from rayml.lm.choices import IGNORE, Competition, Label
+from rayml.lm.choices import IGNORE, Competition, Label, competition
 
 ATTENTION_TOKENS = 1500
 """In a row, about, at which attention takes as long as everything else: longer rows save padding, and cost that."""
@@ -170,15 +170,15 @@ class Reading:
 
 def readings(task: Sequence[Row], labels: Sequence[Label]) -> list[Reading]:
     """Return what is read of a task's rows, whose targets compete with its labels, or with the whole vocabulary."""
-    competition = Competition(labels) if labels else None
-    return [reading(row, competition) for row in task]
+    among = competition(labels) if labels else None
+    return [reading(row, among) for row in task]
 
 
-def reading(row: Row, competition: Competition | None) -> Reading:
+def reading(row: Row, among: Competition | None) -> Reading:
     """Return a row up to the last token that a target is predicted from; all of it, where it has no target."""
     target, first = row.tokens[row.start :], row.start - 1
-    if competition:
-        choices = competition.choices(target)
+    if among:
+        choices = among.choices(target)
         target = target[: len(choices)]
     else:
         target = [IGNORE if place in row.silent else token for place, token in enumerate(target, row.start)]

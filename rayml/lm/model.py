@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rayml.engine.deepspeed_internals import is_sharded
 from rayml.lm.batch import Row, TaskBatch, collate
 from rayml.lm.choices import IGNORE, token_losses
 from rayml.lm.frozen import FrozenLayers, KnownStates, blocks
@@ -229,5 +230,5 @@ def hooks(module: Any, lora: dict[str, Any], soft_tokens: int) -> TaskLoRA | Tas
 def frozen_layers(module: Any, adapter: TaskLoRA | TaskPrompt | None) -> FrozenLayers | None:
     """Return the layers that no adapter changes, where there are any; ZeRO-3 wants every layer in every forward."""
     first = min(map(layer_number, adapter.linears)) if adapter and adapter.linears else 0
-    is_sharded = any(hasattr(weight, "ds_id") for weight in module.parameters())
-    return FrozenLayers(module, first) if first and not is_sharded else None
+    whole = not any(map(is_sharded, module.parameters()))
+    return FrozenLayers(module, first) if first and whole else None

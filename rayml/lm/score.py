@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rayml.lm.batch import Row, choice_grid, collate
-from rayml.lm.choices import Competition, token_losses
+from rayml.lm.choices import competition, token_losses
 from rayml.lm.encode import Encoder
 from rayml.lm.model import TaskLM
 from rayml.meta.adapt import Params
@@ -79,8 +79,8 @@ class Question:
         """Take a row for each option (`Encoder.option_rows`)."""
         whole = [row.tokens[row.start :] for row in rows]
         if encoder.scoring == "learned" and encoder.told_apart(whole):
-            competition = Competition(whole)
-            self.choices = [competition.choices(option) for option in whole]
+            among = competition(whole)
+            self.choices = [among.choices(option) for option in whole]
             self.divisors = [1] * len(whole)
         else:
             self.choices = [[[] for _ in option] for option in whole]

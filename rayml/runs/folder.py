@@ -19,9 +19,10 @@ from torch import Tensor
 
 from rayml.config import Config, dump_config, load_config
 from rayml.errors import RunError, StorageError
-from rayml.runs.checkpoint import newest_checkpoint, step_of
-from rayml.runs.files import Place, place, write_whole
+from rayml.runs.checkpoint import is_whole, newest_checkpoint, step_of
+from rayml.runs.files import Place, listed, place, write_whole
 from rayml.runs.stopping import is_enough, val_scores
+from rayml.sections import Run
 from rayml.tasks.splits import Splits
 from rayml.tasks.task import Task
 
@@ -31,7 +32,7 @@ FREE_KEYS: Any = {
     "workers": True,
     "device": True,
     "engine": True,
-    "run": True,
+    "run": set(Run.model_fields) - {"continues"},
     "validation": True,
     "sweep": True,
     "outer": {"steps"},
@@ -154,19 +155,21 @@ class RunFolder:
 
     def is_over(self, config: Config) -> bool:
         """Return whether the newest checkpoint is that of the last step, or of where validation said that is enough."""
-        folder = newest_checkpoint(self.checkpoints)
-        if folder is None:
-            return False
-        step = step_of(folder)
-        scores = val_scores(record for record in self.records() if record["step"] <= step)
-        return step >= config.outer.steps or is_enough(scores, config.validation.patience)
+        records = self.records()
+        for folder in reversed(listed(self.checkpoints, "step_*")):
+            scores = val_scores(record for record in records if record["step"] <= step_of(folder))
+            if step_of(folder) < config.outer.steps and not is_enough(scores, config.validation.patience):
+                return False  # whole or not: whoever goes on from it reads it
+            if is_whole(folder):
+                return True
+        return False
 
     def trained(self, which: str | None = None) -> tuple[Config, Place]:
         """Return the config and the folder of a whole checkpoint.
 
         Args:
-            which: "newest", or "best" by meta-val; None: the best if the run had a `validation.patience`, else the
-                newest.
+            which: "newest", or "best" by meta-val; None: the best if the run had a `validation.patience` and a
+                validation, else the newest.
 
         Raises:
             RunError: this is no run folder, or it has no such checkpoint.
@@ -174,8 +177,9 @@ class RunFolder:
         if not self.config.exists():
             raise RunError(f"{self.path}: no run here (there is no config.yaml in it)")
         config = load_config(self.config)
-        which = which or ("best" if config.validation.patience else "newest")
-        folder = newest_checkpoint(self.best if which == "best" else self.checkpoints)
+        folder = newest_checkpoint(self.best) if which == "best" or (not which and config.validation.patience) else None
+        if folder is None and which != "best":  # there was no meta-val task, or no validation yet
+            folder = newest_checkpoint(self.checkpoints)
         if folder is None:
             reason = "no validation has chosen a best checkpoint" if which == "best" else "no whole checkpoint"
             raise RunError(f"{self.path}: {reason}; train it first")
