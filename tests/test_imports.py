@@ -17,6 +17,7 @@ MAY_LOAD = {
     "sections": set(),
     "errors": set(),
     "tasks": set(),
+    "algorithms": {"torch"},
     "meta": {"torch"},
     "runs": {"torch"},
     "sweeps": {"torch"},

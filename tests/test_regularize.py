@@ -8,15 +8,15 @@ from conftest import make_config, perturbed_start, tiny_lm
 from test_lora import one, random_batch, random_rows
 from torch import nn
 
+from rayml.algorithms.protonet import prototype_losses
 from rayml.lm.batch import collate
 from rayml.lm.choices import IGNORE, token_losses
 from rayml.lm.encode import Encoder
 from rayml.lm.load import load_base
 from rayml.lm.model import TaskLM
-from rayml.lm.objective import task_losses
+from rayml.lm.objective import training_sides
 from rayml.lm.parameters import trained_parameters
 from rayml.meta.adapt import expand
-from rayml.meta.protonet import prototype_losses
 from rayml.sections import Full
 from rayml.tasks.episodes import Episode
 from rayml.tasks.task import Example
@@ -110,7 +110,7 @@ def test_prototype_losses_through_the_model_equal_hidden_states_taken_by_hand(to
     record = encoder.episode(EPISODE)
     start = expand(perturbed_start(lm), 2)
     config = make_config(tmp_path, algorithm={"name": "protonet"})
-    _, query_losses = task_losses(lm, [record, record], 1, config)
+    query_losses = config.algorithm.query_losses(*training_sides(lm, [record, record], 1, config))
     states = {}
     for side in ("support", "query"):
         found = []

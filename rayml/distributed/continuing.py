@@ -71,7 +71,8 @@ def old_run(config: Config) -> Old | None:
     differs = [key for key in SAME if before[key] != now[key]]
     if then.mode == "full":
         raise ConfigError("run.continues: a run in mode full is continued by its folder RUN/model as model.name")
-    if (then.algorithm.name == "meta_sgd") != (config.algorithm.name == "meta_sgd"):
+    by_weight = then.algorithm.learned_rates == "weight"
+    if by_weight != (config.algorithm.learned_rates == "weight"):
         differs.append("algorithm.name")
     if differs:
         raise ConfigError(f"run.continues: {run.path} has another start; {', '.join(differs)} must be as there")

@@ -6,7 +6,6 @@ Every worker adapts its own tasks; their meta-gradients meet in one all-reduce a
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +22,13 @@ from rayml.evaluation.session import start_of
 from rayml.lm.depth import rate_factors
 from rayml.lm.load import checkpoint_activations
 from rayml.lm.model import TaskLM, hooks
-from rayml.lm.objective import task_losses
+from rayml.lm.objective import special_steps, training_sides
 from rayml.lm.start import untrained_start
-from rayml.meta.adapt import Params, TaskLosses
-from rayml.meta.algorithms import ALGORITHMS
-from rayml.meta.fomaml import fomaml
+from rayml.meta.adapt import InnerLoop, Params
 from rayml.meta.gradient import MetaGradient
 from rayml.meta.learner import Learner, initial_log_rates, outer_schedule
 from rayml.meta.weighting import RecentGains
-from rayml.planning.batch import inner_steps, trained_tokens
+from rayml.planning.batch import trained_tokens
 from rayml.runs.checkpoint import newest_checkpoint, read_checkpoint, write_state
 from rayml.runs.folder import RunFolder
 
@@ -100,32 +97,23 @@ class Replicated:
 
     def _gradient(self, episodes: list[dict[str, Any]], weights: torch.Tensor) -> MetaGradient:
         """Return the meta-gradient: of all tasks side by side, or, in mode full, of one after the other."""
-        config, learner = self.config, self.learner
-        algorithm: Any = ALGORITHMS[config.algorithm.name]
-        if algorithm is fomaml:
-            algorithm = partial(fomaml, start_weight=config.outer.start_weight)
-        pad = self.encoder.pad
+        config, learner, regularize = self.config, self.learner, self.config.regularize
         together = len(episodes) if self.lm.adapter else 1
         parts = []
         for first in range(0, len(episodes), together):
             some = slice(first, first + together)
-            support, query = task_losses(self.lm, episodes[some], pad, config)
+            support, query = training_sides(self.lm, episodes[some], self.encoder.pad, config)
+            inner = InnerLoop(
+                learner.rates,
+                config.inner.steps,
+                config.learns_rates,
+                special_steps(support, config.inner.unfreeze_every, regularize.adversarial),
+                ended=lambda: self.laps("inner"),
+            )
             with dropping(config, self.lm, learner.step, self.rank):
-                losses = support, self._after_inner_loop(query)
-                parts.append(algorithm(*losses, learner.start, learner.rates, config.inner.steps, weights[some]))
-            self.laps("inner" if config.algorithm.name == "reptile" else "outer")
+                parts.append(config.algorithm.meta_gradient(support, query, learner.start, inner, weights[some]))
+            self.laps("outer")
         return joined(parts)
-
-    def _after_inner_loop(self, query_losses: TaskLosses) -> TaskLosses:
-        """Return the query losses such that asking for them ends the inner loop's lap, where there is one."""
-        if self.config.algorithm.name == "reptile" or not inner_steps(self.config):
-            return query_losses
-
-        def timed(weights: Params) -> torch.Tensor:
-            self.laps("inner")
-            return query_losses(weights)
-
-        return timed
 
     def _update(self, gradient: MetaGradient, episodes: list[dict[str, Any]], waited: float) -> dict[str, Any]:
         """Average the meta-gradient over all workers' tasks, in one all-reduce, and take the outer step.
@@ -172,7 +160,7 @@ class Replicated:
     def score(self, episodes: Sequence[Any]) -> list[Curve]:
         """Return the scores of this worker's episodes before and after adapting."""
         config = self.config
-        scorer = Scorer(self.lm, self.encoder, config.algorithm.name, config.inner.steps, config.inner.unfreeze_every)
+        scorer = Scorer(self.lm, self.encoder, config.algorithm, config.inner.steps, config.inner.unfreeze_every)
         together = len(episodes) if self.lm.adapter else 1
         return [
             curve
@@ -236,11 +224,11 @@ def agreed_start(job: Job, lm: TaskLM) -> Params:
 
 def build_learner(config: Config, start: Params, factors: Mapping[str, float], device: torch.device) -> Learner:
     """Return a learner at step 0."""
-    outer, inner, name = config.outer, config.inner, config.algorithm.name
+    outer, inner, by_weight = config.outer, config.inner, config.algorithm.learned_rates == "weight"
     start = {name: weight.to(device) for name, weight in start.items()}
     return Learner(
         start,
-        initial_log_rates(start, inner.lr, inner.modules, name == "meta_sgd", factors),
+        initial_log_rates(start, inner.lr, inner.modules, by_weight, factors),
         learn_rates=config.learns_rates,
         optimizer=outer.optimizer,
         lr=outer.lr,

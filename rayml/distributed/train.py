@@ -137,7 +137,7 @@ def check_model(config: Config, model: str, tasks: Sequence[Task]) -> None:
             f"inner.modules: {', '.join(config.inner.modules)} matches nothing learned, such as {names[0]}"
         )
     longest = config.data.max_tokens + config.soft_tokens
-    if config.algorithm.name == "metaicl":
+    if config.algorithm.keeps == "prompt":
         shown = max(min(config.data.ways, len(task.options) or 1) for task in tasks) * config.data.shots
         longest *= shown + 1
     most = getattr(bare.config, "max_position_embeddings", longest)
@@ -145,8 +145,7 @@ def check_model(config: Config, model: str, tasks: Sequence[Task]) -> None:
         raise ConfigError(
             f"data.max_tokens: a row may have {longest} tokens, the model takes {most}; lower it or shots"
         )
-    if config.algorithm.name == "protonet" and not all(task.options for task in tasks):
-        raise ConfigError("algorithm.name: protonet tells classes apart; there are tasks of free text")
+    config.algorithm.check(tasks)
 
 
 def processors() -> int:

@@ -16,7 +16,8 @@ from typing import Any
 from safetensors.torch import load, save
 from torch import Tensor
 
-from rayml.config import Config, dump_config, load_config
+from rayml.algorithms.moved import modernized
+from rayml.config import Config, dump_config, parse_config, read_values
 from rayml.errors import RunError, StorageError
 from rayml.runs.checkpoint import newest_checkpoint, step_of
 from rayml.runs.files import Place, place, write_whole
@@ -75,7 +76,7 @@ class RunFolder:
         write_whole(self.tasks, json.dumps(describe(splits), indent=2, ensure_ascii=False) + "\n")
 
     def _check_same(self, config: Config, splits: Splits) -> None:
-        then = load_config(self.config)
+        then = self.read_config()
         before, now = (c.model_dump(exclude=FREE_KEYS) for c in (then, config))
         before, now = flat(before), flat(now)
         changed = {name for name in before.keys() | now.keys() if repr(before.get(name)) != repr(now.get(name))}
@@ -92,6 +93,10 @@ class RunFolder:
         if changed:
             names = ", ".join(sorted(changed))
             raise RunError(f"{self.path}: holds the run of another config ({names} differ); use another run.dir")
+
+    def read_config(self) -> Config:
+        """Return the run's config, also of a run from before algorithms had settings of their own."""
+        return parse_config(modernized(read_values(self.config)), str(self.config))
 
     def tell_to_stop(self) -> None:
         """Ask the workers to write a checkpoint after the step that they are at, and to end."""
@@ -161,7 +166,7 @@ class RunFolder:
         """
         if not self.config.exists():
             raise RunError(f"{self.path}: no run here (there is no config.yaml in it)")
-        config = load_config(self.config)
+        config = self.read_config()
         which = which or ("best" if config.validation.patience else "newest")
         folder = newest_checkpoint(self.best if which == "best" else self.checkpoints)
         if folder is None:
