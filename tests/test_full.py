@@ -270,6 +270,12 @@ def options(rank, path, expected):
     assert moved == {name for name in start if ".layers.1." in name}
     assert sum(start.numel() for start in head.optimizer.starts.values()) < sum(w.numel() for w in start.values()) / 2
 
+    partly = new_learner(path, full_config(**REPTILE, inner__modules=["*.layers.1.*"]))
+    start = weights(partly)
+    train(partly, range(1))
+    moved = {name for name, weight in weights(partly).items() if not torch.equal(weight, start[name])}
+    assert moved == {name for name in start if ".layers.1." in name}, "reptile learns what its inner loop changes alone"
+
     multitask = new_learner(path, full_config(algorithm__name="multitask", outer__clip_norm=0))
     weighted = new_learner(path, full_config(algorithm__name="multitask", outer__clip_norm=0))
     episodes = meta_batch(0)

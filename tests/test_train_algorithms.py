@@ -9,14 +9,14 @@ import shutil
 
 import pytest
 import torch
-from conftest import SPLITS, make_config, toy_tasks, training_here
+from conftest import SPLITS, make_config, toy_tasks, training_here, write_tasks
 from peft import PeftModel
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from rayml.algorithms.registry import REGISTERED
 from rayml.distributed.train import train
-from rayml.errors import RunError
+from rayml.errors import DataError, RunError
 from rayml.evaluation.command import adapt_run, evaluate_run, export_run
 from rayml.evaluation.predict import Predictor
 from rayml.lm.load import load_base, resolve_model
@@ -78,6 +78,24 @@ def test_an_algorithm_from_end_to_end(tmp_path, tiny, name, local_mode):
     with pytest.raises(RunError, match="exists already"):
         export_run(run.path, tmp_path / "exported", None, QUIET)
     assert_answers(tmp_path, run)
+
+
+def test_what_tells_classes_apart_refuses_free_text_before_it_is_trained_and_where_it_is_evaluated(
+    tmp_path, local_mode
+):
+    rows = [{"task": "toy-5", "input": f"say {word}", "target": f"{word} {word}"} for word in "abcdefghij"]
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = config_for(tmp_path, "protonet", outer={"steps": 1}, validation={"every": 0})
+    run = train(config)
+    with pytest.raises(DataError, match="'toy-5' is free text; protonet tells classes apart"):
+        evaluate_run(run.path, [str(texts)], None, None, 2, 0, "test", None, None, QUIET, QUIET)
+    tasks = tuple(task for task in toy_tasks() if task.name != "toy-5")
+    write_tasks(tmp_path / "toy.jsonl", tasks)
+    both = config.data.model_copy(update={"path": (*config.data.path, str(texts))})
+    other = config.run.model_copy(update={"dir": str(tmp_path / "other")})
+    with pytest.raises(DataError, match="'toy-5' is free text; protonet tells classes apart"):
+        train(config.model_copy(update={"data": both, "run": other}))
 
 
 def assert_full_run_is_whole(folder, run):

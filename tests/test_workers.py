@@ -60,7 +60,7 @@ def zero_worker(rank, path, expected, checkpointing):
 
 @pytest.fixture(scope="module")
 def expected(tiny):
-    return [part.clone() for part in meta_gradient(tiny_lm(tiny), range(TASKS))]
+    return [part.clone() for part in mean_gradient(tiny_lm(tiny), range(TASKS))]
 
 
 def test_two_workers_of_two_tasks_equal_one_of_four(tiny, expected):

@@ -103,7 +103,9 @@ class Algorithm(Section):
         """Raise DataError for a task that cannot be learned, or answered, so."""
         texts = [task.name for task in tasks if not task.options]
         if self.labels_only and texts:
-            raise DataError(f"task {texts[0]!r} is free text; {self.name} tells classes apart")
+            raise DataError(
+                f"task {texts[0]!r} is free text; {self.name} tells classes apart: leave it out, or use another algorithm"
+            )
 
     @property
     def runs_sharded(self) -> bool:

@@ -21,6 +21,7 @@ from rayml.evaluation.curves import Curve, Scorer
 from rayml.evaluation.session import start_of
 from rayml.lm.depth import rate_factors
 from rayml.lm.load import checkpoint_activations
+from rayml.lm.lora import TaskLoRA
 from rayml.lm.model import TaskLM, hooks
 from rayml.lm.objective import special_steps, training_sides
 from rayml.lm.start import untrained_start
@@ -110,7 +111,7 @@ class Replicated:
                 special_steps(support, config.inner.unfreeze_every, regularize.adversarial),
                 ended=lambda: self.laps("inner"),
             )
-            with dropping(config, self.lm, learner.step, self.rank):
+            with dropping(config, self.lm, episodes[some]):
                 parts.append(config.algorithm.meta_gradient(support, query, learner.start, inner, weights[some]))
             self.laps("outer")
         return joined(parts)
@@ -197,13 +198,12 @@ def joined(parts: Sequence[MetaGradient]) -> MetaGradient:
     )
 
 
-def dropping(config: Config, lm: TaskLM, step: int, rank: int) -> AbstractContextManager[None]:
-    """Drop adapters' inputs inside the block, with masks that depend on seed, step and rank alone."""
+def dropping(config: Config, lm: TaskLM, episodes: Sequence[dict[str, Any]]) -> AbstractContextManager[None]:
+    """Drop adapters' inputs inside the block, with masks that depend on the run's seed and on each episode alone."""
     share = config.regularize.lora_dropout
-    if lm.adapter is None or not share:
+    if not share or not isinstance(lm.adapter, TaskLoRA):
         return nullcontext()
-    torch.manual_seed(hash((config.seed, step, rank)) % 2**63)
-    return lm.adapter.dropping(share)
+    return lm.adapter.dropping(share, [hash((config.seed, episode["index"])) & 0xFFFFFFFF for episode in episodes])
 
 
 def build_lm(config: Config, model: str, device: torch.device) -> TaskLM:

@@ -76,7 +76,7 @@ def train(config: Config, resume: bool = False, at_once: int = 1) -> RunFolder:
     encoder = config.encoder(load_tokenizer(model))
     encoder.check([*splits.train, *splits.val, *splits.test])
     run = RunFolder(config.run.dir)
-    check_model(config, model, [*splits.train, *splits.val])
+    check_model(config, model, [task for part in splits for task in part])
     check_trackers(config.run.trackers, run)
     if not os.environ.get("RAY_ADDRESS") and not ray.is_initialized():
         check_resources(config, cpus=processors(), cpus_each=1, gpus=torch.cuda.device_count())

@@ -55,6 +55,7 @@ def evaluate_run(
     config, _ = run.trained(checkpoint)
     data = config.data.model_copy(update={k: v for k, v in {"ways": ways, "shots": shots}.items() if v})
     tasks = held_out_tasks(config, data, data_path, split)
+    config.algorithm.check(tasks)
     err.print("[dim]loading libraries and model ...[/]")
     from rayml.evaluation.evaluate import evaluate, summarize
     from rayml.evaluation.session import open_session

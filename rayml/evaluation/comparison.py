@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
+from rayml.algorithms.methods import BASELINE
 from rayml.evaluation.bootstrap import interval_over_tasks
 from rayml.evaluation.metrics import calibration_error, metrics_of, scores
 
-BASELINE = "multitask"
 Result = dict[str, Any]
 
 
