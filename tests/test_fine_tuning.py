@@ -146,7 +146,7 @@ def test_the_adversarial_loss_and_its_gradient_are_those_of_the_paper(tiny, last
 
 
 def test_what_is_special_about_inner_steps_has_no_part_in_multi_task_learning(tiny, tmp_path):
-    """It takes no inner step in training: the support's half of its gradient is whole, and of the examples as they are."""
+    """It takes no inner step in training: the support's half of its gradient is whole, of the examples as they are."""
     config = make_config(tmp_path, algorithm={"name": "multitask"}, inner={"unfreeze_every": 1})
     lm, tokenizer = tiny_lm(tiny), load_tokenizer(tiny)
     sampler, encoder = config.data.sampler(0), config.encoder(tokenizer)

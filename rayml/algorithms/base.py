@@ -104,7 +104,7 @@ class Algorithm(Section):
         texts = [task.name for task in tasks if not task.options]
         if self.labels_only and texts:
             raise DataError(
-                f"task {texts[0]!r} is free text; {self.name} tells classes apart: leave it out, or use another algorithm"
+                f"task {texts[0]!r} is free text; {self.name} tells classes apart: leave it out, or use another one"
             )
 
     @property
