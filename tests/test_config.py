@@ -156,5 +156,5 @@ def test_a_changed_algorithm_forgets_the_settings_of_the_one_before():
     # In whatever order they are given.
     other = parse_config(values, "here", ["algorithm.start_weight=0.25", "algorithm.name=meta_sgd"]).algorithm
     assert (other.name, other.start_weight) == ("meta_sgd", 0.25)
-    with pytest.raises(ConfigError, match="algorithm.start_weight: no setting of this algorithm"):
+    with pytest.raises(ConfigError, match=r"algorithm\.start_weight: no setting of this algorithm"):
         parse_config(values | {"algorithm": {"name": "fomaml", "start_weight": 0.5}}, "here")
