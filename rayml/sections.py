@@ -150,21 +150,13 @@ class SoftPrompt(Section):
     """Where they begin: embeddings of words that the training examples hold, or random ones of the same size."""
 
 
-class Algorithm(Section):
-    name: Literal["fomaml", "meta_sgd", "maml", "reptile", "multitask", "metaicl", "protonet"] = "fomaml"
-    """How the start is learned; configs/README.md compares them. Mode full: fomaml, reptile, multitask."""
-
-
 class Inner(Section):
     """The inner loop: SGD on a task's support."""
 
     lr: PositiveFloat = 0.1
-    """Rate of the inner SGD; where it starts, if it is learned."""
+    """Rate of the inner SGD; where it starts, if the algorithm learns it."""
     steps: NotNegativeInt = 3
-    """Inner steps. 0 is multi-task learning, the baseline."""
-    learn_lr: bool = True
-    """Learn an inner rate for each adapter tensor, where the algorithm has a gradient for it: fomaml and maml.
-    `algorithm.name=meta_sgd` learns one for each weight."""
+    """Inner steps."""
     modules: Names = ()
     """Patterns of the tensors that the inner loop changes, such as `*.layers.29.*` or `*.lora_B`; all, if there is
     none. The others are learned by the outer loop alone (ANIL, Raghu et al. 2020)."""
@@ -183,9 +175,6 @@ class Outer(Section):
     """Outer rate of the shared start. Mode full wants a smaller one, such as 1e-5."""
     lr_of_inner_lr: PositiveFloat = 0.02
     """Outer rate of the logarithm of the learned inner rates."""
-    start_weight: NotNegativeFloat = 1.0
-    """fomaml and meta_sgd: weight of the loss before adapting, beside the one after. Above 0 the start stays a good
-    model as it stands, as in multi-task learning. What the inner loop leaves alone has no part in it."""
     steps: PositiveInt = 500
     """Outer steps."""
     warmup_steps: NotNegativeInt = 10

@@ -25,7 +25,7 @@ from rayml.config import Config
 from rayml.lm.load import load_base, load_tokenizer, resolve_model
 from rayml.lm.lora import B, TaskLoRA
 from rayml.lm.model import TaskLM
-from rayml.meta.adapt import Params
+from rayml.meta.adapt import InnerLoop, Params
 from rayml.tasks.task import Example, Task
 
 SPLITS = {"val": 0.0, "test": 0.0, "val_tasks": ["toy-4"], "test_tasks": ["toy-5"]}
@@ -145,6 +145,19 @@ def perturbed_start(lm: TaskLM, seed: int = 0) -> Params:
     start = lm.adapter.untrained_start(seed)
     noise = {name: 0.05 * torch.randn(w.shape, generator=generator) for name, w in start.items()}
     return {name: w + noise[name] * name.endswith(B) for name, w in start.items()}
+
+
+class Losses:
+    """A side of episodes that is nothing but its losses."""
+
+    def __init__(self, losses):
+        self.losses = losses
+
+
+def meta_gradient(algorithm, support_losses, query_losses, start, rates, steps, weights):
+    """An algorithm's meta-gradient of given losses, fast weights to `[T]`; of the rates, too, where it learns them."""
+    inner = InnerLoop(rates, steps, learns_rates=algorithm.learned_rates != "none")
+    return algorithm.meta_gradient(Losses(support_losses), Losses(query_losses), start, inner, weights)
 
 
 def toy_tasks(tasks: int = 6, classes: int = 5, per_class: int = 20, seed: int = 0) -> tuple[Task, ...]:

@@ -18,8 +18,8 @@ from rayml.distributed.entries import METHODS, Entry, Request, plan, tokens_per_
 from rayml.errors import ConfigError, DataError, RunError
 from rayml.evaluation.answers import Contender, Setting, choose_setting, label_answers, taken_in
 from rayml.evaluation.session import untrained_session
-from rayml.lm.objective import task_losses
-from rayml.meta.algorithms import ALGORITHMS
+from rayml.lm.objective import training_sides
+from rayml.meta.adapt import InnerLoop
 from rayml.planning.batch import trained_tokens
 from rayml.runs.checkpoint import seal, write_state
 from rayml.runs.folder import RunFolder
@@ -166,10 +166,10 @@ def test_the_budget_is_what_really_runs_forward_and_backward(tiny, tokenizer, tm
             ran.append(inputs[0].numel())
 
     lm.module.get_input_embeddings().register_forward_pre_hook(count)
-    losses = task_losses(lm, episodes, tokenizer.eos_token_id, config)
+    sides = training_sides(lm, episodes, tokenizer.eos_token_id, config)
     start = lm.adapter.untrained_start(0)
     rates = {key: torch.tensor(0.1) for key in start}
-    ALGORITHMS[name](*losses, start, rates, config.inner.steps, torch.ones(4))
+    config.algorithm.meta_gradient(*sides, start, InnerLoop(rates, config.inner.steps), torch.ones(4))
     assert sum(ran) == trained_tokens(config, episodes)
 
 

@@ -18,6 +18,7 @@ MAY_LOAD = {
     "errors": set(),
     "interrupt": set(),
     "tasks": set(),
+    "algorithms": {"torch"},
     "meta": {"torch"},
     "runs": {"torch"},
     "sweeps": {"torch"},

@@ -402,7 +402,8 @@ def test_free_text_is_learned_over_zero_3_and_generated(tmp_path):
         tmp_path,
         workers=2,
         engine="zero",
-        outer={"steps": 2, "start_weight": 0},
+        outer={"steps": 2},
+        algorithm={"start_weight": 0},
         validation={"every": 2, "episodes": 4},
     )
     rows = [{"task": f"t{i % 3}", "input": f"say {i}", "target": f"it is {i}"} for i in range(60)]

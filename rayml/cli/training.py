@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from rayml.algorithms.methods import UNUSUAL, USUAL
 from rayml.cli.app import Checkpoint, ConfigPath, Json, Overrides, RunPath, app, err, out, print_keys
 from rayml.progress import doing
 
@@ -175,7 +176,7 @@ def compare(
     config: ConfigPath,
     overrides: Overrides = None,
     methods: Annotated[
-        str | None, typer.Option(help="Comma-separated, such as `fomaml,multitask,protonet`; else the usual nine.")
+        str | None, typer.Option(help=f"Comma-separated; else {', '.join(USUAL)}. There are also {', '.join(UNUSUAL)}.")
     ] = None,
     variant: Annotated[
         list[str] | None,
@@ -193,10 +194,10 @@ def compare(
 ) -> None:
     """Is meta-training worth it on your tasks? Train every method with equal tokens, and ask all the same.
 
-    zero_shot, in_context, lora (from an untrained start), multitask, protonet, metaicl, reptile, fomaml and meta_sgd;
-    also anil, maml, and fine-tuning of the model itself: full, top_layers, gradual, discriminative. The config's outer
-    steps are FOMAML's; the others take as many as come to the same number of forward-backward tokens. Rate and steps
-    of each adaptation are chosen on meta-val, with the same number of tries. Cut off, it goes on where it stopped.
+    `lora` adapts from an untrained start, `full` and the like fine-tune the model itself. The config's outer steps are
+    those of the default algorithm; the others take as many as come to the same number of forward-backward tokens. Rate
+    and steps of each adaptation are chosen on meta-val, with the same number of tries. Cut off, it goes on where it
+    stopped.
     Writes `report.md` and `report.html`, and every answer to `results/`.
     """
     import shlex

@@ -123,7 +123,7 @@ def check_run(config: Config, source: RunFolder, distill: str | None) -> str:
     """
     if config.mode != "adapters":
         raise RunError(f"{source.path}: a run in mode full has no base beside what it learned; compress mode=adapters")
-    if distill and config.algorithm.name in ("metaicl", "protonet", "multitask"):
+    if distill and not config.algorithm.inner_steps(1):
         raise ConfigError(f"--distill: a student is taught to adapt, and {config.algorithm.name} does not in training")
     base = resolve_model(config.model.name)
     file = Path(base, "config.json")

@@ -12,7 +12,7 @@ from rayml.evaluation.curves import Curve, Queries
 from rayml.evaluation.evaluate import trained_curves
 from rayml.evaluation.session import Session
 from rayml.evaluation.statistics import by_task, interval
-from rayml.meta.adapt import adapt, expand
+from rayml.meta.adapt import expand
 from rayml.tasks.episodes import Episode, Sampler
 from rayml.tasks.task import Task
 
@@ -57,11 +57,8 @@ def answering(session: Session, episode: Episode) -> Callable[[], Any]:
 def adapting(session: Session, episode: Episode) -> Callable[[], Any]:
     """Return what adapts to an episode as the run does, its support encoded anew: nothing is remembered of it."""
 
-    def run() -> None:
-        losses = session.scorer().support_losses([episode])
-        list(adapt(losses, session.start, session.rates, session.config.inner.steps, 1))
-
-    return run
+    scorer = session.scorer()
+    return lambda: list(scorer.adapted([episode], session.start, session.rates, scorer.steps))
 
 
 def seconds(session: Session, run: Callable[[], Any]) -> float:

@@ -44,7 +44,7 @@ def compare(
     """Train what is to be trained, choose each one's adaptation on meta-val, ask all, and write the report.
 
     Args:
-        values: the config, nested; its outer steps are FOMAML's, and fix everyone's budget of tokens.
+        values: the config, nested; its outer steps, by the algorithm BUDGET, fix everyone's tokens.
         source: names the config in errors.
         to: the folder, or its URI, where runs, answers and the report go.
         command: stands in the report.

@@ -51,7 +51,7 @@ def seconds_per_token(config: Config, tasks: Sequence[Task]) -> float:
     fast = expand(session.start, 1)
     seconds = 0.0
     for _ in range(2):  # the first warms up
-        batch = side_of(session.encoder, [episode], "support", session.device)
+        batch = side_of(session.lm, session.encoder, [episode], "support").one_a_row
         began = time.perf_counter()
         task_gradients(partial(session.lm.losses, batch=batch), fast)
         seconds = time.perf_counter() - began

@@ -71,7 +71,8 @@ def old_run(config: Config) -> Old | None:
     differs = [key for key in SAME if before[key] != now[key]]
     if then.mode == "full":
         raise ConfigError("run.continues: a run in mode full is continued by its folder RUN/model as model.name")
-    if (then.algorithm.name == "meta_sgd") != (config.algorithm.name == "meta_sgd"):
+    by_weight = then.algorithm.learned_rates == "weight"
+    if by_weight != (config.algorithm.learned_rates == "weight"):
         differs.append("algorithm.name")
     if differs:
         raise ConfigError(f"run.continues: {run.path} has another start; {', '.join(differs)} must be as there")
@@ -153,7 +154,7 @@ def both(
     sampler = shows.config.data.sampler(EVALUATION_SEED)
     ends = []
     for session in (then, now):
-        asked = Session(shows.config, session.lm, shows.encoder, session.base, session.start, session.rates, 0, {})
+        asked = replace(session, config=shows.config, encoder=shows.encoder)
         found = trained_curves(asked, tasks, sampler, episodes_each(tasks), progress)
         ends.append(by_task(found)[-1])
     return {"before": interval(ends[0]), "after": interval(ends[1]), "change": interval(ends[1] - ends[0])}

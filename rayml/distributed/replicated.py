@@ -6,7 +6,6 @@ Every worker adapts its own tasks; their meta-gradients meet in one all-reduce a
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +24,15 @@ from rayml.lm.depth import rate_factors
 from rayml.lm.encode import Encoder
 from rayml.lm.frozen import KnownStates
 from rayml.lm.load import checkpoint_activations
+from rayml.lm.lora import TaskLoRA
 from rayml.lm.model import TaskLM, hooks, known_states
-from rayml.lm.objective import task_losses
+from rayml.lm.objective import special_steps, training_sides
 from rayml.lm.start import untrained_start
-from rayml.meta.adapt import Params, TaskLosses
-from rayml.meta.algorithms import ALGORITHMS
-from rayml.meta.fomaml import fomaml
+from rayml.meta.adapt import InnerLoop, Params
 from rayml.meta.gradient import MetaGradient
 from rayml.meta.learner import Learner, initial_log_rates, outer_schedule
 from rayml.meta.weighting import RecentGains
-from rayml.planning.batch import inner_steps, trained_tokens
+from rayml.planning.batch import trained_tokens
 from rayml.runs.checkpoint import read_newest, write_state
 from rayml.runs.folder import RunFolder
 from rayml.tasks.episodes import relabel
@@ -127,32 +125,23 @@ class Replicated:
 
     def _gradient(self, episodes: list[dict[str, Any]], weights: torch.Tensor) -> MetaGradient:
         """Return the meta-gradient: of all tasks side by side, or, in mode full, of one after the other."""
-        config, learner = self.config, self.learner
-        algorithm: Any = ALGORITHMS[config.algorithm.name]
-        if algorithm is fomaml:
-            algorithm = partial(fomaml, start_weight=config.outer.start_weight)
-        pad = self.encoder.pad
+        config, learner, regularize = self.config, self.learner, self.config.regularize
         together = len(episodes) if self.lm.adapter else 1
         parts = []
         for first in range(0, len(episodes), together):
             some = slice(first, first + together)
-            support, query = task_losses(self.lm, episodes[some], pad, config)
-            with dropping(config, self.lm, learner.step, self.rank):
-                losses = support, self._after_inner_loop(query)
-                parts.append(algorithm(*losses, learner.start, learner.rates, config.inner.steps, weights[some]))
-            self.laps("inner" if config.algorithm.name == "reptile" else "outer")
+            support, query = training_sides(self.lm, episodes[some], self.encoder.pad, config)
+            inner = InnerLoop(
+                learner.rates,
+                config.inner.steps,
+                config.learns_rates,
+                special_steps(support, config.inner.unfreeze_every, regularize.adversarial),
+                ended=lambda: self.laps("inner"),
+            )
+            with dropping(config, self.lm, episodes[some]):
+                parts.append(config.algorithm.meta_gradient(support, query, learner.start, inner, weights[some]))
+            self.laps("outer")
         return joined(parts)
-
-    def _after_inner_loop(self, query_losses: TaskLosses) -> TaskLosses:
-        """Return the query losses such that asking for them ends the inner loop's lap, where there is one."""
-        if self.config.algorithm.name == "reptile" or not inner_steps(self.config):
-            return query_losses
-
-        def timed(weights: Params) -> torch.Tensor:
-            self.laps("inner")
-            return query_losses(weights)
-
-        return timed
 
     def _update(self, gradient: MetaGradient, episodes: list[dict[str, Any]], waited: float) -> dict[str, Any]:
         """Average the meta-gradient over all workers' tasks, in one all-reduce, and take the outer step.
@@ -199,7 +188,7 @@ class Replicated:
     def score(self, episodes: Sequence[Any]) -> list[Curve]:
         """Return the scores of this worker's episodes before and after adapting."""
         config = self.config
-        scorer = Scorer(self.lm, self.encoder, config.algorithm.name, config.inner.steps, config.inner.unfreeze_every)
+        scorer = Scorer(self.lm, self.encoder, config.algorithm, config.inner.steps, config.inner.unfreeze_every)
         together = len(episodes) if self.lm.adapter else 1
         return [
             curve
@@ -257,13 +246,12 @@ def joined(parts: Sequence[MetaGradient]) -> MetaGradient:
     )
 
 
-def dropping(config: Config, lm: TaskLM, step: int, rank: int) -> AbstractContextManager[None]:
-    """Drop adapters' inputs inside the block, with masks that depend on seed, step and rank alone."""
+def dropping(config: Config, lm: TaskLM, episodes: Sequence[dict[str, Any]]) -> AbstractContextManager[None]:
+    """Drop adapters' inputs inside the block, with masks that depend on the run's seed and on each episode alone."""
     share = config.regularize.lora_dropout
-    if lm.adapter is None or not share:
+    if not share or not isinstance(lm.adapter, TaskLoRA):
         return nullcontext()
-    torch.manual_seed(hash((config.seed, step, rank)) % 2**63)
-    return lm.adapter.dropping(share)
+    return lm.adapter.dropping(share, [hash((config.seed, episode["index"])) & 0xFFFFFFFF for episode in episodes])
 
 
 def build_lm(config: Config, model: str, device: torch.device) -> TaskLM:
@@ -284,11 +272,11 @@ def agreed_start(job: Job, lm: TaskLM) -> Params:
 
 def build_learner(config: Config, start: Params, factors: Mapping[str, float], device: torch.device) -> Learner:
     """Return a learner at step 0."""
-    outer, inner, name = config.outer, config.inner, config.algorithm.name
+    outer, inner, by_weight = config.outer, config.inner, config.algorithm.learned_rates == "weight"
     start = {name: weight.to(device) for name, weight in start.items()}
     return Learner(
         start,
-        initial_log_rates(start, inner.lr, inner.modules, name == "meta_sgd", factors),
+        initial_log_rates(start, inner.lr, inner.modules, by_weight, factors),
         learn_rates=config.learns_rates,
         optimizer=outer.optimizer,
         lr=outer.lr,

@@ -79,7 +79,7 @@ def train(config: Config, resume: bool = False, at_once: int = 1) -> RunFolder:
     encoder = config.encoder(load_tokenizer(model))
     encoder.check([*splits.train, *splits.val, *splits.test])
     run = RunFolder(config.run.dir)
-    check_model(config, model, [*splits.train, *splits.val])
+    check_model(config, model, [task for part in splits for task in part])
     check_trackers(config.run.trackers, run)
     if not os.environ.get("RAY_ADDRESS") and not ray.is_initialized():
         check_resources(config, cpus=processors(), cpus_each=1, gpus=torch.cuda.device_count())
@@ -144,7 +144,7 @@ def check_model(config: Config, model: str, tasks: Sequence[Task]) -> None:
             f"inner.modules: {', '.join(config.inner.modules)} matches nothing learned, such as {names[0]}"
         )
     longest = config.data.max_tokens + config.soft_tokens
-    if config.algorithm.name == "metaicl":
+    if config.algorithm.keeps == "prompt":
         shown = max(min(config.data.ways, len(task.options) or 1) for task in tasks) * config.data.shots
         longest *= shown + 1
     most = getattr(bare.config, "max_position_embeddings", longest)
@@ -152,8 +152,7 @@ def check_model(config: Config, model: str, tasks: Sequence[Task]) -> None:
         raise ConfigError(
             f"data.max_tokens: a row may have {longest} tokens, the model takes {most}; lower it or shots"
         )
-    if config.algorithm.name == "protonet" and not all(task.options for task in tasks):
-        raise ConfigError("algorithm.name: protonet tells classes apart; there are tasks of free text")
+    config.algorithm.check(tasks)
 
 
 def processors() -> int:

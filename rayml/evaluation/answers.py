@@ -14,7 +14,7 @@ from rayml.evaluation.curves import Scorer, score_all
 from rayml.lm.decode import Decoder
 from rayml.lm.generate import Generation, end_tokens
 from rayml.lm.sampling import Sampling
-from rayml.meta.adapt import Params, adapt, expand
+from rayml.meta.adapt import Params
 from rayml.tasks.episodes import Episode, Sampler
 from rayml.tasks.overall import groups, overall
 from rayml.tasks.task import Task
@@ -170,10 +170,8 @@ def taken_in(contender: Contender, episode: Episode, setting: Setting) -> Params
         return None
     if not contender.takes_steps:
         return contender.start
-    losses = contender.scorer.support_losses([episode])
-    fast = expand(contender.start, 1)
-    for adapted in adapt(losses, contender.start, contender.scaled(setting.factor), setting.steps, 1):
-        fast = adapted.fast
+    rates = contender.scaled(setting.factor)
+    *_, fast = contender.scorer.adapted([episode], contender.start, rates, setting.steps)
     return {name: weight[0] for name, weight in fast.items()}
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from rayml.algorithms.registry import DEFAULT
 from rayml.config import Config, dump_config
 from rayml.errors import ConfigError, DataError, RunError
 from rayml.evaluation import report
@@ -55,6 +56,7 @@ def evaluate_run(
     config, _ = run.trained(checkpoint)
     data = config.data.model_copy(update={k: v for k, v in {"ways": ways, "shots": shots}.items() if v})
     tasks = held_out_tasks(config, data, data_path, split)
+    config.algorithm.check(tasks)
     with doing(err, "loading libraries and model"):
         from rayml.evaluation.evaluate import evaluate, summarize
         from rayml.evaluation.parts import Parts
@@ -87,7 +89,7 @@ def evaluate_run(
     kind = "-data" if data_path else "" if split == "test" else f"-{split}"
     written, picture = json_file or run.path / f"evaluation{kind}.json", run.path / f"adaptation{kind}.png"
     write_whole(written, json.dumps(summary, indent=2) + "\n")
-    method = "" if config.algorithm.name == "fomaml" else f"{config.algorithm.name}, "
+    method = "" if config.algorithm.name == DEFAULT else f"{config.algorithm.name}, "
     title = f"{config.model.name}, {data.ways}-way {data.shots}-shot, {method}after {session.step} outer steps"
     report.plot(summary, picture, title)
     out.print(report.table(summary, title))
@@ -154,8 +156,8 @@ def adapt_run(run_path: str | Place, examples: Path, to: str | Place, name: str 
         write_card(here, learned.card)
     kind = f"{len(task.options)} labels" if task.options else "free text"
     how = "loss " + " -> ".join(f"{loss:.3f}" for loss in (learned.losses[0], learned.losses[-1]))
-    if learned.card.shown:
-        how = f"kept for the {'prompt' if learned.card.algorithm == 'metaicl' else 'prototypes'}"
+    if learned.card.shown and not session.config.algorithm.takes_steps:
+        how = f"kept for {'the prompt' if session.config.algorithm.keeps == 'prompt' else 'their hidden states'}"
     out.print(f"learned {task.name!r}: {len(task.examples)} examples, {kind}, {learned.seconds:.2f} s, {how}")
     if learned.losses[-1] > learned.losses[0]:
         out.print("[yellow]the loss rose: the inner steps are too long for this task; lower inner.lr, or learn it[/]")

@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
+from rayml.algorithms.methods import BASELINE
 from rayml.evaluation.metrics import calibration_error, metrics_of, scores
 from rayml.evaluation.statistics import interval
 
-BASELINE = "multitask"
 Result = dict[str, Any]
 
 

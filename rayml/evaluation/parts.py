@@ -33,8 +33,8 @@ class Parts:
         head, *lines = self.path.read_text(encoding="utf-8").split("\n")[:-1] or [""]
         for line in lines if head == self.asked else []:
             trained, untrained, answered = json.loads(line)
-            curves = ([Curve(**curve) for curve in each] for each in (trained, untrained))
-            yield Evaluation(*curves, [Answered(**one) for one in answered])
+            first, second = ([Curve(**curve) for curve in each] for each in (trained, untrained))
+            yield Evaluation(first, second, [Answered(**one) for one in answered])
 
     def next(self) -> Evaluation | None:
         """Return the next part that was done before; None, if it is to be done now."""

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
+from rayml.algorithms.registry import algorithm_of
 from rayml.engine import local
 from rayml.errors import ConfigError
-from rayml.lm.batch import TaskBatch, collate
+from rayml.lm.ask import AskedTasks, Kept
 from rayml.lm.decode import Decoder
 from rayml.lm.generate import Generation, end_tokens
 from rayml.lm.load import load_tokenizer, resolve_model
@@ -17,9 +18,6 @@ from rayml.lm.model import TaskLM, hooks
 from rayml.lm.peft_files import encoder_of, load_learned
 from rayml.lm.precision import decide, has_sdpa, look_at, widest_linear
 from rayml.lm.sampling import Sampling
-from rayml.lm.score import Ballot
-from rayml.meta.protonet import prototype_logits
-from rayml.tasks.episodes import relabel
 from rayml.tasks.row import unanswered
 from rayml.tasks.task import Example
 
@@ -49,6 +47,7 @@ class Predictor:
         self.weights = {name: weight.to(self.device) for name, weight in self.weights.items()}
         self.adapters = side_by_side([self.weights or None])
         self.shown = self.card.examples()
+        self.algorithm = algorithm_of(self.card.algorithm, self.card.settings)
 
     def predict(self, given: Any, options: list[str] | None = None) -> Prediction:
         """Choose among the task's options, or those given; generate where there are none.
@@ -70,25 +69,15 @@ class Predictor:
         probabilities = dict(zip(chosen, log_probs.exp().tolist(), strict=True))
         return Prediction(max(probabilities, key=lambda option: probabilities[option]), probabilities)
 
-    @torch.no_grad()
     def _log_probs(self, example: Example, labels: list[str]) -> torch.Tensor:
         """Return the log-probability of each label, `[C]`."""
-        if self.card.algorithm == "protonet":
-            return self._by_prototypes(example, labels)
-        shown = self.shown if self.card.algorithm == "metaicl" else ()
-        ballot = Ballot(self.lm, self.encoder, [self.encoder.questions([example], labels, shown)])
-        return ballot.log_probs(self.adapters)[0][0]
-
-    def _by_prototypes(self, example: Example, labels: list[str]) -> torch.Tensor:
-        support = [one for one in self.shown if one.target in labels]
-        classes = torch.tensor([[labels.index(one.target) for one in support]], device=self.device)
-        asks = relabel(example, labels[0])
-        sides = [self.lm.states(self.adapters, self._batch(rows)) for rows in (support, [asks])]
-        return prototype_logits(sides[0], classes, sides[1], len(labels))[0, 0].log_softmax(-1)
-
-    def _batch(self, examples: list[Example]) -> TaskBatch:
-        rows = self.encoder.rows(examples, is_label=True)
-        return collate([rows], self.encoder.pad).to(self.device)
+        shown = self.shown if self.algorithm.keeps == "prompt" else ()
+        kept = []
+        if self.algorithm.keeps == "states":
+            classes = [labels.index(one.target) if one.target in labels else -1 for one in self.shown]
+            kept = [Kept(self.encoder.rows(self.shown, is_label=True), classes)]
+        asked = AskedTasks(self.lm, self.encoder, [self.encoder.questions([example], labels, shown)], kept)
+        return self.algorithm.answer(asked, self.adapters)[0][0]
 
     def _generate(self, example: Example) -> str:
         prompt, sampling = self.encoder.asked(example, self.shown), Sampling(self.card.max_tokens)

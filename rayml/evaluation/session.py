@@ -48,7 +48,7 @@ class Session:
     def scorer(self) -> Scorer:
         """Return what scores episodes as the run's own algorithm does."""
         inner = self.config.inner
-        return Scorer(self.lm, self.encoder, self.config.algorithm.name, inner.steps, inner.unfreeze_every)
+        return Scorer(self.lm, self.encoder, self.config.algorithm, inner.steps, inner.unfreeze_every)
 
 
 def open_session(run: RunFolder, which: str | None = None, every_linear: bool = False) -> Session:

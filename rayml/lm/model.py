@@ -93,7 +93,7 @@ class TaskLM:
                 own = {name: weight.squeeze(0).to(self.module.dtype) for name, weight in weights.items()}
                 return torch.func.functional_call(self.module, own, kwargs=inputs).logits
             if self.adapter is not None:
-                self.adapter.adapters = weights
+                self.adapter.begin(weights)
             with self._frozen.known(frozen) if self._frozen else nullcontext():
                 return self.module(**inputs).logits
         finally:

@@ -184,7 +184,7 @@ def settled(
         devices,
         made_in,
         config.data.max_tokens,
-        sdpa=config.algorithm.name != "maml" and has_sdpa(base),
+        sdpa=not config.algorithm.second_order and has_sdpa(base),
     )
     settled_model = model.model_copy(update={"dtype": chosen.dtype, "attention": chosen.attention})
     return config.model_copy(update={"model": settled_model}), chosen

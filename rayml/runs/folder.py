@@ -17,7 +17,8 @@ from typing import Any
 from safetensors.torch import load, save
 from torch import Tensor
 
-from rayml.config import Config, dump_config, load_config
+from rayml.algorithms.moved import modernized
+from rayml.config import Config, dump_config, parse_config, read_values
 from rayml.errors import RunError, StorageError
 from rayml.runs.checkpoint import is_whole, newest_checkpoint, step_of
 from rayml.runs.files import Place, listed, place, write_whole
@@ -77,7 +78,7 @@ class RunFolder:
         write_whole(self.tasks, json.dumps(describe(splits), indent=2, ensure_ascii=False) + "\n")
 
     def _check_same(self, config: Config, splits: Splits) -> None:
-        then = load_config(self.config)
+        then = self.read_config()
         before, now = (c.model_dump(exclude=FREE_KEYS) for c in (then, config))
         before, now = flat(before), flat(now)
         changed = {name for name in before.keys() | now.keys() if repr(before.get(name)) != repr(now.get(name))}
@@ -103,8 +104,12 @@ class RunFolder:
         """Return the dtype that the run was trained in; None before it was."""
         if self.precision.exists():
             return json.loads(self.precision.read_text(encoding="utf-8"))["dtype"]
-        asked = load_config(self.config).model.dtype if self.config.exists() else "auto"
+        asked = self.read_config().model.dtype if self.config.exists() else "auto"
         return None if asked == "auto" else asked
+
+    def read_config(self) -> Config:
+        """Return the run's config, also of a run from before algorithms had settings of their own."""
+        return parse_config(modernized(read_values(self.config)), str(self.config))
 
     def tell_to_stop(self) -> None:
         """Ask the workers to write a checkpoint after the step that they are at, and to end."""
@@ -176,7 +181,7 @@ class RunFolder:
         """
         if not self.config.exists():
             raise RunError(f"{self.path}: no run here (there is no config.yaml in it)")
-        config = load_config(self.config)
+        config = self.read_config()
         folder = newest_checkpoint(self.best) if which == "best" or (not which and config.validation.patience) else None
         if folder is None and which != "best":  # there was no meta-val task, or no validation yet
             folder = newest_checkpoint(self.checkpoints)

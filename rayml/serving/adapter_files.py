@@ -15,6 +15,8 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 
+from rayml.algorithms.base import Algorithm
+from rayml.algorithms.registry import trusted
 from rayml.errors import ConfigError, RunError
 from rayml.lm.lora import A, B
 from rayml.lm.peft_files import CARD, PREFIX, PROMPT_KEY, WEIGHTS, AdapterCard
@@ -52,6 +54,8 @@ class Fits:
     """What the task-batched layer multiplies every update by: the run's alpha / rank."""
     most_rank: int
     most_bytes: int
+    algorithm: Algorithm
+    """The run's: what adapters may have been learned by, beside what comes with rayml."""
     prompt_width: int = 0
     """Of the embeddings, where soft prompts are served; else LoRA is."""
 
@@ -62,6 +66,8 @@ class Adapter:
 
     weights: Params
     card: AdapterCard
+    algorithm: Algorithm
+    """What it answers by."""
     size: int
     """Bytes."""
 
@@ -93,7 +99,17 @@ def read_adapter(folder: Path, fits: Fits) -> Adapter:
     broken = [name for name, weight in weights.items() if not torch.isfinite(weight).all()]
     if broken:
         raise RunError(f"{broken[0]} holds numbers that are not finite")
-    return Adapter(weights, card, sum(weight.nbytes for weight in weights.values()))
+    return Adapter(weights, card, _algorithm_of(card, fits), sum(weight.nbytes for weight in weights.values()))
+
+
+def _algorithm_of(card: AdapterCard, fits: Fits) -> Algorithm:
+    try:
+        algorithm = trusted(card.algorithm, card.settings, fits.algorithm)
+    except ConfigError as error:
+        raise RunError(str(error)) from None
+    if algorithm.keeps == "states" and not (card.shown and card.labels):
+        raise RunError(f"{CARD} keeps no examples, which {algorithm.name} answers by")
+    return algorithm
 
 
 def _read_json(path: Path) -> dict[str, Any]:

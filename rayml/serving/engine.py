@@ -19,10 +19,10 @@ from torch import Tensor
 
 from rayml.evaluation.learn import Losses, take_in
 from rayml.evaluation.session import Session
-from rayml.lm.batch import Row, collate
+from rayml.lm.ask import AskedTasks
 from rayml.lm.decode import Decoder
 from rayml.lm.lora import side_by_side
-from rayml.lm.score import OptionBatch, Question, may_fork
+from rayml.lm.score import Question, may_fork
 from rayml.meta.adapt import Params
 from rayml.serving.errors import ApiError, busy
 from rayml.serving.settings import Batching, Limits
@@ -205,7 +205,7 @@ class Engine:
             trees = Question(query.rows, encoder, forks).trees
             most, longest = max(most, len(trees)), max(longest, *(len(tree.tokens) for tree in trees))
             too_many = (len(chosen) + 1) * most * longest > self.batching.prompt_tokens
-            if chosen and (too_many or bool(query.support) != bool(chosen[0].support)):
+            if chosen and (too_many or not query.algorithm.answers_as(chosen[0].algorithm)):
                 break
             self._queries.popleft()
             if not query.answer.cancelled():  # whoever left needs no answer
@@ -214,31 +214,25 @@ class Engine:
 
     def _scores(self, batch: list[Query]) -> list[Tensor]:
         """Return each query's log-probabilities of its options, `[options]`."""
-        if batch[0].support:
-            return self._nearness(batch)
+        self._take_states(batch)
         adapters = [query.adapter for query in batch]
         alike = all(adapter is adapters[0] for adapter in adapters)
-        alike = alike and len({len(query.rows) for query in batch}) == 1
-        tasks = [[query.rows for query in batch]] if alike else [[query.rows] for query in batch]
-        stacked = side_by_side(adapters[:1] if alike else adapters)
-        found = OptionBatch(self.session.lm, self.session.encoder, tasks).log_probs(stacked)
+        alike = alike and len({(query.options, tuple(query.places)) for query in batch}) == 1
+        groups = [batch] if alike else [[query] for query in batch]
+        supports = [support for group in groups if (support := group[0].support())]
+        tasks = [[(1.0, [query.rows for query in group])] for group in groups]
+        options = [group[0].options for group in groups]
+        asked = AskedTasks(self.session.lm, self.session.encoder, tasks, supports, options)
+        found = batch[0].algorithm.answer(asked, side_by_side([group[0].adapter for group in groups]))
         return [scores.cpu() for task in found for scores in task]
 
-    def _nearness(self, batch: list[Query]) -> list[Tensor]:
-        """Return what `_scores` does, by how near each query is to the classes' prototypes."""
-        supports = [query.support for query in batch if query.support]
-        for query, support in zip(batch, supports, strict=True):
-            if support.states is None:
-                support.states = self._states([query.adapter], [support.rows])[0]
-        states = self._states([query.adapter for query in batch], [query.rows for query in batch])
-        triples = zip(batch, supports, states, strict=True)
-        return [support.log_probs(state, query.places).cpu() for query, support, state in triples]
-
-    @torch.no_grad()
-    def _states(self, adapters: list[Params | None], rows: list[list[Row]]) -> Tensor:
-        """Return the state before each row's target, `[T, K, D]`."""
-        batch = collate(rows, self.session.encoder.pad).to(self.session.lm.device)
-        return self.session.lm.states(side_by_side(adapters), batch)
+    def _take_states(self, batch: list[Query]) -> None:
+        """Take the hidden states of the supports that are kept, where they were not taken yet."""
+        for query in batch:
+            kept = query.kept
+            if kept and kept.states is None:
+                asked = AskedTasks(self.session.lm, self.session.encoder, [[(1.0, [query.rows])]], [kept])
+                kept.states = asked.support_states(side_by_side([query.adapter]))[0]
 
     def _write_tokens(self) -> None:
         joining = self._next_writings()

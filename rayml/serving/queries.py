@@ -3,12 +3,14 @@
 import dataclasses
 from collections.abc import Sequence
 
+from rayml.algorithms.base import Algorithm
 from rayml.errors import DataError
+from rayml.lm.ask import Kept
 from rayml.lm.encode import Encoder
 from rayml.serving.adapter_files import Adapter
 from rayml.serving.errors import ApiError
 from rayml.serving.labels import shown_of
-from rayml.serving.work import Query, Support
+from rayml.serving.work import Query
 from rayml.tasks.episodes import relabel
 from rayml.tasks.row import unanswered
 
@@ -23,14 +25,20 @@ Cut = list[tuple[Ways, bool]]
 
 
 def option_queries(
-    encoder: Encoder, loaded: Adapter | None, inputs: Sequence[Given], labels: list[str], context: int, truncate: bool
+    encoder: Encoder,
+    loaded: Adapter | None,
+    algorithm: Algorithm,
+    inputs: Sequence[Given],
+    labels: list[str],
+    context: int,
+    truncate: bool,
 ) -> Cut:
     """Return the queries of each input, with a row for each label.
 
     Raises:
         ApiError: 400, a text is too long, and not to be truncated; 422, a label that cannot be scored.
     """
-    shown = shown_of(loaded)
+    shown = shown_of(loaded) if algorithm.keeps == "prompt" else []
     most = min(encoder.max_tokens * (len(shown) + 1) + encoder.soft_tokens, context)
     queries = []
     for place, given in enumerate(inputs):
@@ -49,14 +57,14 @@ def option_queries(
         if longest > context:
             raise too_long(place, longest, context)
         weights = loaded.weights if loaded else None
-        queries.append(([(share, Query(rows, weights)) for share, (rows,) in ways], is_long))
+        queries.append(([(share, Query(rows, weights, algorithm)) for share, (rows,) in ways], is_long))
     return queries
 
 
-def prototype_queries(
-    encoder: Encoder, loaded: Adapter, support: Support, inputs: Sequence[Given], labels: list[str], truncate: bool
+def kept_queries(
+    encoder: Encoder, loaded: Adapter, kept: Kept, inputs: Sequence[Given], labels: list[str], truncate: bool
 ) -> Cut:
-    """Return a query for each input, to be compared with the classes of `labels`; raises as `option_queries` does."""
+    """Return a query for each input, to be answered by the hidden states of a support; raises as `option_queries`."""
     known = list(loaded.card.labels)
     places = [known.index(label) for label in labels]
     queries = []
@@ -66,7 +74,8 @@ def prototype_queries(
         is_long = tokens > encoder.max_tokens + encoder.soft_tokens
         if is_long and not truncate:
             raise too_long(place, tokens, encoder.max_tokens)
-        query = Query([encoder.row(example, is_label=True)], loaded.weights, support, places)
+        (rows,) = encoder.option_rows([example], labels if loaded.algorithm.by_tokens else known[:1])
+        query = Query(rows, loaded.weights, loaded.algorithm, kept, places)
         queries.append(([(1.0, query)], is_long))
     return queries
 
@@ -76,10 +85,10 @@ def ending(given: Given, most: int) -> Given:
     return given[-most:] if isinstance(given, str) else {name: text[-most:] for name, text in given.items()}
 
 
-def support_of(encoder: Encoder, loaded: Adapter) -> Support:
-    """Return the examples of a protonet's adapter, with the class of each."""
+def support_of(encoder: Encoder, loaded: Adapter) -> Kept:
+    """Return the examples that an adapter keeps, with the class of each."""
     shown, known = shown_of(loaded), list(loaded.card.labels)
-    return Support(encoder.rows(shown, is_label=True), [known.index(example.target) for example in shown])
+    return Kept(encoder.rows(shown, is_label=True), [known.index(example.target) for example in shown])
 
 
 def too_long(place: int, tokens: int, most: int) -> ApiError:

@@ -12,9 +12,11 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from rayml.algorithms.registry import default
 from rayml.errors import DataError
 from rayml.evaluation.learn import Lesson, inner_steps, lesson, new_task
 from rayml.evaluation.session import open_session
+from rayml.lm.ask import Kept
 from rayml.lm.chat import chat_prompt
 from rayml.lm.decode import context_tokens
 from rayml.lm.encode import Encoder
@@ -26,13 +28,13 @@ from rayml.serving.adapter_files import Adapter
 from rayml.serving.engine import Engine, Observe
 from rayml.serving.errors import ApiError, busy
 from rayml.serving.labels import choices, label_piece, shown_of
-from rayml.serving.queries import Cut, Given, option_queries, prototype_queries, support_of, unlimited
+from rayml.serving.queries import Cut, Given, kept_queries, option_queries, support_of, unlimited
 from rayml.serving.resident import Resident, forget_task
 from rayml.serving.schema import AdapterRequest, ClassifyRequest, Message, plain, turns_of
 from rayml.serving.served import fits_of, servable
 from rayml.serving.settings import Serving
 from rayml.serving.store import AdapterStore, Manifest
-from rayml.serving.work import Adaptation, Support, Writing
+from rayml.serving.work import Adaptation, Writing
 from rayml.tasks.episodes import relabel
 from rayml.tasks.row import Row, unanswered
 from rayml.tasks.table import FREE_TEXT
@@ -54,7 +56,7 @@ class Replica:
         self.resident = Resident(self.store, fits, serving.adapters.resident_bytes, self.session.device, observe)
         self.engine = Engine(self.session, serving.batching, serving.limits, observe)
         self._learning: dict[tuple[str, str], asyncio.Task[Manifest]] = {}
-        self._supports: WeakKeyDictionary[Adapter, Support] = WeakKeyDictionary()
+        self._supports: WeakKeyDictionary[Adapter, Kept] = WeakKeyDictionary()
         self._unfinished = 0
         # Each holds one of the requests that Serve lets in at a time; the other half is for queries.
         self.most_unfinished = min(serving.limits.waiting_adaptations, max(1, serving.replicas.ongoing_requests // 2))
@@ -122,7 +124,7 @@ class Replica:
         )
         whole = await asyncio.to_thread(self._publish, owner, manifest, prepared, weights)
         size = sum(weight.nbytes for weight in weights.values())
-        self.resident.hold(owner, adapter, Adapter(weights, prepared.card, size))
+        self.resident.hold(owner, adapter, Adapter(weights, prepared.card, self.session.config.algorithm, size))
         self.observe("adaptations", 1)
         self.observe("adaptation_seconds", manifest.seconds)
         return whole
@@ -204,11 +206,12 @@ class Replica:
     def _queries(self, loaded: Adapter | None, inputs: Sequence[Given], labels: list[str], truncate: bool) -> Cut:
         """Return the queries of each input, and whether its beginning was cut."""
         encoder = self._encoder(loaded)
-        if loaded is None or loaded.card.algorithm != "protonet":
-            return option_queries(encoder, loaded, inputs, labels, self.context, truncate)
+        algorithm = loaded.algorithm if loaded else default()
+        if loaded is None or algorithm.keeps != "states":
+            return option_queries(encoder, loaded, algorithm, inputs, labels, self.context, truncate)
         if loaded not in self._supports:
             self._supports[loaded] = support_of(encoder, loaded)
-        return prototype_queries(encoder, loaded, self._supports[loaded], inputs, labels, truncate)
+        return kept_queries(encoder, loaded, self._supports[loaded], inputs, labels, truncate)
 
     async def write(
         self, owner: str, adapter: str | None, prompts: Sequence[Given | list[Message]], sampling: Sampling

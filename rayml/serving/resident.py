@@ -7,6 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -84,7 +85,7 @@ class Resident:
             self.observe("refused", 1)
             raise ApiError(422, f"adapter {adapter} was refused: {error}", "model", "adapter_refused") from None
         weights = {name: weight.to(self.device) for name, weight in found.weights.items()}
-        return Adapter(weights, found.card, found.size)
+        return replace(found, weights=weights)
 
     def _fetch(self, owner: str, adapter: str, folder: Path) -> None:
         for pause in (0.2, 1.0, None):

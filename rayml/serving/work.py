@@ -3,46 +3,48 @@
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
-import torch
 from torch import Tensor
 
+from rayml.algorithms.base import Algorithm
 from rayml.evaluation.learn import Lesson, Losses
+from rayml.lm.ask import Kept
 from rayml.lm.batch import Row
 from rayml.lm.generate import Generation
 from rayml.lm.sampling import Piece
 from rayml.meta.adapt import Params
-from rayml.meta.protonet import prototype_logits
-
-
-class Support:
-    """The examples that a protonet's adapter tells classes apart by; their states are taken once, `[K, D]`."""
-
-    def __init__(self, rows: list[Row], classes: list[int]):
-        self.rows, self.classes = rows, classes
-        self.states: Tensor | None = None
-
-    def log_probs(self, state: Tensor, places: Sequence[int]) -> Tensor:
-        """Return the log-probabilities of some of the classes for a query's state, `[1, D]` to `[options]`."""
-        assert self.states is not None
-        classes = torch.tensor([self.classes], device=state.device)
-        logits = prototype_logits(self.states.unsqueeze(0), classes, state.unsqueeze(0), max(self.classes) + 1)[0, 0]
-        return logits[list(places)].log_softmax(-1)
 
 
 class Query:
     """One text whose options are to be scored, and what comes of it, their log-probabilities `[options]`.
 
     Args:
-        rows: one for each option; with a `support`, one alone.
-        support: score by the classes' prototypes.
-        places: of the options among the support's classes.
+        rows: one for each option; or one alone, where nothing but what the algorithm keeps is answered by.
+        algorithm: answers.
+        kept: the adapter's support, where the algorithm keeps hidden states; they are taken once.
+        places: of the options among the classes of that support.
     """
 
     def __init__(
-        self, rows: list[Row], adapter: Params | None, support: Support | None = None, places: Sequence[int] = ()
+        self,
+        rows: list[Row],
+        adapter: Params | None,
+        algorithm: Algorithm,
+        kept: Kept | None = None,
+        places: Sequence[int] = (),
     ):
-        self.rows, self.adapter, self.support, self.places = rows, adapter, support, places
+        self.rows, self.adapter, self.algorithm, self.kept, self.places = rows, adapter, algorithm, kept, places
         self.answer: Future[Tensor] = Future()
+
+    @property
+    def options(self) -> int:
+        return len(self.places) or len(self.rows)
+
+    def support(self) -> Kept | None:
+        """Return the support with the classes as numbers of the options that are asked for."""
+        if self.kept is None:
+            return None
+        classes = [self.places.index(kind) if kind in self.places else -1 for kind in self.kept.classes]
+        return Kept(self.kept.rows, classes, self.kept.states)
 
 
 class Writing(Generation):
