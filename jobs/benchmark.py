@@ -41,8 +41,8 @@ from rayml.lm.encode import decode_rows
 from rayml.lm.load import DTYPES, load_tokenizer, resolve_model
 from rayml.lm.lora import B, TaskLoRA, in_a_layer, layer_number
 from rayml.lm.model import TaskLM
-from rayml.meta.adapt import Params
-from rayml.meta.fomaml import fomaml
+from rayml.meta.adapt import InnerLoop, Params
+from rayml.meta.gradient import first_order
 from rayml.tasks.prepare import prepare_splits
 
 OURS = "rayml"
@@ -205,8 +205,10 @@ def ours(lm: TaskLM, start: Params, episodes: Episodes, config: Config) -> Param
         collate(side, 0, episodes.labels, lm.packs).to(lm.device) for side in (episodes.support, episodes.query)
     )
     rates = {name: torch.tensor(config.inner.lr, device=lm.device) for name in start}
-    losses = partial(lm.losses, batch=support), partial(lm.losses, batch=query)
-    return fomaml(*losses, start, rates, config.inner.steps, torch.ones(len(episodes.support), device=lm.device)).start
+    losses = {"support": partial(lm.losses, batch=support), "query": partial(lm.losses, batch=query)}
+    turns = config.algorithm.turns(config.inner.steps)
+    weights = torch.ones(len(episodes.support), device=lm.device)
+    return first_order(turns, losses, start, InnerLoop(rates, config.inner.steps), weights).start
 
 
 def compared(contenders: dict[str, Callable[[], Any]], most: float) -> tuple[dict[str, float], dict[str, str]]:

@@ -25,6 +25,7 @@ from rayml.engine.shares import share_loss, share_of
 from rayml.lm.batch import IGNORE, TaskBatch
 from rayml.lm.load import resolve_model
 from rayml.lm.model import TaskLM
+from rayml.meta.phased import Phase
 
 
 def main() -> None:
@@ -92,13 +93,13 @@ def measure(options: argparse.Namespace, path: str, device: torch.device) -> dic
     batch = random_batch(options, int(plain.module.config.vocab_size), device)
 
     def plain_step() -> None:
-        plain.backward(share_loss(lm, share_of(batch)))
+        plain.backward(share_loss(lm, share_of([(batch, 1.0)])))
         plain.step()
 
     steps = {
         "plain": plain_step,
-        "adapt": lambda: learner._descend(batch, "adapt"),
-        "query": lambda: learner._descend(batch, "query"),
+        "adapt": lambda: learner.take([(batch, 1.0)], Phase(descends=True)),
+        "query": lambda: learner.take([(batch, 1.0)], Phase(collects=True, restores=True)),
     }
     for step in [*steps.values()] * 2:  # traces, buffers, AdamW's state
         step()

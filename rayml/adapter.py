@@ -11,20 +11,24 @@ from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
+from rayml.algorithms.base import Algorithm
+from rayml.algorithms.registry import algorithm_of
 from rayml.engine import local
 from rayml.errors import ConfigError, RunError
+from rayml.lm.ask import Kept
 from rayml.lm.encode import Encoder
 from rayml.lm.generate import Generation, end_tokens, write
 from rayml.lm.load import load_tokenizer, resolve_model
 from rayml.lm.lora import TaskLoRA
 from rayml.lm.model import TaskLM, hooks
 from rayml.lm.peft_files import AdapterCard, encoder_of, load_learned, save_adapter, save_model, write_card
-from rayml.lm.queries import Query, Support, first_batch, log_probs, weighed
+from rayml.lm.precision import decide, has_sdpa, look_at, widest_linear
+from rayml.lm.queries import Query, first_batch, log_probs, weighed
 from rayml.lm.sampling import Sampling
+from rayml.lm.score import ways_of
 from rayml.lm.soft_prompt import TaskPrompt
 from rayml.meta.adapt import Params
 from rayml.runs.files import Place, local_copy, made_here, place
-from rayml.tasks.episodes import relabel
 from rayml.tasks.row import Input, is_dialogue, unanswered
 from rayml.tasks.task import Example
 
@@ -163,26 +167,32 @@ class Adapter:
         Args:
             labels: as the model sees them; the options.
         """
-        if self.support:
-            known = list(self.card.labels)
-            (row,) = self.encoder.rows([relabel(example, known[0])], is_label=True)
-            among = [known.index(label) for label in labels]
-            return [Query(self.lm, self.encoder, [row], self.weights, support=self.support, among=among)]
-        ways = self.encoder.questions([example], labels, self.shown)
-        return [Query(self.lm, self.encoder, rows, self.weights, share) for share, (rows,) in ways]
+        known = list(self.card.labels)
+        classes = [known.index(label) for label in labels] if self.kept else []
+        if self.kept and not self.algorithm.by_tokens:
+            labels = known[:1]  # nothing of them is looked at
+        shown = self.shown if self.algorithm.keeps == "prompt" else ()
+        ways = ways_of(self.lm, self.encoder, [example], labels, shown)
+        return [Query(question, self.weights, self.algorithm, share, self.kept, classes) for share, (question,) in ways]
+
+    @cached_property
+    def algorithm(self) -> Algorithm:
+        """What it answers by: that of the run that it was learned in."""
+        return algorithm_of(self.card.algorithm, self.card.settings)
 
     @cached_property
     def shown(self) -> list[Example]:
-        """The task's own examples that stand in every prompt, or that prototypes are made of; most tasks keep none."""
+        """The task's own examples that answers need, in the prompt or as hidden states; most tasks keep none."""
         return self.card.examples()
 
     @cached_property
-    def support(self) -> Support | None:
-        if self.card.algorithm != "protonet":
+    def kept(self) -> Kept | None:
+        """Those examples as rows with their classes, where hidden states are answered by."""
+        if self.algorithm.keeps != "states":
             return None
         known = list(self.card.labels)
         rows = self.encoder.rows(self.shown, is_label=True)
-        return Support(rows, [known.index(example.target) for example in self.shown])
+        return Kept(rows, [known.index(example.target) for example in self.shown])
 
     def _choose(self, asked: Sequence[Example], labels: dict[str, str]) -> list[Prediction]:
         ways = [self.queries(example, list(labels.values())) for example in asked]
@@ -226,6 +236,7 @@ def load_adapter(folder: str | Place, *, model: "MetaModel | Adapter | None" = N
 
     Raises:
         RunError: it is not there, or not whole, or it does not fit the model's base.
+        ConfigError: it was learned by an algorithm that is unknown here.
     """
     to = place(folder)
     with local_copy(to) as here:
@@ -237,14 +248,17 @@ def load_adapter(folder: str | Place, *, model: "MetaModel | Adapter | None" = N
             lm, base = model.lm, model.base
     tokenizer = model.encoder.tokenizer if model and not own_model else load_tokenizer(base)
     on_device = {name: weight.to(lm.device) for name, weight in weights.items()} or None
-    return Adapter(lm, encoder_of(card, tokenizer), on_device, card, base)
+    adapter = Adapter(lm, encoder_of(card, tokenizer), on_device, card, base)
+    _ = adapter.algorithm  # raises where it is unknown here
+    return adapter
 
 
 def base_of(card: AdapterCard, own_model: str | None) -> tuple[TaskLM, str]:
     """Load the base of a task, or the model that it is itself; return it with where it was loaded from."""
     base = own_model or resolve_model(card.model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    module = local.load(base, card.dtype, "sdpa", device)
+    precision = decide(("auto", "auto"), [look_at(device, widest_linear(base))], card.dtype, sdpa=has_sdpa(base))
+    module = local.load(base, precision.dtype, precision.attention, device)
     return TaskLM(module, hooks(module, card.lora, card.soft_tokens)), base
 
 

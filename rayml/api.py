@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,7 +64,8 @@ def trained_run(
     values, source = values_of(config, overrides, **more)
     added = [f"run.continues={continues}"] if continues else []
     settings = parse_config(values, source, added)
-    from rayml.distributed.train import train as run_training
+    with loading():
+        from rayml.distributed.train import train as run_training
 
     return run_training(settings, resume)
 
@@ -157,8 +159,9 @@ def compare(
         TrainingError: not one method could be trained.
     """
     values, source = values_of(config, overrides, **more)
-    from rayml.distributed.compare import compare as run_comparison
-    from rayml.distributed.entries import Request
+    with loading():
+        from rayml.distributed.compare import compare as run_comparison
+        from rayml.distributed.entries import Request
 
     request = Request(
         methods=list(methods),
@@ -208,11 +211,21 @@ def sweep(
         TrainingError: no trial came to a validation.
     """
     values, source = values_of(config, overrides, **(more | ({"sweep.search": dict(search)} if search else {})))
-    from rayml.distributed.sweep import sweep as run_sweep
+    with loading():
+        from rayml.distributed.sweep import sweep as run_sweep
 
     folder = run_sweep(values, source, resume, consoles(console)[0])
     trials = json.loads((folder / "trials.json").read_text(encoding="utf-8"))
     return Sweep(folder, load_config(folder / "best.yaml"), trials)
+
+
+def loading() -> AbstractContextManager[Any]:
+    """Show that libraries are being loaded: the first time takes some seconds."""
+    from rich.console import Console
+
+    from rayml.progress import doing
+
+    return doing(Console(stderr=True), "loading libraries")
 
 
 def consoles(console: "Console | None") -> "tuple[Console, Console]":

@@ -10,12 +10,14 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, PositiveInt, SerializeAsAny, ValidationError
 from pydantic import model_validator as whole
 
+from rayml.algorithms.base import Algorithm
+from rayml.algorithms.moved import MOVED
+from rayml.algorithms.registry import DEFAULT, REGISTERED, algorithm_class, chosen, default
 from rayml.errors import ConfigError
 from rayml.sections import (
-    Algorithm,
     Data,
     Full,
     Inner,
@@ -51,7 +53,7 @@ class Config(Section):
     """What is learned. `adapters`: LoRA, or soft prompts, on a frozen base. `full`: every parameter of the model."""
     adapter: Literal["lora", "soft_prompt"] = "lora"
     """What kind of adapters."""
-    algorithm: Algorithm = Algorithm()
+    algorithm: Annotated[SerializeAsAny[Algorithm], BeforeValidator(chosen)] = Field(default_factory=default)
     lora: Lora = Lora()
     soft_prompt: SoftPrompt = SoftPrompt()
     full: Full = Full()
@@ -86,7 +88,7 @@ class Config(Section):
     def encoder(self, tokenizer: Any) -> "Encoder":
         from rayml.lm.encode import Encoder  # torch and all: reading a config needs none of it
 
-        data, in_context = self.data, self.algorithm.name == "metaicl"
+        data, in_context = self.data, self.algorithm.keeps == "prompt"
         return Encoder(
             tokenizer,
             data.prompt,
@@ -110,8 +112,7 @@ class Config(Section):
     @property
     def learns_rates(self) -> bool:
         """Whether inner rates are learned."""
-        by_weight, by_tensor = self.algorithm.name == "meta_sgd", self.algorithm.name in ("fomaml", "maml")
-        return self.mode == "adapters" and (by_weight or (by_tensor and self.inner.learn_lr))
+        return self.mode == "adapters" and self.algorithm.learned_rates != "none"
 
     @property
     def soft_tokens(self) -> int:
@@ -139,31 +140,18 @@ class Config(Section):
 
 def impossible(config: Config) -> list[str]:
     """Return why choices that are each fine do not go together."""
-    name, full = config.algorithm.name, config.mode == "full"
+    full = config.mode == "full"
     rules = {
         f"workers: the first of [fewest, most] is larger than the second: {config.workers}": config.fewest_workers
         > config.most_workers,
         "workers: shards of mode=full with engine=zero are for one number of workers; give one": config.is_sharded
         and config.fewest_workers < config.most_workers,
-        f"algorithm.name: mode=full serves fomaml, reptile and multitask, not {name}": full
-        and name not in ("fomaml", "reptile", "multitask"),
-        "algorithm.name: maml differentiates twice, which ZeRO-3's gathers do not survive; use engine=local": name
-        == "maml"
-        and config.engine == "zero",
-        "model.attention: maml differentiates twice, which fused kernels do not; use model.attention=eager": name
-        == "maml"
-        and config.model.attention != "eager",
-        "model.activation_checkpointing: maml keeps the whole inner loop; it does not go with it": name == "maml"
-        and config.model.activation_checkpointing,
-        "regularize.adversarial: the inner loop of maml, reptile, metaicl and protonet, and that of mode=full with "
-        "engine=zero, know none": config.regularize.adversarial > 0
-        and (name in ("maml", "reptile", "metaicl", "protonet") or config.is_sharded),
-        "inner.unfreeze_every: mode=full with engine=zero, maml and reptile do not thaw": config.inner.unfreeze_every
-        and (name in ("maml", "reptile") or config.is_sharded),
+        "regularize.adversarial: the inner loop of mode=full with engine=zero knows none": config.is_sharded
+        and config.regularize.adversarial > 0,
+        "inner.unfreeze_every: mode=full with engine=zero does not thaw": config.is_sharded
+        and config.inner.unfreeze_every > 0,
         "inner.layer_decay: mode=full with engine=zero has one rate": config.inner.layer_decay < 1
         and config.is_sharded,
-        "inner.steps: reptile learns from its inner steps; give it one or more": name == "reptile"
-        and not config.inner.steps,
         "regularize.lora_dropout: it is for adapter=lora, and mode=adapters": (full or config.adapter != "lora")
         and config.regularize.lora_dropout > 0,
         "adapter: mode=full has none": full and config.adapter != "lora",
@@ -175,7 +163,7 @@ def impossible(config: Config) -> list[str]:
         "validation.patience: without validations (validation.every=0) it never stops": config.validation.patience > 0
         and not config.validation.every,
     }
-    return [reason for reason, holds in rules.items() if holds]
+    return [reason for reason, holds in rules.items() if holds] + list(config.algorithm.refuses(config))
 
 
 def load_config(config: "Config | Mapping[str, Any] | str | Place", overrides: Overrides | None = None) -> Config:
@@ -207,8 +195,7 @@ def read_values(path: "str | Place", overrides: Sequence[str] = ()) -> dict[str,
         raise ConfigError(f"{path}: not YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected keys and values, got {type(values).__name__}")
-    for override in overrides:
-        _override(values, override)
+    _override_all(values, overrides)
     return values
 
 
@@ -220,8 +207,7 @@ def parse_config(values: dict[str, Any], source: str, overrides: Sequence[str] =
 def parse_section(kind: type[S], values: dict[str, Any], source: str, overrides: Sequence[str] = ()) -> S:
     """Return settings of any kind, as `parse_config` does."""
     values = copy.deepcopy(values)
-    for override in overrides:
-        _override(values, override)
+    _override_all(values, overrides)
     try:
         return kind.model_validate(values)
     except ValidationError as error:
@@ -241,15 +227,29 @@ def keys(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, tuple
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             found |= keys(kind, f"{prefix}{name}.")
+            if kind is Algorithm:
+                found |= settings_of_algorithms(f"{prefix}{name}.")
         else:
             found[prefix + name] = (... if field.is_required() else field.default, field.description or "")
     return found
 
 
+def settings_of_algorithms(prefix: str) -> dict[str, tuple[Any, str]]:
+    """Return what `keys` does of the registered algorithms' own settings, with the names of those that have each."""
+    found: dict[str, tuple[Any, str]] = {prefix + "name": (DEFAULT, Algorithm.model_fields["name"].description or "")}
+    having: dict[str, list[str]] = {}
+    for name in REGISTERED:
+        for setting, field in algorithm_class(name).model_fields.items():
+            having.setdefault(prefix + setting, []).append(f"{name} (default {field.default!r})")
+            found.setdefault(prefix + setting, (field.default, field.description or ""))
+    own = {key: f"{', '.join(having[key])}: " for key in found if key != prefix + "name"}
+    return {key: (default, own.get(key, "") + meaning) for key, (default, meaning) in found.items()}
+
+
 def with_values(values: dict[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return nested values with dotted keys set to what `settings` gives."""
+    """Return nested values with dotted keys set to what `settings` gives, the algorithm before its settings."""
     values = copy.deepcopy(values)
-    for key, value in settings.items():
+    for key, value in sorted(settings.items(), key=lambda item: item[0] != "algorithm.name"):
         _set(values, key, value)
     return values
 
@@ -277,8 +277,7 @@ def values_of(
     if isinstance(overrides, Mapping):
         values = with_values(values, dotted(overrides))
     else:
-        for override in overrides or ():
-            _override(values, override)
+        _override_all(values, overrides or ())
     return with_values(values, dotted(more)), source
 
 
@@ -294,6 +293,12 @@ def dotted(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def _override_all(values: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Override values in place, the algorithm before its settings."""
+    for override in sorted(overrides, key=lambda override: not override.startswith("algorithm.name=")):
+        _override(values, override)
+
+
 def _override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
@@ -305,6 +310,8 @@ def _override(values: dict[str, Any], override: str) -> None:
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    if key == "algorithm.name" and (values.get("algorithm") or {}).get("name", DEFAULT) != value:
+        values["algorithm"] = {}  # what was set there were settings of another
     *parents, last = key.split(".")
     for parent in parents:
         values = values.setdefault(parent, {})
@@ -318,6 +325,8 @@ def _explain(mistake: Any, kind: type[BaseModel]) -> str:
     key = ".".join(str(part) for part in mistake["loc"])
     if mistake["type"] == "extra_forbidden":
         known = list(keys(kind)) + list(kind.model_fields)
+        if key in MOVED or key in known:
+            return f"{key}: {MOVED.get(key, 'no setting of this algorithm')}"
         last_parts = {name.rsplit(".", 1)[-1]: name for name in known}
         close = difflib.get_close_matches(key, known, n=1) or [
             last_parts[name] for name in difflib.get_close_matches(key.rsplit(".", 1)[-1], last_parts, n=1)

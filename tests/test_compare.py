@@ -16,14 +16,15 @@ from typer.testing import CliRunner
 import rayml
 from rayml.cli import app
 from rayml.config import with_values
-from rayml.distributed.compare import compare
-from rayml.distributed.entries import METHODS, Request, plan, tokens_per_step
-from rayml.errors import ConfigError, DataError
+from rayml.distributed.compare import code, compare, fingerprint_of
+from rayml.distributed.entries import METHODS, Entry, Request, plan, tokens_per_step
+from rayml.errors import ConfigError, DataError, RunError
 from rayml.evaluation.answers import Contender, Setting, choose_setting, label_answers, taken_in
-from rayml.lm.objective import task_losses
-from rayml.meta.algorithms import ALGORITHMS
+from rayml.lm.objective import training_sides
+from rayml.meta.adapt import InnerLoop
 from rayml.model import untrained_model
 from rayml.planning.batch import trained_tokens
+from rayml.runs.checkpoint import seal, write_state
 from rayml.runs.folder import RunFolder
 from rayml.tasks.prepare import prepare_splits
 from rayml.tasks.task import Example, Task
@@ -81,6 +82,31 @@ def test_the_best_setting_on_meta_val_is_taken(accuracy, best):
     assert len(told) == 2 * 4
     assert choice.setting == best
     assert {(s.factor, s.steps): score for s, score in choice.tried} == pytest.approx(accuracy)
+
+
+TEXTS = tuple(
+    Task(f"text-{t}", tuple(Example(f"say {word} {t}", f"{word} {word}") for word in "abcdefgh")) for t in range(9)
+)
+
+
+class KnownBoth(Known):
+    """What is best for label tasks is worst for text."""
+
+    def outputs(self, episodes, start, rates, at):
+        after_steps = ([torch.tensor(loss)] for loss in (3.0, 0.5))
+        yield from super().outputs(episodes, start, rates, at) if episodes[0].labels else after_steps
+
+
+@pytest.mark.parametrize(("label_tasks", "best"), [(1, 3), (40, 1)])
+def test_one_label_task_among_many_of_text_does_not_decide_alone_which_setting_is_best(label_tasks, best):
+    contender = Contender(KnownBoth({(1.0, 1): 0.75, (1.0, 3): 0.5}), {"w": torch.zeros(1)}, {"w": torch.tensor(1.0)})
+    tasks, told = [*toy_tasks(label_tasks, classes=2), *TEXTS], []
+    choice = choose_setting(contender, tasks, make_sampler(), 20, [1.0], [1, 3], lambda: told.append(1))
+    assert len(told) == 20
+    assert choice.setting.steps == best
+    shares = label_tasks / len(tasks), 9 / len(tasks)
+    expected = [shares[0] * right + shares[1] * math.exp(-loss) for right, loss in ((0.75, 3.0), (0.5, 0.5))]
+    assert [score for _, score in choice.tried] == pytest.approx(expected)
 
 
 def make_sampler(labels="words"):
@@ -143,10 +169,10 @@ def test_the_budget_is_what_really_runs_forward_and_backward(tiny, tokenizer, tm
             ran.append(inputs[0].numel())
 
     lm.module.get_input_embeddings().register_forward_pre_hook(count)
-    losses = task_losses(lm, episodes, tokenizer.eos_token_id, config)
+    sides = training_sides(lm, episodes, tokenizer.eos_token_id, config)
     start = lm.adapter.untrained_start(0)
     rates = {key: torch.tensor(0.1) for key in start}
-    ALGORITHMS[name](*losses, start, rates, config.inner.steps, torch.ones(4))
+    config.algorithm.meta_gradient(*sides, start, InnerLoop(rates, config.inner.steps), torch.ones(4))
     assert sum(ran) == trained_tokens(config, episodes)
 
 
@@ -205,6 +231,38 @@ def test_what_cannot_be_compared_is_refused_before_the_start(tmp_path):
     with pytest.raises(DataError, match="meta-val"):
         compare(without, "here", REQUEST, tmp_path / "all", "", False, QUIET)
     assert not (tmp_path / "all").exists()
+
+
+def test_an_answer_depends_on_the_engine_the_run_that_is_continued_and_the_code(tmp_path, monkeypatch):
+    """So a comparison that goes on asks anew where one of them changed."""
+    old = RunFolder(tmp_path / "old")
+    config = make_config(tmp_path)
+    splits = prepare_splits(config.data)
+    old.begin(config, splits, resume=False)
+
+    def trained(step):
+        folder = old.checkpoints / f"step_{step:08d}"
+        folder.mkdir()
+        write_state(folder, {"start/w": torch.tensor(float(step))})
+        seal(folder, step, part=0, parts=1)
+
+    def asked(**changes):
+        entry = Entry("fomaml", 0, METHODS["fomaml"], make_config(tmp_path, **changes))
+        return fingerprint_of(entry, config, splits, REQUEST)
+
+    def begun():
+        return asked(run={"continues": str(old.path)})
+
+    trained(1)
+    found = [asked(), asked(engine="zero"), begun()]
+    trained(2)
+    found.append(begun())
+    assert asked() == found[0] == asked(workers=2)
+    monkeypatch.setattr("rayml.__version__", "9")
+    code.cache_clear()
+    found.append(asked())
+    assert len(set(found)) == 5
+    code.cache_clear()
 
 
 @pytest.mark.ray
@@ -271,6 +329,14 @@ def test_a_comparison_goes_on_where_it_stopped_and_its_tables_follow_from_its_an
             assert {k: v for k, v in old.items() if k not in times} == {k: v for k, v in new.items() if k not in times}
     assert RunFolder(folder / "fomaml-0").metrics.stat().st_mtime_ns == trained
     assert (folder / "results" / "fomaml-0.json").stat().st_mtime_ns == kept
+
+    # By other code, answers are given anew; and what other code trained is not gone on with.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rayml.distributed.compare.code", lambda: "other")
+        compare(values, "here", replace(request, methods=["lora"]), folder, "", False, out)
+        assert json.loads((folder / "results" / "lora-0.json").read_text())["asked"] != results["lora-0"]["asked"]
+        with pytest.raises(RunError, match="fomaml-0: was trained with other code; remove it"):
+            compare(values, "here", replace(request, methods=["fomaml"]), folder, "", False, out)
 
     # A run folder takes part as it is; more episodes are asked anew.
     asked = {"val_episodes": request.val_episodes, "rates": request.factors, "steps": request.steps}

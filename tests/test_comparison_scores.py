@@ -1,31 +1,89 @@
 """Scores, intervals and summaries of a comparison."""
 
+import random
+import statistics
 from collections import Counter
 
 import numpy as np
 import pytest
 
-from rayml.evaluation.bootstrap import interval_over_tasks
+from rayml.compression.measure import compared
 from rayml.evaluation.comparison import summarize
+from rayml.evaluation.curves import Curve
+from rayml.evaluation.evaluate import Answered, Evaluation
+from rayml.evaluation.evaluate import summarize as summarize_evaluation
 from rayml.evaluation.metrics import BINS, calibration_error, label_scores, text_scores
+from rayml.evaluation.report import table
+from rayml.evaluation.statistics import interval, intervals
 
 
 def test_an_interval_over_equal_values_has_no_width():
-    assert interval_over_tasks(np.full((2, 3, 4), 0.5)) == {"mean": 0.5, "low": 0.5, "high": 0.5}
+    assert interval(np.full((2, 3, 4), 0.5)) == {"mean": 0.5, "low": 0.5, "high": 0.5}
 
 
-@pytest.mark.parametrize("shape", [(2, 1, 1), (1, 2, 1), (1, 1, 2)])
+@pytest.mark.parametrize("shape", [(2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 1), (2,)])
 def test_seeds_tasks_and_episodes_are_each_drawn_anew(shape):
     """Of two values, both draws are the same one a quarter of the time each: the interval is from one to the other."""
-    assert interval_over_tasks(np.array([0.0, 1.0]).reshape(shape)) == {"mean": 0.5, "low": 0.0, "high": 1.0}
+    assert interval(np.array([0.0, 1.0]).reshape(shape)) == {"mean": 0.5, "low": 0.0, "high": 1.0}
 
 
 def test_an_interval_over_many_tasks_is_that_of_the_normal_distribution():
     values = np.random.default_rng(0).normal(size=(1, 400, 1))
-    found = interval_over_tasks(values)
+    found = interval(values)
     assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.1)
     # Tasks are what is drawn: a hundred copies of each episode tell nothing new.
-    assert interval_over_tasks(np.repeat(values, 100, axis=2)) == pytest.approx(found, abs=0.02)
+    assert interval(np.repeat(values, 100, axis=2)) == pytest.approx(found, abs=0.02)
+
+
+def drawn_by_hand(values) -> dict[str, float]:
+    """A hierarchical bootstrap of `[seeds][tasks][episodes]`, one draw after the other."""
+    rng, means = random.Random(1), []
+    tasks, episodes = range(len(values[0])), range(len(values[0][0]))
+    for _ in range(4000):
+        seeds = rng.choices(values, k=len(values))
+        drawn = [(task, rng.choice(episodes)) for task in rng.choices(tasks, k=len(tasks)) for _ in episodes]
+        means.append(statistics.mean(seed[task][episode] for seed in seeds for task, episode in drawn))
+    cuts = statistics.quantiles(means, n=40)
+    return {"mean": statistics.mean(means), "low": cuts[0], "high": cuts[-1]}
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 4), (5, 4), (12,)])
+def test_an_interval_is_that_of_a_plain_bootstrap(shape):
+    values = np.random.default_rng(2).random(shape)
+    nested = values.reshape((1, 1, 1, *shape)[-3:]).tolist()
+    assert interval(values) == pytest.approx(drawn_by_hand(nested), abs=0.02)
+
+
+def test_quantities_that_are_resampled_together_have_the_intervals_that_each_has_alone():
+    values = np.random.default_rng(3).random((2, 3, 4, 5))
+    for one, found in zip(values, intervals(values), strict=True):
+        assert found == pytest.approx(interval(one))
+
+
+def curves(scores: dict[str, list[float]], before: float = 0.25) -> list[Curve]:
+    return [Curve(task, index, True, [before, score]) for task, of in scores.items() for index, score in enumerate(of)]
+
+
+def test_the_headline_of_an_evaluation_is_over_tasks_and_a_task_is_over_its_episodes():
+    """Three tasks of which one gains much: many episodes of each make no gain on a fourth any surer."""
+    rng = np.random.default_rng(4)
+    trained = {f"t{n}": (mean + 0.02 * rng.random(200)).tolist() for n, mean in enumerate((0.2, 0.2, 0.8))}
+    found = summarize_evaluation(
+        Evaluation(curves(trained), curves(dict.fromkeys(trained, [0.2] * 200)), answered(trained))
+    )
+    assert found["overall"]["episodes"] == 600
+    over_untrained = found["overall"]["over_untrained"]
+    assert over_untrained == pytest.approx({"mean": 0.21, "low": 0.01, "high": 0.61}, abs=0.01)
+    assert all(of["after"]["high"] - of["after"]["low"] < 0.01 for of in found["tasks"].values())
+    apart = compared(curves(dict.fromkeys(trained, [0.2] * 200)), curves(trained))
+    assert apart["difference"] == pytest.approx(over_untrained)
+    caption = table(found, "").caption
+    assert "3 tasks and their episodes" in str(caption)
+
+
+def answered(tasks) -> list[Answered]:
+    one = [{"target": "yes", "answer": "yes", "confidence": 0.5}]
+    return [Answered(task, "", one, one) for task in tasks]
 
 
 def test_label_scores_are_those_of_their_formulas():

@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from rayml.config import dump_config, keys, load_config, parse_config
 from rayml.errors import ConfigError
+from rayml.runs.folder import RunFolder
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
 
@@ -102,11 +104,11 @@ def test_every_key_says_what_it_means():
     [
         (
             ["mode=full", "algorithm.name=maml", "model.attention=eager"],
-            "mode=full serves fomaml, reptile and multitask",
+            "mode=full serves what learns label tokens by first order",
         ),
         (["mode=full", "algorithm.name=protonet"], "not protonet"),
         (["mode=full", "regularize.lora_dropout=0.1"], "it is for adapter=lora, and mode=adapters"),
-        (["algorithm.name=maml"], "model.attention=eager"),
+        (["algorithm.name=maml", "model.attention=sdpa"], "model.attention=eager"),
         (["algorithm.name=maml", "model.attention=eager", "engine=zero"], "use engine=local"),
         (["algorithm.name=maml", "model.attention=eager", "model.activation_checkpointing=true"], "keeps the whole"),
         (["algorithm.name=reptile", "inner.steps=0"], "learns from its inner steps"),
@@ -121,3 +123,38 @@ def test_choices_that_do_not_go_together_are_refused_with_the_reason(overrides, 
     with pytest.raises(ConfigError) as error:
         parse_config(values, "here", overrides)
     assert reason in str(error.value)
+
+
+BEFORE = {"inner": {"lr": 0.2, "learn_lr": False}, "outer": {"lr": 0.1, "start_weight": 0.25}}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("fomaml", {"name": "fomaml_plus", "learn_rates": False, "start_weight": 0.25}),
+        ("meta_sgd", {"name": "meta_sgd", "start_weight": 0.25}),
+        ("reptile", {"name": "reptile"}),
+    ],
+)
+def test_a_run_folder_from_before_algorithms_had_settings_opens_as_what_it_was(name, settings, tmp_path):
+    values = {"model": {"name": "tiny"}, "data": {"path": "a.jsonl"}, "run": {"dir": "r"}, "algorithm": {"name": name}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values | BEFORE))
+    config = RunFolder(tmp_path).read_config()
+    assert config.algorithm.model_dump() == settings
+    assert (config.inner.lr, config.outer.lr) == (0.2, 0.1)
+    with pytest.raises(ConfigError) as error:  # whoever writes a config is told where a key went
+        load_config(tmp_path / "config.yaml")
+    assert "inner.learn_lr: is a setting of the algorithm: algorithm.learn_rates" in str(error.value)
+    assert "outer.start_weight: is a setting of the algorithm: algorithm.start_weight" in str(error.value)
+
+
+def test_a_changed_algorithm_forgets_the_settings_of_the_one_before():
+    values = {"model": {"name": "tiny"}, "data": {"path": "a.jsonl"}, "run": {"dir": "r"}}
+    values["algorithm"] = {"name": "fomaml_plus", "start_weight": 0.5}
+    assert parse_config(values, "here", ["algorithm.name=fomaml_plus"]).algorithm.start_weight == 0.5
+    assert parse_config(values, "here", ["algorithm.name=reptile"]).algorithm.settings() == {}
+    # In whatever order they are given.
+    other = parse_config(values, "here", ["algorithm.start_weight=0.25", "algorithm.name=meta_sgd"]).algorithm
+    assert (other.name, other.start_weight) == ("meta_sgd", 0.25)
+    with pytest.raises(ConfigError, match=r"algorithm\.start_weight: no setting of this algorithm"):
+        parse_config(values | {"algorithm": {"name": "fomaml", "start_weight": 0.5}}, "here")

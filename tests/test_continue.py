@@ -14,6 +14,7 @@ from rayml.config import Config
 from rayml.distributed import continuing
 from rayml.distributed.continuing import FORGETTING, old_run, report_forgetting, shown_anew, with_replay
 from rayml.distributed.train import train
+from rayml.engine import local
 from rayml.errors import ConfigError, DataError, RunError
 from rayml.model import load, start_of
 from rayml.runs.folder import RunFolder
@@ -49,7 +50,7 @@ def new_config(folder, old: RunFolder, **changes) -> Config:
 
 
 @pytest.mark.ray
-def test_a_run_goes_on_from_another_and_resumes_bit_for_bit(old, tmp_path, local_mode, capsys):
+def test_a_run_goes_on_from_another_and_resumes_bit_for_bit(old, tmp_path, local_mode, capsys, monkeypatch):
     whole = train(new_config(tmp_path, old))
     told = capsys.readouterr().err
     assert "before and after: 32 of 32" in told
@@ -68,9 +69,12 @@ def test_a_run_goes_on_from_another_and_resumes_bit_for_bit(old, tmp_path, local
     for ends in found["scores"].values():
         assert ends["change"]["mean"] == pytest.approx(ends["after"]["mean"] - ends["before"]["mean"], abs=1e-9)
 
-    # Cut off while that was measured, it is made up for.
+    # Cut off while that was measured, it is made up for; both starts are asked on one base.
     (whole.path / FORGETTING).unlink()
+    loaded, load_base = [], local.load
+    monkeypatch.setattr(local, "load", lambda *args: (loaded.append(args), load_base(*args))[1])
     train(new_config(tmp_path, old), resume=True)
+    assert len(loaded) == 1
     assert json.loads((whole.path / FORGETTING).read_text()) == found
 
     # Cut off after two steps and resumed it comes to the same.

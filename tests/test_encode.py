@@ -12,7 +12,7 @@ from rayml.lm.batch import IGNORE, collate, encode
 from rayml.lm.choices import Competition, compete
 from rayml.lm.encode import Encoder, decode_rows
 from rayml.lm.load import load_tokenizer, resolve_model
-from rayml.lm.score import OptionBatch, Question, may_fork
+from rayml.lm.score import Ballot, OptionBatch, Question, may_fork, ways_of
 from rayml.tasks.episodes import Episode, Sampler
 from rayml.tasks.task import Example, Task
 
@@ -157,6 +157,27 @@ def test_tokens_without_a_rival_are_not_run():
     assert compete([ham, eggs, hat])
     assert not compete([ham, eggs, [7, 1]])
     assert not compete([ham, eggs, ham])
+
+
+def test_what_labels_are_chosen_among_is_found_once_for_all_who_ask(tiny, tokenizer, monkeypatch):
+    """Every query of a task, and both sides of an episode."""
+    built, build = [], Competition.__init__
+    monkeypatch.setattr(Competition, "__init__", lambda self, labels: (built.append(labels), build(self, labels))[1])
+    lm, encoder = tiny_lm(tiny), Encoder(tokenizer, "{input}:", 40)
+    labels = ["hamster", "hammock", "eggs"]
+    ballot = Ballot(
+        lm, encoder.pad, [ways_of(lm, encoder, [Example(word, "") for word in ("a", "bb", "ccc")], labels)] * 2
+    )
+    expected = ballot.log_probs(None)
+    rows = encoder.rows([Example("a", label) for label in labels], is_label=True)
+    for _ in range(2):
+        collate([rows], encoder.pad, [encoder.competing(labels)])
+    assert len(built) == 1
+    again = Ballot(
+        lm, encoder.pad, [ways_of(lm, encoder, [Example(word, "") for word in ("a", "bb", "ccc")], labels)] * 2
+    )
+    for one, other in zip(again.log_probs(None), expected, strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("label_loss", ["options", "vocabulary"])

@@ -5,15 +5,16 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import make_config, perturbed_start
+from conftest import make_config, perturbed_start, tiny_lm, toy_tasks
 from test_lora import random_batch
 
 from rayml.distributed.entries import METHODS
 from rayml.lm.adversarial import adversarial
 from rayml.lm.depth import depth_of, rate_factors, thawing
-from rayml.lm.load import load_base
+from rayml.lm.load import load_base, load_tokenizer
 from rayml.lm.model import TaskLM
-from rayml.meta.adapt import adapt, expand
+from rayml.lm.objective import special_steps, training_sides
+from rayml.meta.adapt import InnerLoop, adapt, expand
 from rayml.model import untrained_model
 from rayml.tasks.prepare import prepare_splits
 
@@ -141,6 +142,30 @@ def test_the_adversarial_loss_and_its_gradient_are_those_of_the_paper(tiny, last
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
     assert (found > lm.losses(leaves, batch)).all()  # the worst step is worse
     assert len(module.get_input_embeddings()._forward_hooks) == 0
+
+
+def test_what_is_special_about_inner_steps_has_no_part_in_multi_task_learning(tiny, tmp_path):
+    """It takes no inner step in training: the support's half of its gradient is whole, of the examples as they are."""
+    config = make_config(tmp_path, algorithm={"name": "multitask"}, inner={"unfreeze_every": 1})
+    lm, tokenizer = tiny_lm(tiny), load_tokenizer(tiny)
+    sampler, encoder = config.data.sampler(0), config.encoder(tokenizer)
+    episodes = [encoder.episode(sampler.episode(toy_tasks(), index)) for index in range(2)]
+    start = perturbed_start(lm)
+    rates = {name: torch.tensor(0.1) for name in start}
+
+    def found(special):
+        sides = training_sides(lm, episodes, encoder.pad, config)
+        inner = InnerLoop(rates, 2, special=special(sides[0]))
+        return config.algorithm.meta_gradient(*sides, start, inner, torch.ones(2))
+
+    plain, special = (
+        found(lambda _: lambda losses: losses),
+        found(partial(special_steps, unfreeze_every=1, epsilon=0.5)),
+    )
+    assert torch.equal(plain.support_losses, special.support_losses)
+    for name, gradient in plain.start.items():
+        torch.testing.assert_close(special.start[name], gradient)
+        assert gradient.abs().max() > 0
 
 
 @pytest.mark.parametrize(

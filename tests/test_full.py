@@ -16,7 +16,7 @@ from rayml.lm.batch import TaskBatch
 from rayml.lm.load import load_base
 from rayml.lm.model import TaskLM
 from rayml.lm.parameters import parameter_groups, trained_parameters
-from rayml.meta.phased import PhasedOptimizer
+from rayml.meta.phased import Phase, PhasedOptimizer
 
 pytest.importorskip("deepspeed")
 CPU = torch.device("cpu")
@@ -265,10 +265,16 @@ def options(rank, path, expected):
 
     head = new_learner(path, full_config(inner__modules=["*.layers.1.*"]))
     start = weights(head)
-    head._descend(side(0, 4), "adapt")
+    head.take([(side(0, 4), 1.0)], Phase(descends=True))
     moved = {name for name, weight in weights(head).items() if not torch.equal(weight, start[name])}
     assert moved == {name for name in start if ".layers.1." in name}
     assert sum(start.numel() for start in head.optimizer.starts.values()) < sum(w.numel() for w in start.values()) / 2
+
+    partly = new_learner(path, full_config(**REPTILE, inner__modules=["*.layers.1.*"]))
+    start = weights(partly)
+    train(partly, range(1))
+    moved = {name for name, weight in weights(partly).items() if not torch.equal(weight, start[name])}
+    assert moved == {name for name in start if ".layers.1." in name}, "reptile learns what its inner loop changes alone"
 
     multitask = new_learner(path, full_config(algorithm__name="multitask", outer__clip_norm=0))
     weighted = new_learner(path, full_config(algorithm__name="multitask", outer__clip_norm=0))
@@ -322,7 +328,7 @@ def test_an_optimizer_step_of_an_idle_phase_does_nothing():
     assert torch.equal(weight, torch.ones(3))
     assert not optimizer.state
     assert not optimizer.starts
-    for phase, tasks in (("adapt", 0), ("query", 1)):
+    for phase, tasks in ((Phase(descends=True), 0), (Phase(collects=True, restores=True), 1)):
         optimizer.enter(phase, tasks=tasks)
         optimizer.step()
     assert optimizer.state[weight]["step"] == 1

@@ -2,13 +2,15 @@
 
 import copy
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
-from conftest import TARGETS, perturbed_start, tiny_lm
+from conftest import TARGETS, meta_gradient, perturbed_start, tiny_lm
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from rayml.algorithms.registry import chosen
 from rayml.errors import ConfigError
 from rayml.lm.batch import IGNORE, Row, TaskBatch, collate
 from rayml.lm.load import checkpoint_activations, load_base
@@ -16,7 +18,6 @@ from rayml.lm.lora import TaskLoRA, find_linears
 from rayml.lm.model import TaskLM
 from rayml.lm.start import principal_start
 from rayml.meta.adapt import adapt, task_gradients
-from rayml.meta.fomaml import fomaml
 
 RATE = 0.3
 
@@ -89,7 +90,8 @@ def test_losses_equal_stock_peft_with_full_logits(lm):
 def test_the_fomaml_gradient_is_sgd_on_a_copy_and_the_gradient_there(lm):
     start = perturbed_start(lm)
     support, query = random_batch(2, 4, seed=3), random_batch(2, 3, seed=4)
-    found = fomaml(
+    found = meta_gradient(
+        chosen({"name": "fomaml"}),
         lambda fast: lm.losses(fast, support),
         lambda fast: lm.losses(fast, query),
         start,
@@ -118,7 +120,8 @@ def test_the_fomaml_gradient_is_sgd_on_a_copy_and_the_gradient_there(lm):
 def test_adapting_changes_no_parameter_of_the_base(lm):
     before = {name: p.clone() for name, p in lm.module.named_parameters()}
     start, batch = perturbed_start(lm), random_batch(2, 2, seed=5)
-    fomaml(lambda f: lm.losses(f, batch), lambda f: lm.losses(f, batch), start, rates(start), 2, torch.ones(2))
+    losses = partial(lm.losses, batch=batch)
+    meta_gradient(chosen({"name": "fomaml"}), losses, losses, start, rates(start), 2, torch.ones(2))
     for name, parameter in lm.module.named_parameters():
         assert torch.equal(parameter, before[name])
         assert parameter.grad is None

@@ -27,7 +27,7 @@ from rayml.lm.load import load_base, load_tokenizer, resolve_model
 from rayml.lm.lora import B, TaskLoRA
 from rayml.lm.model import TaskLM
 from rayml.lm.sampling import Sampling
-from rayml.lm.score import Ballot
+from rayml.lm.score import Ballot, ways_of
 from rayml.meta.adapt import task_gradients
 from rayml.model import load
 from rayml.serving.errors import ApiError
@@ -123,8 +123,8 @@ def test_other_encoders_are_asked_at_the_mask_of_several_lengths(kind, words, tm
     assert encoder.is_masked
     lm = TaskLM(load_base(str(tmp_path), "float32"), None)
     texts, options = ["hello", "a rather longer one than that"], ["A", "B", "C"]
-    ways = encoder.questions([Example(text, "") for text in texts], options)
-    (found,) = Ballot(lm, encoder, [ways]).log_probs(None)
+    ways = ways_of(lm, encoder, [Example(text, "") for text in texts], options)
+    (found,) = Ballot(lm, encoder.pad, [ways]).log_probs(None)
     ids = [words(f" {option}", add_special_tokens=False)["input_ids"][0] for option in options]
     for text, scores in zip(texts, found, strict=True):
         tokens = words(f"{text}: [MASK]", return_tensors="pt")["input_ids"]

@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+from conftest import meta_gradient
 
+from rayml.algorithms.registry import chosen
 from rayml.meta.adapt import adapt
-from rayml.meta.fomaml import fomaml
 from rayml.meta.learner import Learner, initial_log_rates, outer_schedule
 
 CENTRES = torch.tensor([[1.0, -2.0], [0.5, 3.0], [-4.0, 0.25]], dtype=torch.float64)
@@ -18,6 +19,11 @@ START = {"w": torch.tensor([0.3, 0.7], dtype=torch.float64)}
 def quadratic(centres):
     """Task t's loss is half the squared distance of its fast weights to `centres[t]`."""
     return lambda fast: 0.5 * (fast["w"] - centres).square().sum(1)
+
+
+def fomaml(support_losses, query_losses, start, rates, steps, weights, start_weight=0.0):
+    algorithm = chosen({"name": "fomaml_plus", "start_weight": start_weight})
+    return meta_gradient(algorithm, support_losses, query_losses, start, rates, steps, weights)
 
 
 def rate(value):

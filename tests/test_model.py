@@ -15,6 +15,7 @@ from rayml.cli import app
 from rayml.engine import local
 from rayml.errors import ConfigError, DataError, RunError, TrainingError
 from rayml.evaluation.evaluate import evaluate
+from rayml.evaluation.parts import Parts
 from rayml.lm.depth import rate_factors
 from rayml.model import untrained_model
 from rayml.runs.checkpoint import folder_name, read_checkpoint, seal, write_state
@@ -211,7 +212,7 @@ def test_mode_full_writes_text_too(full):
 
 def test_what_is_shown_teaches(model):
     tickets = model.adapt(TICKETS, name="tickets")
-    assert "<MetaModel tiny, fomaml, step 1, the newest" in repr(model)
+    assert "<MetaModel tiny, fomaml_plus, step 1, the newest" in repr(model)
     assert ".adapt([(input, target)" in repr(model)
     assert "<Adapter 'tickets' on tiny: labels billing, bug, delivery, loss" in repr(tickets)
     assert ".predict(input), .save(folder)>" in repr(tickets)
@@ -266,7 +267,8 @@ def test_the_untrained_start_adapts_at_the_rates_that_training_began_with(tmp_pa
     factors = rate_factors(model.lm.module, model.start, 0.3)
     assert len(set(factors.values())) == 4
     begun = dataclasses.replace(model, rates={n: rate * factors[n] for n, rate in model.rates.items()})
-    found = evaluate(begun, prepare_splits(model.config.data).train, model.config.data.sampler(0), 2, lambda _: None)
+    tasks, parts = prepare_splits(model.config.data).train, Parts(tmp_path, [])
+    found = evaluate(begun, tasks, model.config.data.sampler(0), 2, parts, lambda _: None)
     for trained, untrained in zip(found.trained, found.untrained, strict=True):
         assert trained.scores == pytest.approx(untrained.scores, abs=1e-6)
 

@@ -1,6 +1,7 @@
 """What acts in meta-training alone: dropout, label smoothing, thinned supports; and what mode full trains."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,15 +9,17 @@ from conftest import make_config, perturbed_start, tiny_lm
 from test_lora import one, random_batch, random_rows
 from torch import nn
 
+from rayml.algorithms.protonet import prototype_losses
+from rayml.distributed.replicated import dropping
 from rayml.lm.batch import collate
 from rayml.lm.choices import IGNORE, token_losses
 from rayml.lm.encode import Encoder
 from rayml.lm.load import load_base
+from rayml.lm.lora import keep_mask, mixed
 from rayml.lm.model import TaskLM
-from rayml.lm.objective import task_losses
+from rayml.lm.objective import training_sides
 from rayml.lm.parameters import trained_parameters
-from rayml.meta.adapt import expand
-from rayml.meta.protonet import prototype_losses
+from rayml.meta.adapt import InnerLoop, expand
 from rayml.sections import Full
 from rayml.tasks.episodes import Episode
 from rayml.tasks.task import Example
@@ -30,17 +33,47 @@ def lm(tiny):
 def test_adapter_inputs_are_dropped_with_a_fresh_mask_in_every_forward_inside_the_block_alone(lm):
     fast, batch = expand(perturbed_start(lm), 2), random_batch(2, 3, seed=1)
     plain = lm.losses(fast, batch)
-    with lm.adapter.dropping(0.5):
+    with lm.adapter.dropping(0.5, [7, 8]):
         first, second = lm.losses(fast, batch), lm.losses(fast, batch)
-        torch.manual_seed(7)
-        once = lm.losses(fast, batch)
-        torch.manual_seed(7)
-        assert torch.equal(once, lm.losses(fast, batch))
         bare = lm.losses(None, batch)
+    with lm.adapter.dropping(0.5, [7, 8]):
+        assert torch.equal(lm.losses(fast, batch), first)
+        assert torch.equal(lm.losses(fast, batch), second)
     assert not torch.equal(first, second)
     assert not torch.equal(first, plain)
     assert torch.equal(bare, lm.losses(None, batch))  # the base itself is never dropped
     assert torch.equal(plain, lm.losses(fast, batch))
+
+
+def test_masks_are_those_of_the_episode_whatever_is_side_by_side_with_it(lm, tmp_path, tokenizer):
+    """So the meta-gradient is one and the same for any number of workers."""
+    config = make_config(tmp_path, regularize={"lora_dropout": 0.3})
+    encoder, start = config.encoder(tokenizer), perturbed_start(lm)
+    records = [encoder.episode(EPISODE), encoder.episode(OTHER), encoder.episode(EPISODE)]
+    for index, record in enumerate(records):
+        record["index"] = index
+
+    def found(episodes):
+        sides = training_sides(lm, episodes, 1, config)
+        inner = InnerLoop({name: torch.tensor(0.1) for name in start}, 2)
+        with dropping(config, lm, episodes):
+            return config.algorithm.meta_gradient(*sides, start, inner, torch.ones(len(episodes)))
+
+    whole, parts = found(records), [found([record]) for record in records]
+    torch.testing.assert_close(whole.query_losses, torch.cat([part.query_losses for part in parts]))
+    assert whole.query_losses[0] != whole.query_losses[2]  # the same examples in another episode
+    for name, gradient in whole.start.items():
+        expected = sum(part.start[name] for part in parts)
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_mask_drops_its_share_anywhere():
+    kept = keep_mask(mixed(torch.tensor([3, 5])), (6, 50, 64), 0.3)
+    assert kept.float().mean() == pytest.approx(0.7, abs=0.01)
+    for axis in ((0, 1), (1, 2), (0, 2)):
+        assert kept.float().mean(axis).std() < 0.1
+    other = keep_mask(mixed(torch.tensor([4, 6])), (6, 50, 64), 0.3)
+    assert (kept == other).float().mean() == pytest.approx(0.7**2 + 0.3**2, abs=0.02)
 
 
 def test_label_smoothing_is_torchs_own_where_all_tokens_are_choices():
@@ -69,6 +102,9 @@ EPISODE = Episode(
     query=(Example("lazy", "B"), Example("cat", "A")),
     labels={"A": "animal", "B": "move"},
 )
+
+
+OTHER = replace(EPISODE, support=(Example("a much, much longer text than any of the others", "A"), *EPISODE.support))
 
 
 def text_of(tokenizer, side, place):
@@ -110,7 +146,7 @@ def test_prototype_losses_through_the_model_equal_hidden_states_taken_by_hand(to
     record = encoder.episode(EPISODE)
     start = expand(perturbed_start(lm), 2)
     config = make_config(tmp_path, algorithm={"name": "protonet"})
-    _, query_losses = task_losses(lm, [record, record], 1, config)
+    query_losses = config.algorithm.query_losses(*training_sides(lm, [record, record], 1, config))
     states = {}
     for side in ("support", "query"):
         found = []

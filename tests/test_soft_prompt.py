@@ -20,7 +20,7 @@ from rayml.lm.load import load_base
 from rayml.lm.lora import side_by_side
 from rayml.lm.model import TaskLM
 from rayml.lm.peft_files import PROMPT_KEY, WEIGHTS
-from rayml.lm.score import Ballot
+from rayml.lm.score import Ballot, ways_of
 from rayml.lm.soft_prompt import PROMPT, TaskPrompt
 from rayml.meta.adapt import task_gradients
 from rayml.model import load
@@ -84,7 +84,9 @@ def test_options_are_scored_behind_the_prompt_also_where_they_fork(tiny, tokeniz
     lm, model = lm_of(tiny), AutoModelForCausalLM.from_pretrained(tiny)
     plain = replace(encoder, label_loss="vocabulary", scoring="sum")
     options, text = ["red", "a blue one"], "sky"
-    (found,) = Ballot(lm, plain, [plain.questions([Example(text, "")], options)]).log_probs({PROMPT: prompts(lm)[:1]})
+    (found,) = Ballot(lm, plain.pad, [ways_of(lm, plain, [Example(text, "")], options)]).log_probs(
+        {PROMPT: prompts(lm)[:1]}
+    )
     scores = []
     for option in options:
         tokens = torch.tensor(tokenizer(f"{text}: {option}")["input_ids"])

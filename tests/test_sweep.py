@@ -98,8 +98,10 @@ def test_what_is_raised_is_a_score():
     loss = {"step": 5, "val_loss_before": 3.0, "val_loss_after": 1.0}
     assert scored(accuracy, "after")["score"] == 0.75
     assert scored(accuracy, "gain")["score"] == 0.5
-    assert scored(loss, "after")["score"] == -1.0
-    assert scored(loss, "gain")["score"] == 2.0
+    assert scored(loss, "after")["score"] == math.exp(-1)
+    assert scored(loss, "gain")["score"] == math.exp(-1) - math.exp(-3)
+    both = accuracy | loss | {"val_score_before": 0.1, "val_score_after": 0.4}
+    assert scored(both, "after") == {"step": 5, "before": 0.1, "after": 0.4, "score": 0.4}
     assert scored({"step": 5, "query_loss": 1.0}, "after") == {}
     assert scored(loss | {"val_loss_after": math.nan}, "after")["score"] == -math.inf
 

@@ -50,7 +50,7 @@ def test_every_tracker_has_every_step_once_also_after_a_resumption_and_phases_ad
     panels = json.loads((ROOT / "cluster" / "grafana.json").read_text())["panels"]
     expressions = [target["expr"] for panel in panels for target in panel.get("targets", [])]
     shown = {name for text in expressions if "run=~" in text for name in re.findall(r"ray_rayml_(\w+)", text)}
-    validated = {"val_accuracy_before", "val_accuracy_after"}
+    validated = {"val_accuracy_before", "val_accuracy_after", "val_score_before", "val_score_after"}
     assert shown == shown & ({*records[-1]} | validated | {*slowest(torch.ones(2))}), "the dashboard's panels"
 
     port = ray.nodes()[0]["MetricsExportPort"]

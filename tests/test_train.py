@@ -1,9 +1,12 @@
 """Meta-training on a local Ray: the stream, exact resume, the gain on unseen tasks, and what stops it."""
 
 import json
+import math
+import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +19,23 @@ from safetensors.torch import load_file
 from rayml.adapter import load_adapter
 from rayml.api import evaluate
 from rayml.config import dump_config
+from rayml.distributed import worker
+from rayml.distributed.job import Job
+from rayml.distributed.ray_internals import forget_lost
 from rayml.distributed.stream import EncodeEpisode, share_of_step, stream_steps, worker_index
-from rayml.distributed.train import check_resources, cpus_each, forget_lost, train
+from rayml.distributed.train import check_resources, cpus_each, train
+from rayml.distributed.worker import validate
 from rayml.errors import ConfigError, DataError, RunError, TrainingError
+from rayml.evaluation.curves import Curve
 from rayml.lm.encode import Encoder
 from rayml.model import load
-from rayml.runs.checkpoint import newest_checkpoint, read_checkpoint, seal, verify, write_state
+from rayml.runs import files
+from rayml.runs.checkpoint import newest_checkpoint, read_checkpoint, read_newest, seal, verify, write_state
 from rayml.runs.folder import RunFolder
+from rayml.runs.stopping import is_best, is_enough, val_score, val_scores
 from rayml.tasks.episodes import Sampler
 from rayml.tasks.prepare import prepare_splits
-from rayml.tasks.task import Example
+from rayml.tasks.task import Example, Task
 
 needs_ray = pytest.mark.ray
 
@@ -64,6 +74,48 @@ def test_the_stream_of_ray_data_equals_a_plain_loop(tokenizer, monkeypatch):
             for step in range(19)
         ]
         assert list(steps) == expected
+
+
+# Validation
+
+
+class Recorder:
+    """What scores episodes: what it was asked, and an accuracy or a loss that tells the episode."""
+
+    def __init__(self, rank, workers):
+        self.rank, self.workers, self.asked = rank, workers, []
+
+    def score(self, episodes):
+        self.asked.append([bool(episode.labels) for episode in episodes])
+        return [Curve(e.task, e.index, bool(e.labels), [0.25, 0.5 if e.labels else 2.0]) for e in episodes]
+
+
+def test_all_workers_score_tasks_of_one_kind_at_a_time_and_every_task_counts_the_same(tmp_path, monkeypatch):
+    """With a sharded base, other calls on another worker would hang."""
+    texts = tuple(Task(f"text-{t}", tuple(Example(f"say {i}", f"{t} {i}") for i in range(8))) for t in range(3))
+    tasks = [*texts, *toy_tasks(1)]
+    monkeypatch.setattr(worker, "get", lambda tasks: tasks)
+    config = make_config(tmp_path, tasks_per_step=4, validation={"episodes": 16})
+    asked = []
+    for rank in range(2):
+        learning = Recorder(rank, 2)
+        record = validate(config, Job(config, "", None, None, tasks, None), learning)
+        asked.append(learning.asked)
+    assert asked[0] == asked[1] == [[True] * 2] + [[False] * 2] * 3
+    assert {key: record[key] for key in ("val_accuracy_after", "val_loss_after")} == {
+        "val_accuracy_after": 0.5,
+        "val_loss_after": 2.0,
+    }
+    assert record["val_score_after"] == pytest.approx((0.5 + 3 * math.exp(-2)) / 4)
+    assert val_score(record) == record["val_score_after"]
+    assert val_score(record, "before") == pytest.approx((0.25 + 3 * math.exp(-0.25)) / 4)
+
+
+def test_a_validation_that_is_not_finite_is_never_the_best():
+    records = [{"val_score_after": score} for score in (math.nan, 0.5, math.nan, 0.4)]
+    scores = val_scores(records)
+    assert [is_best(scores[: n + 1]) for n in range(4)] == [True, True, False, False]
+    assert is_enough(scores, 2)
 
 
 # What stops before Ray starts
@@ -122,6 +174,9 @@ def test_a_run_folder_of_another_config_or_in_use_is_refused(tmp_path, no_ray):
     other = config.model_copy(update={"inner": config.inner.model_copy(update={"lr": 0.7})})
     with pytest.raises(RunError, match=r"another config \(inner.lr differ\)"):
         run.begin(other, splits, resume=True)
+    begun = config.model_copy(update={"run": config.run.model_copy(update={"continues": str(tmp_path / "old")})})
+    with pytest.raises(RunError, match=r"another config \(run.continues differ\)"):
+        run.begin(begun, splits, resume=True)
     with pytest.raises(RunError, match="the meta-train tasks differ"):
         run.begin(config, splits._replace(train=splits.train[1:]), resume=True)
     (tmp_path / "mine").mkdir()
@@ -182,6 +237,49 @@ def test_a_checkpoint_reads_back_and_a_changed_one_is_refused(tmp_path):
     (tmp_path / "state.safetensors").write_bytes(damaged)
     with pytest.raises(RunError, match="not what its manifest says"):
         read_checkpoint(tmp_path)
+
+
+def old_checkpoint(root: Path, step: int) -> Path:
+    """A checkpoint that was written a minute ago."""
+    folder = root / f"step_{step:08d}"
+    folder.mkdir(parents=True)
+    write_state(folder, {"w": torch.full((3,), float(step))})
+    seal(folder, step, part=0, parts=1)
+    for file in folder.iterdir():
+        os.utime(file, (time.time() - 60,) * 2)
+    return folder
+
+
+@pytest.fixture
+def hashed(monkeypatch):
+    """The names of the files whose checksum is taken, each time."""
+    seen, read = [], files._read_checksum
+    monkeypatch.setattr(files, "_read_checksum", lambda file: (seen.append(file.parent.name), read(file))[1])
+    return seen
+
+
+def test_a_checkpoint_is_read_for_its_checksum_once(tmp_path, hashed):
+    config = make_config(tmp_path, outer={"steps": 3})
+    run = RunFolder(config.run.dir)
+    run.begin(config, prepare_splits(config.data), resume=False)
+    for step in (1, 2):
+        old_checkpoint(run.checkpoints, step)
+    hashed.clear()
+    assert not run.is_over(config)
+    assert hashed == [], "where it goes on, who goes on reads it"
+    _, folder = run.trained()
+    run.trained()
+    assert read_checkpoint(folder).step == read_newest(run.checkpoints).step == 2
+    assert hashed == ["step_00000002"]
+    old_checkpoint(run.checkpoints, 3)
+    hashed.clear()
+    assert run.is_over(config)
+    assert run.is_over(config)
+    assert hashed == ["step_00000003"]
+    (folder / "state.safetensors").write_bytes(b"torn")
+    (run.checkpoints / "step_00000003" / "state.safetensors").write_bytes(b"torn")
+    assert not run.is_over(config)
+    assert read_newest(run.checkpoints).step == 1
 
 
 # Training
@@ -295,22 +393,28 @@ def test_a_new_task_is_learned_and_answered_in_the_users_own_labels(straight, tm
 @needs_ray
 @pytest.mark.workers
 def test_free_text_is_learned_over_zero_3_and_generated(tmp_path):
-    """The other kind of task, the other engine: two workers, validation by loss, an adapter that generates."""
+    """The other kind of task, the other engine: two workers, validation by loss and by accuracy, an adapter that
+    generates."""
     pytest.importorskip("deepspeed")
     config = make_config(
         tmp_path,
         workers=2,
         engine="zero",
-        outer={"steps": 2, "start_weight": 0},
+        outer={"steps": 2},
+        algorithm={"start_weight": 0},
         validation={"every": 2, "episodes": 4},
     )
     rows = [{"task": f"t{i % 3}", "input": f"say {i}", "target": f"it is {i}"} for i in range(60)]
+    rows += [{"task": "label", "input": f"is {i} odd", "target": ["no", "yes"][i % 2]} for i in range(20)]
     Path(config.data.path[0]).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    splits = {"val": 0.0, "test": 0.0, "val_tasks": ("t1",), "test_tasks": ("t2",)}
+    splits = {"val": 0.0, "test": 0.0, "val_tasks": ("t1", "label"), "test_tasks": ("t2",)}
     data = config.data.model_copy(update={"splits": config.data.splits.model_copy(update=splits)})
     run = train(config.model_copy(update={"data": data}))
     last = list(run.read_metrics())[-1]
     assert 0 < last["val_loss_after"] < last["val_loss_before"]
+    for when in ("before", "after"):
+        both = last[f"val_accuracy_{when}"], math.exp(-last[f"val_loss_{when}"])
+        assert last[f"val_score_{when}"] == pytest.approx(sum(both) / 2)
     file = tmp_path / "few.jsonl"
     file.write_text('{"input": "say 1", "target": "it is 1"}\n{"input": "say 2", "target": "it is 2"}\n')
     load(run).adapt(file).save(tmp_path / "new")

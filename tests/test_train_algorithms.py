@@ -9,17 +9,17 @@ import shutil
 
 import pytest
 import torch
-from conftest import SPLITS, make_config, toy_tasks, training_here
+from conftest import SPLITS, make_config, toy_tasks, training_here, write_tasks
 from peft import PeftModel
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from rayml.adapter import load_adapter
+from rayml.algorithms.registry import REGISTERED
 from rayml.api import evaluate
 from rayml.distributed.train import train
-from rayml.errors import RunError
+from rayml.errors import DataError, RunError
 from rayml.lm.load import load_base, resolve_model
-from rayml.meta.algorithms import ALGORITHMS
 from rayml.model import load
 from rayml.runs.checkpoint import newest_checkpoint, verify
 from rayml.runs.folder import RunFolder
@@ -59,7 +59,7 @@ def assert_answers(folder, run):
     assert sum(answer.probabilities.values()) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", REGISTERED)
 def test_an_algorithm_from_end_to_end(tmp_path, tiny, name, local_mode):
     data = {"splits": SPLITS, "max_tokens": 64, "weighting": "dynamic"}
     regularize = {"lora_dropout": 0.1, "label_smoothing": 0.1, "token_dropout": 0.1}
@@ -79,6 +79,24 @@ def test_an_algorithm_from_end_to_end(tmp_path, tiny, name, local_mode):
     with pytest.raises(RunError, match="exists already"):
         load(run).save(tmp_path / "exported")
     assert_answers(tmp_path, run)
+
+
+def test_what_tells_classes_apart_refuses_free_text_before_it_is_trained_and_where_it_is_evaluated(
+    tmp_path, local_mode
+):
+    rows = [{"task": "toy-5", "input": f"say {word}", "target": f"{word} {word}"} for word in "abcdefghij"]
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = config_for(tmp_path, "protonet", outer={"steps": 1}, validation={"every": 0})
+    run = train(config)
+    with pytest.raises(DataError, match="'toy-5' is free text; protonet tells classes apart"):
+        evaluate(run.path, data=str(texts), episodes=2)
+    tasks = tuple(task for task in toy_tasks() if task.name != "toy-5")
+    write_tasks(tmp_path / "toy.jsonl", tasks)
+    both = config.data.model_copy(update={"path": (*config.data.path, str(texts))})
+    other = config.run.model_copy(update={"dir": str(tmp_path / "other")})
+    with pytest.raises(DataError, match="'toy-5' is free text; protonet tells classes apart"):
+        train(config.model_copy(update={"data": both, "run": other}))
 
 
 def assert_full_run_is_whole(folder, run):
@@ -105,14 +123,14 @@ FULL = {
 def sharded(tmp_path_factory):
     """Four steps of mode full by ZeRO over two workers."""
     pytest.importorskip("deepspeed")
-    return train(config_for(tmp_path_factory.mktemp("sharded"), "fomaml", "full", "zero", **FULL))
+    return train(config_for(tmp_path_factory.mktemp("sharded"), "fomaml_plus", "full", "zero", **FULL))
 
 
 @pytest.mark.workers
 def test_mode_full_from_end_to_end_is_one_and_the_same_by_both_engines(sharded, tmp_path):
     """One worker adapts to whole tasks, or two share the rows of each: the same outer steps."""
     with training_here():
-        local = train(config_for(tmp_path, "fomaml", "full", "local", **FULL))
+        local = train(config_for(tmp_path, "fomaml_plus", "full", "local", **FULL))
     losses = []
     for name, run in (("local", local), ("zero", sharded)):
         (tmp_path / name).mkdir()
@@ -123,7 +141,7 @@ def test_mode_full_from_end_to_end_is_one_and_the_same_by_both_engines(sharded, 
 
 @pytest.mark.workers
 def test_a_sharded_run_goes_on_exactly_and_refuses_another_number_of_workers(sharded, tmp_path):
-    config = config_for(tmp_path, "fomaml", "full", "zero", **FULL)
+    config = config_for(tmp_path, "fomaml_plus", "full", "zero", **FULL)
     shutil.copytree(sharded.path, config.run.dir)
     shutil.rmtree(RunFolder(config.run.dir).checkpoints / "step_00000004")
     run = train(config, resume=True)
@@ -136,7 +154,7 @@ def test_training_stops_early_and_the_best_checkpoint_is_used(tmp_path, local_mo
     """A rate that forgets everything: the first validation is the best, or nearly."""
     config = config_for(
         tmp_path,
-        "fomaml",
+        "fomaml_plus",
         outer={"steps": 60, "lr": 0.5},
         validation={"every": 1, "episodes": 8, "patience": 3},
     )
@@ -153,6 +171,20 @@ def test_training_stops_early_and_the_best_checkpoint_is_used(tmp_path, local_mo
     assert run.trained("newest")[1] == newest_checkpoint(run.checkpoints)
     assert verify(newest_checkpoint(run.checkpoints)) == len(records)
     assert train(config, resume=True).records() == records  # it is over
+
+
+@pytest.mark.parametrize("mode", ["adapters", "full"])
+def test_patience_without_a_task_for_meta_val_is_said_to_have_no_effect_and_the_newest_is_used(
+    tmp_path, local_mode, capsys, mode
+):
+    splits = {"val": 0.0, "test": 0.0, "test_tasks": ["toy-5"]}
+    changes = {"data": {"splits": splits}, "outer": {"steps": 2}, "validation": {"every": 1, "patience": 1}}
+    run = train(make_config(tmp_path, mode=mode, **changes))
+    assert "validation.patience: there is no task for meta-val, so it never stops" in capsys.readouterr().err
+    assert run.trained()[1] == newest_checkpoint(run.checkpoints)
+    with pytest.raises(RunError, match="no validation has chosen a best checkpoint"):
+        run.trained("best")
+    assert run.model.exists() == (mode == "full")
 
 
 def test_when_it_is_enough():

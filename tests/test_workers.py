@@ -1,16 +1,19 @@
 """Several processes over gloo: however the tasks are spread, and however the base is held, the gradient is one."""
 
+import pickle
+from functools import partial
+
 import pytest
 import torch
-from conftest import TARGETS, on_workers, perturbed_start, tiny_lm
+from conftest import TARGETS, meta_gradient, on_workers, perturbed_start, tiny_lm
 from test_lora import random_rows
 
+from rayml.algorithms.registry import chosen
 from rayml.engine import collective, zero
 from rayml.lm.batch import collate
 from rayml.lm.load import checkpoint_activations
 from rayml.lm.lora import TaskLoRA
 from rayml.lm.model import TaskLM
-from rayml.meta.fomaml import fomaml
 
 pytestmark = pytest.mark.workers
 TASKS, STEPS = 4, 2
@@ -20,14 +23,14 @@ def task_rows(task, side):
     return random_rows(3, seed=1000 * side + task)
 
 
-def meta_gradient(lm, tasks):
+def mean_gradient(lm, tasks):
     """The mean meta-gradient over all workers, of which this one has `tasks`."""
     start = perturbed_start(lm)
     rates = {name: torch.tensor(0.3) for name in start}
     support, query = (collate([task_rows(task, side) for task in tasks], pad=1) for side in (0, 1))
-    found = fomaml(
-        lambda f: lm.losses(f, support), lambda f: lm.losses(f, query), start, rates, STEPS, torch.ones(len(tasks))
-    )
+    losses = [partial(lm.losses, batch=batch) for batch in (support, query)]
+    algorithm = chosen({"name": "fomaml_plus", "start_weight": 0.0})
+    found = meta_gradient(algorithm, *losses, start, rates, STEPS, torch.ones(len(tasks)))
     sent = [*found.start.values(), *found.rates.values(), found.query_losses.sum()]
     return [total / TASKS for total in collective.sum_over_workers(sent)]
 
@@ -42,7 +45,7 @@ def assert_same(found, expected):
 
 
 def local_worker(rank, path, expected):
-    assert_same(meta_gradient(tiny_lm(path), share_of(rank, 2)), expected)
+    assert_same(mean_gradient(tiny_lm(path), share_of(rank, 2)), expected)
 
 
 def zero_worker(rank, path, expected, checkpointing):
@@ -50,7 +53,7 @@ def zero_worker(rank, path, expected, checkpointing):
     if checkpointing:
         checkpoint_activations(module)
     lm = TaskLM(module, TaskLoRA(module, TARGETS, 4, alpha=8.0))
-    assert_same(meta_gradient(lm, share_of(rank, 2)), expected)
+    assert_same(mean_gradient(lm, share_of(rank, 2)), expected)
     for name, parameter in module.named_parameters():
         assert parameter.numel() == 0, f"{name} is whole on rank {rank}"
         assert parameter.ds_tensor.numel() == -(-parameter.ds_numel // 2)
@@ -58,7 +61,7 @@ def zero_worker(rank, path, expected, checkpointing):
 
 @pytest.fixture(scope="module")
 def expected(tiny):
-    return [part.clone() for part in meta_gradient(tiny_lm(tiny), range(TASKS))]
+    return [part.clone() for part in mean_gradient(tiny_lm(tiny), range(TASKS))]
 
 
 def test_two_workers_of_two_tasks_equal_one_of_four(tiny, expected):
@@ -69,3 +72,40 @@ def test_two_workers_of_two_tasks_equal_one_of_four(tiny, expected):
 def test_zero_3_on_two_workers_equals_one_process(tiny, expected, checkpointing):
     pytest.importorskip("deepspeed")
     on_workers(zero_worker, 2, tiny, expected, checkpointing)
+
+
+def state() -> dict[str, torch.Tensor]:
+    """As of an optimizer: large ones, scalars, and another dtype."""
+    numbers = torch.arange(300_000.0).view(2, -1)
+    return {"start/a": numbers, "exp_avg/a": numbers.T, "step/a": torch.tensor(3.0), "b": numbers[0].bfloat16()}
+
+
+def receiver(rank):
+    pickled, send = [], torch.distributed.broadcast_object_list
+
+    def measured(values, **how):
+        pickled.append(len(pickle.dumps(values)))
+        send(values, **how)
+
+    torch.distributed.broadcast_object_list = measured
+    found = collective.tensors_from_first_worker(state() if rank == 0 else {})
+    assert found.keys() == state().keys()
+    for name, tensor in state().items():
+        assert torch.equal(found[name], tensor)
+        assert found[name].dtype == tensor.dtype
+    assert collective.tensors_from_first_worker({}) == {}
+    assert max(pickled) < 2000, "names and shapes alone"
+
+
+def test_a_state_is_sent_to_all_workers_without_being_pickled():
+    on_workers(receiver, 2)
+
+
+def test_whether_numbers_are_finite_is_asked_of_the_device_once(monkeypatch):
+    asked, ask = [], torch.Tensor.__bool__
+    monkeypatch.setattr(torch.Tensor, "__bool__", lambda tensor: (asked.append(1), ask(tensor))[1])
+    numbers = [torch.ones(3), torch.ones(2, 2), torch.tensor(1.0)]
+    assert collective.all_finite(numbers)
+    assert not collective.all_finite([*numbers, torch.tensor([1.0, torch.nan])])
+    assert not collective.all_finite([torch.tensor(torch.inf), *numbers])
+    assert len(asked) == 3

@@ -1,19 +1,37 @@
 """The application that all commands belong to, and what they share."""
 
 import logging
+import signal
 import sys
 import warnings
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 from rayml.errors import RaymlError
+from rayml.interrupt import heed_sigterm
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
+
+class Commands(TyperGroup):
+    """Ends any command that Ctrl-C or SIGTERM interrupts with one line: what it says is kept, if anything."""
+
+    def invoke(self, ctx: Any) -> Any:
+        heed_sigterm()
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as end:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # what ends now is not to be interrupted again
+            err.print(f"stopped{f': {end}' if str(end) else ''}", markup=False, highlight=False, soft_wrap=True)
+            raise typer.Exit(getattr(end, "status", 130)) from None
+
+
 app = typer.Typer(
+    cls=Commands,
     help="Meta-train causal language models, so that they learn a new task from a handful of examples.",
     no_args_is_help=True,
     add_completion=False,

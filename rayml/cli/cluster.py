@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rayml.cli.app import app, err, out
+from rayml.progress import doing
 
 if TYPE_CHECKING:
     from rayml.distributed.submit import Command
@@ -42,8 +43,8 @@ def submit(
     missing = [name for name, value in variables.items() if not name or value is None]
     if missing:
         raise typer.BadParameter(f"--env: expected KEY=VALUE, or a KEY that is set here; got {', '.join(missing)}")
-    err.print("[dim]loading libraries ...[/]")
-    from rayml.distributed.submit import submit as submit_job
+    with doing(err, "loading libraries"):
+        from rayml.distributed.submit import submit as submit_job
 
     kept = {name: value for name, value in variables.items() if value is not None}
     submit_job(address, parsed(command), working_dir, name, storage, kept, not detach, stop_on_interrupt, out)

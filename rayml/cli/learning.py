@@ -8,6 +8,7 @@ import typer
 
 import rayml
 from rayml.cli.app import Checkpoint, Json, RunPath, app, err, out, print_keys
+from rayml.progress import doing
 
 if TYPE_CHECKING:
     from rayml.adapter import Adapter
@@ -34,8 +35,10 @@ def adapt(
 
     to = new_folder(out_dir)
     rows = read_rows([str(examples)])
-    model = rayml.load(folder, checkpoint=checkpoint)
-    err.print(f"[dim]{folder.path}: {model.checkpoint}[/]", highlight=False, soft_wrap=True)
+    with doing(err, "loading libraries and model"):
+        model = rayml.load(folder, checkpoint=checkpoint)
+    for line in (f"{folder.path}: {model.checkpoint}", str(model.precision)):
+        err.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
     adapter = model.adapt(rows, name=name or to.name)
     adapter.save(to)
     out.print(learned(adapter))
@@ -48,8 +51,8 @@ def learned(adapter: "Adapter") -> str:
     """Say in one line what an adapter has learned, and how."""
     kind = f"{len(adapter.labels)} labels" if adapter.labels else "free text"
     how = f"loss {adapter.losses[0]:.3f} -> {adapter.losses[-1]:.3f}"
-    if adapter.shown:
-        how = f"kept for the {'prototypes' if adapter.support else 'prompt'}"
+    if adapter.shown and not adapter.algorithm.takes_steps:
+        how = f"kept for {'the prompt' if adapter.algorithm.keeps == 'prompt' else 'their hidden states'}"
     return f"learned {adapter.card.name!r}: {adapter.examples} examples, {kind}, {adapter.seconds:.2f} s, {how}"
 
 
@@ -87,7 +90,9 @@ def predict(
 ) -> None:
     """Answer with a learned task: the most probable of its labels, or generated text."""
     chosen = [option.strip() for option in options.split(",") if option.strip()] if options else None
-    answer = rayml.load_adapter(adapter).predict(given(text), chosen)
+    with doing(err, "loading libraries and model"):
+        learned = rayml.load_adapter(adapter)
+    answer = learned.predict(given(text), chosen)
     if as_json:
         print(json.dumps({"prediction": answer.text, "probabilities": answer.probabilities}, ensure_ascii=False))
         return
@@ -136,8 +141,8 @@ def serve_run(
         return
     if run is None:
         raise typer.BadParameter("give a RUN folder, or --keys")
-    err.print("[dim]loading libraries ...[/]")
-    from rayml.serving.command import serve_forever
+    with doing(err, "loading libraries"):
+        from rayml.serving.command import serve_forever
 
     serve_forever(run, overrides or [], host, port, store, keys_file, metrics_port, insecure, checkpoint, out)
 

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 
 import rayml
-from rayml.cli.app import Checkpoint, ConfigPath, Json, Overrides, RunPath, app, err, out, print_keys
+from rayml.algorithms.methods import UNUSUAL, USUAL
+from rayml.cli.app import Checkpoint, ConfigPath, Json, Overrides, RunPath, app, out, print_keys
 
 
 @app.command()
@@ -34,7 +35,6 @@ def train(
     from rayml.api import trained_run
 
     settings = rayml.load_config(config, overrides)
-    err.print("[dim]loading libraries, data and model ...[/]")
     run = trained_run(settings, resume=resume, continues=continued)
     taken = run.records()[-1]["step"]
     early = "" if taken == settings.outer.steps else " (meta-val got no better: stopped early)"
@@ -165,7 +165,6 @@ def sweep(
     given = {"trials": trials, "concurrent": concurrent, "scheduler": scheduler, "searcher": searcher, "metric": metric}
     settings = {f"sweep.{key}": value for key, value in given.items() if value is not None}
     searched = {key: text for key, _, text in (one.partition("=") for one in search or [])}
-    err.print("[dim]loading libraries, data and model ...[/]")
     rayml.sweep(config, overrides, search=searched, resume=resume, console=out, **settings)
 
 
@@ -174,7 +173,7 @@ def compare(
     config: ConfigPath,
     overrides: Overrides = None,
     methods: Annotated[
-        str | None, typer.Option(help="Comma-separated, such as `fomaml,multitask,protonet`; else the usual nine.")
+        str | None, typer.Option(help=f"Comma-separated; else {', '.join(USUAL)}. There are also {', '.join(UNUSUAL)}.")
     ] = None,
     variant: Annotated[
         list[str] | None,
@@ -192,13 +191,12 @@ def compare(
 ) -> None:
     """Is meta-training worth it on your tasks? Train every method with equal tokens, and ask all the same.
 
-    zero_shot, in_context, lora (from an untrained start), multitask, protonet, metaicl, reptile, fomaml and meta_sgd;
-    also anil, maml, and fine-tuning of the model itself: full, top_layers, gradual, discriminative. The config's outer
-    steps are FOMAML's; the others take as many as come to the same number of forward-backward tokens. Rate and steps
-    of each adaptation are chosen on meta-val, with the same number of tries. Cut off, it goes on where it stopped.
+    `lora` adapts from an untrained start, `full` and the like fine-tune the model itself. The config's outer steps are
+    those of the default algorithm; the others take as many as come to the same number of forward-backward tokens. Rate
+    and steps of each adaptation are chosen on meta-val, with the same number of tries. Cut off, it goes on where it
+    stopped.
     Writes `report.md` and `report.html`, and every answer to `results/`.
     """
-    err.print("[dim]loading libraries, data and model ...[/]")
     rayml.compare(
         config,
         overrides,

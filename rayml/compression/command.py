@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from rayml.bars import Bar, bars
 from rayml.compression.quantize import LIBRARY, check_library
 from rayml.compression.student import evenly_spaced, wanted_layers
 from rayml.config import Config
 from rayml.errors import ConfigError, RunError
 from rayml.evaluation.command import EVALUATION_SEED, held_out_tasks
 from rayml.lm.load import resolve_model
+from rayml.progress import Bar, doing, progress
 from rayml.runs.files import place, write_whole
 from rayml.runs.folder import RunFolder
 from rayml.tasks.task import Task
@@ -68,16 +68,16 @@ def compress_run(
     config, _ = source.trained(checkpoint)
     base = check_run(config, source, distill)
     tasks = held_out_tasks(config, config.data, None, "test")
-    err.print("[dim]loading libraries and model ...[/]")
-    from rayml.compression import ways
-    from rayml.compression.folder import write_run
-    from rayml.compression.report import table
-    from rayml.model import load
+    with doing(err, "loading libraries and model"):
+        from rayml.compression import ways
+        from rayml.compression.folder import write_run
+        from rayml.compression.report import table
+        from rayml.model import load
 
-    session = load(source, checkpoint=checkpoint)
+        session = load(source, checkpoint=checkpoint)
     part = folder.with_name(folder.name + ".part")  # a base that is not whole is never taken for one
     shutil.rmtree(part, ignore_errors=True)
-    with bars(err) as bar:
+    with progress(err) as bar:
         try:
             if quantize:
                 compressed = ways.quantized(session, base, quantize, part)
@@ -125,7 +125,7 @@ def check_run(config: Config, source: RunFolder, distill: str | None) -> str:
     """
     if config.mode != "adapters":
         raise RunError(f"{source.path}: a run in mode full has no base beside what it learned; compress mode=adapters")
-    if distill and config.algorithm.name in ("metaicl", "protonet", "multitask"):
+    if distill and not config.algorithm.inner_steps(1):
         raise ConfigError(f"--distill: a student is taught to adapt, and {config.algorithm.name} does not in training")
     base = resolve_model(config.model.name)
     file = Path(base, "config.json")

@@ -3,7 +3,7 @@
 For every episode the teacher adapts to the support by the run's own inner loop, and says how probable it finds each
 choice at the query's targets. The student adapts its own adapters to the same support by the labels, and its query loss
 is the divergence from what the teacher said, mixed with the loss by the labels (Hinton et al. 2015, arXiv 1503.02531).
-First order as in `rayml.meta.fomaml`: the query's gradient at the student's fast weights updates its start, its inner
+By first order (`rayml.meta.gradient`): the query's gradient at the student's fast weights updates its start, its inner
 rates, and its layers, which the inner loop leaves alone.
 """
 
@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rayml.algorithms.base import Turn
 from rayml.lm.batch import TaskBatch
 from rayml.lm.choices import IGNORE, token_losses
 from rayml.lm.lora import in_a_layer
 from rayml.lm.model import TaskLM, mean_by_task
 from rayml.lm.objective import side_batch
-from rayml.meta.adapt import Params, TaskLosses, adapt
-from rayml.meta.fomaml import fomaml
+from rayml.meta.adapt import InnerLoop, Params, TaskLosses, adapt
+from rayml.meta.gradient import first_order
 from rayml.meta.learner import Learner
 
 
@@ -121,8 +122,10 @@ class Student:
         soft, gradients = teacher.logits(*asked), dict[str, Tensor]()
         losses = also_for(self.base, gradients, partial(query_losses, self.lm, query, soft, mixture))
         learner, weights = self.learner, torch.ones(len(episodes), device=self.lm.device)
-        inner = partial(self.lm.losses, batch=support)
-        found = fomaml(inner, losses, learner.start, learner.rates, self.steps, weights)
+        of_sides: dict[str, TaskLosses] = {"support": partial(self.lm.losses, batch=support), "query": losses}
+        inner = InnerLoop(learner.rates, self.steps, learns_rates=True)
+        turns = [*[Turn("support", descends=True)] * self.steps, Turn("query", 1.0)]
+        found = first_order(turns, of_sides, learner.start, inner, weights)
         tasks = len(episodes)
         for group in self.optimizer.param_groups:
             group["lr"] = self.base_lr * learner.schedule(learner.step)

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from rayml.evaluation.curves import Curve, Queries
-from rayml.evaluation.evaluate import interval, trained_curves
-from rayml.meta.adapt import adapt, expand
+from rayml.evaluation.evaluate import trained_curves
+from rayml.evaluation.statistics import by_task, interval
+from rayml.meta.adapt import expand
 from rayml.model import MetaModel
 from rayml.tasks.episodes import Episode, Sampler
 from rayml.tasks.task import Task
@@ -56,11 +57,8 @@ def answering(session: MetaModel, episode: Episode) -> Callable[[], Any]:
 def adapting(session: MetaModel, episode: Episode) -> Callable[[], Any]:
     """Return what adapts to an episode as the run does, its support encoded anew: nothing is remembered of it."""
 
-    def run() -> None:
-        losses = session.scorer().support_losses([episode])
-        list(adapt(losses, session.start, session.rates, session.config.inner.steps, 1))
-
-    return run
+    scorer = session.scorer()
+    return lambda: list(scorer.adapted([episode], session.start, session.rates, scorer.steps))
 
 
 def seconds(session: MetaModel, run: Callable[[], Any]) -> float:
@@ -94,11 +92,12 @@ def compared(before: Sequence[Curve], after: Sequence[Curve]) -> dict[str, Any]:
     Of the label tasks, or, where there are none, the losses of free text.
     """
     label = any(curve.is_accuracy for curve in before)
-    old, new = (np.array([c.scores for c in curves if c.is_accuracy == label]) for curves in (before, after))
+    old, new = (by_task([c for c in curves if c.is_accuracy == label]) for curves in (before, after))
     return {
         "metric": "accuracy" if label else "loss",
-        "episodes": len(old),
-        "before": {"before": interval(old[:, 0]), "after": interval(old[:, -1])},
-        "after": {"before": interval(new[:, 0]), "after": interval(new[:, -1])},
-        "difference": interval(new[:, -1] - old[:, -1]),
+        "tasks": old.shape[1],
+        "episodes": old.shape[1] * old.shape[2],
+        "before": {"before": interval(old[0]), "after": interval(old[-1])},
+        "after": {"before": interval(new[0]), "after": interval(new[-1])},
+        "difference": interval(new[-1] - old[-1]),
     }

@@ -5,12 +5,14 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from rayml.evaluation.statistics import resampled
+
 
 def table(summary: dict[str, Any], title: str) -> Table:
     """Return a row for each number, in columns before and after compression."""
     metric, scores = summary["score"]["metric"], summary["score"]
     found = Table(box=SIMPLE_HEAD, title=title, title_justify="left", caption_justify="left")
-    found.caption = "seconds: median and quartiles, on this machine; scores: 95 % intervals over the same episodes"
+    found.caption = f"seconds: median and quartiles, on this machine; scores: {resampled(scores['tasks'])}, both alike"
     for name in ("", "before", "after"):
         found.add_column(name, justify="right" if name else "left", no_wrap=True)
     sides = [summary[side] for side in ("before", "after")]

@@ -109,7 +109,7 @@ def student_of(
         raise ConfigError(f"--distill {name}: reads other tokens than its teacher; expected a model of one family")
     lm = student_lm(config, path, session)
     start = untrained_start(config, lm, session.encoder, tasks)
-    by_weight = config.algorithm.name == "meta_sgd"
+    by_weight = config.algorithm.learned_rates == "weight"
     return config, lm, start, initial_log_rates(start, config.inner.lr, config.inner.modules, per_weight=by_weight)
 
 

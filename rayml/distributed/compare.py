@@ -1,7 +1,8 @@
 """Methods side by side: trained with equal forward-backward tokens, adapted with equal care, asked the same questions.
 
 Every method and seed leaves its run (where it trains) and `results/NAME-SEED.json` with every answer; the report is
-derived from those files alone. Cut off, a comparison goes on with what is missing.
+derived from those files alone. Cut off, a comparison goes on with what is missing, and asks anew what was asked of
+other code, or otherwise.
 """
 
 import hashlib
@@ -9,25 +10,29 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import ray
 from rich.console import Console
 
-from rayml.bars import bars
+import rayml
 from rayml.config import Config, parse_config
 from rayml.distributed.comparison_plan import show_plan
 from rayml.distributed.entries import Entry, Request, plan
 from rayml.distributed.train import start_ray, train
 from rayml.distributed.worker import VALIDATION_SEED
-from rayml.errors import DataError, TrainingError
+from rayml.errors import DataError, RunError, TrainingError
 from rayml.evaluation.answers import Choice, Contender, answer, choose_setting
 from rayml.evaluation.command import EVALUATION_SEED
 from rayml.evaluation.comparison import summarize
 from rayml.evaluation.comparison_report import print_summary, write_report
 from rayml.model import load, untrained_model
-from rayml.runs.files import Place, place, write_whole
-from rayml.runs.folder import fingerprint
+from rayml.progress import progress
+from rayml.runs.checkpoint import identity
+from rayml.runs.files import Place, checksum, place, write_whole
+from rayml.runs.folder import RunFolder, fingerprint
 from rayml.tasks.prepare import prepare_splits
 from rayml.tasks.splits import Splits
 from rayml.tasks.task import Task
@@ -39,7 +44,7 @@ def compare(
     """Train what is to be trained, choose each one's adaptation on meta-val, ask all, and write the report.
 
     Args:
-        values: the config, nested; its outer steps are FOMAML's, and fix everyone's budget of tokens.
+        values: the config, nested; its outer steps, by the algorithm BUDGET, fix everyone's tokens.
         source: names the config in errors.
         to: the folder, or its URI, where runs, answers and the report go.
         command: stands in the report.
@@ -56,6 +61,8 @@ def compare(
     if dry_run:
         show_plan(entries, base, splits, request, out)
         return {}
+    for entry in entries:
+        check_trained_by(entry, folder)
     own_ray = not ray.is_initialized()
     results, failed = [], {}
     for entry in entries:
@@ -87,6 +94,9 @@ def one(entry: Entry, base: Config, splits: Splits, request: Request, folder: Pl
             return found
     if entry.trains:
         entry.check_length()
+        note = trained_by_file(entry, folder)
+        note.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(note, json.dumps(trained_by(entry.config)) + "\n")
         if not ray.is_initialized():
             start_ray(entry.config)
         out.print(f"{entry.name}, seed {entry.seed}: {entry.config.outer.steps} outer steps", highlight=False)
@@ -110,7 +120,7 @@ def adapted_and_asked(entry: Entry, base: Config, splits: Splits, request: Reque
     contender = contender_of(entry, splits.train)
     data = base.data.model_copy(update={"labels": entry.config.data.labels})
     tried = splits.val, data.sampler(VALIDATION_SEED), request.val_episodes, request.factors, request.steps
-    with bars(Console(stderr=True), transient=True) as bar:
+    with progress(Console(stderr=True), transient=True) as bar:
         began = time.perf_counter()
         tries = len(request.factors) * request.val_episodes * contender.takes_steps
         choice = choose_setting(contender, *tried, bar(f"adapting {entry.name}", tries))
@@ -148,11 +158,46 @@ def described(choice: Choice) -> dict[str, Any]:
 
 def fingerprint_of(entry: Entry, base: Config, splits: Splits, request: Request) -> str:
     """Return a checksum of everything that a result depends on."""
-    config = entry.config.model_dump(mode="json", exclude={"run", "workers", "engine", "device", "validation", "sweep"})
+    config = entry.config.model_dump(mode="json", exclude={"run", "workers", "device", "validation", "sweep"})
     config["data"].pop("path")
     episodes = base.data.ways, base.data.shots, base.data.queries
     how = request.episodes, request.val_episodes, list(request.factors), list(request.steps), episodes
-    checkpoint = str(entry.run.trained()[1]) if entry.run and not entry.trains else None
+    checkpoint = identity(entry.run.trained()[1]) if entry.run and not entry.trains else None
     tasks = [fingerprint(part) for part in splits]
-    asked = repr((config, entry.method, how, tasks, checkpoint))
+    asked = repr((config, entry.method, how, tasks, checkpoint, trained_by(entry.config)))
     return hashlib.sha256(asked.encode()).hexdigest()[:16]
+
+
+def trained_by(config: Config) -> dict[str, Any]:
+    """Return what training depends on beside a config's settings and tasks: the code, and what is continued."""
+    continued = config.run.continues
+    begun = identity(RunFolder(continued).trained()[1]) if continued else []
+    return {"code": code(), "engine": config.engine, "run.continues": begun}
+
+
+def trained_by_file(entry: Entry, folder: Place) -> Place:
+    return folder / "trained_by" / f"{entry.name}-{entry.seed}.json"
+
+
+def check_trained_by(entry: Entry, folder: Place) -> None:
+    """Raise RunError if what was trained so far was trained by other code, by another engine, or from another run."""
+    if not (entry.trains and entry.run and any(entry.run.checkpoints.glob("step_*"))):
+        return
+    written, now = trained_by_file(entry, folder), trained_by(entry.config)
+    then = json.loads(written.read_text(encoding="utf-8")) if written.exists() else {}
+    changed = [key for key in now if now[key] != then.get(key)]
+    if changed:
+        raise RunError(
+            f"{entry.run.path}: was trained with other {', '.join(changed)}; remove it to train it again, or give "
+            "--out another folder"
+        )
+
+
+@cache
+def code() -> str:
+    """Return the version of rayml, and a checksum of its source files."""
+    root = Path(rayml.__file__).parent
+    found = hashlib.sha256()
+    for file in sorted(root.rglob("*.py")):
+        found.update(f"{file.relative_to(root)} {checksum(file)}\n".encode())
+    return f"{rayml.__version__} {found.hexdigest()[:16]}"

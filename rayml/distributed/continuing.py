@@ -9,18 +9,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from rayml.bars import bars
 from rayml.config import Config
 from rayml.errors import ConfigError, RunError
 from rayml.evaluation.command import EVALUATION_SEED
-from rayml.evaluation.evaluate import interval, trained_curves
+from rayml.evaluation.evaluate import trained_curves
 from rayml.evaluation.report import bounds
-from rayml.model import MetaModel, load
+from rayml.evaluation.statistics import by_task, interval
+from rayml.model import MetaModel, load, start_of
+from rayml.progress import progress
 from rayml.runs.files import write_whole
 from rayml.runs.folder import RunFolder, flat
 from rayml.sections import Data
@@ -71,7 +71,8 @@ def old_run(config: Config) -> Old | None:
     differs = [key for key in SAME if before[key] != now[key]]
     if then.mode == "full":
         raise ConfigError("run.continues: a run in mode full is continued by its folder RUN/model as model.name")
-    if (then.algorithm.name == "meta_sgd") != (config.algorithm.name == "meta_sgd"):
+    by_weight = then.algorithm.learned_rates == "weight"
+    if by_weight != (config.algorithm.learned_rates == "weight"):
         differs.append("algorithm.name")
     if differs:
         raise ConfigError(f"run.continues: {run.path} has another start; {', '.join(differs)} must be as there")
@@ -102,16 +103,18 @@ def shown_anew(old: Data, new: Data) -> list[str]:
 def report_forgetting(run: RunFolder, old: Old, splits: Splits, out: Console) -> dict[str, Any]:
     """Adapt to the old and the new meta-test tasks from both starts; print the scores, and write `forgetting.json`.
 
-    Accuracy over label tasks, or the loss over free text, after adapting; 95 % intervals over episodes, paired.
+    Accuracy over label tasks, or the loss over free text, after adapting, with intervals over tasks and
+    episodes, paired.
     """
-    then, now = load(old.run), load(run)
+    now = load(run)
+    then = as_before(old, now)
     groups = {
         f"{name} tasks, {'accuracy' if is_label else 'loss'}": ([t for t in of if bool(t.options) == is_label], shows)
         for name, of, shows in (("old", old.splits.test, then), ("new", splits.test, now))
         for is_label in (True, False)
     }
     groups = {name: group for name, group in groups.items() if group[0]}
-    with bars(out) as bar:
+    with progress(out) as bar:
         done = bar("before and after", sum(2 * len(tasks) * episodes_each(tasks) for tasks, _ in groups.values()))
         found = {name: both(shows, then, now, tasks, done) for name, (tasks, shows) in groups.items()}
     write_whole(run.path / FORGETTING, json.dumps({"continues": str(old.run.path), "scores": found}, indent=2) + "\n")
@@ -124,6 +127,20 @@ def report_forgetting(run: RunFolder, old: Old, splits: Splits, out: Console) ->
         table.add_row(name, bounds(ends["before"]), bounds(ends["after"]), bounds(ends["change"], "+"))
     out.print(table)
     return found
+
+
+def as_before(old: Old, now: MetaModel) -> MetaModel:
+    """Return the old run, on the base that is loaded already, unless it was another dtype's."""
+    if old.config.model != now.config.model:
+        return load(old.run)
+    start, log_rates = start_of(old.run)
+    return replace(
+        now,
+        config=old.config,
+        encoder=old.config.encoder(now.encoder.tokenizer),
+        start={name: weight.to(now.device) for name, weight in start.items()},
+        rates={name: rate.exp().to(now.device) for name, rate in log_rates.items()},
+    )
 
 
 def episodes_each(tasks: Sequence[Task]) -> int:
@@ -139,5 +156,5 @@ def both(
     for model in (then, now):
         asked = replace(model, config=shows.config, encoder=shows.encoder)
         found = trained_curves(asked, tasks, sampler, episodes_each(tasks), progress)
-        ends.append(np.array([curve.scores[-1] for curve in found]))
+        ends.append(by_task(found)[-1])
     return {"before": interval(ends[0]), "after": interval(ends[1]), "change": interval(ends[1] - ends[0])}

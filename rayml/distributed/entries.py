@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rayml.algorithms.methods import BUDGET, METHODS, USUAL, Method
 from rayml.config import Config, parse_config
 from rayml.distributed.train import check_model
 from rayml.errors import ConfigError, RunError
@@ -17,40 +18,6 @@ from rayml.tasks.prepare import prepare_splits
 from rayml.tasks.splits import Splits, refuse_leaks
 from rayml.tasks.task import Task
 
-
-@dataclass(frozen=True)
-class Method:
-    """How a method differs from the config, and what it starts from."""
-
-    overrides: tuple[str, ...]
-    start: str = "trained"
-    """`trained`; `untrained`: where training would begin; `base`: no adapter at all."""
-    takes_support: bool = True
-
-
-# They never adapt: where adapters begin is not worth looking at data for.
-IN_CONTEXT = ("algorithm.name=metaicl", "data.labels=words", "lora.start=random", "adapter=lora")
-# Fine-tuning of the model's own weights, in place of adapters; its rates are others.
-FINE_TUNED = "mode=full", "engine=local", "algorithm.name=fomaml", "adapter=lora", "inner.lr=0.03"
-UNUSUAL = "anil", "maml", "full", "top_layers", "gradual", "discriminative"
-METHODS = {
-    "zero_shot": Method(IN_CONTEXT, "base", takes_support=False),
-    "in_context": Method(IN_CONTEXT, "base"),
-    "lora": Method(("algorithm.name=fomaml",), "untrained"),
-    "full": Method(FINE_TUNED, "untrained"),
-    "top_layers": Method((*FINE_TUNED, "full.last_layers=2", "full.embeddings=false"), "untrained"),
-    "gradual": Method((*FINE_TUNED, "inner.unfreeze_every=1"), "untrained"),
-    "discriminative": Method((*FINE_TUNED, "inner.layer_decay=0.9"), "untrained"),
-    "multitask": Method(("algorithm.name=multitask",)),
-    "protonet": Method(("algorithm.name=protonet",)),
-    "metaicl": Method(("algorithm.name=metaicl",)),
-    "reptile": Method(("algorithm.name=reptile",)),
-    "fomaml": Method(("algorithm.name=fomaml",)),
-    "meta_sgd": Method(("algorithm.name=meta_sgd",)),
-    "anil": Method(("algorithm.name=fomaml", "inner.modules=['*.lora_B']")),
-    "maml": Method(("algorithm.name=maml", "model.attention=eager")),
-}
-USUAL = tuple(name for name in METHODS if name not in UNUSUAL)
 OURS = "outer.steps", "seed", "run.dir", "validation.every"
 """Keys that the comparison sets itself."""
 COUNTED_EPISODES = 64
@@ -61,7 +28,7 @@ class Request:
     """What is compared, and how carefully."""
 
     methods: Sequence[str]
-    """Of none, the usual ones, without protonet where there is free text."""
+    """Of none, the usual ones that know all kinds of tasks there are."""
     variants: Mapping[str, tuple[str, ...]]
     """More methods by name, each by its overrides."""
     runs: Sequence[str]
@@ -110,10 +77,10 @@ class Entry:
 def plan(
     values: dict[str, Any], source: str, base: Config, splits: Splits, request: Request, folder: Place
 ) -> list[Entry]:
-    """Return every method and seed, each with as many outer steps as come to FOMAML's tokens.
+    """Return every method and seed, each with as many outer steps as come to the same number of tokens.
 
     Args:
-        values: the config, nested; its outer steps are FOMAML's, and fix everyone's budget of tokens.
+        values: the config, nested; its outer steps, by the algorithm BUDGET, fix everyone's tokens.
         source: names the config in errors.
         folder: where runs go.
 
@@ -126,7 +93,9 @@ def plan(
     if unknown:
         raise ConfigError(f"--methods: {', '.join(unknown)} unknown; there are {', '.join(known)}")
     check_names(request)
-    budget = base.outer.steps * tokens_per_step(parse_config(values, source, ["algorithm.name=fomaml"]), splits.train)
+    budget = base.outer.steps * tokens_per_step(
+        parse_config(values, source, [f"algorithm.name={BUDGET}"]), splits.train
+    )
     entries = []
     for name in dict.fromkeys([*methods, *request.variants]):
         method, run = known[name], RunFolder(folder / f"{name}-0")
@@ -146,7 +115,7 @@ def plan(
 
 def usual(splits: Splits) -> list[str]:
     is_label = all(task.options for tasks in splits for task in tasks)
-    return [name for name in USUAL if name != "protonet" or is_label]
+    return [name for name in USUAL if is_label or not METHODS[name].labels_only]
 
 
 def check_names(request: Request) -> None:

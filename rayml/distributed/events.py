@@ -5,8 +5,8 @@ from typing import Any
 
 import ray
 import ray.train
-from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
+from rayml.distributed.ray_internals import ControllerCallback, WorkerGroupCallback
 from rayml.errors import StorageError
 from rayml.runs.files import Place, write_whole
 

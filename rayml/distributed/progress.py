@@ -1,13 +1,17 @@
-"""A progress bar with time left on the driver's terminal, fed by the run's own metrics file."""
+"""How training goes, on the driver's terminal: a bar with the time that is left, fed by the run's own metrics file."""
 
 import threading
+import time
 from collections import deque
+from statistics import median
 from typing import Any
 
+import ray
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
+from rayml.progress import Lines, duration
 from rayml.runs.folder import RunFolder
 
 LINES_WITHOUT_TERMINAL = 20
@@ -16,13 +20,18 @@ MOST_LAGGING = 1.5
 """Times the median worker's seconds."""
 MOST_WAITING = 0.05
 """Share of a step that may go into waiting for its episodes."""
+ROLL_SECONDS = 2.0
+"""Longest wait for what the workers' roll tells."""
 
 
 class Progress:
-    """Shows a run's outer steps while the block runs; a line now and then where there is no terminal."""
+    """Shows a run's outer steps while the block runs: without a terminal a line at least every ten seconds.
 
-    def __init__(self, run: RunFolder, steps: int, console: Console):
-        self.run, self.steps, self.console = run, steps, console
+    Before the first step it shows what the workers are at.
+    """
+
+    def __init__(self, run: RunFolder, steps: int, console: Console, roll: Any):
+        self.run, self.steps, self.console, self.roll = run, steps, console, roll
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._follow, daemon=True)
         self.bar = Bar(
@@ -31,41 +40,70 @@ class Progress:
             MofNCompleteColumn(),
             TextColumn("{task.fields[text]}"),
             TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
         )
+        self.lines = Lines(console, self._status)
+        self.activity, self.since, self.notes = "workers are starting", time.monotonic(), 0
+        self.seen = last_step(run)
+        self.seconds: deque[float] = deque(maxlen=WATCHED_STEPS)
 
     def __enter__(self) -> "Progress":
         self.bar.start()
+        self.lines.__enter__()
         self.thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.stop.set()
         self.thread.join()
+        self.lines.__exit__()
         self.bar.stop()
 
     def _follow(self) -> None:
-        seen, notices = last_step(self.run), (DataWait(), Lag())
-        row = self.bar.add_task("", total=self.steps, completed=seen, text="workers are starting")
+        notices = DataWait(), Lag()
+        row = self.bar.add_task("", total=self.steps, completed=self.seen, text=self.activity)
         while True:
             stopping = self.stop.wait(self.run.poll_seconds)
-            for record in self.run.records_after(seen):
-                seen = record["step"]
-                self.bar.update(row, completed=seen, text=describe(record))
-                if self.bar.disable:
-                    self._print(record)
+            if not self.seconds:
+                self._listen()
+                self.bar.update(row, text=self.activity)
+            for record in self.run.records_after(self.seen):
+                self.seen, self.since = record["step"], time.monotonic()
+                self.seconds.append(record["step_seconds"])
+                text = describe(record) + self._left()
+                self.bar.update(row, completed=self.seen, text=text)
+                every = max(1, self.steps // LINES_WITHOUT_TERMINAL)
+                if self.seen % every == 0 or self.seen == self.steps or len(self.seconds) == 1 or self.lines.is_quiet:
+                    self.lines.print(f"step {self.seen}/{self.steps}: {text}")
                 for warning in filter(None, (notice.warning(record) for notice in notices)):
                     self.console.print(warning, style="yellow", highlight=False, soft_wrap=True)
             if stopping:
                 return
 
-    def _print(self, record: dict[str, Any]) -> None:
-        every = max(1, self.steps // LINES_WITHOUT_TERMINAL)
-        if record["step"] % every == 0 or record["step"] == self.steps:
-            self.console.print(f"step {record['step']}/{self.steps}: {describe(record)}")
+    def _listen(self) -> None:
+        """Take in what the workers say before their first step."""
+        try:
+            activity, notes = ray.get(self.roll.told.remote(self.notes), timeout=ROLL_SECONDS)
+        except ray.exceptions.RayError:  # it will again, or the watch says that it does not
+            return
+        self.notes += len(notes)
+        for text, warning in notes:
+            self.console.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
+            if warning:
+                self.console.print(warning, style="yellow", markup=False, highlight=False, soft_wrap=True)
+        if activity != self.activity:
+            self.activity, self.since = activity, time.monotonic()
+            self.lines.print(f"{activity} ...")
+
+    def _status(self) -> str:
+        what = f"in step {self.seen + 1}/{self.steps}" if self.seconds else self.activity
+        return f"{what}: {time.monotonic() - self.since:.0f} s so far"
+
+    def _left(self) -> str:
+        """Return about how long the steps that are left take: from the second on without the first, which is slower."""
+        left = median(list(self.seconds)[1:] or self.seconds) * (self.steps - self.seen)
+        return f", about {duration(left)} left" if left >= 1 else ""
 
 
 class DataWait:

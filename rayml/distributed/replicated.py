@@ -6,7 +6,6 @@ Every worker adapts its own tasks; their meta-gradients meet in one all-reduce a
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +18,30 @@ from rayml.distributed.watch import Signature
 from rayml.engine import collective, local, zero
 from rayml.engine.laps import Laps
 from rayml.evaluation.curves import Curve, Scorer
+from rayml.lm.batch import Row
 from rayml.lm.depth import rate_factors
+from rayml.lm.encode import Encoder
+from rayml.lm.frozen import KnownStates
 from rayml.lm.load import checkpoint_activations
-from rayml.lm.model import TaskLM, hooks
-from rayml.lm.objective import task_losses
+from rayml.lm.lora import TaskLoRA
+from rayml.lm.model import TaskLM, hooks, known_states
+from rayml.lm.objective import special_steps, training_sides
 from rayml.lm.start import untrained_start
-from rayml.meta.adapt import Params, TaskLosses
-from rayml.meta.algorithms import ALGORITHMS
-from rayml.meta.fomaml import fomaml
+from rayml.meta.adapt import InnerLoop, Params
 from rayml.meta.gradient import MetaGradient
 from rayml.meta.learner import Learner, initial_log_rates, outer_schedule
 from rayml.meta.weighting import RecentGains
 from rayml.model import start_of
-from rayml.planning.batch import inner_steps, trained_tokens
-from rayml.runs.checkpoint import newest_checkpoint, read_checkpoint, write_state
+from rayml.planning.batch import trained_tokens
+from rayml.runs.checkpoint import read_newest, write_state
 from rayml.runs.folder import RunFolder
+from rayml.tasks.episodes import relabel
+from rayml.tasks.task import Task
+
+WORTH_KNOWING = 2
+"""Times that an example comes back on average, from which on its frozen states are kept."""
+MOST_KNOWN_BYTES = 2 * 2**30
+"""On each worker, for those states."""
 
 
 class Replicated:
@@ -48,6 +56,10 @@ class Replicated:
         self.rank, self.workers = collective.rank(), collective.world_size()
         self.lm = build_lm(config, job.model, device)
         self.encoder = get(job.encoder)
+        rows = returning_rows(job, self.encoder) if self.lm.has_frozen_layers else []
+        if rows:
+            self.lm.known = self._known_states(rows)
+        sign.doing("finding the start")
         start = agreed_start(job, self.lm)
         factors = rate_factors(self.lm.module, start, config.inner.layer_decay)
         self.learner = build_learner(config, start, factors, device)
@@ -55,18 +67,31 @@ class Replicated:
         self.gains = RecentGains(len(self.tasks), device)
         self.laps = Laps(device)
 
+    def _known_states(self, rows: Sequence[Row]) -> KnownStates | None:
+        """Return what the frozen layers make of rows, of which each worker runs a share; None, if that is too much."""
+        width, size = self.lm.module.get_input_embeddings().weight.shape[1], self.lm.module.dtype.itemsize
+        if sum(len(row.tokens) for row in rows) * width * size > MOST_KNOWN_BYTES:
+            return None
+        share = slice(self.rank, None, self.workers)
+
+        def tell(percent: int) -> None:
+            self.sign.doing(f"reading {len(rows)} training examples with the frozen layers, once: {percent} %")
+
+        return known_states(self.lm, rows, self.encoder.pad, share, collective.join_from_workers, tell)
+
     def begin(self, run: RunFolder) -> None:
         """Go on from the newest whole checkpoint, or keep the untrained start to compare with."""
-        folder = newest_checkpoint(run.checkpoints) if self.rank == 0 else None
-        saved = collective.from_first_worker(read_checkpoint(folder) if folder else None)
-        if saved:
-            self.learner.load(saved.tensors, saved.step)
-            self.gains.gains.copy_(saved.tensors["gains"])
+        saved = read_newest(run.checkpoints) if self.rank == 0 else None
+        step = collective.from_first_worker(saved.step if saved else None)
+        if step is not None:
+            tensors = collective.tensors_from_first_worker(saved.tensors if saved else {})
+            self.learner.load(tensors, step)
+            self.gains.gains.copy_(tensors["gains"])
             return
         old = self.config.run.continues
-        begun = collective.from_first_worker(start_of(RunFolder(old)) if old and self.rank == 0 else None)
-        if begun:
-            self.learner.begin_at(*begun)
+        if old:
+            start, log_rates = start_of(RunFolder(old)) if self.rank == 0 else ({}, {})
+            self.learner.begin_at(*map(collective.tensors_from_first_worker, (start, log_rates)))
         if self.rank == 0 and self.config.mode == "adapters":
             run.write_untrained(self.learner.start)
 
@@ -100,32 +125,23 @@ class Replicated:
 
     def _gradient(self, episodes: list[dict[str, Any]], weights: torch.Tensor) -> MetaGradient:
         """Return the meta-gradient: of all tasks side by side, or, in mode full, of one after the other."""
-        config, learner = self.config, self.learner
-        algorithm: Any = ALGORITHMS[config.algorithm.name]
-        if algorithm is fomaml:
-            algorithm = partial(fomaml, start_weight=config.outer.start_weight)
-        pad = self.encoder.pad
+        config, learner, regularize = self.config, self.learner, self.config.regularize
         together = len(episodes) if self.lm.adapter else 1
         parts = []
         for first in range(0, len(episodes), together):
             some = slice(first, first + together)
-            support, query = task_losses(self.lm, episodes[some], pad, config)
-            with dropping(config, self.lm, learner.step, self.rank):
-                losses = support, self._after_inner_loop(query)
-                parts.append(algorithm(*losses, learner.start, learner.rates, config.inner.steps, weights[some]))
-            self.laps("inner" if config.algorithm.name == "reptile" else "outer")
+            support, query = training_sides(self.lm, episodes[some], self.encoder.pad, config)
+            inner = InnerLoop(
+                learner.rates,
+                config.inner.steps,
+                config.learns_rates,
+                special_steps(support, config.inner.unfreeze_every, regularize.adversarial),
+                ended=lambda: self.laps("inner"),
+            )
+            with dropping(config, self.lm, episodes[some]):
+                parts.append(config.algorithm.meta_gradient(support, query, learner.start, inner, weights[some]))
+            self.laps("outer")
         return joined(parts)
-
-    def _after_inner_loop(self, query_losses: TaskLosses) -> TaskLosses:
-        """Return the query losses such that asking for them ends the inner loop's lap, where there is one."""
-        if self.config.algorithm.name == "reptile" or not inner_steps(self.config):
-            return query_losses
-
-        def timed(weights: Params) -> torch.Tensor:
-            self.laps("inner")
-            return query_losses(weights)
-
-        return timed
 
     def _update(self, gradient: MetaGradient, episodes: list[dict[str, Any]], waited: float) -> dict[str, Any]:
         """Average the meta-gradient over all workers' tasks, in one all-reduce, and take the outer step.
@@ -146,7 +162,7 @@ class Replicated:
         tally, mean = rest[: len(tally)], [total / tasks for total in rest[len(tally) :]]
         query_loss, support_loss = query_loss / tasks, support_loss / tasks
         norm = math.nan
-        if all(bool(value.isfinite().all()) for value in (*mean, query_loss)):
+        if collective.all_finite([*mean, query_loss]):
             start = dict(zip(gradient.start, mean, strict=False))
             norm = learner.update(start, dict(zip(gradient.rates, mean[len(start) :], strict=True)))
             if tally:
@@ -172,7 +188,7 @@ class Replicated:
     def score(self, episodes: Sequence[Any]) -> list[Curve]:
         """Return the scores of this worker's episodes before and after adapting."""
         config = self.config
-        scorer = Scorer(self.lm, self.encoder, config.algorithm.name, config.inner.steps, config.inner.unfreeze_every)
+        scorer = Scorer(self.lm, self.encoder, config.algorithm, config.inner.steps, config.inner.unfreeze_every)
         together = len(episodes) if self.lm.adapter else 1
         return [
             curve
@@ -186,6 +202,27 @@ class Replicated:
         """Write this worker's part of a checkpoint: the first one's is all."""
         if self.rank < self.parts:
             write_state(folder, self.learner.state() | {"gains": self.gains.gains})
+
+
+def returning_rows(job: Job, encoder: Encoder) -> list[Row]:
+    """Return the rows of the tasks whose examples come back in later episodes, as often as it takes to be worth it."""
+    config, data = job.config, job.config.data
+    validations = config.outer.steps // config.validation.every * config.validation.episodes if job.val else 0
+    rows: list[Row] = []
+    for tasks, episodes in (
+        (get(job.train), config.outer.steps * config.tasks_per_step),
+        (get(job.val) if job.val else (), validations),
+    ):
+        drawn = episodes * data.ways * (data.shots + data.queries)
+        if not encoder.in_context and drawn >= WORTH_KNOWING * sum(len(task.examples) for task in tasks):
+            rows += [row for task in tasks for row in task_rows(encoder.of(task.name, task.kind), task, data.labels)]
+    return rows
+
+
+def task_rows(encoder: Encoder, task: Task, labels: str) -> list[Row]:
+    """Return a row for each example of a task, as episodes show it but for which letter stands for a label."""
+    letter = "A" if task.options and labels == "letters" else None
+    return encoder.rows([relabel(example, letter) for example in task.examples], bool(task.options))
 
 
 def slowest(seconds: torch.Tensor) -> dict[str, Any]:
@@ -209,13 +246,12 @@ def joined(parts: Sequence[MetaGradient]) -> MetaGradient:
     )
 
 
-def dropping(config: Config, lm: TaskLM, step: int, rank: int) -> AbstractContextManager[None]:
-    """Drop adapters' inputs inside the block, with masks that depend on seed, step and rank alone."""
+def dropping(config: Config, lm: TaskLM, episodes: Sequence[dict[str, Any]]) -> AbstractContextManager[None]:
+    """Drop adapters' inputs inside the block, with masks that depend on the run's seed and on each episode alone."""
     share = config.regularize.lora_dropout
-    if lm.adapter is None or not share:
+    if not share or not isinstance(lm.adapter, TaskLoRA):
         return nullcontext()
-    torch.manual_seed(hash((config.seed, step, rank)) % 2**63)
-    return lm.adapter.dropping(share)
+    return lm.adapter.dropping(share, [hash((config.seed, episode["index"])) & 0xFFFFFFFF for episode in episodes])
 
 
 def build_lm(config: Config, model: str, device: torch.device) -> TaskLM:
@@ -231,16 +267,16 @@ def build_lm(config: Config, model: str, device: torch.device) -> TaskLM:
 def agreed_start(job: Job, lm: TaskLM) -> Params:
     """Return the start at step 0, the same on every worker: adapters come from the first, by its own arithmetic."""
     start = untrained_start(job.config, lm, get(job.encoder), get(job.train))
-    return collective.from_first_worker(start) if lm.adapter else start
+    return collective.tensors_from_first_worker(start) if lm.adapter else start
 
 
 def build_learner(config: Config, start: Params, factors: Mapping[str, float], device: torch.device) -> Learner:
     """Return a learner at step 0."""
-    outer, inner, name = config.outer, config.inner, config.algorithm.name
+    outer, inner, by_weight = config.outer, config.inner, config.algorithm.learned_rates == "weight"
     start = {name: weight.to(device) for name, weight in start.items()}
     return Learner(
         start,
-        initial_log_rates(start, inner.lr, inner.modules, name == "meta_sgd", factors),
+        initial_log_rates(start, inner.lr, inner.modules, by_weight, factors),
         learn_rates=config.learns_rates,
         optimizer=outer.optimizer,
         lr=outer.lr,

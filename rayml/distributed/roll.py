@@ -25,6 +25,7 @@ class Roll:
 
     def __init__(self) -> None:
         self.controller: Any = None
+        self.notes: list[tuple[str, str | None]] = []
         self.end()
 
     def controlled_by(self, controller: Any) -> None:
@@ -44,7 +45,20 @@ class Roll:
     def end(self) -> None:
         """Note that there are no workers: none yet, or no longer."""
         self.begin([])
+        self.activity = "workers are starting"
         self.since = time.monotonic()
+
+    def doing(self, what: str) -> None:
+        """Note what the first worker is at, before the first outer step."""
+        self.activity = what
+
+    def note(self, text: str, warning: str | None) -> None:
+        """Note what people should see once, and a warning."""
+        self.notes.append((text, warning))
+
+    def told(self, known: int) -> tuple[str, list[tuple[str, str | None]]]:
+        """Return what the first worker is at, and the notes after the first `known`."""
+        return self.activity, self.notes[known:]
 
     def seconds_without_workers(self) -> float:
         return 0.0 if self.names else time.monotonic() - self.since

@@ -91,7 +91,7 @@ class Sharded:
         curves = []
         for episode in episodes:
             queries = Queries(self.learner.lm, self.encoder, [episode])
-            support = side_of(self.encoder, [episode], "support", self.device)
+            support = side_of(self.learner.lm, self.encoder, [episode], "support").batch
             try:
                 before, after = self.learner.adapt_and_score(support, partial(queries.scores, None))
             except NotFinite as error:

@@ -24,11 +24,13 @@ from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter, SearchAlg
 from rich.console import Console
 
 from rayml.config import Config, dump_config, parse_config
+from rayml.distributed.ray_internals import trial_settings
 from rayml.distributed.train import own_ray, processors, storage, train, with_absolute_paths
 from rayml.distributed.trials import TrialTable
 from rayml.errors import ConfigError, RunError, TrainingError
 from rayml.runs.files import Place, place, write_whole
 from rayml.runs.folder import RunFolder
+from rayml.runs.stopping import val_score
 from rayml.sweeps.report import Trial, conclude
 from rayml.sweeps.space import Range, check_space, parse_space, rounded, trial_config
 from rayml.tasks.prepare import prepare_splits
@@ -79,7 +81,7 @@ def sweep(values: dict[str, Any], source: str, resume: bool, out: Console) -> Pl
         job = Sweeping(values, source, str(folder), config.validation.every, config.sweep.metric, at_once, space)
         results = run(config, job, space)
     # A result knows its settings only if its trial came to a validation; the trials behind it always do.
-    points = [trial.config for trial in results._experiment_analysis.trials]
+    points = trial_settings(results)
     trials = [outcome(job, point, results[number]) for number, point in enumerate(points)]
     if all(trial.score is None for trial in trials):
         raise TrainingError(f"{folder}: no trial came to a validation; the first: {trials[0].error or trials[0].state}")
@@ -261,13 +263,12 @@ class TrialRun(ray.tune.Trainable):
 
 def scored(record: dict[str, Any], metric: str) -> dict[str, Any]:
     """Return a record's step, its scores on meta-val and what is to be raised; nothing if it has none."""
-    for name, sign in (("accuracy", 1), ("loss", -1)):
-        if f"val_{name}_after" in record:
-            before, after = (record[f"val_{name}_{when}"] for when in ("before", "after"))
-            score = sign * (after - before if metric == "gain" else after)
-            score = score if math.isfinite(score) else -math.inf  # the scheduler compares it
-            return {"step": record["step"], "before": before, "after": after, SCORE: score}
-    return {}
+    before, after = (val_score(record, when) for when in ("before", "after"))
+    if before is None or after is None:
+        return {}
+    score = after - before if metric == "gain" else after
+    score = score if math.isfinite(score) else -math.inf  # the scheduler compares it
+    return {"step": record["step"], "before": before, "after": after, SCORE: score}
 
 
 def outcome(job: Sweeping, point: dict[str, Any], result: ray.tune.Result) -> Trial:

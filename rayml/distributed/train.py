@@ -1,19 +1,17 @@
 """The driver: check everything, start Ray, train on N workers, show progress."""
 
-import json
 import logging
 import math
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
 import ray.train
 import torch
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 
@@ -22,11 +20,13 @@ from rayml.distributed.continuing import FORGETTING, old_run, report_forgetting,
 from rayml.distributed.events import Controlled, NewestCheckpoint, WorkersGone
 from rayml.distributed.job import Job
 from rayml.distributed.progress import Progress
+from rayml.distributed.ray_internals import DIED, forget_lost
 from rayml.distributed.roll import Roll
 from rayml.distributed.trackers import check_trackers
 from rayml.distributed.watch import START_SECONDS, Watch, end_run
 from rayml.distributed.worker import train_worker
 from rayml.errors import ConfigError, TrainingError
+from rayml.interrupt import heed_sigterm, kept
 from rayml.lm.encode import Encoder
 from rayml.lm.load import load_shape, load_tokenizer, resolve_model
 from rayml.lm.lora import A, B, find_linears
@@ -34,6 +34,8 @@ from rayml.lm.parameters import trained_parameters
 from rayml.lm.soft_prompt import PROMPT
 from rayml.meta.learner import initial_log_rates
 from rayml.model import load
+from rayml.progress import doing
+from rayml.runs.checkpoint import newest_checkpoint, step_of
 from rayml.runs.files import Place, place, remove
 from rayml.runs.folder import RunFolder
 from rayml.runs.remote import Remote
@@ -50,7 +52,8 @@ WORKER_ENV = {
 }
 
 
-DIED = WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
+SECONDS_TO_STOP = 5.0
+"""That an interrupted run may take to its next checkpoint."""
 
 
 def train(config: Config, resume: bool = False, at_once: int = 1) -> RunFolder:
@@ -76,11 +79,14 @@ def train(config: Config, resume: bool = False, at_once: int = 1) -> RunFolder:
     encoder = config.encoder(load_tokenizer(model))
     encoder.check([*splits.train, *splits.val, *splits.test])
     run = RunFolder(config.run.dir)
-    check_model(config, model, [*splits.train, *splits.val])
+    check_model(config, model, [task for part in splits for task in part])
     check_trackers(config.run.trackers, run)
     if not os.environ.get("RAY_ADDRESS") and not ray.is_initialized():
         check_resources(config, cpus=processors(), cpus_each=1, gpus=torch.cuda.device_count())
     run.begin(config, splits, resume)
+    if config.validation.patience and not splits.val:
+        warned = "validation.patience: there is no task for meta-val, so it never stops; raise data.splits.val"
+        Console(stderr=True).print(warned, style="yellow", highlight=False, soft_wrap=True)
     trains = not run.is_over(config)
     if trains:
         with own_ray(config):
@@ -98,7 +104,8 @@ def own_ray(config: Config, at_once: int = 1) -> Iterator[None]:
     """Start Ray where none runs, for `at_once` runs beside each other, and end it."""
     starts = not ray.is_initialized()
     if starts:
-        start_ray(config, at_once)
+        with doing(Console(stderr=True), "starting Ray"):
+            start_ray(config, at_once)
     try:
         yield
     finally:
@@ -124,7 +131,7 @@ def with_absolute_paths(config: Config) -> Config:
 
 def check_model(config: Config, model: str, tasks: Sequence[Task]) -> None:
     """Raise ConfigError if the model lacks what the config names; on the meta device, so that nothing is loaded."""
-    bare = load_shape(model)
+    bare = load_shape(model, "eager")  # which every model has
     if config.mode == "full":
         names = list(trained_parameters(bare, config.full))
     elif config.soft_tokens:
@@ -137,7 +144,7 @@ def check_model(config: Config, model: str, tasks: Sequence[Task]) -> None:
             f"inner.modules: {', '.join(config.inner.modules)} matches nothing learned, such as {names[0]}"
         )
     longest = config.data.max_tokens + config.soft_tokens
-    if config.algorithm.name == "metaicl":
+    if config.algorithm.keeps == "prompt":
         shown = max(min(config.data.ways, len(task.options) or 1) for task in tasks) * config.data.shots
         longest *= shown + 1
     most = getattr(bare.config, "max_position_embeddings", longest)
@@ -145,8 +152,7 @@ def check_model(config: Config, model: str, tasks: Sequence[Task]) -> None:
         raise ConfigError(
             f"data.max_tokens: a row may have {longest} tokens, the model takes {most}; lower it or shots"
         )
-    if config.algorithm.name == "protonet" and not all(task.options for task in tasks):
-        raise ConfigError("algorithm.name: protonet tells classes apart; there are tasks of free text")
+    config.algorithm.check(tasks)
 
 
 def processors() -> int:
@@ -169,6 +175,7 @@ def start_ray(config: Config, at_once: int = 1) -> None:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
     ray.init(logging_level=logging.ERROR, log_to_driver=False, runtime_env={"env_vars": WORKER_ENV}, **own)
+    heed_sigterm()
     if not own:
         there = ray.cluster_resources()
         try:
@@ -258,7 +265,7 @@ def fit(
         ),
     )
     console = Console(stderr=True)
-    with Progress(run, config.outer.steps, console), Watch(roll, longest_wait, console) as watch:
+    with Progress(run, config.outer.steps, console, roll), Watch(roll, longest_wait, console) as watch:
         try:
             stopped = finished(trainer, run, roll, console)
         except ray.exceptions.RayActorError as end:
@@ -273,7 +280,7 @@ def fit(
 
 
 def finished(trainer: TorchTrainer, run: RunFolder, roll: Any, console: Console) -> str | None:
-    """Return what the workers return, once they have; with Ctrl-C there is a checkpoint first, with a second one not.
+    """Return what the workers return, once they have. With Ctrl-C there is a checkpoint first, if the step ends soon.
 
     In a thread of its own, where Ray Train lets Ctrl-C be: its handler would stay after its end.
     """
@@ -281,15 +288,17 @@ def finished(trainer: TorchTrainer, run: RunFolder, roll: Any, console: Console)
         training = pool.submit(trainer.fit)
         try:
             return training.result().return_value  # type: ignore[attr-defined]
-        except KeyboardInterrupt:
-            console.print("stopping after this outer step, with a checkpoint; Ctrl-C again stops at once")
-            run.tell_to_stop()
-        try:
-            training.result()
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as end:
+            stopped = end
+        console.print("stopping after this outer step, with a checkpoint, or in a few seconds without")
+        run.tell_to_stop()
+        with suppress(KeyboardInterrupt, TimeoutError):
+            training.result(timeout=SECONDS_TO_STOP)
+        if not training.done():
             end_run(roll)
-    console.print(f"stopped; --resume goes on with {run.path}", highlight=False, soft_wrap=True)
-    raise KeyboardInterrupt
+    folder = newest_checkpoint(run.checkpoints)
+    learned = f"{step_of(folder)} outer steps are kept in {run.path}" if folder else "no outer step is kept"
+    raise kept(stopped, f"{learned}; the same command with --resume goes on") from None
 
 
 def no_room(run: RunFolder, longest_wait: float) -> TrainingError:
@@ -304,20 +313,6 @@ def storage(folder: Place) -> dict[str, Any]:
     if isinstance(folder, Remote):
         return {"storage_path": folder.path, "storage_filesystem": folder.fs}
     return {"storage_path": str(folder)}
-
-
-def forget_lost(checkpoints: Place) -> None:
-    """Let Ray Train remember no checkpoint, where one is gone that it remembers: it would not go on."""
-    memory = checkpoints / "checkpoint_manager_snapshot.json"
-    if not memory.exists():
-        return
-    try:
-        known = [result["checkpoint_dir_name"] for result in json.loads(memory.read_text())["checkpoint_results"]]
-        forgets = not all((checkpoints / name).is_dir() for name in known)
-    except (ValueError, KeyError):  # torn, as it is not written in one piece
-        forgets = True
-    if forgets:
-        memory.unlink()
 
 
 def run_data() -> None:

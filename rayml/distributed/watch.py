@@ -35,6 +35,15 @@ class Signature:
     def __call__(self, step: int) -> None:
         self.roll.sign.remote(self.rank, step)  # the answer is not waited for
 
+    def doing(self, what: str) -> None:
+        """Tell the driver what goes on, before the first outer step."""
+        if self.rank == 0:
+            self.roll.doing.remote(what)
+
+    def note(self, text: str, warning: str | None) -> None:
+        """Tell the driver what people should see once."""
+        self.roll.note.remote(text, warning)
+
     def _live(self, every: float) -> None:
         while True:
             self.roll.lives.remote(self.name)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean as mean
 from typing import Any
 
 import ray.train
@@ -25,10 +26,12 @@ from rayml.distributed.trackers import Tracker, open_trackers
 from rayml.distributed.watch import Signature
 from rayml.engine import collective
 from rayml.evaluation.curves import Curve
+from rayml.lm.precision import device_for, settled, with_dtype
 from rayml.runs.checkpoint import folder_name, keep_only, naming_full_disk, seal
 from rayml.runs.files import Place, deliver
 from rayml.runs.folder import RunFolder
-from rayml.runs.stopping import is_best, is_enough, val_score, val_scores
+from rayml.runs.stopping import is_best, is_enough, val_scores
+from rayml.tasks.overall import Group, groups, overall
 
 # Episodes of validation have seeds of their own, far from any training seed.
 VALIDATION_SEED = 1_000_003
@@ -41,13 +44,30 @@ logger = logging.getLogger(__name__)
 def train_worker(settings: dict[str, Any]) -> str | None:
     """Meta-train; return None, or why training failed (the same on every worker)."""
     job: Job = settings["job"]
+    device = ray.train.torch.get_device()
+    run = RunFolder(job.config.run.dir)
+    sign = Signature(job.roll, job.config.run.longest_wait)
+    job = replace(job, config=agreed_precision(job, run, device, sign))
     config = job.config
-    run = RunFolder(config.run.dir)
-    sign = Signature(job.roll, config.run.longest_wait)
-    learning: Learning = (Sharded if config.is_sharded else Replicated)(job, ray.train.torch.get_device(), sign)
+    sign.doing("loading the model")
+    learning: Learning = (Sharded if config.is_sharded else Replicated)(job, device, sign)
     learning.begin(run)
+    sign.doing("first outer step")
     with StepLog(config, run, learning.done) if collective.rank() == 0 else nullcontext() as log:
         return meta_train(job, run, learning, log)
+
+
+def agreed_precision(job: Job, run: RunFolder, device: torch.device, sign: Signature) -> Config:
+    """Return the config with one dtype and attention for all workers; the run folder keeps them, the driver tells."""
+    devices = collective.gather_from_workers(device_for(job.config, job.model, device))
+    made_in = collective.from_first_worker(run.made_in() if collective.rank() == 0 else None)
+    if made_in and job.config.is_sharded:  # its shards are of that dtype
+        job = replace(job, config=with_dtype(job.config, made_in))
+    config, precision = settled(job.config, job.model, devices, made_in)
+    if collective.rank() == 0:
+        run.write_precision(precision.dtype, precision.attention, precision.why)
+        sign.note(str(precision), precision.warning)
+    return config
 
 
 def meta_train(job: Job, run: RunFolder, learning: Learning, log: "StepLog | None") -> str | None:
@@ -79,7 +99,7 @@ def meta_train(job: Job, run: RunFolder, learning: Learning, log: "StepLog | Non
             if validates:
                 record |= validate(config, job, learning)
                 record["validation_seconds"] = time.perf_counter() - now
-                scores.append(val_score(record) or 0.0)
+                scores += val_scores([record])
         except DivergedError as error:
             return stop_reason(learning.done + (not validates), error.tasks)
         if log:
@@ -115,26 +135,35 @@ def due(step: int, every: int, last: int) -> bool:
 
 
 def validate(config: Config, job: Job, learning: Learning) -> dict[str, float]:
-    """Return the scores before and after adapting, over the same meta-val episodes every time.
+    """Return the scores before and after adapting, over the same meta-val episodes every time: the accuracy over label
+    tasks, the loss over those of text, and the overall score (`rayml.tasks.overall`).
 
-    Each worker takes its share. All make the same calls, as a sharded model asks of them: so either all episodes are
-    of label tasks, or, where there is none, of free text.
+    Each worker takes its share. All make the same calls, as a sharded model asks of them: so label tasks come first,
+    and free text after them.
     """
-    tasks = [task for task in get(job.val) if task.options] or get(job.val)
+    tasks = get(job.val)
+    means: dict[str, dict[str, float]] = {"before": {}, "after": {}}
+    for group in groups(tasks, config.validation.episodes):
+        curves = validation_curves(config, group, learning)
+        for end, when in ((0, "before"), (-1, "after")):
+            means[when][group.metric] = mean(curve.scores[end] for curve in curves)
+    by_kind = {f"val_{metric}_{when}": value for when, of in means.items() for metric, value in of.items()}
+    return by_kind | {f"val_score_{when}": overall(of, tasks) for when, of in means.items()}
+
+
+def validation_curves(config: Config, group: Group, learning: Learning) -> list[Curve]:
+    """Return the scores before and after adapting of a group's episodes, made a whole number of steps' worth."""
     share = math.ceil(config.tasks_per_step / learning.workers)
-    episodes = math.ceil(config.validation.episodes / config.tasks_per_step) * config.tasks_per_step
+    episodes = math.ceil(group.episodes / config.tasks_per_step) * config.tasks_per_step
     sampler = config.data.sampler(VALIDATION_SEED)
     curves: list[Curve] = []
     for batch in range(math.ceil(episodes / (share * learning.workers))):
         first = (batch * learning.workers + learning.rank) * share
-        curves += learning.score([sampler.episode(tasks, first + i) for i in range(share)])
+        curves += learning.score([sampler.episode(group.tasks, first + i) for i in range(share)])
     if learning.workers > 1:
         curves = [curve for part in collective.gather_from_workers(curves) for curve in part]
     # With another number of workers the last round may score a few more.
-    curves = [curve for curve in curves if curve.index < episodes]
-    name = "accuracy" if curves[0].is_accuracy else "loss"
-    before, after = (sum(curve.scores[k] for curve in curves) / len(curves) for k in (0, -1))
-    return {f"val_{name}_before": before, f"val_{name}_after": after}
+    return [curve for curve in curves if curve.index < episodes]
 
 
 class Notices:

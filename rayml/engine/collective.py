@@ -1,6 +1,6 @@
 """What workers say to each other outside the base model. With one worker, nothing is sent."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,18 @@ def sum_over_workers(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
 
 
+def join_from_workers(part: Tensor) -> list[Tensor]:
+    """Return every worker's `[n, D]`, by rank, on every worker; n may differ, also 0."""
+    if world_size() == 1:
+        return [part]
+    sizes = gather_from_workers(len(part))
+    padded = part.new_zeros(max(sizes), *part.shape[1:])
+    padded[: len(part)] = part
+    found = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(found, padded)
+    return [whole[:size] for whole, size in zip(found, sizes, strict=True)]
+
+
 def from_first_worker(value: Any) -> Any:
     """Return worker 0's picklable value on every worker."""
     if world_size() == 1:
@@ -33,6 +45,28 @@ def from_first_worker(value: Any) -> Any:
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
+
+
+def tensors_from_first_worker(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return worker 0's tensors on every worker, on the CPU; what others give is not looked at.
+
+    One after the other, as they lie in memory: pickled together, the state of an optimizer takes each worker several
+    times its size.
+    """
+    if world_size() == 1:
+        return dict(tensors)
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    found = {}
+    for name, shape, dtype in from_first_worker([(name, t.shape, t.dtype) for name, t in tensors.items()]):
+        sent = tensors[name].to(device).contiguous() if rank() == 0 else torch.empty(shape, dtype=dtype, device=device)
+        dist.broadcast(sent, src=0)
+        found[name] = sent.cpu()
+    return found
+
+
+def all_finite(tensors: Sequence[Tensor]) -> bool:
+    """Return whether all numbers are finite, waiting for the device once."""
+    return bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())
 
 
 def gather_from_workers(value: Any) -> list[Any]:

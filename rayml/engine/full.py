@@ -1,4 +1,4 @@
-"""Mode full: first-order MAML, Reptile and multi-task training of all weights under DeepSpeed ZeRO.
+"""Mode full: meta-training of all weights under DeepSpeed ZeRO, by the turns of the config's algorithm.
 
 The workers adapt to one task after another, each with its share of the rows. Tasks are never spread over workers: a
 sharded engine averages gradients in the inner loop as well, and one step on the mean of several tasks is no MAML.
@@ -12,16 +12,18 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from rayml.algorithms.base import batches
 from rayml.config import Config
 from rayml.engine import collective
+from rayml.engine.deepspeed_internals import client_optimizer, left_step_out, set_clip_norm
 from rayml.engine.laps import Laps
-from rayml.engine.shares import join, share_loss, share_of
+from rayml.engine.shares import share_loss, share_of
 from rayml.engine.zero import TAG
 from rayml.errors import RunError, TrainingError
 from rayml.lm.batch import TaskBatch
 from rayml.lm.model import TaskLM
 from rayml.meta.learner import outer_schedule
-from rayml.meta.phased import PhasedOptimizer
+from rayml.meta.phased import IDLE, Phase, PhasedOptimizer
 
 MANIFEST = "full.json"
 Result = TypeVar("Result")
@@ -49,8 +51,7 @@ class OuterStep(NamedTuple):
     """What an outer step saw; the same on every worker."""
 
     task_losses: list[tuple[float, float]]
-    """Each task's support loss before the first inner step, and its query loss after adapting. Reptile trains on the
-    query too: there it is the loss of its last turn."""
+    """Each task's loss at the first turn, and that of its query at the last turn that asks it."""
     gradient_norm: float
     """Of the mean meta-gradient."""
 
@@ -68,7 +69,7 @@ class FullLearner:
     def __init__(self, engine: Any, config: Config):
         outer = config.outer
         self.engine, self.config = engine, config
-        self.optimizer: PhasedOptimizer = engine.basic_optimizer
+        self.optimizer: PhasedOptimizer = client_optimizer(engine)
         self.schedule = outer_schedule(outer.schedule, outer.warmup_steps, outer.steps)
         self.lm = TaskLM(engine, None)
         self.outer_step = 0
@@ -95,40 +96,39 @@ class FullLearner:
         task_losses = []
         for self._task, (support, query) in enumerate(episodes):
             last = self._task == len(episodes) - 1
-            losses = self._train(support, query, weights[self._task], len(episodes) if last else 0)
-            queries = (losses[1::2] or losses) if self._reptile else losses
-            task_losses.append((losses[0], queries[-1]))
+            task_losses.append(self._train(support, query, weights[self._task], len(episodes) if last else 0))
         self._task = None
         self.outer_step += 1
         (squared_norm,) = collective.sum_over_workers([torch.tensor(self.optimizer.squared_norm)])
         return OuterStep(task_losses, math.sqrt(float(squared_norm)))
 
-    @property
-    def _reptile(self) -> bool:
-        return self.config.algorithm.name == "reptile"
+    def _train(self, support: TaskBatch, query: TaskBatch, weight: float, tasks: int) -> tuple[float, float]:
+        """Take the turns of one task, and collect its meta-gradient; return the two losses of an `OuterStep`."""
+        sides = {"support": support, "query": query}
+        together = batches(self.config.algorithm.turns(self.config.inner.steps))
+        first = asked = math.nan
+        for place, turns in enumerate(together):
+            is_last, descends = place == len(together) - 1, turns[0].descends
+            phase = Phase(collects=any(turn.share for turn in turns), descends=descends, restores=is_last)
+            share = sum(turn.share for turn in turns) or 1.0
+            parts = [(sides[turn.side], turn.share / share if len(turns) > 1 else 1.0) for turn in turns]
+            clip = 0.0 if descends else self.config.outer.clip_norm
+            loss = self.take(parts, phase, share * weight, tasks if is_last else 0, clip)
+            first = loss if place == 0 else first
+            asked = loss if any(turn.side == "query" for turn in turns) or math.isnan(asked) else asked
+            self.laps("outer" if is_last else "inner")
+        return first, asked
 
-    def _train(self, support: TaskBatch, query: TaskBatch, weight: float, tasks: int) -> list[float]:
-        """Adapt to one task and collect its meta-gradient; return the losses of all minibatches."""
-        steps, of_start = self.config.inner.steps, self.config.outer.start_weight
-        # Each batch with its share in the meta-gradient: an inner step, too, can be learned from.
-        batches = {
-            "fomaml": [(support, 0.0 if step else of_start) for step in range(steps)] + [(query, 1.0)],
-            "reptile": [((support, query)[step % 2], 1.0) for step in range(steps)],
-            "multitask": [(join(support, query), 1.0)],
-        }[self.config.algorithm.name]
-        *inner, (last, _) = batches
-        losses = [self._descend(batch, "learn" if share else "adapt", share * weight) for batch, share in inner]
-        self.laps("inner")
-        clip = 0.0 if self._reptile else self.config.outer.clip_norm
-        losses.append(self._descend(last, "query", weight, tasks, clip))
-        self.laps("outer")
-        return losses
-
-    def _descend(
-        self, batch: TaskBatch, phase: str, weight: float = 1.0, tasks: int = 0, clip_norm: float = 0.0
+    def take(
+        self,
+        sides: Sequence[tuple[TaskBatch, float]],
+        phase: Phase,
+        weight: float = 1.0,
+        tasks: int = 0,
+        clip_norm: float = 0.0,
     ) -> float:
-        """Take the phase's step on one minibatch; return its loss, the same on every worker."""
-        loss = share_loss(self.lm, share_of(batch), self.config.regularize.label_smoothing)
+        """Take the phase's step on a loss of some sides, each with its part; return it, the same on every worker."""
+        loss = share_loss(self.lm, share_of(sides), self.config.regularize.label_smoothing)
         (total,) = collective.sum_over_workers([loss.detach()])
         mean = float(total) / collective.world_size()
         if not math.isfinite(mean):
@@ -136,16 +136,15 @@ class FullLearner:
         self._step(loss, phase, weight, tasks, clip_norm)
         return mean
 
-    def _step(self, loss: torch.Tensor, phase: str, weight: float, tasks: int, clip_norm: float) -> None:
+    def _step(self, loss: torch.Tensor, phase: Phase, weight: float, tasks: int, clip_norm: float) -> None:
         """Backward and step. The engine clips while `clip_norm` is set: it must not in the inner loop."""
-        zero = self.engine.optimizer
         self.engine.backward(loss)
         self.optimizer.enter(phase, weight, tasks)
-        zero.clip_grad = clip_norm
+        set_clip_norm(self.engine, clip_norm)
         self.engine.step()
-        self.optimizer.enter("idle")
-        zero.clip_grad = 0.0
-        if zero.overflow:  # the engine left the step out
+        self.optimizer.enter(IDLE)
+        set_clip_norm(self.engine, 0.0)
+        if left_step_out(self.engine):
             raise NotFinite(self.outer_step + 1, self._task, "gradient")
 
     def adapt_and_score(self, support: TaskBatch, score: Callable[[], Result]) -> tuple[Result, Result]:
@@ -157,12 +156,12 @@ class FullLearner:
         with torch.no_grad():
             before = score()
         for _ in range(self.config.inner.steps):
-            self._descend(support, "adapt")
+            self.take([(support, 1.0)], Phase(descends=True))
         with torch.no_grad():
             after = score()
         # Only an engine's step refreshes what the forward reads, and it needs a backward: one token is the cheapest.
         logits = self.engine(input_ids=support.tokens[:1, :1], use_cache=False).logits
-        self._step(0.0 * logits.float().sum(), "restore", 1.0, 0, 0.0)
+        self._step(0.0 * logits.float().sum(), Phase(restores=True), 1.0, 0, 0.0)
         return before, after
 
     def save(self, folder: str | Path, state: dict[str, Any] | None = None) -> None:

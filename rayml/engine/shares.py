@@ -1,5 +1,6 @@
 """One task's rows, spread over the workers, such that the mean of the workers' gradients is the task's own."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,46 +17,56 @@ class Share(NamedTuple):
     """A worker's rows of one task."""
 
     batch: TaskBatch
-    scale: float
-    """On the sum of the rows' token losses: workers / the number that the task's loss is a mean over; 0 for a
-    row that stands in."""
+    scale: Tensor
+    """`[rows]`, on the sum of each row's token losses: workers / the number that its side's loss is a mean over, by the
+    side's part in the loss; 0 for a row that stands in."""
 
 
-def share_of(batch: TaskBatch) -> Share:
-    """Return this worker's rows: i, i + W, ... of W workers.
+def share_of(sides: Sequence[tuple[TaskBatch, float]]) -> Share:
+    """Return this worker's rows of some sides of a task, each with its part in the loss: i, i + W, ... of W workers.
 
-    Sharded engines average gradients over the workers, whatever number of targets each of them has. So every worker's
-    sum is scaled by W / the task's number of them. A worker without a row takes the first with a scale of 0: all
-    must make the same calls.
+    Sharded engines average gradients over the workers, whatever number of targets each of them has. So every row's sum
+    is scaled by W / its side's number of them. A worker without a row takes the first with a scale of 0: all must make
+    the same calls.
     """
-    if batch.tasks != 1:
-        raise ValueError(f"mode full adapts to one task at a time, got {batch.tasks}: workers' gradients are averaged")
+    for batch, _ in sides:
+        if batch.tasks != 1:
+            raise ValueError(
+                f"mode full adapts to one task at a time, got {batch.tasks}: workers' gradients are averaged"
+            )
     workers, rank = collective.world_size(), collective.rank()
-    own = slice(rank, None, workers) if rank < len(batch.tokens) else slice(0, 1)
-    scale = workers / int(batch.counted().sum()) if rank < len(batch.tokens) else 0.0
-    return Share(batch.take(own), scale)
+    whole = joined([batch for batch, _ in sides])
+    scales = [torch.full((len(b.tokens),), workers * part / int(b.counted().sum())) for b, part in sides]
+    scale = torch.cat(scales).to(whole.tokens.device)
+    if rank < len(whole.tokens):
+        own = slice(rank, None, workers)
+        return Share(whole.take(own), scale[own])
+    return Share(whole.take(slice(0, 1)), torch.zeros_like(scale[:1]))
 
 
 def share_loss(lm: TaskLM, share: Share, smoothing: float = 0.0) -> Tensor:
     """Return this worker's part of the loss; the mean over the workers is the task's own (`TaskLM.losses`)."""
     batch = share.batch
     logits, positions = lm.target_logits(None, batch)
-    return share.scale * token_losses(logits, batch.targets.flatten()[positions], batch.choices, smoothing).sum()
+    losses = token_losses(logits, batch.targets.flatten()[positions], batch.choices, smoothing)
+    return (share.scale[positions // batch.tokens.shape[1]] * losses).sum()
 
 
-def join(support: TaskBatch, query: TaskBatch) -> TaskBatch:
-    """Return the rows of both sides of one episode as one batch."""
-    length = max(support.tokens.shape[1], query.tokens.shape[1])
+def joined(sides: Sequence[TaskBatch]) -> TaskBatch:
+    """Return the rows of some sides of one episode as one batch."""
+    if len(sides) == 1:
+        return sides[0]
+    length = max(side.tokens.shape[1] for side in sides)
     tokens, targets = (
         torch.cat([pad(part, (0, length - part.shape[1]), value=fill) for part in parts])
-        for parts, fill in (((support.tokens, query.tokens), 0), ((support.targets, query.targets), IGNORE))
+        for parts, fill in (([side.tokens for side in sides], 0), ([side.targets for side in sides], IGNORE))
     )
-    return TaskBatch(tokens, targets, 1, joined_choices(support, query))
+    return TaskBatch(tokens, targets, 1, joined_choices(sides))
 
 
-def joined_choices(support: TaskBatch, query: TaskBatch) -> Tensor | None:
-    sides = [side.choices for side in (support, query) if side.choices is not None]
-    if not sides:
+def joined_choices(sides: Sequence[TaskBatch]) -> Tensor | None:
+    choices = [side.choices for side in sides if side.choices is not None]
+    if not choices:
         return None
-    most = max(side.shape[1] for side in sides)
-    return torch.cat([pad(side, (0, most - side.shape[1]), value=IGNORE) for side in sides])
+    most = max(some.shape[1] for some in choices)
+    return torch.cat([pad(some, (0, most - some.shape[1]), value=IGNORE) for some in choices])

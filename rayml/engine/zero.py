@@ -7,7 +7,6 @@ needs all of them. `load_full` trains the model itself.
 
 import os
 from contextlib import redirect_stderr, redirect_stdout
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rayml.config import Config
+from rayml.engine.deepspeed_internals import build_no_shared_memory, forget_with_the_trace
 from rayml.lm.load import checkpoint_activations, load_base
 from rayml.lm.parameters import parameter_groups, trained_parameters
 from rayml.meta.learner import OPTIMIZERS
@@ -120,36 +120,9 @@ def _deepspeed(device: torch.device, talks: bool = True):
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares DeepSpeed the probing
     import deepspeed
-    from deepspeed.ops import __compatible_ops__ as built_at_first_use
 
-    # A shared-memory all-reduce for one CPU machine: building it takes a compiler and half a minute.
-    built_at_first_use["deepspeed_shm_comm"] = False
-    _forget_with_the_trace()
+    build_no_shared_memory()
+    forget_with_the_trace()
     if talks:
         deepspeed.init_distributed(dist_init_required=False)
     return deepspeed
-
-
-def _forget_with_the_trace() -> None:
-    """Let stage 3 forget which weights it may let go of, and when, together with the order of layers it was found for.
-
-    DeepSpeed 0.19 remembers the answers of a forward by itself, such as scoring is, and goes on to let go of every
-    weight whose backward is to come: training then gathers the model twice as often as it has to.
-    """
-    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
-
-    remembered, invalidate = (
-        Coordinator._PartitionedParameterCoordinator__params_to_release,
-        Coordinator._invalidate_trace,
-    )
-    caches = [cell.cell_contents for cell in remembered.__closure__ or () if hasattr(cell.cell_contents, "cache_clear")]
-    if hasattr(invalidate, "__wrapped__"):
-        return
-
-    @wraps(invalidate)
-    def forgetting(self: Any) -> None:
-        for cache in caches:
-            cache.cache_clear()
-        invalidate(self)
-
-    Coordinator._invalidate_trace = forgetting

@@ -13,8 +13,9 @@ import torch
 from rayml.evaluation.curves import Scorer, score_all
 from rayml.lm.generate import Generation, end_tokens, write
 from rayml.lm.sampling import Sampling
-from rayml.meta.adapt import Params, adapt, expand
+from rayml.meta.adapt import Params
 from rayml.tasks.episodes import Episode, Sampler
+from rayml.tasks.overall import groups, overall
 from rayml.tasks.task import Task
 
 SPARE_TOKENS = 8
@@ -67,22 +68,25 @@ def choose_setting(
 ) -> Choice:
     """Try every factor with every number of steps on the same meta-val episodes.
 
-    Accuracy is raised, or, where all tasks are free text, the loss lowered: where there are both, label tasks decide.
-    Of equals the fewest steps are taken, then the least rate. `progress` is told after each episode with each factor.
+    The overall score (`rayml.tasks.overall`) is raised. Of equals the fewest steps are taken, then the least rate.
+    `progress` is told after each episode with each factor.
     """
     if not contender.takes_steps:
         return Choice(Setting(), [])
-    tasks = [task for task in tasks if task.options] or tasks
-    sign = 1 if tasks[0].options else -1
-    drawn = [sampler.episode(tasks, index) for index in range(episodes)]
+    parts = groups(tasks, episodes)
+    drawn = [(of.metric, [sampler.episode(of.tasks, index) for index in range(of.episodes)]) for of in parts]
     tried = []
     for factor in sorted(factors):
-        scores = []
-        for episode in drawn:
-            scores.append(scores_at(contender, episode, factor, steps))
-            progress()
-        means = np.array(scores).mean(0)
-        tried += [(Setting(factor, k), sign * float(mean)) for k, mean in zip(sorted(steps), means, strict=True)]
+        means = {}
+        for metric, some in drawn:
+            scores = []
+            for episode in some:
+                scores.append(scores_at(contender, episode, factor, steps))
+                progress()
+            means[metric] = np.array(scores).mean(0)
+        for number, k in enumerate(sorted(steps)):
+            at_k = {metric: float(of[number]) for metric, of in means.items()}
+            tried.append((Setting(factor, k), overall(at_k, tasks)))
     best, _ = max(tried, key=lambda one: (one[1] if np.isfinite(one[1]) else -np.inf, -one[0].steps, -one[0].factor))
     return Choice(best, tried)
 
@@ -165,8 +169,6 @@ def taken_in(contender: Contender, episode: Episode, setting: Setting) -> Params
         return None
     if not contender.takes_steps:
         return contender.start
-    losses = contender.scorer.support_losses([episode])
-    fast = expand(contender.start, 1)
-    for adapted in adapt(losses, contender.start, contender.scaled(setting.factor), setting.steps, 1):
-        fast = adapted.fast
+    rates = contender.scaled(setting.factor)
+    *_, fast = contender.scorer.adapted([episode], contender.start, rates, setting.steps)
     return {name: weight[0] for name, weight in fast.items()}

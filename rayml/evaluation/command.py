@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from rayml.bars import bars
-from rayml.config import Config
+from rayml.algorithms.registry import DEFAULT
+from rayml.config import Config, dump_config
 from rayml.errors import ConfigError, DataError, RunError
 from rayml.evaluation import report
+from rayml.interrupt import kept
+from rayml.progress import doing, progress
 from rayml.runs.files import write_whole
-from rayml.runs.folder import RunFolder
+from rayml.runs.folder import RunFolder, fingerprint
 from rayml.sections import Data
 from rayml.tasks.prepare import prepare_splits, prepare_tasks
 from rayml.tasks.splits import refuse_leaks
@@ -51,19 +53,30 @@ def evaluate_run(
     config = run.trained(checkpoint)[0] if isinstance(run, RunFolder) else run.config
     shown = config.data.model_copy(update={k: v for k, v in {"ways": ways, "shots": shots}.items() if v})
     tasks = held_out_tasks(config, shown, data, split)
-    err.print("[dim]loading libraries and model ...[/]")
-    from rayml.evaluation.evaluate import evaluate, summarize
-    from rayml.model import load
+    config.algorithm.check(tasks)
+    with doing(err, "loading libraries and model"):
+        from rayml.evaluation.evaluate import evaluate, summarize
+        from rayml.evaluation.parts import Parts
+        from rayml.model import load
 
-    model = load(run, checkpoint=checkpoint) if isinstance(run, RunFolder) else run
+        model = load(run, checkpoint=checkpoint) if isinstance(run, RunFolder) else run
     if model.run is None:
         raise RunError("an untrained start is evaluated beside a run's; give a run")
-    err.print(f"[dim]{model.run.path}: {model.checkpoint}[/]", highlight=False, soft_wrap=True)
+    for line in (f"{model.run.path}: {model.checkpoint}", str(model.precision)):
+        err.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
     model.encoder.check(tasks)
     sampler = shown.sampler(EVALUATION_SEED + seed)
-    with bars(err) as bar:
-        found = evaluate(model, tasks, sampler, episodes, bar("adapting", len(tasks) * episodes))
     settings = {"ways": shown.ways, "shots": shown.shots, "queries": shown.queries, "episodes": episodes, "seed": seed}
+    asked = [model.step, model.precision.dtype, settings, fingerprint(tasks), dump_config(config)]
+    total, parts = len(tasks) * episodes, Parts(model.run.path, asked)
+    err.print(f"{len(tasks)} tasks x {episodes} episodes, each from two starts: {2 * total} adaptations", style="dim")
+    try:
+        with progress(err) as bar:
+            found = evaluate(model, tasks, sampler, episodes, parts, bar("adapting", total))
+    except KeyboardInterrupt as end:
+        message = f"{parts.episodes} of {total} episodes are kept; the same command goes on with the others"
+        raise kept(end, message) from None
+    parts.remove()
     summary = {
         "run": str(model.run.path),
         "checkpoint": model.checkpoint,
@@ -77,7 +90,7 @@ def evaluate_run(
     kind = "-data" if data else "" if split == "test" else f"-{split}"
     written, picture = json_file or model.run.path / f"evaluation{kind}.json", model.run.path / f"adaptation{kind}.png"
     write_whole(written, json.dumps(summary, indent=2) + "\n")
-    method = "" if config.algorithm.name == "fomaml" else f"{config.algorithm.name}, "
+    method = "" if config.algorithm.name == DEFAULT else f"{config.algorithm.name}, "
     title = f"{config.model.name}, {shown.ways}-way {shown.shots}-shot, {method}after {model.step} outer steps"
     report.plot(summary, picture, title)
     out.print(report.table(summary, title))

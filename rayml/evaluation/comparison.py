@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from rayml.evaluation.bootstrap import interval_over_tasks
+from rayml.algorithms.methods import BASELINE
 from rayml.evaluation.metrics import calibration_error, metrics_of, scores
+from rayml.evaluation.statistics import interval
 
-BASELINE = "multitask"
 Result = dict[str, Any]
 
 
@@ -56,8 +56,8 @@ def summarize_kind(groups: dict[str, list[Result]], kind: str, baseline: str) ->
         rows.append(
             {
                 "method": name,
-                "main": interval_over_tasks(after),
-                "over_baseline": interval_over_tasks(after - tables[baseline][main]) if name != baseline else None,
+                "main": interval(after),
+                "over_baseline": interval(after - tables[baseline][main]) if name != baseline else None,
                 "metrics": {key: float(values.mean()) for key, values in tables[name].items()},
                 "calibration_error": calibration(group) if chosen else None,
                 "worst": {"task": tasks[int(by_task.argmin())], "score": float(by_task.min())},

@@ -66,7 +66,7 @@ def section(found: dict[str, Any], kind: str, baseline: str) -> str:
 
 {markdown_table(score_columns(found, baseline))}
 
-Intervals are 95 % bootstrap intervals over seeds, tasks and episodes; differences are paired by episode.
+Intervals are 95 % bootstrap intervals over seeds, tasks, and episodes within tasks; differences are paired by episode.
 
 ![Scores]({kind}-scores.png)
 

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 
 import torch
 
-from rayml.lm.batch import TaskBatch, collate
+from rayml.algorithms.base import Algorithm
+from rayml.lm.ask import AskedTasks, Kept
 from rayml.lm.encode import Encoder, class_numbers
 from rayml.lm.model import TaskLM
-from rayml.lm.objective import class_grid, inner_losses
-from rayml.lm.score import Ballot
-from rayml.meta.adapt import Params, TaskLosses, adapt, expand
-from rayml.meta.protonet import prototype_logits
+from rayml.lm.objective import TaskSide, special_steps
+from rayml.lm.score import ways_of
+from rayml.meta.adapt import InnerLoop, Params, TaskLosses, expand
 from rayml.tasks.episodes import Episode
 
 
@@ -34,20 +34,19 @@ Outputs = list[torch.Tensor]
 class Scorer:
     """How episodes of held-out tasks are answered: by the run's own algorithm.
 
-    `fomaml`, `reptile` and the like take their inner steps. `metaicl` and `protonet` take the support in at once: in
-    the prompt, or as prototypes; their curves have two points.
+    What takes the support in at once, and not by inner steps, has curves of two points.
     """
 
     lm: TaskLM
     encoder: Encoder
-    algorithm: str
+    algorithm: Algorithm
     steps: int
     """Inner steps."""
     unfreeze_every: int = 0
 
     @property
     def takes_steps(self) -> bool:
-        return self.algorithm not in ("metaicl", "protonet")
+        return self.algorithm.takes_steps
 
     def curves(self, episodes: Sequence[Episode], start: Params, rates: Params, only_ends: bool = False) -> list[Curve]:
         """Take in the episodes' support side by side and score their queries before, after, and in between.
@@ -73,61 +72,62 @@ class Scorer:
     def _step_by_step(
         self, episodes: Sequence[Episode], start: Params, rates: Params, at: Collection[int]
     ) -> Iterator[Outputs]:
-        queries = Queries(self.lm, self.encoder, episodes)
-        losses = self.support_losses(episodes)
-        for step, adapted in enumerate(adapt(losses, start, rates, max(at), len(episodes))):
+        queries = Queries(self.lm, self.encoder, episodes, self.algorithm)
+        for step, fast in enumerate(self.adapted(episodes, start, rates, max(at))):
             if step in at:
-                yield queries.outputs(adapted.fast)
+                yield queries.outputs(fast)
+
+    def adapted(self, episodes: Sequence[Episode], start: Params, rates: Params, steps: int) -> Iterator[Params]:
+        """Yield the fast weights `[T, ...]` after 0, 1, ..., `steps` steps on the episodes' support."""
+        support = side_of(self.lm, self.encoder, episodes, "support")
+        inner = InnerLoop(rates, steps, special=special_steps(support, self.unfreeze_every))
+        for adapted in inner.adapt(self.algorithm.support_losses(support), start, len(episodes)):
+            yield adapted.fast
 
     def support_losses(self, episodes: Sequence[Episode]) -> TaskLosses:
-        support = side_of(self.encoder, episodes, "support", self.lm.device, packs=self.lm.packs)
-        return inner_losses(self.lm, support, self.unfreeze_every)
+        """Return what the inner loop descends."""
+        support = side_of(self.lm, self.encoder, episodes, "support")
+        return special_steps(support, self.unfreeze_every)(self.algorithm.support_losses(support))
 
     def _at_once(self, episodes: Sequence[Episode], weights: Params | None) -> Iterator[Outputs]:
         yield Queries(self.lm, self.encoder, episodes).outputs(weights)
-        if self.algorithm == "metaicl":
-            yield Queries(self.lm, self.encoder, episodes, in_context=True).outputs(weights)
-        else:
-            yield self._by_prototypes(episodes, weights)
-
-    @torch.no_grad()
-    def _by_prototypes(self, episodes: Sequence[Episode], weights: Params | None) -> Outputs:
-        support, query = (
-            self.lm.states(weights, side_of(self.encoder, episodes, side, self.lm.device))
-            for side in ("support", "query")
-        )
-        classes = class_grid([class_numbers(episode, "support") for episode in episodes]).to(self.lm.device)
-        ways = max(len(episode.labels) for episode in episodes)
-        logits = prototype_logits(support, classes, query, ways)
-        return [of[: len(e.query), : len(e.labels)].log_softmax(-1) for e, of in zip(episodes, logits, strict=True)]
+        yield Queries(self.lm, self.encoder, episodes, self.algorithm).outputs(weights)
 
 
 class Queries:
     """The queries of T episodes, all of label tasks or all of free text, ready to be answered.
 
     Args:
-        in_context: show each query the episode's support in its prompt.
+        algorithm: answers, with what it keeps of the episodes' support; without one, label tokens are scored as they
+            stand.
     """
 
-    def __init__(self, lm: TaskLM, encoder: Encoder, episodes: Sequence[Episode], in_context: bool = False):
-        self.lm, self.episodes = lm, episodes
-        self.batch: TaskBatch | Ballot
+    def __init__(self, lm: TaskLM, encoder: Encoder, episodes: Sequence[Episode], algorithm: Algorithm | None = None):
+        self.lm, self.episodes, self.algorithm = lm, episodes, algorithm
         if any(bool(episode.labels) != bool(episodes[0].labels) for episode in episodes):
             raise ValueError("label tasks and free text are not scored together")
-        if episodes[0].labels:
-            questions = [
-                encoder.of(e.task, e.kind).questions(e.query, list(e.labels), e.support if in_context else ())
-                for e in episodes
-            ]
-            self.batch = Ballot(lm, encoder, questions)
-        else:
-            self.batch = side_of(encoder, episodes, "query", lm.device, in_context, lm.packs)
+        keeps = algorithm.keeps if algorithm else "nothing"
+        self.asked: AskedTasks | TaskSide
+        if not episodes[0].labels:
+            self.asked = side_of(lm, encoder, episodes, "query", in_context=keeps == "prompt")
+            return
+        own = [encoder.of(e.task, e.kind) for e in episodes]
+        ways = [
+            ways_of(lm, each, e.query, list(e.labels), e.support if keeps == "prompt" else ())
+            for each, e in zip(own, episodes, strict=True)
+        ]
+        kept = [
+            Kept(each.rows(e.support, is_label=True), class_numbers(e, "support"))
+            for each, e in zip(own, episodes, strict=True)
+            if keeps == "states"
+        ]
+        self.asked = AskedTasks(lm, encoder.pad, ways, kept)
 
     @torch.no_grad()
     def outputs(self, weights: Params | None) -> Outputs:
-        if isinstance(self.batch, TaskBatch):
-            return list(self.lm.losses(weights, self.batch))
-        return self.batch.log_probs(weights)
+        if isinstance(self.asked, TaskSide):
+            return list(self.lm.losses(weights, self.asked.batch))
+        return self.algorithm.answer(self.asked, weights) if self.algorithm else self.asked.label_log_probs(weights)
 
     def scores(self, weights: Params | None) -> list[float]:
         """Return each episode's accuracy, or, for free text, its mean loss per target token."""
@@ -145,14 +145,7 @@ def curves_of(episodes: Sequence[Episode], points: Sequence[Outputs]) -> list[Cu
     return [Curve(e.task, e.index, bool(e.labels), list(s)) for e, s in zip(episodes, scores, strict=True)]
 
 
-def side_of(
-    encoder: Encoder,
-    episodes: Sequence[Episode],
-    side: str,
-    device: torch.device,
-    in_context: bool = False,
-    packs: bool = False,
-) -> TaskBatch:
+def side_of(lm: TaskLM, encoder: Encoder, episodes: Sequence[Episode], side: str, in_context: bool = False) -> TaskSide:
     """Return one side of T episodes with nothing left out, as evaluation sees it."""
     own = [encoder.of(episode.task, episode.kind) for episode in episodes]
     rows = [
@@ -160,7 +153,7 @@ def side_of(
         for each, e in zip(own, episodes, strict=True)
     ]
     labels = [each.competing(e.labels, e.support[0]) for each, e in zip(own, episodes, strict=True)]
-    return collate(rows, encoder.pad, labels, packs).to(device)
+    return TaskSide(lm, rows, labels, [class_numbers(e, side) for e in episodes], encoder.pad)
 
 
 def accuracy(episode: Episode, scores: torch.Tensor) -> float:

@@ -10,14 +10,14 @@ import torch
 from rayml.evaluation.answers import Contender, Setting, label_answers, text_answers
 from rayml.evaluation.curves import Curve, Outputs, Scorer, curves_of
 from rayml.evaluation.metrics import scores, span_report
+from rayml.evaluation.statistics import by_task, intervals
 from rayml.lm.depth import rate_factors
 from rayml.tasks.episodes import Episode, Sampler
 from rayml.tasks.task import Task
 
 if TYPE_CHECKING:
+    from rayml.evaluation.parts import Parts
     from rayml.model import MetaModel
-
-BOOTSTRAP_SAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,11 @@ class Evaluation:
     untrained: list[Curve]
     answered: list["Answered"]
     """From the trained start."""
+
+    def add(self, part: "Evaluation") -> None:
+        self.trained.extend(part.trained)
+        self.untrained.extend(part.untrained)
+        self.answered.extend(part.answered)
 
 
 @dataclass(frozen=True)
@@ -45,12 +50,14 @@ def evaluate(
     tasks: Sequence[Task],
     sampler: Sampler,
     episodes: int,
+    parts: "Parts",
     progress: Callable[[int], None],
 ) -> Evaluation:
     """Adapt to `episodes` episodes of each task from both starts, by the run's own algorithm and inner steps.
 
     Every task gets the same number of episodes. The untrained start's rates are those that training began with:
-    `inner.lr`, less by `inner.layer_decay`. `progress` is told after each few episodes how many are done.
+    `inner.lr`, less by `inner.layer_decay`. What `parts` holds already is not done again. `progress` is told after each
+    few episodes how many are done.
     """
     inner = session.config.inner
     factors = rate_factors(session.lm.module, session.rates, inner.layer_decay)
@@ -58,10 +65,19 @@ def evaluate(
     found = Evaluation([], [], [])
     scorer = session.scorer()
     for batch in batches(session, tasks, sampler, episodes):
+        known = parts.next()
+        if known:
+            found.add(known)
+            progress(len(batch))
+            continue
         points = list(scorer.outputs(batch, session.start, session.rates, range(scorer.steps + 1)))
-        found.trained.extend(curves_of(batch, points))
-        found.answered.extend(answered(session, scorer, batch, points))
-        found.untrained.extend(scorer.curves(batch, session.untrained, rates))
+        part = Evaluation(
+            curves_of(batch, points),
+            scorer.curves(batch, session.untrained, rates),
+            list(answered(session, scorer, batch, points)),
+        )
+        parts.keep(part)
+        found.add(part)
         progress(len(batch))
     return found
 
@@ -107,7 +123,8 @@ def batches(session: "MetaModel", tasks: Sequence[Task], sampler: Sampler, episo
 
 
 def summarize(evaluation: Evaluation) -> dict[str, Any]:
-    """Return what `evaluation.json` holds: per task and overall, each number with a 95 % interval over episodes.
+    """Return what `evaluation.json` holds, each number with a 95 % interval: of a task over its episodes, overall over
+    tasks and episodes.
 
     "overall" is the accuracy over label tasks, or the loss where there is none; "overall_loss" is the loss over free
     text where there are both.
@@ -133,11 +150,8 @@ def answer_summary(answered: Sequence[Answered]) -> dict[str, Any]:
     found: dict[str, Any] = {"kind": kind, "answers": {}}
     for name in before[0]:
         ends = [np.array([of[name] for of in each]) for each in (before, after)]
-        found["answers"][name] = {
-            "before": interval(ends[0]),
-            "after": interval(ends[1]),
-            "gain": interval(ends[1] - ends[0]),
-        }
+        scored = intervals(np.stack([*ends, ends[1] - ends[0]]))
+        found["answers"][name] = dict(zip(("before", "after", "gain"), scored, strict=True))
     if kind == "ner":
         found["spans"] = span_report([query for a in answered for query in a.after])
     return found
@@ -154,25 +168,20 @@ def _only(evaluation: Evaluation, **wanted: Any) -> Evaluation:
 
 def summary(evaluation: Evaluation) -> dict[str, Any]:
     """Return before, after and the curves, from both starts, and the paired differences."""
-    trained, untrained = (
-        np.array([curve.scores for curve in curves]) for curves in (evaluation.trained, evaluation.untrained)
-    )
+    trained, untrained = by_task(evaluation.trained), by_task(evaluation.untrained)
+    points, tasks, episodes = trained.shape
+    differences = trained[-1] - trained[0], trained[-1] - untrained[-1]
+    found = intervals(np.stack([*trained, *untrained, *differences]))
+    curve, untrained_curve, (gain, over_untrained) = found[:points], found[points : 2 * points], found[2 * points :]
     return {
         "metric": "accuracy" if evaluation.trained[0].is_accuracy else "loss",
-        "episodes": len(trained),
-        "before": interval(trained[:, 0]),
-        "after": interval(trained[:, -1]),
-        "untrained_before": interval(untrained[:, 0]),
-        "untrained_after": interval(untrained[:, -1]),
-        "gain": interval(trained[:, -1] - trained[:, 0]),
-        "over_untrained": interval(trained[:, -1] - untrained[:, -1]),
-        "curve": [interval(trained[:, step]) for step in range(trained.shape[1])],
-        "untrained_curve": [interval(untrained[:, step]) for step in range(untrained.shape[1])],
+        "episodes": tasks * episodes,
+        "before": curve[0],
+        "after": curve[-1],
+        "untrained_before": untrained_curve[0],
+        "untrained_after": untrained_curve[-1],
+        "gain": gain,
+        "over_untrained": over_untrained,
+        "curve": curve,
+        "untrained_curve": untrained_curve,
     }
-
-
-def interval(values: np.ndarray) -> dict[str, float]:
-    """Return the mean of `[E]` values and its 95 % percentile bootstrap interval (Efron 1979)."""
-    draws = np.random.default_rng(0).integers(len(values), size=(BOOTSTRAP_SAMPLES, len(values)))
-    low, high = np.percentile(values[draws].mean(1), [2.5, 97.5])
-    return {"mean": float(values.mean()), "low": float(low), "high": float(high)}

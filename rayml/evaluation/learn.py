@@ -2,16 +2,15 @@
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
 from rayml.errors import DataError
-from rayml.lm.batch import Row, collate
-from rayml.lm.objective import inner_losses
+from rayml.lm.batch import Row
+from rayml.lm.objective import TaskSide, special_steps
 from rayml.lm.peft_files import AdapterCard
-from rayml.meta.adapt import Params, adapt
+from rayml.meta.adapt import InnerLoop, Params
 from rayml.tasks.episodes import LETTERS, relabel, shown_labels
 from rayml.tasks.row import Row as DataRow
 from rayml.tasks.table import LABELS, build_tasks
@@ -28,6 +27,8 @@ class Lesson:
     rows: list[Row]
     labels: list[list[int]]
     """The tokens of those that it chooses among; none for the whole vocabulary."""
+    classes: list[int]
+    """Of the rows; none for free text."""
     card: AdapterCard
 
 
@@ -57,18 +58,18 @@ def lesson(session: "MetaModel", task: Task) -> Lesson:
     """Show a task's examples in the way that the run was trained with.
 
     Raises:
-        DataError: more classes than letters, no classes for protonet, or a target that cannot be learned.
+        DataError: more classes than letters, no classes where the algorithm asks for them, or a target that cannot be
+            learned.
     """
-    config, algorithm = session.config, session.config.algorithm.name
+    config, algorithm = session.config, session.config.algorithm
     if config.data.labels == "letters" and len(task.options) > len(LETTERS):
         raise DataError(f"task {task.name!r} has {len(task.options)} classes; a run with data.labels=letters knows 26")
-    if algorithm == "protonet" and not task.options:
-        raise DataError(f"task {task.name!r} is free text; a protonet run tells classes apart")
+    algorithm.check([task])
     encoder = session.encoder.of(task.name, task.kind)
     session.encoder.check([task])
     shown = shown_labels(task, task.options, config.data.labels)
     examples = [relabel(example, shown.get(example.target)) for example in task.examples]
-    kept = examples if takes_in_at_once(algorithm) else []
+    kept = examples if algorithm.keeps != "nothing" else []
     card = AdapterCard(
         name=task.name,
         model=config.model.name,
@@ -78,7 +79,8 @@ def lesson(session: "MetaModel", task: Task) -> Lesson:
         labels={label: option for option, label in shown.items()},
         lora=config.lora.shape() if config.mode == "adapters" and config.adapter == "lora" else {},
         soft_tokens=config.soft_tokens,
-        algorithm=algorithm,
+        algorithm=algorithm.name,
+        settings=algorithm.settings(),
         label_loss=config.data.label_loss,
         kind=task.kind,
         ensemble=list(encoder.ensemble),
@@ -87,12 +89,8 @@ def lesson(session: "MetaModel", task: Task) -> Lesson:
         shown_parts=[list(example.parts) for example in kept] if any(example.parts for example in kept) else [],
     )
     labels = encoder.competing(shown.values(), examples[0])
-    return Lesson(encoder.rows(examples, bool(task.options)), labels, card)
-
-
-def takes_in_at_once(algorithm: str) -> bool:
-    """Return whether the examples themselves are kept, for the prompt or the prototypes, and nothing is adapted."""
-    return algorithm in ("metaicl", "protonet")
+    classes = [list(shown.values()).index(example.target) for example in examples] if task.options else []
+    return Lesson(encoder.rows(examples, bool(task.options)), labels, classes, card)
 
 
 Losses = list[float]
@@ -106,15 +104,15 @@ def take_in(
     Returns:
         each task's weights, `[...]`, and its support losses before every step and after the last.
     """
-    pad = session.encoder.pad
-    lm = session.lm
-    support = collate([one.rows for one in lessons], pad, [one.labels for one in lessons], lm.packs).to(session.device)
-    losses = partial(lm.losses, batch=support)
-    inner = inner_losses(lm, support, session.config.inner.unfreeze_every)
+    rows, labels, classes = zip(*((one.rows, one.labels, one.classes) for one in lessons), strict=True)
+    support = TaskSide(session.lm, rows, labels, classes, session.encoder.pad)
+    losses = session.config.algorithm.support_losses(support)
+    special = special_steps(support, session.config.inner.unfreeze_every)
+    inner = InnerLoop(session.rates, max(steps), special=special)
     descended: list[torch.Tensor] = []
     found: dict[int, Params] = {}
     fast: Params = {}
-    for step, adapted in enumerate(adapt(inner, session.start, session.rates, max(steps), len(lessons))):
+    for step, adapted in enumerate(inner.adapt(losses, session.start, len(lessons))):
         if adapted.support_losses is not None:
             descended.append(adapted.support_losses)
         fast = adapted.fast
@@ -129,4 +127,4 @@ def take_in(
 def inner_steps(session: "MetaModel", steps: int | None) -> int:
     """Return how many steps a new task takes: those asked for, or the run's own; none where it is taken in at once."""
     config = session.config
-    return 0 if takes_in_at_once(config.algorithm.name) else config.inner.steps if steps is None else steps
+    return 0 if not config.algorithm.takes_steps else config.inner.steps if steps is None else steps

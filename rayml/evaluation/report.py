@@ -5,6 +5,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from rayml.evaluation.statistics import resampled
 from rayml.runs.files import Place
 from rayml.runs.plots import file_pyplot, save_figure
 
@@ -13,7 +14,7 @@ COLUMNS = "before", "after adapting", "untrained, after", "difference"
 
 def table(summary: dict[str, Any], title: str) -> Table:
     """Return one row a task and one for all: score and half the width of its 95 % interval."""
-    caption = "accuracy or loss on queries; 95 % intervals over episodes"
+    caption = f"accuracy or loss on queries; of all: {resampled(len(summary['tasks']))}"
     found = Table(box=SIMPLE_HEAD, padding=(0, 0, 0, 1), title=title, caption=caption)
     found.title_justify = found.caption_justify = "left"
     found.add_column("held-out task", no_wrap=True)

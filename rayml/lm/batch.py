@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rayml.errors import DataError
-from rayml.lm.choices import IGNORE, Competition, Label
+from rayml.lm.choices import IGNORE, Competition, Label, competition
 
 ATTENTION_TOKENS = 1500
 """In a row, about, at which attention takes as long as everything else: longer rows save padding, and cost that."""
@@ -43,6 +43,7 @@ class TaskBatch:
     targets, in order, is chosen among, filled up with IGNORE; None, or a row of IGNORE: the whole vocabulary. `places`,
     where rows hold several examples each: `[T * K, L]` int64, the place of each token in its own example. `frozen`:
     what the layers below the adapted ones make of the tokens, `[T * K, L, D]`, once a forward has put it there.
+    `examples`: the row, the place in it, and the tokens of each example.
     """
 
     tokens: Tensor
@@ -51,10 +52,12 @@ class TaskBatch:
     choices: Tensor | None = None
     places: Tensor | None = None
     frozen: list[Tensor] = field(default_factory=list, compare=False)
+    examples: tuple[tuple[int, int, tuple[int, ...]], ...] = ()
 
     def to(self, device: torch.device) -> "TaskBatch":
         choices, places = (None if part is None else part.to(device) for part in (self.choices, self.places))
-        return TaskBatch(self.tokens.to(device), self.targets.to(device), self.tasks, choices, places)
+        tokens, targets = self.tokens.to(device), self.targets.to(device)
+        return TaskBatch(tokens, targets, self.tasks, choices, places, examples=self.examples)
 
     def take(self, rows: slice) -> "TaskBatch":
         """Return some rows of a batch of one task, of one example each."""
@@ -130,6 +133,7 @@ def collate(
     targets = torch.full((len(tasks), rows, length), IGNORE, dtype=torch.int64)
     places = torch.zeros(len(tasks), rows, length, dtype=torch.int64)
     choices: list[list[int]] = []
+    held: list[tuple[int, int, tuple[int, ...]]] = []
     for t, task in enumerate(laid):
         for k, examples in enumerate(task):
             begin = 0
@@ -139,6 +143,7 @@ def collate(
                 places[t, k, begin:end] = torch.arange(len(one.tokens))
                 targets[t, k, first : first + len(one.targets)] = torch.tensor(one.targets)
                 choices += one.choices
+                held.append((t * rows + k, begin, tuple(one.tokens)))
                 begin = end
     return TaskBatch(
         tokens.flatten(0, 1),
@@ -146,6 +151,7 @@ def collate(
         len(tasks),
         choice_grid(choices),
         None if laid is one_each else places.flatten(0, 1),
+        examples=tuple(held),
     )
 
 
@@ -164,15 +170,15 @@ class Reading:
 
 def readings(task: Sequence[Row], labels: Sequence[Label]) -> list[Reading]:
     """Return what is read of a task's rows, whose targets compete with its labels, or with the whole vocabulary."""
-    competition = Competition(labels) if labels else None
-    return [reading(row, competition) for row in task]
+    among = competition(labels) if labels else None
+    return [reading(row, among) for row in task]
 
 
-def reading(row: Row, competition: Competition | None) -> Reading:
+def reading(row: Row, among: Competition | None) -> Reading:
     """Return a row up to the last token that a target is predicted from; all of it, where it has no target."""
     target, first = row.tokens[row.start :], row.start - 1
-    if competition:
-        choices = competition.choices(target)
+    if among:
+        choices = among.choices(target)
         target = target[: len(choices)]
     else:
         target = [IGNORE if place in row.silent else token for place, token in enumerate(target, row.start)]

@@ -7,6 +7,7 @@ all labels sum to 1. So nothing is spent on learning that a label comes at all, 
 
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -20,8 +21,12 @@ Label = Sequence[int]
 
 def compete(labels: Sequence[Label]) -> bool:
     """Return whether labels can be told apart token by token: none is the beginning of another."""
-    ordered = sorted(map(tuple, labels))  # a beginning stands right before what begins so
-    return all(b[: len(a)] != a for a, b in pairwise(ordered))
+    return competition(labels).tells_apart
+
+
+def competition(labels: Sequence[Label]) -> "Competition":
+    """Return the competition of labels, built once: all queries of a task, and both sides of an episode, have it."""
+    return _competition(tuple(map(tuple, labels)))
 
 
 class Competition:
@@ -32,6 +37,9 @@ class Competition:
         for label in map(tuple, labels):
             for place, token in enumerate(label):
                 self.following[label[:place]].add(token)
+        ordered = sorted(map(tuple, labels))  # a beginning stands right before what begins so
+        self.tells_apart = all(b[: len(a)] != a for a, b in pairwise(ordered))
+        self._choices: dict[tuple[int, ...], list[list[int]]] = {}
 
     def choices(self, label: Label) -> list[list[int]]:
         """Return for each token of a label what it is chosen among, up to the last that has a rival.
@@ -39,9 +47,19 @@ class Competition:
         What follows that is certain, and need not be run. There is always a first.
         """
         label = tuple(label)
+        if label not in self._choices:
+            self._choices[label] = self._among(label)
+        return self._choices[label]
+
+    def _among(self, label: tuple[int, ...]) -> list[list[int]]:
         found = [sorted(self.following.get(label[:place], set()) | {token}) for place, token in enumerate(label)]
         last = max((place for place, among in enumerate(found) if len(among) > 1), default=0)
         return found[: last + 1]
+
+
+@lru_cache(maxsize=1024)
+def _competition(labels: tuple[tuple[int, ...], ...]) -> Competition:
+    return Competition(labels)
 
 
 def token_losses(

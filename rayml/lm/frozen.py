@@ -1,14 +1,24 @@
 """The frozen layers below the first adapted one: what they make of a batch depends on its tokens alone.
 
 So it is computed once for each batch, however many inner steps and scorings follow: with adapters in the last 10 of 30
-layers, every forward after the first runs 10.
+layers, every forward after the first runs 10. And where examples come back in later episodes, once for all of training.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from rayml.lm.batch import Row, TaskBatch
+
+BLOCK_TOKENS = 2048
+"""Of examples that go through the layers together, when all of them do."""
+
+
+class _AllIsKnown(Exception):  # noqa: N818
+    """The layers have run: what lies above them need not."""
 
 
 class FrozenLayers:
@@ -16,6 +26,7 @@ class FrozenLayers:
 
     def __init__(self, model: Any, count: int):
         self.slot: list[Tensor] | None = None
+        self.is_enough = False
         layers = decoder_layers(model)[:count]
         for place, layer in enumerate(layers):
             layer.forward = self._skippable(layer.forward, is_first=place == 0)
@@ -34,6 +45,8 @@ class FrozenLayers:
     def _keep(self, _layer: nn.Module, _inputs: Any, output: Any) -> None:
         if self.slot is not None and not self.slot and isinstance(output, Tensor):
             self.slot.append(output.detach())
+            if self.is_enough:
+                raise _AllIsKnown
 
     @contextmanager
     def known(self, slot: list[Tensor] | None) -> Iterator[None]:
@@ -43,6 +56,56 @@ class FrozenLayers:
             yield
         finally:
             self.slot = None
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """End a forward inside the block where these layers end: what lies above them is not wanted."""
+        self.is_enough = True
+        try:
+            with suppress(_AllIsKnown):
+                yield
+        finally:
+            self.is_enough = False
+
+
+class KnownStates:
+    """What the frozen layers make of examples that come back: looked up, where a batch holds nothing else.
+
+    Args:
+        rows: the examples; a batch may read a target up to any of its tokens.
+        states: of all their tokens, one example behind the other, `[tokens, D]`.
+    """
+
+    def __init__(self, rows: Sequence[Row], states: Tensor):
+        self.states = states
+        self.first: dict[tuple[int, ...], int] = {}
+        begin = 0
+        for row in rows:
+            for end in range(row.start, len(row.tokens) + 1):
+                self.first[tuple(row.tokens[:end])] = begin
+            begin += len(row.tokens)
+
+    def of(self, batch: TaskBatch) -> Tensor | None:
+        """Return the states of a batch, `[T * K, L, D]`; None, if it holds an example that is not known."""
+        index = torch.zeros(batch.tokens.shape, dtype=torch.int64)
+        for row, begin, tokens in batch.examples:
+            first = self.first.get(tokens)
+            if first is None:
+                return None
+            index[row, begin : begin + len(tokens)] = torch.arange(first, first + len(tokens))
+        return self.states[index.to(self.states.device)]
+
+
+def blocks(rows: Sequence[Row]) -> tuple[list[Row], list[list[Row]]]:
+    """Return each row once, in an order that its tokens alone decide, and the same in blocks of like lengths."""
+    unique = list({tuple(row.tokens): row for row in rows}.values())
+    unique.sort(key=lambda row: (len(row.tokens), row.tokens))
+    found: list[list[Row]] = [[]]
+    for row in unique:
+        if (len(found[-1]) + 1) * len(row.tokens) > BLOCK_TOKENS and found[-1]:
+            found.append([])
+        found[-1].append(row)
+    return unique, found
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:

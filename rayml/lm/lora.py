@@ -38,18 +38,27 @@ class TaskLoRA:
         self.rank, self.alpha = rank, alpha
         self.linears = find_linears(model, targets, last_layers)
         self.adapters: Params | None = None
-        self.dropout = 0.0
-        for name, linear in self.linears.items():
-            linear.register_forward_hook(self._hook(name))
+        self._dropped = 0.0
+        self._seeds: Tensor | None = None
+        self._forwards = 0
+        for number, (name, linear) in enumerate(self.linears.items()):
+            linear.register_forward_hook(self._hook(name, number))
 
-    def _hook(self, name: str):
+    def begin(self, adapters: Params | None) -> None:
+        """Apply these adapters, `[T, ...]` each, in the forward that comes."""
+        self.adapters = adapters
+        self._forwards += 1
+
+    def _hook(self, name: str, number: int):
         scale = self.alpha / self.rank
 
         def add_update(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             if self.adapters is None or name + A not in self.adapters:
                 return output
             (x,) = inputs
-            x = nn.functional.dropout(x, self.dropout, training=self.dropout > 0)
+            if self._seeds is not None:
+                of_linear = mixed(self._seeds + self._forwards * len(self.linears) + number)
+                x = x * keep_mask(of_linear, x.shape, self._dropped).to(x.dtype) / (1 - self._dropped)
             a, b = self.adapters[name + A].to(x.dtype), self.adapters[name + B].to(x.dtype)
             by_task = x.reshape(a.shape[0], -1, x.shape[-1])  # [T, K * L, in]
             grouped = output.reshape(a.shape[0], -1, output.shape[-1])  # [T, K * L, out]
@@ -59,13 +68,18 @@ class TaskLoRA:
         return add_update
 
     @contextmanager
-    def dropping(self, share: float) -> Iterator[None]:
-        """Drop this share of the adapters' inputs inside the block, as PEFT does: a fresh mask in every forward."""
-        self.dropout = share
+    def dropping(self, share: float, seeds: Sequence[int]) -> Iterator[None]:
+        """Drop this share of the adapters' inputs inside the block: a fresh mask in every forward, as PEFT does.
+
+        Args:
+            seeds: of the T tasks' masks. Rows must hold one example each; what lies side by side then does not matter.
+        """
+        self._dropped, self._forwards = share, 0
+        self._seeds = mixed(torch.tensor(seeds, device=next(iter(self.linears.values())).weight.device))
         try:
             yield
         finally:
-            self.dropout = 0.0
+            self._seeds = None
 
     def untrained_start(self, seed: int) -> Params:
         """Return the usual LoRA start in fp32: `A [r, in]` uniform as in PEFT, `B [out, r]` zero."""
@@ -76,6 +90,31 @@ class TaskLoRA:
             start[name + A] = (torch.rand(self.rank, linear.in_features, generator=generator) * 2 - 1) * bound
             start[name + B] = torch.zeros(linear.out_features, self.rank)
         return start
+
+
+def keep_mask(seeds: Tensor, shape: Sequence[int], share: float) -> Tensor:
+    """Return which inputs are kept, `[T * K, L, in]`: by the task's seed, and by where each stands in its task.
+
+    It is the same however many rows and tokens of padding there are, as torch's own generators would not have it.
+
+    Args:
+        seeds: `[T]`, each well mixed.
+        share: that is dropped.
+    """
+    rows, length, width = shape
+    of_row = mixed(seeds[:, None] + torch.arange(rows // len(seeds), device=seeds.device)).flatten()
+    of_token = mixed(of_row[:, None] + torch.arange(length, device=seeds.device)).int()
+    bits = of_token.unsqueeze(-1) ^ mixed(torch.arange(width, device=seeds.device)).int()
+    bits.mul_(0x2C1B3C6D).bitwise_xor_(bits >> 12).mul_(0x297A2D39)  # a tensor of this size is worth being quick with
+    return bits >= round(share * 2**32) - 2**31
+
+
+def mixed(numbers: Tensor) -> Tensor:
+    """Return int64 numbers, from 0 to 2 ** 32 - 1, as good as drawn for each of these (C. Wellons' lowbias32)."""
+    x = numbers & 0xFFFFFFFF
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
+    return x ^ (x >> 16)
 
 
 def side_by_side(adapters: Sequence[Params | None]) -> Params | None:

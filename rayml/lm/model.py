@@ -1,5 +1,6 @@
 """A causal language model under the weights that its tasks have learned: T adapters side by side, or all of its own."""
 
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
@@ -7,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rayml.lm.batch import TaskBatch
+from rayml.engine.deepspeed_internals import is_sharded
+from rayml.lm.batch import Row, TaskBatch, collate
 from rayml.lm.choices import IGNORE, token_losses
-from rayml.lm.frozen import FrozenLayers
+from rayml.lm.frozen import FrozenLayers, KnownStates, blocks
 from rayml.lm.lora import TaskLoRA, layer_number
 from rayml.lm.soft_prompt import TaskPrompt
 from rayml.meta.adapt import Params
@@ -33,6 +35,8 @@ class TaskLM:
         self._pad = config.pad_token_id if is_masked else None
         self._positions: Tensor | None = None
         self._frozen = frozen_layers(module, adapter)
+        self.known: KnownStates | None = None
+        """What the layers below the adapted ones make of examples that come back; None, and nothing is kept."""
         module.get_output_embeddings().register_forward_pre_hook(self._at_targets)
 
     @cached_property
@@ -89,11 +93,34 @@ class TaskLM:
                 own = {name: weight.squeeze(0).to(self.module.dtype) for name, weight in weights.items()}
                 return torch.func.functional_call(self.module, own, kwargs=inputs).logits
             if self.adapter is not None:
-                self.adapter.adapters = weights
+                self.adapter.begin(weights)
             with self._frozen.known(frozen) if self._frozen else nullcontext():
                 return self.module(**inputs).logits
         finally:
             self._positions = None
+
+    @property
+    def has_frozen_layers(self) -> bool:
+        """Whether there are layers below the adapted ones, whose output can be kept."""
+        return self._frozen is not None
+
+    @torch.no_grad()
+    def frozen_states(self, block: Sequence[Row], pad: int) -> Tensor:
+        """Return what the layers below the adapted ones make of rows, one behind the other: `[tokens, D]`."""
+        assert self._frozen is not None
+        lengths = [len(row.tokens) for row in block]
+        batch = collate([[Row(row.tokens, len(row.tokens)) for row in block]], pad).to(self.device)
+        slot: list[Tensor] = []
+        with self._frozen.alone():
+            self.logits_at(batch.tokens.new_zeros(1), None, batch.tokens, slot)
+        return torch.cat([of[:length] for of, length in zip(slot[0], lengths, strict=True)])
+
+    def slot(self, batch: TaskBatch) -> list[Tensor]:
+        """Return where the output of a batch's frozen layers is kept: filled, where all of its examples are known."""
+        if self.known and not batch.frozen:
+            states = self.known.of(batch)
+            batch.frozen.extend([] if states is None else [states])
+        return batch.frozen
 
     def target_logits(self, weights: Params | None, batch: TaskBatch) -> tuple[Tensor, Tensor]:
         """Return the logits that predict the target tokens, `[M, V]`, and their places in `batch`, `[M]`.
@@ -101,7 +128,7 @@ class TaskLM:
         `weights` are the tasks' `[T, ...]`; None for those of the bare model.
         """
         positions = (batch.targets.flatten() != IGNORE).nonzero().squeeze(1)
-        return self.logits_at(positions, weights, batch.tokens, batch.frozen, **laid(batch)), positions
+        return self.logits_at(positions, weights, batch.tokens, self.slot(batch), **laid(batch)), positions
 
     def states(self, weights: Params | None, batch: TaskBatch) -> Tensor:
         """Return what the model makes of each prompt, `[T, K, D]` in fp32: the last hidden state before the target.
@@ -115,7 +142,7 @@ class TaskLM:
         hook = self.module.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         try:
             ends = torch.arange(rows, device=first.device) * length + first
-            self.logits_at(ends, weights, batch.tokens, batch.frozen)
+            self.logits_at(ends, weights, batch.tokens, self.slot(batch))
         finally:
             hook.remove()
         return seen[0].float().view(batch.tasks, -1, seen[0].shape[-1])
@@ -135,7 +162,7 @@ class TaskLM:
         assert self.adapter is not None
         hooks = [linear.register_forward_pre_hook(keep(name)) for name, linear in self.adapter.linears.items()]
         try:
-            self.logits_at(positions, None, batch.tokens, **laid(batch))
+            self.logits_at(positions, None, batch.tokens, self.slot(batch), **laid(batch))
         finally:
             for hook in hooks:
                 hook.remove()
@@ -150,6 +177,35 @@ class TaskLM:
         logits, positions = self.target_logits(weights, batch)
         losses = token_losses(logits, batch.targets.flatten()[positions], batch.choices, smoothing)
         return mean_by_task(losses, positions, batch)
+
+
+def known_states(
+    lm: TaskLM,
+    rows: Sequence[Row],
+    pad: int,
+    share: slice = slice(None),
+    gather: Callable[[Tensor], list[Tensor]] = lambda part: [part],
+    progress: Callable[[int], None] = lambda done: None,
+) -> KnownStates:
+    """Run rows through the frozen layers once.
+
+    Args:
+        share: which blocks of rows this worker runs; the same rows make the same blocks for any number of workers.
+        gather: from this worker's states, `[n, D]`, to those of all workers, by rank.
+        progress: is told the share of the rows that is done, in per cent.
+    """
+    unique, parts = blocks(rows)
+    mine = parts[share]
+    found = []
+    for place, block in enumerate(mine):
+        progress(100 * place // len(mine))
+        found.append(lm.frozen_states(block, pad))
+    width = lm.module.get_input_embeddings().embedding_dim
+    gathered = gather(torch.cat(found) if found else torch.empty(0, width, dtype=lm.module.dtype, device=lm.device))
+    workers = share.step or 1
+    sizes = [[sum(len(row.tokens) for row in block) for block in parts[rank::workers]] for rank in range(workers)]
+    split = [iter(part.split(size)) for part, size in zip(gathered, sizes, strict=True)]
+    return KnownStates(unique, torch.cat([next(split[place % workers]) for place in range(len(parts))]))
 
 
 def mean_by_task(losses: Tensor, positions: Tensor, batch: TaskBatch) -> Tensor:
@@ -174,5 +230,5 @@ def hooks(module: Any, lora: dict[str, Any], soft_tokens: int) -> TaskLoRA | Tas
 def frozen_layers(module: Any, adapter: TaskLoRA | TaskPrompt | None) -> FrozenLayers | None:
     """Return the layers that no adapter changes, where there are any; ZeRO-3 wants every layer in every forward."""
     first = min(map(layer_number, adapter.linears)) if adapter and adapter.linears else 0
-    is_sharded = any(hasattr(weight, "ds_id") for weight in module.parameters())
-    return FrozenLayers(module, first) if first and not is_sharded else None
+    whole = not any(map(is_sharded, module.parameters()))
+    return FrozenLayers(module, first) if first and whole else None

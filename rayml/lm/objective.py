@@ -1,7 +1,7 @@
-"""From T encoded episodes to what an algorithm differentiates: their support and query losses under given weights."""
+"""From T encoded episodes to what an algorithm differentiates: their sides, and what is special about inner steps."""
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -9,53 +9,90 @@ from torch import Tensor
 
 from rayml.config import Config
 from rayml.lm.adversarial import adversarial
-from rayml.lm.batch import TaskBatch, collate
+from rayml.lm.batch import Row, TaskBatch, collate
+from rayml.lm.choices import Label
 from rayml.lm.depth import thawing
 from rayml.lm.encode import decode_rows
 from rayml.lm.model import TaskLM
 from rayml.meta.adapt import Params, TaskLosses
-from rayml.meta.protonet import prototype_losses
 
 SIDES = "support", "query"
 
 
-def inner_losses(
-    lm: TaskLM, batch: TaskBatch, unfreeze_every: int, smoothing: float = 0.0, epsilon: float = 0.0
-) -> TaskLosses:
-    """Return what one inner loop descends, from weights to `[T]`.
+class TaskSide:
+    """The supports, or the queries, of T tasks, as an algorithm sees them (`rayml.algorithms.base.Side`).
+
+    Args:
+        tasks: each task's rows.
+        labels: of each task, the tokens of those that its targets compete with; none for the whole vocabulary.
+        row_classes: the class of each row; none for free text.
+        smoothing: of the labels, in meta-training.
+        packs: several examples may share a row, where losses are asked for.
+    """
+
+    def __init__(
+        self,
+        lm: TaskLM,
+        tasks: Sequence[Sequence[Row]],
+        labels: Sequence[Sequence[Label]],
+        row_classes: Sequence[Sequence[int]],
+        pad: int,
+        *,
+        smoothing: float = 0.0,
+        packs: bool = True,
+    ):
+        self.lm, self.tasks, self.labels, self.row_classes, self.pad = lm, tasks, labels, row_classes, pad
+        self.smoothing, self.packs = smoothing, packs and lm.packs
+
+    @cached_property
+    def batch(self) -> TaskBatch:
+        return collate(self.tasks, self.pad, self.labels, self.packs).to(self.lm.device)
+
+    @cached_property
+    def one_a_row(self) -> TaskBatch:
+        return collate(self.tasks, self.pad, self.labels).to(self.lm.device)
+
+    @cached_property
+    def classes(self) -> Tensor:
+        return class_grid(self.row_classes).to(self.lm.device)
+
+    def losses(self, weights: Params) -> Tensor:
+        return self.lm.losses(weights, self.batch, self.smoothing)
+
+    def states(self, weights: Params) -> Tensor:
+        return self.lm.states(weights, self.one_a_row)
+
+
+def training_sides(
+    lm: TaskLM, episodes: Sequence[dict[str, Any]], pad: int, config: Config
+) -> tuple[TaskSide, TaskSide]:
+    """Return the supports and the queries of episodes that `Encoder.episode` made."""
+    regularize, labels = config.regularize, [episode["labels"] for episode in episodes]
+
+    def side(name: str, packs: bool) -> TaskSide:
+        rows = [decode_rows(episode[name]) for episode in episodes]
+        classes = [episode[name]["classes"] for episode in episodes]
+        return TaskSide(lm, rows, labels, classes, pad, smoothing=regularize.label_smoothing, packs=packs)
+
+    # The worst step is one for each example, and so is a mask.
+    apart = regularize.adversarial > 0, regularize.lora_dropout > 0
+    return side("support", not any(apart)), side("query", not apart[1])
+
+
+def special_steps(support: TaskSide, unfreeze_every: int, epsilon: float = 0.0) -> Callable[[TaskLosses], TaskLosses]:
+    """Return what makes of losses of the support those that an inner loop descends.
 
     Args:
         unfreeze_every: steps after which one more layer learns (`rayml.lm.depth`); 0, and all do.
-        smoothing: of the labels, in meta-training.
         epsilon: of the adversarial step, in meta-training.
     """
-    losses: TaskLosses = partial(lm.losses, batch=batch, smoothing=smoothing)
-    if epsilon:
-        losses = adversarial(losses, lm, batch, epsilon)
-    return thawing(losses, lm.module, unfreeze_every) if unfreeze_every else losses
 
+    def special(losses: TaskLosses) -> TaskLosses:
+        if epsilon:
+            losses = adversarial(losses, support.lm, support.batch, epsilon)
+        return thawing(losses, support.lm.module, unfreeze_every) if unfreeze_every else losses
 
-def task_losses(
-    lm: TaskLM, episodes: Sequence[dict[str, Any]], pad: int, config: Config
-) -> tuple[TaskLosses, TaskLosses]:
-    """Return the support and the query losses of episodes that `Encoder.episode` made, each from weights to `[T]`.
-
-    For protonet, queries are scored by the classes' prototypes, and not by the label tokens.
-    """
-    prototypes, regularize = config.algorithm.name == "protonet", config.regularize
-    packs = lm.packs and not prototypes
-    support = side_batch(episodes, "support", pad, packs and not regularize.adversarial).to(lm.device)
-    query = side_batch(episodes, "query", pad, packs).to(lm.device)
-    smoothing = regularize.label_smoothing
-    inner = inner_losses(lm, support, config.inner.unfreeze_every, smoothing, regularize.adversarial)
-    if not prototypes:
-        return inner, partial(lm.losses, batch=query, smoothing=smoothing)
-    kinds = [class_grid([episode[side]["classes"] for episode in episodes]).to(lm.device) for side in SIDES]
-
-    def by_prototypes(weights: Params) -> Tensor:
-        return prototype_losses(lm.states(weights, support), kinds[0], lm.states(weights, query), kinds[1])
-
-    return inner, by_prototypes
+    return special
 
 
 def side_batch(episodes: Sequence[dict[str, Any]], side: str, pad: int, packs: bool = False) -> TaskBatch:

@@ -38,15 +38,18 @@ class AdapterCard:
     """What the model sees to the user's own label; empty for free text."""
     lora: dict = field(default_factory=dict)
     soft_tokens: int = 0
-    algorithm: str = "fomaml"
+    algorithm: str = ""
+    """Its name; "" where nothing but label tokens is answered by."""
     shown: list[tuple[str, str]] = field(default_factory=list)
-    """Examples that answering needs: in the prompt (metaicl), or as prototypes (protonet)."""
+    """Examples that answering needs (`Algorithm.keeps`)."""
     label_loss: str = "options"
     kind: str = ""
     ensemble: list[str] = field(default_factory=list)
     scoring: str = "learned"
     shown_parts: list[list[tuple[str, str]]] = field(default_factory=list)
     """Of each example in `shown`, where its input has parts."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Of the algorithm."""
 
     def examples(self) -> list[Example]:
         """Return the examples in `shown`."""

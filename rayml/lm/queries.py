@@ -8,65 +8,63 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rayml.lm.batch import Row, collate
-from rayml.lm.encode import Encoder
+from rayml.algorithms.base import Algorithm
+from rayml.lm.ask import AskedTasks, Kept
 from rayml.lm.lora import side_by_side
 from rayml.lm.model import TaskLM
-from rayml.lm.score import OptionBatch, Question, may_fork
+from rayml.lm.score import Question
 from rayml.meta.adapt import Params
-from rayml.meta.protonet import prototype_logits
-
-
-class Support:
-    """The examples that a protonet's adapter tells classes apart by; their states are taken once, `[K, D]`."""
-
-    def __init__(self, rows: list[Row], classes: list[int]):
-        self.rows, self.classes = rows, classes
-        self.states: Tensor | None = None
-
-    def log_probs(self, state: Tensor, among: Sequence[int]) -> Tensor:
-        """Return the log-probabilities of some of the classes for a query's state, `[1, D]` to `[options]`."""
-        assert self.states is not None
-        classes = torch.tensor([self.classes], device=state.device)
-        logits = prototype_logits(self.states.unsqueeze(0), classes, state.unsqueeze(0), max(self.classes) + 1)[0, 0]
-        return logits[list(among)].log_softmax(-1)
 
 
 class Query:
     """One input, asked about in one way, under the weights of its task.
 
     Args:
-        lm: that will be asked.
-        encoder: the task's own: it says how options are scored.
-        rows: one for each option; with a `support`, one alone.
+        question: its options; or one alone, where nothing but what the algorithm keeps is answered by.
         weights: of the task; None for the bare base.
+        algorithm: answers.
         share: how much this way of asking counts (`Encoder.questions`).
-        support: score by the classes' prototypes.
-        among: the support's classes that are options.
+        kept: the task's support, where the algorithm keeps hidden states; they are taken once.
+        classes: of that support, those that are options.
     """
 
     def __init__(
         self,
-        lm: TaskLM,
-        encoder: Encoder,
-        rows: list[Row],
+        question: Question,
         weights: Params | None,
+        algorithm: Algorithm,
         share: float = 1.0,
-        support: Support | None = None,
-        among: Sequence[int] = (),
+        kept: Kept | None = None,
+        classes: Sequence[int] = (),
     ):
-        self.rows, self.weights, self.share, self.support, self.among = rows, weights, share, support, among
-        self.question = Question(rows, encoder, may_fork(lm.module))
+        self.question, self.weights, self.algorithm, self.share = question, weights, algorithm, share
+        self.kept, self.classes = kept, tuple(classes)
+
+    @property
+    def options(self) -> int:
+        return len(self.classes) or len(self.question.rows)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of its longest option with what stands before it."""
+        return max(len(row.tokens) for row in self.question.rows)
+
+    def support(self) -> Kept | None:
+        """Return the support with the classes as numbers of the options that are asked for."""
+        if self.kept is None:
+            return None
+        numbers = [self.classes.index(kind) if kind in self.classes else -1 for kind in self.kept.classes]
+        return Kept(self.kept.rows, numbers, self.kept.states)
 
 
 def first_batch(queries: Sequence[Query], most_tokens: int) -> int:
-    """Return how many of the first queries are scored in one forward: all of one kind, and one at least."""
+    """Return how many of the first queries are answered in one forward: in one way, and one at least."""
     rows = longest = 0
     for number, query in enumerate(queries):
         trees = query.question.trees
         rows, longest = max(rows, len(trees)), max(longest, *(len(tree.tokens) for tree in trees))
-        other_kind = bool(query.support) != bool(queries[0].support)
-        if number and ((number + 1) * rows * longest > most_tokens or other_kind):
+        too_many = (number + 1) * rows * longest > most_tokens
+        if number and (too_many or not query.algorithm.answers_as(queries[0].algorithm)):
             return number
     return len(queries)
 
@@ -76,30 +74,27 @@ def log_probs(lm: TaskLM, pad: int, queries: Sequence[Query]) -> list[Tensor]:
 
     Args:
         pad: the token that rows are filled up with.
-        queries: of any adapters; all with a support, or none.
+        queries: of any adapters, whose algorithms answer alike.
     """
-    if queries[0].support:
-        return _by_prototypes(lm, pad, queries)
-    weights = [query.weights for query in queries]
-    alike = all(one is weights[0] for one in weights) and len({len(query.rows) for query in queries}) == 1
-    tasks = [[query.question for query in queries]] if alike else [[query.question] for query in queries]
-    stacked = side_by_side(weights[:1] if alike else weights)
-    return [scores for task in OptionBatch(lm, pad, tasks).log_probs(stacked) for scores in task]
+    _take_states(lm, pad, queries)
+    first = queries[0]
+    alike = all(query.weights is first.weights for query in queries)
+    alike = alike and len({(query.options, query.classes) for query in queries}) == 1
+    groups = [queries] if alike else [[query] for query in queries]
+    tasks = [[(1.0, [query.question for query in group])] for group in groups]
+    kept = [support for group in groups if (support := group[0].support())]
+    asked = AskedTasks(lm, pad, tasks, kept, [group[0].options for group in groups])
+    found = first.algorithm.answer(asked, side_by_side([group[0].weights for group in groups]))
+    return [scores for task in found for scores in task]
 
 
-def _by_prototypes(lm: TaskLM, pad: int, queries: Sequence[Query]) -> list[Tensor]:
-    supports = [query.support for query in queries if query.support]
-    for query, support in zip(queries, supports, strict=True):
-        if support.states is None:
-            support.states = _states(lm, pad, [query.weights], [support.rows])[0]
-    states = _states(lm, pad, [query.weights for query in queries], [query.rows for query in queries])
-    return [s.log_probs(state, q.among) for q, s, state in zip(queries, supports, states, strict=True)]
-
-
-@torch.no_grad()
-def _states(lm: TaskLM, pad: int, weights: Sequence[Params | None], rows: list[list[Row]]) -> Tensor:
-    """Return the state before each row's target, `[T, K, D]`."""
-    return lm.states(side_by_side(weights), collate(rows, pad).to(lm.device))
+def _take_states(lm: TaskLM, pad: int, queries: Sequence[Query]) -> None:
+    """Take the hidden states of the supports that are kept, where they were not taken yet."""
+    for query in queries:
+        kept = query.kept
+        if kept and kept.states is None:
+            asked = AskedTasks(lm, pad, [[(1.0, [query.question])]], [kept])
+            kept.states = asked.support_states(side_by_side([query.weights]))[0]
 
 
 def weighed(shares: Sequence[float], found: Sequence[Tensor]) -> Tensor:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from rayml.lm.batch import Row, choice_grid, collate
-from rayml.lm.choices import Competition, token_losses
+from rayml.lm.choices import competition, token_losses
 from rayml.lm.encode import Encoder
 from rayml.lm.model import TaskLM
 from rayml.meta.adapt import Params
+from rayml.tasks.task import Example
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +78,11 @@ class Question:
 
     def __init__(self, rows: Sequence[Row], encoder: Encoder, forks: bool):
         """Take a row for each option (`Encoder.option_rows`)."""
+        self.rows = rows
         whole = [row.tokens[row.start :] for row in rows]
         if encoder.scoring == "learned" and encoder.told_apart(whole):
-            competition = Competition(whole)
-            self.choices = [competition.choices(option) for option in whole]
+            among = competition(whole)
+            self.choices = [among.choices(option) for option in whole]
             self.divisors = [1] * len(whole)
         else:
             self.choices = [[[] for _ in option] for option in whole]
@@ -164,7 +166,8 @@ class OptionBatch:
     def log_probs(self, weights: Params | None) -> list[Tensor]:
         """Return, for each task, `[queries, options]`: log-probability of the options, normalized over them."""
         batch = self.batch
-        logits = self.lm.logits_at(self.places, weights, batch.tokens, batch.frozen, **self.inputs)
+        slot = batch.frozen if self.inputs else self.lm.slot(batch)  # what is forked sees otherwise than alone
+        logits = self.lm.logits_at(self.places, weights, batch.tokens, slot, **self.inputs)
         losses = token_losses(logits, self.targets, self.choices, rows=self.place_of)
         scores = torch.zeros(len(self.divisors), device=losses.device).index_add(0, self.option_of, -losses)
         per_task = (scores / self.divisors).split([queries * options for queries, options in self.shape])
@@ -174,17 +177,28 @@ class OptionBatch:
         ]
 
 
-class Ballot:
-    """The queries of T tasks, asked in several ways whose answers are weighed (`Encoder.questions`)."""
+Ways = Sequence[tuple[float, Sequence[Question]]]
+"""The ways in which a task's queries are asked, each with its weight: a question for every query."""
 
-    def __init__(self, lm: TaskLM, encoder: Encoder, tasks: Sequence[Sequence[tuple[float, list[list[Row]]]]]):
-        """Take each task's ways, each with its weight; a task of fewer ways than others is asked again, for nothing."""
+
+def ways_of(
+    lm: TaskLM, encoder: Encoder, examples: Sequence[Example], options: Sequence[str], shown: Sequence[Example] = ()
+) -> Ways:
+    """Return what is asked about some inputs of a task, as `Encoder.questions` does, ready to be run."""
+    forks = may_fork(lm.module)
+    found = encoder.questions(examples, options, shown)
+    return [(share, [Question(rows, encoder, forks) for rows in queries]) for share, queries in found]
+
+
+class Ballot:
+    """The queries of T tasks, asked in several ways whose answers are weighed."""
+
+    def __init__(self, lm: TaskLM, pad: int, tasks: Sequence[Ways]):
+        """Take each task's ways; a task of fewer ways than others is asked again, for nothing."""
         self.ways = []
         for way in range(max(map(len, tasks))):
             asked = [task[way] if way < len(task) else (0.0, task[0][1]) for task in tasks]
-            forks = may_fork(lm.module)
-            questions = [[Question(rows, encoder, forks) for rows in queries] for _, queries in asked]
-            batch = OptionBatch(lm, encoder.pad, questions)
+            batch = OptionBatch(lm, pad, [questions for _, questions in asked])
             self.ways.append(([weight for weight, _ in asked], batch))
 
     def log_probs(self, weights: Params | None) -> list[Tensor]:

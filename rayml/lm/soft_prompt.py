@@ -5,8 +5,7 @@ A row begins with P *soft tokens*, `SOFT`, `SOFT + 1`, ...; what the embeddings 
 knows of them. No logit belongs to one, so none is ever written.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -53,10 +52,9 @@ class TaskPrompt:
         found = prompts[tasks.unsqueeze(1), places.clamp(min=0)]
         return torch.where((places >= 0).unsqueeze(-1), found, output)
 
-    @contextmanager
-    def dropping(self, share: float) -> Iterator[None]:
-        """Drop nothing: what `regularize.lora_dropout` drops are the inputs of linears."""
-        yield
+    def begin(self, adapters: Params | None) -> None:
+        """Put in these prompts, `[T, P, d]`, in the forward that comes."""
+        self.adapters = adapters
 
     def untrained_start(self, seed: int) -> Params:
         """Return embeddings `[P, d]` in fp32 that are as long as the vocabulary's, in random directions."""

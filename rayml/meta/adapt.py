@@ -4,6 +4,7 @@ Shapes: a shared start holds tensors `[...]`; fast weights hold one copy a task,
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,32 @@ class Adapted(NamedTuple):
     """Sum of the inner gradients so far, `[T, ...]` for each tensor with a rate: `fast = start - rate * sum`."""
     support_losses: Tensor | None
     """`[T]`: the support losses that the last step descended; None before the first step."""
+    gradients: Params
+    """Of the last step, as `gradient_sum`; empty before the first."""
+
+
+def _same(losses: TaskLosses) -> TaskLosses:
+    return losses
+
+
+@dataclass(frozen=True, slots=True)
+class InnerLoop:
+    """How tasks learn: with which rates, in how many steps, and what is special about the steps."""
+
+    rates: Params
+    """As `adapt` takes them."""
+    steps: int
+    learns_rates: bool = False
+    """The meta-gradient is of the rates, too."""
+    special: Callable[[TaskLosses], TaskLosses] = _same
+    """Makes of the losses what its steps descend: layers that thaw, a support that is made worse."""
+    ended: Callable[[], None] = lambda: None
+    """Is told in training that the last step is taken."""
+
+    def adapt(self, losses: TaskLosses, start: Params, tasks: int, steps: int | None = None) -> Iterator[Adapted]:
+        """Yield as the function `adapt` does; `steps` in place of this loop's own."""
+        steps = self.steps if steps is None else steps
+        yield from adapt(self.special(losses), start, self.rates, steps, tasks)
 
 
 def adapt(support_losses: TaskLosses, start: Params, rates: Params, steps: int, tasks: int) -> Iterator[Adapted]:
@@ -41,12 +68,12 @@ def adapt(support_losses: TaskLosses, start: Params, rates: Params, steps: int, 
     """
     fast = expand(start, tasks)
     total = {name: torch.zeros_like(fast[name]) for name in rates}
-    yield Adapted(fast, total, None)
+    yield Adapted(fast, total, None, {})
     for _ in range(steps):
         losses, gradients = task_gradients(support_losses, fast, rates)
         total = {name: total[name] + gradient for name, gradient in gradients.items()}
         fast = fast | {name: fast[name] - rates[name] * gradient for name, gradient in gradients.items()}
-        yield Adapted(fast, total, losses)
+        yield Adapted(fast, total, losses, gradients)
 
 
 def expand(start: Params, tasks: int) -> Params:

@@ -3,9 +3,8 @@
 A sharded engine keeps fp32 parts of the weights, hands them to an optimizer, and refreshes what the forward reads after
 every `step()`. So an inner step is an ordinary optimizer step, and no part of the engine has to be worked around.
 
-FOMAML (Finn et al. 2017, arXiv 1703.03400, section 5.2): adapt, ..., adapt, query. Reptile (Nichol et al. 2018, arXiv
-1803.02999): its gradient `(start - fast weights) / inner_lr` is the sum of the inner gradients, and the sum is what we
-keep: the difference of nearly equal weights would lose most of its digits.
+What a step does is said by the turns of an algorithm (`rayml.algorithms.base.Turn`). What descends and is learned from
+is summed up as gradients: the difference of nearly equal weights would lose most of its digits.
 """
 
 from collections.abc import Iterator
@@ -19,21 +18,15 @@ from torch.optim import Optimizer
 class Phase(NamedTuple):
     """What a step does, in this order."""
 
-    collect: bool = False
-    """Add the gradient to the meta-gradient; while descending, of what descends."""
-    descend: bool = False
-    """Keep the start, if this is the task's first step, and take an inner step."""
-    restore: bool = False
+    collects: bool = False
+    """Add the gradient to the meta-gradient; of a step that descends, only of what descends."""
+    descends: bool = False
+    """Keep the start, if this is the task's first step, and take an inner step; but not where it is undone at once."""
+    restores: bool = False
     """Go back to the start, if there was an inner step; the last task's step then takes the outer step."""
 
 
-PHASES = {
-    "idle": Phase(),
-    "adapt": Phase(descend=True),
-    "query": Phase(collect=True, restore=True),
-    "learn": Phase(collect=True, descend=True),  # reptile's; its last minibatch is a `query`: its step would be undone
-    "restore": Phase(restore=True),
-}
+IDLE = Phase()
 
 
 class PhasedOptimizer(Optimizer):
@@ -55,30 +48,30 @@ class PhasedOptimizer(Optimizer):
         self.squared_norm = 0.0
         """Of the last outer step's mean meta-gradient, over the shards that are here."""
         self._adapted: set[Tensor] = set()
-        self.enter("idle")
+        self.enter(IDLE)
 
-    def enter(self, phase: str, weight: float = 1.0, tasks: int = 0) -> None:
+    def enter(self, phase: Phase, weight: float = 1.0, tasks: int = 0) -> None:
         """Set what the next steps do.
 
         Args:
-            phase: a key of PHASES.
             weight: the task's, on what is added to the meta-gradient.
             tasks: in the meta-batch, if its last task ends with this step, which takes the outer step; else 0.
         """
-        self._phase, self._weight, self._tasks = PHASES[phase], weight, tasks
+        self._phase, self._weight, self._tasks = phase, weight, tasks
         if tasks:
             self.squared_norm = 0.0
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Do what the phase says with the shards that are in the groups now."""
+        phase = self._phase
         for shard, inner_lr in self._shards():
-            descends = self._phase.descend and inner_lr
-            if self._phase.collect and shard.grad is not None and (descends or not self._phase.descend):
-                self._collect(shard, shard.grad)
-            if descends and shard.grad is not None:
-                self._descend(shard, shard.grad, inner_lr)
-            if self._phase.restore and shard in self._adapted:
+            if shard.grad is not None and (inner_lr or not phase.descends):
+                if phase.collects:
+                    self._collect(shard, shard.grad)
+                if phase.descends and not phase.restores:
+                    self._descend(shard, shard.grad, inner_lr)
+            if phase.restores and shard in self._adapted:
                 shard.copy_(self.starts[shard])
                 self._adapted.remove(shard)
         if self._tasks:

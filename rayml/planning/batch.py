@@ -5,11 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rayml.algorithms.base import batches
 from rayml.config import Config
 from rayml.lm.batch import readings
 from rayml.lm.encode import decode_rows
-
-WITHOUT_INNER_LOOP = {"multitask", "metaicl", "protonet"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +26,8 @@ class Pass:
 
 
 def inner_steps(config: Config) -> int:
-    return 0 if config.algorithm.name in WITHOUT_INNER_LOOP else config.inner.steps
+    """Return the inner steps of an episode in training."""
+    return config.algorithm.inner_steps(config.inner.steps)
 
 
 def episode_rows(config: Config) -> tuple[int, int]:
@@ -43,40 +43,39 @@ def tasks_at_once(config: Config) -> int:
 def largest_pass(config: Config, target_tokens: int) -> Pass:
     """Return one worker's largest pass, with every row as long as `data.max_tokens` allows.
 
-    Under mode full and engine zero the workers share a task's rows. MetaICL has the support in each query's prompt;
-    prototypes put both sides into one graph, and score hidden states instead of logits. Multi-task learning puts both
-    into one in mode full.
+    Under mode full and engine zero the workers share a task's rows, and turns at the same weights share a batch. What
+    keeps the support has it in each query's prompt, or puts both sides into one graph; what is learned by hidden states
+    alone scores no logits.
     """
     support, query = episode_rows(config)
-    name, length = config.algorithm.name, config.data.max_tokens + config.soft_tokens
-    rows = max(support, query) if inner_steps(config) or name == "multitask" else query
-    if name == "metaicl":
+    algorithm, length = config.algorithm, config.data.max_tokens + config.soft_tokens
+    turns = algorithm.turns(config.inner.steps)
+    of_side = {"support": support, "query": query}
+    if config.mode == "full":
+        rows = max(sum(of_side[turn.side] for turn in together) for together in batches(turns))
+    else:
+        rows = max(of_side[turn.side] for turn in turns)
+    if algorithm.keeps == "prompt":
         length *= support + 1
-    if name == "protonet" or (name == "multitask" and config.mode == "full"):
+    if algorithm.keeps == "states":
         rows = support + query
     if config.mode == "full" and config.engine == "zero":
         rows = math.ceil(rows / config.fewest_workers)
     rows *= tasks_at_once(config)
-    return Pass(rows, length, 0 if name == "protonet" else rows * target_tokens)
+    return Pass(rows, length, rows * target_tokens if algorithm.by_tokens else 0)
 
 
 def tokens_per_step(config: Config) -> int:
     """Return the tokens that go forward and backward in an outer step over all workers, padding included."""
     support, query = episode_rows(config)
     of_support, of_query = passes(config)
-    shown = 1 + support * (config.algorithm.name == "metaicl")
+    shown = 1 + support * (config.algorithm.keeps == "prompt")
     return config.tasks_per_step * (of_support * support + of_query * query * shown) * config.data.max_tokens
 
 
 def passes(config: Config) -> tuple[int, int]:
     """Return how often an outer step runs forward and backward over an episode's support, and over its query."""
-    steps = config.inner.steps
-    return {
-        "metaicl": (0, 1),  # the support is in the query's rows
-        "multitask": (1, 1),
-        "protonet": (1, 1),
-        "reptile": ((steps + 1) // 2, steps // 2),  # the sides take turns
-    }.get(config.algorithm.name, (steps, 1))
+    return config.algorithm.passes(config.inner.steps)
 
 
 def trained_tokens(config: Config, episodes: Sequence[dict[str, Any]]) -> int:

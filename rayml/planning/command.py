@@ -31,6 +31,7 @@ def plan(config: Config, gpu_gib: float | None, target_tokens: int, as_json: boo
         ConfigError: no such model, or nothing of it to adapt or train.
     """
     gpu_bytes = int(gpu_gib * GIB) if gpu_gib else own_gpu_bytes(config)
+    config = settled_for_plan(config, bool(gpu_bytes))
     shape = read_shape(config)
     found = report(shape, config, target_tokens, gpu_bytes)
     if as_json:
@@ -38,6 +39,18 @@ def plan(config: Config, gpu_gib: float | None, target_tokens: int, as_json: boo
     else:
         show(found, config, out)
     return found["fits"] is not False
+
+
+def settled_for_plan(config: Config, on_gpu: bool) -> Config:
+    """Return the config with the dtype and attention that it would have here, or on a GPU that may be elsewhere."""
+    import torch
+
+    from rayml.lm.load import resolve_model
+    from rayml.lm.precision import RECENT_GPU, device_for, settled
+
+    base = resolve_model(config.model.name)
+    device = RECENT_GPU if on_gpu else device_for(config, base, torch.device("cpu"))
+    return settled(config, base, [device])[0]
 
 
 def own_gpu_bytes(config: Config) -> int | None:

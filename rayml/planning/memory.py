@@ -64,7 +64,7 @@ def memory(shape: Shape, config: Config, target_tokens: int = 1) -> Plan:
 def passing(shape: Shape, config: Config, target_tokens: int, checkpointing: bool) -> list[Part]:
     """Return the activations and logits. Exact MAML keeps those of every inner step, and of its backward."""
     batch = largest_pass(config, target_tokens)
-    times = 1 + (MAML_STEP * inner_steps(config) if config.algorithm.name == "maml" else 0)
+    times = 1 + (MAML_STEP * inner_steps(config) if config.algorithm.second_order else 0)
     activations = activation_bytes(shape, config, batch, checkpointing)
     if config.model.dtype != "float32":  # the adapters' copies in the dtype of what they act on
         cast = DTYPE_BYTES[config.model.dtype] * tasks_at_once(config) * shape.adapter(config.lora.rank)
@@ -78,9 +78,9 @@ def _adapters(shape: Shape, config: Config) -> list[Part]:
     start = FP32_BYTES * shape.adapter(config.lora.rank)
     tasks, steps = tasks_at_once(config), inner_steps(config)
     moments = 2 if config.outer.optimizer == "adamw" else 0
-    rates = 1 if config.algorithm.name == "meta_sgd" else 0  # one rate a weight, learned as the start is
+    rates = 1 if config.algorithm.learned_rates == "weight" else 0  # one rate a weight, learned as the start is
     # Fast weights and the sum of the inner gradients; exact MAML keeps those of every step.
-    copies = 2 * (steps if config.algorithm.name == "maml" else min(steps, 1))
+    copies = 2 * (steps if config.algorithm.second_order else min(steps, 1))
     sent = 2 if config.most_workers > 1 else 1  # the all-reduce is of one flat copy
     return [
         Part("parameters", _base(shape, config) + start),

@@ -19,7 +19,7 @@ def read_shape(config: Config) -> Shape:
     Raises:
         ConfigError: there is no such model, no such linear to adapt, or nothing left to train.
     """
-    return shape_of(load_shape(resolve_model(config.model.name), config.model.attention), config)
+    return shape_of(load_shape(resolve_model(config.model.name), "eager"), config)  # which every model has
 
 
 def shape_of(model: Any, config: Config, whole_below: int = WHOLE_BELOW) -> Shape:

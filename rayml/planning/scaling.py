@@ -8,6 +8,7 @@ head, adapters, data, checkpoints.
 from dataclasses import dataclass
 from math import ceil, log2
 
+from rayml.algorithms.base import batches
 from rayml.config import Config
 from rayml.planning.batch import episode_rows, inner_steps, passes
 from rayml.planning.shape import Shape
@@ -78,18 +79,19 @@ def predict(shape: Shape, config: Config, workers: int, machines: Machines) -> P
 def worker_flops(shape: Shape, config: Config, workers: int) -> float:
     """Return the FLOPs of one worker in an outer step: two a parameter and token, forward; as many for each gradient.
 
-    Exact MAML is counted twice, as its backward goes through the inner steps again.
+    What is of second order is counted twice, as its backward goes through the inner steps again.
     """
-    rows = list(zip(passes(config), episode_rows(config), strict=True))
     if config.is_sharded:
-        if config.algorithm.name == "multitask":  # both sides in one batch
-            rows = [(1, sum(episode_rows(config)))]
-        tokens = config.tasks_per_step * sum(times * ceil(some / workers) for times, some in rows)
+        of_side = dict(zip(("support", "query"), episode_rows(config), strict=True))
+        together = batches(config.algorithm.turns(config.inner.steps))
+        each = [sum(of_side[turn.side] for turn in turns) for turns in together]
+        tokens = config.tasks_per_step * sum(ceil(rows / workers) for rows in each)
     else:
+        rows = zip(passes(config), episode_rows(config), strict=True)
         tokens = config.tasks_per_worker * sum(times * some for times, some in rows)
-    shown = 1 + episode_rows(config)[0] * (config.algorithm.name == "metaicl")
+    shown = 1 + episode_rows(config)[0] * (config.algorithm.keeps == "prompt")
     above = (shape.layers - shape.first_layer) / shape.layers
     forwards = 1 + above * config.model.activation_checkpointing
-    maml = 1 + (config.algorithm.name == "maml" and inner_steps(config) > 0)
-    each = shape.layer_parameters * (forwards + above) + shape.trained
-    return 2.0 * maml * each * tokens * shown * config.data.max_tokens
+    twice = 1 + (config.algorithm.second_order and inner_steps(config) > 0)
+    of_token = shape.layer_parameters * (forwards + above) + shape.trained
+    return 2.0 * twice * of_token * tokens * shown * config.data.max_tokens

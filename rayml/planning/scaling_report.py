@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rayml.config import Config
-from rayml.planning.command import size
+from rayml.planning.command import settled_for_plan, size
 from rayml.planning.read import read_shape
 from rayml.planning.scaling import Machines, Prediction, predict
 from rayml.runs.plots import file_pyplot, save_figure
@@ -36,6 +36,7 @@ def scaling(
     Raises:
         ConfigError: no such model, or nothing of it to adapt or train.
     """
+    config = settled_for_plan(config, on_gpu=True)
     shape = read_shape(config)
     found = {
         network: [predict(shape, config, count, replace(machines, network_bytes=network)) for count in workers]

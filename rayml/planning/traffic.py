@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Literal
 
+from rayml.algorithms.base import batches
 from rayml.config import Config
 from rayml.planning.activations import DTYPE_BYTES, FP32_BYTES
 from rayml.planning.batch import passes
@@ -52,7 +53,9 @@ def meta_gradient(shape: Shape, config: Config, workers: int) -> Sent:
     learned, tensors = shape.trained, shape.trained_tensors
     if config.mode == "adapters":
         learned, tensors = shape.adapter(config.lora.rank), 2 * len(shape.adapted) + bool(shape.prompt)
-    rates = {"fomaml": tensors, "maml": tensors, "meta_sgd": learned}.get(config.algorithm.name, 0)
+    rates = (
+        {"none": 0, "tensor": tensors, "weight": learned}[config.algorithm.learned_rates] if config.learns_rates else 0
+    )
     return Sent("meta-gradient", "all-reduce", FP32_BYTES * (learned + rates + 3 + workers), 1)
 
 
@@ -73,8 +76,8 @@ def of_full(shape: Shape, config: Config) -> list[Sent]:
 
 
 def descents(config: Config) -> int:
-    """Return the steps on one task's minibatches in mode full; multi-task learning joins both sides into one."""
-    return 1 if config.algorithm.name == "multitask" else sum(passes(config))
+    """Return the steps on one task's minibatches in mode full; turns at the same weights share one."""
+    return len(batches(config.algorithm.turns(config.inner.steps)))
 
 
 def gathered(shape: Shape, config: Config, times: int) -> Sent:

@@ -7,10 +7,11 @@ the number of workers. Where it is sharded, every worker writes a part.
 import errno
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -19,6 +20,7 @@ from rayml.errors import RunError, StorageError
 from rayml.runs.files import Place, checksum, listed, local_copy, remove
 
 STATE = "state.safetensors"
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
@@ -81,6 +83,16 @@ def verify(folder: Place) -> int:
         raise RunError(f"{folder}: not a whole checkpoint: {error}") from error
 
 
+def is_whole(folder: Place) -> bool:
+    """Return whether a checkpoint is whole; warn of a damaged one."""
+    return bool(newest_of([folder], verify))
+
+
+def identity(folder: Place) -> list[str]:
+    """Return what tells a checkpoint from another, of another training in the same place: its manifests' checksums."""
+    return [checksum(manifest) for manifest in listed(folder, "manifest_*.json")]
+
+
 def read_checkpoint(folder: Place) -> Saved:
     """Return what `write_state` wrote.
 
@@ -93,10 +105,21 @@ def read_checkpoint(folder: Place) -> Saved:
 
 def newest_checkpoint(checkpoints: Place) -> Place | None:
     """Return the newest whole checkpoint among a run's, None if there is none; warn of damaged ones."""
-    for folder in reversed(listed(checkpoints, "step_*")):
+    found = newest_of(listed(checkpoints, "step_*"), verify)
+    return found and found[0]
+
+
+def read_newest(checkpoints: Place) -> Saved | None:
+    """Return what lies in the newest whole checkpoint, as `newest_checkpoint` finds it, and read it once."""
+    found = newest_of(listed(checkpoints, "step_*"), read_checkpoint)
+    return found and found[1]
+
+
+def newest_of(folders: Sequence[Place], read: Callable[[Place], T]) -> tuple[Place, T] | None:
+    """Return the last of these that can be read, and what was read."""
+    for folder in reversed(folders):
         try:
-            verify(folder)
-            return folder
+            return folder, read(folder)
         except RunError as error:
             log.warning("skipped a damaged checkpoint: %s", error)
     return None

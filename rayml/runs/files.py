@@ -7,6 +7,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,9 @@ from rayml.errors import StorageError
 from rayml.runs.remote import Remote, answering
 
 Place = Path | Remote
+SETTLED_SECONDS = 5
+"""After its last change a file's size and time tell it from what it may yet become: clocks of files are coarse."""
+_checksums: dict[tuple[str, int, float], str] = {}
 
 
 def filesystem(path: str) -> tuple[fs.FileSystem, str]:
@@ -49,7 +53,20 @@ def place(path: str | Place) -> Place:
 
 
 def checksum(file: Place) -> str:
-    """Return the SHA-256 of a file."""
+    """Return the SHA-256 of a file. One that this process knows, and that has not changed since, is not read again."""
+    if isinstance(file, Remote):
+        size, changed = file.size_and_time()
+    else:
+        status = file.stat()
+        size, changed = status.st_size, status.st_mtime
+    key = str(file), size, changed
+    found = _checksums.get(key) or _read_checksum(file)
+    if time.time() - changed > SETTLED_SECONDS:
+        _checksums[key] = found
+    return found
+
+
+def _read_checksum(file: Place) -> str:
     if isinstance(file, Remote):
         return file.sha256()
     with file.open("rb") as opened:

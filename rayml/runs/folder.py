@@ -1,8 +1,9 @@
 """A run's folder.
 
-It holds `config.yaml`, `tasks.json`, `metrics.jsonl`, `checkpoints/step_*`, `latest`, `best/step_*` (where there
-were validations), `untrained.safetensors` (in mode adapters), `model/` (in mode full, at the end), `tensorboard/`,
-and what other trackers keep there. It may lie on object storage, named by a URI.
+It holds `config.yaml`, `precision.json` (dtype and attention, and why), `tasks.json`, `metrics.jsonl`,
+`checkpoints/step_*`, `latest`, `best/step_*` (where there were validations), `untrained.safetensors` (in mode
+adapters), `model/` (in mode full, at the end), `tensorboard/`, and what other trackers keep there. It may lie on object
+storage, named by a URI.
 """
 
 import hashlib
@@ -16,11 +17,13 @@ from typing import Any
 from safetensors.torch import load, save
 from torch import Tensor
 
-from rayml.config import Config, dump_config, load_config
+from rayml.algorithms.moved import modernized
+from rayml.config import Config, dump_config, parse_config, read_values
 from rayml.errors import ConfigError, RunError, StorageError
-from rayml.runs.checkpoint import newest_checkpoint, step_of
-from rayml.runs.files import Place, place, write_whole
+from rayml.runs.checkpoint import is_whole, newest_checkpoint, step_of
+from rayml.runs.files import Place, listed, place, write_whole
 from rayml.runs.stopping import is_enough, val_scores
+from rayml.sections import Run
 from rayml.tasks.splits import Splits
 from rayml.tasks.task import Task
 
@@ -30,7 +33,7 @@ FREE_KEYS: Any = {
     "workers": True,
     "device": True,
     "engine": True,
-    "run": True,
+    "run": set(Run.model_fields) - {"continues"},
     "validation": True,
     "sweep": True,
     "outer": {"steps"},
@@ -46,7 +49,7 @@ class RunFolder:
         self.config, self.metrics = self.path / "config.yaml", self.path / "metrics.jsonl"
         self.checkpoints, self.latest = self.path / "checkpoints", self.path / "latest"
         self.tasks, self.best, self.model = (self.path / name for name in ("tasks.json", "best", "model"))
-        self.stop = self.path / "stop"
+        self.stop, self.precision = self.path / "stop", self.path / "precision.json"
 
     @property
     def is_local(self) -> bool:
@@ -75,7 +78,7 @@ class RunFolder:
         write_whole(self.tasks, json.dumps(describe(splits), indent=2, ensure_ascii=False) + "\n")
 
     def _check_same(self, config: Config, splits: Splits) -> None:
-        then = load_config(self.config)
+        then = self.read_config()
         before, now = (c.model_dump(exclude=FREE_KEYS) for c in (then, config))
         before, now = flat(before), flat(now)
         changed = {name for name in before.keys() | now.keys() if repr(before.get(name)) != repr(now.get(name))}
@@ -92,6 +95,21 @@ class RunFolder:
         if changed:
             names = ", ".join(sorted(changed))
             raise RunError(f"{self.path}: holds the run of another config ({names} differ); use another run.dir")
+
+    def write_precision(self, dtype: str, attention: str, why: str) -> None:
+        """Keep what the model was trained in."""
+        write_whole(self.precision, json.dumps({"dtype": dtype, "attention": attention, "why": why}, indent=2) + "\n")
+
+    def made_in(self) -> str | None:
+        """Return the dtype that the run was trained in; None before it was."""
+        if self.precision.exists():
+            return json.loads(self.precision.read_text(encoding="utf-8"))["dtype"]
+        asked = self.read_config().model.dtype if self.config.exists() else "auto"
+        return None if asked == "auto" else asked
+
+    def read_config(self) -> Config:
+        """Return the run's config, also of a run from before algorithms had settings of their own."""
+        return parse_config(modernized(read_values(self.config)), str(self.config))
 
     def tell_to_stop(self) -> None:
         """Ask the workers to write a checkpoint after the step that they are at, and to end."""
@@ -142,12 +160,14 @@ class RunFolder:
 
     def is_over(self, config: Config) -> bool:
         """Return whether the newest checkpoint is that of the last step, or of where validation said that is enough."""
-        folder = newest_checkpoint(self.checkpoints)
-        if folder is None:
-            return False
-        step = step_of(folder)
-        scores = val_scores(record for record in self.records() if record["step"] <= step)
-        return step >= config.outer.steps or is_enough(scores, config.validation.patience)
+        records = self.records()
+        for folder in reversed(listed(self.checkpoints, "step_*")):
+            scores = val_scores(record for record in records if record["step"] <= step_of(folder))
+            if step_of(folder) < config.outer.steps and not is_enough(scores, config.validation.patience):
+                return False  # whole or not: whoever goes on from it reads it
+            if is_whole(folder):
+                return True
+        return False
 
     def trained(self, which: str | None = None) -> tuple[Config, Place]:
         """Return the config and the folder of a whole checkpoint.
@@ -163,9 +183,9 @@ class RunFolder:
             raise ConfigError(f"checkpoint: expected best or newest, got {which!r}")
         if not self.config.exists():
             raise RunError(f"{self.path}: no run here (there is no config.yaml in it)")
-        config = load_config(self.config)
+        config = self.read_config()
         folder = newest_checkpoint(self.best) if which != "newest" else None
-        if folder is None and which != "best":
+        if folder is None and which != "best":  # there was no meta-val task, or no validation yet
             folder = newest_checkpoint(self.checkpoints)
         if folder is None:
             reason = "no validation has chosen a best checkpoint" if which == "best" else "no whole checkpoint"

@@ -1,5 +1,6 @@
 """Files and folders on object storage, by pathlib's names, over pyarrow's filesystems."""
 
+import errno
 import fnmatch
 import hashlib
 import io
@@ -87,6 +88,14 @@ class Remote:
             while block := file.read(BLOCK_BYTES):
                 digest.update(block)
             return digest.hexdigest()
+
+    def size_and_time(self) -> tuple[int, float]:
+        """Return a file's bytes, and when it was written, in seconds."""
+        with answering(self):
+            info = self.fs.get_file_info(self.path)
+        if info.type == fs.FileType.NotFound:
+            raise FileNotFoundError(errno.ENOENT, "no such file", str(self))
+        return info.size, (info.mtime_ns or time.time_ns()) / 1e9
 
     def read_bytes(self) -> bytes:
         with answering(self), self.fs.open_input_stream(self.path) as file:

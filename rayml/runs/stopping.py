@@ -1,14 +1,21 @@
 """When validation says that it is enough: derived from the run's records alone, so that a resumed run agrees."""
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from rayml.tasks.overall import normalised
 
-def val_score(record: dict[str, Any]) -> float | None:
-    """Return a record's score on meta-val after adapting, the higher the better; None if there was no validation."""
-    if "val_accuracy_after" in record:
-        return record["val_accuracy_after"]
-    return -record["val_loss_after"] if "val_loss_after" in record else None
+
+def val_score(record: dict[str, Any], when: str = "after") -> float | None:
+    """Return a record's score on meta-val `before` or `after` adapting (`rayml.tasks.overall`): the higher the better.
+
+    None if there was no validation; less than any other if something was not finite.
+    """
+    scores = [record.get(f"val_score_{when}")]
+    scores += [normalised(m, record[key]) for m in ("accuracy", "loss") if (key := f"val_{m}_{when}") in record]
+    score = next((score for score in scores if score is not None), None)  # older runs have no overall one
+    return score if score is None or math.isfinite(score) else -math.inf
 
 
 def val_scores(records: Iterable[dict[str, Any]]) -> list[float]:

@@ -15,6 +15,8 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 
+from rayml.algorithms.base import Algorithm
+from rayml.algorithms.registry import trusted
 from rayml.errors import ConfigError, RunError
 from rayml.lm.lora import A, B
 from rayml.lm.peft_files import CARD, PREFIX, PROMPT_KEY, WEIGHTS, AdapterCard
@@ -52,6 +54,8 @@ class Fits:
     """What the task-batched layer multiplies every update by: the run's alpha / rank."""
     most_rank: int
     most_bytes: int
+    algorithm: Algorithm
+    """The run's: what adapters may have been learned by, beside what comes with rayml."""
     prompt_width: int = 0
     """Of the embeddings, where soft prompts are served; else LoRA is."""
 
@@ -83,7 +87,17 @@ def read_adapter(folder: Path, fits: Fits) -> tuple[Params, AdapterCard]:
     broken = [name for name, weight in weights.items() if not torch.isfinite(weight).all()]
     if broken:
         raise RunError(f"{broken[0]} holds numbers that are not finite")
+    _check_algorithm(card, fits)
     return weights, card
+
+
+def _check_algorithm(card: AdapterCard, fits: Fits) -> None:
+    try:
+        algorithm = trusted(card.algorithm, card.settings, fits.algorithm)
+    except ConfigError as error:
+        raise RunError(str(error)) from None
+    if algorithm.keeps == "states" and not (card.shown and card.labels):
+        raise RunError(f"{CARD} keeps no examples, which {algorithm.name} answers by")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

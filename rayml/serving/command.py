@@ -23,6 +23,7 @@ from rayml.config import parse_section
 from rayml.distributed.train import WORKER_ENV, processors
 from rayml.errors import ConfigError, RunError
 from rayml.lm.load import load_shape, resolve_model
+from rayml.progress import doing
 from rayml.runs.folder import RunFolder
 from rayml.serving.adapter_files import FILES, read_adapter
 from rayml.serving.app import build
@@ -65,7 +66,9 @@ def serve_forever(
         share = max(1, processors() // max(serving.replicas.min, serving.replicas.max))
         replicas = serving.replicas.model_copy(update={"cpus": share})
         serving = serving.model_copy(update={"replicas": replicas})
-    start_cluster(serving, metrics_port)
+    err = Console(stderr=True)
+    with doing(err, "starting Ray"):
+        start_cluster(serving, metrics_port)
     stop = threading.Event()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # until it serves, both end it at once
     try:
@@ -74,7 +77,8 @@ def serve_forever(
         serve.start(http_options={"host": host, "port": port})
         host, port = listening()
         check_host(host, keys, insecure)
-        serve.run(application, name=APPLICATION, route_prefix="/", logging_config={"encoding": "JSON"})
+        with doing(err, "loading the model in its replicas"):
+            serve.run(application, name=APPLICATION, route_prefix="/", logging_config={"encoding": "JSON"})
         base = f"http://{host}:{port}"
         key = ' -H "Authorization: Bearer $KEY"' if keys else ""
         out.print(f"serving {run} at {base} ({time.perf_counter() - began:.0f} s to start; {base}/docs shows the API)")

@@ -25,7 +25,7 @@ from rayml.meta.adapt import Params
 from rayml.model import MetaModel
 from rayml.serving.errors import ApiError, busy
 from rayml.serving.settings import Batching, Limits
-from rayml.serving.work import Adaptation, Asked, Writing
+from rayml.serving.work import Adaptation, Waiting, Writing
 
 log = logging.getLogger(__name__)
 Observe = Callable[[str, float], None]
@@ -44,7 +44,7 @@ class Engine:
     ):
         self.model, self.batching, self.limits, self.observe = model, batching, limits, observe
         self.decoder = self._new_decoder()
-        self._queries: deque[Asked] = deque()
+        self._queries: deque[Waiting] = deque()
         self._writings: deque[Writing] = deque()
         self._adaptations: deque[Adaptation] = deque()
         self._pings: deque[Future[None]] = deque()
@@ -57,7 +57,7 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="rayml-engine", daemon=True)
         self._thread.start()
 
-    def classify(self, queries: list[Asked]) -> None:
+    def classify(self, queries: list[Waiting]) -> None:
         """Take queries in; their answers come as futures.
 
         Raises:
@@ -195,7 +195,7 @@ class Engine:
         for asked, result in zip(batch, found, strict=True):
             settle(asked.answer, result)
 
-    def _next_queries(self) -> list[Asked]:
+    def _next_queries(self) -> list[Waiting]:
         """Take queries that are answered in one way from the front, as many as one forward bears."""
         waiting = [asked.query for asked in islice(self._queries, self.batching.queries)]
         taken = [self._queries.popleft() for _ in range(first_batch(waiting, self.batching.prompt_tokens))]

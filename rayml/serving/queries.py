@@ -26,7 +26,7 @@ def queries_of(adapter: Adapter, inputs: Sequence[Given], labels: list[str], con
         ApiError: 400, a text is too long, and not to be truncated; 422, a label that cannot be scored.
     """
     encoder = adapter.encoder
-    shown = [] if adapter.support else adapter.shown
+    shown = adapter.shown if adapter.algorithm.keeps == "prompt" else []
     most = min(encoder.max_tokens * (len(shown) + 1) + encoder.soft_tokens, context)
     found = []
     for number, given in enumerate(inputs):
@@ -42,7 +42,7 @@ def queries_of(adapter: Adapter, inputs: Sequence[Given], labels: list[str], con
                 raise ApiError(422, f"input.{number}: {error}", f"input.{number}") from None
             message = f"options: one of them has no token, or is too long beside input.{number}"
             raise ApiError(422, message, "options") from None
-        longest = max(len(row.tokens) for query in queries for row in query.rows)
+        longest = max(query.longest for query in queries)
         if longest > context:
             raise too_long(number, longest, context)
         found.append((queries, is_long))

@@ -30,7 +30,7 @@ from rayml.serving.schema import AdapterRequest, ClassifyRequest, Message, plain
 from rayml.serving.served import fits_of, servable
 from rayml.serving.settings import Serving
 from rayml.serving.store import AdapterStore, Manifest
-from rayml.serving.work import Adaptation, Asked, Writing
+from rayml.serving.work import Adaptation, Waiting, Writing
 from rayml.tasks.episodes import relabel
 from rayml.tasks.row import Row, unanswered
 from rayml.tasks.table import FREE_TEXT
@@ -190,14 +190,14 @@ class Replica:
         """Score `labels`, each with what the model sees of it, for every input."""
         seen = list(labels.values())
         cut = await asyncio.to_thread(queries_of, adapter, inputs, seen, self.context, truncate)
-        asked = [[Asked(query) for query in queries] for queries, _ in cut]
+        asked = [[Waiting(query) for query in queries] for queries, _ in cut]
         self.engine.classify([one for each in asked for one in each])
         answers = []
         for (queries, is_cut), each in zip(cut, asked, strict=True):
             found = await asyncio.gather(*(asyncio.wrap_future(one.answer) for one in each))
             best = chosen(labels, queries, found)
             answers.append({"label": best.text, "probabilities": best.probabilities, "truncated": is_cut})
-        return answers, sum(len(query.rows[0].tokens) for queries, _ in cut for query in queries)
+        return answers, sum(len(query.question.rows[0].tokens) for queries, _ in cut for query in queries)
 
     async def write(
         self, owner: str, adapter: str | None, prompts: Sequence[Given | list[Message]], sampling: Sampling

@@ -12,7 +12,7 @@ from rayml.lm.sampling import Piece
 from rayml.meta.adapt import Params
 
 
-class Asked:
+class Waiting:
     """A query whose options are to be scored, and what comes of it, their log-probabilities `[options]`."""
 
     def __init__(self, query: Query):

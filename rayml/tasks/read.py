@@ -52,10 +52,7 @@ def rows_given(examples: Examples) -> list[Row]:
     if isinstance(examples, str | Path):
         return read_rows([str(examples)])
     if hasattr(examples, "iloc"):
-        frame = _frame_records(examples)
-        found: Iterable[Any] = (
-            {k: v for k, v in row.items() if v is not None and v == v} for row in frame
-        )  # NaN: none
+        found: Iterable[Any] = _frame_records(examples)
     elif hasattr(examples, "features"):
         found = _class_names(examples)
     else:
@@ -84,8 +81,11 @@ def _record(one: Any) -> dict[str, Any] | str:
     return f"expected a pair (input, target), or a dict, got {str(one)[:60]!r}"
 
 
-def _frame_records(frame: Any) -> list[dict[str, Any]]:
-    return [{k: v.tolist() if hasattr(v, "tolist") else v for k, v in r.items()} for r in frame.to_dict("records")]
+def _frame_records(frame: Any) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a DataFrame without what is missing in them, which it writes as NaN."""
+    for row in frame.to_dict("records"):
+        plain = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in row.items()}
+        yield {name: value for name, value in plain.items() if value is not None and value == value}
 
 
 def checked(

@@ -1,10 +1,38 @@
-"""Prototypical networks (Snell et al. 2017, arXiv 1703.05175), for T tasks at once: no inner loop at all."""
+"""Prototypical networks (Snell et al. 2017, arXiv 1703.05175), for T tasks at once: no inner loop at all.
+
+A query is of the class whose mean hidden state, before the label, is nearest.
+"""
 
 import torch
 from torch import Tensor, nn
 
+from rayml.algorithms.base import Algorithm, Asked, Side, Turn
+from rayml.meta.adapt import Params, TaskLosses
+
 SHARPNESS = 10.0
 """Logits are minus this much times the squared distance of unit vectors."""
+
+
+class ProtoNet(Algorithm):
+    takes_steps = False
+    keeps = "states"
+    labels_only = True
+    by_tokens = False
+
+    def turns(self, steps: int) -> list[Turn]:
+        return [Turn("query", 1.0)]
+
+    def query_losses(self, support: Side, query: Side) -> TaskLosses:
+        def losses(weights: Params) -> Tensor:
+            states = support.states(weights), query.states(weights)
+            return prototype_losses(states[0], support.classes, states[1], query.classes)
+
+        return losses
+
+    def answer(self, asked: Asked, weights: Params | None) -> list[Tensor]:
+        ways = max(options for _, options in asked.shape)
+        logits = prototype_logits(asked.support_states(weights), asked.support_classes, asked.states(weights), ways)
+        return [of[:q, :c].log_softmax(-1) for of, (q, c) in zip(logits, asked.shape, strict=True)]
 
 
 def prototype_logits(support: Tensor, classes: Tensor, query: Tensor, ways: int) -> Tensor:

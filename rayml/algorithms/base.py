@@ -1,0 +1,175 @@
+"""What an algorithm is: an object that knows how a shared start is learned, and how a new task is learned and answered.
+
+It is also its own section of the config: its fields are its settings, beside `name`. `config.algorithm` is the object.
+
+The least is `turns`, a schedule of minibatches. Both engines run it: plain torch for T tasks at once, and DeepSpeed,
+minibatch after minibatch. Whatever is no such schedule overrides `meta_gradient`, and is for plain torch alone.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
+
+from rayml.errors import DataError
+from rayml.sections import Section
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rayml.config import Config
+    from rayml.meta.adapt import InnerLoop, Params, TaskLosses
+    from rayml.meta.gradient import MetaGradient
+    from rayml.tasks.task import Task
+
+
+class Turn(NamedTuple):
+    """A minibatch of an episode, at the weights that the turns before it have led to."""
+
+    side: Literal["support", "query"]
+    share: float = 0.0
+    """Of its gradient in the meta-gradient."""
+    descends: bool = False
+    """An inner step follows, on the same gradient: then only what the inner loop changes has one."""
+
+
+class Side(Protocol):
+    """The supports, or the queries, of T episodes in training: K rows each. Weights are fast weights, `[T, ...]`."""
+
+    @property
+    def classes(self) -> "Tensor":
+        """`[T, K]`: each row's class, from 0; -1 for rows of padding."""
+
+    def losses(self, weights: "Params") -> "Tensor":
+        """Return each task's loss, `[T]`: the mean over its labels, or over the target tokens of free text."""
+
+    def states(self, weights: "Params") -> "Tensor":
+        """Return what the model makes of each prompt, `[T, K, D]`: the last hidden state before the target."""
+
+
+class Asked(Protocol):
+    """The queries of T tasks with labels, after training: Q of each, to be answered with one of its C labels."""
+
+    @property
+    def shape(self) -> Sequence[tuple[int, int]]:
+        """(Q, C) of each task."""
+
+    @property
+    def support_classes(self) -> "Tensor":
+        """`[T, K]`: the classes of the support that was kept (`Algorithm.keeps`), as `Side.classes`."""
+
+    def label_log_probs(self, weights: "Params | None") -> "list[Tensor]":
+        """Return the log-probabilities of the labels by their tokens, `[Q, C]` of each task. None: the bare base."""
+
+    def states(self, weights: "Params | None") -> "Tensor":
+        """Return the last hidden state of each query's prompt, `[T, Q, D]`."""
+
+    def support_states(self, weights: "Params | None") -> "Tensor":
+        """Return those of the support that was kept, `[T, K, D]`."""
+
+
+class Algorithm(Section):
+    """How a start is learned across tasks, and how a new task is learned from it."""
+
+    name: str
+    """How the start is learned: a registered name (configs/README.md compares them), or `package.module:Class` of your
+    own. Beside it stand the settings of that algorithm."""
+
+    takes_steps: ClassVar[bool] = True
+    """A new task is learned by the inner loop; else nothing of it is learned but what is kept."""
+    keeps: ClassVar[Literal["nothing", "prompt", "states"]] = "nothing"
+    """What of a task's support its answers need beside its weights: the examples in the prompt, or as hidden states."""
+    labels_only: ClassVar[bool] = False
+    """It tells classes apart, and knows no free text."""
+    by_tokens: ClassVar[bool] = True
+    """Its losses are of label tokens; else of hidden states, and no logits are computed in training."""
+    second_order: ClassVar[bool] = False
+    """It differentiates through the inner loop, which keeps the graph of every inner step."""
+
+    @property
+    def learned_rates(self) -> Literal["none", "tensor", "weight"]:
+        """What has an inner rate of its own that is learned: nothing, each tensor, or each weight."""
+        return "none"
+
+    def refuses(self, config: "Config") -> Iterator[str]:
+        """Yield why it does not go together with other choices of the config, each as `key: reason`."""
+        if config.mode == "full" and not self.runs_sharded:
+            yield (
+                "algorithm.name: mode=full serves what learns label tokens by first order, with the same rate for all "
+                f"(fomaml, fomaml_plus, reptile, multitask), not {self.name}"
+            )
+        if config.regularize.adversarial and not self.takes_steps:
+            yield f"regularize.adversarial: the inner loop of {self.name} knows none"
+
+    def check(self, tasks: "Iterable[Task]") -> None:
+        """Raise DataError for a task that cannot be learned, or answered, so."""
+        texts = [task.name for task in tasks if not task.options]
+        if self.labels_only and texts:
+            raise DataError(
+                f"task {texts[0]!r} is free text; {self.name} tells classes apart: leave it out, or use another one"
+            )
+
+    @property
+    def runs_sharded(self) -> bool:
+        """Whether `turns` of plain losses say all that is learned: a sharded engine runs nothing else."""
+        own, plain = type(self), Algorithm
+        is_plain = all(getattr(own, of) is getattr(plain, of) for of in ("meta_gradient", "support_losses"))
+        is_plain &= own.query_losses is plain.query_losses
+        return is_plain and self.keeps == "nothing" and self.learned_rates != "weight"
+
+    def turns(self, steps: int) -> list[Turn]:
+        """Return the minibatches of an episode, in order, with `inner.steps` of `steps`."""
+        raise NotImplementedError
+
+    def support_losses(self, support: Side) -> "TaskLosses":
+        """Return what an inner step descends, in training and after it; fast weights to `[T]`."""
+        return support.losses
+
+    def query_losses(self, support: Side, query: Side) -> "TaskLosses":
+        """Return what the meta-gradient is of; fast weights to `[T]`."""
+        return query.losses
+
+    def meta_gradient(
+        self, support: Side, query: Side, start: "Params", inner: "InnerLoop", weights: "Tensor"
+    ) -> "MetaGradient":
+        """Return the meta-gradient of T episodes, summed by the tasks' `weights` `[T]`: by first order over the turns.
+
+        Args:
+            start: the shared start, `[...]` each.
+        """
+        from rayml.meta.gradient import first_order
+
+        losses = {"support": self.support_losses(support), "query": self.query_losses(support, query)}
+        return first_order(self.turns(inner.steps), losses, start, inner, weights)
+
+    def answer(self, asked: Asked, weights: "Params | None") -> "list[Tensor]":
+        """Return the log-probabilities of each query's labels, `[Q, C]` of each task, without gradients."""
+        return asked.label_log_probs(weights)
+
+    def answers_as(self, other: "Algorithm") -> bool:
+        """Return whether queries of the two can be answered together, from their rows."""
+        plain = Algorithm.answer
+        return self == other or (type(self).answer is plain and type(other).answer is plain)
+
+    def settings(self) -> dict[str, Any]:
+        """Return what is set beside the name."""
+        return self.model_dump(mode="json", exclude={"name"})
+
+    def inner_steps(self, steps: int) -> int:
+        """Return how many inner steps an episode takes in training."""
+        return sum(turn.descends for turn in self.turns(steps))
+
+    def passes(self, steps: int) -> tuple[int, int]:
+        """Return how often training runs forward and backward over an episode's support, and over its query."""
+        sides = [turn.side for turn in self.turns(steps)]
+        query = sides.count("query")
+        return sides.count("support") + query * (self.keeps == "states"), query
+
+
+def batches(turns: Sequence[Turn]) -> list[list[Turn]]:
+    """Return the turns such that those that may share a batch are together: what is asked at the same weights."""
+    found: list[list[Turn]] = []
+    for turn in turns:
+        if found and not turn.descends and not found[-1][-1].descends:
+            found[-1].append(turn)
+        else:
+            found.append([turn])
+    return found

@@ -1,0 +1,13 @@
+"""MetaICL (Min et al. 2022, arXiv 2110.15943): the support stands in the query's prompt, in training and after it."""
+
+from rayml.algorithms.base import Algorithm, Turn
+
+
+class MetaIcl(Algorithm):
+    """No inner loop at all: the start learns to read examples."""
+
+    takes_steps = False
+    keeps = "prompt"
+
+    def turns(self, steps: int) -> list[Turn]:
+        return [Turn("query", 1.0)]

@@ -1,0 +1,81 @@
+"""Which algorithms there are, by name. Each is imported when a config chooses it."""
+
+import os
+import sys
+from importlib import import_module
+from typing import Any
+
+from rayml.algorithms.base import Algorithm
+from rayml.errors import ConfigError
+
+DEFAULT = "fomaml_plus"
+REGISTERED = {
+    "fomaml": "rayml.algorithms.fomaml:Fomaml",
+    "fomaml_plus": "rayml.algorithms.fomaml:FomamlPlus",
+    "meta_sgd": "rayml.algorithms.fomaml:MetaSgd",
+    "maml": "rayml.algorithms.maml:Maml",
+    "reptile": "rayml.algorithms.reptile:Reptile",
+    "multitask": "rayml.algorithms.multitask:Multitask",
+    "metaicl": "rayml.algorithms.metaicl:MetaIcl",
+    "protonet": "rayml.algorithms.protonet:ProtoNet",
+}
+
+
+def algorithm_class(name: str) -> type[Algorithm]:
+    """Return the class of a registered name, or of `package.module:Class`.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    where = REGISTERED.get(name, name)
+    module, colon, attribute = where.partition(":")
+    if not colon:
+        raise ConfigError(f"algorithm.name: {name!r} is none of {', '.join(REGISTERED)}, nor package.module:Class")
+    if name not in REGISTERED and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # as `python -m` does: a file beside the config will do
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"algorithm.name: {name!r}: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, Algorithm)):
+        raise ConfigError(f"algorithm.name: {name!r} is no subclass of rayml.algorithms.base.Algorithm")
+    return found
+
+
+def chosen(values: Any) -> Any:
+    """Return the algorithm that the section `algorithm` of a config gives: its name, and its settings."""
+    if not isinstance(values, dict):
+        return values
+    name = str(values.get("name", DEFAULT))
+    try:
+        kind = algorithm_class(name)
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
+    return kind.model_validate(values | {"name": name})
+
+
+def default() -> Algorithm:
+    return chosen({})
+
+
+def algorithm_of(name: str, settings: dict[str, Any]) -> Algorithm:
+    """Return what an adapter's card names; without a name (plain PEFT) answers are of label tokens.
+
+    Raises:
+        ConfigError: there is no such algorithm, or it has no such settings.
+    """
+    try:
+        return chosen({**settings, "name": name or DEFAULT})
+    except ValueError as error:
+        raise ConfigError(f"learned by {name!r}, which does not answer here: {error}") from None
+
+
+def trusted(name: str, settings: dict[str, Any], own: Algorithm) -> Algorithm:
+    """Return as `algorithm_of` does, of an adapter by anybody, in a run of `own`: nothing unknown is imported.
+
+    Raises:
+        ConfigError: it is neither registered nor the run's, or has no such settings.
+    """
+    if name not in ("", own.name, *REGISTERED):
+        raise ConfigError(f"learned by {name!r}; this run knows {own.name!r} and what comes with rayml")
+    return algorithm_of(name, settings)

@@ -1,0 +1,31 @@
+"""Reptile (Nichol et al. 2018, arXiv 1803.02999)."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from rayml.algorithms.base import Algorithm, Turn
+
+if TYPE_CHECKING:
+    from rayml.config import Config
+
+
+class Reptile(Algorithm):
+    """The way from the fast weights back to the start, over the rate, is what the outer optimizer takes for a gradient.
+
+    That is the sum of the inner gradients: so every inner step is learned from, and what the inner loop does not change
+    stays as it is. Reptile knows no query: it takes its inner steps on all of a task's data, minibatch by minibatch.
+    Here the two sides take turns, since steps on one and the same batch would lose what makes Reptile learn to learn
+    (section 5 of the paper).
+    """
+
+    def turns(self, steps: int) -> list[Turn]:
+        return [Turn("query" if k % 2 else "support", 1.0, descends=True) for k in range(steps)]
+
+    def refuses(self, config: "Config") -> Iterator[str]:
+        yield from super().refuses(config)
+        if not config.inner.steps:
+            yield "inner.steps: reptile learns from its inner steps; give it one or more"
+        if config.regularize.adversarial:
+            yield "regularize.adversarial: reptile's inner loop takes turns on both sides, and knows none"
+        if config.inner.unfreeze_every:
+            yield "inner.unfreeze_every: reptile does not thaw"

@@ -1,0 +1,84 @@
+"""What the frozen layers make of an example that comes back is looked up, and changes no number."""
+
+import pytest
+import torch
+from conftest import TARGETS, perturbed_start, toy_tasks
+
+from rayml.lm.batch import Row, collate
+from rayml.lm.encode import Encoder
+from rayml.lm.frozen import BLOCK_TOKENS, blocks
+from rayml.lm.load import load_base
+from rayml.lm.lora import TaskLoRA
+from rayml.lm.model import TaskLM, known_states
+from rayml.meta.adapt import expand, task_gradients
+
+
+@pytest.fixture
+def lm(tiny):
+    module = load_base(tiny, "float32")
+    return TaskLM(module, TaskLoRA(module, TARGETS, 4, alpha=8.0, last_layers=2))
+
+
+@pytest.fixture
+def rows(tokenizer):
+    encoder = Encoder(tokenizer, "{input}\nLabel:", 64)
+    return [row for task in toy_tasks(2) for row in encoder.rows(task.examples, is_label=True)]
+
+
+@pytest.mark.parametrize("packs", [False, True])
+def test_losses_and_gradients_are_those_of_whole_forwards(lm, rows, tokenizer, packs):
+    start = perturbed_start(lm)
+    labels = [[row.tokens[row.start :] for row in rows[:100:20]] for _ in range(2)]
+
+    def found(known):
+        lm.known = known
+        batch = collate([rows[:9], rows[3:11]], tokenizer.eos_token_id, labels, packs)
+        losses, gradients = task_gradients(lambda fast: lm.losses(fast, batch), expand(start, 2))
+        return batch, [losses, *gradients.values()]
+
+    whole, expected = found(None)
+    known = known_states(lm, rows, tokenizer.eos_token_id)
+    looked_up, same = found(known)
+    torch.testing.assert_close(same, expected, rtol=1e-4, atol=1e-6)
+    states = known.of(looked_up)
+    for row, begin, tokens in whole.examples:
+        kept = slice(begin, begin + len(tokens))
+        torch.testing.assert_close(states[row, kept], whole.frozen[0][row, kept], rtol=1e-4, atol=1e-5)
+
+
+def test_the_layers_are_not_run_for_what_is_known(lm, rows, tokenizer):
+    lm.known = known_states(lm, rows, tokenizer.eos_token_id)
+    calls = []
+    for place, layer in enumerate(lm.module.model.layers):
+        layer.self_attn.register_forward_hook(lambda *_, place=place: calls.append(place))
+    lm.losses(expand(perturbed_start(lm), 1), collate([rows[:4]], tokenizer.eos_token_id))
+    assert calls == [2, 3]
+
+
+def test_a_batch_with_an_unknown_example_is_run_as_a_whole(lm, rows, tokenizer):
+    lm.known = known_states(lm, rows[:8], tokenizer.eos_token_id)
+    assert lm.known.of(collate([rows[:8]], tokenizer.eos_token_id)) is not None
+    assert lm.known.of(collate([rows[:9]], tokenizer.eos_token_id)) is None
+    assert lm.slot(collate([rows[:9]], tokenizer.eos_token_id)) == []
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_workers_share_the_work_and_find_the_same(lm, tokenizer, workers, monkeypatch):
+    monkeypatch.setattr("rayml.lm.frozen.BLOCK_TOKENS", 40)
+    rows = [Row([5 + n % 7] * (4 + n % 5) + [9], 4 + n % 5) for n in range(23)]
+    alone = known_states(lm, rows, tokenizer.eos_token_id)
+    parts = []
+    for rank in range(workers):
+        share = blocks(rows)[1][rank::workers]
+        parts.append(torch.cat([lm.frozen_states(block, tokenizer.eos_token_id) for block in share]))
+    together = known_states(lm, rows, tokenizer.eos_token_id, slice(0, None, workers), lambda _: parts)
+    assert torch.equal(together.states, alone.states)
+    assert together.first == alone.first
+
+
+def test_blocks_hold_each_row_once_whatever_their_order(rows):
+    unique, parts = blocks(rows + rows)
+    assert [row for block in parts for row in block] == unique
+    assert len(unique) == len({tuple(row.tokens) for row in rows})
+    assert blocks(rows[::-1])[0] == unique
+    assert all(len(block) * len(block[-1].tokens) <= BLOCK_TOKENS for block in parts)
