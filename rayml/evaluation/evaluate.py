@@ -66,10 +66,11 @@ def evaluate(
             found.add(known)
             progress(len(batch))
             continue
-        points = list(scorer.outputs(batch, session.start, session.rates, range(scorer.steps + 1)))
+        prepared, at = scorer.prepare(batch), range(scorer.steps + 1)
+        points = list(scorer.outputs(prepared, session.start, session.rates, at))
         part = Evaluation(
             curves_of(batch, points),
-            scorer.curves(batch, session.untrained, rate),
+            curves_of(batch, list(scorer.outputs(prepared, session.untrained, rate, at))),
             list(answered(session, scorer, batch, points)),
         )
         parts.keep(part)
