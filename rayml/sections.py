@@ -94,6 +94,8 @@ class Data(Section):
     replay: Fraction = 0.3
     """Share of the episodes that are of the old run's tasks, where a run continues another; 0 leaves them out. They are
     shown as this config says: keep the old prompt and templates, or what is replayed is not what was learned."""
+    most_per_class: PositiveInt | None = None
+    """Most examples of a class, or of a task of free text, that are trained on, drawn once; all, if none is given."""
     drop_small_classes: bool = False
     """Leave out classes with fewer than shots + queries examples, instead of refusing."""
     splits: SplitsSection = SplitsSection()

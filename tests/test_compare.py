@@ -50,6 +50,9 @@ class Known:
     def __init__(self, accuracy):
         self.accuracy = accuracy
 
+    def prepare(self, episodes):
+        return episodes
+
     def outputs(self, episodes, start, rates, at):
         for steps in sorted(at):
             share = self.accuracy[round(float(rates["w"]), 1), steps]

@@ -31,7 +31,7 @@ def quickstart(overrides: Overrides = None) -> None:
         write_tasks(TASKS)
     run = config.run.dir
     train(str(CONFIG), overrides, resume=True)
-    evaluate(run, episodes=20)
+    evaluate(run, episodes=12)
     from rayml.runs.files import place, remove
 
     adapter = place(run) / "tickets"

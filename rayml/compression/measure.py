@@ -58,7 +58,7 @@ def adapting(session: MetaModel, episode: Episode) -> Callable[[], Any]:
     """Return what adapts to an episode as the run does, its support encoded anew: nothing is remembered of it."""
 
     scorer = session.scorer()
-    return lambda: list(scorer.adapted([episode], session.start, session.rates, scorer.steps))
+    return lambda: list(scorer.adapted(scorer.prepare([episode]), session.start, session.rates, scorer.steps))
 
 
 def seconds(session: MetaModel, run: Callable[[], Any]) -> float:

@@ -93,7 +93,8 @@ def choose_setting(
 
 def scores_at(contender: Contender, episode: Episode, factor: float, steps: Sequence[int]) -> list[float]:
     """Return an episode's accuracy, or, for free text, its loss, after each number of steps."""
-    points = contender.scorer.outputs([episode], contender.start, contender.scaled(factor), steps)
+    scorer = contender.scorer
+    points = scorer.outputs(scorer.prepare([episode]), contender.start, contender.scaled(factor), steps)
     return [score for outputs in points for score in score_all([episode], outputs)]
 
 
@@ -120,7 +121,8 @@ def _answer(
     contender: Contender, episode: Episode, setting: Setting, most_steps: int
 ) -> tuple[list[float], list[dict[str, Any]]]:
     at = range(most_steps + 1)
-    outputs = contender.scorer.outputs([episode], contender.start, contender.scaled(setting.factor), at)
+    scorer = contender.scorer
+    outputs = scorer.outputs(scorer.prepare([episode]), contender.start, contender.scaled(setting.factor), at)
     points = list(islice(outputs, None if contender.takes_support else 1))
     curve = [score_all([episode], outputs)[0] for outputs in points]
     if episode.labels:
@@ -170,5 +172,5 @@ def taken_in(contender: Contender, episode: Episode, setting: Setting) -> Params
     if not contender.takes_steps:
         return contender.start
     rates = contender.scaled(setting.factor)
-    *_, fast = contender.scorer.adapted([episode], contender.start, rates, setting.steps)
+    *_, fast = contender.scorer.adapted(contender.scorer.prepare([episode]), contender.start, rates, setting.steps)
     return {name: weight[0] for name, weight in fast.items()}

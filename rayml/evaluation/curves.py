@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -55,33 +56,33 @@ class Scorer:
         after the last alone.
         """
         at = (0, self.steps) if only_ends else range(self.steps + 1)
-        return curves_of(episodes, list(self.outputs(episodes, start, rates, at)))
+        return curves_of(episodes, list(self.outputs(self.prepare(episodes), start, rates, at)))
+
+    def prepare(self, episodes: Sequence[Episode]) -> "Prepared":
+        """Return episodes as the model reads them, to be learned and answered from any number of starts."""
+        return Prepared(self, episodes)
 
     def outputs(
-        self, episodes: Sequence[Episode], start: Params | None, rates: Params, at: Collection[int]
+        self, prepared: "Prepared", start: Params | None, rates: Params, at: Collection[int]
     ) -> Iterator[Outputs]:
         """Yield what is made of the queries after each number of steps in `at`, in order.
 
         What takes the support in at once is asked before and after. A start of None is the bare base.
         """
         if self.takes_steps and start is not None:
-            yield from self._step_by_step(episodes, start, rates, at)
+            for step, fast in enumerate(self.adapted(prepared, start, rates, max(at))):
+                if step in at:
+                    yield prepared.queries.outputs(fast)
         else:
-            yield from self._at_once(episodes, expand(start, len(episodes)) if start is not None else None)
+            weights = expand(start, len(prepared.episodes)) if start is not None else None
+            yield Queries(self.lm, self.encoder, prepared.episodes).outputs(weights)
+            yield prepared.queries.outputs(weights)
 
-    def _step_by_step(
-        self, episodes: Sequence[Episode], start: Params, rates: Params, at: Collection[int]
-    ) -> Iterator[Outputs]:
-        queries = Queries(self.lm, self.encoder, episodes, self.algorithm)
-        for step, fast in enumerate(self.adapted(episodes, start, rates, max(at))):
-            if step in at:
-                yield queries.outputs(fast)
-
-    def adapted(self, episodes: Sequence[Episode], start: Params, rates: Params, steps: int) -> Iterator[Params]:
+    def adapted(self, prepared: "Prepared", start: Params, rates: Params, steps: int) -> Iterator[Params]:
         """Yield the fast weights `[T, ...]` after 0, 1, ..., `steps` steps on the episodes' support."""
-        support = side_of(self.lm, self.encoder, episodes, "support")
+        support = prepared.support
         inner = InnerLoop(rates, steps, special=special_steps(support, self.unfreeze_every))
-        for adapted in inner.adapt(self.algorithm.support_losses(support), start, len(episodes)):
+        for adapted in inner.adapt(self.algorithm.support_losses(support), start, len(prepared.episodes)):
             yield adapted.fast
 
     def support_losses(self, episodes: Sequence[Episode]) -> TaskLosses:
@@ -89,9 +90,20 @@ class Scorer:
         support = side_of(self.lm, self.encoder, episodes, "support")
         return special_steps(support, self.unfreeze_every)(self.algorithm.support_losses(support))
 
-    def _at_once(self, episodes: Sequence[Episode], weights: Params | None) -> Iterator[Outputs]:
-        yield Queries(self.lm, self.encoder, episodes).outputs(weights)
-        yield Queries(self.lm, self.encoder, episodes, self.algorithm).outputs(weights)
+
+class Prepared:
+    """T episodes as the model reads them. Their batches keep what the frozen layers make of them."""
+
+    def __init__(self, scorer: Scorer, episodes: Sequence[Episode]):
+        self._scorer, self.episodes = scorer, episodes
+
+    @cached_property
+    def support(self) -> TaskSide:
+        return side_of(self._scorer.lm, self._scorer.encoder, self.episodes, "support")
+
+    @cached_property
+    def queries(self) -> "Queries":
+        return Queries(self._scorer.lm, self._scorer.encoder, self.episodes, self._scorer.algorithm)
 
 
 class Queries:

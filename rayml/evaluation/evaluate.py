@@ -70,10 +70,11 @@ def evaluate(
             found.add(known)
             progress(len(batch))
             continue
-        points = list(scorer.outputs(batch, session.start, session.rates, range(scorer.steps + 1)))
+        prepared, at = scorer.prepare(batch), range(scorer.steps + 1)
+        points = list(scorer.outputs(prepared, session.start, session.rates, at))
         part = Evaluation(
             curves_of(batch, points),
-            scorer.curves(batch, session.untrained, rates),
+            curves_of(batch, list(scorer.outputs(prepared, session.untrained, rates, at))),
             list(answered(session, scorer, batch, points)),
         )
         parts.keep(part)

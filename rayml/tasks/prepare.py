@@ -1,13 +1,15 @@
 """From a config's data section to tasks that episodes can be drawn from."""
 
 import logging
+import random
+from dataclasses import replace
 
 from rayml.errors import DataError
 from rayml.sections import Data
 from rayml.tasks.read import read_rows
 from rayml.tasks.splits import Splits, leaks, split_tasks
 from rayml.tasks.table import build_tasks, without_small_classes
-from rayml.tasks.task import Task
+from rayml.tasks.task import Example, Task
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +33,14 @@ def prepare_tasks(data: Data) -> tuple[Task, ...]:
     return tasks
 
 
+def capped(task: Task, most: int) -> Task:
+    """Return a task with so many examples of each class at most, in their order: the same ones every time."""
+    rng, kept = random.Random(task.name), set[Example]()
+    for examples in task.classes.values():
+        kept.update(rng.sample(examples, min(most, len(examples))))
+    return replace(task, examples=tuple(example for example in task.examples if example in kept))
+
+
 def prepare_splits(data: Data) -> Splits:
     """Return meta-train, meta-val and meta-test tasks.
 
@@ -40,6 +50,8 @@ def prepare_splits(data: Data) -> Splits:
     splits = split_tasks(prepare_tasks(data), data.splits.rule())
     if not splits.train:
         raise DataError("no task is left for meta-train; lower data.splits.val and data.splits.test")
+    if data.most_per_class:
+        splits = splits._replace(train=tuple(capped(task, data.most_per_class) for task in splits.train))
     leaked = leaks(splits)
     if leaked:
         text, here, there = leaked[0]
