@@ -4,7 +4,7 @@ The command line, the server and `compare` answer by what stands here.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -23,7 +23,7 @@ from rayml.lm.lora import TaskLoRA
 from rayml.lm.model import TaskLM, hooks
 from rayml.lm.peft_files import AdapterCard, encoder_of, load_learned, save_adapter, save_model, write_card
 from rayml.lm.precision import decide, has_sdpa, look_at, widest_linear
-from rayml.lm.queries import Query, first_batch, log_probs, weighed
+from rayml.lm.queries import Query, first_batch, log_probs
 from rayml.lm.sampling import Sampling
 from rayml.lm.score import ways_of
 from rayml.lm.soft_prompt import TaskPrompt
@@ -161,7 +161,7 @@ class Adapter:
             raise ConfigError(f"options: {', '.join(unknown)} not among the task's labels: {', '.join(own)}")
         return {option: own.get(option, option) for option in options or own}
 
-    def queries(self, example: Example, labels: Sequence[str]) -> list[Query]:
+    def query(self, example: Example, labels: Sequence[str]) -> Query:
         """Return what is asked about one input, in every way that the task asks in.
 
         Args:
@@ -169,11 +169,11 @@ class Adapter:
         """
         known = list(self.card.labels)
         classes = [known.index(label) for label in labels] if self.kept else []
-        if self.kept and not self.algorithm.by_tokens:
-            labels = known[:1]  # nothing of them is looked at
-        shown = self.shown if self.algorithm.keeps == "prompt" else ()
-        ways = ways_of(self.lm, self.encoder, [example], labels, shown)
-        return [Query(question, self.weights, self.algorithm, share, self.kept, classes) for share, (question,) in ways]
+        encoder, shown = self.encoder, self.shown if self.algorithm.keeps == "prompt" else ()
+        if self.kept and not self.algorithm.by_tokens:  # no label's tokens are looked at, nor how they are scored
+            encoder, labels = replace(encoder, scoring="learned", ensemble=()), known[:1]
+        ways = ways_of(self.lm, encoder, [example], labels, shown)
+        return Query(ways, self.weights, self.algorithm, self.kept, classes)
 
     @cached_property
     def algorithm(self) -> Algorithm:
@@ -195,15 +195,13 @@ class Adapter:
         return Kept(rows, [known.index(example.target) for example in self.shown])
 
     def _choose(self, asked: Sequence[Example], labels: dict[str, str]) -> list[Prediction]:
-        ways = [self.queries(example, list(labels.values())) for example in asked]
-        waiting = [query for queries in ways for query in queries]
-        scores = []
+        waiting = [self.query(example, list(labels.values())) for example in asked]
+        found = []
         while waiting:
             count = first_batch(waiting[:QUERIES], QUERY_TOKENS)
-            scores += log_probs(self.lm, self.encoder.pad, waiting[:count])
+            found += [chosen(labels, scores) for scores in log_probs(self.lm, self.encoder.pad, waiting[:count])]
             waiting = waiting[count:]
-        found = iter(scores)
-        return [chosen(labels, queries, [next(found) for _ in queries]) for queries in ways]
+        return found
 
     def _write(self, asked: Sequence[Example]) -> list[Prediction]:
         if self.encoder.is_masked:
@@ -219,9 +217,8 @@ class Adapter:
         return [Prediction(text.piece().text.strip()) for text in texts]
 
 
-def chosen(labels: Mapping[str, str], queries: Sequence[Query], found: Sequence[torch.Tensor]) -> Prediction:
-    """Return the most probable of the labels, from the log-probabilities `[options]` of each way of asking."""
-    scores = weighed([query.share for query in queries], found)
+def chosen(labels: Iterable[str], scores: torch.Tensor) -> Prediction:
+    """Return the most probable of the labels, from their log-probabilities `[options]`."""
     probabilities = dict(zip(labels, scores.exp().tolist(), strict=True))
     return Prediction(max(probabilities, key=lambda label: probabilities[label]), probabilities)
 

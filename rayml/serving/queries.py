@@ -15,8 +15,8 @@ Given = str | dict[str, str]
 """An input as clients send it: a text, or fields by their names."""
 LONGEST_TOKEN = 64
 """Characters of a token, at most: what stands before that many times the tokens that are read is not tokenized."""
-Cut = list[tuple[list[Query], bool]]
-"""What is asked about each input (`Adapter.queries`), and whether the beginning of its text was cut."""
+Cut = list[tuple[Query, bool]]
+"""What is asked about each input (`Adapter.query`), and whether the beginning of its text was cut."""
 
 
 def queries_of(adapter: Adapter, inputs: Sequence[Given], labels: list[str], context: int, truncate: bool) -> Cut:
@@ -36,16 +36,15 @@ def queries_of(adapter: Adapter, inputs: Sequence[Given], labels: list[str], con
             is_long = tokens > most
             if is_long and not truncate:
                 raise too_long(number, tokens, most)
-            queries = adapter.queries(unanswered(ending(given, LONGEST_TOKEN * most)), labels)
+            query = adapter.query(unanswered(ending(given, LONGEST_TOKEN * most)), labels)
         except DataError as error:
             if str(error).startswith("template"):
                 raise ApiError(422, f"input.{number}: {error}", f"input.{number}") from None
             message = f"options: one of them has no token, or is too long beside input.{number}"
             raise ApiError(422, message, "options") from None
-        longest = max(query.longest for query in queries)
-        if longest > context:
-            raise too_long(number, longest, context)
-        found.append((queries, is_long))
+        if query.longest > context:
+            raise too_long(number, query.longest, context)
+        found.append((query, is_long))
     return found
 
 

@@ -190,14 +190,14 @@ class Replica:
         """Score `labels`, each with what the model sees of it, for every input."""
         seen = list(labels.values())
         cut = await asyncio.to_thread(queries_of, adapter, inputs, seen, self.context, truncate)
-        asked = [[Waiting(query) for query in queries] for queries, _ in cut]
-        self.engine.classify([one for each in asked for one in each])
+        asked = [Waiting(query) for query, _ in cut]
+        self.engine.classify(asked)
+        found = await asyncio.gather(*(asyncio.wrap_future(one.answer) for one in asked))
         answers = []
-        for (queries, is_cut), each in zip(cut, asked, strict=True):
-            found = await asyncio.gather(*(asyncio.wrap_future(one.answer) for one in each))
-            best = chosen(labels, queries, found)
+        for (_, is_cut), scores in zip(cut, found, strict=True):
+            best = chosen(labels, scores)
             answers.append({"label": best.text, "probabilities": best.probabilities, "truncated": is_cut})
-        return answers, sum(len(query.question.rows[0].tokens) for queries, _ in cut for query in queries)
+        return answers, sum(len(question.rows[0].tokens) for query, _ in cut for question in query.questions)
 
     async def write(
         self, owner: str, adapter: str | None, prompts: Sequence[Given | list[Message]], sampling: Sampling
