@@ -262,7 +262,7 @@ def random_model(shape: str, config: Config, device: torch.device) -> Any:
 
 
 def peft_model(model: Any, config: Config, names: Sequence[str]) -> Any:
-    """Return PEFT's model with adapters at the same places as ours, in the base's dtype."""
+    """Return PEFT's model with adapters at the same places as ours, in float32 as its default is."""
     lora = config.lora
     return peft.get_peft_model(
         model,
@@ -270,7 +270,6 @@ def peft_model(model: Any, config: Config, names: Sequence[str]) -> Any:
             task_type="CAUSAL_LM", r=lora.rank, lora_alpha=int(lora.alpha), target_modules=list(lora.targets),
             layers_to_transform=sorted(set(map(layer_number, names))),
         ),
-        autocast_adapter_dtype=False,
     ).eval()  # fmt: skip
 
 

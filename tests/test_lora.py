@@ -14,7 +14,7 @@ from rayml.algorithms.registry import chosen
 from rayml.errors import ConfigError
 from rayml.lm.batch import IGNORE, Row, TaskBatch, collate
 from rayml.lm.load import checkpoint_activations, load_base
-from rayml.lm.lora import TaskLoRA, find_linears
+from rayml.lm.lora import MixedUpdate, TaskLoRA, find_linears
 from rayml.lm.model import TaskLM
 from rayml.lm.start import principal_start
 from rayml.meta.adapt import adapt, task_gradients
@@ -253,3 +253,24 @@ def test_only_the_last_layers_on_request(lm):
 def test_an_unknown_target_is_refused_by_name(lm):
     with pytest.raises(ConfigError, match=r"qq_proj is no linear layer of LlamaForCausalLM; it has .*q_proj"):
         find_linears(lm.module, ("qq_proj",), None)
+
+
+def test_an_update_on_a_base_of_less_precision_has_first_and_second_derivatives():
+    """Against the same in plain operations."""
+    generator = torch.Generator().manual_seed(0)
+    output, x = (torch.randn(2, 5, 6, generator=generator).requires_grad_() for _ in range(2))
+    a, b = (torch.randn(2, *shape, generator=generator).double().requires_grad_() for shape in ((3, 6), (6, 3)))
+    inputs = output, x, a, b
+
+    def plain(output, x, a, b, scale):
+        return (output.to(a.dtype) + scale * (x.to(a.dtype) @ a.mT @ b.mT)).to(output.dtype)
+
+    def slopes(update):
+        updated = update(*inputs, 0.5)
+        first = torch.autograd.grad(updated.square().sum(), inputs, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), inputs)
+        return [updated, *first, *second]
+
+    for found, expected in zip(slopes(MixedUpdate.apply), slopes(plain), strict=True):
+        assert found.dtype == expected.dtype
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

@@ -8,10 +8,13 @@ from transformers import AutoModelForCausalLM
 
 from rayml.errors import RunError
 from rayml.lm.batch import TaskBatch
+from rayml.lm.decode import Decoder
+from rayml.lm.generate import Generation
 from rayml.lm.load import load_base
 from rayml.lm.lora import TaskLoRA
 from rayml.lm.model import TaskLM
-from rayml.lm.peft_files import AdapterCard, load_learned, save_adapter, save_model, write_card
+from rayml.lm.peft_files import AdapterCard, load_learned, save_adapter, save_model, weight_name, write_card
+from rayml.lm.sampling import Sampling
 
 
 @pytest.mark.parametrize("last_layers", [None, 2])
@@ -37,6 +40,40 @@ def test_an_exported_adapter_gives_equal_logits_in_stock_peft(tiny, tmp_path, la
     assert read == card
     assert own_model is None
     assert all(torch.equal(again[name], weights[name]) for name in weights)
+
+
+def test_an_adapter_on_a_bfloat16_base_is_computed_as_peft_does(tiny, tokenizer, tmp_path):
+    """With PEFT's default, which keeps adapters in float32: the same logits, in training and where texts are written,
+    and the same gradients."""
+    module = load_base(tiny, "bfloat16")
+    lm = TaskLM(module, TaskLoRA(module, TARGETS, 4, alpha=8.0))
+    weights = perturbed_start(lm)
+    shape = {"rank": 4, "alpha": 8.0, "targets": list(TARGETS), "last_layers": None}
+    save_adapter(tmp_path / "mine", weights, make_config(tmp_path, lora=shape), tiny)
+    stock = PeftModel.from_pretrained(load_base(tiny, "bfloat16"), tmp_path / "mine", is_trainable=True)
+    theirs = {weight_name(n.replace(".default", "")): p for n, p in stock.named_parameters() if p.requires_grad}
+    assert {p.dtype for p in theirs.values()} == {torch.float32}
+    tokens = torch.randint(2, 90, (3, 12), generator=torch.Generator().manual_seed(0))
+    fast = {name: weight[None].clone().requires_grad_() for name, weight in weights.items()}
+    batch = TaskBatch(tokens, tokens.roll(-1, 1), 1)
+    logits = lm.target_logits(fast, batch)[0]
+    expected = stock(input_ids=tokens).logits.flatten(0, 1)
+    assert logits.dtype == torch.bfloat16
+    assert torch.equal(logits, expected)
+
+    def loss(logits):
+        return torch.nn.functional.cross_entropy(logits.float(), batch.targets.flatten())
+
+    loss(logits).backward()
+    loss(expected).backward()
+    for name, weight in fast.items():
+        torch.testing.assert_close(weight.grad[0], theirs[name].grad, rtol=0.02, atol=1e-4)
+
+    generation = Generation(tokenizer, tokens[0].tolist(), weights, Sampling(2), frozenset())
+    seen, take = [], generation.take
+    generation.take = lambda logits: (seen.append(logits), take(logits))
+    Decoder(lm, most_rows=1, cache_tokens=100).join([generation])
+    torch.testing.assert_close(seen[0], expected[11].float(), rtol=0, atol=2**-8)
 
 
 def test_an_exported_model_loads_in_stock_transformers_with_equal_logits(tiny, tokenizer, tmp_path):

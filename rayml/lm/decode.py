@@ -203,8 +203,7 @@ class Decoder:
             adapters = adapters[:1]
         before, stacked = self._stacked
         if len(before) != len(adapters) or any(a is not b for a, b in zip(before, adapters, strict=True)):
-            dtype = self.lm.module.dtype
-            stacked = {name: weight.to(dtype) for name, weight in (side_by_side(adapters) or {}).items()} or None
+            stacked = side_by_side(adapters)
             self._stacked = adapters, stacked
         return stacked
 

@@ -8,7 +8,7 @@ What each operation saves, in elements a token, with D = hidden, Q = query_width
                      in the model's dtype if that is another
     gated MLP        3 I: gate, activation, up
     linears          only what computes the gradient of a weight: nothing for frozen linears, the input of adapted and
-                     trained ones (q, k, v share theirs, so do gate and up), and r for an adapter
+                     trained ones (q, k, v share theirs, so do gate and up), and in fp32 r for an adapter
     below            nothing: layers below the first adapted one, nor in that one what comes before its adapters
 
 A test counts what autograd really saves.
@@ -85,7 +85,8 @@ def _adapter_input_bytes(adapted: list[Linear], config: Config, element: int, sh
     Args:
         shares_output: o_proj's input is attention's output, which sdpa keeps anyway.
     """
-    between = len(adapted) * config.lora.rank * element
+    # On a base of less precision that is computed again (`rayml.lm.lora.MixedUpdate`).
+    between = len(adapted) * config.lora.rank * element if element == FP32_BYTES else 0
     if config.regularize.lora_dropout:  # each has its own masked input, and the mask
         return between + sum(linear.inputs for linear in adapted) * (element + 1)
     inputs = {SHARED_INPUT.get(linear.name, linear.name): linear.inputs for linear in adapted}

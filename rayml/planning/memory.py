@@ -66,9 +66,6 @@ def passing(shape: Shape, config: Config, target_tokens: int, checkpointing: boo
     batch = largest_pass(config, target_tokens)
     times = 1 + (MAML_STEP * inner_steps(config) if config.algorithm.second_order else 0)
     activations = activation_bytes(shape, config, batch, checkpointing)
-    if config.model.dtype != "float32":  # the adapters' copies in the dtype of what they act on
-        cast = DTYPE_BYTES[config.model.dtype] * tasks_at_once(config) * shape.adapter(config.lora.rank)
-        activations += cast
     logits = logits_bytes(shape, config, batch)
     return [Part("activations", int(times * activations)), Part("logits", int(times * logits))]
 
