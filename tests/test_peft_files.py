@@ -49,7 +49,7 @@ def test_an_adapter_on_a_bfloat16_base_is_computed_as_peft_does(tiny, tokenizer,
     lm = TaskLM(module, TaskLoRA(module, TARGETS, 4, alpha=8.0))
     weights = perturbed_start(lm)
     shape = {"rank": 4, "alpha": 8.0, "targets": list(TARGETS), "last_layers": None}
-    save_adapter(tmp_path / "mine", weights, make_config(tmp_path, lora=shape), tiny)
+    save_adapter(tmp_path / "mine", weights, shape, tiny)
     stock = PeftModel.from_pretrained(load_base(tiny, "bfloat16"), tmp_path / "mine", is_trainable=True)
     theirs = {weight_name(n.replace(".default", "")): p for n, p in stock.named_parameters() if p.requires_grad}
     assert {p.dtype for p in theirs.values()} == {torch.float32}
