@@ -190,7 +190,7 @@ def test_labels_are_learned_as_they_are_scored(tiny, tokenizer, label_loss):
     texts = (Example("x", "some text"), Example("yy", "more"))
     episodes = [Episode(0, "labels", support, (), dict.fromkeys(labels, "")), Episode(0, "text", texts, (), {})]
     with torch.no_grad():
-        found = lm.losses(fast, side_of(encoder, episodes, "support", lm.device))
+        found = side_of(lm, encoder, episodes, "support").losses(fast)
         both = [{name: weight[t : t + 1] for name, weight in fast.items()} for t in (0, 1)]
         if label_loss == "options":
             chosen = [one_at_a_time(lm, both[0], encoder, e.input, labels)[labels.index(e.target)] for e in support]
