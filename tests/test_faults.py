@@ -1,9 +1,5 @@
 """Workers, nodes and drivers that are lost, hang, or are about to be taken away."""
 
-import os
-import signal
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,7 +27,6 @@ from rayml.distributed.roll import Roll
 from rayml.distributed.train import train
 from rayml.engine import collective
 from rayml.errors import TrainingError
-from rayml.runs.checkpoint import newest_checkpoint, step_of
 from rayml.runs.folder import RunFolder
 
 
@@ -116,30 +111,6 @@ def test_without_room_for_workers_training_ends_and_says_so(tmp_path, capsys, mo
     with ThreadPoolExecutor(1) as pool, pytest.raises(TrainingError, match=r"within run.longest_wait=4 seconds"):
         pool.submit(train, config).result()
     assert "the cluster has" in capsys.readouterr().err
-
-
-@pytest.mark.ray
-def test_ctrl_c_leaves_a_checkpoint_of_the_step_it_came_in(tmp_path):
-    config = make_config(tmp_path, outer={"steps": 100_000}, run={"checkpoint_every": 100_000})
-    # Where the tests run in the background Ctrl-C is ignored, which a child takes over.
-    heeding = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
-    command = [sys.executable, "-c", f"{heeding}; import rayml.cli; rayml.cli.main()"]
-    command += ["train", str(write(tmp_path, config))]
-    run = RunFolder(config.run.dir)
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    try:
-        deadline = time.monotonic() + 90
-        while len(run.records()) < 3:
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to all
-        _, errors = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 130, errors
-    assert "stopped; --resume goes on" in errors
-    assert "Traceback" not in errors, errors
-    assert step_of(newest_checkpoint(run.checkpoints)) == len(run.records())
 
 
 def test_fewest_and_most_workers_are_checked_before_the_start(tmp_path):

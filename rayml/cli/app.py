@@ -11,7 +11,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from rayml.errors import RaymlError
-from rayml.interrupt import heed_sigterm
+from rayml.interrupt import heed, status
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -21,13 +21,13 @@ class Commands(TyperGroup):
     """Ends any command that Ctrl-C or SIGTERM interrupts with one line: what it says is kept, if anything."""
 
     def invoke(self, ctx: Any) -> Any:
-        heed_sigterm()
+        heed()
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as end:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # what ends now is not to be interrupted again
             err.print(f"stopped{f': {end}' if str(end) else ''}", markup=False, highlight=False, soft_wrap=True)
-            raise typer.Exit(getattr(end, "status", 130)) from None
+            raise typer.Exit(status(end)) from None
 
 
 app = typer.Typer(

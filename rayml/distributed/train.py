@@ -3,8 +3,9 @@
 import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -26,7 +27,7 @@ from rayml.distributed.trackers import check_trackers
 from rayml.distributed.watch import START_SECONDS, Watch, end_run
 from rayml.distributed.worker import train_worker
 from rayml.errors import ConfigError, TrainingError
-from rayml.interrupt import heed_sigterm, kept
+from rayml.interrupt import heed_again, kept
 from rayml.lm.encode import Encoder
 from rayml.lm.load import load_shape, load_tokenizer, resolve_model
 from rayml.lm.lora import A, B, find_linears
@@ -175,7 +176,7 @@ def start_ray(config: Config, at_once: int = 1) -> None:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
     ray.init(logging_level=logging.ERROR, log_to_driver=False, runtime_env={"env_vars": WORKER_ENV}, **own)
-    heed_sigterm()
+    heed_again()
     if not own:
         there = ray.cluster_resources()
         try:
@@ -284,21 +285,32 @@ def finished(trainer: TorchTrainer, run: RunFolder, roll: Any, console: Console)
 
     In a thread of its own, where Ray Train lets Ctrl-C be: its handler would stay after its end.
     """
-    with ThreadPoolExecutor(1) as pool:
-        training = pool.submit(trainer.fit)
-        try:
-            return training.result().return_value  # type: ignore[attr-defined]
-        except KeyboardInterrupt as end:
-            stopped = end
-        console.print("stopping after this outer step, with a checkpoint, or in a few seconds without")
-        run.tell_to_stop()
-        with suppress(KeyboardInterrupt, TimeoutError):
-            training.result(timeout=SECONDS_TO_STOP)
-        if not training.done():
-            end_run(roll)
+    training: Future[Any] = Future()
+    threading.Thread(target=lambda: settle(training, trainer.fit), daemon=True).start()
+    try:
+        return training.result().return_value
+    except KeyboardInterrupt as end:
+        stopped = end
+    console.print("stopping after this outer step, with a checkpoint, or in a few seconds without")
+    run.tell_to_stop()
+    with suppress(KeyboardInterrupt, Exception):  # what came of it, its checkpoints tell
+        training.result(timeout=SECONDS_TO_STOP)
     folder = newest_checkpoint(run.checkpoints)
     learned = f"{step_of(folder)} outer steps are kept in {run.path}" if folder else "no outer step is kept"
-    raise kept(stopped, f"{learned}; the same command with --resume goes on") from None
+    message = f"{learned}; the same command with --resume goes on"
+    stopped = kept(stopped, message)
+    if not training.done():
+        with suppress(ray.exceptions.RayError):
+            end_run(roll)
+    raise stopped from None
+
+
+def settle(future: Future[Any], work: Callable[[], Any]) -> None:
+    """Give a future what comes of some work."""
+    try:
+        future.set_result(work())
+    except BaseException as error:
+        future.set_exception(error)
 
 
 def no_room(run: RunFolder, longest_wait: float) -> TrainingError:

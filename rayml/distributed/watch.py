@@ -103,7 +103,7 @@ class Watch:
 
 def end_run(roll: Any) -> None:
     """Kill the controller, and with it whatever it started: it has no other way out while it looks for room."""
-    controller = ray.get(roll.controlling.remote())
+    controller = ray.get(roll.controlling.remote(), timeout=1)
     if controller is not None:
         ray.kill(controller)
 
