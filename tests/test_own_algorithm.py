@@ -59,7 +59,7 @@ def test_the_algorithm_of_the_tutorial_is_trained_evaluated_and_answers(tmp_path
     task = toy_tasks(tasks=1, classes=3, per_class=4, seed=9)[0]
     file = tmp_path / "few.jsonl"
     file.write_text("".join(json.dumps({"input": e.input, "target": e.target}) + "\n" for e in task.examples))
-    load(run).adapt(file).save(tmp_path / "new")
+    load(run, checkpoint="newest").adapt(file).save(tmp_path / "new")
     predictor = load_adapter(tmp_path / "new")
     assert predictor.algorithm == config.algorithm
     seen = [predictor.predict(e.input).text == e.target for e in task.examples]
