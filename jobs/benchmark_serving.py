@@ -24,7 +24,6 @@ from peft import LoraConfig, get_peft_model
 from rayml.config import Config, parse_config
 from rayml.engine import local
 from rayml.evaluation.learn import lesson, take_in
-from rayml.evaluation.session import Session
 from rayml.lm.decode import Decoder
 from rayml.lm.generate import Generation
 from rayml.lm.load import load_tokenizer, resolve_model
@@ -34,6 +33,7 @@ from rayml.lm.peft_files import PREFIX
 from rayml.lm.precision import device_for, settled
 from rayml.lm.sampling import Sampling
 from rayml.meta.adapt import Params
+from rayml.model import MetaModel
 from rayml.tasks.task import Example, Task
 
 TICKET = "the a card was charged twice this month app crashes when I open it where is my parcel"
@@ -97,7 +97,7 @@ def numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-def open_session(options: argparse.Namespace) -> Session:
+def open_session(options: argparse.Namespace) -> MetaModel:
     """Return a session as a server has it, but for its start, which is drawn: that changes no second."""
     config: Config = parse_config(
         {
@@ -113,12 +113,12 @@ def open_session(options: argparse.Namespace) -> Session:
     config, precision = settled(config, base, [device_for(config, base, device)])
     module = local.load(base, config.model.dtype, config.model.attention, device)
     lm = TaskLM(module, TaskLoRA(module, **config.lora.shape()))
-    session = Session(config, lm, config.encoder(load_tokenizer(base)), base, {}, {}, 0, {}, precision)
+    session = MetaModel(config, lm, config.encoder(load_tokenizer(base)), base, {}, {}, 0, {}, precision)
     start = draw(session, 0)
     return dataclasses.replace(session, start=start, rates={name: torch.tensor(0.01, device=device) for name in start})
 
 
-def draw(session: Session, seed: int) -> Params:
+def draw(session: MetaModel, seed: int) -> Params:
     """Return an adapter that changes what is said, and not so much that it is noise."""
     assert session.lm.adapter is not None
     generator = torch.Generator().manual_seed(seed)
@@ -130,7 +130,7 @@ def draw(session: Session, seed: int) -> Params:
 class Peers:
     """The same rows, by ours, by the bare base, and by PEFT, which is loaded beside it on a base of its own."""
 
-    def __init__(self, session: Session, adapters: list[Params], options: argparse.Namespace):
+    def __init__(self, session: MetaModel, adapters: list[Params], options: argparse.Namespace):
         self.session, self.adapters, self.options = session, adapters, options
         device = session.lm.device
         lora = session.config.lora
@@ -214,7 +214,7 @@ class Peers:
             )  # fmt: skip
 
 
-def learning(session: Session, examples: int, clients: int, options: argparse.Namespace) -> dict[str, Any]:
+def learning(session: MetaModel, examples: int, clients: int, options: argparse.Namespace) -> dict[str, Any]:
     """Time `clients` lessons of `examples` examples each, in one inner loop, and one after the other."""
     generator = torch.Generator().manual_seed(examples)
 

@@ -5,6 +5,7 @@ The sections lie in `rayml.sections`.
 
 import copy
 import difflib
+import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -38,9 +39,13 @@ if TYPE_CHECKING:
     from rayml.runs.files import Place
 
 S = TypeVar("S", bound=BaseModel)
+Overrides = Mapping[str, Any] | Sequence[str]
+"""What is changed of a config: values by dotted or nested keys, or `key=value` texts as on the command line."""
 
 
 class Config(Section):
+    """A run's settings, checked; one YAML a run. `rayml config --keys` prints every key, its default and meaning."""
+
     model: Model
     data: Data
     run: Run
@@ -161,9 +166,17 @@ def impossible(config: Config) -> list[str]:
     return [reason for reason, holds in rules.items() if holds] + list(config.algorithm.refuses(config))
 
 
-def load_config(path: "str | Place", overrides: Sequence[str] = ()) -> Config:
-    """Return the config of a YAML file with `key=value` overrides, or raise ConfigError with every mistake in it."""
-    return parse_config(read_values(path, overrides), str(path))
+def load_config(config: "Config | Mapping[str, Any] | str | Place", overrides: Overrides | None = None) -> Config:
+    """Return the checked config of a YAML file, or of nested values, after the overrides.
+
+    Args:
+        config: the path or URI of a YAML file, a `Config`, or nested values.
+        overrides: `{"inner.lr": 0.1}`, `{"inner": {"lr": 0.1}}`, or `["inner.lr=0.1"]`.
+
+    Raises:
+        ConfigError: the file cannot be read, or with every mistake in it.
+    """
+    return parse_config(*values_of(config, overrides))
 
 
 def read_values(path: "str | Place", overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -234,11 +247,50 @@ def settings_of_algorithms(prefix: str) -> dict[str, tuple[Any, str]]:
 
 
 def with_values(values: dict[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return nested values with dotted keys set to what `settings` gives."""
+    """Return nested values with dotted keys set to what `settings` gives, the algorithm before its settings."""
     values = copy.deepcopy(values)
-    for key, value in settings.items():
+    for key, value in sorted(settings.items(), key=lambda item: item[0] != "algorithm.name"):
         _set(values, key, value)
     return values
+
+
+def values_of(
+    config: "Config | Mapping[str, Any] | str | Place", overrides: Overrides | None = None, **more: Any
+) -> tuple[dict[str, Any], str]:
+    """Return the nested values of a config in any form after all overrides, not checked yet, and what to call it.
+
+    Args:
+        config: the path or URI of a YAML file, a `Config`, or nested values.
+        overrides: `{"inner.lr": 0.1}`, `{"inner": {"lr": 0.1}}`, or `["inner.lr=0.1"]`.
+        more: the same as keywords: `workers=2`, `inner={"lr": 0.1}`, `**{"inner.lr": 0.1}`.
+
+    Raises:
+        ConfigError: the file cannot be read, or an override is none.
+    """
+    source = "the config"
+    if isinstance(config, Config):
+        values = config.model_dump(mode="json")
+    elif isinstance(config, Mapping):
+        values = with_values({}, dotted(config))
+    else:
+        values, source = read_values(config), str(config)
+    if isinstance(overrides, Mapping):
+        values = with_values(values, dotted(overrides))
+    else:
+        _override_all(values, overrides or ())
+    return with_values(values, dotted(more)), source
+
+
+def dotted(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return settings by dotted keys: `{"inner": {"lr": 0.1}}` and `{"inner.lr": 0.1}` are the same."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        key = prefix + name
+        if isinstance(value, Mapping) and any(known.startswith(f"{key}.") for known in keys()):
+            found |= dotted(value, f"{key}.")
+        else:
+            found[key] = os.fspath(value) if isinstance(value, os.PathLike) else value
+    return found
 
 
 def _override_all(values: dict[str, Any], overrides: Sequence[str]) -> None:

@@ -199,8 +199,9 @@ class Validation(Section):
     episodes: PositiveInt = 32
     """Episodes of a validation, the same every time."""
     patience: NotNegativeInt = 0
-    """Stop after this many validations without a better score, and use the best checkpoint from then on; 0 never
-    stops. The best checkpoint is kept in either case. Without a task for meta-val it has no effect."""
+    """Stop after this many validations without a better score; 0 never stops. The best checkpoint is kept in either
+    case, and is what is read from then on (`--checkpoint newest` reads the last). Without a task for meta-val it has no
+    effect."""
 
 
 class Regularize(Section):

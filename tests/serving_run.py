@@ -8,19 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_config, perturbed_start
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from rayml.evaluation.command import adapt_run
 from rayml.lm.load import load_base, resolve_model
 from rayml.lm.lora import TaskLoRA
 from rayml.lm.model import TaskLM
+from rayml.model import load
 from rayml.runs.checkpoint import folder_name, seal, write_state
 from rayml.runs.folder import RunFolder
 from rayml.serving.replica import Replica
 from rayml.serving.schema import AdapterRequest, ClassifyRequest
 from rayml.serving.settings import Serving
-from rayml.serving.store import adapter_id
+from rayml.serving.store import Manifest, adapter_id
 from rayml.tasks.prepare import prepare_splits
 
 TICKETS = [
@@ -72,7 +71,7 @@ def learned(run, tmp_path):
     """A folder that `rayml adapt` wrote."""
     file = tmp_path / "few.jsonl"
     file.write_text("\n".join(map(json.dumps, examples())))
-    adapt_run(run.path, file, tmp_path / "tickets", None, Console(quiet=True))
+    load(run).adapt(file).save(tmp_path / "tickets")
     return tmp_path / "tickets"
 
 
@@ -114,3 +113,15 @@ def change_weights(folder: Path, change):
 
 def first(tensors, kind):
     return next(name for name in tensors if kind in name)
+
+
+def change_card(folder: Path, **changes):
+    path = folder / "rayml.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def manifest_of(name: str, number: int = 0, **more) -> Manifest:
+    return Manifest(
+        id=adapter_id(name, number), name=name, created_at=number, expires_at=more.get("expires_at"),
+        examples=2, steps=3, loss_before=1.0, loss_after=0.5, seconds=0.1,
+    )  # fmt: skip

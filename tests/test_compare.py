@@ -11,15 +11,18 @@ import torch
 from conftest import make_config, tiny_lm, toy_tasks
 from rich.console import Console
 from test_train_algorithms import config_for
+from typer.testing import CliRunner
 
+import rayml
+from rayml.cli import app
 from rayml.config import with_values
 from rayml.distributed.compare import code, compare, fingerprint_of
 from rayml.distributed.entries import METHODS, Entry, Request, plan, tokens_per_step
 from rayml.errors import ConfigError, DataError, RunError
 from rayml.evaluation.answers import Contender, Setting, choose_setting, label_answers, taken_in
-from rayml.evaluation.session import untrained_session
 from rayml.lm.objective import training_sides
 from rayml.meta.adapt import InnerLoop
+from rayml.model import untrained_model
 from rayml.planning.batch import trained_tokens
 from rayml.runs.checkpoint import seal, write_state
 from rayml.runs.folder import RunFolder
@@ -131,7 +134,7 @@ def test_a_text_is_written_with_what_its_episode_taught(tmp_path):
         Task("copy", tuple(Example(f"say {word}", f"{word} {word}") for word in ("ab", "cd", "ef", "gh", "ij", "kl")))
     ]
     config = make_config(tmp_path, data={"max_tokens": 24})
-    session = untrained_session(config, toy_tasks())
+    session = untrained_model(config, toy_tasks())
     contender = Contender(session.scorer(), session.start, session.rates)
     episode = replace(make_sampler().episode(tasks, 0), query=())
     losses = contender.scorer.support_losses([episode])
@@ -280,8 +283,16 @@ def test_a_comparison_goes_on_where_it_stopped_and_its_tables_follow_from_its_an
     request = replace(REQUEST, methods=["zero_shot", "lora", "multitask", "fomaml"])
     out = Console(width=200)
 
-    compare(values, "here", request, folder, "rayml compare", True, out)
-    planned = capsys.readouterr().out
+    (tmp_path / "compare.yaml").write_text(json.dumps(values))
+    command = [
+        "compare",
+        str(tmp_path / "compare.yaml"),
+        "--methods=fomaml",
+        "--seeds=1",
+        "--rates=0.5,1",
+        "--steps=1,2",
+    ]
+    planned = CliRunner().invoke(app, [*command, "--val-episodes=2", f"--out={folder}", "--dry-run"]).output
     assert re.search(r"fomaml +1 +4 +\d+ +\d+", planned)
     assert "4 settings tried on 2 meta-val episodes" in planned
     assert not folder.exists()
@@ -331,8 +342,9 @@ def test_a_comparison_goes_on_where_it_stopped_and_its_tables_follow_from_its_an
             compare(values, "here", replace(request, methods=["fomaml"]), folder, "", False, out)
 
     # A run folder takes part as it is; more episodes are asked anew.
-    request = replace(request, methods=["zero_shot"], runs=[folder / "multitask-0"], episodes=2)
-    other = compare(values, "here", request, tmp_path / "other", "", False, out)
+    asked = {"val_episodes": request.val_episodes, "rates": request.factors, "steps": request.steps}
+    runs = [folder / "multitask-0"]
+    other = rayml.compare(values, methods=["zero_shot"], runs=runs, episodes=2, out=tmp_path / "other", **asked)
     names = [row["method"] for row in other["kinds"]["label"]["methods"]]
     assert names == ["zero_shot", "multitask-0"]
     assert other["baseline"] == "zero_shot"

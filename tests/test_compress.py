@@ -16,7 +16,6 @@ from rayml.compression.prune import cut_adapters, cut_mlps, gated_mlps
 from rayml.compression.quantize import quantize_base
 from rayml.compression.student import evenly_spaced, write_student
 from rayml.errors import ConfigError, RunError
-from rayml.evaluation.session import open_session
 from rayml.lm.batch import TaskBatch
 from rayml.lm.choices import IGNORE
 from rayml.lm.load import load_base
@@ -25,6 +24,7 @@ from rayml.lm.model import TaskLM
 from rayml.lm.objective import side_batch
 from rayml.meta.adapt import adapt, expand, task_gradients
 from rayml.meta.learner import Learner, initial_log_rates
+from rayml.model import load
 
 QUIET = Console(quiet=True)
 HOW = Distillation(steps=2, lr=1e-3, temperature=2.0, hard=0.3)
@@ -188,7 +188,7 @@ def test_the_result_is_a_run_that_can_be_used(run, tmp_path, way):
     if "quantize" in way:
         pytest.importorskip({"int8": "torchao", "int4": "bitsandbytes"}[way["quantize"]])
     found = compressed(run, tmp_path / "small", **way)
-    session = open_session(make_folder(tmp_path / "small"))
+    session = load(make_folder(tmp_path / "small"))
     assert session.base == str(tmp_path / "small" / "base")
     assert found["after"]["weights_bytes"] < 0.9 * found["before"]["weights_bytes"]
     assert json.loads((tmp_path / "small" / "compression.json").read_text()) == found

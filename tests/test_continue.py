@@ -16,7 +16,7 @@ from rayml.distributed.continuing import FORGETTING, old_run, report_forgetting,
 from rayml.distributed.train import train
 from rayml.engine import local
 from rayml.errors import ConfigError, DataError, RunError
-from rayml.evaluation.session import open_session, start_of
+from rayml.model import load, start_of
 from rayml.runs.folder import RunFolder
 from rayml.tasks.prepare import prepare_splits
 
@@ -56,9 +56,9 @@ def test_a_run_goes_on_from_another_and_resumes_bit_for_bit(old, tmp_path, local
     assert "before and after: 32 of 32" in told
     assert "replayed as this config shows them" not in told
     # It began where the old one ended, and went on from there.
-    begun, then = whole.read_untrained(), open_session(old)
+    begun, then = whole.read_untrained(), load(old)
     assert all(torch.equal(begun[name], then.start[name]) for name in begun)
-    now = open_session(whole)
+    now = load(whole)
     assert any(not torch.equal(now.start[name], then.start[name]) for name in begun)
     assert now.rates.keys() == then.rates.keys()
 
@@ -71,15 +71,15 @@ def test_a_run_goes_on_from_another_and_resumes_bit_for_bit(old, tmp_path, local
 
     # Cut off while that was measured, it is made up for; both starts are asked on one base.
     (whole.path / FORGETTING).unlink()
-    loaded, load = [], local.load
-    monkeypatch.setattr(local, "load", lambda *args: (loaded.append(args), load(*args))[1])
+    loaded, load_base = [], local.load
+    monkeypatch.setattr(local, "load", lambda *args: (loaded.append(args), load_base(*args))[1])
     train(new_config(tmp_path, old), resume=True)
     assert len(loaded) == 1
     assert json.loads((whole.path / FORGETTING).read_text()) == found
 
     # Cut off after two steps and resumed it comes to the same.
     shutil.rmtree(whole.checkpoints / "step_00000004")
-    resumed = open_session(train(new_config(tmp_path, old), resume=True))
+    resumed = load(train(new_config(tmp_path, old), resume=True))
     assert [record["step"] for record in whole.records()] == [1, 2, 3, 4]
     assert all(torch.equal(resumed.start[name], now.start[name]) for name in now.start)
 
@@ -113,7 +113,7 @@ def test_old_episodes_have_their_share_and_scores_are_of_the_same_episodes(old, 
     scores = report_forgetting(old, found, found.splits, Console(quiet=True))
     assert all(ends["change"] == {"mean": 0.0, "low": 0.0, "high": 0.0} for ends in scores.values())
     start, _ = start_of(old)
-    assert all(torch.equal(start[name], weight) for name, weight in open_session(old).start.items())
+    assert all(torch.equal(start[name], weight) for name, weight in load(old).start.items())
 
 
 @pytest.mark.ray

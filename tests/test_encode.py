@@ -12,7 +12,7 @@ from rayml.lm.batch import IGNORE, collate, encode
 from rayml.lm.choices import Competition, compete
 from rayml.lm.encode import Encoder, decode_rows
 from rayml.lm.load import load_tokenizer, resolve_model
-from rayml.lm.score import Ballot, OptionBatch
+from rayml.lm.score import Ballot, OptionBatch, Question, may_fork, ways_of
 from rayml.tasks.episodes import Episode, Sampler
 from rayml.tasks.task import Example, Task
 
@@ -116,7 +116,8 @@ class OneTokenLabels(Encoder):
 def test_options_score_as_one_sequence_at_a_time(tiny, tokenizer, one_token, attention, window):
     lm = tiny_lm(tiny, attention=attention)
     lm.module.config.sliding_window = window  # a mask of our own would switch it off
-    may_fork = not window
+    forks = may_fork(lm.module)
+    assert forks == (not window)
     start = perturbed_start(lm)
     fast = {name: torch.stack([weight, weight * 0.5]) for name, weight in start.items()}
     encoder = (OneTokenLabels if one_token else Encoder)(tokenizer, "{input}:", 40)
@@ -127,9 +128,10 @@ def test_options_score_as_one_sequence_at_a_time(tiny, tokenizer, one_token, att
         encoder.option_rows([Example(one, "") for one in some], among)
         for some, among in zip(texts, options, strict=True)
     ]
-    batch = OptionBatch(lm, encoder, rows)
+    questions = [[Question(query, encoder, forks) for query in task] for task in rows]
+    batch = OptionBatch(lm, encoder.pad, questions)
     # The first task's options are scored by all of their tokens, the second's by those where they part.
-    assert len(batch.batch.tokens) == 2 * (3 if one_token or may_fork else max(2 * 4, 3 * 2))
+    assert len(batch.batch.tokens) == 2 * (3 if one_token or forks else max(2 * 4, 3 * 2))
     with torch.no_grad():
         found = batch.log_probs(fast)
         for t in range(2):
@@ -163,13 +165,17 @@ def test_what_labels_are_chosen_among_is_found_once_for_all_who_ask(tiny, tokeni
     monkeypatch.setattr(Competition, "__init__", lambda self, labels: (built.append(labels), build(self, labels))[1])
     lm, encoder = tiny_lm(tiny), Encoder(tokenizer, "{input}:", 40)
     labels = ["hamster", "hammock", "eggs"]
-    ballot = Ballot(lm, encoder, [encoder.questions([Example(word, "") for word in ("a", "bb", "ccc")], labels)] * 2)
+    ballot = Ballot(
+        lm, encoder.pad, [ways_of(lm, encoder, [Example(word, "") for word in ("a", "bb", "ccc")], labels)] * 2
+    )
     expected = ballot.log_probs(None)
     rows = encoder.rows([Example("a", label) for label in labels], is_label=True)
     for _ in range(2):
         collate([rows], encoder.pad, [encoder.competing(labels)])
     assert len(built) == 1
-    again = Ballot(lm, encoder, [encoder.questions([Example(word, "") for word in ("a", "bb", "ccc")], labels)] * 2)
+    again = Ballot(
+        lm, encoder.pad, [ways_of(lm, encoder, [Example(word, "") for word in ("a", "bb", "ccc")], labels)] * 2
+    )
     for one, other in zip(again.log_probs(None), expected, strict=True):
         assert torch.equal(one, other)
 
@@ -184,7 +190,7 @@ def test_labels_are_learned_as_they_are_scored(tiny, tokenizer, label_loss):
     texts = (Example("x", "some text"), Example("yy", "more"))
     episodes = [Episode(0, "labels", support, (), dict.fromkeys(labels, "")), Episode(0, "text", texts, (), {})]
     with torch.no_grad():
-        found = lm.losses(fast, side_of(encoder, episodes, "support", lm.device))
+        found = side_of(lm, encoder, episodes, "support").losses(fast)
         both = [{name: weight[t : t + 1] for name, weight in fast.items()} for t in (0, 1)]
         if label_loss == "options":
             chosen = [one_at_a_time(lm, both[0], encoder, e.input, labels)[labels.index(e.target)] for e in support]

@@ -9,14 +9,13 @@ from conftest import make_config, perturbed_start, tiny_lm, toy_tasks
 from test_lora import random_batch
 
 from rayml.distributed.entries import METHODS
-from rayml.evaluation.learn import learn
-from rayml.evaluation.session import untrained_session
 from rayml.lm.adversarial import adversarial
 from rayml.lm.depth import depth_of, rate_factors, thawing
 from rayml.lm.load import load_base, load_tokenizer
 from rayml.lm.model import TaskLM
 from rayml.lm.objective import special_steps, training_sides
 from rayml.meta.adapt import InnerLoop, adapt, expand
+from rayml.model import untrained_model
 from rayml.tasks.prepare import prepare_splits
 
 LAYERS = 4
@@ -97,11 +96,11 @@ def test_the_methods_of_compare_fine_tune_the_model_itself(name, tmp_path):
     values = make_config(tmp_path).model_dump(mode="json")
     config = parse_config(values, name, [f"{key}={value}" for key, value in overrides])
     splits = prepare_splits(config.data)
-    session = untrained_session(config, splits.train)
-    learned = learn(session, splits.test[0], steps=2)
+    model = untrained_model(config, splits.train)
+    learned = model.adapt([(e.input, e.target) for e in splits.test[0].examples], steps=2)
     assert learned.losses[-1] < learned.losses[0]
-    moved = {n for n, weight in learned.weights.items() if not torch.equal(weight, session.start[n])}
-    lowest = min(depth_of(session.lm.module, n) for n in moved)
+    moved = {n for n, weight in learned.weights.items() if not torch.equal(weight, model.start[n])}
+    lowest = min(depth_of(model.lm.module, n) for n in moved)
     assert lowest == {"full": -1, "top_layers": 2, "gradual": 2, "discriminative": -1}[name]
 
 

@@ -12,6 +12,7 @@ import rayml
 HEAVY = {"torch", "transformers", "peft", "deepspeed", "ray"}
 MAY_LOAD = {
     "cli": set(),
+    "api": set(),
     "progress": set(),
     "config": set(),
     "sections": set(),
@@ -26,6 +27,8 @@ MAY_LOAD = {
     "lm": HEAVY - {"ray"},  # transformers itself imports deepspeed where it is installed
     "engine": HEAVY - {"ray"},
     "evaluation": HEAVY - {"ray"},
+    "adapter": HEAVY - {"ray"},
+    "model": HEAVY - {"ray"},
     "compression": HEAVY - {"ray"},
     "distributed": HEAVY,
     "serving": HEAVY,

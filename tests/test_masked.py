@@ -9,7 +9,6 @@ import pytest
 import torch
 from conftest import make_config, training_here
 from peft import PeftModel
-from rich.console import Console
 from transformers import (
     AutoModelForMaskedLM,
     BertConfig,
@@ -18,20 +17,19 @@ from transformers import (
     RobertaConfig,
 )
 
+from rayml.adapter import load_adapter
 from rayml.distributed.train import train
 from rayml.errors import DataError
-from rayml.evaluation.command import adapt_run
 from rayml.evaluation.evaluate import trained_curves
-from rayml.evaluation.predict import Predictor
-from rayml.evaluation.session import open_session
 from rayml.lm.batch import collate
 from rayml.lm.encode import Encoder
 from rayml.lm.load import load_base, load_tokenizer, resolve_model
 from rayml.lm.lora import B, TaskLoRA
 from rayml.lm.model import TaskLM
 from rayml.lm.sampling import Sampling
-from rayml.lm.score import Ballot
+from rayml.lm.score import Ballot, ways_of
 from rayml.meta.adapt import task_gradients
+from rayml.model import load
 from rayml.serving.errors import ApiError
 from rayml.serving.replica import Replica
 from rayml.serving.schema import AdapterRequest, ClassifyRequest
@@ -125,8 +123,8 @@ def test_other_encoders_are_asked_at_the_mask_of_several_lengths(kind, words, tm
     assert encoder.is_masked
     lm = TaskLM(load_base(str(tmp_path), "float32"), None)
     texts, options = ["hello", "a rather longer one than that"], ["A", "B", "C"]
-    ways = encoder.questions([Example(text, "") for text in texts], options)
-    (found,) = Ballot(lm, encoder, [ways]).log_probs(None)
+    ways = ways_of(lm, encoder, [Example(text, "") for text in texts], options)
+    (found,) = Ballot(lm, encoder.pad, [ways]).log_probs(None)
     ids = [words(f" {option}", add_special_tokens=False)["input_ids"][0] for option in options]
     for text, scores in zip(texts, found, strict=True):
         tokens = words(f"{text}: [MASK]", return_tensors="pt")["input_ids"]
@@ -159,7 +157,7 @@ def run(tmp_path_factory, local_ray):
 
 @pytest.mark.ray
 def test_a_masked_model_learns_to_learn(run):
-    session = open_session(run)
+    session = load(run)
     tasks = prepare_splits(session.config.data).test
     curves = trained_curves(session, tasks, session.config.data.sampler(seed=7), 40)
     before, after = (sum(curve.scores[k] for curve in curves) / len(curves) for k in (0, -1))
@@ -171,8 +169,8 @@ def test_its_adapter_is_stock_peft_and_predicts(run, path, tmp_path):
     examples = tmp_path / "few.jsonl"
     pairs = [("ab ab xy", "first"), ("ab zz ab", "first"), ("cd cd xy", "second"), ("cd qq cd", "second")]
     examples.write_text("".join(json.dumps({"input": text, "target": label}) + "\n" for text, label in pairs))
-    adapt_run(run.path, examples, tmp_path / "adapter", None, Console(quiet=True))
-    predictor = Predictor(tmp_path / "adapter")
+    load(run).adapt(examples).save(tmp_path / "adapter")
+    predictor = load_adapter(tmp_path / "adapter")
     found = predictor.predict("ab ab no").probabilities
     stock = PeftModel.from_pretrained(AutoModelForMaskedLM.from_pretrained(path), tmp_path / "adapter").eval()
     words = predictor.encoder.tokenizer

@@ -13,13 +13,14 @@ from serving_run import TEXTS, TICKETS, ask, examples, learn, make_run, request
 from test_algorithms import START, WEIGHTS, losses, rates, run
 from test_compare import REQUEST
 
+from rayml.adapter import load_adapter
 from rayml.algorithms.registry import chosen
+from rayml.api import evaluate
 from rayml.config import load_config, parse_config
 from rayml.distributed.compare import compare
 from rayml.distributed.train import train
 from rayml.errors import ConfigError, RunError
-from rayml.evaluation.command import adapt_run, evaluate_run
-from rayml.evaluation.predict import Predictor
+from rayml.model import load
 from rayml.serving.adapter_files import read_adapter
 from rayml.serving.replica import Replica
 from rayml.serving.settings import Serving
@@ -52,14 +53,14 @@ def test_the_algorithm_of_the_tutorial_is_trained_evaluated_and_answers(tmp_path
     assert load_config(run.config) == config  # its settings are kept
     records = run.records()
     assert records[-1]["query_loss"] != records[0]["query_loss"]
-    found = evaluate_run(run.path, None, None, None, 2, 0, "test", None, None, QUIET, QUIET)
+    found = evaluate(run.path, episodes=2)
     assert found["algorithm"] == MATCHING["name"]
     assert found["overall"]["episodes"] == 2
     task = toy_tasks(tasks=1, classes=3, per_class=4, seed=9)[0]
     file = tmp_path / "few.jsonl"
     file.write_text("".join(json.dumps({"input": e.input, "target": e.target}) + "\n" for e in task.examples))
-    adapt_run(run.path, file, tmp_path / "new", None, QUIET)
-    predictor = Predictor(tmp_path / "new")
+    load(run).adapt(file).save(tmp_path / "new")
+    predictor = load_adapter(tmp_path / "new")
     assert predictor.algorithm == config.algorithm
     seen = [predictor.predict(e.input).text == e.target for e in task.examples]
     assert all(seen)  # what is asked is among the examples: most of the attention is on itself
@@ -83,8 +84,8 @@ def test_it_is_served(tmp_path):
     (manifest,) = learn(replica, request())
     file = tmp_path / "tickets.jsonl"
     file.write_text("\n".join(map(json.dumps, examples(TICKETS))))
-    adapt_run(run.path, file, tmp_path / "tickets", None, QUIET)
-    predictor = Predictor(tmp_path / "tickets")
+    load(run).adapt(file).save(tmp_path / "tickets")
+    predictor = load_adapter(tmp_path / "tickets")
     for text, answer in zip(TEXTS, ask(replica, manifest.id, TEXTS), strict=True):
         assert answer["probabilities"] == pytest.approx(predictor.predict(text).probabilities, abs=1e-4)
     replica.engine.close()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import TARGETS, make_config, perturbed_start, tiny_lm
+from conftest import TARGETS, perturbed_start, tiny_lm
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -24,7 +24,7 @@ def test_an_exported_adapter_gives_equal_logits_in_stock_peft(tiny, tmp_path, la
     weights = perturbed_start(lm)
     shape = {"rank": 4, "alpha": 8.0, "targets": list(TARGETS), "last_layers": last_layers}
     card = AdapterCard("mine", "tiny", "float32", "{input}:", 40, {"A": "ham"}, shape)
-    save_adapter(tmp_path / "mine", weights, make_config(tmp_path, lora=shape), tiny)
+    save_adapter(tmp_path / "mine", weights, shape, tiny)
     write_card(tmp_path / "mine", card)
 
     stock = PeftModel.from_pretrained(load_base(tiny, "float32"), tmp_path / "mine")
@@ -49,7 +49,7 @@ def test_an_adapter_on_a_bfloat16_base_is_computed_as_peft_does(tiny, tokenizer,
     lm = TaskLM(module, TaskLoRA(module, TARGETS, 4, alpha=8.0))
     weights = perturbed_start(lm)
     shape = {"rank": 4, "alpha": 8.0, "targets": list(TARGETS), "last_layers": None}
-    save_adapter(tmp_path / "mine", weights, make_config(tmp_path, lora=shape), tiny)
+    save_adapter(tmp_path / "mine", weights, shape, tiny)
     stock = PeftModel.from_pretrained(load_base(tiny, "bfloat16"), tmp_path / "mine", is_trainable=True)
     theirs = {weight_name(n.replace(".default", "")): p for n, p in stock.named_parameters() if p.requires_grad}
     assert {p.dtype for p in theirs.values()} == {torch.float32}

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from rayml.errors import ConfigError, DataError
 from rayml.lm.encode import CHANNEL, Encoder
-from rayml.lm.score import Ballot
+from rayml.lm.score import Ballot, ways_of
 from rayml.meta.adapt import expand
 from rayml.tasks.task import Example, Task
 from rayml.tasks.templates import compiled, render
@@ -44,8 +44,8 @@ REFERENCE = {
 def test_options_score_by_their_formula(scoring, tiny, tokenizer):
     model = AutoModelForCausalLM.from_pretrained(tiny)
     encoder = encoder_of(tokenizer, scoring=scoring)
-    ways = encoder.questions(EXAMPLES, OPTIONS)
-    (found,) = Ballot(tiny_lm(tiny), encoder, [ways]).log_probs(None)
+    lm = tiny_lm(tiny)
+    (found,) = Ballot(lm, encoder.pad, [ways_of(lm, encoder, EXAMPLES, OPTIONS)]).log_probs(None)
 
     def say(prompt: str, target: str) -> torch.Tensor:
         return log_probs(tokenizer, model, prompt, target)
@@ -59,12 +59,12 @@ def test_an_ensemble_averages_log_probabilities_and_tasks_may_have_fewer_prompts
     several = replace(encoder_of(tokenizer), ensemble=prompts[1:])
     weights = expand(perturbed_start(lm), 2)
     first, second = Ballot(
-        lm, several, [several.questions(EXAMPLES, OPTIONS), encoder_of(tokenizer).questions(EXAMPLES, OPTIONS)]
+        lm, several.pad, [ways_of(lm, one, EXAMPLES, OPTIONS) for one in (several, encoder_of(tokenizer))]
     ).log_probs(weights)
     alone = []
     for prompt in prompts:
         encoder = replace(encoder_of(tokenizer), prompt=prompt)
-        ballot = Ballot(lm, encoder, [encoder.questions(EXAMPLES, OPTIONS)])
+        ballot = Ballot(lm, encoder.pad, [ways_of(lm, encoder, EXAMPLES, OPTIONS)])
         alone += ballot.log_probs({name: weight[:1] for name, weight in weights.items()})
     assert torch.allclose(first, torch.stack(alone).mean(0).log_softmax(-1), atol=1e-5)
     assert torch.allclose(second, alone[0], atol=1e-5)

@@ -1,15 +1,30 @@
 """What a replica does, without HTTP: it learns, answers, and shares its time."""
 
 import asyncio
+import shutil
 import time
 
 import pytest
 import torch
-from serving_run import TEXTS, TICKETS, ask, examples, learn, learned, make_run, replica, request, run, write  # noqa: F401
+from serving_run import (  # noqa: F401
+    TEXTS,
+    TICKETS,
+    ask,
+    change_card,
+    examples,
+    learn,
+    learned,
+    make_run,
+    manifest_of,
+    replica,
+    request,
+    run,
+    write,
+)
 
+from rayml.adapter import load_adapter
 from rayml.errors import RunError
 from rayml.evaluation.learn import take_in
-from rayml.evaluation.predict import Predictor
 from rayml.lm.peft_files import load_learned
 from rayml.lm.sampling import Sampling
 from rayml.serving.http import as_api_error
@@ -28,7 +43,7 @@ def test_an_adapter_learned_online_is_that_of_rayml_adapt(replica, learned):
     offline, card, _ = load_learned(learned)
     for name, weight in offline.items():
         torch.testing.assert_close(online[name], weight, atol=1e-6, rtol=1e-5)
-    predictor = Predictor(learned)
+    predictor = load_adapter(learned)
     for text, answer in zip(TEXTS, ask(replica, manifest.id, TEXTS), strict=True):
         assert answer["probabilities"] == pytest.approx(predictor.predict(text).probabilities, abs=1e-4)
     assert card.labels == {"A": "billing", "B": "bug", "C": "delivery"}
@@ -51,7 +66,7 @@ def test_lessons_in_one_loop_take_their_own_steps(replica):
     one, other = (replica._lesson(request(pairs)) for pairs in (TICKETS, [("a b", "x"), ("c d", "y")]))
 
     def take(lessons, steps):
-        loop = take_in(replica.session, lessons, steps)
+        loop = take_in(replica.model, lessons, steps)
         while True:
             try:
                 next(loop)
@@ -145,6 +160,28 @@ def test_answers_of_a_mixed_batch_are_those_one_by_one(run):
         for adapter, more in ((first.id, {}), (second.id, {}), (None, {"options": ["yes", "no", "perhaps"]})):
             (alone,) = ask(replica, adapter, [text], **more)
             assert next(mixed) == pytest.approx(alone["probabilities"], abs=1e-4)
+
+
+def test_adapters_of_one_batch_are_scored_each_as_its_own_card_says(replica, learned, tmp_path):
+    """The served run's own way of scoring is one of them: it is that of the base, and of what is learned here."""
+    words = {"bill": "billing", "bills of all": "bug", "a much longer label": "delivery"}
+    ways = [{"scoring": scoring} for scoring in ("learned", "mean", "sum", "pmi", "channel")]
+    ids, offline = [], []
+    for number, way in enumerate([*ways, {"label_loss": "vocabulary"}]):
+        folder = tmp_path / f"way-{number}"
+        shutil.copytree(learned, folder)
+        change_card(folder, labels=words, **way)
+        ids.append(replica.store.publish("public", manifest_of(f"way{number}"), folder).id)
+        offline.append([load_adapter(folder).predict(text).probabilities for text in TEXTS])
+
+    async def all_at_once():
+        asked = ClassifyRequest(model="m", input=TEXTS)
+        return await asyncio.gather(*(replica.classify("public", one, asked) for one in ids))
+
+    for online, expected in zip(asyncio.run(all_at_once()), offline, strict=True):
+        for answer, probabilities in zip(online["answers"], expected, strict=True):
+            assert answer["probabilities"] == pytest.approx(probabilities, abs=1e-4)
+    assert len({str(max(first, key=first.get)) for first, *_ in offline}) > 1, "the ways must differ to be told apart"
 
 
 def test_an_adapter_with_labels_writes_one_of_them(replica):

@@ -8,11 +8,24 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from serving_run import TEXTS, ask, change_weights, first, fits, learn, learned, replica, request, run, write  # noqa: F401
+from serving_run import (  # noqa: F401
+    TEXTS,
+    ask,
+    change_card,
+    change_weights,
+    first,
+    fits,
+    learn,
+    learned,
+    replica,
+    request,
+    run,
+    write,
+)
 
 from rayml.errors import ConfigError, RunError
 from rayml.lm.sampling import Sampling
-from rayml.serving.adapter_files import Adapter, read_adapter
+from rayml.serving.adapter_files import read_adapter
 from rayml.serving.command import publish_adapter
 from rayml.serving.errors import ApiError
 from rayml.serving.store import AdapterStore, Manifest, adapter_id
@@ -21,11 +34,6 @@ from rayml.tasks.task import Example
 
 def change_config(folder: Path, **changes):
     path = folder / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def change_card(folder: Path, **changes):
-    path = folder / "rayml.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
@@ -75,7 +83,7 @@ POISON = {
 
 @pytest.mark.parametrize("says", POISON)
 def test_a_poisoned_adapter_is_refused_and_nothing_else_suffers(replica, learned, says):
-    assert isinstance(read_adapter(learned, fits(replica)), Adapter)
+    assert read_adapter(learned, fits(replica))[1].labels
     POISON[says](learned)
     with pytest.raises(RunError, match=says):
         read_adapter(learned, fits(replica))
@@ -107,7 +115,7 @@ def test_plain_peft_adapters_answer_as_peft_does(replica, run, tmp_path):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    base = replica.session.base
+    base = replica.model.base
     config = LoraConfig(
         task_type="CAUSAL_LM", r=6, lora_alpha=9, target_modules=["q_proj", "gate_proj"], use_rslora=True
     )
@@ -119,7 +127,7 @@ def test_plain_peft_adapters_answer_as_peft_does(replica, run, tmp_path):
     model.save_pretrained(tmp_path / "plain")
     publish_adapter(tmp_path / "plain", run.path, None, None, Console(quiet=True))
     prompt = "hello there"
-    row = torch.tensor([replica.session.encoder.tokenizer(prompt)["input_ids"]])
+    row = torch.tensor([replica.model.encoder.tokenizer(prompt)["input_ids"]])
     model.eval()
     with torch.no_grad():
         expected = model(row).logits[0, -1].log_softmax(-1)
@@ -128,7 +136,7 @@ def test_plain_peft_adapters_answer_as_peft_does(replica, run, tmp_path):
     pieces = write(replica, found.id, [prompt], Sampling(12, logprobs=1))
     assert pieces[0][1].scores[0].logprob == pytest.approx(float(expected.max()), abs=1e-4)
     whole = "".join(piece.text for _, piece, _ in pieces)
-    assert whole == replica.session.encoder.tokenizer.decode(text, skip_special_tokens=True).lstrip()
+    assert whole == replica.model.encoder.tokenizer.decode(text, skip_special_tokens=True).lstrip()
 
 
 def test_a_downloaded_adapter_scores_in_stock_peft_as_it_is_served(replica, tmp_path):
@@ -137,8 +145,8 @@ def test_a_downloaded_adapter_scores_in_stock_peft_as_it_is_served(replica, tmp_
 
     (manifest,) = learn(replica, request())
     replica.store.fetch("public", manifest, tmp_path)
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(replica.session.base), str(tmp_path)).eval()
-    encoder = replica.session.encoder
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(replica.model.base), str(tmp_path)).eval()
+    encoder = replica.model.encoder
     answers = ask(replica, manifest.id, TEXTS)
     for text, answer in zip(TEXTS, answers, strict=True):
         (rows,) = encoder.option_rows([Example(text, "")], ["A", "B", "C"])

@@ -1,20 +1,18 @@
 """What a replica refuses, how it fails, and the runs it can serve."""
 
 import asyncio
-import io
 import json
 import time
 
 import pytest
 import torch
 from conftest import make_config
-from rich.console import Console
 from serving_run import TEXTS, TICKETS, ask, examples, learn, learned, make_run, replica, request, run, write  # noqa: F401
 
+from rayml.adapter import load_adapter
 from rayml.errors import RunError
-from rayml.evaluation.command import adapt_run
-from rayml.evaluation.predict import Predictor
 from rayml.lm.sampling import Sampling
+from rayml.model import load
 from rayml.runs.checkpoint import seal
 from rayml.runs.folder import RunFolder
 from rayml.serving.errors import ApiError
@@ -81,7 +79,7 @@ def test_a_key_has_no_more_adapters_than_it_may(run, tmp_path):
 def test_a_failing_batch_fails_alone(run, monkeypatch):
     replica = Replica(Serving(run=str(run.path)))
     with monkeypatch.context() as broken:
-        broken.setattr("rayml.serving.engine.side_by_side", lambda adapters: 1 / 0)
+        broken.setattr("rayml.lm.queries.side_by_side", lambda adapters: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             ask(replica, None, ["a"], options=["x", "y"])
     assert ask(replica, None, ["a"], options=["x", "y"])
@@ -108,7 +106,7 @@ def test_the_health_check_runs_the_model(run):
     replica = Replica(Serving(run=str(run.path)))
     asyncio.run(replica.check(5))
     with torch.no_grad():
-        replica.session.lm.module.get_input_embeddings().weight.fill_(float("nan"))
+        replica.model.lm.module.get_input_embeddings().weight.fill_(float("nan"))
     with pytest.raises(RuntimeError, match="not finite"):
         asyncio.run(replica.check(5))
     replica.engine.close()
@@ -154,8 +152,8 @@ def test_what_keeps_its_examples_answers_as_rayml_predict(tmp_path, algorithm):
     for name, pairs in (("tickets", TICKETS), ("other", others)):
         file = tmp_path / f"{name}.jsonl"
         file.write_text("\n".join(map(json.dumps, examples(pairs))))
-        adapt_run(run.path, file, tmp_path / name, None, Console(quiet=True))
-        predictors.append(Predictor(tmp_path / name))
+        load(run).adapt(file).save(tmp_path / name)
+        predictors.append(load_adapter(tmp_path / name))
 
     async def all_at_once():
         asked = [ClassifyRequest(model="m", input=text) for text in TEXTS]
@@ -181,9 +179,10 @@ def test_a_run_on_free_text_writes_what_rayml_predict_writes(tmp_path):
     (manifest,) = learn(replica, request(pairs))
     file = tmp_path / "few.jsonl"
     file.write_text("\n".join(map(json.dumps, examples(pairs))))
-    adapt_run(run.path, file, tmp_path / "numbers", None, Console(quiet=True))
+    load(run).adapt(file).save(tmp_path / "numbers")
     pieces = write(replica, manifest.id, ["five"], Sampling(40))
-    assert "".join(piece.text for _, piece, _ in pieces).strip() == Predictor(tmp_path / "numbers").predict("five").text
+    written = "".join(piece.text for _, piece, _ in pieces).strip()
+    assert written == load_adapter(tmp_path / "numbers").predict("five").text
     (answer,) = ask(replica, manifest.id, ["five"], options=["vier", "fuenf"])
     assert set(answer["probabilities"]) == {"vier", "fuenf"}
     replica.engine.close()
@@ -201,10 +200,14 @@ def test_runs_that_one_copy_cannot_serve_are_refused(tmp_path):
 
 
 def test_rayml_adapt_says_when_the_loss_rose(run, tmp_path):
+    from typer.testing import CliRunner
+
+    from rayml.cli import app
+
     wild = make_run(tmp_path / "wild", inner_lr=1e4)
     file = tmp_path / "few.jsonl"
     file.write_text("\n".join(map(json.dumps, examples())))
     for one, rose in ((run, False), (wild, True)):
-        out = Console(file=io.StringIO(), width=200)
-        adapt_run(one.path, file, tmp_path / f"out-{rose}", None, out)
-        assert ("the loss rose" in out.file.getvalue()) == rose
+        told = CliRunner().invoke(app, ["adapt", str(one.path), f"--examples={file}", f"--out={tmp_path}/out-{rose}"])
+        assert told.exit_code == 0, told.output
+        assert ("the loss rose" in told.output) == rose

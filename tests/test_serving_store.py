@@ -5,7 +5,6 @@ import shutil
 import time
 
 import pytest
-import torch
 from serving_run import (  # noqa: F401
     TEXTS,
     TICKETS,
@@ -17,14 +16,15 @@ from serving_run import (  # noqa: F401
     learn,
     learned,
     make_run,
+    manifest_of,
     replica,
     request,
     run,
     write,
 )
 
+from rayml.adapter import load_adapter
 from rayml.errors import ConfigError, RunError
-from rayml.serving.adapter_files import read_adapter
 from rayml.serving.errors import ApiError
 from rayml.serving.resident import Resident
 from rayml.serving.schema import (
@@ -37,15 +37,8 @@ from rayml.serving.schema import (
     plain,
 )
 from rayml.serving.settings import Serving, api_keys, check_host
-from rayml.serving.store import AdapterStore, Manifest, adapter_id, owner_of
+from rayml.serving.store import AdapterStore, adapter_id, owner_of
 from rayml.tasks.task import Example
-
-
-def manifest_of(name: str, number: int = 0, **more) -> Manifest:
-    return Manifest(
-        id=adapter_id(name, number), name=name, created_at=number, expires_at=more.get("expires_at"),
-        examples=2, steps=3, loss_before=1.0, loss_after=0.5, seconds=0.1,
-    )  # fmt: skip
 
 
 @pytest.fixture(params=["path", "uri"])
@@ -124,8 +117,8 @@ def test_the_least_recently_used_leave_and_come_back(replica, learned, tmp_path)
     store = AdapterStore(str(tmp_path / "store"))
     ids = [store.publish("public", manifest_of("t", number), learned).id for number in range(4)]
     seen: list[tuple[str, float]] = []
-    size = read_adapter(learned, fits(replica)).size
-    resident = Resident(store, fits(replica), 2 * size, torch.device("cpu"), lambda *pair: seen.append(pair))
+    size = load_adapter(learned).size
+    resident = Resident(store, fits(replica), 2 * size, replica._adapter_of, lambda *pair: seen.append(pair))
 
     async def use():
         first = await resident.get("public", ids[0])

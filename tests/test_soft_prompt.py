@@ -11,20 +11,19 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
+from rayml.adapter import load_adapter
 from rayml.distributed.train import train
 from rayml.errors import ConfigError, RunError
-from rayml.evaluation.command import adapt_run
-from rayml.evaluation.learn import learn
-from rayml.evaluation.predict import Predictor
-from rayml.evaluation.session import open_session
 from rayml.lm.batch import IGNORE, collate
 from rayml.lm.encode import Encoder
 from rayml.lm.load import load_base
+from rayml.lm.lora import side_by_side
 from rayml.lm.model import TaskLM
 from rayml.lm.peft_files import PROMPT_KEY, WEIGHTS
-from rayml.lm.score import Ballot
+from rayml.lm.score import Ballot, ways_of
 from rayml.lm.soft_prompt import PROMPT, TaskPrompt
 from rayml.meta.adapt import task_gradients
+from rayml.model import load
 from rayml.runs.folder import RunFolder
 from rayml.serving.adapter_files import read_adapter
 from rayml.serving.replica import Replica
@@ -85,7 +84,9 @@ def test_options_are_scored_behind_the_prompt_also_where_they_fork(tiny, tokeniz
     lm, model = lm_of(tiny), AutoModelForCausalLM.from_pretrained(tiny)
     plain = replace(encoder, label_loss="vocabulary", scoring="sum")
     options, text = ["red", "a blue one"], "sky"
-    (found,) = Ballot(lm, plain, [plain.questions([Example(text, "")], options)]).log_probs({PROMPT: prompts(lm)[:1]})
+    (found,) = Ballot(lm, plain.pad, [ways_of(lm, plain, [Example(text, "")], options)]).log_probs(
+        {PROMPT: prompts(lm)[:1]}
+    )
     scores = []
     for option in options:
         tokens = torch.tensor(tokenizer(f"{text}: {option}")["input_ids"])
@@ -126,36 +127,36 @@ def run(config, local_ray) -> RunFolder:
 @pytest.mark.ray
 def test_prompts_are_meta_trained_and_adapting_fits_an_unseen_task(run, config):
     """That a tiny random model answers better for it is not to be had; configs/README.md has what a real one gains."""
-    session = open_session(run)
+    session = load(run)
     assert session.start.keys() == {PROMPT}
     assert not torch.allclose(session.start[PROMPT], session.untrained[PROMPT], atol=1e-3)
-    losses = learn(session, prepare_splits(config.data).test[0]).losses
+    losses = session.adapt([(e.input, e.target) for e in prepare_splits(config.data).test[0].examples]).losses
     assert losses[-1] < losses[0] - 0.005
 
 
 @pytest.fixture(scope="module")
 def learned(run, tmp_path_factory):
-    from rich.console import Console
 
     folder = tmp_path_factory.mktemp("learned")
     examples = folder / "few.jsonl"
     pairs = [("ab ab xy", "first"), ("ab zz ab", "first"), ("cd cd xy", "second"), ("cd qq cd", "second")]
     examples.write_text("".join(json.dumps({"input": text, "target": label}) + "\n" for text, label in pairs))
-    adapt_run(run.path, examples, folder / "adapter", None, Console(quiet=True))
+    load(run).adapt(examples).save(folder / "adapter")
     return folder / "adapter"
 
 
 @pytest.mark.ray
 def test_the_adapter_is_stock_prompt_tuning_with_equal_logits(learned, run):
-    predictor = Predictor(learned)
+    predictor = load_adapter(learned)
     assert set(predictor.predict("ab ab no").probabilities) == {"first", "second"}
     text = "ab ab no\nLabel:"
     tokens = torch.tensor([predictor.encoder.tokenizer(text)["input_ids"]])
-    stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(open_session(run).base), learned).eval()
+    stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(load(run).base), learned).eval()
     row = predictor.encoder.asked(Example("ab ab no", ""))
     with torch.no_grad():
         wanted = stock(input_ids=tokens).logits[0, -1]
-        found = predictor.lm.logits_at(torch.tensor([len(row) - 1]), predictor.adapters, torch.tensor([row]))[0]
+        prompt = side_by_side([predictor.weights])
+        found = predictor.lm.logits_at(torch.tensor([len(row) - 1]), prompt, torch.tensor([row]))[0]
     assert torch.allclose(found, wanted, atol=1e-4)
 
 
@@ -188,10 +189,11 @@ def test_a_server_learns_and_answers_with_prompts_side_by_side(run, tmp_path):
 
 @pytest.mark.ray
 def test_files_that_do_not_fit_are_refused(learned, run, tmp_path):
-    session = open_session(run)
+    session = load(run)
     fits = fits_of(session.config, session.base, session.lm.module, Serving(run="x").adapters)
-    assert read_adapter(learned, fits).weights[PROMPT].shape == (4, 64)
-    assert read_adapter(learned, fits).card.soft_tokens == 4
+    weights, card = read_adapter(learned, fits)
+    assert weights[PROMPT].shape == (4, 64)
+    assert card.soft_tokens == 4
     config = learned / "adapter_config.json"
     kept, weights = config.read_text(), (learned / WEIGHTS).read_bytes()
     for change, message in (

@@ -13,13 +13,13 @@ import requests
 import torch
 from conftest import SPLITS, make_config
 from moto.server import ThreadedMotoServer
-from rich.console import Console
 from serving_process import KEYS, Server
 from serving_run import TICKETS, examples, make_run
 
+from rayml.api import evaluate
 from rayml.distributed.train import train
 from rayml.errors import ConfigError, RunError, StorageError
-from rayml.evaluation.command import adapt_run, evaluate_run
+from rayml.model import load
 from rayml.runs import remote
 from rayml.runs.checkpoint import newest_checkpoint, read_checkpoint, seal, verify, write_state
 from rayml.runs.files import checksum, deliver, listed, local_copy, made_here, place, remove, write_whole
@@ -224,17 +224,16 @@ def test_train_resume_evaluate_and_adapt_by_uri(s3, tmp_path, straight):
     assert all(len(file.read_bytes()) > 500 for file in events)
 
     by_name = "s3://bucket/runs/first"  # the address is in the environment
-    quiet = Console(quiet=True)
-    summary = evaluate_run(by_name, None, None, None, 4, 0, "test", None, None, quiet, quiet)
+    summary = evaluate(by_name, episodes=4)
     assert summary["outer_steps"] == 10
     assert json.loads((run.path / "evaluation.json").read_text())["overall"] == summary["overall"]
     assert (run.path / "adaptation.png").read_bytes().startswith(b"\x89PNG")
     rows = [{"task": "t", **example} for example in examples()]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    adapt_run(by_name, tmp_path / "rows.jsonl", "s3://bucket/adapter", None, quiet)
+    load(by_name).adapt(tmp_path / "rows.jsonl").save("s3://bucket/adapter")
     assert (place("s3://bucket/adapter") / "adapter_model.safetensors").exists()
     with pytest.raises(RunError, match="exists already"):
-        adapt_run(by_name, tmp_path / "rows.jsonl", "s3://bucket/adapter", None, quiet)
+        load(by_name).adapt(tmp_path / "rows.jsonl").save("s3://bucket/adapter")
 
 
 @pytest.mark.serve

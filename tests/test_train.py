@@ -14,9 +14,10 @@ import pytest
 import ray
 import torch
 from conftest import SPLITS, make_config, toy_tasks
-from rich.console import Console
 from safetensors.torch import load_file
 
+from rayml.adapter import load_adapter
+from rayml.api import evaluate
 from rayml.config import dump_config
 from rayml.distributed import worker
 from rayml.distributed.job import Job
@@ -25,10 +26,9 @@ from rayml.distributed.stream import EncodeEpisode, share_of_step, stream_steps,
 from rayml.distributed.train import check_resources, cpus_each, train
 from rayml.distributed.worker import validate
 from rayml.errors import ConfigError, DataError, RunError, TrainingError
-from rayml.evaluation.command import adapt_run, evaluate_run
 from rayml.evaluation.curves import Curve
-from rayml.evaluation.predict import Predictor
 from rayml.lm.encode import Encoder
+from rayml.model import load
 from rayml.runs import files
 from rayml.runs.checkpoint import newest_checkpoint, read_checkpoint, read_newest, seal, verify, write_state
 from rayml.runs.folder import RunFolder
@@ -358,8 +358,7 @@ def evaluated(folder: Path, steps: int) -> dict[str, Any]:
         outer={"steps": 100, "warmup_steps": 0, "lr": 0.01},
         run={"checkpoint_every": 100},
     )
-    quiet = Console(quiet=True)
-    return evaluate_run(train(config).path, None, None, None, 30, 0, "test", None, None, quiet, quiet)["overall"]
+    return evaluate(train(config).path, episodes=30)["overall"]
 
 
 @needs_ray
@@ -377,9 +376,8 @@ def test_a_new_task_is_learned_and_answered_in_the_users_own_labels(straight, tm
     task = toy_tasks(tasks=1, classes=3, per_class=4, seed=9)[0]
     file = tmp_path / "few.jsonl"
     file.write_text("".join(json.dumps({"input": e.input, "target": e.target}) + "\n" for e in task.examples))
-    out = Console(quiet=True)
-    adapt_run(straight.path, file, tmp_path / "new", None, out)
-    predictor = Predictor(tmp_path / "new")
+    load(straight).adapt(file).save(tmp_path / "new")
+    predictor = load_adapter(tmp_path / "new")
     answer = predictor.predict(task.examples[0].input)
     assert set(answer.probabilities) == set(task.options)
     assert sum(answer.probabilities.values()) == pytest.approx(1)
@@ -389,7 +387,7 @@ def test_a_new_task_is_learned_and_answered_in_the_users_own_labels(straight, tm
     with pytest.raises(ConfigError, match="nonsense not among"):
         predictor.predict("x", ["nonsense"])
     with pytest.raises(RunError, match="exists already"):
-        adapt_run(straight.path, file, tmp_path / "new", None, out)
+        load(straight).adapt(file).save(tmp_path / "new")
 
 
 @needs_ray
@@ -419,13 +417,13 @@ def test_free_text_is_learned_over_zero_3_and_generated(tmp_path):
         assert last[f"val_score_{when}"] == pytest.approx(sum(both) / 2)
     file = tmp_path / "few.jsonl"
     file.write_text('{"input": "say 1", "target": "it is 1"}\n{"input": "say 2", "target": "it is 2"}\n')
-    adapt_run(run.path, file, tmp_path / "new", None, Console(quiet=True))
-    predictor = Predictor(tmp_path / "new")
+    load(run).adapt(file).save(tmp_path / "new")
+    predictor = load_adapter(tmp_path / "new")
     answer = predictor.predict("say 3")
     assert answer.probabilities == {}
     prompt = predictor.encoder.row(Example("say 3", "."), is_label=False)
     tokens = torch.tensor([prompt.tokens[: prompt.start]])
     with torch.no_grad():  # the first character, by the adapted model's own logits
-        first = predictor.module(input_ids=tokens).logits[0, -1].argmax()
+        first = predictor.lm.module(input_ids=tokens).logits[0, -1].argmax()
     text = predictor.encoder.tokenizer.decode([first])
     assert answer.text.startswith(text.strip()) or first == predictor.encoder.tokenizer.eos_token_id

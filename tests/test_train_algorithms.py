@@ -14,12 +14,13 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
+from rayml.adapter import load_adapter
 from rayml.algorithms.registry import REGISTERED
+from rayml.api import evaluate
 from rayml.distributed.train import train
 from rayml.errors import DataError, RunError
-from rayml.evaluation.command import adapt_run, evaluate_run, export_run
-from rayml.evaluation.predict import Predictor
 from rayml.lm.load import load_base, resolve_model
+from rayml.model import load
 from rayml.runs.checkpoint import newest_checkpoint, verify
 from rayml.runs.folder import RunFolder
 from rayml.runs.stopping import is_best, is_enough
@@ -52,8 +53,8 @@ def assert_answers(folder, run):
     task = toy_tasks(tasks=1, classes=3, per_class=4, seed=9)[0]
     file = folder / "few.jsonl"
     file.write_text("".join(json.dumps({"input": e.input, "target": e.target}) + "\n" for e in task.examples))
-    adapt_run(run.path, file, folder / "new", None, QUIET)
-    answer = Predictor(folder / "new").predict(task.examples[0].input)
+    load(run).adapt(file).save(folder / "new")
+    answer = load_adapter(folder / "new").predict(task.examples[0].input)
     assert set(answer.probabilities) == set(task.options)
     assert sum(answer.probabilities.values()) == pytest.approx(1)
 
@@ -68,15 +69,15 @@ def test_an_algorithm_from_end_to_end(tmp_path, tiny, name, local_mode):
     assert [record["step"] for record in records] == [1, 2, 3]
     assert 0 <= records[-1]["val_accuracy_after"] <= 1
     assert verify(newest_checkpoint(run.best)) == 3
-    found = evaluate_run(run.path, None, None, None, 2, 0, "test", None, None, QUIET, QUIET)
+    found = evaluate(run.path, episodes=2)
     assert found["algorithm"] == name
     assert found["overall"]["episodes"] == 2
-    export_run(run.path, tmp_path / "exported", None, QUIET)
+    load(run).save(tmp_path / "exported")
     stock = PeftModel.from_pretrained(load_base(tiny, "float32"), tmp_path / "exported")
     with torch.no_grad():  # the start has moved: its B is not zero any more
         assert not torch.equal(stock(input_ids=tokens()).logits, load_base(tiny, "float32")(input_ids=tokens()).logits)
     with pytest.raises(RunError, match="exists already"):
-        export_run(run.path, tmp_path / "exported", None, QUIET)
+        load(run).save(tmp_path / "exported")
     assert_answers(tmp_path, run)
 
 
@@ -89,7 +90,7 @@ def test_what_tells_classes_apart_refuses_free_text_before_it_is_trained_and_whe
     config = config_for(tmp_path, "protonet", outer={"steps": 1}, validation={"every": 0})
     run = train(config)
     with pytest.raises(DataError, match="'toy-5' is free text; protonet tells classes apart"):
-        evaluate_run(run.path, [str(texts)], None, None, 2, 0, "test", None, None, QUIET, QUIET)
+        evaluate(run.path, data=str(texts), episodes=2)
     tasks = tuple(task for task in toy_tasks() if task.name != "toy-5")
     write_tasks(tmp_path / "toy.jsonl", tasks)
     both = config.data.model_copy(update={"path": (*config.data.path, str(texts))})
@@ -101,9 +102,9 @@ def test_what_tells_classes_apart_refuses_free_text_before_it_is_trained_and_whe
 def assert_full_run_is_whole(folder, run):
     """It scores, its model loads in stock transformers and has moved, and a new task can be learned."""
     assert 0 <= run.records()[-1]["val_accuracy_after"] <= 1
-    found = evaluate_run(run.path, None, None, None, 2, 0, "test", None, None, QUIET, QUIET)
+    found = evaluate(run.path, episodes=2)
     assert found["overall"]["episodes"] == 2
-    export_run(run.path, folder / "exported", None, QUIET)
+    load(run).save(folder / "exported")
     stock, before = (AutoModelForCausalLM.from_pretrained(p) for p in (folder / "exported", resolve_model("tiny")))
     at_the_end = AutoModelForCausalLM.from_pretrained(run.model)
     assert all(torch.equal(a, b) for a, b in zip(stock.parameters(), at_the_end.parameters(), strict=True))

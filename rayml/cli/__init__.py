@@ -3,7 +3,10 @@
 from rayml.cli import training  # each adds its commands, in the order of `--help`
 
 # isort: split
-from rayml.cli import cluster, compress, data, learning
+from rayml.cli import learning
+
+# isort: split
+from rayml.cli import cluster, compress, data, quickstart
 from rayml.cli.app import app, main
 
-__all__ = ["app", "cluster", "compress", "data", "learning", "main", "training"]
+__all__ = ["app", "cluster", "compress", "data", "learning", "main", "quickstart", "training"]

@@ -51,7 +51,7 @@ Overrides = Annotated[
 RunPath = Annotated[str, typer.Argument(metavar="RUN", help="A run folder that `rayml train` made, or its URI.")]
 Checkpoint = Annotated[
     str | None,
-    typer.Option(help="`best` by meta-val, or `newest`; else the best where `validation.patience` is set."),
+    typer.Option(help="`best` by meta-val, or `newest`; else the best where there were validations."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 

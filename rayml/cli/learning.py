@@ -2,12 +2,16 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import rayml
 from rayml.cli.app import Checkpoint, Json, RunPath, app, err, out, print_keys
 from rayml.progress import doing
+
+if TYPE_CHECKING:
+    from rayml.adapter import Adapter
 
 
 @app.command()
@@ -16,14 +20,40 @@ def adapt(
     examples: Annotated[Path, typer.Option(help="JSONL or Parquet: rows of input and target.")],
     out_dir: Annotated[str, typer.Option("--out", help="The adapter's folder; must not exist.", metavar="DIR")],
     name: Annotated[str | None, typer.Option(help="The adapter's name; else the folder's.")] = None,
+    checkpoint: Checkpoint = None,
 ) -> None:
     """Learn one new task from a few examples: writes a stock PEFT folder that also vLLM and LoRAX load.
 
     Labels are your own: what the model sees of them is kept in the folder.
     """
-    from rayml.evaluation.command import adapt_run
+    from rayml.runs.folder import RunFolder
 
-    adapt_run(run, examples, out_dir, name, out)
+    folder = RunFolder(run)
+    folder.trained(checkpoint)  # refuse early what is no finished run
+    from rayml.adapter import new_folder
+    from rayml.tasks.read import read_rows
+
+    to = new_folder(out_dir)
+    rows = read_rows([str(examples)])
+    with doing(err, "loading libraries and model"):
+        model = rayml.load(folder, checkpoint=checkpoint)
+    for line in (f"{folder.path}: {model.checkpoint}", str(model.precision)):
+        err.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
+    adapter = model.adapt(rows, name=name or to.name)
+    adapter.save(to)
+    out.print(learned(adapter))
+    if adapter.losses[-1] > adapter.losses[0]:
+        out.print("[yellow]the loss rose: the inner steps are too long for this task; lower inner.lr, or learn it[/]")
+    out.print(f'next: [bold]rayml predict {to} --input "..."[/]', highlight=False, soft_wrap=True)
+
+
+def learned(adapter: "Adapter") -> str:
+    """Say in one line what an adapter has learned, and how."""
+    kind = f"{len(adapter.labels)} labels" if adapter.labels else "free text"
+    how = f"loss {adapter.losses[0]:.3f} -> {adapter.losses[-1]:.3f}"
+    if adapter.shown and not adapter.algorithm.takes_steps:
+        how = f"kept for {'the prompt' if adapter.algorithm.keeps == 'prompt' else 'their hidden states'}"
+    return f"learned {adapter.card.name!r}: {adapter.examples} examples, {kind}, {adapter.seconds:.2f} s, {how}"
 
 
 @app.command()
@@ -37,14 +67,18 @@ def export(
     `AutoModelForCausalLM.from_pretrained` loads the whole model, `PeftModel.from_pretrained` the adapter. Starting
     from it takes the inner loop that the run was trained for: without one, it answers no better than by chance.
     """
-    from rayml.evaluation.command import export_run
+    from rayml.adapter import new_folder
 
-    export_run(run, out_dir, checkpoint, out)
+    new_folder(out_dir)
+    model = rayml.load(run, checkpoint=checkpoint)
+    to = model.save(out_dir)
+    what = f"a PEFT adapter on {model.base}" if model.lm.adapter else "a Hugging Face model"
+    out.print(f"{to}: {what}, after {model.step} outer steps", highlight=False, soft_wrap=True)
 
 
 @app.command()
 def predict(
-    adapter: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `rayml adapt` made.")],
+    adapter: Annotated[str, typer.Argument(metavar="DIR", help="A folder that `rayml adapt` made, or its URI.")],
     text: Annotated[
         str,
         typer.Option(
@@ -57,10 +91,8 @@ def predict(
     """Answer with a learned task: the most probable of its labels, or generated text."""
     chosen = [option.strip() for option in options.split(",") if option.strip()] if options else None
     with doing(err, "loading libraries and model"):
-        from rayml.evaluation.predict import Predictor
-
-        predictor = Predictor(adapter)
-    answer = predictor.predict(given(text), chosen)
+        learned = rayml.load_adapter(adapter)
+    answer = learned.predict(given(text), chosen)
     if as_json:
         print(json.dumps({"prediction": answer.text, "probabilities": answer.probabilities}, ensure_ascii=False))
         return
@@ -77,13 +109,9 @@ def given(text: str) -> Any:
         return text
     if isinstance(value, dict) and value and all(isinstance(part, str) for part in value.values()):
         return value
-    if (
-        isinstance(value, list)
-        and value
-        and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value)
-    ):
-        return [(str(message["role"]), str(message["content"])) for message in value]
-    return text
+    from rayml.tasks.row import is_dialogue
+
+    return value if is_dialogue(value) else text
 
 
 @app.command("serve")
@@ -99,6 +127,7 @@ def serve_run(
     metrics_port: Annotated[int | None, typer.Option(help="Where Prometheus finds the metrics.")] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Listen beyond this machine without a key.")] = False,
     keys: Annotated[bool, typer.Option("--keys", help="Print every setting with its default and meaning.")] = False,
+    checkpoint: Checkpoint = None,
 ) -> None:
     """Serve a run: post a few examples, get an adapter in about a second, and ask it by name.
 
@@ -115,7 +144,7 @@ def serve_run(
     with doing(err, "loading libraries"):
         from rayml.serving.command import serve_forever
 
-    serve_forever(run, overrides or [], host, port, store, keys_file, metrics_port, insecure, out)
+    serve_forever(run, overrides or [], host, port, store, keys_file, metrics_port, insecure, checkpoint, out)
 
 
 @app.command()

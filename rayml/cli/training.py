@@ -1,14 +1,15 @@
 """Meta-training: `rayml train`, `config`, `plan`, `evaluate`, `sweep`, `compare`."""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+import rayml
 from rayml.algorithms.methods import UNUSUAL, USUAL
-from rayml.cli.app import Checkpoint, ConfigPath, Json, Overrides, RunPath, app, err, out, print_keys
-from rayml.progress import doing
+from rayml.cli.app import Checkpoint, ConfigPath, Json, Overrides, RunPath, app, out, print_keys
 
 
 @app.command()
@@ -31,14 +32,10 @@ def train(
     With `--continue RUN` a run stays current: it goes on from RUN with new tasks, `data.replay` of the episodes are of
     the old ones, and in the end the old meta-test tasks tell what was forgotten.
     """
-    from rayml.config import load_config
+    from rayml.api import trained_run
 
-    given = [*(overrides or []), *([f"run.continues={continued}"] if continued else [])]
-    settings = load_config(config, given)
-    with doing(err, "loading libraries"):
-        from rayml.distributed.train import train as run_training
-
-    run = run_training(settings, resume)
+    settings = rayml.load_config(config, overrides)
+    run = trained_run(settings, resume=resume, continues=continued)
     taken = run.records()[-1]["step"]
     early = "" if taken == settings.outer.steps else " (meta-val got no better: stopped early)"
     out.print(f"meta-trained {taken} steps{early}: {run.path}")
@@ -52,14 +49,14 @@ def show_config(
     keys: Annotated[bool, typer.Option("--keys", help="Print every key with its default and meaning.")] = False,
 ) -> None:
     """Print the resolved config, or every mistake in it."""
-    from rayml.config import Config, dump_config, load_config
+    from rayml.config import Config, dump_config
 
     if keys:
         print_keys(Config)
         return
     if config is None:
         raise typer.BadParameter("give a CONFIG.yaml, or --keys")
-    out.print(dump_config(load_config(config, overrides or [])), end="", markup=False, highlight=False, soft_wrap=True)
+    out.print(dump_config(rayml.load_config(config, overrides)), end="", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -78,10 +75,9 @@ def plan(
     Reads no more of the model than its config.json. `rayml plan configs/llama-1b.yaml engine=zero --gpu-gib 24`
     says what fits on 24 GiB, and the smallest change that would.
     """
-    from rayml.config import load_config
     from rayml.planning.command import plan as make_plan
 
-    if not make_plan(load_config(config, overrides or []), gpu_gib, target_tokens, as_json, out):
+    if not make_plan(rayml.load_config(config, overrides), gpu_gib, target_tokens, as_json, out):
         raise typer.Exit(1)
 
 
@@ -103,14 +99,13 @@ def scaling(
     The bytes are those that real collectives were counted to send; the rates are yours to give, an H100's else.
     Workers get as many tasks each as the config gives one; in mode full under ZeRO they share each task's rows.
     """
-    from rayml.config import load_config
     from rayml.planning.scaling import Machines
     from rayml.planning.scaling_report import scaling as show_scaling
 
     machines = Machines(tflops * 1e12, utilisation, node_gpus, link * 1e9)
     networks = [1e9 * one for one in reversed(numbers(network, float, "--network"))]
     workers = numbers(gpus, int, "--gpus")
-    show_scaling(load_config(config, overrides or []), workers, networks, machines, out_file, as_json, out)
+    show_scaling(rayml.load_config(config, overrides), workers, networks, machines, out_file, as_json, out)
 
 
 @app.command()
@@ -129,9 +124,18 @@ def evaluate(
 
     Prints a table, and writes `evaluation.json` and `adaptation.png` into the run folder.
     """
-    from rayml.evaluation.command import evaluate_run
-
-    evaluate_run(run, data, ways, shots, episodes, seed, split, checkpoint, json_file, out, err)
+    rayml.evaluate(
+        run,
+        data=data,
+        ways=ways,
+        shots=shots,
+        episodes=episodes,
+        seed=seed,
+        split=split,
+        checkpoint=checkpoint,
+        json_file=json_file,
+        console=out,
+    )
 
 
 @app.command()
@@ -158,17 +162,10 @@ def sweep(
     The same stands in the YAML's `sweep` section. All goes to `run.dir`: the trials' runs, `best.yaml` for `rayml
     train`, `trials.csv`, `trials.json` and `sweep.png`. A trial that fails is reported, and the sweep goes on.
     """
-    from rayml.config import read_values, with_values
-
-    values = read_values(config, overrides or [])
     given = {"trials": trials, "concurrent": concurrent, "scheduler": scheduler, "searcher": searcher, "metric": metric}
-    settings: dict[str, Any] = {f"sweep.{key}": value for key, value in given.items() if value is not None}
-    if search:
-        settings["sweep.search"] = {key: text for key, _, text in (one.partition("=") for one in search)}
-    with doing(err, "loading libraries"):
-        from rayml.distributed.sweep import sweep as run_sweep
-
-    run_sweep(with_values(values, settings), config, resume, out)
+    settings = {f"sweep.{key}": value for key, value in given.items() if value is not None}
+    searched = {key: text for key, _, text in (one.partition("=") for one in search or [])}
+    rayml.sweep(config, overrides, search=searched, resume=resume, console=out, **settings)
 
 
 @app.command()
@@ -200,29 +197,23 @@ def compare(
     stopped.
     Writes `report.md` and `report.html`, and every answer to `results/`.
     """
-    import shlex
-
-    from rayml.config import read_values, with_values
-
-    values = read_values(config, overrides or [])
-    if data:
-        values = with_values(values, {"data.path": data})
-    with doing(err, "loading libraries"):
-        from rayml.distributed.compare import compare as run_comparison
-        from rayml.distributed.entries import Request
-
-    request = Request(
+    rayml.compare(
+        config,
+        overrides,
         methods=[name.strip() for name in methods.split(",")] if methods else [],
-        variants={name: tuple(shlex.split(text)) for name, _, text in (one.partition("=") for one in variant or [])},
+        variants={name: shlex.split(text) for name, _, text in (one.partition("=") for one in variant or [])},
         runs=run or [],
         seeds=seeds,
         episodes=episodes,
         val_episodes=val_episodes,
-        factors=numbers(rates, float, "--rates"),
+        rates=numbers(rates, float, "--rates"),
         steps=numbers(steps, int, "--steps"),
+        out=out_dir,
+        dry_run=dry_run,
+        command=shlex.join(["rayml", *sys.argv[1:]]),
+        console=out,
+        **({"data.path": data} if data else {}),
     )
-    command = shlex.join(["rayml", *sys.argv[1:]])
-    run_comparison(values, config, request, out_dir, command, dry_run, out)
 
 
 def numbers(text: str, kind: type, option: str) -> list[Any]:

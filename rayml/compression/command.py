@@ -13,15 +13,15 @@ from rayml.compression.quantize import LIBRARY, check_library
 from rayml.compression.student import evenly_spaced, wanted_layers
 from rayml.config import Config
 from rayml.errors import ConfigError, RunError
-from rayml.evaluation.command import EVALUATION_SEED, held_out_tasks, new_folder
+from rayml.evaluation.command import EVALUATION_SEED, held_out_tasks
 from rayml.lm.load import resolve_model
 from rayml.progress import Bar, doing, progress
-from rayml.runs.files import write_whole
+from rayml.runs.files import place, write_whole
 from rayml.runs.folder import RunFolder
 from rayml.tasks.task import Task
 
 if TYPE_CHECKING:
-    from rayml.evaluation.session import Session
+    from rayml.model import MetaModel
 
 # Episodes that the compressed run is made with have seeds of their own, far from those of training and evaluation.
 SUPPORT_SEED, DISTILLATION_SEED = 4_000_037, 5_000_011
@@ -59,7 +59,9 @@ def compress_run(
             that exists, a library that is missing, no held-out task to measure on; all before a model is loaded.
     """
     check_ways(quantize, distill, prune, distillation)
-    folder = new_folder(to)
+    folder = place(to)
+    if folder.exists():
+        raise RunError(f"{to}: exists already; give --out a new folder")
     if not isinstance(folder, Path):
         raise RunError(f"--out {to}: the base is loaded from there, so give a folder of this machine")
     source = RunFolder(run_path)
@@ -70,9 +72,9 @@ def compress_run(
         from rayml.compression import ways
         from rayml.compression.folder import write_run
         from rayml.compression.report import table
-        from rayml.evaluation.session import open_session
+        from rayml.model import load
 
-        session = open_session(source, checkpoint)
+        session = load(source, checkpoint=checkpoint)
     part = folder.with_name(folder.name + ".part")  # a base that is not whole is never taken for one
     shutil.rmtree(part, ignore_errors=True)
     with progress(err) as bar:
@@ -88,7 +90,7 @@ def compress_run(
             part.rename(folder)
         finally:
             shutil.rmtree(part, ignore_errors=True)
-        small = open_session(write_run(source, folder, compressed, session.step))
+        small = load(write_run(source, folder, compressed, session.step))
         summary = measured(session, small, tasks, episodes, bar)
     how = f"{quantize}" if quantize else f"pruned by {prune}" if prune else f"distilled into {distill}"
     record = {"run": str(source.path), "how": how, "steps": distillation.steps if distill else None, **summary}
@@ -136,7 +138,7 @@ def check_run(config: Config, source: RunFolder, distill: str | None) -> str:
     return base
 
 
-def measured(before: "Session", after: "Session", tasks: Sequence[Task], episodes: int, bar: Bar) -> dict[str, Any]:
+def measured(before: "MetaModel", after: "MetaModel", tasks: Sequence[Task], episodes: int, bar: Bar) -> dict[str, Any]:
     """Return size, speed and score of two sessions."""
     from rayml.compression import measure
 

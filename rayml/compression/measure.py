@@ -10,9 +10,9 @@ import torch
 
 from rayml.evaluation.curves import Curve, Queries
 from rayml.evaluation.evaluate import trained_curves
-from rayml.evaluation.session import Session
 from rayml.evaluation.statistics import by_task, interval
 from rayml.meta.adapt import expand
+from rayml.model import MetaModel
 from rayml.tasks.episodes import Episode, Sampler
 from rayml.tasks.task import Task
 
@@ -24,12 +24,12 @@ def weights_bytes(base: str) -> int | None:
     return sum(file.stat().st_size for file in Path(base).glob("*.safetensors")) or None
 
 
-def bytes_in_dtype(session: Session) -> int:
+def bytes_in_dtype(session: MetaModel) -> int:
     """Return the bytes of a base that is not quantised in the run's own dtype; tied weights count once."""
     return sum(p.numel() * p.element_size() for p in session.lm.module.parameters())
 
 
-def speeds(sessions: Sequence[Session], episode: Episode) -> list[dict[str, Any]]:
+def speeds(sessions: Sequence[MetaModel], episode: Episode) -> list[dict[str, Any]]:
     """Return for each session the seconds of a forward of an episode's queries, and of adapting to its support.
 
     The sessions take turns, so that what else the machine does falls on all alike; the first turn is not counted.
@@ -48,20 +48,20 @@ def speeds(sessions: Sequence[Session], episode: Episode) -> list[dict[str, Any]
     ]
 
 
-def answering(session: Session, episode: Episode) -> Callable[[], Any]:
+def answering(session: MetaModel, episode: Episode) -> Callable[[], Any]:
     """Return what answers an episode's queries from the start, encoded anew: a batch remembers its frozen layers."""
     fast = expand(session.start, 1)
     return lambda: Queries(session.lm, session.encoder, [episode]).outputs(fast)
 
 
-def adapting(session: Session, episode: Episode) -> Callable[[], Any]:
+def adapting(session: MetaModel, episode: Episode) -> Callable[[], Any]:
     """Return what adapts to an episode as the run does, its support encoded anew: nothing is remembered of it."""
 
     scorer = session.scorer()
     return lambda: list(scorer.adapted(scorer.prepare([episode]), session.start, session.rates, scorer.steps))
 
 
-def seconds(session: Session, run: Callable[[], Any]) -> float:
+def seconds(session: MetaModel, run: Callable[[], Any]) -> float:
     began = time.perf_counter()
     run()
     if session.device.type == "cuda":
@@ -76,7 +76,7 @@ def spread(times: Sequence[float]) -> dict[str, float]:
 
 
 def scores(
-    session: Session, tasks: Sequence[Task], sampler: Sampler, episodes: int, done: Callable[[int], None]
+    session: MetaModel, tasks: Sequence[Task], sampler: Sampler, episodes: int, done: Callable[[int], None]
 ) -> list[Curve]:
     """Return the curves of `episodes` episodes of each task."""
     found: list[Curve] = []

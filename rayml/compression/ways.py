@@ -11,7 +11,6 @@ from rayml.compression.folder import Compressed, base_folder
 from rayml.compression.student import evenly_spaced, save_base, wanted_layers, write_student
 from rayml.config import Config
 from rayml.errors import ConfigError
-from rayml.evaluation.session import Session
 from rayml.lm.batch import collate
 from rayml.lm.encode import decode_rows
 from rayml.lm.load import DTYPES, load_base, load_tokenizer, resolve_model
@@ -19,6 +18,7 @@ from rayml.lm.model import TaskLM, hooks
 from rayml.lm.start import untrained_start
 from rayml.meta.adapt import Params
 from rayml.meta.learner import Learner, initial_log_rates, outer_schedule
+from rayml.model import MetaModel
 from rayml.tasks.prepare import prepare_splits
 from rayml.tasks.task import Task
 
@@ -29,13 +29,13 @@ WORK = "student"
 """What a student is loaded from: its files may stay mapped while it is trained, so they are not written over."""
 
 
-def quantized(session: Session, base: str, kind: str, folder: Path) -> Compressed:
+def quantized(session: MetaModel, base: str, kind: str, folder: Path) -> Compressed:
     """Quantise the base; what was learned stays as it is."""
     quantize.quantize_base(base, session.config.model.dtype, kind, base_folder(folder))
     return Compressed(session.config, session.start, session.rates, session.untrained)
 
 
-def pruned(session: Session, base: str, fraction: float, folder: Path, progress: Callable[[], None]) -> Compressed:
+def pruned(session: MetaModel, base: str, fraction: float, folder: Path, progress: Callable[[], None]) -> Compressed:
     """Prune the base's MLPs by what meta-train texts make of them; adapters are cut with them."""
     from rayml.compression.command import SUPPORT_EPISODES, SUPPORT_SEED
 
@@ -50,7 +50,7 @@ def pruned(session: Session, base: str, fraction: float, folder: Path, progress:
 
 
 def distilled(
-    session: Session, base: str, name: str, how: "Distillation", folder: Path, progress: Callable[[], None]
+    session: MetaModel, base: str, name: str, how: "Distillation", folder: Path, progress: Callable[[], None]
 ) -> Compressed:
     """Teach a student on the run's meta-train tasks; `metrics.jsonl` gets its losses.
 
@@ -88,7 +88,7 @@ def distilled(
 
 
 def student_of(
-    session: Session, base: str, name: str, folder: Path, tasks: Sequence[Task]
+    session: MetaModel, base: str, name: str, folder: Path, tasks: Sequence[Task]
 ) -> tuple[Config, TaskLM, Params, Params]:
     """Return a student's config, its model with hooks, and the start and logarithms of the rates that it begins with.
 
@@ -113,7 +113,7 @@ def student_of(
     return config, lm, start, initial_log_rates(start, config.inner.lr, config.inner.modules, per_weight=by_weight)
 
 
-def student_lm(config: Config, path: str, session: Session) -> TaskLM:
+def student_lm(config: Config, path: str, session: MetaModel) -> TaskLM:
     """Return a student where its teacher lies, in fp32 to be trained."""
     module = load_base(path, "float32", config.model.attention).to(session.device)
     return TaskLM(module, hooks(module, config.lora.shape(), config.soft_tokens))

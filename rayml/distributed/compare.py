@@ -28,7 +28,7 @@ from rayml.evaluation.answers import Choice, Contender, answer, choose_setting
 from rayml.evaluation.command import EVALUATION_SEED
 from rayml.evaluation.comparison import summarize
 from rayml.evaluation.comparison_report import print_summary, write_report
-from rayml.evaluation.session import open_session, untrained_session
+from rayml.model import load, untrained_model
 from rayml.progress import progress
 from rayml.runs.checkpoint import identity
 from rayml.runs.files import Place, checksum, place, write_whole
@@ -137,9 +137,9 @@ def adapted_and_asked(entry: Entry, base: Config, splits: Splits, request: Reque
 
 def contender_of(entry: Entry, tasks: Sequence[Task]) -> Contender:
     """Load what takes part: a trained run, an untrained start, or the bare base."""
-    session = open_session(entry.run) if entry.run else untrained_session(entry.config, tasks)
-    start = None if entry.method.start == "base" else session.start
-    return Contender(session.scorer(), start, session.rates, entry.method.takes_support)
+    model = load(entry.run) if entry.run else untrained_model(entry.config, tasks)
+    start = None if entry.method.start == "base" else model.start
+    return Contender(model.scorer(), start, model.rates, entry.method.takes_support)
 
 
 def costs(entry: Entry) -> dict[str, Any]:

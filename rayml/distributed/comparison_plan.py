@@ -11,8 +11,8 @@ from rich.table import Table
 from rayml.config import Config
 from rayml.distributed.entries import Entry, Request
 from rayml.evaluation.curves import side_of
-from rayml.evaluation.session import untrained_session
 from rayml.meta.adapt import expand, task_gradients
+from rayml.model import untrained_model
 from rayml.tasks.splits import Splits
 from rayml.tasks.task import Task
 
@@ -46,13 +46,13 @@ def show_plan(entries: Sequence[Entry], base: Config, splits: Splits, request: R
 
 def seconds_per_token(config: Config, tasks: Sequence[Task]) -> float:
     """Time the forward and backward of an episode's support here, in one process."""
-    session = untrained_session(config, tasks)
+    model = untrained_model(config, tasks)
     episode = config.data.sampler(config.seed).episode(tasks, 0)
-    fast = expand(session.start, 1)
+    fast = expand(model.start, 1)
     seconds = 0.0
     for _ in range(2):  # the first warms up
-        batch = side_of(session.lm, session.encoder, [episode], "support").one_a_row
+        batch = side_of(model.lm, model.encoder, [episode], "support").one_a_row
         began = time.perf_counter()
-        task_gradients(partial(session.lm.losses, batch=batch), fast)
+        task_gradients(partial(model.lm.losses, batch=batch), fast)
         seconds = time.perf_counter() - began
     return seconds / batch.tokens.numel()

@@ -18,8 +18,8 @@ from rayml.errors import ConfigError, RunError
 from rayml.evaluation.command import EVALUATION_SEED
 from rayml.evaluation.evaluate import trained_curves
 from rayml.evaluation.report import bounds
-from rayml.evaluation.session import Session, open_session, start_of
 from rayml.evaluation.statistics import by_task, interval
+from rayml.model import MetaModel, load, start_of
 from rayml.progress import progress
 from rayml.runs.files import write_whole
 from rayml.runs.folder import RunFolder, flat
@@ -106,7 +106,7 @@ def report_forgetting(run: RunFolder, old: Old, splits: Splits, out: Console) ->
     Accuracy over label tasks, or the loss over free text, after adapting, with intervals over tasks and
     episodes, paired.
     """
-    now = open_session(run)
+    now = load(run)
     then = as_before(old, now)
     groups = {
         f"{name} tasks, {'accuracy' if is_label else 'loss'}": ([t for t in of if bool(t.options) == is_label], shows)
@@ -129,10 +129,10 @@ def report_forgetting(run: RunFolder, old: Old, splits: Splits, out: Console) ->
     return found
 
 
-def as_before(old: Old, now: Session) -> Session:
+def as_before(old: Old, now: MetaModel) -> MetaModel:
     """Return the old run, on the base that is loaded already, unless it was another dtype's."""
     if old.config.model != now.config.model:
-        return open_session(old.run)
+        return load(old.run)
     start, log_rates = start_of(old.run)
     return replace(
         now,
@@ -148,13 +148,13 @@ def episodes_each(tasks: Sequence[Task]) -> int:
 
 
 def both(
-    shows: Session, then: Session, now: Session, tasks: Sequence[Task], progress: Callable[[int], None]
+    shows: MetaModel, then: MetaModel, now: MetaModel, tasks: Sequence[Task], progress: Callable[[int], None]
 ) -> dict[str, dict[str, float]]:
     """Return the scores after adapting to the same episodes, as `shows` shows them, from the old start and the new."""
     sampler = shows.config.data.sampler(EVALUATION_SEED)
     ends = []
-    for session in (then, now):
-        asked = replace(session, config=shows.config, encoder=shows.encoder)
+    for model in (then, now):
+        asked = replace(model, config=shows.config, encoder=shows.encoder)
         found = trained_curves(asked, tasks, sampler, episodes_each(tasks), progress)
         ends.append(by_task(found)[-1])
     return {"before": interval(ends[0]), "after": interval(ends[1]), "change": interval(ends[1] - ends[0])}

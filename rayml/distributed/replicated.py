@@ -18,7 +18,6 @@ from rayml.distributed.watch import Signature
 from rayml.engine import collective, local, zero
 from rayml.engine.laps import Laps
 from rayml.evaluation.curves import Curve, Scorer
-from rayml.evaluation.session import start_of
 from rayml.lm.batch import Row
 from rayml.lm.depth import rate_factors
 from rayml.lm.encode import Encoder
@@ -32,6 +31,7 @@ from rayml.meta.adapt import InnerLoop, Params
 from rayml.meta.gradient import MetaGradient
 from rayml.meta.learner import Learner, initial_log_rates, outer_schedule
 from rayml.meta.weighting import RecentGains
+from rayml.model import start_of
 from rayml.planning.batch import trained_tokens
 from rayml.runs.checkpoint import read_newest, write_state
 from rayml.runs.folder import RunFolder

@@ -27,7 +27,6 @@ from rayml.distributed.trackers import check_trackers
 from rayml.distributed.watch import START_SECONDS, Watch, end_run
 from rayml.distributed.worker import train_worker
 from rayml.errors import ConfigError, TrainingError
-from rayml.evaluation.command import export_run
 from rayml.interrupt import heed_again, kept
 from rayml.lm.encode import Encoder
 from rayml.lm.load import load_shape, load_tokenizer, resolve_model
@@ -35,6 +34,7 @@ from rayml.lm.lora import A, B, find_linears
 from rayml.lm.parameters import trained_parameters
 from rayml.lm.soft_prompt import PROMPT
 from rayml.meta.learner import initial_log_rates
+from rayml.model import load
 from rayml.progress import doing
 from rayml.runs.checkpoint import newest_checkpoint, step_of
 from rayml.runs.files import Place, place, remove
@@ -94,7 +94,7 @@ def train(config: Config, resume: bool = False, at_once: int = 1) -> RunFolder:
             fit(config, run, splits, model, encoder, at_once, replayed)
         if config.mode == "full":
             remove(run.model)
-            export_run(run.path, run.model, None, Console(quiet=True))
+            load(run).save(run.model)
     if old and (trains or not (run.path / FORGETTING).exists()):  # it may have been cut off there
         report_forgetting(run, old, splits, Console(stderr=True))
     return run

@@ -11,8 +11,7 @@ import numpy as np
 import torch
 
 from rayml.evaluation.curves import Scorer, score_all
-from rayml.lm.decode import Decoder
-from rayml.lm.generate import Generation, end_tokens
+from rayml.lm.generate import Generation, end_tokens, write
 from rayml.lm.sampling import Sampling
 from rayml.meta.adapt import Params
 from rayml.tasks.episodes import Episode, Sampler
@@ -154,7 +153,7 @@ def text_answers(contender: Contender, episode: Episode, setting: Setting) -> li
     ends, texts = end_tokens(scorer.lm.module, encoder.tokenizer), []
     for query in episode.query:
         texts.append(Generation(encoder.tokenizer, encoder.asked(query, shown), weights, sampling, ends))
-    write(scorer, texts)
+    write(scorer.lm, texts)
     return [
         {
             "target": query.target,
@@ -175,12 +174,3 @@ def taken_in(contender: Contender, episode: Episode, setting: Setting) -> Params
     rates = contender.scaled(setting.factor)
     *_, fast = contender.scorer.adapted(contender.scorer.prepare([episode]), contender.start, rates, setting.steps)
     return {name: weight[0] for name, weight in fast.items()}
-
-
-@torch.no_grad()
-def write(scorer: Scorer, texts: Sequence[Generation]) -> None:
-    """Generate all texts to their end, side by side."""
-    decoder = Decoder(scorer.lm, most_rows=len(texts), cache_tokens=0)
-    decoder.join(list(texts))
-    while any(text.finish_reason is None for text in texts):
-        decoder.step()

@@ -1,4 +1,4 @@
-"""What `rayml evaluate` and `rayml adapt` do, from files to files."""
+"""A run's evaluation, from its folder to a table, `evaluation.json` and `adaptation.png`."""
 
 import json
 import logging
@@ -13,17 +13,15 @@ from rayml.errors import ConfigError, DataError, RunError
 from rayml.evaluation import report
 from rayml.interrupt import kept
 from rayml.progress import doing, progress
-from rayml.runs.files import Place, made_here, place, write_whole
+from rayml.runs.files import write_whole
 from rayml.runs.folder import RunFolder, fingerprint
 from rayml.sections import Data
 from rayml.tasks.prepare import prepare_splits, prepare_tasks
-from rayml.tasks.read import read_rows
 from rayml.tasks.splits import refuse_leaks
 from rayml.tasks.task import Task
 
 if TYPE_CHECKING:
-    from rayml.evaluation.session import Session
-    from rayml.meta.adapt import Params
+    from rayml.model import MetaModel
 
 log = logging.getLogger(__name__)
 # Episodes of an evaluation are drawn with their own seeds, far from those of training and validation.
@@ -31,8 +29,8 @@ EVALUATION_SEED = 2_000_003
 
 
 def evaluate_run(
-    run_path: str | Place,
-    data_path: list[str] | None,
+    run: "RunFolder | MetaModel",
+    data: list[str] | None,
     ways: int | None,
     shots: int | None,
     episodes: int,
@@ -45,52 +43,55 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Evaluate a run; print the table, write the JSON and the plot, and return what the JSON holds.
 
+    Everything that can be wrong with the input is found before a model is loaded.
+
     Raises:
         RunError, DataError, ConfigError: no run, no tasks, or an unknown split.
     """
     if split not in ("test", "val"):
-        raise ConfigError(f"--split: expected test or val, got {split!r}")
-    if checkpoint not in (None, "best", "newest"):
-        raise ConfigError(f"--checkpoint: expected best or newest, got {checkpoint!r}")
-    run = RunFolder(run_path)
-    config, _ = run.trained(checkpoint)
-    data = config.data.model_copy(update={k: v for k, v in {"ways": ways, "shots": shots}.items() if v})
-    tasks = held_out_tasks(config, data, data_path, split)
+        raise ConfigError(f"split: expected test or val, got {split!r}")
+    config = run.trained(checkpoint)[0] if isinstance(run, RunFolder) else run.config
+    shown = config.data.model_copy(update={k: v for k, v in {"ways": ways, "shots": shots}.items() if v})
+    tasks = held_out_tasks(config, shown, data, split)
     config.algorithm.check(tasks)
     with doing(err, "loading libraries and model"):
         from rayml.evaluation.evaluate import evaluate, summarize
         from rayml.evaluation.parts import Parts
-        from rayml.evaluation.session import open_session
+        from rayml.model import load
 
-        session = open_session(run, checkpoint)
-    err.print(str(session.precision), style="dim", markup=False, highlight=False, soft_wrap=True)
-    session.encoder.check(tasks)
-    sampler = data.sampler(EVALUATION_SEED + seed)
-    settings = {"ways": data.ways, "shots": data.shots, "queries": data.queries, "episodes": episodes, "seed": seed}
-    asked = [session.step, session.precision.dtype, settings, fingerprint(tasks), dump_config(config)]
-    total, parts = len(tasks) * episodes, Parts(run.path, asked)
+        model = load(run, checkpoint=checkpoint) if isinstance(run, RunFolder) else run
+    if model.run is None:
+        raise RunError("an untrained start is evaluated beside a run's; give a run")
+    for line in (f"{model.run.path}: {model.checkpoint}", str(model.precision)):
+        err.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
+    model.encoder.check(tasks)
+    sampler = shown.sampler(EVALUATION_SEED + seed)
+    settings = {"ways": shown.ways, "shots": shown.shots, "queries": shown.queries, "episodes": episodes, "seed": seed}
+    asked = [model.step, model.precision.dtype, settings, fingerprint(tasks), dump_config(config)]
+    total, parts = len(tasks) * episodes, Parts(model.run.path, asked)
     err.print(f"{len(tasks)} tasks x {episodes} episodes, each from two starts: {2 * total} adaptations", style="dim")
     try:
         with progress(err) as bar:
-            found = evaluate(session, tasks, sampler, episodes, parts, bar("adapting", total))
+            found = evaluate(model, tasks, sampler, episodes, parts, bar("adapting", total))
     except KeyboardInterrupt as end:
         message = f"{parts.episodes} of {total} episodes are kept; the same command goes on with the others"
         raise kept(end, message) from None
     parts.remove()
     summary = {
-        "run": str(run.path),
+        "run": str(model.run.path),
+        "checkpoint": model.checkpoint,
         "algorithm": config.algorithm.name,
-        "outer_steps": session.step,
+        "outer_steps": model.step,
         "inner_steps": config.inner.steps,
-        "tasks_from": data_path or f"meta-{split}",
+        "tasks_from": data or f"meta-{split}",
         **settings,
         **summarize(found),
     }
-    kind = "-data" if data_path else "" if split == "test" else f"-{split}"
-    written, picture = json_file or run.path / f"evaluation{kind}.json", run.path / f"adaptation{kind}.png"
+    kind = "-data" if data else "" if split == "test" else f"-{split}"
+    written, picture = json_file or model.run.path / f"evaluation{kind}.json", model.run.path / f"adaptation{kind}.png"
     write_whole(written, json.dumps(summary, indent=2) + "\n")
     method = "" if config.algorithm.name == DEFAULT else f"{config.algorithm.name}, "
-    title = f"{config.model.name}, {data.ways}-way {data.shots}-shot, {method}after {session.step} outer steps"
+    title = f"{config.model.name}, {shown.ways}-way {shown.shots}-shot, {method}after {model.step} outer steps"
     report.plot(summary, picture, title)
     out.print(report.table(summary, title))
     answers = report.answers_table(summary)
@@ -127,74 +128,3 @@ def trained_on(config: Config) -> tuple[Task, ...]:
     except DataError as error:
         log.warning("--data is not compared with what was trained on: %s", error)
         return ()
-
-
-def adapt_run(run_path: str | Place, examples: Path, to: str | Place, name: str | None, out: Console) -> None:
-    """Learn the task in a file of examples from a run's start, and write its adapter.
-
-    Raises:
-        RunError, DataError: no run, the folder exists, or examples that cannot be used.
-    """
-    folder = new_folder(to)
-    run = RunFolder(run_path)
-    run.trained()  # refuse early what is no finished run
-    rows = read_rows([str(examples)])
-    if len({row.task for row in rows}) > 1:
-        raise DataError(f"{examples}: holds {len({row.task for row in rows})} tasks; adapt to one at a time")
-    err = Console(stderr=True)
-    with doing(err, "loading libraries and model"):
-        from rayml.evaluation.learn import learn, new_task
-        from rayml.evaluation.session import open_session
-        from rayml.lm.peft_files import write_card
-
-        task = new_task(rows, name or folder.name, run.learned_labels(), run.learned_kind())
-        session = open_session(run)
-    err.print(str(session.precision), style="dim", markup=False, highlight=False, soft_wrap=True)
-    learned = learn(session, task)
-    with made_here(folder) as here:
-        write_weights(session, learned.weights, here)
-        write_card(here, learned.card)
-    kind = f"{len(task.options)} labels" if task.options else "free text"
-    how = "loss " + " -> ".join(f"{loss:.3f}" for loss in (learned.losses[0], learned.losses[-1]))
-    if learned.card.shown and not session.config.algorithm.takes_steps:
-        how = f"kept for {'the prompt' if session.config.algorithm.keeps == 'prompt' else 'their hidden states'}"
-    out.print(f"learned {task.name!r}: {len(task.examples)} examples, {kind}, {learned.seconds:.2f} s, {how}")
-    if learned.losses[-1] > learned.losses[0]:
-        out.print("[yellow]the loss rose: the inner steps are too long for this task; lower inner.lr, or learn it[/]")
-    out.print(f'next: [bold]rayml predict {folder} --input "..."[/]', highlight=False, soft_wrap=True)
-
-
-def export_run(run_path: str | Place, to: str | Place, checkpoint: str | None, out: Console) -> None:
-    """Write a run's learned start: a stock PEFT folder, or, in mode full, a whole Hugging Face model.
-
-    Raises:
-        RunError: no run, or the folder exists.
-    """
-    folder = new_folder(to)
-    run = RunFolder(run_path)
-    run.trained(checkpoint)
-    from rayml.evaluation.session import open_session
-
-    session = open_session(run, checkpoint)
-    with made_here(folder) as here:
-        write_weights(session, session.start, here)
-    what = "a PEFT adapter on " + session.base if session.lm.adapter else "a Hugging Face model"
-    out.print(f"{folder}: {what}, after {session.step} outer steps", highlight=False, soft_wrap=True)
-
-
-def new_folder(to: str | Place) -> Place:
-    """Return the place of a folder to make, or raise RunError if it is there."""
-    folder = place(to)
-    if folder.exists():
-        raise RunError(f"{to}: exists already; give --out a new folder")
-    return folder
-
-
-def write_weights(session: "Session", weights: "Params", folder: Path) -> None:
-    """Write weights that a session's model takes as stock libraries read them."""
-    from rayml.lm.peft_files import save_adapter, save_model
-
-    if session.lm.adapter:
-        save_adapter(folder, weights, session.config, session.base, session.encoder.is_masked)
-    else:
-        save_model(folder, session.lm.module, weights, session.encoder.tokenizer)

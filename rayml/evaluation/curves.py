@@ -11,6 +11,7 @@ from rayml.lm.ask import AskedTasks, Kept
 from rayml.lm.encode import Encoder, class_numbers
 from rayml.lm.model import TaskLM
 from rayml.lm.objective import TaskSide, special_steps
+from rayml.lm.score import ways_of
 from rayml.meta.adapt import InnerLoop, Params, TaskLosses, expand
 from rayml.tasks.episodes import Episode
 
@@ -124,7 +125,7 @@ class Queries:
             return
         own = [encoder.of(e.task, e.kind) for e in episodes]
         ways = [
-            each.questions(e.query, list(e.labels), e.support if keeps == "prompt" else ())
+            ways_of(lm, each, e.query, list(e.labels), e.support if keeps == "prompt" else ())
             for each, e in zip(own, episodes, strict=True)
         ]
         kept = [
@@ -132,7 +133,7 @@ class Queries:
             for each, e in zip(own, episodes, strict=True)
             if keeps == "states"
         ]
-        self.asked = AskedTasks(lm, encoder, ways, kept)
+        self.asked = AskedTasks(lm, encoder.pad, ways, kept)
 
     @torch.no_grad()
     def outputs(self, weights: Params | None) -> Outputs:

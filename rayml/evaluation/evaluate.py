@@ -10,13 +10,14 @@ import torch
 from rayml.evaluation.answers import Contender, Setting, label_answers, text_answers
 from rayml.evaluation.curves import Curve, Outputs, Scorer, curves_of
 from rayml.evaluation.metrics import scores, span_report
-from rayml.evaluation.session import Session
 from rayml.evaluation.statistics import by_task, intervals
+from rayml.lm.depth import rate_factors
 from rayml.tasks.episodes import Episode, Sampler
 from rayml.tasks.task import Task
 
 if TYPE_CHECKING:
     from rayml.evaluation.parts import Parts
+    from rayml.model import MetaModel
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Answered:
 
 
 def evaluate(
-    session: Session,
+    session: "MetaModel",
     tasks: Sequence[Task],
     sampler: Sampler,
     episodes: int,
@@ -54,10 +55,13 @@ def evaluate(
 ) -> Evaluation:
     """Adapt to `episodes` episodes of each task from both starts, by the run's own algorithm and inner steps.
 
-    Every task gets the same number of episodes. The untrained start's rate is what `inner.lr` says. What `parts` holds
-    already is not done again. `progress` is told after each few episodes how many are done.
+    Every task gets the same number of episodes. The untrained start's rates are those that training began with:
+    `inner.lr`, less by `inner.layer_decay`. What `parts` holds already is not done again. `progress` is told after each
+    few episodes how many are done.
     """
-    rate = dict.fromkeys(session.rates, torch.tensor(session.config.inner.lr, device=session.device))
+    inner = session.config.inner
+    factors = rate_factors(session.lm.module, session.rates, inner.layer_decay)
+    rates = {n: torch.tensor(inner.lr * factors.get(n, 1.0), device=session.device) for n in session.rates}
     found = Evaluation([], [], [])
     scorer = session.scorer()
     for batch in batches(session, tasks, sampler, episodes):
@@ -70,7 +74,7 @@ def evaluate(
         points = list(scorer.outputs(prepared, session.start, session.rates, at))
         part = Evaluation(
             curves_of(batch, points),
-            curves_of(batch, list(scorer.outputs(prepared, session.untrained, rate, at))),
+            curves_of(batch, list(scorer.outputs(prepared, session.untrained, rates, at))),
             list(answered(session, scorer, batch, points)),
         )
         parts.keep(part)
@@ -80,7 +84,7 @@ def evaluate(
 
 
 def answered(
-    session: Session, scorer: Scorer, episodes: Sequence[Episode], points: Sequence[Outputs]
+    session: "MetaModel", scorer: Scorer, episodes: Sequence[Episode], points: Sequence[Outputs]
 ) -> Iterator[Answered]:
     """Yield the answers to episodes: of labels, from what was made of the queries; texts are written, both times."""
     contender = Contender(scorer, session.start, session.rates)
@@ -97,7 +101,7 @@ def answered(
 
 
 def trained_curves(
-    session: Session,
+    session: "MetaModel",
     tasks: Sequence[Task],
     sampler: Sampler,
     episodes: int,
@@ -111,7 +115,7 @@ def trained_curves(
     return found
 
 
-def batches(session: Session, tasks: Sequence[Task], sampler: Sampler, episodes: int) -> Iterator[list[Episode]]:
+def batches(session: "MetaModel", tasks: Sequence[Task], sampler: Sampler, episodes: int) -> Iterator[list[Episode]]:
     """Yield `episodes` episodes of each task, as many at a time as a worker adapts side by side."""
     at_a_time = session.config.tasks_per_worker if session.lm.adapter else 1
     for task in tasks:

@@ -1,13 +1,12 @@
 """Learn new tasks from a handful of examples each, from a run's start: on the command line one, in a server many."""
 
-import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 
 from rayml.errors import DataError
-from rayml.evaluation.session import Session
 from rayml.lm.batch import Row
 from rayml.lm.objective import TaskSide, special_steps
 from rayml.lm.peft_files import AdapterCard
@@ -16,6 +15,9 @@ from rayml.tasks.episodes import LETTERS, relabel, shown_labels
 from rayml.tasks.row import Row as DataRow
 from rayml.tasks.table import LABELS, build_tasks
 from rayml.tasks.task import Task
+
+if TYPE_CHECKING:
+    from rayml.model import MetaModel
 
 
 @dataclass(frozen=True)
@@ -28,17 +30,6 @@ class Lesson:
     classes: list[int]
     """Of the rows; none for free text."""
     card: AdapterCard
-
-
-@dataclass(frozen=True)
-class Learned:
-    """A new task's adapter, or, in mode full, its own copy of what was trained."""
-
-    weights: Params
-    card: AdapterCard
-    losses: list[float]
-    """Support loss before each inner step, and after the last."""
-    seconds: float
 
 
 def new_task(rows: Sequence[DataRow], name: str, labels: bool, kind: str = "") -> Task:
@@ -63,7 +54,7 @@ def new_task(rows: Sequence[DataRow], name: str, labels: bool, kind: str = "") -
     return replace(task, name=name)
 
 
-def lesson(session: Session, task: Task) -> Lesson:
+def lesson(session: "MetaModel", task: Task) -> Lesson:
     """Show a task's examples in the way that the run was trained with.
 
     Raises:
@@ -106,7 +97,7 @@ Losses = list[float]
 
 
 def take_in(
-    session: Session, lessons: Sequence[Lesson], steps: Sequence[int]
+    session: "MetaModel", lessons: Sequence[Lesson], steps: Sequence[int]
 ) -> Generator[None, None, list[tuple[Params, Losses]]]:
     """Adapt to T tasks side by side, each by its own number of inner steps; yields after every step.
 
@@ -133,24 +124,7 @@ def take_in(
     return [(found[t], curves[t][: last + 1]) for t, last in enumerate(steps)]
 
 
-def learn(session: Session, task: Task, steps: int | None = None) -> Learned:
-    """Take in every example of `task` from the run's learned start, just as training did.
-
-    Raises:
-        DataError: as `lesson` does.
-    """
-    prepared = lesson(session, task)
-    began = time.perf_counter()
-    adaptation = take_in(session, [prepared], [inner_steps(session, steps)])
-    while True:
-        try:
-            next(adaptation)
-        except StopIteration as end:
-            ((weights, losses),) = end.value
-            return Learned(weights, prepared.card, losses, time.perf_counter() - began)
-
-
-def inner_steps(session: Session, steps: int | None) -> int:
+def inner_steps(session: "MetaModel", steps: int | None) -> int:
     """Return how many steps a new task takes: those asked for, or the run's own; none where it is taken in at once."""
     config = session.config
     return 0 if not config.algorithm.takes_steps else config.inner.steps if steps is None else steps

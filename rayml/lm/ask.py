@@ -7,14 +7,10 @@ import torch
 from torch import Tensor
 
 from rayml.lm.batch import Row, TaskBatch, collate
-from rayml.lm.encode import Encoder
 from rayml.lm.model import TaskLM
 from rayml.lm.objective import class_grid
-from rayml.lm.score import Ballot
+from rayml.lm.score import Ballot, Ways
 from rayml.meta.adapt import Params
-
-Ways = Sequence[tuple[float, list[list[Row]]]]
-"""The ways in which a task's queries are asked, each with its weight: rows for every query, with every option."""
 
 
 class Kept:
@@ -30,7 +26,8 @@ class AskedTasks:
     """The queries of T tasks, all of them with labels.
 
     Args:
-        tasks: each task's ways of asking (`Encoder.questions`); their options are the labels.
+        pad: the token that rows are filled up with.
+        tasks: each task's ways of asking; their options are the labels.
         kept: each task's support, where the algorithm keeps hidden states.
         options: how many labels each task has, where rows are of one alone: their tokens then cannot be scored.
     """
@@ -38,30 +35,30 @@ class AskedTasks:
     def __init__(
         self,
         lm: TaskLM,
-        encoder: Encoder,
+        pad: int,
         tasks: Sequence[Ways],
         kept: Sequence[Kept] = (),
         options: Sequence[int] | None = None,
     ):
-        self.lm, self.encoder, self.tasks, self.kept = lm, encoder, tasks, kept
-        rows = [task[0][1] for task in tasks]
-        options = [len(of[0]) for of in rows] if options is None else options
-        self.shape = [(len(of), count) for of, count in zip(rows, options, strict=True)]
+        self.lm, self.pad, self.tasks, self.kept = lm, pad, tasks, kept
+        queries = [task[0][1] for task in tasks]
+        options = [len(of[0].rows) for of in queries] if options is None else options
+        self.shape = [(len(of), count) for of, count in zip(queries, options, strict=True)]
 
     @cached_property
     def _ballot(self) -> Ballot:
-        return Ballot(self.lm, self.encoder, self.tasks)
+        return Ballot(self.lm, self.pad, self.tasks)
 
     @cached_property
     def _prompts(self) -> TaskBatch:
-        return self._one_a_row([[options[0] for options in task[0][1]] for task in self.tasks])
+        return self._one_a_row([[question.rows[0] for question in task[0][1]] for task in self.tasks])
 
     @cached_property
     def _kept_rows(self) -> TaskBatch:
         return self._one_a_row([one.rows for one in self.kept])
 
     def _one_a_row(self, rows: Sequence[Sequence[Row]]) -> TaskBatch:
-        return collate(rows, self.encoder.pad).to(self.lm.device)
+        return collate(rows, self.pad).to(self.lm.device)
 
     @cached_property
     def support_classes(self) -> Tensor:

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from rayml.errors import RunError
+from rayml.lm.decode import Decoder
+from rayml.lm.model import TaskLM
 from rayml.lm.sampling import Piece, Sampling, TokenScore
 from rayml.meta.adapt import Params
 
@@ -79,6 +81,14 @@ class Generation:
             (self.tokenizer.decode([t]), p) for t, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)
         ]
         return TokenScore(self.tokenizer.decode([token]), float(log_probs[token]), top)
+
+
+def write(lm: TaskLM, texts: Sequence[Generation]) -> None:
+    """Generate texts to their end, side by side; all may have as many tokens."""
+    decoder = Decoder(lm, most_rows=len(texts), cache_tokens=0)
+    decoder.join(texts)
+    while any(text.finish_reason is None for text in texts):
+        decoder.step()
 
 
 def end_tokens(module: Any, tokenizer: Any) -> frozenset[int]:

@@ -162,6 +162,8 @@ def side_by_side(adapters: Sequence[Params | None]) -> Params | None:
     some = next((adapter for adapter in adapters if adapter), None)
     if some is None:
         return None
+    if len(adapters) == 1:
+        return {name: weight.unsqueeze(0) for name, weight in some.items()}
     like = next(iter(some.values()))
     stacked = {n: like.new_zeros(len(adapters), *map(max, zip(*found, strict=True))) for n, found in shapes.items()}
     for place, adapter in enumerate(adapters):

@@ -10,11 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft import LoraConfig, PeftConfig, PromptTuningConfig
 from safetensors.torch import load_file, save_file
 
-from rayml.config import Config
 from rayml.errors import RunError
 from rayml.lm.encode import Encoder
 from rayml.lm.lora import layer_number
@@ -79,28 +76,30 @@ def write_card(folder: Path, card: AdapterCard) -> None:
     (folder / CARD).write_text(json.dumps(asdict(card), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def save_adapter(folder: Path, weights: Params, config: Config, base: str, is_masked: bool = False) -> None:
+def save_adapter(folder: Path, weights: Params, lora: dict[str, Any], base: str, is_masked: bool = False) -> None:
     """Write one adapter as a stock PEFT folder: LoRA, `[r, in]` and `[out, r]` each, or prompt tuning, `[P, d]`.
 
     Args:
-        config: of the run.
+        lora: its shape (`AdapterCard.lora`); nothing of a soft prompt.
         base: where `base_model_name_or_path` is to point.
     """
+    from peft import LoraConfig, PeftConfig, PromptTuningConfig  # slow to import, and only needed to write
+
     folder.mkdir(parents=True, exist_ok=True)
     kind = None if is_masked else "CAUSAL_LM"  # PEFT knows no masked ones, and wraps any model then
     common: dict[str, Any] = {"task_type": kind, "base_model_name_or_path": base, "inference_mode": True}
-    if config.adapter == "soft_prompt":
+    if not lora:
         tokens, width = weights[PROMPT].shape
         peft: PeftConfig = PromptTuningConfig(num_virtual_tokens=tokens, token_dim=width, **common)
         peft.num_transformer_submodules = 1  # type: ignore[attr-defined]  # PEFT sets it at training
         tensors = {PROMPT_KEY: weights[PROMPT]}
     else:
-        lora, layers = config.lora, sorted({layer_number(name) for name in weights})
+        layers = sorted({layer_number(name) for name in weights})
         peft = LoraConfig(
-            r=lora.rank,
-            lora_alpha=lora.alpha,  # type: ignore[arg-type]  # any number will do
-            target_modules=list(lora.targets),
-            layers_to_transform=layers if lora.last_layers else None,
+            r=lora["rank"],
+            lora_alpha=lora["alpha"],
+            target_modules=list(lora["targets"]),
+            layers_to_transform=layers if lora["last_layers"] else None,
             lora_dropout=0.0,
             bias="none",
             **common,
@@ -112,11 +111,16 @@ def save_adapter(folder: Path, weights: Params, config: Config, base: str, is_ma
 
 
 def save_model(folder: Path, module: Any, weights: Params, tokenizer: Any) -> None:
-    """Put `weights` into the model, by its parameters' names, and write it as a Hugging Face folder."""
-    with torch.no_grad():
-        for name, weight in weights.items():
-            module.get_parameter(name).copy_(weight)
-    module.save_pretrained(folder)
+    """Write the model with `weights` in it, by its parameters' names, as a Hugging Face folder; it stays as it was."""
+    own = {name: module.get_parameter(name) for name in weights}
+    before = {name: parameter.data for name, parameter in own.items()}
+    try:
+        for name, parameter in own.items():
+            parameter.data = weights[name].to(parameter.data)
+        module.save_pretrained(folder)
+    finally:
+        for name, parameter in own.items():
+            parameter.data = before[name]
     tokenizer.save_pretrained(folder)
 
 

@@ -13,6 +13,7 @@ from rayml.lm.choices import competition, token_losses
 from rayml.lm.encode import Encoder
 from rayml.lm.model import TaskLM
 from rayml.meta.adapt import Params
+from rayml.tasks.task import Example
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +78,7 @@ class Question:
 
     def __init__(self, rows: Sequence[Row], encoder: Encoder, forks: bool):
         """Take a row for each option (`Encoder.option_rows`)."""
+        self.rows = rows
         whole = [row.tokens[row.start :] for row in rows]
         if encoder.scoring == "learned" and encoder.told_apart(whole):
             among = competition(whole)
@@ -99,15 +101,13 @@ class Question:
 class OptionBatch:
     """The queries of T tasks, each with every option of its task: as a rule one forward row a query."""
 
-    def __init__(self, lm: TaskLM, encoder: Encoder, tasks: Sequence[Sequence[Sequence[Row]]]):
-        """Take each task's queries, each with a row an option (`Encoder.option_rows`)."""
+    def __init__(self, lm: TaskLM, pad: int, questions: Sequence[Sequence[Question]]):
+        """Take each task's queries; all of a task have as many options."""
         self.lm = lm
-        self.shape = [(len(task), len(task[0])) for task in tasks]
-        forks = may_fork(lm.module)
-        questions = [[Question(query, encoder, forks) for query in task] for task in tasks]
+        self.shape = [(len(task), len(task[0].options)) for task in questions]
         trees = [[tree for question in task for tree in question.trees] for task in questions]
         rows = [[Row(tree.tokens, len(tree.tokens), suffix=tree.suffix) for tree in task] for task in trees]
-        self.batch = collate(rows, encoder.pad).to(lm.device)
+        self.batch = collate(rows, pad).to(lm.device)
         self._note_places(trees)
         self._note_options([question for task in questions for question in task])
         forked = any(tree.is_forked for task in trees for tree in task)
@@ -177,15 +177,28 @@ class OptionBatch:
         ]
 
 
-class Ballot:
-    """The queries of T tasks, asked in several ways whose answers are weighed (`Encoder.questions`)."""
+Ways = Sequence[tuple[float, Sequence[Question]]]
+"""The ways in which a task's queries are asked, each with its weight: a question for every query."""
 
-    def __init__(self, lm: TaskLM, encoder: Encoder, tasks: Sequence[Sequence[tuple[float, list[list[Row]]]]]):
-        """Take each task's ways, each with its weight; a task of fewer ways than others is asked again, for nothing."""
+
+def ways_of(
+    lm: TaskLM, encoder: Encoder, examples: Sequence[Example], options: Sequence[str], shown: Sequence[Example] = ()
+) -> Ways:
+    """Return what is asked about some inputs of a task, as `Encoder.questions` does, ready to be run."""
+    forks = may_fork(lm.module)
+    found = encoder.questions(examples, options, shown)
+    return [(share, [Question(rows, encoder, forks) for rows in queries]) for share, queries in found]
+
+
+class Ballot:
+    """The queries of T tasks, asked in several ways whose answers are weighed."""
+
+    def __init__(self, lm: TaskLM, pad: int, tasks: Sequence[Ways]):
+        """Take each task's ways; a task of fewer ways than others is asked again, for nothing."""
         self.ways = []
         for way in range(max(map(len, tasks))):
             asked = [task[way] if way < len(task) else (0.0, task[0][1]) for task in tasks]
-            batch = OptionBatch(lm, encoder, [rows for _, rows in asked])
+            batch = OptionBatch(lm, pad, [questions for _, questions in asked])
             self.ways.append(([weight for weight, _ in asked], batch))
 
     def log_probs(self, weights: Params | None) -> list[Tensor]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rayml.algorithms.moved import modernized
 from rayml.config import Config, dump_config, parse_config, read_values
-from rayml.errors import RunError, StorageError
+from rayml.errors import ConfigError, RunError, StorageError
 from rayml.runs.checkpoint import is_whole, newest_checkpoint, step_of
 from rayml.runs.files import Place, listed, place, write_whole
 from rayml.runs.stopping import is_enough, val_scores
@@ -173,22 +173,29 @@ class RunFolder:
         """Return the config and the folder of a whole checkpoint.
 
         Args:
-            which: "newest", or "best" by meta-val; None: the best if the run had a `validation.patience` and a
-                validation, else the newest.
+            which: "best" by meta-val, or "newest"; None: the best where there were validations, else the newest.
 
         Raises:
             RunError: this is no run folder, or it has no such checkpoint.
+            ConfigError: `which` is neither.
         """
+        if which not in (None, "best", "newest"):
+            raise ConfigError(f"checkpoint: expected best or newest, got {which!r}")
         if not self.config.exists():
             raise RunError(f"{self.path}: no run here (there is no config.yaml in it)")
         config = self.read_config()
-        folder = newest_checkpoint(self.best) if which == "best" or (not which and config.validation.patience) else None
+        folder = newest_checkpoint(self.best) if which != "newest" else None
         if folder is None and which != "best":  # there was no meta-val task, or no validation yet
             folder = newest_checkpoint(self.checkpoints)
         if folder is None:
             reason = "no validation has chosen a best checkpoint" if which == "best" else "no whole checkpoint"
             raise RunError(f"{self.path}: {reason}; train it first")
         return config, folder
+
+    def told(self, folder: Place) -> str:
+        """Return in words which checkpoint a folder is, of those that `trained` returns."""
+        which = "the best on meta-val" if folder.parent.name == self.best.name else "the newest"
+        return f"step {step_of(folder)}, {which}"
 
 
 def describe(splits: Splits) -> dict[str, Any]:

@@ -60,20 +60,8 @@ class Fits:
     """Of the embeddings, where soft prompts are served; else LoRA is."""
 
 
-@dataclass(frozen=True, eq=False)  # told apart by identity
-class Adapter:
-    """An adapter in memory, ready for the task-batched layer."""
-
-    weights: Params
-    card: AdapterCard
-    algorithm: Algorithm
-    """What it answers by."""
-    size: int
-    """Bytes."""
-
-
-def read_adapter(folder: Path, fits: Fits) -> Adapter:
-    """Return the adapter in a folder that rayml or plain PEFT wrote.
+def read_adapter(folder: Path, fits: Fits) -> tuple[Params, AdapterCard]:
+    """Return the weights and the card of the adapter in a folder that rayml or plain PEFT wrote.
 
     Raises:
         RunError: it does not fit the base, or cannot be trusted; with the reason.
@@ -99,17 +87,17 @@ def read_adapter(folder: Path, fits: Fits) -> Adapter:
     broken = [name for name, weight in weights.items() if not torch.isfinite(weight).all()]
     if broken:
         raise RunError(f"{broken[0]} holds numbers that are not finite")
-    return Adapter(weights, card, _algorithm_of(card, fits), sum(weight.nbytes for weight in weights.values()))
+    _check_algorithm(card, fits)
+    return weights, card
 
 
-def _algorithm_of(card: AdapterCard, fits: Fits) -> Algorithm:
+def _check_algorithm(card: AdapterCard, fits: Fits) -> None:
     try:
         algorithm = trusted(card.algorithm, card.settings, fits.algorithm)
     except ConfigError as error:
         raise RunError(str(error)) from None
     if algorithm.keeps == "states" and not (card.shown and card.labels):
         raise RunError(f"{CARD} keeps no examples, which {algorithm.name} answers by")
-    return algorithm
 
 
 def _read_json(path: Path) -> dict[str, Any]:

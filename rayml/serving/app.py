@@ -69,7 +69,7 @@ def build(args: Serving) -> serve.Application:
         ConfigError, RunError: the run cannot be served, or the store or the keys cannot be used.
     """
     run = RunFolder(args.run)
-    config, checkpoint = servable(run)
+    config, checkpoint = servable(run, args.checkpoint)
     store = args.store or str(run.path / "adapters")
     store = store if "://" in store else str(Path(store).absolute())
     serving = args.model_copy(update={"run": str(run.path), "store": store})

@@ -46,6 +46,7 @@ def serve_forever(
     keys_file: Path | None,
     metrics_port: int | None,
     insecure: bool,
+    checkpoint: str | None,
     out: Console,
 ) -> None:
     """Serve until Ctrl-C, or SIGTERM; then let what has begun end.
@@ -54,10 +55,12 @@ def serve_forever(
         ConfigError, RunError: settings that do not work, a run that cannot be served, or a host without keys.
     """
     values: dict[str, Any] = {"run": run, "store": store, "keys_file": str(keys_file) if keys_file else None}
+    values |= {"checkpoint": checkpoint} if checkpoint else {}
     serving = parse_section(Serving, values, "rayml serve", overrides)
     keys = api_keys(serving.keys_file)
     check_host(host, keys, insecure)
-    servable(RunFolder(run))
+    folder = RunFolder(run)
+    _, served = servable(folder, serving.checkpoint)
     own = not os.environ.get("RAY_ADDRESS")
     if own and not serving.replicas.cpus:
         share = max(1, processors() // max(serving.replicas.min, serving.replicas.max))
@@ -79,6 +82,7 @@ def serve_forever(
         base = f"http://{host}:{port}"
         key = ' -H "Authorization: Bearer $KEY"' if keys else ""
         out.print(f"serving {run} at {base} ({time.perf_counter() - began:.0f} s to start; {base}/docs shows the API)")
+        out.print(f"it serves {folder.told(served)}", style="dim", highlight=False)
         out.print("teach it a task:", style="dim")
         out.print(f"  curl {base}/v1/adapters{key} -d '{json.dumps(EXAMPLE)}'", markup=False, soft_wrap=True)
         out.print("Ctrl-C stops it.", style="dim")
@@ -130,7 +134,7 @@ def publish_adapter(source: Path, run_path: str, name: str | None, store: str | 
     with tempfile.TemporaryDirectory() as folder:
         copy_files(source, Path(folder))
         try:
-            adapter = read_adapter(Path(folder), fits)
+            _, card = read_adapter(Path(folder), fits)
         except RunError as error:
             raise RunError(f"{source}: {error}") from error
         content = [(Path(folder) / file).read_bytes().hex() for file in FILES if (Path(folder) / file).exists()]
@@ -147,7 +151,7 @@ def publish_adapter(source: Path, run_path: str, name: str | None, store: str | 
         )
         there = AdapterStore(store or str(run.path / "adapters"))
         there.publish(owner_of(os.environ.get("RAYML_API_KEY")), manifest, Path(folder))
-    kind = f"labels {', '.join(adapter.card.labels.values())}" if adapter.card.labels else "no labels of its own"
+    kind = f"labels {', '.join(card.labels.values())}" if card.labels else "no labels of its own"
     out.print(f"published {manifest.id} ({kind}) in {there.root}", highlight=False, soft_wrap=True)
 
 

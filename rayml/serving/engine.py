@@ -12,21 +12,20 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, InvalidStateError
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rayml.evaluation.learn import Losses, take_in
-from rayml.evaluation.session import Session
-from rayml.lm.ask import AskedTasks
 from rayml.lm.decode import Decoder
-from rayml.lm.lora import side_by_side
-from rayml.lm.score import Question, may_fork
+from rayml.lm.queries import first_batch, log_probs
 from rayml.meta.adapt import Params
+from rayml.model import MetaModel
 from rayml.serving.errors import ApiError, busy
 from rayml.serving.settings import Batching, Limits
-from rayml.serving.work import Adaptation, Query, Writing
+from rayml.serving.work import Adaptation, Waiting, Writing
 
 log = logging.getLogger(__name__)
 Observe = Callable[[str, float], None]
@@ -36,16 +35,16 @@ class Engine:
     """Answers queries and learns adapters on one model, from any thread.
 
     Args:
-        session: the run's base, with hooks on every linear that an adapter may change.
+        model: with hooks on every linear that an adapter may change.
         observe: takes the name and the value of what is measured.
     """
 
     def __init__(
-        self, session: Session, batching: Batching, limits: Limits, observe: Observe = lambda name, value: None
+        self, model: MetaModel, batching: Batching, limits: Limits, observe: Observe = lambda name, value: None
     ):
-        self.session, self.batching, self.limits, self.observe = session, batching, limits, observe
+        self.model, self.batching, self.limits, self.observe = model, batching, limits, observe
         self.decoder = self._new_decoder()
-        self._queries: deque[Query] = deque()
+        self._queries: deque[Waiting] = deque()
         self._writings: deque[Writing] = deque()
         self._adaptations: deque[Adaptation] = deque()
         self._pings: deque[Future[None]] = deque()
@@ -58,7 +57,7 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="rayml-engine", daemon=True)
         self._thread.start()
 
-    def classify(self, queries: list[Query]) -> None:
+    def classify(self, queries: list[Waiting]) -> None:
         """Take queries in; their answers come as futures.
 
         Raises:
@@ -123,7 +122,7 @@ class Engine:
 
     def _fail_all(self, error: Exception) -> None:
         self._settle_lessons([error] * len(self._learning))
-        waiting: list[Future] = [*self._pings, *(query.answer for query in self._queries)]
+        waiting: list[Future] = [*self._pings, *(asked.answer for asked in self._queries)]
         for future in (*waiting, *(one.learned for one in self._adaptations)):
             settle(future, error)
         for queue in (self._queries, self._adaptations, self._pings):
@@ -140,7 +139,7 @@ class Engine:
             writing.receive(error)
 
     def _new_decoder(self) -> Decoder:
-        return Decoder(self.session.lm, self.batching.rows, self.batching.cache_tokens)
+        return Decoder(self.model.lm, self.batching.rows, self.batching.cache_tokens)
 
     def _turn(self) -> None:
         if self._pings:
@@ -165,9 +164,9 @@ class Engine:
     def _pong(self, answers: list[Future[None]]) -> None:
         result: Exception | None = None
         try:
-            token = torch.zeros(1, 1, dtype=torch.int64, device=self.session.lm.device)
+            token = torch.zeros(1, 1, dtype=torch.int64, device=self.model.lm.device)
             with torch.no_grad():
-                logits = self.session.lm.logits_at(token[0], None, token)
+                logits = self.model.lm.logits_at(token[0], None, token)
             if not torch.isfinite(logits).all():
                 raise RuntimeError("the model's logits are not finite")
         except Exception as error:
@@ -187,52 +186,20 @@ class Engine:
             return
         found: Sequence[Tensor | Exception]
         try:
-            found = self._scores(batch)
+            scores = log_probs(self.model.lm, self.model.encoder.pad, [asked.query for asked in batch])
+            found = [of.cpu() for of in scores]
             self.observe("classify_batch", len(batch))
         except Exception as error:
             log.exception("classification failed")
             found = [error] * len(batch)
-        for query, scores in zip(batch, found, strict=True):
-            settle(query.answer, scores)
+        for asked, result in zip(batch, found, strict=True):
+            settle(asked.answer, result)
 
-    def _next_queries(self) -> list[Query]:
+    def _next_queries(self) -> list[Waiting]:
         """Take queries that are answered in one way from the front, as many as one forward bears."""
-        chosen: list[Query] = []
-        most = longest = 0
-        forks, encoder = may_fork(self.session.lm.module), self.session.encoder
-        while self._queries and len(chosen) < self.batching.queries:
-            query = self._queries[0]
-            trees = Question(query.rows, encoder, forks).trees
-            most, longest = max(most, len(trees)), max(longest, *(len(tree.tokens) for tree in trees))
-            too_many = (len(chosen) + 1) * most * longest > self.batching.prompt_tokens
-            if chosen and (too_many or not query.algorithm.answers_as(chosen[0].algorithm)):
-                break
-            self._queries.popleft()
-            if not query.answer.cancelled():  # whoever left needs no answer
-                chosen.append(query)
-        return chosen
-
-    def _scores(self, batch: list[Query]) -> list[Tensor]:
-        """Return each query's log-probabilities of its options, `[options]`."""
-        self._take_states(batch)
-        adapters = [query.adapter for query in batch]
-        alike = all(adapter is adapters[0] for adapter in adapters)
-        alike = alike and len({(query.options, tuple(query.places)) for query in batch}) == 1
-        groups = [batch] if alike else [[query] for query in batch]
-        supports = [support for group in groups if (support := group[0].support())]
-        tasks = [[(1.0, [query.rows for query in group])] for group in groups]
-        options = [group[0].options for group in groups]
-        asked = AskedTasks(self.session.lm, self.session.encoder, tasks, supports, options)
-        found = batch[0].algorithm.answer(asked, side_by_side([group[0].adapter for group in groups]))
-        return [scores.cpu() for task in found for scores in task]
-
-    def _take_states(self, batch: list[Query]) -> None:
-        """Take the hidden states of the supports that are kept, where they were not taken yet."""
-        for query in batch:
-            kept = query.kept
-            if kept and kept.states is None:
-                asked = AskedTasks(self.session.lm, self.session.encoder, [[(1.0, [query.rows])]], [kept])
-                kept.states = asked.support_states(side_by_side([query.adapter]))[0]
+        waiting = [asked.query for asked in islice(self._queries, self.batching.queries)]
+        taken = [self._queries.popleft() for _ in range(first_batch(waiting, self.batching.prompt_tokens))]
+        return [asked for asked in taken if not asked.answer.cancelled()]  # whoever left needs no answer
 
     def _write_tokens(self) -> None:
         joining = self._next_writings()
@@ -277,7 +244,7 @@ class Engine:
         if self._inner_loop is None:
             self._learning = self._next_lessons()
             lessons, steps = [one.lesson for one in self._learning], [one.steps for one in self._learning]
-            self._inner_loop = take_in(self.session, lessons, steps)
+            self._inner_loop = take_in(self.model, lessons, steps)
             self.observe("adaptation_batch", len(lessons))
         try:
             next(self._inner_loop)

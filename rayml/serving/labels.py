@@ -5,27 +5,24 @@ from collections.abc import Sequence
 
 import torch
 
+from rayml.adapter import Adapter
+from rayml.errors import ConfigError
 from rayml.lm.sampling import Piece, Sampling, TokenScore
-from rayml.serving.adapter_files import Adapter
 from rayml.serving.errors import ApiError
-from rayml.tasks.task import Example
 
 
-def choices(loaded: Adapter | None, options: Sequence[str] | None) -> dict[str, str]:
+def choices(adapter: Adapter, options: Sequence[str] | None) -> dict[str, str]:
     """Return what the model sees of each option, by the client's own label.
 
     Raises:
         ApiError: 422, no options are known, or one that the adapter did not learn.
     """
-    own = {option: label for label, option in loaded.card.labels.items()} if loaded else {}
-    if not own:
-        if not options or len(options) < 2:
-            raise ApiError(422, "options: this model has no labels of its own; give two or more", "options")
-        return {option: option for option in options}
-    unknown = [option for option in options or () if option not in own]
-    if unknown:
-        raise ApiError(422, f"options: {unknown[0]!r} is none of this adapter's: {', '.join(own)}", "options")
-    return {option: own[option] for option in options or own}
+    if not adapter.labels and len(options or ()) < 2:
+        raise ApiError(422, "options: this model has no labels of its own; give two or more", "options")
+    try:
+        return adapter.choices(options)
+    except ConfigError as error:
+        raise ApiError(422, str(error), "options") from None
 
 
 def label_piece(probabilities: dict[str, float], sampling: Sampling) -> Piece:
@@ -42,7 +39,3 @@ def label_piece(probabilities: dict[str, float], sampling: Sampling) -> Piece:
     logs = {option: math.log(max(p, 1e-45)) for option, p in probabilities.items()}
     best = sorted(logs.items(), key=lambda item: -item[1])[: sampling.logprobs]
     return Piece(label, [TokenScore(label, logs[label], best)], tokens=1, finish_reason="stop")
-
-
-def shown_of(loaded: Adapter | None) -> list[Example]:
-    return loaded.card.examples() if loaded else []

@@ -8,33 +8,29 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
-import torch
-
-from rayml.algorithms.registry import default
-from rayml.errors import DataError
-from rayml.evaluation.learn import Lesson, inner_steps, lesson, new_task
-from rayml.evaluation.session import open_session
-from rayml.lm.ask import Kept
+from rayml.adapter import Adapter, chosen
+from rayml.errors import DataError, TrainingError
+from rayml.evaluation.learn import Lesson, inner_steps, lesson
 from rayml.lm.chat import chat_prompt
 from rayml.lm.decode import context_tokens
 from rayml.lm.encode import Encoder
 from rayml.lm.generate import end_tokens
-from rayml.lm.peft_files import encoder_of, save_adapter, write_card
+from rayml.lm.peft_files import AdapterCard, encoder_of
 from rayml.lm.sampling import Piece, Sampling
+from rayml.meta.adapt import Params
+from rayml.model import load, refuse_diverged
 from rayml.runs.folder import RunFolder
-from rayml.serving.adapter_files import Adapter
 from rayml.serving.engine import Engine, Observe
 from rayml.serving.errors import ApiError, busy
-from rayml.serving.labels import choices, label_piece, shown_of
-from rayml.serving.queries import Cut, Given, kept_queries, option_queries, support_of, unlimited
+from rayml.serving.labels import choices, label_piece
+from rayml.serving.queries import Given, queries_of, unlimited
 from rayml.serving.resident import Resident, forget_task
 from rayml.serving.schema import AdapterRequest, ClassifyRequest, Message, plain, turns_of
 from rayml.serving.served import fits_of, servable
 from rayml.serving.settings import Serving
 from rayml.serving.store import AdapterStore, Manifest
-from rayml.serving.work import Adaptation, Writing
+from rayml.serving.work import Adaptation, Waiting, Writing
 from rayml.tasks.episodes import relabel
 from rayml.tasks.row import Row, unanswered
 from rayml.tasks.table import FREE_TEXT
@@ -47,27 +43,27 @@ class Replica:
     def __init__(self, serving: Serving, observe: Observe = lambda name, value: None):
         self.serving, self.observe = serving, observe
         run = RunFolder(serving.run)
-        servable(run)
-        self.session = open_session(run, every_linear=True)
-        self.learned_labels, self.learned_kind = run.learned_labels(), run.learned_kind()
-        self.context = min(context_tokens(self.session.lm.module.config), serving.limits.context_tokens)
+        servable(run, serving.checkpoint)
+        self.model = load(run, checkpoint=serving.checkpoint, every_linear=True)
+        self.context = min(context_tokens(self.model.lm.module.config), serving.limits.context_tokens)
+        base = dataclasses.replace(self.model.encoder, max_tokens=self.context, soft_tokens=0)
+        self.bare = self.model.adapter(None, AdapterCard("", "", "", "{input}", 0), encoder=base)
         self.store = AdapterStore(serving.store or str(run.path / "adapters"))
-        fits = fits_of(self.session.config, self.session.base, self.session.lm.module, serving.adapters)
-        self.resident = Resident(self.store, fits, serving.adapters.resident_bytes, self.session.device, observe)
-        self.engine = Engine(self.session, serving.batching, serving.limits, observe)
+        fits = fits_of(self.model.config, self.model.base, self.model.lm.module, serving.adapters)
+        self.resident = Resident(self.store, fits, serving.adapters.resident_bytes, self._adapter_of, observe)
+        self.engine = Engine(self.model, serving.batching, serving.limits, observe)
         self._learning: dict[tuple[str, str], asyncio.Task[Manifest]] = {}
-        self._supports: WeakKeyDictionary[Adapter, Kept] = WeakKeyDictionary()
         self._unfinished = 0
         # Each holds one of the requests that Serve lets in at a time; the other half is for queries.
         self.most_unfinished = min(serving.limits.waiting_adaptations, max(1, serving.replicas.ongoing_requests // 2))
-        self.ends = end_tokens(self.session.lm.module, self.session.encoder.tokenizer)
+        self.ends = end_tokens(self.model.lm.module, self.model.encoder.tokenizer)
         self._warm_up()
 
     def _warm_up(self) -> None:
         """Let the first client not wait for what is set up at first use."""
         targets = ("A", "B")
         task = Task("warm-up", tuple(Example(target.lower(), target) for target in targets), targets)
-        adaptation = Adaptation(lesson(self.session, task), inner_steps(self.session, None))
+        adaptation = Adaptation(lesson(self.model, task), inner_steps(self.model, None))
         self.engine.adapt(adaptation)
         adaptation.learned.result()
 
@@ -102,17 +98,20 @@ class Replica:
         until = max(manifest.expires_at, time.time() + ttl_seconds) if ttl_seconds else None
         return self.store.renew(owner, manifest, until)
 
-    async def _learn(self, owner: str, adapter: str, request: AdapterRequest) -> Manifest:
+    async def _learn(self, owner: str, adapter_id: str, request: AdapterRequest) -> Manifest:
         began = time.perf_counter()
         await asyncio.to_thread(self._make_room, owner)
         prepared = await asyncio.to_thread(self._lesson, request)
-        adaptation = Adaptation(prepared, inner_steps(self.session, request.steps))
+        adaptation = Adaptation(prepared, inner_steps(self.model, request.steps))
         self.engine.adapt(adaptation)
         weights, losses = await asyncio.wrap_future(adaptation.learned)
-        if not all(torch.isfinite(weight).all() for weight in weights.values()):
-            raise ApiError(422, "the adaptation diverged: its numbers are not finite; take fewer steps", "steps")
+        try:
+            refuse_diverged(request.name, weights)
+        except TrainingError as error:
+            raise ApiError(422, str(error), "steps") from None
+        adapter = self._adapter_of(weights, prepared.card)
         manifest = Manifest(
-            id=adapter,
+            id=adapter_id,
             name=request.name,
             created_at=time.time(),
             expires_at=time.time() + request.ttl_seconds if request.ttl_seconds else None,
@@ -122,9 +121,8 @@ class Replica:
             loss_after=losses[-1] if adaptation.steps else None,
             seconds=time.perf_counter() - began,
         )
-        whole = await asyncio.to_thread(self._publish, owner, manifest, prepared, weights)
-        size = sum(weight.nbytes for weight in weights.values())
-        self.resident.hold(owner, adapter, Adapter(weights, prepared.card, self.session.config.algorithm, size))
+        whole = await asyncio.to_thread(self._publish, owner, manifest, adapter)
+        self.resident.hold(owner, adapter_id, adapter)
         self.observe("adaptations", 1)
         self.observe("adaptation_seconds", manifest.seconds)
         return whole
@@ -137,7 +135,7 @@ class Replica:
                 raise ApiError(429, f"this key has {most} adapters, as many as it may; delete one", code="too_many")
 
     def _lesson(self, request: AdapterRequest) -> Lesson:
-        is_dialogue = (request.kind or self.learned_kind) == "dialogue"
+        is_dialogue = (request.kind or self.model.kind) == "dialogue"
         examples = [example.example(is_dialogue) for example in request.examples]
         options = tuple(dict.fromkeys(request.options or ()))
         for place, example in enumerate(examples):
@@ -145,7 +143,7 @@ class Replica:
                 message = f"examples.{place}: {example.target[:60]!r} is none of the options"
                 raise ApiError(422, message, f"examples.{place}")
         targets = {example.target for example in examples}
-        labels = self.learned_labels and request.kind not in FREE_TEXT
+        labels = self.model.takes_labels and request.kind not in FREE_TEXT
         if (options or labels) and len(targets) < 2:
             raise ApiError(422, "examples: all have the same label; give examples of two or more", "examples")
         rows = [
@@ -153,11 +151,11 @@ class Replica:
             for place, one in enumerate(examples)
         ]
         try:
-            task = new_task(rows, request.name, labels, self.learned_kind)
-            prepared = lesson(self.session, task)
+            task = self.model.task(rows, request.name)
+            prepared = lesson(self.model, task)
         except DataError as error:
             raise ApiError(422, f"examples: {error}", "examples") from None
-        self._check_lengths(self.session.encoder.of(task.name, task.kind), task, prepared.card.labels)
+        self._check_lengths(self.model.encoder.of(task.name, task.kind), task, prepared.card.labels)
         return prepared
 
     def _check_lengths(self, encoder: Encoder, task: Task, labels: dict[str, str]) -> None:
@@ -170,10 +168,9 @@ class Replica:
                 message = f"examples.{place}: has {tokens} tokens; this model reads {encoder.max_tokens} of an example"
                 raise ApiError(422, message, f"examples.{place}", "example_too_long")
 
-    def _publish(self, owner: str, manifest: Manifest, prepared: Lesson, weights: dict[str, Any]) -> Manifest:
+    def _publish(self, owner: str, manifest: Manifest, adapter: Adapter) -> Manifest:
         with tempfile.TemporaryDirectory() as folder:
-            save_adapter(Path(folder), weights, self.session.config, self.session.base, self.session.encoder.is_masked)
-            write_card(Path(folder), prepared.card)
+            adapter.write_to(Path(folder))
             return self.store.publish(owner, manifest, Path(folder))
 
     async def classify(self, owner: str, adapter: str | None, request: ClassifyRequest) -> dict[str, Any]:
@@ -188,30 +185,19 @@ class Replica:
         return {"answers": answers, "tokens": tokens}
 
     async def _choose(
-        self, loaded: Adapter | None, inputs: Sequence[Given], labels: dict[str, str], truncate: bool
+        self, adapter: Adapter, inputs: Sequence[Given], labels: dict[str, str], truncate: bool
     ) -> tuple[list[dict[str, Any]], int]:
         """Score `labels`, each with what the model sees of it, for every input."""
-        queries = await asyncio.to_thread(self._queries, loaded, inputs, list(labels.values()), truncate)
-        self.engine.classify([query for ways, _ in queries for _, query in ways])
+        seen = list(labels.values())
+        cut = await asyncio.to_thread(queries_of, adapter, inputs, seen, self.context, truncate)
+        asked = [Waiting(query) for query, _ in cut]
+        self.engine.classify(asked)
+        found = await asyncio.gather(*(asyncio.wrap_future(one.answer) for one in asked))
         answers = []
-        for ways, is_cut in queries:
-            found = await asyncio.gather(*(asyncio.wrap_future(query.answer) for _, query in ways))
-            shares = torch.tensor([share for share, _ in ways])
-            scores = (shares @ torch.stack(found)).log_softmax(-1)
-            probabilities = dict(zip(labels, scores.exp().tolist(), strict=True))
-            label = max(probabilities, key=lambda option: probabilities[option])
-            answers.append({"label": label, "probabilities": probabilities, "truncated": is_cut})
-        return answers, sum(len(query.rows[0].tokens) for ways, _ in queries for _, query in ways)
-
-    def _queries(self, loaded: Adapter | None, inputs: Sequence[Given], labels: list[str], truncate: bool) -> Cut:
-        """Return the queries of each input, and whether its beginning was cut."""
-        encoder = self._encoder(loaded)
-        algorithm = loaded.algorithm if loaded else default()
-        if loaded is None or algorithm.keeps != "states":
-            return option_queries(encoder, loaded, algorithm, inputs, labels, self.context, truncate)
-        if loaded not in self._supports:
-            self._supports[loaded] = support_of(encoder, loaded)
-        return kept_queries(encoder, loaded, self._supports[loaded], inputs, labels, truncate)
+        for (_, is_cut), scores in zip(cut, found, strict=True):
+            best = chosen(labels, scores)
+            answers.append({"label": best.text, "probabilities": best.probabilities, "truncated": is_cut})
+        return answers, sum(len(question.rows[0].tokens) for query, _ in cut for question in query.questions)
 
     async def write(
         self, owner: str, adapter: str | None, prompts: Sequence[Given | list[Message]], sampling: Sampling
@@ -224,13 +210,13 @@ class Replica:
             ApiError: 400, a prompt is too long; 429, too much waits.
         """
         loaded = await self._adapter(owner, adapter)
-        if loaded and loaded.card.labels:
+        if loaded.labels:
             for written in await self._write_labels(loaded, [plain(prompt) for prompt in prompts], sampling):
                 yield written
             return
         arrived: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue()
         loop = asyncio.get_running_loop()
-        strip = loaded is not None
+        strip = loaded is not self.bare
         writings = []
         for place, prompt in enumerate(prompts):
 
@@ -239,8 +225,7 @@ class Replica:
                     loop.call_soon_threadsafe(arrived.put_nowait, (place, piece))
 
             tokens = await asyncio.to_thread(self._prompt_tokens, loaded, prompt, sampling.max_tokens, place)
-            weights = loaded.weights if loaded else None
-            writing = Writing(self.session.encoder.tokenizer, tokens, weights, sampling, self.ends)
+            writing = Writing(self.model.encoder.tokenizer, tokens, loaded.weights, sampling, self.ends)
             writings.append(writing.send_to(receive))
         try:
             self.engine.write(writings)
@@ -259,25 +244,23 @@ class Replica:
                 self.engine.cancel(writing)
 
     async def _write_labels(
-        self, loaded: Adapter, inputs: Sequence[Given], sampling: Sampling
+        self, adapter: Adapter, inputs: Sequence[Given], sampling: Sampling
     ) -> list[tuple[int, Piece, int]]:
-        answers, tokens = await self._choose(loaded, inputs, choices(loaded, None), truncate=False)
+        answers, tokens = await self._choose(adapter, inputs, choices(adapter, None), truncate=False)
         pieces = [label_piece(answer["probabilities"], sampling) for answer in answers]
         # The tokens of all texts stand with the first: they are summed in the end.
         return [(place, piece, 0 if place else tokens) for place, piece in enumerate(pieces)]
 
-    def _prompt_tokens(
-        self, loaded: Adapter | None, prompt: Given | list[Message], max_tokens: int, place: int
-    ) -> list[int]:
-        tokenizer = self.session.encoder.tokenizer
+    def _prompt_tokens(self, adapter: Adapter, prompt: Given | list[Message], max_tokens: int, place: int) -> list[int]:
+        tokenizer = self.model.encoder.tokenizer
         most = self.context - max_tokens
-        if self.session.encoder.is_masked:
+        if self.model.encoder.is_masked:
             raise ApiError(400, "a masked model writes no text; ask /v1/classify", "model")
         try:
-            if loaded:
-                is_dialogue = loaded.card.kind == "dialogue"
+            if adapter is not self.bare:
+                is_dialogue = adapter.card.kind == "dialogue"
                 given = turns_of(prompt) if is_dialogue and isinstance(prompt, list) else plain(prompt)
-                tokens = unlimited(self._encoder(loaded)).asked(unanswered(given), shown_of(loaded))
+                tokens = unlimited(adapter.encoder).asked(unanswered(given), adapter.shown)
             elif not isinstance(prompt, list):
                 tokens = tokenizer(prompt)["input_ids"]
             elif tokenizer.chat_template:
@@ -294,15 +277,13 @@ class Replica:
             raise ApiError(400, message, "prompt", "context_length_exceeded")
         return tokens
 
-    async def _adapter(self, owner: str, adapter: str | None) -> Adapter | None:
-        return await self.resident.get(owner, adapter) if adapter else None
+    async def _adapter(self, owner: str, adapter: str | None) -> Adapter:
+        return await self.resident.get(owner, adapter) if adapter else self.bare
 
-    def _encoder(self, loaded: Adapter | None) -> Encoder:
-        """Return how an adapter was shown its examples; the base and plain PEFT's read up to the context."""
-        encoder = self.session.encoder
-        if loaded is None:
-            return dataclasses.replace(encoder, max_tokens=self.context, soft_tokens=0)
-        return encoder_of(loaded.card, encoder.tokenizer, loaded.card.max_tokens or self.context)
+    def _adapter_of(self, weights: Params, card: AdapterCard) -> Adapter:
+        """Return an adapter on the model that is served; plain PEFT's read up to the context."""
+        encoder = encoder_of(card, self.model.encoder.tokenizer, card.max_tokens or self.context)
+        return self.model.adapter(weights, card, encoder=encoder)
 
     async def check(self, seconds: float) -> None:
         """Run the model on one token.

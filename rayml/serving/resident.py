@@ -7,13 +7,13 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
-import torch
-
+from rayml.adapter import Adapter
 from rayml.errors import RunError
-from rayml.serving.adapter_files import Adapter, Fits, read_adapter
+from rayml.lm.peft_files import AdapterCard
+from rayml.meta.adapt import Params
+from rayml.serving.adapter_files import Fits, read_adapter
 from rayml.serving.errors import ApiError
 from rayml.serving.store import AdapterStore
 
@@ -25,6 +25,7 @@ class Resident:
     """Adapters by (owner, id). What is in use outlives its eviction: whoever uses it holds it.
 
     Args:
+        adapter_of: puts weights on the model that is served.
         most_bytes: of all of them together; the newest stays whatever its size.
     """
 
@@ -33,10 +34,11 @@ class Resident:
         store: AdapterStore,
         fits: Fits,
         most_bytes: int,
-        device: torch.device,
+        adapter_of: Callable[[Params, AdapterCard], Adapter],
         observe: Callable[[str, float], None],
     ):
-        self.store, self.fits, self.most_bytes, self.device, self.observe = store, fits, most_bytes, device, observe
+        self.store, self.fits, self.most_bytes = store, fits, most_bytes
+        self.adapter_of, self.observe = adapter_of, observe
         self._held: OrderedDict[Key, Adapter] = OrderedDict()
         self._loading: dict[Key, asyncio.Task[Adapter]] = {}
         self._bytes = 0
@@ -79,13 +81,12 @@ class Resident:
         try:
             with tempfile.TemporaryDirectory() as folder:
                 self._fetch(owner, adapter, Path(folder))
-                found = read_adapter(Path(folder), self.fits)
+                weights, card = read_adapter(Path(folder), self.fits)
         except RunError as error:
             log.error("adapter %s of %s refused: %s", adapter, owner, error)
             self.observe("refused", 1)
             raise ApiError(422, f"adapter {adapter} was refused: {error}", "model", "adapter_refused") from None
-        weights = {name: weight.to(self.device) for name, weight in found.weights.items()}
-        return replace(found, weights=weights)
+        return self.adapter_of(weights, card)
 
     def _fetch(self, owner: str, adapter: str, folder: Path) -> None:
         for pause in (0.2, 1.0, None):

@@ -11,13 +11,13 @@ from rayml.serving.adapter_files import Fits
 from rayml.serving.settings import Adapters
 
 
-def servable(run: RunFolder) -> tuple[Config, Place]:
+def servable(run: RunFolder, which: str | None = None) -> tuple[Config, Place]:
     """Return the config and the checkpoint of a run that one copy of the weights can serve.
 
     Raises:
         RunError: there is none, or it cannot.
     """
-    config, checkpoint = run.trained()
+    config, checkpoint = run.trained(which)
     if config.mode == "full":
         raise RunError(
             f"{run.path}: mode full changes every weight for every task, and cannot be served from one copy; export "

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
@@ -106,6 +106,8 @@ class Replicas(Section):
 class Serving(Section):
     run: str
     """The run folder, on storage that all nodes share, or its URI."""
+    checkpoint: Literal["best", "newest"] | None = None
+    """`best` by meta-val, or `newest`; None: the best where there were validations."""
     store: str | None = None
     """Where adapters are kept: a folder, or a URI (`s3://`, `gs://`); else `adapters` in the run folder."""
     name: str | None = None

@@ -18,6 +18,8 @@ from rayml.tasks.row import Row, RowError, row_of
 
 SUFFIXES = (".jsonl", ".parquet")
 SHOWN_ERRORS = 20
+Examples = str | Path | Iterable[Any]
+"""A path or URI; a pandas DataFrame, or a `datasets.Dataset`; or pairs `(input, target)`, dicts, and `Row`s."""
 
 
 def read_rows(paths: Iterable[str], columns: dict[str, str] | None = None, kind: str | None = None) -> list[Row]:
@@ -35,6 +37,55 @@ def read_rows(paths: Iterable[str], columns: dict[str, str] | None = None, kind:
         DataError: nothing there, nothing in it, or rows that cannot be used, each with its file and line.
     """
     return checked(chain.from_iterable(map(_some_records, paths)), columns or {}, kind)
+
+
+def rows_given(examples: Examples) -> list[Row]:
+    """Return the rows of examples in any form that people have them in.
+
+    Args:
+        examples: a path, or what else `read_rows` takes; a pandas DataFrame, or a `datasets.Dataset`, whose columns are
+            named as a row's; or pairs `(input, target)`, records as dicts, and `Row`s.
+
+    Raises:
+        DataError: there are none, or some cannot be used, each with its place.
+    """
+    if isinstance(examples, str | Path):
+        return read_rows([str(examples)])
+    if hasattr(examples, "iloc"):
+        found: Iterable[Any] = _frame_records(examples)
+    elif hasattr(examples, "features"):
+        found = _class_names(examples)
+    else:
+        found = examples
+    if isinstance(found, Mapping) or not isinstance(found, Iterable):
+        kind = type(examples).__name__
+        raise DataError(f"examples: expected pairs (input, target), or dicts, one an example; got a {kind}")
+    whole, records = [], []
+    for number, one in enumerate(found):
+        if isinstance(one, Row):
+            whole.append(one)
+        else:
+            records.append((f"example {number}", _record(one), "examples"))
+    rows = whole + checked(records, {}, None)
+    if not rows:
+        raise DataError("examples: there is none")
+    return rows
+
+
+def _record(one: Any) -> dict[str, Any] | str:
+    """Return the record of a pair or a dict, or what is wrong with it."""
+    if isinstance(one, Mapping):
+        return dict(one)
+    if isinstance(one, tuple | list) and len(one) == 2:
+        return {"input": one[0], "target": one[1]}
+    return f"expected a pair (input, target), or a dict, got {str(one)[:60]!r}"
+
+
+def _frame_records(frame: Any) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a DataFrame without what is missing in them, which it writes as NaN."""
+    for row in frame.to_dict("records"):
+        plain = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in row.items()}
+        yield {name: value for name, value in plain.items() if value is not None and value == value}
 
 
 def checked(
@@ -147,9 +198,15 @@ def _hugging_face(name: str) -> Iterator[tuple[str, dict[str, Any] | str, str]]:
         found = found[split or "train"] if isinstance(found, datasets.DatasetDict) else found
     except Exception as error:  # the library raises a dozen kinds; each means the same to the user
         raise DataError(f"hf:{name}: cannot be loaded: {error}") from error
-    names = {key: feature for key, feature in found.features.items() if isinstance(feature, datasets.ClassLabel)}
-    for number, record in enumerate(found, start=1):
+    for number, record in enumerate(_class_names(found), start=1):
+        yield f"hf:{name}: row {number}", record, Path(name).name
+
+
+def _class_names(found: Any) -> Iterator[dict[str, Any]]:
+    """Yield the records of a `datasets.Dataset`, with the names of classes in place of their numbers."""
+    names = {key: feature for key, feature in found.features.items() if hasattr(feature, "int2str")}
+    for record in found:
         for key, feature in names.items():
             known = isinstance(record[key], int) and 0 <= record[key] < feature.num_classes
             record[key] = feature.int2str(record[key]) if known else None  # -1 stands for no label
-        yield f"hf:{name}: row {number}", record, Path(name).name
+        yield record

@@ -10,6 +10,10 @@ from rayml.tasks.task import Example, Parts, conversation
 COLUMNS = "task", "input", "target", "options", "kind", "answers", "messages"
 ROLES = "system", "developer", "user", "assistant"
 
+Input = str | Mapping[str, str] | Sequence[Mapping[str, str] | tuple[str, str]]
+"""What is to be answered: a text, fields by their names, or a dialogue's messages `{"role", "content"}`, which may also
+stand as (role, text)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -73,13 +77,22 @@ def row_of(record: Mapping[str, Any], columns: Mapping[str, str], default_task: 
     return Row(task, shown, str(text), options, where, kind, parts, answers)
 
 
-def unanswered(given: str | Mapping[str, str] | Sequence[tuple[str, str]]) -> Example:
-    """Return the example of an input without a target: a text, fields, or the (role, text) of a dialogue's turns."""
+def unanswered(given: Input) -> Example:
+    """Return the example of an input without a target."""
     if isinstance(given, str):
         return Example(given, "")
     if isinstance(given, Mapping):
         return Example("\n".join(given.values()), "", tuple(given.items()))
-    return Example(conversation(given), "", (*given, ("assistant", "")))
+    turns = [(turn["role"], turn["content"]) if isinstance(turn, Mapping) else turn for turn in given]
+    return Example(conversation(turns), "", (*turns, ("assistant", "")))
+
+
+def is_dialogue(given: Any) -> bool:
+    """Return whether an input is a dialogue: a list of messages, or of (role, text)."""
+    if not isinstance(given, Sequence) or isinstance(given, str) or not given:
+        return False
+    messages = [isinstance(turn, Mapping) and {"role", "content"} <= turn.keys() for turn in given]
+    return all(messages) or all(isinstance(turn, tuple) for turn in given)
 
 
 def _input(record: Mapping[str, Any], columns: Mapping[str, str]) -> Any:

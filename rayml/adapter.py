@@ -1,0 +1,293 @@
+"""A learned task in memory: ask it, save it, bring it back.
+
+The command line, the server and `compare` answer by what stands here.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+import torch
+
+from rayml.algorithms.base import Algorithm
+from rayml.algorithms.registry import algorithm_of
+from rayml.engine import local
+from rayml.errors import ConfigError, RunError
+from rayml.lm.ask import Kept
+from rayml.lm.encode import Encoder
+from rayml.lm.generate import Generation, end_tokens, write
+from rayml.lm.load import load_tokenizer, resolve_model
+from rayml.lm.lora import TaskLoRA
+from rayml.lm.model import TaskLM, hooks
+from rayml.lm.peft_files import AdapterCard, encoder_of, load_learned, save_adapter, save_model, write_card
+from rayml.lm.precision import decide, has_sdpa, look_at, widest_linear
+from rayml.lm.queries import Query, first_batch, log_probs
+from rayml.lm.sampling import Sampling
+from rayml.lm.score import ways_of
+from rayml.lm.soft_prompt import TaskPrompt
+from rayml.meta.adapt import Params
+from rayml.runs.files import Place, local_copy, made_here, place
+from rayml.tasks.row import Input, is_dialogue, unanswered
+from rayml.tasks.task import Example
+
+if TYPE_CHECKING:
+    from rayml.model import MetaModel
+
+TEXTS = 16
+"""Most texts that are written side by side."""
+QUERIES, QUERY_TOKENS = 32, 8192
+"""Most queries in one forward, and most tokens of it."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """An answer in the user's own words."""
+
+    text: str
+    """The most probable label, or the text that was written."""
+    probabilities: dict[str, float] = field(default_factory=dict)
+    """Of every option, by the user's own label, summing to 1; empty for a text that was written."""
+
+    @property
+    def label(self) -> str | None:
+        """The most probable label; None for a text that was written."""
+        return self.text if self.probabilities else None
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Adapter:
+    """One learned task on its base, ready to answer. `MetaModel.adapt` and `load_adapter` make them.
+
+    It shares the base with the model that it was learned from; what it adds are its own few weights.
+    """
+
+    lm: TaskLM
+    """The base in memory, with its hooks."""
+    encoder: Encoder
+    """How examples are shown to the model, by the task's own card."""
+    weights: Params | None
+    """LoRA's `A [r, in]` and `B [out, r]` of every adapted linear, a soft prompt `[P, d]`, or, in mode full, the task's
+    own copy of what was trained `[...]`; float32. None for the bare base."""
+    card: AdapterCard
+    """What it is called, its labels, and how it is asked: `rayml.json` in its folder."""
+    base: str
+    """Where the base was loaded from."""
+    examples: int = 0
+    """That it was learned from just now; 0 where it was loaded."""
+    losses: Sequence[float] = ()
+    """Support loss before each inner step, and after the last; none where it was loaded."""
+    seconds: float = 0.0
+    """That learning took, with the others of its batch."""
+
+    def __repr__(self) -> str:
+        labels = ", ".join(self.labels)
+        kind = f"labels {labels if len(labels) < 80 else f'{labels[:77]}...'}" if labels else "writes text"
+        learned = f", loss {self.losses[0]:.3f} -> {self.losses[-1]:.3f}" if len(self.losses) > 1 else ""
+        learned += f" in {self.seconds:.2f} s" if learned else ""
+        return f"<Adapter {self.card.name!r} on {self.card.model}: {kind}{learned}; .predict(input), .save(folder)>"
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The task's labels, the user's own; none for free text."""
+        return tuple(self.card.labels.values())
+
+    @property
+    def size(self) -> int:
+        """Bytes of its weights in memory."""
+        return sum(weight.nbytes for weight in (self.weights or {}).values())
+
+    @overload
+    def predict(self, inputs: str | Mapping[str, str], options: Sequence[str] | None = None) -> Prediction: ...
+    @overload
+    def predict(self, inputs: list[str], options: Sequence[str] | None = None) -> list[Prediction]: ...
+    @overload
+    def predict(self, inputs: Input | Iterable[Input], options: Sequence[str] | None = None) -> Any: ...
+    def predict(self, inputs: Input | Iterable[Input], options: Sequence[str] | None = None) -> Any:
+        """Choose among the task's labels, or among `options`; write a text where there are neither.
+
+        Args:
+            inputs: a text, the fields of an input as a dict, or a dialogue's messages `[{"role", "content"}, ...]`; or
+                a list of N such, which are answered side by side.
+            options: choose among these alone. A task with labels knows no others; one of free text takes any.
+
+        Returns:
+            A `Prediction`; for a list, N of them in its order.
+
+        Raises:
+            ConfigError: an option that the task does not have, or a text is asked of a masked model.
+            DataError: an input that the task's prompt does not fit.
+        """
+        many = not isinstance(inputs, str | Mapping) and not is_dialogue(inputs)
+        asked = [unanswered(one) for one in (inputs if many else [inputs])]  # type: ignore[arg-type]
+        labels = self.choices(options)
+        found = self._choose(asked, labels) if labels else self._write(asked)
+        return found if many else found[0]
+
+    def save(self, folder: str | Place) -> Place:
+        """Write a stock PEFT folder that PEFT, vLLM and LoRAX load, with `rayml.json` beside it; return its path.
+
+        In mode full it is a whole Hugging Face model. `load_adapter` brings either back.
+
+        Args:
+            folder: a path, or a URI such as `s3://bucket/adapters/tickets`.
+
+        Raises:
+            RunError: the folder exists already.
+        """
+        to = new_folder(folder)
+        with made_here(to) as here:
+            self.write_to(here)
+        return to
+
+    def write_to(self, folder: Path) -> None:
+        """Write what `save` writes into a folder of this machine."""
+        write_weights(folder, self.lm, self.encoder, self.weights or {}, self.card.lora, self.base)
+        write_card(folder, self.card)
+
+    def choices(self, options: Sequence[str] | None = None) -> dict[str, str]:
+        """Return what the model sees of each option, by the user's own label; nothing where text is to be written.
+
+        Raises:
+            ConfigError: an option that the task does not have.
+        """
+        own = {option: label for label, option in self.card.labels.items()}
+        unknown = [option for option in options or () if own and option not in own]
+        if unknown:
+            raise ConfigError(f"options: {', '.join(unknown)} not among the task's labels: {', '.join(own)}")
+        return {option: own.get(option, option) for option in options or own}
+
+    def query(self, example: Example, labels: Sequence[str]) -> Query:
+        """Return what is asked about one input, in every way that the task asks in.
+
+        Args:
+            labels: as the model sees them; the options.
+        """
+        known = list(self.card.labels)
+        classes = [known.index(label) for label in labels] if self.kept else []
+        encoder, shown = self.encoder, self.shown if self.algorithm.keeps == "prompt" else ()
+        if self.kept and not self.algorithm.by_tokens:  # no label's tokens are looked at, nor how they are scored
+            encoder, labels = replace(encoder, scoring="learned", ensemble=()), known[:1]
+        ways = ways_of(self.lm, encoder, [example], labels, shown)
+        return Query(ways, self.weights, self.algorithm, self.kept, classes)
+
+    @cached_property
+    def algorithm(self) -> Algorithm:
+        """What it answers by: that of the run that it was learned in."""
+        return algorithm_of(self.card.algorithm, self.card.settings)
+
+    @cached_property
+    def shown(self) -> list[Example]:
+        """The task's own examples that answers need, in the prompt or as hidden states; most tasks keep none."""
+        return self.card.examples()
+
+    @cached_property
+    def kept(self) -> Kept | None:
+        """Those examples as rows with their classes, where hidden states are answered by."""
+        if self.algorithm.keeps != "states":
+            return None
+        known = list(self.card.labels)
+        rows = self.encoder.rows(self.shown, is_label=True)
+        return Kept(rows, [known.index(example.target) for example in self.shown])
+
+    def _choose(self, asked: Sequence[Example], labels: dict[str, str]) -> list[Prediction]:
+        waiting = [self.query(example, list(labels.values())) for example in asked]
+        found = []
+        while waiting:
+            count = first_batch(waiting[:QUERIES], QUERY_TOKENS)
+            found += [chosen(labels, scores) for scores in log_probs(self.lm, self.encoder.pad, waiting[:count])]
+            waiting = waiting[count:]
+        return found
+
+    def _write(self, asked: Sequence[Example]) -> list[Prediction]:
+        if self.encoder.is_masked:
+            raise ConfigError("options: a masked model writes no text; give options to choose among")
+        tokenizer, sampling = self.encoder.tokenizer, Sampling(self.card.max_tokens)
+        ends = end_tokens(self.lm.module, tokenizer)
+        texts = [
+            Generation(tokenizer, self.encoder.asked(example, self.shown), self.weights or None, sampling, ends)
+            for example in asked
+        ]
+        for first in range(0, len(texts), TEXTS):
+            write(self.lm, texts[first : first + TEXTS])
+        return [Prediction(text.piece().text.strip()) for text in texts]
+
+
+def chosen(labels: Iterable[str], scores: torch.Tensor) -> Prediction:
+    """Return the most probable of the labels, from their log-probabilities `[options]`."""
+    probabilities = dict(zip(labels, scores.exp().tolist(), strict=True))
+    return Prediction(max(probabilities, key=lambda label: probabilities[label]), probabilities)
+
+
+def load_adapter(folder: str | Place, *, model: "MetaModel | Adapter | None" = None) -> Adapter:
+    """Load a task that `Adapter.save`, or `rayml adapt`, wrote.
+
+    Args:
+        folder: its path, or URI.
+        model: whose base it is to share, in the dtype that it has, so that none is loaded; it has to be the one that
+            the task was learned on. A task of mode full is a whole model, and shares nothing.
+
+    Raises:
+        RunError: it is not there, or not whole, or it does not fit the model's base.
+        ConfigError: it was learned by an algorithm that is unknown here.
+    """
+    to = place(folder)
+    with local_copy(to) as here:
+        weights, card, own_model = load_learned(here)
+        if model is None or own_model:
+            lm, base = base_of(card, own_model)
+        else:
+            refuse_misfit(to, weights, card, model)
+            lm, base = model.lm, model.base
+    tokenizer = model.encoder.tokenizer if model and not own_model else load_tokenizer(base)
+    on_device = {name: weight.to(lm.device) for name, weight in weights.items()} or None
+    adapter = Adapter(lm, encoder_of(card, tokenizer), on_device, card, base)
+    _ = adapter.algorithm  # raises where it is unknown here
+    return adapter
+
+
+def base_of(card: AdapterCard, own_model: str | None) -> tuple[TaskLM, str]:
+    """Load the base of a task, or the model that it is itself; return it with where it was loaded from."""
+    base = own_model or resolve_model(card.model)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision = decide(("auto", "auto"), [look_at(device, widest_linear(base))], card.dtype, sdpa=has_sdpa(base))
+    module = local.load(base, precision.dtype, precision.attention, device)
+    return TaskLM(module, hooks(module, card.lora, card.soft_tokens)), base
+
+
+def refuse_misfit(folder: Place, weights: Params, card: AdapterCard, model: "MetaModel | Adapter") -> None:
+    """Raise RunError if a task was not learned on a model's base, or its hooks cannot carry it."""
+    name = model.card.model if isinstance(model, Adapter) else model.config.model.name
+    if card.model != name:
+        raise RunError(f"{folder}: was learned on {card.model}, not on {name}")
+    hooked = model.lm.adapter
+    if isinstance(hooked, TaskLoRA):
+        adapted = {weight.rsplit(".lora_", 1)[0] for weight in weights}
+        fits = adapted <= hooked.linears.keys() and card.lora["alpha"] / card.lora["rank"] == hooked.alpha / hooked.rank
+    else:
+        fits = isinstance(hooked, TaskPrompt) and card.soft_tokens == hooked.tokens
+    if not fits:
+        raise RunError(
+            f"{folder}: adapts what this model's hooks do not, or by another alpha / rank; load it without `model`, or "
+            "load the run with every_linear=True"
+        )
+
+
+def new_folder(to: str | Place) -> Place:
+    """Return the place of a folder to make, or raise RunError if it is there."""
+    folder = place(to)
+    if folder.exists():
+        raise RunError(f"{to}: exists already; give a new folder")
+    return folder
+
+
+def write_weights(folder: Path, lm: TaskLM, encoder: Encoder, weights: Params, lora: dict[str, Any], base: str) -> None:
+    """Write weights that a model takes as stock libraries read them: an adapter, or the whole model."""
+    if lm.adapter:
+        save_adapter(folder, weights, lora, base, encoder.is_masked)
+    else:
+        save_model(folder, lm.module, weights, encoder.tokenizer)

@@ -1,0 +1,106 @@
+"""Queries of learned tasks: what is asked of the model about one input, and the log-probabilities that come of it.
+
+`rayml predict`, the server and the Python API all ask by these, each adapter as its own card says.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from rayml.algorithms.base import Algorithm
+from rayml.lm.ask import AskedTasks, Kept
+from rayml.lm.lora import side_by_side
+from rayml.lm.model import TaskLM
+from rayml.lm.score import Question, Ways
+from rayml.meta.adapt import Params
+
+
+class Query:
+    """One input, in all the ways that its task asks in, under the weights of the task.
+
+    Args:
+        ways: `ways_of` one input; of one option alone, where nothing but what the algorithm keeps is answered by.
+        weights: of the task; None for the bare base.
+        algorithm: answers.
+        kept: the task's support, where the algorithm keeps hidden states; they are taken once.
+        classes: of that support, those that are options.
+    """
+
+    def __init__(
+        self,
+        ways: Ways,
+        weights: Params | None,
+        algorithm: Algorithm,
+        kept: Kept | None = None,
+        classes: Sequence[int] = (),
+    ):
+        self.ways, self.weights, self.algorithm = ways, weights, algorithm
+        self.kept, self.classes = kept, tuple(classes)
+
+    @property
+    def options(self) -> int:
+        return len(self.classes) or len(self.ways[0][1][0].rows)
+
+    @property
+    def questions(self) -> list[Question]:
+        """One for each way of asking."""
+        return [question for _, (question,) in self.ways]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of its longest option with what stands before it."""
+        return max(len(row.tokens) for question in self.questions for row in question.rows)
+
+    def support(self) -> Kept | None:
+        """Return the support with the classes as numbers of the options that are asked for."""
+        if self.kept is None:
+            return None
+        numbers = [self.classes.index(kind) if kind in self.classes else -1 for kind in self.kept.classes]
+        return Kept(self.kept.rows, numbers, self.kept.states)
+
+
+def first_batch(queries: Sequence[Query], most_tokens: int) -> int:
+    """Return how many of the first queries are answered in one forward: in one way, and one at least."""
+    rows = longest = 0
+    for number, query in enumerate(queries):
+        for question in query.questions:
+            rows = max(rows, len(question.trees))
+            longest = max(longest, *(len(tree.tokens) for tree in question.trees))
+        too_many = (number + 1) * rows * longest > most_tokens
+        if number and (too_many or not query.algorithm.answers_as(queries[0].algorithm)):
+            return number
+    return len(queries)
+
+
+def log_probs(lm: TaskLM, pad: int, queries: Sequence[Query]) -> list[Tensor]:
+    """Return each query's log-probabilities of its options, `[options]`, all from one forward.
+
+    Args:
+        pad: the token that rows are filled up with.
+        queries: of any adapters, whose algorithms answer alike.
+    """
+    _take_states(lm, pad, queries)
+    first = queries[0]
+    alike = all(query.weights is first.weights for query in queries)
+    alike = alike and len({(query.options, query.classes) for query in queries}) == 1
+    groups = [queries] if alike else [[query] for query in queries]
+    tasks = [together([query.ways for query in group]) for group in groups]
+    kept = [support for group in groups if (support := group[0].support())]
+    asked = AskedTasks(lm, pad, tasks, kept, [group[0].options for group in groups])
+    found = first.algorithm.answer(asked, side_by_side([group[0].weights for group in groups]))
+    return [scores for task in found for scores in task]
+
+
+def _take_states(lm: TaskLM, pad: int, queries: Sequence[Query]) -> None:
+    """Take the hidden states of the supports that are kept, where they were not taken yet."""
+    for query in queries:
+        kept = query.kept
+        if kept and kept.states is None:
+            asked = AskedTasks(lm, pad, [query.ways], [kept])
+            kept.states = asked.support_states(side_by_side([query.weights]))[0]
+
+
+def together(inputs: Sequence[Ways]) -> Ways:
+    """Return the ways of several inputs of one task, from those of each."""
+    shares = [share for share, _ in inputs[0]]
+    return [(share, [one[way][1][0] for one in inputs]) for way, share in enumerate(shares)]

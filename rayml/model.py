@@ -1,0 +1,271 @@
+"""A meta-trained model in memory: load it, and let it learn tasks.
+
+The command line, the server and `compare` use what stands here; nobody adapts in another way.
+"""
+
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from time import perf_counter
+from typing import Any, TypeVar
+
+import torch
+
+from rayml.adapter import Adapter, new_folder, write_weights
+from rayml.config import Config
+from rayml.engine import local, zero
+from rayml.errors import ConfigError, DataError, TrainingError
+from rayml.evaluation.curves import Scorer
+from rayml.evaluation.learn import inner_steps, lesson, new_task, take_in
+from rayml.lm.depth import rate_factors
+from rayml.lm.encode import Encoder
+from rayml.lm.load import load_tokenizer, resolve_model
+from rayml.lm.lora import linear_kinds
+from rayml.lm.model import TaskLM, hooks
+from rayml.lm.parameters import trained_parameters
+from rayml.lm.peft_files import AdapterCard, encoder_of
+from rayml.lm.precision import Precision, device_for, settled
+from rayml.lm.start import untrained_start
+from rayml.meta.adapt import Params
+from rayml.meta.learner import initial_log_rates
+from rayml.runs.checkpoint import read_checkpoint, step_of
+from rayml.runs.files import Place, local_copy, made_here
+from rayml.runs.folder import RunFolder
+from rayml.tasks.read import Examples, rows_given
+from rayml.tasks.row import Row
+from rayml.tasks.task import Task
+
+R = TypeVar("R")
+AT_ONCE = 16
+"""Tasks in one batched inner loop."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class MetaModel:
+    """A base model in memory with what a run learned: a start, from which a task takes a few inner steps.
+
+    `load` and `train` make them. Adapters that are learned from it share its base.
+    """
+
+    config: Config
+    """As the run was trained."""
+    lm: TaskLM
+    """The base, with the hooks that adapters act by."""
+    encoder: Encoder
+    """How examples are shown to the model."""
+    base: str
+    """Where the base was loaded from."""
+    start: Params
+    """The shared start, `[...]` each, in float32."""
+    rates: Params
+    """The inner rate of each tensor that the inner loop changes, `[]`, or `[...]` as the tensor (Meta-SGD)."""
+    step: int
+    """Outer steps that were taken; 0 for an untrained start."""
+    untrained: Params
+    """Where training began."""
+    precision: Precision
+    """What the base runs in here, and why; `config.model` has it, too."""
+    run: RunFolder | None = None
+    """Where it was trained; None for an untrained start."""
+    checkpoint: str = "untrained"
+    """Which of its checkpoints this is, in words."""
+
+    def __repr__(self) -> str:
+        where = f" from {self.run.path}" if self.run else ""
+        name = f"{self.config.model.name}, {self.config.algorithm.name}"
+        return f"<MetaModel {name}, {self.checkpoint}{where}; .adapt([(input, target), ...]) learns a task>"
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.start.values())).device
+
+    def scorer(self) -> Scorer:
+        """Return what scores episodes as the run's own algorithm does."""
+        inner = self.config.inner
+        return Scorer(self.lm, self.encoder, self.config.algorithm, inner.steps, inner.unfreeze_every)
+
+    def adapt(self, examples: Examples, *, name: str = "task", steps: int | None = None) -> Adapter:
+        """Learn one new task from a few examples, in about a second.
+
+        Args:
+            examples: pairs `(input, target)`; dicts, such as `{"input", "target", "options"}`; a pandas DataFrame or a
+                `datasets.Dataset` with such columns; or the path, or URI, of a JSONL or Parquet file. An input is a
+                text, or a dict of fields; a target is a text, a list of labels, or of spans `{"text", "type"}`.
+                Labels are the user's own. A run on label tasks takes two different targets or more for labels.
+            name: of the task.
+            steps: inner steps; else the run's own `inner.steps`.
+
+        Raises:
+            DataError: examples that cannot be read or learned, or of several tasks.
+            TrainingError: the inner steps diverged.
+        """
+        return self.adapt_many({name: examples}, steps=steps)[name]
+
+    def adapt_many(
+        self, tasks: Mapping[str, Examples], *, steps: int | None = None, at_once: int = AT_ONCE
+    ) -> dict[str, Adapter]:
+        """Learn T tasks side by side, in one batched inner loop: each comes out as it would alone.
+
+        Args:
+            tasks: examples by the name of their task, in any form that `adapt` takes.
+            steps: inner steps of each; else the run's own.
+            at_once: most tasks in one loop, for memory. In mode full it is one at a time.
+
+        Raises:
+            DataError, TrainingError: as `adapt`.
+        """
+        taken = inner_steps(self, steps)
+        if taken < 0:
+            raise ConfigError(f"steps: expected 0 or more, got {steps}")
+        new = [self.task(rows_given(examples), name) for name, examples in tasks.items()]
+        prepared = [lesson(self, task) for task in new]
+        found: dict[str, Adapter] = {}
+        at_once = at_once if self.lm.adapter else 1
+        for first in range(0, len(new), at_once):
+            some, began = prepared[first : first + at_once], perf_counter()
+            learned = returned(take_in(self, some, [taken] * len(some)))
+            seconds = perf_counter() - began
+            for task, one, (weights, losses) in zip(new[first:], some, learned, strict=False):
+                refuse_diverged(task.name, weights)
+                told = {"examples": len(task.examples), "losses": losses, "seconds": seconds}
+                found[task.name] = self.adapter(weights, one.card, **told)
+        return found
+
+    def task(self, rows: Sequence[Row], name: str) -> Task:
+        """Return the task of some rows, as the run takes tasks: for labels where it was trained on label tasks.
+
+        Raises:
+            DataError: rows of several tasks, or one text under two labels.
+        """
+        if len({row.task for row in rows}) > 1:
+            raise DataError(f"{name}: holds {len({row.task for row in rows})} tasks; adapt to one at a time")
+        return new_task(rows, name, self.takes_labels, self.kind)
+
+    @cached_property
+    def takes_labels(self) -> bool:
+        """Whether targets are taken for labels, where rows do not tell: the run was trained on label tasks."""
+        return self.run.learned_labels() if self.run else True
+
+    @cached_property
+    def kind(self) -> str:
+        """The kind of all tasks that the run was trained on; "" where there are several."""
+        return self.run.learned_kind() if self.run else ""
+
+    def adapter(self, weights: Params | None, card: AdapterCard, **told: Any) -> Adapter:
+        """Return an adapter on this base, from its weights and its card.
+
+        Args:
+            told: what else there is to be known of it: `examples`, `losses`, `seconds`, `encoder`.
+        """
+        on_device = {name: weight.to(self.lm.device) for name, weight in (weights or {}).items()} or None
+        encoder = told.pop("encoder", None) or encoder_of(card, self.encoder.tokenizer)
+        return Adapter(self.lm, encoder, on_device, card, self.base, **told)
+
+    def save(self, folder: str | Place) -> Place:
+        """Write the learned start for other libraries: a PEFT adapter, or, in mode full, the whole model.
+
+        Starting from it takes the inner loop that the run was trained for.
+
+        Raises:
+            RunError: the folder exists already.
+        """
+        to, lora = new_folder(folder), lora_of(self.config)
+        with made_here(to) as here:
+            write_weights(here, self.lm, self.encoder, self.start, lora, self.base)
+        return to
+
+
+def load(run: str | Place | RunFolder, *, checkpoint: str | None = None, every_linear: bool = False) -> MetaModel:
+    """Load a run's base and what it learned, on this machine's GPU, or else its CPU.
+
+    Args:
+        run: the folder that `train` made, its URI, or a `RunFolder`.
+        checkpoint: "best" by meta-val, or "newest"; else the best where there were validations.
+        every_linear: let adapters change linears that this run's do not (in mode adapters).
+
+    Raises:
+        RunError: no run there, or no such checkpoint in it.
+        ConfigError: its base cannot be loaded here.
+    """
+    folder = run if isinstance(run, RunFolder) else RunFolder(run)
+    config, at = folder.trained(checkpoint)
+    config, precision, lm, encoder, base = load_base(config, every_linear, folder.made_in())
+    if lm.adapter:
+        untrained = {name: weight.to(lm.device) for name, weight in folder.read_untrained().items()}
+    else:
+        untrained = {n: p.detach().float() for n, p in trained_parameters(lm.module, config.full).items()}
+    start, log_rates, step = learned(config, at, untrained, lm.device)
+    rates = {name: rate.exp() for name, rate in log_rates.items()}
+    return MetaModel(config, lm, encoder, base, start, rates, step, untrained, precision, folder, folder.told(at))
+
+
+def untrained_model(config: Config, tasks: Sequence[Task]) -> MetaModel:
+    """Load a config's base, with the start that training on these tasks would begin from, and its rates."""
+    config, precision, lm, encoder, base = load_base(config)
+    start = {name: weight.to(lm.device) for name, weight in untrained_start(config, lm, encoder, tasks).items()}
+    factors = rate_factors(lm.module, start, config.inner.layer_decay)
+    log_rates = initial_log_rates(start, config.inner.lr, config.inner.modules, per_weight=False, factors=factors)
+    rates = {name: rate.exp() for name, rate in log_rates.items()}
+    return MetaModel(config, lm, encoder, base, start, rates, 0, start, precision)
+
+
+def load_base(
+    config: Config, every_linear: bool = False, made_in: str | None = None
+) -> tuple[Config, Precision, TaskLM, Encoder, str]:
+    """Return the base with its hooks, whole, what encodes for it, and where it was loaded from.
+
+    Before them come the config with the dtype and the attention that it was loaded with, and why those.
+
+    Args:
+        made_in: the dtype that a run was trained in.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
+    base = resolve_model(config.model.name)
+    config, precision = settled(config, base, [device_for(config, base, device)], made_in)
+    module = local.load(base, config.model.dtype, config.model.attention, device)
+    shape = config.lora.shape()
+    if every_linear:
+        shape |= {"targets": linear_kinds(module), "last_layers": None}
+    lm = TaskLM(module, hooks(module, shape if config.mode == "adapters" else {}, config.soft_tokens))
+    return config, precision, lm, config.encoder(load_tokenizer(base)), base
+
+
+def learned(config: Config, folder: Place, names: Iterable[str], device: torch.device) -> tuple[Params, Params, int]:
+    """Return the start, the logarithms of its inner rates, and the outer step, of a checkpoint."""
+    if config.is_sharded:
+        with local_copy(folder) as here:
+            step, whole = step_of(folder), zero.consolidate(here)
+        start = {name: whole[name].to(device) for name in names}
+        return start, initial_log_rates(start, config.inner.lr, config.inner.modules, per_weight=False), step
+    saved = read_checkpoint(folder)
+    parts = [
+        {k.removeprefix(kind): v.to(device) for k, v in saved.tensors.items() if k.startswith(kind)}
+        for kind in ("start/", "log_rate/")
+    ]
+    return parts[0], parts[1], saved.step
+
+
+def start_of(run: RunFolder) -> tuple[Params, Params]:
+    """Return what a run of adapters has learned: its start, and the logarithms of its inner rates; on the CPU."""
+    config, folder = run.trained()
+    return learned(config, folder, (), torch.device("cpu"))[:2]
+
+
+def refuse_diverged(name: str, weights: Params) -> None:
+    """Raise TrainingError if a task's weights are not finite."""
+    if not all(torch.isfinite(weight).all() for weight in weights.values()):
+        raise TrainingError(f"{name}: the adaptation diverged: its numbers are not finite; take fewer steps")
+
+
+def returned(loop: Generator[None, None, R]) -> R:
+    """Run a loop to its end, and return what it returns."""
+    while True:
+        try:
+            next(loop)
+        except StopIteration as end:
+            return end.value
+
+
+def lora_of(config: Config) -> dict[str, Any]:
+    """Return the shape of a config's LoRA adapters; nothing where it has none."""
+    return config.lora.shape() if config.mode == "adapters" and config.adapter == "lora" else {}
