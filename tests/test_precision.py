@@ -115,7 +115,7 @@ def test_a_run_of_one_dtype_is_read_in_the_other_with_like_scores(tmp_path, loca
             quiet = Console(quiet=True)
             capsys.readouterr()
             found = evaluate_run(
-                run.path, None, None, None, 20, 0, "test", None, folder / "e.json", quiet, Console(stderr=True)
+                run, None, None, None, 20, 0, "test", None, folder / "e.json", quiet, Console(stderr=True)
             )
             said = capsys.readouterr().err
             assert f"{read}, " in said
