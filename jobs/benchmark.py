@@ -41,6 +41,7 @@ from rayml.lm.encode import decode_rows
 from rayml.lm.load import DTYPES, load_tokenizer, resolve_model
 from rayml.lm.lora import B, TaskLoRA, in_a_layer, layer_number
 from rayml.lm.model import TaskLM
+from rayml.lm.precision import settled_here
 from rayml.meta.adapt import InnerLoop, Params
 from rayml.meta.gradient import first_order
 from rayml.tasks.prepare import prepare_splits
@@ -90,7 +91,8 @@ def main() -> None:
     console = Console(stderr=True)
     ways, missing = peers(options.learn2learn)
     changes = [[], *([f"{key}={value}"] for key, values in options.axis for value in values)]
-    settings = [(some, load_config(options.config, [*options.overrides, "workers=1", *some])) for some in changes]
+    given = [(some, load_config(options.config, [*options.overrides, "workers=1", *some])) for some in changes]
+    settings = [(some, settled_here(config, device)) for some, config in given]
     machine = Machine.measured(device, DTYPES[settings[0][1].model.dtype])
     cases: list[dict[str, Any]] = []
     with Progress(console=console) as bar:

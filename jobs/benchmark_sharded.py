@@ -27,6 +27,7 @@ from rayml.engine import local, zero
 from rayml.lm.load import resolve_model
 from rayml.lm.lora import TaskLoRA
 from rayml.lm.model import TaskLM
+from rayml.lm.precision import settled_here
 from rayml.meta.adapt import Params
 
 APART = 1e-3
@@ -85,7 +86,7 @@ def worker(rank: int, options: argparse.Namespace, model: str, port: int) -> Non
     if cuda:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if cuda else "gloo", rank=rank, world_size=options.workers)
-    config = configured(options, max(options.tasks))
+    config = settled_here(configured(options, max(options.tasks)), device)
     episodes = drawn_episodes(config)
     engines = {}
     for name, engine in (("whole", local), ("sharded", zero)):

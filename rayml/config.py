@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 S = TypeVar("S", bound=BaseModel)
 Overrides = Mapping[str, Any] | Sequence[str]
 """What is changed of a config: values by dotted or nested keys, or `key=value` texts as on the command line."""
+ALGORITHM = "algorithm.name"
+"""What is set beside it are settings of that algorithm: so it is set first, and a change of it forgets them."""
 
 
 class Config(Section):
@@ -249,8 +251,8 @@ def settings_of_algorithms(prefix: str) -> dict[str, tuple[Any, str]]:
 def with_values(values: dict[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return nested values with dotted keys set to what `settings` gives, the algorithm before its settings."""
     values = copy.deepcopy(values)
-    for key, value in sorted(settings.items(), key=lambda item: item[0] != "algorithm.name"):
-        _set(values, key, value)
+    for key in sorted(settings, key=lambda key: key != ALGORITHM):
+        _set(values, key, settings[key])
     return values
 
 
@@ -295,7 +297,7 @@ def dotted(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _override_all(values: dict[str, Any], overrides: Sequence[str]) -> None:
     """Override values in place, the algorithm before its settings."""
-    for override in sorted(overrides, key=lambda override: not override.startswith("algorithm.name=")):
+    for override in sorted(overrides, key=lambda override: not override.startswith(f"{ALGORITHM}=")):
         _override(values, override)
 
 
@@ -310,8 +312,8 @@ def _override(values: dict[str, Any], override: str) -> None:
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:
-    if key == "algorithm.name" and (values.get("algorithm") or {}).get("name", DEFAULT) != value:
-        values["algorithm"] = {}  # what was set there were settings of another
+    if key == ALGORITHM and (values.get("algorithm") or {}).get("name", DEFAULT) != value:
+        values["algorithm"] = {}
     *parents, last = key.split(".")
     for parent in parents:
         values = values.setdefault(parent, {})

@@ -14,7 +14,7 @@ CHOICES = tuple(range(10, 40))
 def full_config(**changes) -> Config:
     """A config of mode full, with dotted changes written as `zero__stage=3`."""
     values: dict = {
-        "model": {"name": "tiny"},
+        "model": {"name": "tiny", "dtype": "float32", "attention": "sdpa"},
         "data": {"path": "none.jsonl"},
         "run": {"dir": "none"},
         "mode": "full",

@@ -7,9 +7,11 @@ import torch
 from conftest import meta_gradient
 from torch import nn
 
+from rayml.algorithms.base import Algorithm, Turn
 from rayml.algorithms.protonet import SHARPNESS, prototype_logits, prototype_losses
 from rayml.algorithms.registry import REGISTERED, chosen
 from rayml.meta.learner import initial_log_rates
+from rayml.meta.phased import PhasedOptimizer, steps_of
 from rayml.meta.weighting import RecentGains
 
 fomaml, maml = chosen({"name": "fomaml_plus", "start_weight": 0.0}), chosen({"name": "maml", "learn_rates": True})
@@ -164,6 +166,38 @@ def test_what_has_no_inner_rate_stays_in_the_inner_loop_and_still_learns(algorit
         torch.testing.assert_close(found.start[name], frozen.start[name])
     assert found.start["a"].abs().max() > 1e-3
     assert set(found.rates) == {"b"}
+
+
+class TwiceAsked(Algorithm):
+    """Asks the query within the inner loop, too."""
+
+    def turns(self, steps):
+        return [turn for k in range(steps) for turn in (Turn("support", descends=True), Turn("query", 0.5**k))]
+
+
+SHARDED = [kind for kind in (chosen({"name": name}) for name in REGISTERED) if kind.runs_sharded] + [
+    TwiceAsked(name="")
+]
+
+
+@pytest.mark.parametrize("algorithm", SHARDED, ids=lambda one: type(one).__name__)
+@pytest.mark.parametrize("inner", [("a", "b"), ("b",)])
+def test_a_phased_optimizer_takes_the_same_outer_step_minibatch_by_minibatch(algorithm, inner):
+    """What sharded engines run, task after task, against all tasks at once; also where the inner loop leaves some."""
+    expected = run(algorithm, rates(names=inner))
+    weights = {name: nn.Parameter(weight.clone()) for name, weight in START.items()}
+    groups = [{"params": [weight], "inner_lr": 0.2 if name in inner else 0.0} for name, weight in weights.items()]
+    optimizer = PhasedOptimizer(torch.optim.SGD(groups, lr=1.0))
+    for task in range(TASKS):
+        for step in steps_of(algorithm.turns(STEPS)):
+            optimizer.zero_grad()
+            fast = {name: weight.expand(TASKS, *weight.shape) for name, weight in weights.items()}
+            sum(part * losses(side)(fast)[task] for side, part in step.sides).backward()
+            last = TASKS * (step.phase.restores and task == TASKS - 1)
+            optimizer.enter(step.phase, step.share * float(WEIGHTS[task]), last)
+            optimizer.step()
+    for name, weight in weights.items():
+        torch.testing.assert_close(START[name] - weight.detach(), expected.start[name] / TASKS)
 
 
 def test_patterns_choose_what_the_inner_loop_changes():

@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 from conftest import make_config, toy_tasks
+from rich.console import Console
 from transformers import GPTJConfig
 
-from rayml.api import evaluate
 from rayml.distributed.train import train
+from rayml.evaluation.command import evaluate_run
 from rayml.lm.precision import Device, cpu_bf16, decide, has_sdpa, look_at, measured_gflops, settled
 from rayml.runs.folder import RunFolder
 
@@ -110,9 +111,12 @@ def test_a_run_of_one_dtype_is_read_in_the_other_with_like_scores(tmp_path, loca
         run = train(make_config(folder, model=asked, data=data, outer={"steps": 20, "lr": 0.01}))
         assert json.loads(run.precision.read_text())["dtype"] == made == RunFolder(run.path).made_in()
         for read, here in (("bfloat16", AMX), ("float32", OLD)):
-            monkeypatch.setattr("rayml.model.device_for", lambda *_, here=here: here)
+            monkeypatch.setattr(SESSION + ".device_for", lambda *_, here=here: here)
+            quiet = Console(quiet=True)
             capsys.readouterr()
-            found = evaluate(run.path, episodes=20, json_file=folder / "e.json")
+            found = evaluate_run(
+                run, None, None, None, 20, 0, "test", None, folder / "e.json", quiet, Console(stderr=True)
+            )
             said = capsys.readouterr().err
             assert f"{read}, " in said
             assert (f"made in {made}" in said) == (read != made)
@@ -120,3 +124,6 @@ def test_a_run_of_one_dtype_is_read_in_the_other_with_like_scores(tmp_path, loca
     for made in ("bfloat16", "float32"):
         assert scores[made, "bfloat16"] == pytest.approx(scores[made, "float32"], abs=0.1)
     assert toy_tasks()
+
+
+SESSION = "rayml.model"

@@ -11,6 +11,7 @@ from rayml.cli.training import evaluate, train
 
 CONFIG, TICKETS = Path("configs/quickstart.yaml"), Path("configs/examples/support-tickets.jsonl")
 TASKS = Path("data/quickstart")
+EPISODES = 12
 QUESTION = "my parcel has not arrived"
 
 
@@ -30,15 +31,23 @@ def quickstart(overrides: Overrides = None) -> None:
 
         write_tasks(TASKS)
     run = config.run.dir
+    say(f"train {CONFIG} --resume")
     train(str(CONFIG), overrides, resume=True)
-    evaluate(run, episodes=12)
+    say(f"evaluate {run} --episodes {EPISODES}")
+    evaluate(run, episodes=EPISODES)
     from rayml.runs.files import place, remove
 
     adapter = place(run) / "tickets"
     remove(adapter)
+    say(f"adapt {run} --examples {TICKETS} --out {run}/tickets")
     adapt(run, TICKETS, str(adapter))
-    out.print(f"> {QUESTION}", style="dim", highlight=False)
+    say(f'predict {run}/tickets --input "{QUESTION}"')
     predict(str(adapter), QUESTION)
+
+
+def say(command: str) -> None:
+    """Print the command that does by itself what comes next."""
+    out.print(f"\n$ rayml {command}", style="bold", markup=False, highlight=False, soft_wrap=True)
 
 
 def write_example(path: Path) -> None:

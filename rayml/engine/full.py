@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from rayml.algorithms.base import batches
 from rayml.config import Config
 from rayml.engine import collective
 from rayml.engine.deepspeed_internals import client_optimizer, left_step_out, set_clip_norm
@@ -23,7 +22,7 @@ from rayml.errors import RunError, TrainingError
 from rayml.lm.batch import TaskBatch
 from rayml.lm.model import TaskLM
 from rayml.meta.learner import outer_schedule
-from rayml.meta.phased import IDLE, Phase, PhasedOptimizer
+from rayml.meta.phased import IDLE, Phase, PhasedOptimizer, steps_of
 
 MANIFEST = "full.json"
 Result = TypeVar("Result")
@@ -104,19 +103,15 @@ class FullLearner:
 
     def _train(self, support: TaskBatch, query: TaskBatch, weight: float, tasks: int) -> tuple[float, float]:
         """Take the turns of one task, and collect its meta-gradient; return the two losses of an `OuterStep`."""
-        sides = {"support": support, "query": query}
-        together = batches(self.config.algorithm.turns(self.config.inner.steps))
+        of_side = {"support": support, "query": query}
         first = asked = math.nan
-        for place, turns in enumerate(together):
-            is_last, descends = place == len(together) - 1, turns[0].descends
-            phase = Phase(collects=any(turn.share for turn in turns), descends=descends, restores=is_last)
-            share = sum(turn.share for turn in turns) or 1.0
-            parts = [(sides[turn.side], turn.share / share if len(turns) > 1 else 1.0) for turn in turns]
-            clip = 0.0 if descends else self.config.outer.clip_norm
-            loss = self.take(parts, phase, share * weight, tasks if is_last else 0, clip)
+        for place, step in enumerate(steps_of(self.config.algorithm.turns(self.config.inner.steps))):
+            phase, sides = step.phase, [(of_side[name], part) for name, part in step.sides]
+            clip = 0.0 if phase.descends else self.config.outer.clip_norm
+            loss = self.take(sides, phase, step.share * weight, tasks if phase.restores else 0, clip)
             first = loss if place == 0 else first
-            asked = loss if any(turn.side == "query" for turn in turns) or math.isnan(asked) else asked
-            self.laps("outer" if is_last else "inner")
+            asked = loss if "query" in dict(step.sides) or math.isnan(asked) else asked
+            self.laps("outer" if phase.restores else "inner")
         return first, asked
 
     def take(

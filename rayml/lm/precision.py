@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from transformers import AutoConfig
 
-from rayml.lm.load import auto_model
+from rayml.lm.load import auto_model, resolve_model
 
 if TYPE_CHECKING:
     from rayml.config import Config
@@ -188,6 +188,12 @@ def settled(
     )
     settled_model = model.model_copy(update={"dtype": chosen.dtype, "attention": chosen.attention})
     return config.model_copy(update={"model": settled_model}), chosen
+
+
+def settled_here(config: "Config", device: torch.device) -> "Config":
+    """Return a config with `auto` decided for one device of this machine."""
+    base = resolve_model(config.model.name)
+    return settled(config, base, [device_for(config, base, device)])[0]
 
 
 def with_dtype(config: "Config", dtype: str) -> "Config":

@@ -7,12 +7,14 @@ What a step does is said by the turns of an algorithm (`rayml.algorithms.base.Tu
 is summed up as gradients: the difference of nearly equal weights would lose most of its digits.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from rayml.algorithms.base import Turn, batches
 
 
 class Phase(NamedTuple):
@@ -27,6 +29,27 @@ class Phase(NamedTuple):
 
 
 IDLE = Phase()
+
+
+class Step(NamedTuple):
+    """One optimizer step of a task: a loss, and what is done with its gradient."""
+
+    sides: Sequence[tuple[str, float]]
+    """What the loss is of: the sides of the episode, each with its part."""
+    phase: Phase
+    share: float
+    """Of its gradient in the meta-gradient."""
+
+
+def steps_of(turns: Sequence[Turn]) -> list[Step]:
+    """Return the steps of one task by an algorithm's turns; turns at the same weights share one."""
+    together, found = batches(turns), []
+    for place, some in enumerate(together):
+        share = sum(turn.share for turn in some)
+        sides = [(turn.side, turn.share / share if len(some) > 1 else 1.0) for turn in some]
+        phase = Phase(share != 0, some[0].descends, restores=place == len(together) - 1)
+        found.append(Step(sides, phase, share))
+    return found
 
 
 class PhasedOptimizer(Optimizer):
@@ -95,16 +118,19 @@ class PhasedOptimizer(Optimizer):
 
     def _outer_step(self) -> None:
         """Step on the mean meta-gradient, and put the gradients back: with offloading they are the engine's buffers."""
-        shards = [shard for shard, _ in self._shards() if shard in self.meta_gradients]
+        shards = [shard for shard, _ in self._shards()]
         gradients = [shard.grad for shard in shards]
         for shard in shards:
-            shard.grad = self.meta_gradients[shard].div_(self._tasks)
-            self.squared_norm += float(torch.linalg.vector_norm(shard.grad, dtype=torch.float64)) ** 2
+            shard.grad = None  # where nothing was collected, nothing is learned
+            if shard in self.meta_gradients:
+                shard.grad = self.meta_gradients[shard].div_(self._tasks)
+                self.squared_norm += float(torch.linalg.vector_norm(shard.grad, dtype=torch.float64)) ** 2
         self.outer.param_groups, self.outer.state = self.param_groups, self.state
         self.outer.step()
         for shard, gradient in zip(shards, gradients, strict=True):
             shard.grad = gradient
-            self.meta_gradients[shard].zero_()
+            if shard in self.meta_gradients:
+                self.meta_gradients[shard].zero_()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the outer optimizer's state; the rates and the like stay those of this run."""
