@@ -3,6 +3,7 @@
 The command line, the server and `compare` answer by what stands here.
 """
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -35,6 +36,7 @@ from rayml.tasks.task import Example
 if TYPE_CHECKING:
     from rayml.model import MetaModel
 
+log = logging.getLogger(__name__)
 TEXTS = 16
 """Most texts that are written side by side."""
 QUERIES, QUERY_TOKENS = 32, 8192
@@ -255,6 +257,8 @@ def base_of(card: AdapterCard, own_model: str | None) -> tuple[TaskLM, str]:
     base = own_model or resolve_model(card.model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = decide(("auto", "auto"), [look_at(device, widest_linear(base))], card.dtype, sdpa=has_sdpa(base))
+    if precision.dtype != card.dtype:
+        log.warning("%s: %s", card.name, precision)
     module = local.load(base, precision.dtype, precision.attention, device)
     return TaskLM(module, hooks(module, card.lora, card.soft_tokens)), base
 

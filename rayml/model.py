@@ -3,6 +3,7 @@
 The command line, the server and `compare` use what stands here; nobody adapts in another way.
 """
 
+import logging
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,6 +36,7 @@ from rayml.tasks.read import Examples, rows_given
 from rayml.tasks.row import Row
 from rayml.tasks.task import Task
 
+log = logging.getLogger(__name__)
 R = TypeVar("R")
 AT_ONCE = 16
 """Tasks in one batched inner loop."""
@@ -222,6 +224,8 @@ def load_base(
     device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
     base = resolve_model(config.model.name)
     config, precision = settled(config, base, [device_for(config, base, device)], made_in)
+    if precision.warning:
+        log.warning(precision.warning)
     module = local.load(base, config.model.dtype, config.model.attention, device)
     shape = config.lora.shape()
     if every_linear:

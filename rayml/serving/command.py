@@ -15,14 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 from ray import serve
 from ray.serve.context import _get_global_client
 from rich.console import Console
 
-from rayml.config import parse_section
+from rayml.config import Config, parse_section
 from rayml.distributed.train import WORKER_ENV, processors
 from rayml.errors import ConfigError, RunError
 from rayml.lm.load import load_shape, resolve_model
+from rayml.lm.precision import Precision, device_for, settled
 from rayml.progress import doing
 from rayml.runs.folder import RunFolder
 from rayml.serving.adapter_files import FILES, read_adapter
@@ -60,7 +62,7 @@ def serve_forever(
     keys = api_keys(serving.keys_file)
     check_host(host, keys, insecure)
     folder = RunFolder(run)
-    _, served = servable(folder, serving.checkpoint)
+    config, served = servable(folder, serving.checkpoint)
     own = not os.environ.get("RAY_ADDRESS")
     if own and not serving.replicas.cpus:
         share = max(1, processors() // max(serving.replicas.min, serving.replicas.max))
@@ -83,6 +85,8 @@ def serve_forever(
         key = ' -H "Authorization: Bearer $KEY"' if keys else ""
         out.print(f"serving {run} at {base} ({time.perf_counter() - began:.0f} s to start; {base}/docs shows the API)")
         out.print(f"it serves {folder.told(served)}", style="dim", highlight=False)
+        if own:  # the replicas lie on this machine
+            out.print(f"in {precision_of(folder, config)}", style="dim", highlight=False, markup=False)
         out.print("teach it a task:", style="dim")
         out.print(f"  curl {base}/v1/adapters{key} -d '{json.dumps(EXAMPLE)}'", markup=False, soft_wrap=True)
         out.print("Ctrl-C stops it.", style="dim")
@@ -97,6 +101,13 @@ def serve_forever(
             serve.delete(APPLICATION)
     finally:
         ray.shutdown()  # of a Ray of our own all ends with it; on a cluster Serve goes on, with others' applications
+
+
+def precision_of(folder: RunFolder, config: Config) -> Precision:
+    """Return what a replica on this machine runs a run's model in."""
+    device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
+    base = resolve_model(config.model.name)
+    return settled(config, base, [device_for(config, base, device)], folder.made_in())[1]
 
 
 def listening() -> tuple[str, int]:
