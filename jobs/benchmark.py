@@ -34,6 +34,7 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from rayml.algorithms.fomaml import adapt_then_query
 from rayml.config import Config, load_config
 from rayml.engine import local
 from rayml.lm.batch import Row, collate, readings
@@ -202,15 +203,16 @@ def weight_bytes_read(model: Any, adapted: Sequence[str], steps: int) -> int:
 
 
 def ours(lm: TaskLM, start: Params, episodes: Episodes, config: Config) -> Params:
-    """Return the meta-gradient as a worker of `rayml train` computes it, from rows of tokens on."""
+    """Return the meta-gradient of plain first-order MAML, which the peers know, as a worker computes it from rows on."""
     support, query = (
         collate(side, 0, episodes.labels, lm.packs).to(lm.device) for side in (episodes.support, episodes.query)
     )
     rates = {name: torch.tensor(config.inner.lr, device=lm.device) for name in start}
     losses = {"support": partial(lm.losses, batch=support), "query": partial(lm.losses, batch=query)}
-    turns = config.algorithm.turns(config.inner.steps)
     weights = torch.ones(len(episodes.support), device=lm.device)
-    return first_order(turns, losses, start, InnerLoop(rates, config.inner.steps), weights).start
+    return first_order(
+        adapt_then_query(config.inner.steps), losses, start, InnerLoop(rates, config.inner.steps), weights
+    ).start
 
 
 def compared(contenders: dict[str, Callable[[], Any]], most: float) -> tuple[dict[str, float], dict[str, str]]:
