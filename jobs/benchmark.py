@@ -203,7 +203,7 @@ def weight_bytes_read(model: Any, adapted: Sequence[str], steps: int) -> int:
 
 
 def ours(lm: TaskLM, start: Params, episodes: Episodes, config: Config) -> Params:
-    """Return the meta-gradient of plain first-order MAML, which the peers know, as a worker computes it from rows on."""
+    """Return the meta-gradient of plain first-order MAML, which the peers know, from rows of tokens on."""
     support, query = (
         collate(side, 0, episodes.labels, lm.packs).to(lm.device) for side in (episodes.support, episodes.query)
     )

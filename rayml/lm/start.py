@@ -52,7 +52,12 @@ def principal_start(lm: TaskLM, batches: Sequence[TaskBatch], seed: int) -> Para
     """
     assert isinstance(lm.adapter, TaskLoRA)
     start = lm.adapter.untrained_start(seed)
-    seen = [lm.target_inputs(batch) for batch in batches]
+    seen: list[Params] = []
+    rows = 0
+    for batch in batches:
+        if rows < MOST_ROWS:
+            seen.append(lm.target_inputs(batch))
+            rows += len(next(iter(seen[-1].values())))
     for name in lm.adapter.linears:
         inputs = torch.cat([part[name] for part in seen])[:MOST_ROWS].cpu()
         _, deviations, directions = torch.linalg.svd(inputs - inputs.mean(0), full_matrices=False)
