@@ -100,8 +100,8 @@ def look_at(device: torch.device, shape: tuple[int, int] = (576, 1536), timed: b
 
 
 TIMED = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-MOST_SECONDS = 0.5
-"""For the timing, after two rounds: where bfloat16 is very slow, that is seen at once."""
+ROUNDS, MOST_SECONDS = 40, 0.4
+"""The timing ends after so many rounds that better nothing, or so long: where bfloat16 is very slow, two tell."""
 
 
 def cpu_bf16() -> str | None:
@@ -123,23 +123,23 @@ def arm_bf16() -> bool:
         return False
 
 
-def measured_gflops(shape: tuple[int, int], seconds: float = 0.1) -> dict[str, float]:
-    """Return the best rate of `[ROWS, in] @ [in, out]` in each dtype, in GFLOP/s, over so many seconds or five rounds.
+def measured_gflops(shape: tuple[int, int]) -> dict[str, float]:
+    """Return the best rate of `[ROWS, in] @ [in, out]` in each dtype, in GFLOP/s, that many rounds do not better.
 
     The dtypes take turns, so that what else the machine does slows both.
     """
     into, out = (min(size, WIDEST) for size in shape)
     best = dict.fromkeys(TIMED, float("inf"))
     products = {dtype: (torch.ones(ROWS, into, dtype=dtype), torch.ones(out, into, dtype=dtype)) for dtype in TIMED}
-    began, rounds = time.perf_counter(), 0
-    while rounds < 5 or time.perf_counter() - began < seconds:
+    began, since_better, rounds = time.perf_counter(), 0, 0
+    while since_better < ROUNDS and (rounds < 2 or time.perf_counter() - began < MOST_SECONDS):
+        rounds, since_better = rounds + 1, since_better + 1
         for dtype, (x, weight) in products.items():
             start = time.perf_counter()
             torch.nn.functional.linear(x, weight)
-            best[dtype] = min(best[dtype], time.perf_counter() - start)
-        rounds += 1
-        if rounds > 1 and time.perf_counter() - began > MOST_SECONDS:
-            break
+            took = time.perf_counter() - start
+            since_better = 0 if took < 0.98 * best[dtype] else since_better
+            best[dtype] = min(best[dtype], took)
     return {name: 2 * ROWS * into * out / best[dtype] / 1e9 for dtype, name in TIMED.items()}
 
 
