@@ -232,7 +232,7 @@ def test_what_cannot_be_served_is_refused_before_ray_starts(run, monkeypatch, tm
     from rayml.serving import command
 
     def serve(run, *settings, host="127.0.0.1", insecure=False):
-        command.serve_forever(str(run), settings, host, 8000, None, None, None, insecure, Console(quiet=True))
+        command.serve_forever(str(run), settings, host, 8000, None, None, None, insecure, None, Console(quiet=True))
 
     def start(*_):
         raise AssertionError("Ray was started")
