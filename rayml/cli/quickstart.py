@@ -11,7 +11,7 @@ from rayml.cli.training import evaluate, train
 
 CONFIG, TICKETS = Path("configs/quickstart.yaml"), Path("configs/examples/support-tickets.jsonl")
 TASKS = Path("data/quickstart")
-EPISODES = 12
+EPISODES = 8
 QUESTION = "my parcel has not arrived"
 
 
