@@ -93,7 +93,7 @@ def main() -> None:
     ways, missing = peers(options.learn2learn)
     changes = [[], *([f"{key}={value}"] for key, values in options.axis for value in values)]
     given = [(some, load_config(options.config, [*options.overrides, "workers=1", *some])) for some in changes]
-    settings = [(some, settled_here(config, device)) for some, config in given]
+    settings = [(some, settled_here(config, resolve_model(config.model.name), device)[0]) for some, config in given]
     machine = Machine.measured(device, DTYPES[settings[0][1].model.dtype])
     cases: list[dict[str, Any]] = []
     with Progress(console=console) as bar:

@@ -30,7 +30,7 @@ from rayml.lm.load import load_tokenizer, resolve_model
 from rayml.lm.lora import TaskLoRA, layer_number
 from rayml.lm.model import TaskLM
 from rayml.lm.peft_files import PREFIX
-from rayml.lm.precision import device_for, settled
+from rayml.lm.precision import settled_here
 from rayml.lm.sampling import Sampling
 from rayml.meta.adapt import Params
 from rayml.model import MetaModel
@@ -110,7 +110,7 @@ def open_session(options: argparse.Namespace) -> MetaModel:
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     base = resolve_model(options.model)
-    config, precision = settled(config, base, [device_for(config, base, device)])
+    config, precision = settled_here(config, base, device)
     module = local.load(base, config.model.dtype, config.model.attention, device)
     lm = TaskLM(module, TaskLoRA(module, **config.lora.shape()))
     session = MetaModel(config, lm, config.encoder(load_tokenizer(base)), base, {}, {}, 0, {}, precision)

@@ -86,7 +86,7 @@ def worker(rank: int, options: argparse.Namespace, model: str, port: int) -> Non
     if cuda:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if cuda else "gloo", rank=rank, world_size=options.workers)
-    config = settled_here(configured(options, max(options.tasks)), device)
+    config = settled_here(configured(options, max(options.tasks)), model, device)[0]
     episodes = drawn_episodes(config)
     engines = {}
     for name, engine in (("whole", local), ("sharded", zero)):

@@ -25,7 +25,7 @@ from rayml.lm.lora import linear_kinds
 from rayml.lm.model import TaskLM, hooks
 from rayml.lm.parameters import trained_parameters
 from rayml.lm.peft_files import AdapterCard, encoder_of
-from rayml.lm.precision import Precision, device_for, settled
+from rayml.lm.precision import Precision, own_device, settled_here
 from rayml.lm.start import untrained_start
 from rayml.meta.adapt import Params
 from rayml.meta.learner import initial_log_rates
@@ -221,9 +221,9 @@ def load_base(
     Args:
         made_in: the dtype that a run was trained in.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
+    device = own_device(config)
     base = resolve_model(config.model.name)
-    config, precision = settled(config, base, [device_for(config, base, device)], made_in)
+    config, precision = settled_here(config, base, device, made_in)
     if precision.warning:
         log.warning(precision.warning)
     module = local.load(base, config.model.dtype, config.model.attention, device)

@@ -126,4 +126,4 @@ def test_a_run_of_one_dtype_is_read_in_the_other_with_like_scores(tmp_path, loca
     assert toy_tasks()
 
 
-SESSION = "rayml.model"
+SESSION = "rayml.lm.precision"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from transformers import AutoConfig
 
-from rayml.lm.load import auto_model, resolve_model
+from rayml.lm.load import auto_model
 
 if TYPE_CHECKING:
     from rayml.config import Config
@@ -197,10 +197,16 @@ def settled(
     return config.model_copy(update={"model": settled_model}), chosen
 
 
-def settled_here(config: "Config", device: torch.device) -> "Config":
-    """Return a config with `auto` decided for one device of this machine."""
-    base = resolve_model(config.model.name)
-    return settled(config, base, [device_for(config, base, device)])[0]
+def settled_here(
+    config: "Config", base: str, device: torch.device, made_in: str | None = None
+) -> "tuple[Config, Precision]":
+    """Return what `settled` does, for one device of this machine."""
+    return settled(config, base, [device_for(config, base, device)], made_in)
+
+
+def own_device(config: "Config") -> torch.device:
+    """Return where a run's model lies in this process: on the GPU, if there is one and the config does not mind."""
+    return torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
 
 
 def with_dtype(config: "Config", dtype: str) -> "Config":

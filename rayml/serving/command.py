@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import torch
 from ray import serve
 from ray.serve.context import _get_global_client
 from rich.console import Console
@@ -24,7 +23,7 @@ from rayml.config import Config, parse_section
 from rayml.distributed.train import WORKER_ENV, processors
 from rayml.errors import ConfigError, RunError
 from rayml.lm.load import load_shape, resolve_model
-from rayml.lm.precision import Precision, device_for, settled
+from rayml.lm.precision import Precision, own_device, settled_here
 from rayml.progress import doing
 from rayml.runs.folder import RunFolder
 from rayml.serving.adapter_files import FILES, read_adapter
@@ -105,9 +104,7 @@ def serve_forever(
 
 def precision_of(folder: RunFolder, config: Config) -> Precision:
     """Return what a replica on this machine runs a run's model in."""
-    device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
-    base = resolve_model(config.model.name)
-    return settled(config, base, [device_for(config, base, device)], folder.made_in())[1]
+    return settled_here(config, resolve_model(config.model.name), own_device(config), folder.made_in())[1]
 
 
 def listening() -> tuple[str, int]:
