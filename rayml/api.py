@@ -128,6 +128,7 @@ def compare(
     val_episodes: int = 24,
     rates: Sequence[float] = (0.1, 0.3, 1, 3),
     steps: Sequence[int] = (1, 3, 6),
+    encoder: str = "minilm",
     out: "str | Place" = "runs/compare",
     dry_run: bool = False,
     command: str | None = None,
@@ -138,7 +139,7 @@ def compare(
 
     Args:
         config, overrides, more: as `train` takes them; the outer steps are FOMAML's, and fix everyone's tokens.
-        methods: their names; else the usual nine.
+        methods: their names; else the usual ones that can run here.
         variants: more methods, each by what it changes: `{"slow": ["inner.lr=0.01"]}`.
         runs: run folders that take part as they are.
         seeds: runs of each method.
@@ -146,6 +147,7 @@ def compare(
         val_episodes: that each adaptation is chosen on, of all meta-val tasks together.
         rates: factors on the inner rates, each tried.
         steps: numbers of inner steps, each tried.
+        encoder: the sentence encoder of `embedding` and `setfit`: `minilm`, a folder, or a Hugging Face id.
         out: the folder, or its URI, where runs, answers and the report go. What is there is not done again.
         dry_run: print the runs, tokens and time, and stop.
         command: stands in the report.
@@ -172,6 +174,7 @@ def compare(
         val_episodes=val_episodes,
         factors=sorted({float(rate) for rate in rates}),
         steps=sorted(set(steps)),
+        encoder=encoder,
     )
     stands = command or f"rayml.compare({source!r})"
     return run_comparison(values, source, request, out, stands, dry_run, consoles(console)[0])

@@ -326,7 +326,7 @@ def test_a_comparison_goes_on_where_it_stopped_and_its_tables_follow_from_its_an
     (folder / "results" / "lora-0.json").unlink()
     kept = (folder / "results" / "fomaml-0.json").stat().st_mtime_ns
     again = compare(values, "here", replace(request, runs=[]), folder, "rayml compare CONFIG", False, out)
-    times = "seconds", "episode_seconds"
+    times = "seconds", "task_seconds"
     for kind in ("label", "text"):
         for old, new in zip(summary["kinds"][kind]["methods"], again["kinds"][kind]["methods"], strict=True):
             assert {k: v for k, v in old.items() if k not in times} == {k: v for k, v in new.items() if k not in times}

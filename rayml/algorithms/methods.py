@@ -7,7 +7,10 @@ from dataclasses import dataclass
 class Method:
     overrides: tuple[str, ...]
     start: str = "trained"
-    """`trained`; `untrained`: where training would begin; `base`: no adapter at all."""
+    """`trained`; `untrained`: where training would begin; `base`: no adapter at all; `encoder`: no language model, but
+    a classifier (`rayml.evaluation.classifiers`)."""
+    has_seeds: bool = True
+    """Whether anything depends on the seed."""
     takes_support: bool = True
     labels_only: bool = False
     """It is left out where there is free text, unless it is asked for."""
@@ -18,8 +21,10 @@ IN_CONTEXT = ("algorithm.name=metaicl", "data.labels=words", "lora.start=random"
 # Fine-tuning of the model's own weights, in place of adapters; its rates are others.
 FINE_TUNED = "mode=full", "engine=local", "algorithm.name=fomaml_plus", "adapter=lora", "inner.lr=0.03"
 METHODS = {
-    "zero_shot": Method(IN_CONTEXT, "base", takes_support=False),
-    "in_context": Method(IN_CONTEXT, "base"),
+    "zero_shot": Method(IN_CONTEXT, "base", has_seeds=False, takes_support=False),
+    "in_context": Method(IN_CONTEXT, "base", has_seeds=False),
+    "embedding": Method((), "encoder", has_seeds=False, labels_only=True),
+    "setfit": Method((), "encoder", labels_only=True),
     "lora": Method(("algorithm.name=fomaml_plus",), "untrained"),
     "full": Method(FINE_TUNED, "untrained"),
     "top_layers": Method((*FINE_TUNED, "full.last_layers=2", "full.embeddings=false"), "untrained"),
@@ -35,7 +40,11 @@ METHODS = {
     "anil": Method(("algorithm.name=fomaml_plus", "inner.modules=['*.lora_B']")),
     "maml": Method(("algorithm.name=maml", "model.attention=eager")),
 }
-UNUSUAL = "anil", "maml", "full", "top_layers", "gradual", "discriminative"
+NOT_RUN = {
+    "fastfit": "fast-fit 1.2.1, the newest, needs datasets below 3 and transformers below 5; take setfit or embedding"
+}
+"""What may be asked for, and why it is refused."""
+UNUSUAL = "setfit", "anil", "maml", "full", "top_layers", "gradual", "discriminative"
 USUAL = tuple(name for name in METHODS if name not in UNUSUAL)
 BASELINE = "multitask"
 """What differences are to."""

@@ -186,12 +186,18 @@ def compare(
     val_episodes: Annotated[int, typer.Option(help="Meta-val episodes to choose each adaptation by.", min=1)] = 24,
     rates: Annotated[str, typer.Option(help="Factors on the inner rates, each tried.")] = "0.1,0.3,1,3",
     steps: Annotated[str, typer.Option(help="Numbers of inner steps, each tried.")] = "1,3,6",
+    encoder: Annotated[
+        str,
+        typer.Option(help="Sentence encoder of embedding and setfit: minilm, a folder, or a Hub id.", metavar="MODEL"),
+    ] = "minilm",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the runs, tokens and time, and stop.")] = False,
     out_dir: Annotated[str, typer.Option("--out", help="Where all goes.", metavar="DIR")] = "runs/compare",
 ) -> None:
     """Is meta-training worth it on your tasks? Train every method with equal tokens, and ask all the same.
 
-    `lora` adapts from an untrained start, `full` and the like fine-tune the model itself. The config's outer steps are
+    `lora` adapts from an untrained start, `full` and the like fine-tune the model itself. `embedding` is a sentence
+    encoder with the nearest centroid or logistic regression, whichever meta-val prefers, and takes part where its
+    packages are installed; `setfit` fine-tunes that encoder (`pip install 'rayml[baselines]'`). The config's outer steps are
     those of the default algorithm; the others take as many as come to the same number of forward-backward tokens. Rate
     and steps of each adaptation are chosen on meta-val, with the same number of tries. Cut off, it goes on where it
     stopped.
@@ -208,6 +214,7 @@ def compare(
         val_episodes=val_episodes,
         rates=numbers(rates, float, "--rates"),
         steps=numbers(steps, int, "--steps"),
+        encoder=encoder,
         out=out_dir,
         dry_run=dry_run,
         command=shlex.join(["rayml", *sys.argv[1:]]),

@@ -25,9 +25,11 @@ from rayml.distributed.train import start_ray, train
 from rayml.distributed.worker import VALIDATION_SEED
 from rayml.errors import DataError, RunError, TrainingError
 from rayml.evaluation.answers import Choice, Contender, answer, choose_setting
+from rayml.evaluation.classifiers import ask, choose_head, classifier_for, versions
 from rayml.evaluation.command import EVALUATION_SEED
 from rayml.evaluation.comparison import summarize
 from rayml.evaluation.comparison_report import print_summary, write_report
+from rayml.lm.precision import own_device
 from rayml.model import load, untrained_model
 from rayml.progress import progress
 from rayml.runs.checkpoint import identity
@@ -107,6 +109,7 @@ def one(entry: Entry, base: Config, splits: Splits, request: Request, folder: Pl
         "algorithm": entry.config.algorithm.name,
         "labels": entry.config.data.labels,
         "asked": asked,
+        **encoder_of(entry, request),
         **costs(entry),
         **adapted_and_asked(entry, base, splits, request),
     }
@@ -117,16 +120,24 @@ def one(entry: Entry, base: Config, splits: Splits, request: Request, folder: Pl
 
 def adapted_and_asked(entry: Entry, base: Config, splits: Splits, request: Request) -> dict[str, Any]:
     """Choose how an entry adapts on meta-val, and ask it the comparison's own episodes under its own labels."""
-    contender = contender_of(entry, splits.train)
     data = base.data.model_copy(update={"labels": entry.config.data.labels})
-    tried = splits.val, data.sampler(VALIDATION_SEED), request.val_episodes, request.factors, request.steps
+    val = splits.val, data.sampler(VALIDATION_SEED), request.val_episodes
+    test = splits.test, data.sampler(EVALUATION_SEED), request.episodes
     with progress(Console(stderr=True), transient=True) as bar:
         began = time.perf_counter()
-        tries = len(request.factors) * request.val_episodes * contender.takes_steps
-        choice = choose_setting(contender, *tried, bar(f"adapting {entry.name}", tries))
+        if entry.method.start == "encoder":
+            classifier = classifier_for(entry.name, request.encoder, own_device(base), entry.seed)
+            tries = len(classifier.heads) * request.val_episodes * (len(classifier.heads) > 1)
+            choice = choose_head(classifier, *val, bar(f"adapting {entry.name}", tries))
+            asking = ask(classifier, *test, choice.setting)
+        else:
+            contender = contender_of(entry, splits.train)
+            tries = len(request.factors) * request.val_episodes * contender.takes_steps
+            told = bar(f"adapting {entry.name}", tries)
+            choice = choose_setting(contender, *val, request.factors, request.steps, told)
+            most = max(request.steps) if contender.takes_steps else 0
+            asking = answer(contender, *test, choice.setting, most)
         seconds = time.perf_counter() - began
-        most = max(request.steps) if contender.takes_steps else 0
-        asking = answer(contender, splits.test, data.sampler(EVALUATION_SEED), request.episodes, choice.setting, most)
         asked = bar(f"asking {entry.name}", len(splits.test) * request.episodes)
         episodes = []
         for episode in asking:
@@ -152,6 +163,12 @@ def costs(entry: Entry) -> dict[str, Any]:
     }
 
 
+def encoder_of(entry: Entry, request: Request) -> dict[str, str]:
+    """Return what a classifier begins with, and by which packages."""
+    is_classifier = entry.method.start == "encoder"
+    return {"encoder": f"{request.encoder} ({versions(entry.name)})"} if is_classifier else {}
+
+
 def described(choice: Choice) -> dict[str, Any]:
     return {"setting": asdict(choice.setting), "tried": [{**asdict(s), "score": score} for s, score in choice.tried]}
 
@@ -164,7 +181,7 @@ def fingerprint_of(entry: Entry, base: Config, splits: Splits, request: Request)
     how = request.episodes, request.val_episodes, list(request.factors), list(request.steps), episodes
     checkpoint = identity(entry.run.trained()[1]) if entry.run and not entry.trains else None
     tasks = [fingerprint(part) for part in splits]
-    asked = repr((config, entry.method, how, tasks, checkpoint, trained_by(entry.config)))
+    asked = repr((config, entry.method, how, tasks, checkpoint, trained_by(entry.config), encoder_of(entry, request)))
     return hashlib.sha256(asked.encode()).hexdigest()[:16]
 
 

@@ -4,12 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rayml.algorithms.methods import BUDGET, METHODS, USUAL, Method
+from rayml.algorithms.methods import BUDGET, METHODS, NOT_RUN, USUAL, Method
 from rayml.config import Config, parse_config
 from rayml.distributed.train import check_model
 from rayml.errors import ConfigError, RunError
+from rayml.evaluation.classifiers import check_classifier, missing
 from rayml.evaluation.command import trained_on
-from rayml.lm.load import load_tokenizer, resolve_model
+from rayml.lm.load import MINILM, load_tokenizer, resolve_model
 from rayml.planning.batch import trained_tokens
 from rayml.runs.checkpoint import newest_checkpoint, step_of
 from rayml.runs.files import Place, place
@@ -42,6 +43,8 @@ class Request:
     """On the inner rates, each tried."""
     steps: Sequence[int]
     """Numbers of inner steps, each tried."""
+    encoder: str = MINILM
+    """The sentence encoder that classifiers begin with."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,9 @@ def plan(
         ConfigError, DataError, RunError: something cannot take part.
     """
     known = METHODS | {name: Method(overrides) for name, overrides in request.variants.items()}
-    methods = request.methods or usual(splits)
+    methods = request.methods or usual(splits, request.encoder)
+    for name in NOT_RUN.keys() & set(methods):
+        raise ConfigError(f"--methods: {name} does not run here: {NOT_RUN[name]}")
     unknown = [name for name in methods if name not in known]
     if unknown:
         raise ConfigError(f"--methods: {', '.join(unknown)} unknown; there are {', '.join(known)}")
@@ -101,11 +106,13 @@ def plan(
         method, run = known[name], RunFolder(folder / f"{name}-0")
         overrides = [*method.overrides, "validation.every=0", "validation.patience=0"]
         config = parse_config(values, f"{source} for {name}", [*overrides, f"run.dir={run.path}"])
-        check_entry(config, base, splits)
+        if method.start == "encoder":
+            check_classifier(name, request.encoder, [*splits.val, *splits.test])
+        else:
+            check_entry(config, base, splits)
         each = tokens_per_step(config, splits.train) if method.start == "trained" else 0
         overrides += [f"outer.steps={max(1, round(budget / each))}"] if each else []
-        # Without an adapter nothing depends on the seed.
-        for seed in range(1 if method.start == "base" else request.seeds):
+        for seed in range(request.seeds if method.has_seeds else 1):
             run = RunFolder(folder / f"{name}-{seed}")
             config = parse_config(values, source, [*overrides, f"seed={seed}", f"run.dir={run.path}"])
             entries.append(Entry(name, seed, method, config, each, run if each else None))
@@ -113,9 +120,11 @@ def plan(
     return entries + [of_run(RunFolder(path), splits) for path in request.runs]
 
 
-def usual(splits: Splits) -> list[str]:
+def usual(splits: Splits, encoder: str) -> list[str]:
+    """Return what is compared unless told otherwise: what knows all kinds of tasks there are, and can run here."""
     is_label = all(task.options for tasks in splits for task in tasks)
-    return [name for name in USUAL if is_label or not METHODS[name].labels_only]
+    known = [name for name in USUAL if is_label or not METHODS[name].labels_only]
+    return [name for name in known if METHODS[name].start != "encoder" or not missing(name, encoder)]
 
 
 def check_names(request: Request) -> None:

@@ -13,7 +13,7 @@ import torch
 from rayml.evaluation.curves import Scorer, score_all
 from rayml.lm.generate import Generation, end_tokens, write
 from rayml.lm.sampling import Sampling
-from rayml.meta.adapt import Params
+from rayml.meta.adapt import Params, expand
 from rayml.tasks.episodes import Episode, Sampler
 from rayml.tasks.overall import groups, overall
 from rayml.tasks.task import Task
@@ -104,17 +104,31 @@ def answer(
     """Yield, for `episodes` episodes of each task, what was answered after `setting`.
 
     A record holds `task`, `kind`, `index`, `curve` (accuracy, or the loss of free text, after 0, 1, ..., `most_steps`
-    steps at the setting's rate, or before and after), `seconds` and, for every query, `target` and `answer`, in the
-    task's own words; for label tasks also the answer's probability as `confidence`.
+    steps at the setting's rate, or before and after) and, for every query, `target` and `answer`, in the task's own
+    words; for label tasks also the answer's probability as `confidence`. The first of each task has `seconds`.
     """
     for task in tasks:
         for index in range(episodes):
             episode = sampler.episode([task], index)
-            began = time.perf_counter()
             curve, queries = _answer(contender, episode, setting, most_steps)
-            seconds = time.perf_counter() - began
-            record = {"task": task.name, "kind": task.kind, "index": index, "curve": curve}
-            yield record | {"seconds": round(seconds, 3), "queries": queries}
+            record = {"task": task.name, "kind": task.kind, "index": index, "curve": curve, "queries": queries}
+            yield record if index else record | {"seconds": round(seconds_of(contender, episode, setting), 4)}
+
+
+def seconds_of(contender: Contender, episode: Episode, setting: Setting) -> float:
+    """Return how long it takes to learn an episode's support and to answer its queries, without a curve on the way."""
+    began = time.perf_counter()
+    if not episode.labels:
+        text_answers(contender, episode, setting)
+        return time.perf_counter() - began
+    scorer, start = contender.scorer, contender.start
+    prepared = scorer.prepare([episode])
+    if contender.takes_support and not contender.takes_steps:
+        outputs = prepared.queries.outputs(None if start is None else expand(start, 1))
+    else:
+        outputs = next(scorer.outputs(prepared, start, contender.scaled(setting.factor), (setting.steps,)))
+    label_answers(episode, outputs[0])  # waits for the device
+    return time.perf_counter() - began
 
 
 def _answer(

