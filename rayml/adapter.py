@@ -22,7 +22,7 @@ from rayml.lm.generate import Generation, end_tokens, write
 from rayml.lm.load import load_tokenizer, resolve_model
 from rayml.lm.lora import TaskLoRA
 from rayml.lm.model import TaskLM, hooks
-from rayml.lm.peft_files import AdapterCard, encoder_of, load_learned, save_adapter, save_model, write_card
+from rayml.lm.peft_files import EMBEDS, AdapterCard, encoder_of, load_learned, save_adapter, save_model, write_card
 from rayml.lm.precision import decide, has_sdpa, look_at, widest_linear
 from rayml.lm.queries import Query, first_batch, log_probs
 from rayml.lm.sampling import Sampling
@@ -292,6 +292,8 @@ def new_folder(to: str | Place) -> Place:
 def write_weights(folder: Path, lm: TaskLM, encoder: Encoder, weights: Params, lora: dict[str, Any], base: str) -> None:
     """Write weights that a model takes as stock libraries read them: an adapter, or the whole model."""
     if lm.adapter:
-        save_adapter(folder, weights, lora, base, encoder.is_masked)
+        # PEFT has no kind for masked models, and wraps any model then.
+        kind = EMBEDS if encoder.sentences else None if encoder.is_masked else "CAUSAL_LM"
+        save_adapter(folder, weights, lora, base, kind)
     else:
         save_model(folder, lm.module, weights, encoder.tokenizer)

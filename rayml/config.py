@@ -89,11 +89,13 @@ class Config(Section):
 
     def encoder(self, tokenizer: Any) -> "Encoder":
         from rayml.lm.encode import Encoder  # torch and all: reading a config needs none of it
+        from rayml.lm.sentence import INPUT, sentences_of
 
         data, in_context = self.data, self.algorithm.keeps == "prompt"
+        is_usual = data.prompt == Data.model_fields["prompt"].default
         return Encoder(
             tokenizer,
-            data.prompt,
+            INPUT if is_usual and sentences_of(tokenizer) else data.prompt,
             data.max_tokens,
             data.label_loss,
             in_context,

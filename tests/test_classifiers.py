@@ -140,7 +140,7 @@ def test_what_is_not_installed_is_left_out_or_refused_with_the_command_to_instal
 
 def test_what_cannot_take_part_is_refused(tmp_path, values, monkeypatch):
     monkeypatch.setattr(classifiers, "find_spec", lambda name: True)
-    with pytest.raises(ConfigError, match="fastfit does not run here: fast-fit 1.2.1"):
+    with pytest.raises(ConfigError, match=r"fastfit does not run here: fast-fit 1\.2\.1"):
         compare(values, "here", replace(REQUEST, methods=["fastfit"]), tmp_path / "all", "", False, QUIET)
     text = "".join(json.dumps({"task": "echo", "input": f"say {c}", "target": f"{c} {c}"}) + "\n" for c in "abcdefgh")
     (tmp_path / "echo.jsonl").write_text(text)

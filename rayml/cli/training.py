@@ -196,11 +196,10 @@ def compare(
     """Is meta-training worth it on your tasks? Train every method with equal tokens, and ask all the same.
 
     `lora` adapts from an untrained start, `full` and the like fine-tune the model itself. `embedding` is a sentence
-    encoder with the nearest centroid or logistic regression, whichever meta-val prefers, and takes part where its
-    packages are installed; `setfit` fine-tunes that encoder (`pip install 'rayml[baselines]'`). The config's outer steps are
-    those of the default algorithm; the others take as many as come to the same number of forward-backward tokens. Rate
-    and steps of each adaptation are chosen on meta-val, with the same number of tries. Cut off, it goes on where it
-    stopped.
+    encoder with the nearest centroid or logistic regression, whichever meta-val prefers; `setfit` fine-tunes that
+    encoder. Both need `pip install 'rayml[baselines]'`. The config's outer steps are those of the default algorithm;
+    the others take as many as come to the same number of forward-backward tokens. Rate and steps of each adaptation are
+    chosen on meta-val, with the same number of tries. Cut off, it goes on where it stopped.
     Writes `report.md` and `report.html`, and every answer to `results/`.
     """
     rayml.compare(

@@ -32,6 +32,7 @@ from rayml.lm.encode import Encoder
 from rayml.lm.load import load_shape, load_tokenizer, resolve_model
 from rayml.lm.lora import A, B, find_linears
 from rayml.lm.parameters import trained_parameters
+from rayml.lm.sentence import MARK
 from rayml.lm.soft_prompt import PROMPT
 from rayml.meta.learner import initial_log_rates
 from rayml.model import load
@@ -133,6 +134,8 @@ def with_absolute_paths(config: Config) -> Config:
 def check_model(config: Config, model: str, tasks: Sequence[Task]) -> None:
     """Raise ConfigError if the model lacks what the config names; on the meta device, so that nothing is loaded."""
     bare = load_shape(model, "eager")  # which every model has
+    if hasattr(bare, MARK):
+        refuse_tokens(config)
     if config.mode == "full":
         names = list(trained_parameters(bare, config.full))
     elif config.soft_tokens:
@@ -149,11 +152,24 @@ def check_model(config: Config, model: str, tasks: Sequence[Task]) -> None:
         shown = max(min(config.data.ways, len(task.options) or 1) for task in tasks) * config.data.shots
         longest *= shown + 1
     most = getattr(bare.config, "max_position_embeddings", longest)
-    if longest > most:
+    if longest > most and not hasattr(bare, MARK):  # sentences are cut to what the model takes
         raise ConfigError(
             f"data.max_tokens: a row may have {longest} tokens, the model takes {most}; lower it or shots"
         )
     config.algorithm.check(tasks)
+
+
+def refuse_tokens(config: Config) -> None:
+    """Raise ConfigError where a sentence encoder is asked for what takes tokens of labels, or an output head."""
+    if config.algorithm.by_tokens:
+        raise ConfigError(
+            f"algorithm.name: {config.model.name} is a sentence encoder, without label tokens, which "
+            f"{config.algorithm.name} learns by; use protonet"
+        )
+    if config.mode == "full" or config.adapter != "lora":
+        raise ConfigError(
+            f"mode, adapter: {config.model.name} is a sentence encoder, and has mode=adapters adapter=lora"
+        )
 
 
 def processors() -> int:

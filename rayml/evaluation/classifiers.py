@@ -1,4 +1,4 @@
-"""What people use in place of an adapted language model: a frozen sentence encoder, and SetFit, as their users call them.
+"""What people use in place of an adapted language model: a sentence encoder, and SetFit, as their users call them.
 
 They learn from the episodes that every method of a comparison is asked.
 """

@@ -72,7 +72,9 @@ def summarize_kind(groups: dict[str, list[Result]], kind: str, baseline: str) ->
                 "outer_steps": mean_of(group, "outer_steps"),
                 "tokens": mean_of(group, "tokens"),
                 "seconds": mean_of(group, "seconds"),
-                "task_seconds": float(np.median([e["seconds"] for r in group for e in r["episodes"] if "seconds" in e])),
+                "task_seconds": float(
+                    np.median([e["seconds"] for r in group for e in r["episodes"] if "seconds" in e])
+                ),
             }
         )
     return {"metric": main, "tasks": tasks, "episodes": tables[baseline][main].shape[2], "methods": rows}

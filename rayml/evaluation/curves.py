@@ -133,7 +133,7 @@ class Queries:
             for each, e in zip(own, episodes, strict=True)
             if keeps == "states"
         ]
-        self.asked = AskedTasks(lm, encoder.pad, ways, kept)
+        self.asked = AskedTasks(lm, encoder.pad, ways, kept, [len(e.labels) for e in episodes])
 
     @torch.no_grad()
     def outputs(self, weights: Params | None) -> Outputs:

@@ -65,6 +65,8 @@ class AskedTasks:
         return class_grid([one.classes for one in self.kept]).to(self.lm.device)
 
     def label_log_probs(self, weights: Params | None) -> list[Tensor]:
+        if self.lm.sentences:  # it knows no labels' tokens: before it has seen a task, it can but guess
+            return [torch.full(shape, 1 / shape[1], device=self.lm.device).log() for shape in self.shape]
         return self._ballot.log_probs(weights)
 
     @torch.no_grad()

@@ -59,6 +59,14 @@ class TaskBatch:
         tokens, targets = self.tokens.to(device), self.targets.to(device)
         return TaskBatch(tokens, targets, self.tasks, choices, places, examples=self.examples)
 
+    @property
+    def seen(self) -> Tensor:
+        """Where tokens are no padding, `[T * K, L]` bool, of one example a row; a row of padding has one that is."""
+        lengths = torch.ones(len(self.tokens), dtype=torch.int64)
+        for row, _, tokens in self.examples:
+            lengths[row] = len(tokens)
+        return (torch.arange(self.tokens.shape[1]) < lengths.unsqueeze(1)).to(self.tokens.device)
+
     def take(self, rows: slice) -> "TaskBatch":
         """Return some rows of a batch of one task, of one example each."""
         assert self.places is None

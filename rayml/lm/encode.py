@@ -11,6 +11,7 @@ from rayml.lm.batch import Row, encode
 from rayml.lm.chat import chat_prompt, chat_row
 from rayml.lm.choices import compete
 from rayml.lm.masked import masked_row, predicts_masks
+from rayml.lm.sentence import Sentences, sentence_row, sentences_of
 from rayml.lm.soft_prompt import soft_tokens
 from rayml.tasks.episodes import Episode, LabelScheme, relabel
 from rayml.tasks.kinds import KINDS
@@ -53,7 +54,7 @@ class Encoder:
         """Return the encoder of a task: its templates are its own, or else its kind's, or else the prompt."""
         by_task = [prompts for key, prompts in self.templates if key not in KINDS and fnmatchcase(task, key)]
         by_kind = [prompts for key, prompts in self.templates if key == kind]
-        own = KINDS[kind].prompt if kind in KINDS else ""
+        own = KINDS[kind].prompt if kind in KINDS and not self.sentences else ""
         prompts = (by_task or by_kind or [(own or self.prompt, *(() if own else self.ensemble))])[0]
         return replace(self, prompt=prompts[0], ensemble=prompts[1:], kind=kind)
 
@@ -63,8 +64,15 @@ class Encoder:
         return predicts_masks(self.tokenizer)
 
     @property
+    def sentences(self) -> Sentences | None:
+        """How a sentence encoder reads what it embeds; None for a language model."""
+        return sentences_of(self.tokenizer)
+
+    @property
     def pad(self) -> int:
         """The token that rows are filled up with."""
+        if self.sentences:
+            return self.tokenizer.pad_token_id or 0
         return self.tokenizer.pad_token_id if self.is_masked else self.tokenizer.eos_token_id
 
     def row(self, example: Example, is_label: bool, shown: Sequence[Example] = (), spared: int = 0) -> Row:
@@ -105,6 +113,8 @@ class Encoder:
         more without the input, that counts against it (PMI_DC, Holtzman et al. 2021, arXiv 2104.08315).
         """
         found = []
+        if self.sentences:  # whatever the options are
+            return [(1.0, [[self.row(example, is_label=True)] for example in examples])]
         for prompt in (self.prompt, *self.ensemble):
             way, share = replace(self, prompt=prompt), 1 / (1 + len(self.ensemble))
             if self.scoring == "channel":
@@ -158,6 +168,8 @@ class Encoder:
         return text.replace(blank_space, answer) if blank_space in text else f"{text} {answer}"
 
     def _encode(self, prompt: str, example: Example, is_label: bool, most: int, keep: Any = None) -> Row:
+        if self.sentences:
+            return sentence_row(self.tokenizer, self.sentences, prompt, most, keep)
         if self.is_masked:
             return masked_row(self.tokenizer, prompt, example.target, is_label, most, keep)
         row = encode(self.tokenizer, prompt, " " + example.target.strip(), not is_label, most, keep)
@@ -179,7 +191,7 @@ class Encoder:
 
     def told_apart(self, labels: list[list[int]]) -> list[list[int]]:
         """Return the labels' tokens if labels are to be chosen among, and can be, else none."""
-        return labels if self.label_loss == "options" and compete(labels) else []
+        return labels if self.label_loss == "options" and all(labels) and compete(labels) else []
 
     def episode(self, episode: Episode) -> dict[str, Any]:
         """Return the episode for training, as one row of a data set; `decode_rows` takes the two sides back."""

@@ -21,6 +21,7 @@ if not torch.cuda.is_available():
 
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoTokenizer,
@@ -35,6 +36,7 @@ from transformers.utils import logging as transformers_logging
 
 from rayml.errors import ConfigError
 from rayml.lm.masked import mark_masked
+from rayml.lm.sentence import MARK, mark_sentences, read_sentences
 
 SMOLLM2 = "smollm2-135m-instruct"
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -75,18 +77,21 @@ def load_tokenizer(path: str):
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-        masked = is_masked(path)
+        sentences = read_sentences(path)
+        masked = not sentences and is_masked(path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.name: no tokenizer at {path!r}: {error}") from error
     if masked:
         mark_masked(tokenizer)
-    if not tokenizer.is_fast or (tokenizer.eos_token_id is None and not masked):
+    if sentences:
+        mark_sentences(tokenizer, sentences)
+    if not tokenizer.is_fast or (tokenizer.eos_token_id is None and not masked and not sentences):
         raise ConfigError(f"model.name: {path!r} has no fast tokenizer with an end-of-sequence token")
     return tokenizer
 
 
 def load_base(path: str, dtype: str, attention: str = "sdpa", deepspeed: dict[str, Any] | None = None):
-    """Return the causal, or masked, LM of a resolved model, frozen and in eval mode.
+    """Return the causal, or masked, LM of a resolved model, or its sentence encoder, frozen and in eval mode.
 
     Args:
         deepspeed: a ZeRO-3 config, to shard each weight over the workers as it is read.
@@ -103,7 +108,7 @@ def load_base(path: str, dtype: str, attention: str = "sdpa", deepspeed: dict[st
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # bitsandbytes would repack a 4-bit linear at its first forward on a CPU, for a kernel without a gradient.
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
-    return model.requires_grad_(False).eval()
+    return with_sentences(model, path).requires_grad_(False).eval()
 
 
 def load_shape(path: str, attention: str = "sdpa"):
@@ -114,7 +119,8 @@ def load_shape(path: str, attention: str = "sdpa"):
     """
     try:
         with torch.device("meta"):
-            return auto_model(path).from_config(AutoConfig.from_pretrained(path), attn_implementation=attention)
+            bare = auto_model(path).from_config(AutoConfig.from_pretrained(path), attn_implementation=attention)
+            return with_sentences(bare, path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.name: no causal language model's config at {path!r}: {error}") from error
 
@@ -126,7 +132,20 @@ def is_masked(path: str) -> bool:
 
 
 def auto_model(path: str) -> Any:
+    if read_sentences(path):
+        return AutoModel
     return AutoModelForMaskedLM if is_masked(path) else AutoModelForCausalLM
+
+
+def with_sentences(model: Any, path: str) -> Any:
+    """Note with a sentence encoder how its sentences are pooled; a head of its own for that, such as BERT's, goes."""
+    sentences = read_sentences(path)
+    if sentences:
+        setattr(model, MARK, sentences)
+        model.config.use_cache = False
+        if getattr(model, "pooler", None) is not None:
+            model.pooler = None
+    return model
 
 
 def checkpoint_activations(model) -> None:

@@ -13,6 +13,7 @@ from rayml.lm.batch import Row, TaskBatch, collate
 from rayml.lm.choices import IGNORE, token_losses
 from rayml.lm.frozen import FrozenLayers, KnownStates, blocks
 from rayml.lm.lora import TaskLoRA, layer_number
+from rayml.lm.sentence import MARK, Sentences
 from rayml.lm.soft_prompt import TaskPrompt
 from rayml.meta.adapt import Params
 
@@ -21,7 +22,7 @@ class TaskLM:
     """Scores target tokens under per-task weights.
 
     Args:
-        module: the causal LM to call; may be the module of a DeepSpeed engine.
+        module: the causal LM, or the sentence encoder, to call; may be the module of a DeepSpeed engine.
         adapter: the hooks that were put on that model: weights are then adapters of T tasks. None (mode full): they are
             parameters of the model itself, by its own names, of one task at a time.
     """
@@ -37,7 +38,10 @@ class TaskLM:
         self._frozen = frozen_layers(module, adapter)
         self.known: KnownStates | None = None
         """What the layers below the adapted ones make of examples that come back; None, and nothing is kept."""
-        module.get_output_embeddings().register_forward_pre_hook(self._at_targets)
+        self.sentences: Sentences | None = getattr(getattr(module, "module", module), MARK, None)
+        """How the vectors of a sentence encoder are pooled; None for a language model."""
+        if self.sentences is None:
+            module.get_output_embeddings().register_forward_pre_hook(self._at_targets)
 
     @cached_property
     def packs(self) -> bool:
@@ -45,7 +49,7 @@ class TaskLM:
 
         Where attention is told the places of tokens they do not; recurrent layers have no such thing.
         """
-        if self.adapter is None or self._pad is not None:
+        if self.adapter is None or self._pad is not None or self.sentences:
             return False  # mode full deals a task's rows to the workers; a masked model looks to both sides
         alone = torch.tensor([[5, 3, 4]], device=self.device)
         rows = torch.tensor([[1, 2, 1, 5, 3, 4], [4, 4, 2, 5, 3, 4]], device=self.device)
@@ -87,17 +91,24 @@ class TaskLM:
         """
         self._positions = positions
         seen = {"use_cache": False} if self._pad is None else {"attention_mask": (tokens != self._pad).long()}
-        inputs = {"input_ids": tokens} | seen | inputs
         try:
-            if self.adapter is None and weights is not None:
-                own = {name: weight.squeeze(0).to(self.module.dtype) for name, weight in weights.items()}
-                return torch.func.functional_call(self.module, own, kwargs=inputs).logits
-            if self.adapter is not None:
-                self.adapter.begin(weights)
-            with self._frozen.known(frozen) if self._frozen else nullcontext():
-                return self.module(**inputs).logits
+            return self._forward(weights, frozen, {"input_ids": tokens} | seen | inputs).logits
         finally:
             self._positions = None
+
+    def _forward(self, weights: Params | None, frozen: list[Tensor] | None, inputs: dict[str, Any]) -> Any:
+        if self.adapter is None and weights is not None:
+            own = {name: weight.squeeze(0).to(self.module.dtype) for name, weight in weights.items()}
+            return torch.func.functional_call(self.module, own, kwargs=inputs)
+        if self.adapter is not None:
+            self.adapter.begin(weights)
+        with self._frozen.known(frozen) if self._frozen else nullcontext():
+            return self.module(**inputs)
+
+    def _hidden(self, weights: Params | None, batch: TaskBatch, frozen: list[Tensor]) -> Tensor:
+        """Return a sentence encoder's last hidden states, `[T * K, L, D]`."""
+        inputs = {"input_ids": batch.tokens, "attention_mask": batch.seen.long()}
+        return self._forward(weights, frozen, inputs).last_hidden_state
 
     @property
     def has_frozen_layers(self) -> bool:
@@ -112,7 +123,10 @@ class TaskLM:
         batch = collate([[Row(row.tokens, len(row.tokens)) for row in block]], pad).to(self.device)
         slot: list[Tensor] = []
         with self._frozen.alone():
-            self.logits_at(batch.tokens.new_zeros(1), None, batch.tokens, slot)
+            if self.sentences:
+                self._hidden(None, batch, slot)
+            else:
+                self.logits_at(batch.tokens.new_zeros(1), None, batch.tokens, slot)
         return torch.cat([of[:length] for of, length in zip(slot[0], lengths, strict=True)])
 
     def slot(self, batch: TaskBatch) -> list[Tensor]:
@@ -133,9 +147,14 @@ class TaskLM:
     def states(self, weights: Params | None, batch: TaskBatch) -> Tensor:
         """Return what the model makes of each prompt, `[T, K, D]` in fp32: the last hidden state before the target.
 
+        Of a sentence encoder it is the text's vector.
+
         For a batch of one example a row.
         """
         assert batch.places is None
+        if self.sentences:
+            hidden = self._hidden(weights, batch, self.slot(batch))
+            return self.sentences.pool(hidden, batch.seen).unflatten(0, (batch.tasks, -1))
         first = (batch.targets != IGNORE).int().argmax(1)  # 0 for rows of padding
         rows, length = batch.tokens.shape
         seen: list[Tensor] = []
@@ -149,8 +168,10 @@ class TaskLM:
 
     @torch.no_grad()
     def target_inputs(self, batch: TaskBatch) -> Params:
-        """Return what each adapted linear of the bare base sees at the target positions, `[M, in]` in fp32."""
-        positions = (batch.targets.flatten() != IGNORE).nonzero().squeeze(1)
+        """Return what each adapted linear of the bare base sees, `[M, in]` in fp32: at the target positions, or, of
+        sentences, everywhere."""
+        where = batch.seen if self.sentences else batch.targets != IGNORE
+        positions = where.flatten().nonzero().squeeze(1)
         seen: Params = {}
 
         def keep(name: str):
@@ -162,7 +183,10 @@ class TaskLM:
         assert self.adapter is not None
         hooks = [linear.register_forward_pre_hook(keep(name)) for name, linear in self.adapter.linears.items()]
         try:
-            self.logits_at(positions, None, batch.tokens, self.slot(batch), **laid(batch))
+            if self.sentences:
+                self._hidden(None, batch, self.slot(batch))
+            else:
+                self.logits_at(positions, None, batch.tokens, self.slot(batch), **laid(batch))
         finally:
             for hook in hooks:
                 hook.remove()

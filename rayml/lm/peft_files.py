@@ -22,6 +22,8 @@ from rayml.tasks.task import Example
 CARD, WEIGHTS = "rayml.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 PROMPT_KEY = "prompt_embeddings"
+EMBEDS = "FEATURE_EXTRACTION"
+"""PEFT's `task_type` of a sentence encoder; its pooler, which we leave out, may have linears of the names adapted."""
 
 
 @dataclass(frozen=True)
@@ -76,17 +78,19 @@ def write_card(folder: Path, card: AdapterCard) -> None:
     (folder / CARD).write_text(json.dumps(asdict(card), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def save_adapter(folder: Path, weights: Params, lora: dict[str, Any], base: str, is_masked: bool = False) -> None:
+def save_adapter(
+    folder: Path, weights: Params, lora: dict[str, Any], base: str, kind: str | None = "CAUSAL_LM"
+) -> None:
     """Write one adapter as a stock PEFT folder: LoRA, `[r, in]` and `[out, r]` each, or prompt tuning, `[P, d]`.
 
     Args:
         lora: its shape (`AdapterCard.lora`); nothing of a soft prompt.
         base: where `base_model_name_or_path` is to point.
+        kind: PEFT's `task_type`.
     """
     from peft import LoraConfig, PeftConfig, PromptTuningConfig  # slow to import, and only needed to write
 
     folder.mkdir(parents=True, exist_ok=True)
-    kind = None if is_masked else "CAUSAL_LM"  # PEFT knows no masked ones, and wraps any model then
     common: dict[str, Any] = {"task_type": kind, "base_model_name_or_path": base, "inference_mode": True}
     if not lora:
         tokens, width = weights[PROMPT].shape
@@ -99,7 +103,7 @@ def save_adapter(folder: Path, weights: Params, lora: dict[str, Any], base: str,
             r=lora["rank"],
             lora_alpha=lora["alpha"],
             target_modules=list(lora["targets"]),
-            layers_to_transform=layers if lora["last_layers"] else None,
+            layers_to_transform=layers if lora["last_layers"] or kind == EMBEDS else None,
             lora_dropout=0.0,
             bias="none",
             **common,

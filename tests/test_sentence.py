@@ -1,0 +1,203 @@
+"""Sentence encoders as the base: the vectors of sentence-transformers, and the adapters and inner loop of others."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import SPLITS, make_config, perturbed_start, toy_tasks
+from sentence_encoders import BERT_TARGETS, write_encoder
+from serving_run import TEXTS as SERVED
+from serving_run import TICKETS, ask, learn, make_run, request
+from test_classifiers import topics
+
+import rayml
+from rayml.config import Config
+from rayml.distributed.train import check_model, train
+from rayml.errors import ConfigError
+from rayml.evaluation.classifiers import missing
+from rayml.evaluation.curves import Queries
+from rayml.lm.batch import collate
+from rayml.lm.load import load_base, load_tokenizer, resolve_model
+from rayml.lm.lora import TaskLoRA
+from rayml.lm.model import TaskLM
+from rayml.model import untrained_model
+from rayml.serving.replica import Replica
+from rayml.serving.settings import Serving
+from rayml.tasks.episodes import Sampler
+
+TEXTS = ["I was charged twice", "why?", "The App crashes at START, and the page stays blank. " * 9, "ok"]
+LIBRARY = missing("embedding", "minilm")
+needs_library = pytest.mark.skipif(bool(LIBRARY), reason=f"sentence-transformers is not installed: {LIBRARY}")
+PROMPTED = {"prompts": {"query": "query: ", "document": ""}, "default_prompt_name": "query"}
+FOLDERS = {
+    "mean": {},
+    "not unit": {"is_unit": False},
+    "cls": {"pooling": {"pooling_mode_cls_token": True}},
+    "max": {"pooling": {"pooling_mode_max_tokens": True, "pooling_mode_mean_tokens": False}},
+    "sqrt": {"pooling": {"pooling_mode_mean_sqrt_len_tokens": True}, "is_unit": False},
+    "weighted": {"pooling": {"pooling_mode_weightedmean_tokens": True}},
+    "both": {"pooling": {"pooling_mode": ["cls", "mean"]}},
+    "prompt": {"told": PROMPTED},
+    "short": {"reading": {"max_seq_length": 16}},
+    "lower case": {"reading": {"do_lower_case": True}},
+    "last token": {"pooling": {"pooling_mode": "lasttoken"}, "is_causal": True},
+}
+
+
+def encoder_config(folder, model, **changes) -> Config:
+    values = {
+        "model": {"name": model, "dtype": "float32"},
+        "algorithm": {"name": "protonet"},
+        "lora": {"rank": 4, "targets": BERT_TARGETS},
+        "data": {"splits": SPLITS, "labels": "words"},
+        "outer": {"steps": 3, "lr": 1e-3},
+        "validation": {"every": 3, "episodes": 4},
+        "run": {"checkpoint_every": 2},
+    }
+    return make_config(folder, **values | changes)
+
+
+def vectors(model: rayml.MetaModel, texts, weights=None):
+    """What rayml makes of texts, `[N, D]`."""
+    episode = Sampler(2, 1, 1, "words", 0).episode([topics()], 0)
+    episode = replace(episode, query=tuple(replace(episode.query[0], input=text) for text in texts))
+    asked = Queries(model.lm, model.encoder, [episode], model.config.algorithm).asked
+    return asked.states(weights)[0]
+
+
+@needs_library
+@pytest.mark.parametrize("name", ["minilm", *FOLDERS])
+def test_a_vector_is_that_of_the_library(tmp_path, name):
+    from sentence_transformers import SentenceTransformer
+
+    causal = {"lora": {"targets": ["q_proj"]}} if name == "last token" else {}
+    folder = write_encoder(tmp_path / "encoder", **FOLDERS[name]) if name in FOLDERS else resolve_model(name)
+    model = untrained_model(encoder_config(tmp_path, folder, **causal), toy_tasks())
+    wanted = SentenceTransformer(folder, device="cpu").encode(TEXTS, convert_to_tensor=True)
+    found = vectors(model, TEXTS)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+    assert len({tuple(v.tolist()) for v in found}) == len(TEXTS)
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    return write_encoder(tmp_path_factory.mktemp("encoder"))
+
+
+def encoder_lm(folder, last_layers=None) -> TaskLM:
+    module = load_base(folder, "float32")
+    return TaskLM(module, TaskLoRA(module, BERT_TARGETS, 4, alpha=8.0, last_layers=last_layers))
+
+
+@needs_library
+@pytest.mark.parametrize("last_layers", [None, 2])
+def test_an_adapter_loads_in_sentence_transformers(tmp_path, encoder, last_layers):
+    from sentence_transformers import SentenceTransformer
+
+    lora = {"rank": 4, "targets": BERT_TARGETS, "last_layers": last_layers}
+    model = untrained_model(encoder_config(tmp_path, encoder, lora=lora), toy_tasks())
+    start = perturbed_start(model.lm)
+    replace(model, start=start).save(tmp_path / "start")
+    stock = SentenceTransformer(encoder, device="cpu")
+    bare = stock.encode(TEXTS, convert_to_tensor=True)
+    stock.load_adapter(str(tmp_path / "start"))
+    wanted = stock.encode(TEXTS, convert_to_tensor=True)
+    found = vectors(model, TEXTS, {name: weight[None] for name, weight in start.items()})
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+    assert (wanted - bare).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("last_layers", [None, 2])
+def test_tasks_side_by_side_have_the_vectors_and_the_gradients_that_each_has_alone(tmp_path, encoder, last_layers):
+    """Also where the others' texts are longer or more, and where the frozen layers have seen the batch before."""
+    lm, own = encoder_lm(encoder, last_layers), encoder_config(tmp_path, encoder).encoder(load_tokenizer(encoder))
+    tasks = [
+        [own.row(example, True) for example in topics().examples[first : first + n]] for first, n in ((0, 5), (6, 2))
+    ]
+    starts = [perturbed_start(lm, seed) for seed in (1, 2)]
+    side_by_side = {n: torch.stack([start[n] for start in starts]).requires_grad_() for n in starts[0]}
+    batch = collate(tasks, own.pad)
+    for _ in range(2):
+        together = lm.states(side_by_side, batch)
+        gradients = torch.autograd.grad(
+            (together[0].sum(0) ** 3).sum() + (together[1, :2].sum(0) ** 3).sum(), list(side_by_side.values())
+        )
+        for t, (rows, start) in enumerate(zip(tasks, starts, strict=True)):
+            fast = {name: weight[None].clone().requires_grad_() for name, weight in start.items()}
+            alone = torch.cat([lm.states(fast, collate([[row]], own.pad))[0] for row in rows])
+            torch.testing.assert_close(together[t, : len(rows)], alone, atol=1e-5, rtol=0)
+            wanted = torch.autograd.grad((alone.sum(0) ** 3).sum(), list(fast.values()))
+            for found, of in zip(gradients, wanted, strict=True):
+                torch.testing.assert_close(found[t], of[0], atol=1e-4, rtol=1e-4)
+    assert bool(batch.frozen) == bool(last_layers)
+
+
+def test_a_sentence_encoder_is_trained_evaluated_and_asked(tmp_path, encoder, local_mode):
+    regularize = {"lora_dropout": 0.1, "token_dropout": 0.1}
+    lora = {"rank": 4, "targets": BERT_TARGETS, "last_layers": 2}
+    run = train(encoder_config(tmp_path, encoder, regularize=regularize, lora=lora))
+    assert 0 <= run.records()[-1]["val_accuracy_after"] <= 1
+    found = rayml.evaluate(run.path, episodes=4)["overall"]
+    assert found["before"]["mean"] == pytest.approx(1 / 3)  # before it has seen the task it can but guess
+    model = rayml.load(run.path)
+    task = toy_tasks(tasks=1, classes=4, per_class=5, seed=9)[0]
+    adapter = model.adapt([(example.input, example.target) for example in task.examples])
+    answers = adapter.predict([example.input for example in task.examples])
+    adapter.save(tmp_path / "mine")
+    again = rayml.load_adapter(tmp_path / "mine").predict([example.input for example in task.examples])
+    # A plain nearest mean, from the vectors alone.
+    learned = {name: weight[None] for name, weight in adapter.weights.items()}
+    own = torch.nn.functional.normalize(vectors(model, [e.input for e in task.examples], learned), dim=-1)
+    labels = list(task.options)
+    means = torch.stack([own[[e.target == label for e in task.examples]].mean(0) for label in labels])
+    wanted = (-10 * torch.cdist(own, means) ** 2).softmax(-1)
+    for one, other, row in zip(answers, again, wanted, strict=True):
+        assert one.probabilities == pytest.approx(dict(zip(labels, row.tolist(), strict=True)), abs=1e-4)
+        assert other.probabilities == pytest.approx(one.probabilities, abs=1e-5)
+
+
+def test_the_prompt_is_the_text_as_it_is_unless_told_otherwise(tmp_path, encoder):
+    tokenizer = load_tokenizer(encoder)
+    example = topics().examples[0]
+    plain = encoder_config(tmp_path, encoder).encoder(tokenizer)
+    told = encoder_config(tmp_path, encoder, data={"prompt": "query: {{ input }}"}).encoder(tokenizer)
+    for own, text in ((plain, example.input), (told, f"query: {example.input}")):
+        for kind in ("", "pair", "label"):
+            assert own.of("any", kind).row(example, True).tokens == tokenizer(text)["input_ids"]
+    assert plain.questions([example], ["a", "b", "c"])[0][1] == [[plain.row(example, True)]]
+
+
+def test_what_a_sentence_encoder_cannot_do_is_refused(tmp_path, encoder):
+    for changes, message in (
+        ({"algorithm": {"name": "fomaml"}}, "algorithm.name: .* is a sentence encoder, without label tokens"),
+        ({"adapter": "soft_prompt"}, "mode, adapter: .* is a sentence encoder"),
+        ({"lora": {"targets": ["q_proj"]}}, "lora.targets: q_proj is no linear layer of BertModel; it has dense, key"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            check_model(encoder_config(tmp_path, encoder, **changes), encoder, toy_tasks())
+    modules = [
+        {"type": "a.Transformer", "path": ""},
+        {"type": "a.Pooling", "path": "1"},
+        {"type": "a.Dense", "path": "2"},
+    ]
+    folder = tmp_path / "dense"
+    write_encoder(folder)
+    (folder / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(ConfigError, match="is made of Transformer, Pooling, Dense; rayml reads"):
+        load_tokenizer(str(folder))
+    (folder / "modules.json").unlink()
+    assert load_base(str(folder), "float32").pooler is None  # a bare model: its mean is taken
+
+
+def test_a_replica_answers_as_the_adapter_does(tmp_path, encoder):
+    """Adapters of several tasks and the bare base in one batch."""
+    changes = {"model": {"name": encoder, "dtype": "float32"}, "algorithm": {"name": "protonet"}}
+    run = make_run(tmp_path, lora={"rank": 4, "targets": BERT_TARGETS}, data={"labels": "words"}, **changes)
+    replica, model = Replica(Serving(run=str(run.path))), rayml.load(run.path)
+    manifests = learn(replica, request(name="one"), request(TICKETS[:4], name="two"))
+    for manifest, pairs in zip(manifests, (TICKETS, TICKETS[:4]), strict=True):
+        wanted = model.adapt(pairs).predict(SERVED)
+        for answer, of in zip(ask(replica, manifest.id, SERVED), wanted, strict=True):
+            assert answer["label"] == of.label
+            assert answer["probabilities"] == pytest.approx(of.probabilities, abs=1e-4)
