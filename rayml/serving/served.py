@@ -35,5 +35,15 @@ def fits_of(config: Config, base: str, module: Any, limits: Adapters) -> Fits:
     """
     linears = {name: (one.out_features, one.in_features) for name, one in all_linears(module).items()}
     scale = config.lora.alpha / config.lora.rank
-    width = module.get_input_embeddings().embedding_dim if config.soft_tokens else 0
-    return Fits((config.model.name, base), linears, scale, limits.most_rank, limits.most_bytes, config.algorithm, width)
+    width, head = module.get_input_embeddings().embedding_dim, module.get_output_embeddings()
+    return Fits(
+        (config.model.name, base),
+        linears,
+        scale,
+        limits.most_rank,
+        limits.most_bytes,
+        config.algorithm,
+        prompt_width=width if config.soft_tokens else 0,
+        hidden_size=head.in_features,
+        vocabulary=head.out_features,
+    )
