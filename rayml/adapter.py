@@ -5,7 +5,7 @@ The command line, the server and `compare` answer by what stands here.
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -26,9 +26,10 @@ from rayml.lm.peft_files import EMBEDS, AdapterCard, encoder_of, load_learned, s
 from rayml.lm.precision import decide, has_sdpa, look_at, widest_linear
 from rayml.lm.queries import Query, first_batch, log_probs
 from rayml.lm.sampling import Sampling
-from rayml.lm.score import ways_of
+from rayml.lm.score import prompts_of, ways_of
 from rayml.lm.soft_prompt import TaskPrompt
 from rayml.meta.adapt import Params
+from rayml.meta.prototypes import MEANS, is_readout
 from rayml.runs.files import Place, local_copy, made_here, place
 from rayml.tasks.row import Input, is_dialogue, unanswered
 from rayml.tasks.task import Example
@@ -74,7 +75,8 @@ class Adapter:
     """How examples are shown to the model, by the task's own card."""
     weights: Params | None
     """LoRA's `A [r, in]` and `B [out, r]` of every adapted linear, a soft prompt `[P, d]`, or, in mode full, the task's
-    own copy of what was trained `[...]`; float32. None for the bare base."""
+    own copy of what was trained `[...]`; float32. With them the means of its classes `[C, D]`, where prototypes are
+    answered by. None for the bare base."""
     card: AdapterCard
     """What it is called, its labels, and how it is asked: `rayml.json` in its folder."""
     base: str
@@ -169,13 +171,17 @@ class Adapter:
         Args:
             labels: as the model sees them; the options.
         """
+        if not self.kept:
+            shown = self.shown if self.algorithm.keeps == "prompt" else ()
+            return Query(ways_of(self.lm, self.encoder, [example], labels, shown), self.weights, self.algorithm)
         known = list(self.card.labels)
-        classes = [known.index(label) for label in labels] if self.kept else []
-        encoder, shown = self.encoder, self.shown if self.algorithm.keeps == "prompt" else ()
-        if self.kept and not self.algorithm.by_tokens:  # no label's tokens are looked at, nor how they are scored
-            encoder, labels = replace(encoder, scoring="learned", ensemble=()), known[:1]
-        ways = ways_of(self.lm, encoder, [example], labels, shown)
-        return Query(ways, self.weights, self.algorithm, self.kept, classes)
+        classes = [known.index(label) for label in labels]
+        tokens = [self.card.label_tokens[number] for number in classes] if self.card.label_tokens else ()
+        if self.algorithm.scores_options:
+            ways = ways_of(self.lm, self.encoder, [example], labels)
+        else:
+            ways = prompts_of(self.lm, self.encoder, [example], known[0])
+        return Query(ways, self._tensors, self.algorithm, self.kept, classes, tokens)
 
     @cached_property
     def algorithm(self) -> Algorithm:
@@ -190,11 +196,20 @@ class Adapter:
     @cached_property
     def kept(self) -> Kept | None:
         """Those examples as rows with their classes, where hidden states are answered by."""
-        if self.algorithm.keeps != "states":
+        if not self.algorithm.keeps_states or not self.labels:
             return None
+        means = (self.weights or {}).get(MEANS)
+        if means is not None:
+            classes = [number for number, mean in enumerate(means) if mean.any()]  # a label may be without an example
+            return Kept((), classes, means[classes])
         known = list(self.card.labels)
         rows = self.encoder.rows(self.shown, is_label=True)
         return Kept(rows, [known.index(example.target) for example in self.shown])
+
+    @cached_property
+    def _tensors(self) -> Params:
+        """The weights that a forward needs."""
+        return {name: weight for name, weight in (self.weights or {}).items() if name != MEANS}
 
     def _choose(self, asked: Sequence[Example], labels: dict[str, str]) -> list[Prediction]:
         waiting = [self.query(example, list(labels.values())) for example in asked]
@@ -270,7 +285,7 @@ def refuse_misfit(folder: Place, weights: Params, card: AdapterCard, model: "Met
         raise RunError(f"{folder}: was learned on {card.model}, not on {name}")
     hooked = model.lm.adapter
     if isinstance(hooked, TaskLoRA):
-        adapted = {weight.rsplit(".lora_", 1)[0] for weight in weights}
+        adapted = {weight.rsplit(".lora_", 1)[0] for weight in weights if not is_readout(weight)}
         fits = adapted <= hooked.linears.keys() and card.lora["alpha"] / card.lora["rank"] == hooked.alpha / hooked.rank
     else:
         fits = isinstance(hooked, TaskPrompt) and card.soft_tokens == hooked.tokens

@@ -63,7 +63,8 @@ def vectors(model: rayml.MetaModel, texts, weights=None):
     episode = Sampler(2, 1, 1, "words", 0).episode([topics()], 0)
     episode = replace(episode, query=tuple(replace(episode.query[0], input=text) for text in texts))
     asked = Queries(model.lm, model.encoder, [episode], model.config.algorithm).asked
-    return asked.states(weights)[0]
+    with torch.no_grad():
+        return model.lm.vectors(weights, asked._prompts)[0]
 
 
 @needs_library
@@ -170,7 +171,7 @@ def test_the_prompt_is_the_text_as_it_is_unless_told_otherwise(tmp_path, encoder
 
 def test_what_a_sentence_encoder_cannot_do_is_refused(tmp_path, encoder):
     for changes, message in (
-        ({"algorithm": {"name": "fomaml"}}, "algorithm.name: .* is a sentence encoder, without label tokens"),
+        ({"algorithm": {"name": "fomaml"}}, "algorithm.readout: .* is a sentence encoder, without label tokens"),
         ({"adapter": "soft_prompt"}, "mode, adapter: .* is a sentence encoder"),
         ({"lora": {"targets": ["q_proj"]}}, "lora.targets: q_proj is no linear layer of BertModel; it has dense, key"),
     ):

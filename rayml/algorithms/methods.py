@@ -12,6 +12,8 @@ class Method:
     has_seeds: bool = True
     """Whether anything depends on the seed."""
     takes_support: bool = True
+    by_prompt: bool = False
+    """It answers by what stands in the prompt, which a sentence encoder does not."""
     labels_only: bool = False
     """It is left out where there is free text, unless it is asked for."""
 
@@ -21,8 +23,8 @@ IN_CONTEXT = ("algorithm.name=metaicl", "data.labels=words", "lora.start=random"
 # Fine-tuning of the model's own weights, in place of adapters; its rates are others.
 FINE_TUNED = "mode=full", "engine=local", "algorithm.name=fomaml_plus", "adapter=lora", "inner.lr=0.03"
 METHODS = {
-    "zero_shot": Method(IN_CONTEXT, "base", has_seeds=False, takes_support=False),
-    "in_context": Method(IN_CONTEXT, "base", has_seeds=False),
+    "zero_shot": Method(IN_CONTEXT, "base", has_seeds=False, takes_support=False, by_prompt=True),
+    "in_context": Method(IN_CONTEXT, "base", has_seeds=False, by_prompt=True),
     "embedding": Method((), "encoder", has_seeds=False, labels_only=True),
     "setfit": Method((), "encoder", labels_only=True),
     "lora": Method(("algorithm.name=fomaml_plus",), "untrained"),
@@ -32,10 +34,11 @@ METHODS = {
     "discriminative": Method((*FINE_TUNED, "inner.layer_decay=0.9"), "untrained"),
     "multitask": Method(("algorithm.name=multitask",)),
     "protonet": Method(("algorithm.name=protonet",), labels_only=True),
-    "metaicl": Method(("algorithm.name=metaicl",)),
+    "metaicl": Method(("algorithm.name=metaicl",), by_prompt=True),
     "reptile": Method(("algorithm.name=reptile",)),
     "fomaml": Method(("algorithm.name=fomaml",)),
     "fomaml_plus": Method(("algorithm.name=fomaml_plus",)),
+    "proto_maml": Method(("algorithm.name=proto_maml",)),
     "meta_sgd": Method(("algorithm.name=meta_sgd",)),
     "anil": Method(("algorithm.name=fomaml_plus", "inner.modules=['*.lora_B']")),
     "maml": Method(("algorithm.name=maml", "model.attention=eager")),

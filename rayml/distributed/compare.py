@@ -123,6 +123,7 @@ def adapted_and_asked(entry: Entry, base: Config, splits: Splits, request: Reque
     data = base.data.model_copy(update={"labels": entry.config.data.labels})
     val = splits.val, data.sampler(VALIDATION_SEED), request.val_episodes
     test = splits.test, data.sampler(EVALUATION_SEED), request.episodes
+    choice: Choice[Any]
     with progress(Console(stderr=True), transient=True) as bar:
         began = time.perf_counter()
         if entry.method.start == "encoder":
@@ -169,7 +170,7 @@ def encoder_of(entry: Entry, request: Request) -> dict[str, str]:
     return {"encoder": f"{request.encoder} ({versions(entry.name)})"} if is_classifier else {}
 
 
-def described(choice: Choice) -> dict[str, Any]:
+def described(choice: Choice[Any]) -> dict[str, Any]:
     return {"setting": asdict(choice.setting), "tried": [{**asdict(s), "score": score} for s, score in choice.tried]}
 
 

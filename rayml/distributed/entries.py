@@ -11,6 +11,7 @@ from rayml.errors import ConfigError, RunError
 from rayml.evaluation.classifiers import check_classifier, missing
 from rayml.evaluation.command import trained_on
 from rayml.lm.load import MINILM, load_tokenizer, resolve_model
+from rayml.lm.sentence import read_sentences
 from rayml.planning.batch import trained_tokens
 from rayml.runs.checkpoint import newest_checkpoint, step_of
 from rayml.runs.files import Place, place
@@ -91,7 +92,7 @@ def plan(
         ConfigError, DataError, RunError: something cannot take part.
     """
     known = METHODS | {name: Method(overrides) for name, overrides in request.variants.items()}
-    methods = request.methods or usual(splits, request.encoder)
+    methods = request.methods or usual(base, splits, request.encoder)
     for name in NOT_RUN.keys() & set(methods):
         raise ConfigError(f"--methods: {name} does not run here: {NOT_RUN[name]}")
     unknown = [name for name in methods if name not in known]
@@ -120,10 +121,12 @@ def plan(
     return entries + [of_run(RunFolder(path), splits) for path in request.runs]
 
 
-def usual(splits: Splits, encoder: str) -> list[str]:
-    """Return what is compared unless told otherwise: what knows all kinds of tasks there are, and can run here."""
+def usual(base: Config, splits: Splits, encoder: str) -> list[str]:
+    """Return what is compared unless told otherwise: what knows the base and all kinds of tasks, and can run here."""
     is_label = all(task.options for tasks in splits for task in tasks)
+    has_prompts = read_sentences(resolve_model(base.model.name)) is None
     known = [name for name in USUAL if is_label or not METHODS[name].labels_only]
+    known = [name for name in known if has_prompts or not METHODS[name].by_prompt]
     return [name for name in known if METHODS[name].start != "encoder" or not missing(name, encoder)]
 
 

@@ -161,10 +161,10 @@ def check_model(config: Config, model: str, tasks: Sequence[Task]) -> None:
 
 def refuse_tokens(config: Config) -> None:
     """Raise ConfigError where a sentence encoder is asked for what takes tokens of labels, or an output head."""
-    if config.algorithm.by_tokens:
+    if config.algorithm.readout != "prototypes":
         raise ConfigError(
-            f"algorithm.name: {config.model.name} is a sentence encoder, without label tokens, which "
-            f"{config.algorithm.name} learns by; use protonet"
+            f"algorithm.readout: {config.model.name} is a sentence encoder, without label tokens; use "
+            "algorithm.readout=prototypes"
         )
     if config.mode == "full" or config.adapter != "lora":
         raise ConfigError(

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from rayml.tasks.overall import groups, overall
 from rayml.tasks.task import Task
 
 SPARE_TOKENS = 8
+S = TypeVar("S")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +50,12 @@ class Setting:
     steps: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+@dataclass(frozen=True)
+class Choice(Generic[S]):
     """The setting that was best on meta-val, and all that were tried, with their scores."""
 
-    setting: Setting
-    tried: list[tuple[Setting, float]]
+    setting: S
+    tried: list[tuple[S, float]]
 
 
 def choose_setting(
@@ -65,7 +66,7 @@ def choose_setting(
     factors: Sequence[float],
     steps: Sequence[int],
     progress: Callable[[], None],
-) -> Choice:
+) -> Choice[Setting]:
     """Try every factor with every number of steps on the same meta-val episodes.
 
     The overall score (`rayml.tasks.overall`) is raised. Of equals the fewest steps are taken, then the least rate.

@@ -15,12 +15,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from rayml.algorithms.protonet import prototype_logits
 from rayml.errors import ConfigError
 from rayml.evaluation.answers import Choice, label_answers
 from rayml.evaluation.curves import accuracy
 from rayml.lm.encode import class_numbers
 from rayml.lm.load import resolve_model
+from rayml.meta.prototypes import logits, prototypes, squared_distances
 from rayml.tasks.episodes import Episode, Sampler
 from rayml.tasks.overall import groups
 from rayml.tasks.task import Task
@@ -35,8 +35,10 @@ REQUIREMENTS = {
 class Classifier(Protocol):
     """Learns an episode's support, and answers its queries."""
 
-    heads: tuple[str, ...]
-    """Ways to read classes out of sentence vectors."""
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """Ways to read classes out of sentence vectors."""
+        ...
 
     def log_probs(self, episode: Episode, head: str) -> Tensor:
         """Return the log-probabilities of the queries' options, `[Q, C]`."""
@@ -50,7 +52,7 @@ class Head:
     head: str
 
 
-class Embedding:
+class Embedding(Classifier):
     """Unit vectors of a frozen sentence encoder, with the nearest class mean, or logistic regression, on top."""
 
     heads = "nearest centroid", "logistic regression"
@@ -66,14 +68,15 @@ class Embedding:
         support, query = vectors[: len(episode.support)], vectors[len(episode.support) :]
         classes = class_numbers(episode, "support")
         if head == "nearest centroid":
-            batch = (torch.as_tensor(of)[None] for of in (support, classes, query))
-            return prototype_logits(*batch, ways=len(episode.labels))[0].log_softmax(-1)
+            means = prototypes(torch.as_tensor(support)[None], torch.tensor([classes]))
+            distances = squared_distances(torch.as_tensor(query)[None], means)
+            return logits(distances, means.counts, None)[0].log_softmax(-1)
         from sklearn.linear_model import LogisticRegression
 
         return torch.as_tensor(LogisticRegression(max_iter=1000).fit(support, classes).predict_log_proba(query))
 
 
-class SetFit:
+class SetFit(Classifier):
     """A sentence encoder fine-tuned on pairs of the support, and logistic regression (Tunstall et al. 2022, arXiv
     2209.11055), by the package's own defaults."""
 
@@ -128,7 +131,7 @@ def versions(name: str) -> str:
 
 def choose_head(
     classifier: Classifier, tasks: Sequence[Task], sampler: Sampler, episodes: int, progress: Callable[[], None]
-) -> Choice:
+) -> Choice[Head]:
     """Try every head on the meta-val episodes that other methods choose their adaptation by."""
     tried = []
     for head in classifier.heads if len(classifier.heads) > 1 else ():

@@ -43,7 +43,8 @@ class TaskBatch:
     targets, in order, is chosen among, filled up with IGNORE; None, or a row of IGNORE: the whole vocabulary. `places`,
     where rows hold several examples each: `[T * K, L]` int64, the place of each token in its own example. `frozen`:
     what the layers below the adapted ones make of the tokens, `[T * K, L, D]`, once a forward has put it there.
-    `examples`: the row, the place in it, and the tokens of each example.
+    `examples`: the row, the place in it, and the tokens of each example. `prompts` `[T, K, 2]` int64: the first and the
+    last place, in the flattened tokens, of each example's prompt, in the task's own order; 0 and 0 for padding.
     """
 
     tokens: Tensor
@@ -53,11 +54,13 @@ class TaskBatch:
     places: Tensor | None = None
     frozen: list[Tensor] = field(default_factory=list, compare=False)
     examples: tuple[tuple[int, int, tuple[int, ...]], ...] = ()
+    prompts: Tensor | None = None
 
     def to(self, device: torch.device) -> "TaskBatch":
-        choices, places = (None if part is None else part.to(device) for part in (self.choices, self.places))
+        parts = self.choices, self.places, self.prompts
+        choices, places, prompts = (None if part is None else part.to(device) for part in parts)
         tokens, targets = self.tokens.to(device), self.targets.to(device)
-        return TaskBatch(tokens, targets, self.tasks, choices, places, examples=self.examples)
+        return TaskBatch(tokens, targets, self.tasks, choices, places, examples=self.examples, prompts=prompts)
 
     @property
     def seen(self) -> Tensor:
@@ -140,6 +143,7 @@ def collate(
     tokens = torch.full((len(tasks), rows, length), pad, dtype=torch.int64)
     targets = torch.full((len(tasks), rows, length), IGNORE, dtype=torch.int64)
     places = torch.zeros(len(tasks), rows, length, dtype=torch.int64)
+    prompts = torch.zeros(len(tasks), max(map(len, tasks)), 2, dtype=torch.int64)
     choices: list[list[int]] = []
     held: list[tuple[int, int, tuple[int, ...]]] = []
     for t, task in enumerate(laid):
@@ -150,6 +154,7 @@ def collate(
                 tokens[t, k, begin:end] = torch.tensor(one.tokens)
                 places[t, k, begin:end] = torch.arange(len(one.tokens))
                 targets[t, k, first : first + len(one.targets)] = torch.tensor(one.targets)
+                prompts[t, one.number] = (t * rows + k) * length + torch.tensor([begin, first])
                 choices += one.choices
                 held.append((t * rows + k, begin, tuple(one.tokens)))
                 begin = end
@@ -160,6 +165,7 @@ def collate(
         choice_grid(choices),
         None if laid is one_each else places.flatten(0, 1),
         examples=tuple(held),
+        prompts=prompts,
     )
 
 
@@ -174,15 +180,17 @@ class Reading:
     """What each place from there on predicts; IGNORE for nothing."""
     choices: list[list[int]]
     """Of each target that is something."""
+    number: int = 0
+    """Of the row in its task."""
 
 
 def readings(task: Sequence[Row], labels: Sequence[Label]) -> list[Reading]:
     """Return what is read of a task's rows, whose targets compete with its labels, or with the whole vocabulary."""
     among = competition(labels) if labels else None
-    return [reading(row, among) for row in task]
+    return [reading(row, among, number) for number, row in enumerate(task)]
 
 
-def reading(row: Row, among: Competition | None) -> Reading:
+def reading(row: Row, among: Competition | None, number: int) -> Reading:
     """Return a row up to the last token that a target is predicted from; all of it, where it has no target."""
     target, first = row.tokens[row.start :], row.start - 1
     if among:
@@ -192,7 +200,7 @@ def reading(row: Row, among: Competition | None) -> Reading:
         target = [IGNORE if place in row.silent else token for place, token in enumerate(target, row.start)]
         choices = [[] for token in target if token != IGNORE]
     read = row.tokens[: first + len(target) if target else None]
-    return Reading([*read, *row.suffix], first, target, choices)
+    return Reading([*read, *row.suffix], first, target, choices, number)
 
 
 Laid = Sequence[Sequence[Sequence[Reading]]]

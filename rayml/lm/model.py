@@ -16,6 +16,7 @@ from rayml.lm.lora import TaskLoRA, layer_number
 from rayml.lm.sentence import MARK, Sentences
 from rayml.lm.soft_prompt import TaskPrompt
 from rayml.meta.adapt import Params
+from rayml.meta.prototypes import Pooling, Read, label_log_probs
 
 
 class TaskLM:
@@ -35,6 +36,7 @@ class TaskLM:
         is_masked = type(getattr(module, "module", module)).__name__.endswith("ForMaskedLM")
         self._pad = config.pad_token_id if is_masked else None
         self._positions: Tensor | None = None
+        self._hidden: list[Tensor] | None = None
         self._frozen = frozen_layers(module, adapter)
         self.known: KnownStates | None = None
         """What the layers below the adapted ones make of examples that come back; None, and nothing is kept."""
@@ -70,6 +72,8 @@ class TaskLM:
         if self._positions is None:
             return inputs
         (hidden,) = inputs
+        if self._hidden is not None:
+            self._hidden.append(hidden)
         return (hidden.flatten(0, 1)[self._positions],)
 
     def logits_at(
@@ -78,6 +82,7 @@ class TaskLM:
         weights: Params | None,
         tokens: Tensor,
         frozen: list[Tensor] | None = None,
+        hidden: list[Tensor] | None = None,
         **inputs: Any,
     ) -> Tensor:
         """Return the logits at some positions of the flattened `tokens` `[N, L]`, `[M]` to `[M, V]`.
@@ -87,14 +92,15 @@ class TaskLM:
         Args:
             frozen: where the output of the layers below the first adapted one is kept for the next call with the
                 same tokens; None forgets it.
+            hidden: is given what the output layer would see everywhere, `[N, L, D]`.
             inputs: what else the model takes, such as a cache of keys and values.
         """
-        self._positions = positions
+        self._positions, self._hidden = positions, hidden
         seen = {"use_cache": False} if self._pad is None else {"attention_mask": (tokens != self._pad).long()}
         try:
             return self._forward(weights, frozen, {"input_ids": tokens} | seen | inputs).logits
         finally:
-            self._positions = None
+            self._positions = self._hidden = None
 
     def _forward(self, weights: Params | None, frozen: list[Tensor] | None, inputs: dict[str, Any]) -> Any:
         if self.adapter is None and weights is not None:
@@ -105,7 +111,7 @@ class TaskLM:
         with self._frozen.known(frozen) if self._frozen else nullcontext():
             return self.module(**inputs)
 
-    def _hidden(self, weights: Params | None, batch: TaskBatch, frozen: list[Tensor]) -> Tensor:
+    def _embed(self, weights: Params | None, batch: TaskBatch, frozen: list[Tensor]) -> Tensor:
         """Return a sentence encoder's last hidden states, `[T * K, L, D]`."""
         inputs = {"input_ids": batch.tokens, "attention_mask": batch.seen.long()}
         return self._forward(weights, frozen, inputs).last_hidden_state
@@ -124,7 +130,7 @@ class TaskLM:
         slot: list[Tensor] = []
         with self._frozen.alone():
             if self.sentences:
-                self._hidden(None, batch, slot)
+                self._embed(None, batch, slot)
             else:
                 self.logits_at(batch.tokens.new_zeros(1), None, batch.tokens, slot)
         return torch.cat([of[:length] for of, length in zip(slot[0], lengths, strict=True)])
@@ -144,27 +150,49 @@ class TaskLM:
         positions = (batch.targets.flatten() != IGNORE).nonzero().squeeze(1)
         return self.logits_at(positions, weights, batch.tokens, self.slot(batch), **laid(batch)), positions
 
-    def states(self, weights: Params | None, batch: TaskBatch) -> Tensor:
-        """Return what the model makes of each prompt, `[T, K, D]` in fp32: the last hidden state before the target.
+    def states(self, weights: Params | None, batch: TaskBatch, pooling: Pooling = "last") -> Tensor:
+        """Return what the model makes of each prompt, `[T, K, D]` in fp32: hidden states as `pooled` has them.
 
-        Of a sentence encoder it is the text's vector.
-
-        For a batch of one example a row.
+        Of a sentence encoder they are the texts' vectors, of unit length.
         """
-        assert batch.places is None
         if self.sentences:
-            hidden = self._hidden(weights, batch, self.slot(batch))
-            return self.sentences.pool(hidden, batch.seen).unflatten(0, (batch.tasks, -1))
-        first = (batch.targets != IGNORE).int().argmax(1)  # 0 for rows of padding
-        rows, length = batch.tokens.shape
-        seen: list[Tensor] = []
-        hook = self.module.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-        try:
-            ends = torch.arange(rows, device=first.device) * length + first
-            self.logits_at(ends, weights, batch.tokens, self.slot(batch))
-        finally:
-            hook.remove()
-        return seen[0].float().view(batch.tasks, -1, seen[0].shape[-1])
+            return nn.functional.normalize(self.vectors(weights, batch), dim=-1)
+        assert batch.prompts is not None
+        hidden: list[Tensor] = []
+        ends = batch.prompts[..., 1].flatten()
+        self.logits_at(ends, weights, batch.tokens, self.slot(batch), hidden, **laid(batch))
+        return pooled(hidden[0], batch.prompts, pooling)
+
+    def vectors(self, weights: Params | None, batch: TaskBatch) -> Tensor:
+        """Return what a sentence encoder makes of each text, `[T, K, D]` in fp32."""
+        assert self.sentences is not None
+        hidden = self._embed(weights, batch, self.slot(batch))
+        return self.sentences.pool(hidden, batch.seen).unflatten(0, (batch.tasks, -1))
+
+    def read(
+        self,
+        weights: Params | None,
+        batch: TaskBatch,
+        pooling: Pooling = "last",
+        label_tokens: Tensor | None = None,
+        smoothing: float = 0.0,
+    ) -> Read:
+        """Return losses and states by one forward, and, of `label_tokens` `[T, C]`, the log-probabilities."""
+        if self.sentences:
+            states = self.states(weights, batch)
+            return Read(states.new_zeros(batch.tasks), states, None)
+        assert batch.prompts is not None
+        targets, hidden = batch.targets.flatten(), list[Tensor]()
+        positions, ends = (targets != IGNORE).nonzero().squeeze(1), batch.prompts[..., 1]
+        places, found = torch.cat([positions, ends.flatten()]).unique(return_inverse=True)
+        of_targets, of_ends = found[: len(positions)], found[len(positions) :].view_as(ends)
+        logits = self.logits_at(places, weights, batch.tokens, self.slot(batch), hidden, **laid(batch))
+        losses = token_losses(logits, targets[positions], batch.choices, smoothing, of_targets)
+        by_label = None
+        if label_tokens is not None:
+            at_labels = logits[of_ends.unsqueeze(2), label_tokens.clamp(min=0).unsqueeze(1)]
+            by_label = label_log_probs(at_labels, label_tokens)
+        return Read(mean_by_task(losses, positions, batch), pooled(hidden[0], batch.prompts, pooling), by_label)
 
     @torch.no_grad()
     def target_inputs(self, batch: TaskBatch) -> Params:
@@ -184,7 +212,7 @@ class TaskLM:
         hooks = [linear.register_forward_pre_hook(keep(name)) for name, linear in self.adapter.linears.items()]
         try:
             if self.sentences:
-                self._hidden(None, batch, self.slot(batch))
+                self._embed(None, batch, self.slot(batch))
             else:
                 self.logits_at(positions, None, batch.tokens, self.slot(batch), **laid(batch))
         finally:
@@ -236,7 +264,23 @@ def mean_by_task(losses: Tensor, positions: Tensor, batch: TaskBatch) -> Tensor:
     """Return each task's mean, `[T]`, of the target tokens' losses `[M]` at `positions` `[M]`."""
     task = positions // (batch.tokens.numel() // batch.tasks)
     total = torch.zeros(batch.tasks, device=losses.device).index_add(0, task, losses)
-    return total / batch.counted().view(batch.tasks, -1).sum(1)
+    return total / batch.counted().view(batch.tasks, -1).sum(1).clamp(min=1)
+
+
+def pooled(hidden: Tensor, prompts: Tensor, pooling: Pooling) -> Tensor:
+    """Return a vector of unit length, in fp32, for each prompt, `[T, K, D]`: of its last token, or its tokens' mean.
+
+    Args:
+        hidden: `[N, L, D]`.
+        prompts: `[T, K, 2]`, as in `TaskBatch`.
+    """
+    flat, (begin, end) = hidden.flatten(0, 1), prompts.unbind(-1)
+    if pooling == "last":
+        return nn.functional.normalize(flat[end].float(), dim=-1)
+    places = begin.unsqueeze(-1) + torch.arange(int((end - begin).max()) + 1, device=begin.device)
+    inside = places <= end.unsqueeze(-1)
+    total = (flat[places.where(inside, begin.unsqueeze(-1))] * inside.unsqueeze(-1)).float().sum(2)
+    return nn.functional.normalize(total, dim=-1)
 
 
 def laid(batch: TaskBatch) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Choose among options by their log-probability, for T tasks at once."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, chain
 from typing import Any
 
@@ -167,7 +167,7 @@ class OptionBatch:
         """Return, for each task, `[queries, options]`: log-probability of the options, normalized over them."""
         batch = self.batch
         slot = batch.frozen if self.inputs else self.lm.slot(batch)  # what is forked sees otherwise than alone
-        logits = self.lm.logits_at(self.places, weights, batch.tokens, slot, **self.inputs)
+        logits = self.lm.logits_at(self.places, weights, batch.tokens, slot, None, **self.inputs)
         losses = token_losses(logits, self.targets, self.choices, rows=self.place_of)
         scores = torch.zeros(len(self.divisors), device=losses.device).index_add(0, self.option_of, -losses)
         per_task = (scores / self.divisors).split([queries * options for queries, options in self.shape])
@@ -188,6 +188,11 @@ def ways_of(
     forks = may_fork(lm.module)
     found = encoder.questions(examples, options, shown)
     return [(share, [Question(rows, encoder, forks) for rows in queries]) for share, queries in found]
+
+
+def prompts_of(lm: TaskLM, encoder: Encoder, examples: Sequence[Example], label: str) -> Ways:
+    """Return what is run of some inputs where no option is scored: the first prompt alone, behind any label's row."""
+    return ways_of(lm, replace(encoder, scoring="learned", ensemble=()), examples, [label])
 
 
 class Ballot:

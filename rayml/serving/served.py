@@ -5,6 +5,7 @@ from typing import Any
 from rayml.config import Config
 from rayml.errors import RunError
 from rayml.lm.lora import all_linears
+from rayml.lm.sentence import MARK
 from rayml.runs.files import Place
 from rayml.runs.folder import RunFolder
 from rayml.serving.adapter_files import Fits
@@ -35,5 +36,16 @@ def fits_of(config: Config, base: str, module: Any, limits: Adapters) -> Fits:
     """
     linears = {name: (one.out_features, one.in_features) for name, one in all_linears(module).items()}
     scale = config.lora.alpha / config.lora.rank
-    width = module.get_input_embeddings().embedding_dim if config.soft_tokens else 0
-    return Fits((config.model.name, base), linears, scale, limits.most_rank, limits.most_bytes, config.algorithm, width)
+    width, head = module.get_input_embeddings().embedding_dim, module.get_output_embeddings()
+    sentences = getattr(module, MARK, None)
+    return Fits(
+        (config.model.name, base),
+        linears,
+        scale,
+        limits.most_rank,
+        limits.most_bytes,
+        config.algorithm,
+        prompt_width=width if config.soft_tokens else 0,
+        hidden_size=len(sentences.poolings) * module.config.hidden_size if sentences else head.in_features,
+        vocabulary=0 if sentences else head.out_features,
+    )
