@@ -80,7 +80,7 @@ class Known:
 
 def test_the_head_that_meta_val_prefers_is_taken():
     told = []
-    choice = choose_head(Known(), [topics()], make_sampler(), 3, lambda: told.append(1))
+    choice = choose_head(Known(), [topics()], replace(make_sampler(), queries=2), 3, lambda: told.append(1))
     assert choice.setting == Head("good")
     assert choice.tried == [(Head("poor"), 0.5), (Head("good"), 1.0)]
     assert len(told) == 6

@@ -5,22 +5,28 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import SPLITS, make_config, perturbed_start, toy_tasks
+from conftest import SPLITS, make_config, on_workers, perturbed_start, toy_tasks
 from sentence_encoders import BERT_TARGETS, write_encoder
 from serving_run import TEXTS as SERVED
 from serving_run import TICKETS, ask, learn, make_run, request
 from test_classifiers import topics
 
 import rayml
+from rayml.algorithms.registry import chosen
 from rayml.config import Config
 from rayml.distributed.train import check_model, train
+from rayml.engine import collective, zero
 from rayml.errors import ConfigError
 from rayml.evaluation.classifiers import missing
 from rayml.evaluation.curves import Queries
 from rayml.lm.batch import collate
+from rayml.lm.encode import Encoder, class_numbers
 from rayml.lm.load import load_base, load_tokenizer, resolve_model
 from rayml.lm.lora import TaskLoRA
 from rayml.lm.model import TaskLM
+from rayml.lm.objective import TaskSide
+from rayml.lm.sentence import INPUT
+from rayml.meta.adapt import InnerLoop
 from rayml.model import untrained_model
 from rayml.serving.replica import Replica
 from rayml.serving.settings import Serving
@@ -72,9 +78,9 @@ def vectors(model: rayml.MetaModel, texts, weights=None):
 def test_a_vector_is_that_of_the_library(tmp_path, name):
     from sentence_transformers import SentenceTransformer
 
-    causal = {"lora": {"targets": ["q_proj"]}} if name == "last token" else {}
+    lora = {"start": "random", "targets": ["q_proj"] if name == "last token" else BERT_TARGETS}
     folder = write_encoder(tmp_path / "encoder", **FOLDERS[name]) if name in FOLDERS else resolve_model(name)
-    model = untrained_model(encoder_config(tmp_path, folder, **causal), toy_tasks())
+    model = untrained_model(encoder_config(tmp_path, folder, lora=lora), toy_tasks())
     wanted = SentenceTransformer(folder, device="cpu").encode(TEXTS, convert_to_tensor=True)
     found = vectors(model, TEXTS)
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
@@ -152,7 +158,8 @@ def test_a_sentence_encoder_is_trained_evaluated_and_asked(tmp_path, encoder, lo
     own = torch.nn.functional.normalize(vectors(model, [e.input for e in task.examples], learned), dim=-1)
     labels = list(task.options)
     means = torch.stack([own[[e.target == label for e in task.examples]].mean(0) for label in labels])
-    wanted = (-10 * torch.cdist(own, means) ** 2).softmax(-1)
+    scale = adapter.weights["readout.scale"].exp()
+    wanted = (-scale * torch.cdist(own, means) ** 2).softmax(-1)
     for one, other, row in zip(answers, again, wanted, strict=True):
         assert one.probabilities == pytest.approx(dict(zip(labels, row.tolist(), strict=True)), abs=1e-4)
         assert other.probabilities == pytest.approx(one.probabilities, abs=1e-5)
@@ -202,3 +209,40 @@ def test_a_replica_answers_as_the_adapter_does(tmp_path, encoder):
         for answer, of in zip(ask(replica, manifest.id, SERVED), wanted, strict=True):
             assert answer["label"] == of.label
             assert answer["probabilities"] == pytest.approx(of.probabilities, abs=1e-4)
+
+
+def meta_gradient_of(folder, lm, tasks):
+    """Summed over these tasks and all workers: by proto_maml through prototypes alone."""
+    algorithm, tokenizer = chosen({"name": "proto_maml", "readout": "prototypes"}), load_tokenizer(folder)
+    start = perturbed_start(lm) | algorithm.prototypes.start()
+    rates = {name: torch.tensor(0.5) for name in start if "lora" in name}
+    encoder, sampler = Encoder(tokenizer, INPUT, 64), Sampler(2, 2, 2, "words", 0)
+    episodes = [sampler.episode([topics()], index) for index in tasks]
+    sides = [
+        TaskSide(
+            lm,
+            [encoder.rows(getattr(episode, side), True) for episode in episodes],
+            [[] for _ in episodes],
+            [class_numbers(episode, side) for episode in episodes],
+            encoder.pad,
+        )
+        for side in ("support", "query")
+    ]
+    found = algorithm.meta_gradient(*sides, start, InnerLoop(rates, 2, learns_rates=True), torch.ones(len(episodes)))
+    return collective.sum_over_workers([*found.start.values(), *found.rates.values(), found.query_losses.sum()])
+
+
+def zero_worker(rank, folder, expected):
+    module = zero.load(folder, "float32", "sdpa", torch.device("cpu"), whole_below=0)
+    assert all(parameter.numel() == 0 for parameter in module.parameters())
+    lm = TaskLM(module, TaskLoRA(module, BERT_TARGETS, 4, alpha=8.0))
+    for found, wanted in zip(meta_gradient_of(folder, lm, (2 * rank, 2 * rank + 1)), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.workers
+def test_a_sharded_sentence_encoder_learns_as_a_whole_one(encoder):
+    pytest.importorskip("deepspeed")
+    expected = meta_gradient_of(encoder, encoder_lm(encoder), range(4))
+    assert all(part.abs().max() > 0 for part in expected)
+    on_workers(zero_worker, 2, encoder, [part.clone() for part in expected])
