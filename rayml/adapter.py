@@ -221,8 +221,8 @@ class Adapter:
         return found
 
     def _write(self, asked: Sequence[Example]) -> list[Prediction]:
-        if self.encoder.is_masked:
-            raise ConfigError("options: a masked model writes no text; give options to choose among")
+        if not self.encoder.writes_text:
+            raise ConfigError(f"options: {self.card.model} writes no text; give options to choose among")
         tokenizer, sampling = self.encoder.tokenizer, Sampling(self.card.max_tokens)
         ends = end_tokens(self.lm.module, tokenizer)
         texts = [

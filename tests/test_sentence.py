@@ -10,10 +10,12 @@ from sentence_encoders import BERT_TARGETS, write_encoder
 from serving_run import TEXTS as SERVED
 from serving_run import TICKETS, ask, learn, make_run, request
 from test_classifiers import topics
+from test_compare import REQUEST
 
 import rayml
 from rayml.algorithms.registry import chosen
 from rayml.config import Config
+from rayml.distributed.entries import plan
 from rayml.distributed.train import check_model, train
 from rayml.engine import collective, zero
 from rayml.errors import ConfigError
@@ -28,9 +30,12 @@ from rayml.lm.objective import TaskSide
 from rayml.lm.sentence import INPUT
 from rayml.meta.adapt import InnerLoop
 from rayml.model import untrained_model
+from rayml.planning.read import read_shape
+from rayml.runs.files import place
 from rayml.serving.replica import Replica
 from rayml.serving.settings import Serving
 from rayml.tasks.episodes import Sampler
+from rayml.tasks.prepare import prepare_splits
 
 TEXTS = ["I was charged twice", "why?", "The App crashes at START, and the page stays blank. " * 9, "ok"]
 LIBRARY = missing("embedding", "minilm")
@@ -174,6 +179,19 @@ def test_the_prompt_is_the_text_as_it_is_unless_told_otherwise(tmp_path, encoder
         for kind in ("", "pair", "label"):
             assert own.of("any", kind).row(example, True).tokens == tokenizer(text)["input_ids"]
     assert plain.questions([example], ["a", "b", "c"])[0][1] == [[plain.row(example, True)]]
+
+
+def test_what_needs_no_label_tokens_is_compared_and_planned(tmp_path, encoder):
+    config = encoder_config(tmp_path, encoder, algorithm={"name": "proto_maml", "readout": "prototypes"})
+    request = replace(REQUEST, methods=[], seeds=1)
+    splits = prepare_splits(config.data)
+    entries = plan(config.model_dump(mode="json"), "here", config, splits, request, place(tmp_path / "all"))
+    trained = {entry.name for entry in entries if entry.trains}
+    assert trained >= {"multitask", "protonet", "reptile", "fomaml_plus", "proto_maml"}
+    assert not {"zero_shot", "in_context", "metaicl"} & {entry.name for entry in entries}
+    shape, module = read_shape(config), load_base(encoder, "float32")
+    assert shape.parameters == sum(parameter.numel() for parameter in module.parameters())
+    assert shape.vocabulary == shape.tied_forward == 0
 
 
 def test_what_a_sentence_encoder_cannot_do_is_refused(tmp_path, encoder):

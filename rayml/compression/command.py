@@ -15,6 +15,7 @@ from rayml.config import Config
 from rayml.errors import ConfigError, RunError
 from rayml.evaluation.command import EVALUATION_SEED, held_out_tasks
 from rayml.lm.load import resolve_model
+from rayml.lm.sentence import read_sentences
 from rayml.progress import Bar, doing, progress
 from rayml.runs.files import place, write_whole
 from rayml.runs.folder import RunFolder
@@ -128,6 +129,8 @@ def check_run(config: Config, source: RunFolder, distill: str | None) -> str:
     if distill and not config.algorithm.inner_steps(1):
         raise ConfigError(f"--distill: a student is taught to adapt, and {config.algorithm.name} does not in training")
     base = resolve_model(config.model.name)
+    if read_sentences(base):
+        raise RunError(f"{source.path}: its base is a sentence encoder, which is not compressed here")
     file = Path(base, "config.json")
     known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     count = wanted_layers(distill) if distill else None

@@ -64,6 +64,11 @@ class Encoder:
         return predicts_masks(self.tokenizer)
 
     @property
+    def writes_text(self) -> bool:
+        """Whether texts can be written, and not only labels chosen."""
+        return not (self.is_masked or self.sentences)
+
+    @property
     def sentences(self) -> Sentences | None:
         """How a sentence encoder reads what it embeds; None for a language model."""
         return sentences_of(self.tokenizer)

@@ -6,6 +6,7 @@ from rayml.config import Config
 from rayml.lm.load import load_shape, resolve_model
 from rayml.lm.lora import find_linears, in_a_layer, layer_number
 from rayml.lm.parameters import trained_parameters
+from rayml.lm.sentence import MARK
 from rayml.planning.shape import Linear, Shape
 
 WHOLE_BELOW = 100_000
@@ -48,14 +49,14 @@ def shape_of(model: Any, config: Config, whole_below: int = WHOLE_BELOW) -> Shap
         **_sharded(model, {name: size for name, size in sizes.items() if name not in small}, first, trained),
         layer_parameters=sum(layers.values()),
         largest_layer=max(layers.values()),
-        embedding=model.get_output_embeddings().weight.numel(),
+        embedding=model.get_input_embeddings().weight.numel(),
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
         intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
         query_width=heads * head_width,
         key_width=key_heads * head_width,
         heads=heads,
-        vocabulary=text.vocab_size,
+        vocabulary=0 if hasattr(model, MARK) else text.vocab_size,
         adapted=adapted,
         first_layer=first,
         is_measured=text.model_type in MEASURED and not config.soft_tokens,
@@ -66,7 +67,8 @@ def shape_of(model: Any, config: Config, whole_below: int = WHOLE_BELOW) -> Shap
 def _sharded(model: Any, large: dict[str, int], first: int, trained: list[str]) -> dict[str, int]:
     """Return what a backward needs of the weights that ZeRO-3 shards."""
     names = {parameter: name for name, parameter in model.named_parameters()}
-    embedding, head = (names[of().weight] for of in (model.get_input_embeddings, model.get_output_embeddings))
+    both = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding, head = (of and names[of.weight] for of in both)  # a sentence encoder has no head
     of_embedding, of_head = large.get(embedding, 0), large.get(head, 0)
     is_tied, reaches_embedding = head == embedding, embedding in trained
     above: dict[int, list[int]] = {}

@@ -254,8 +254,8 @@ class Replica:
     def _prompt_tokens(self, adapter: Adapter, prompt: Given | list[Message], max_tokens: int, place: int) -> list[int]:
         tokenizer = self.model.encoder.tokenizer
         most = self.context - max_tokens
-        if self.model.encoder.is_masked:
-            raise ApiError(400, "a masked model writes no text; ask /v1/classify", "model")
+        if not self.model.encoder.writes_text:
+            raise ApiError(400, "this model writes no text; ask /v1/classify", "model")
         try:
             if adapter is not self.bare:
                 is_dialogue = adapter.card.kind == "dialogue"
