@@ -99,13 +99,17 @@ def plan(
     if unknown:
         raise ConfigError(f"--methods: {', '.join(unknown)} unknown; there are {', '.join(known)}")
     check_names(request)
-    budget = base.outer.steps * tokens_per_step(
-        parse_config(values, source, [f"algorithm.name={BUDGET}"]), splits.train
-    )
+    # An algorithm that is named anew has its own readout, and a sentence encoder knows one alone.
+    readout = ["algorithm.readout=prototypes"] if is_encoder(base) else []
+    by_prompt = [name for name in methods if known[name].by_prompt and readout]
+    if by_prompt:
+        raise ConfigError(f"--methods: {', '.join(by_prompt)} answer by a prompt; {base.model.name} is an encoder")
+    counted = parse_config(values, source, [f"algorithm.name={BUDGET}", *readout])
+    budget = base.outer.steps * tokens_per_step(counted, splits.train)
     entries = []
     for name in dict.fromkeys([*methods, *request.variants]):
         method, run = known[name], RunFolder(folder / f"{name}-0")
-        overrides = [*method.overrides, "validation.every=0", "validation.patience=0"]
+        overrides = [*readout, *method.overrides, "validation.every=0", "validation.patience=0"]
         config = parse_config(values, f"{source} for {name}", [*overrides, f"run.dir={run.path}"])
         if method.start == "encoder":
             check_classifier(name, request.encoder, [*splits.val, *splits.test])
@@ -124,10 +128,15 @@ def plan(
 def usual(base: Config, splits: Splits, encoder: str) -> list[str]:
     """Return what is compared unless told otherwise: what knows the base and all kinds of tasks, and can run here."""
     is_label = all(task.options for tasks in splits for task in tasks)
-    has_prompts = read_sentences(resolve_model(base.model.name)) is None
     known = [name for name in USUAL if is_label or not METHODS[name].labels_only]
-    known = [name for name in known if has_prompts or not METHODS[name].by_prompt]
+    if is_encoder(base):
+        known = [name for name in known if not METHODS[name].by_prompt]
     return [name for name in known if METHODS[name].start != "encoder" or not missing(name, encoder)]
+
+
+def is_encoder(config: Config) -> bool:
+    """Return whether a config's base is a sentence encoder."""
+    return read_sentences(resolve_model(config.model.name)) is not None
 
 
 def check_names(request: Request) -> None:
