@@ -36,8 +36,8 @@ def write_encoder(
     names = ["Transformer", "Pooling", *(["Normalize"] if is_unit else [])]
     paths = ["", "1_Pooling", "2_Normalize"]
     modules = [
-        {"idx": place, "name": str(place), "path": path, "type": f"sentence_transformers.models.{name}"}
-        for place, (name, path) in enumerate(zip(names, paths, strict=False))
+        {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{name}"}
+        for index, (name, path) in enumerate(zip(names, paths, strict=False))
     ]
     files = {
         "modules.json": modules,

@@ -13,14 +13,13 @@ from test_classifiers import topics
 from test_compare import REQUEST
 
 import rayml
+from rayml.algorithms.inner_loop import InnerLoop
 from rayml.algorithms.registry import chosen
 from rayml.config import Config
-from rayml.distributed.entries import plan
-from rayml.distributed.train import check_model, train
-from rayml.engine import collective, zero
 from rayml.errors import ConfigError
 from rayml.evaluation.classifiers import missing
-from rayml.evaluation.curves import Queries
+from rayml.experiments.method_runs import plan
+from rayml.experiments.scorer import Queries
 from rayml.lm.batch import collate
 from rayml.lm.encode import Encoder, class_numbers
 from rayml.lm.load import load_base, load_tokenizer, resolve_model
@@ -28,14 +27,15 @@ from rayml.lm.lora import TaskLoRA
 from rayml.lm.model import TaskLM
 from rayml.lm.objective import TaskSide
 from rayml.lm.sentence import INPUT
-from rayml.meta.adapt import InnerLoop
 from rayml.model import untrained_model
 from rayml.planning.read import read_shape
-from rayml.runs.files import place
+from rayml.runs.files import index
 from rayml.serving.replica import Replica
 from rayml.serving.settings import Serving
 from rayml.tasks.episodes import Sampler
 from rayml.tasks.prepare import prepare_splits
+from rayml.training import collective, zero
+from rayml.training.driver import check_model, train
 
 TEXTS = ["I was charged twice", "why?", "The App crashes at START, and the page stays blank. " * 9, "ok"]
 LIBRARY = missing("embedding", "minilm")
@@ -185,7 +185,7 @@ def test_what_needs_no_label_tokens_is_compared_and_planned(tmp_path, encoder):
     config = encoder_config(tmp_path, encoder, algorithm={"name": "proto_maml", "readout": "prototypes"})
     request = replace(REQUEST, methods=[], seeds=1)
     splits = prepare_splits(config.data)
-    entries = plan(config.model_dump(mode="json"), "here", config, splits, request, place(tmp_path / "all"))
+    entries = plan(config.model_dump(mode="json"), "here", config, splits, request, index(tmp_path / "all"))
     trained = {entry.name for entry in entries if entry.trains}
     assert trained >= {"multitask", "protonet", "reptile", "fomaml_plus", "proto_maml"}
     assert not {"zero_shot", "in_context", "metaicl"} & {entry.name for entry in entries}
@@ -233,7 +233,7 @@ def meta_gradient_of(folder, lm, tasks):
     """Summed over these tasks and all workers: by proto_maml through prototypes alone."""
     algorithm, tokenizer = chosen({"name": "proto_maml", "readout": "prototypes"}), load_tokenizer(folder)
     start = perturbed_start(lm) | algorithm.prototypes.start()
-    rates = {name: torch.tensor(0.5) for name in start if "lora" in name}
+    inner_lrs = {name: torch.tensor(0.5) for name in start if "lora" in name}
     encoder, sampler = Encoder(tokenizer, INPUT, 64), Sampler(2, 2, 2, "words", 0)
     episodes = [sampler.episode([topics()], index) for index in tasks]
     sides = [
@@ -246,8 +246,10 @@ def meta_gradient_of(folder, lm, tasks):
         )
         for side in ("support", "query")
     ]
-    found = algorithm.meta_gradient(*sides, start, InnerLoop(rates, 2, learns_rates=True), torch.ones(len(episodes)))
-    return collective.sum_over_workers([*found.start.values(), *found.rates.values(), found.query_losses.sum()])
+    found = algorithm.meta_gradient(
+        *sides, start, InnerLoop(inner_lrs, 2, learns_inner_lrs=True), torch.ones(len(episodes))
+    )
+    return collective.sum_over_workers([*found.start.values(), *found.inner_lrs.values(), found.query_losses.sum()])
 
 
 def zero_worker(rank, folder, expected):

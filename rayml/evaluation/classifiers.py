@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from rayml.errors import ConfigError
-from rayml.evaluation.answers import Choice, label_answers
-from rayml.evaluation.curves import accuracy
+from rayml.experiments.answers import Choice, label_answers
+from rayml.experiments.scorer import accuracy
 from rayml.lm.encode import class_numbers
 from rayml.lm.load import resolve_model
 from rayml.meta.prototypes import logits, prototypes, squared_distances
@@ -148,7 +148,7 @@ def choose_head(
 def ask(
     classifier: Classifier, tasks: Sequence[Task], sampler: Sampler, episodes: int, head: Head
 ) -> Iterator[dict[str, Any]]:
-    """Yield what is answered to `episodes` episodes of each task, as `rayml.evaluation.answers.answer` does."""
+    """Yield what is answered to `episodes` episodes of each task, as `rayml.experiments.answers.answer` does."""
     for task in tasks:
         for index in range(episodes):
             episode = sampler.episode([task], index)

@@ -16,7 +16,7 @@ from transformers import AutoConfig
 from transformers.utils import cached_file
 
 from rayml.errors import ConfigError
-from rayml.lm.batch import Row
+from rayml.lm.batch import TokenRow
 
 MARK = "rayml_sentences"
 INPUT = "{{ input }}"
@@ -130,7 +130,7 @@ def sentences_of(tokenizer: Any) -> Sentences | None:
 
 def sentence_row(
     tokenizer: Any, sentences: Sentences, text: str, max_tokens: int, keep: Callable[[int], bool] | None = None
-) -> Row:
+) -> TokenRow:
     """Return the row of a text, without a target; a long one loses its end.
 
     Args:
@@ -147,4 +147,4 @@ def sentence_row(
         kept = [i for i, (a, b) in enumerate(offsets) if a == b or a < len(before) or keep(a - len(before))]
         tokens = [tokens[i] for i in kept]
     tokens = tokens or [tokenizer.pad_token_id or 0]  # of nothing at all
-    return Row(tokens, len(tokens))
+    return TokenRow(tokens, len(tokens))
