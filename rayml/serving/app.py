@@ -93,8 +93,8 @@ def build(args: Serving) -> serve.Application:
         **scaling(replicas),
     )(ServedReplica)
     gateway = serve.deployment(
-        name="Front",
-        num_replicas=replicas.fronts,
+        name="Gateway",
+        num_replicas=replicas.gateways,
         ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": WORKER_ENV}},
         max_ongoing_requests=10_000,
         max_queued_requests=10_000,

@@ -97,7 +97,7 @@ class Replicas(Section):
     """Ray's GPUs for a replica; else 1 where the cluster has any."""
     drain_seconds: PositiveFloat = 30
     """How long a replica that is taken away may finish what it has begun."""
-    fronts: PositiveInt = 1
+    gateways: PositiveInt = 1
     """Replicas of the gateway, which need no model."""
     stuck_seconds: PositiveFloat = 600
     """A replica is given up when one step of its model takes longer than this, or its model does not run at all."""
