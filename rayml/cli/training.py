@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 
 import rayml
+from rayml.algorithms.methods import UNUSUAL, USUAL
 from rayml.cli.app import Checkpoint, ConfigPath, Json, Overrides, RunPath, app, out, print_keys
-from rayml.experiments.methods import UNUSUAL, USUAL
 
 
 @app.command()

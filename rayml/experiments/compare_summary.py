@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from rayml.experiments.methods import BASELINE
+from rayml.algorithms.methods import BASELINE
 from rayml.experiments.metrics import calibration_error, metrics_of, scores
 from rayml.experiments.statistics import interval
 

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rayml.algorithms.methods import BUDGET, METHODS, USUAL, Method
 from rayml.config import Config, parse_config
 from rayml.errors import ConfigError, RunError
 from rayml.experiments.evaluate_command import trained_on
-from rayml.experiments.methods import BUDGET, METHODS, USUAL, Method
 from rayml.lm.load import load_tokenizer, resolve_model
 from rayml.planning.batch import trained_tokens
 from rayml.runs.checkpoint import newest_checkpoint, step_of
