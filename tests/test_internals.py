@@ -57,7 +57,7 @@ def test_private_names_stand_in_one_module_for_each_library():
 )
 def test_ray_train_calls_back(callback, hook):
     """What `rayml.training.callbacks` overrides."""
-    from rayml.distributed import ray_internals
+    from rayml.training import ray_internals
 
     own, base = next(
         (own, getattr(ray_internals, callback))
@@ -101,7 +101,7 @@ def test_ray_s_variables_are_still_read():
         for module in (ray.air.constants, ray.tune.constants)
         for name in re.findall(r'"([A-Z_]+)"', inspect.getsource(module))
     }
-    source = "".join((ROOT / "rayml" / "distributed" / name).read_text() for name in ("train.py", "sweep.py"))
+    source = "".join((ROOT / "rayml" / name).read_text() for name in ("training/driver.py", "experiments/sweep.py"))
     ours = set(re.findall(r'"((?:RAY_TRAIN|RAY_AIR|TUNE)_[A-Z_]+)"', source))
     assert len(ours) >= 6
     assert ours <= known, f"Ray does not know {', '.join(sorted(ours - known))}"
@@ -120,7 +120,7 @@ def test_ray_tune_s_results_know_their_trials():
 @pytest.fixture
 def internals(monkeypatch):
     pytest.importorskip("deepspeed")
-    from rayml.engine import deepspeed_internals
+    from rayml.training import deepspeed_internals
 
     return deepspeed_internals
 

@@ -68,7 +68,7 @@ def test_prompts_of_several_tasks_equal_embeddings_laid_by_hand(packs, tiny, tok
     rows[1] += encoder.rows([Example("as long as it takes to pack the others", "B")], is_label=True)
     tasks = [*TASKS[:1], [*TASKS[1], ("as long as it takes to pack the others", "B")]]
     batch = collate(rows, tokenizer.eos_token_id, packs=packs)
-    assert (batch.places is not None) == packs
+    assert (batch.position_ids is not None) == packs
     weights = prompts(lm)
     losses, gradients = task_gradients(lambda fast: lm.losses(fast, batch), {PROMPT: weights})
     for t, task in enumerate(tasks):
