@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from rayml.cli import app
 from rayml.config import with_values
 from rayml.errors import ConfigError
-from rayml.evaluation import classifiers
-from rayml.evaluation.classifiers import Embedding, Head, choose_head, missing
+from rayml.experiments import classifiers
+from rayml.experiments.classifiers import Embedding, Head, choose_head, missing
 from rayml.experiments.compare import compare
 from rayml.tasks.task import Example, Task
 

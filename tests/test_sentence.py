@@ -17,7 +17,7 @@ from rayml.algorithms.inner_loop import InnerLoop
 from rayml.algorithms.registry import chosen
 from rayml.config import Config
 from rayml.errors import ConfigError
-from rayml.evaluation.classifiers import missing
+from rayml.experiments.classifiers import missing
 from rayml.experiments.method_runs import plan
 from rayml.experiments.scorer import Queries
 from rayml.lm.batch import collate

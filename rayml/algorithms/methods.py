@@ -8,7 +8,7 @@ class Method:
     overrides: tuple[str, ...]
     start: str = "trained"
     """`trained`; `untrained`: where training would begin; `base`: no adapter at all; `encoder`: no language model, but
-    a classifier (`rayml.evaluation.classifiers`)."""
+    a classifier (`rayml.experiments.classifiers`)."""
     has_seeds: bool = True
     """Whether anything depends on the seed."""
     takes_support: bool = True

@@ -20,8 +20,8 @@ from rich.console import Console
 import rayml
 from rayml.config import Config, parse_config
 from rayml.errors import DataError, RunError, TrainingError
-from rayml.evaluation.classifiers import ask, choose_head, classifier_for, versions
 from rayml.experiments.answers import Choice, LearnedMethod, answer, choose_setting
+from rayml.experiments.classifiers import ask, choose_head, classifier_for, versions
 from rayml.experiments.compare_plan import show_plan
 from rayml.experiments.compare_report import print_summary, write_report
 from rayml.experiments.compare_summary import summarize

@@ -7,7 +7,7 @@ from typing import Any
 from rayml.algorithms.methods import BUDGET, METHODS, NOT_RUN, USUAL, Method
 from rayml.config import Config, parse_config
 from rayml.errors import ConfigError, RunError
-from rayml.evaluation.classifiers import check_classifier, missing
+from rayml.experiments.classifiers import check_classifier, missing
 from rayml.experiments.evaluate_command import trained_on
 from rayml.lm.load import MINILM, load_tokenizer, resolve_model
 from rayml.lm.sentence import read_sentences
