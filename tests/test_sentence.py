@@ -18,6 +18,7 @@ from rayml.algorithms.registry import chosen
 from rayml.config import Config
 from rayml.errors import ConfigError
 from rayml.experiments.classifiers import missing
+from rayml.experiments.compare_plan import seconds_per_token
 from rayml.experiments.method_runs import plan
 from rayml.experiments.scorer import Queries
 from rayml.lm.batch import collate
@@ -29,7 +30,7 @@ from rayml.lm.objective import TaskSide
 from rayml.lm.sentence import INPUT
 from rayml.model import untrained_model
 from rayml.planning.read import read_shape
-from rayml.runs.files import index
+from rayml.runs.files import as_path
 from rayml.serving.replica import Replica
 from rayml.serving.settings import Serving
 from rayml.tasks.episodes import Sampler
@@ -178,17 +179,18 @@ def test_the_prompt_is_the_text_as_it_is_unless_told_otherwise(tmp_path, encoder
     for own, text in ((plain, example.input), (told, f"query: {example.input}")):
         for kind in ("", "pair", "label"):
             assert own.of("any", kind).row(example, True).tokens == tokenizer(text)["input_ids"]
-    assert plain.questions([example], ["a", "b", "c"])[0][1] == [[plain.row(example, True)]]
+    assert plain.ensemble_rows([example], ["a", "b", "c"])[0][1] == [[plain.row(example, True)]]
 
 
 def test_what_needs_no_label_tokens_is_compared_and_planned(tmp_path, encoder):
     config = encoder_config(tmp_path, encoder, algorithm={"name": "proto_maml", "readout": "prototypes"})
     request = replace(REQUEST, methods=[], seeds=1)
     splits = prepare_splits(config.data)
-    entries = plan(config.model_dump(mode="json"), "here", config, splits, request, index(tmp_path / "all"))
+    entries = plan(config.model_dump(mode="json"), "here", config, splits, request, as_path(tmp_path / "all"))
     trained = {entry.name for entry in entries if entry.trains}
     assert trained >= {"multitask", "protonet", "reptile", "fomaml_plus", "proto_maml"}
     assert not {"zero_shot", "in_context", "metaicl"} & {entry.name for entry in entries}
+    assert seconds_per_token(config, splits.train) > 0
     shape, module = read_shape(config), load_base(encoder, "float32")
     assert shape.parameters == sum(parameter.numel() for parameter in module.parameters())
     assert shape.vocabulary == shape.tied_forward == 0

@@ -188,17 +188,8 @@ def fingerprint_of(method_run: MethodRun, base: Config, splits: Splits, request:
     how = request.episodes, request.val_episodes, list(request.factors), list(request.steps), episodes
     checkpoint = identity(method_run.run.trained()[1]) if method_run.run and not method_run.trains else None
     tasks = [fingerprint(part) for part in splits]
-    asked = repr(
-        (
-            config,
-            method_run.method,
-            how,
-            tasks,
-            checkpoint,
-            trained_by(method_run.config),
-            encoder_of(method_run, request),
-        )
-    )
+    made_of = trained_by(method_run.config), encoder_of(method_run, request)
+    asked = repr((config, method_run.method, how, tasks, checkpoint, made_of))
     return hashlib.sha256(asked.encode()).hexdigest()[:16]
 
 

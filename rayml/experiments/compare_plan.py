@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Sequence
-from functools import partial
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -51,8 +50,9 @@ def seconds_per_token(config: Config, tasks: Sequence[Task]) -> float:
     fast = expand(model.start, 1)
     seconds = 0.0
     for _ in range(2):  # the first warms up
-        batch = side_of(model.lm, model.encoder, [episode], "support").batch
+        support = side_of(model.lm, model.encoder, [episode], "support")
+        tokens = support.batch.tokens.numel()
         began = time.perf_counter()
-        task_gradients(partial(model.lm.losses, batch=batch), fast)
+        task_gradients(config.algorithm.support_losses(support), fast)
         seconds = time.perf_counter() - began
-    return seconds / batch.tokens.numel()
+    return seconds / tokens
