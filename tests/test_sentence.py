@@ -104,11 +104,13 @@ def encoder_lm(folder, last_layers=None) -> TaskLM:
 
 
 @needs_library
-@pytest.mark.parametrize("last_layers", [None, 2])
-def test_an_adapter_loads_in_sentence_transformers(tmp_path, encoder, last_layers):
+@pytest.mark.parametrize(("is_causal", "last_layers"), [(False, None), (False, 2), (True, None)])
+def test_an_adapter_loads_in_sentence_transformers(tmp_path, is_causal, last_layers):
     from sentence_transformers import SentenceTransformer
 
-    lora = {"rank": 4, "targets": BERT_TARGETS, "last_layers": last_layers}
+    pooling = {"pooling_mode": "lasttoken" if is_causal else "mean"}
+    encoder = write_encoder(tmp_path / "encoder", pooling, is_causal=is_causal)
+    lora = {"rank": 4, "targets": ["q_proj", "down_proj"] if is_causal else BERT_TARGETS, "last_layers": last_layers}
     model = untrained_model(encoder_config(tmp_path, encoder, lora=lora), toy_tasks())
     start = perturbed_start(model.lm)
     replace(model, start=start).save(tmp_path / "start")
