@@ -102,10 +102,12 @@ def values(tmp_path):
 
 
 @needs_packages
-def test_classifiers_take_part_in_a_comparison(tmp_path, values):
+def test_classifiers_take_part_in_a_comparison(tmp_path, values, capfd):
     folder = tmp_path / "all"
     request = replace(REQUEST, methods=["zero_shot", "embedding", "setfit"])
     found = compare(values, "here", request, folder, "", False, Console(width=200))["kinds"]["label"]["methods"]
+    printed = capfd.readouterr()
+    assert not re.search(r"it/s\]|Map|embedding_loss|Running training", printed.out + printed.err)
     rows = {row["method"]: row for row in found}
     assert rows["embedding"]["main"]["mean"] > rows["zero_shot"]["main"]["mean"]
     assert rows["setfit"]["main"]["mean"] > rows["zero_shot"]["main"]["mean"]

@@ -83,14 +83,17 @@ class SetFit(Classifier):
     heads = ("logistic regression",)
 
     def __init__(self, encoder: str, device: torch.device, seed: int):
+        from datasets import disable_progress_bars
         from setfit import SetFitModel, logging
 
+        disable_progress_bars()  # there would be one for each task
         logging.set_verbosity_error()
         self.model, self.seed = SetFitModel.from_pretrained(encoder, device=str(device)), seed
 
     def log_probs(self, episode: Episode, head: str) -> Tensor:
         from datasets import Dataset
         from setfit import Trainer, TrainingArguments
+        from transformers import PrinterCallback, ProgressCallback
 
         model = deepcopy(self.model)  # it is trained in place
         texts = [example.input for example in episode.support]
@@ -98,7 +101,10 @@ class SetFit(Classifier):
         with TemporaryDirectory() as folder:
             quiet: dict[str, Any] = {"report_to": "none", "logging_strategy": "no", "show_progress_bar": False}
             arguments = TrainingArguments(folder, seed=self.seed, save_strategy="no", **quiet)
-            Trainer(model, arguments, support).train()
+            trainer = Trainer(model, arguments, support)
+            for bar in (ProgressCallback, PrinterCallback):
+                trainer.remove_callback(bar)
+            trainer.train()
         found = model.predict_proba([example.input for example in episode.query], as_numpy=True)
         return torch.as_tensor(found).log()
 
