@@ -188,7 +188,12 @@ def test_methods_are_planned_with_equal_tokens(tmp_path):
     values = values_of(tmp_path)
     base = config_for(tmp_path, "fomaml", outer={"steps": 40})
     values = with_values(values, {"outer.steps": 40})
-    request = replace(REQUEST, methods=list(METHODS), variants={"words": ("data.labels=words",)}, seeds=2)
+    request = replace(
+        REQUEST,
+        methods=[n for n, m in METHODS.items() if m.start != "encoder"],
+        variants={"words": ("data.labels=words",)},
+        seeds=2,
+    )
     method_runs = plan(values, "here", base, prepare_splits(base.data), request, tmp_path)
     trained = [method_run for method_run in method_runs if method_run.tokens_per_step]
     budget = next(method_run.tokens for method_run in trained if method_run.name == "fomaml")
