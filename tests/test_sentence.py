@@ -1,6 +1,10 @@
 """Sentence encoders as the base: the vectors of sentence-transformers, and the adapters and inner loop of others."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -270,3 +274,18 @@ def test_a_sharded_sentence_encoder_learns_as_a_whole_one(encoder):
     expected = meta_gradient_of(encoder, encoder_lm(encoder), range(4))
     assert all(part.abs().max() > 0 for part in expected)
     on_workers(zero_worker, 2, encoder, [part.clone() for part in expected])
+
+
+def test_a_language_model_of_the_hub_s_cache_loads_without_a_network(tmp_path, tiny):
+    """Where nobody can say that there is no `modules.json`."""
+    hub = tmp_path / "hub" / "models--someone--llm"
+    shutil.copytree(tiny, hub / "snapshots" / "abc")
+    (hub / "refs").mkdir()
+    (hub / "refs" / "main").write_text("abc")
+    code = (
+        "from rayml.lm.load import load_base, load_tokenizer as t\n"
+        "print(t('someone/llm').is_fast, load_base('someone/llm', 'float32').dtype)"
+    )
+    own = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    printed = subprocess.run([sys.executable, "-c", code], env=os.environ | own, capture_output=True, text=True)
+    assert printed.stdout == "True torch.float32\n", printed.stderr

@@ -114,7 +114,8 @@ def poolings_of(pooling: dict[str, Any]) -> tuple[str, ...]:
 
 def _json(path: str, name: str) -> Any:
     """Return what a file beside a model holds; None if it is not there."""
-    file = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+    quiet = {f"_raise_exceptions_for_{trouble}": False for trouble in ("missing_entries", "connection_errors")}
+    file = cached_file(path, name, **quiet)
     return json.loads(Path(file).read_text(encoding="utf-8")) if file else None
 
 
