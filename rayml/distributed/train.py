@@ -28,12 +28,9 @@ from rayml.distributed.watch import START_SECONDS, Watch, end_run
 from rayml.distributed.worker import train_worker
 from rayml.errors import ConfigError, TrainingError
 from rayml.interrupt import heed_again, kept
+from rayml.lm.abilities import check_model
 from rayml.lm.encode import Encoder
-from rayml.lm.load import load_shape, load_tokenizer, resolve_model
-from rayml.lm.lora import A, B, find_linears
-from rayml.lm.parameters import trained_parameters
-from rayml.lm.soft_prompt import PROMPT
-from rayml.meta.learner import initial_log_rates
+from rayml.lm.load import load_tokenizer, resolve_model
 from rayml.model import load
 from rayml.progress import doing
 from rayml.runs.checkpoint import newest_checkpoint, step_of
@@ -42,7 +39,6 @@ from rayml.runs.folder import RunFolder
 from rayml.runs.remote import Remote
 from rayml.tasks.prepare import prepare_splits
 from rayml.tasks.splits import Splits
-from rayml.tasks.task import Task
 
 WORKER_ENV = {
     "TOKENIZERS_PARALLELISM": "false",
@@ -77,10 +73,10 @@ def train(config: Config, resume: bool = False, at_once: int = 1) -> RunFolder:
             said = f"{', '.join(anew)}: not as in {old.run.path}, whose tasks are replayed as this config shows them"
             Console(stderr=True).print(said, style="yellow", highlight=False, soft_wrap=True)
     model = resolve_model(config.model.name)
-    encoder = config.encoder(load_tokenizer(model))
-    encoder.check([*splits.train, *splits.val, *splits.test])
+    encoder, tasks = config.encoder(load_tokenizer(model)), [task for part in splits for task in part]
+    encoder.check(tasks)
     run = RunFolder(config.run.dir)
-    check_model(config, model, [task for part in splits for task in part])
+    check_model(config, model, tasks, encoder.tokenizer)
     check_trackers(config.run.trackers, run)
     if not os.environ.get("RAY_ADDRESS") and not ray.is_initialized():
         check_resources(config, cpus=processors(), cpus_each=1, gpus=torch.cuda.device_count())
@@ -128,32 +124,6 @@ def with_absolute_paths(config: Config) -> Config:
     paths = {"dir": config.run.dir} | ({"continues": config.run.continues} if config.run.continues else {})
     run = config.run.model_copy(update={key: str(place(path)) for key, path in paths.items()})
     return config.model_copy(update={"data": data, "model": model, "run": run})
-
-
-def check_model(config: Config, model: str, tasks: Sequence[Task]) -> None:
-    """Raise ConfigError if the model lacks what the config names; on the meta device, so that nothing is loaded."""
-    bare = load_shape(model, "eager")  # which every model has
-    if config.mode == "full":
-        names = list(trained_parameters(bare, config.full))
-    elif config.soft_tokens:
-        names = [PROMPT]
-    else:
-        linears = find_linears(bare, config.lora.targets, config.lora.last_layers)
-        names = [name + part for name in linears for part in (A, B)]
-    if not initial_log_rates(dict.fromkeys(names, torch.empty(0)), 1.0, config.inner.modules, per_weight=False):
-        raise ConfigError(
-            f"inner.modules: {', '.join(config.inner.modules)} matches nothing learned, such as {names[0]}"
-        )
-    longest = config.data.max_tokens + config.soft_tokens
-    if config.algorithm.keeps == "prompt":
-        shown = max(min(config.data.ways, len(task.options) or 1) for task in tasks) * config.data.shots
-        longest *= shown + 1
-    most = getattr(bare.config, "max_position_embeddings", longest)
-    if longest > most:
-        raise ConfigError(
-            f"data.max_tokens: a row may have {longest} tokens, the model takes {most}; lower it or shots"
-        )
-    config.algorithm.check(tasks)
 
 
 def processors() -> int:

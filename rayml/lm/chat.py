@@ -20,13 +20,29 @@ def chat_text(tokenizer: Any, turns: Turns, asks: bool = False) -> str:
         DataError: the template refuses them.
     """
     messages = [{"role": role, "content": text} for role, text in turns]
-    template = tokenizer.chat_template or CHAT
+    template = own_template(tokenizer) or CHAT
     try:
         return tokenizer.apply_chat_template(
             messages, chat_template=template, tokenize=False, add_generation_prompt=asks
         )
-    except TemplateError as error:
+    except (TemplateError, TypeError, ValueError) as error:
         raise DataError(f"the model's chat template refuses a dialogue ({turns[0][1][:60]!r}): {error}") from None
+
+
+def own_template(tokenizer: Any) -> str | None:
+    """Return the model's chat template: of several that called `default`, as transformers takes it.
+
+    Raises:
+        DataError: there are several, and none is called so.
+    """
+    template = tokenizer.chat_template
+    if isinstance(template, dict) and len(template) == 1:
+        return next(iter(template.values()))
+    if isinstance(template, dict) and "default" not in template:
+        raise DataError(
+            f"the model has chat templates {', '.join(template)}, and none is called default; rename one in its folder"
+        )
+    return template["default"] if isinstance(template, dict) else template
 
 
 def chat_prompt(tokenizer: Any, turns: Turns) -> list[int]:
@@ -64,7 +80,7 @@ def chat_row(tokenizer: Any, turns: Turns, max_tokens: int) -> Row:
         DataError: as above, or the last turn alone is too long.
     """
     text, spans = answer_spans(tokenizer, turns)
-    if not tokenizer.chat_template:  # whose own would end a turn with a token that a text ends with
+    if not own_template(tokenizer):  # whose own would end a turn with a token that a text ends with
         text += tokenizer.eos_token
         spans[-1] = spans[-1][0], len(text)
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)

@@ -87,7 +87,12 @@ def write(lm: TaskLM, texts: Sequence[Generation]) -> None:
     """Generate texts to their end, side by side; all may have as many tokens."""
     decoder = Decoder(lm, most_rows=len(texts), cache_tokens=0)
     decoder.join(texts)
-    while any(text.finish_reason is None for text in texts):
+    while True:
+        for text in texts:
+            if text.finish_reason and text in decoder.active:
+                decoder.leave(text)
+        if not decoder.active:
+            return
         decoder.step()
 
 

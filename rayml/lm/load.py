@@ -76,8 +76,10 @@ def load_tokenizer(path: str):
         raise ConfigError(f"model.name: no tokenizer at {path!r}: {error}") from error
     if masked:
         mark_masked(tokenizer)
-    if not tokenizer.is_fast or (tokenizer.eos_token_id is None and not masked):
-        raise ConfigError(f"model.name: {path!r} has no fast tokenizer with an end-of-sequence token")
+    needed = ("pad_token", "mask_token") if masked else ("eos_token",)
+    lacking = [name for name in needed if getattr(tokenizer, name) is None]
+    if not tokenizer.is_fast or lacking:
+        raise ConfigError(f"model.name: {path!r} has no fast tokenizer with {' and '.join(lacking or needed)}")
     return tokenizer
 
 
@@ -86,14 +88,12 @@ def load_base(path: str, dtype: str, attention: str = "sdpa", deepspeed: dict[st
 
     Args:
         deepspeed: a ZeRO-3 config, to shard each weight over the workers as it is read.
+
+    Raises:
+        ConfigError: there is none, or it is not whole.
     """
     sharded_loading = HfDeepSpeedConfig(deepspeed) if deepspeed else None  # acts on from_pretrained while it lives
-    try:
-        model = auto_model(path).from_pretrained(
-            path, dtype=DTYPES[dtype], attn_implementation=attention, use_safetensors=True
-        )
-    except (ImportError, OSError, ValueError) as error:  # a quantised one needs the library that quantised it
-        raise ConfigError(f"model.name: no causal language model at {path!r}: {error}") from error
+    model = _from_pretrained(path, dtype=DTYPES[dtype], attn_implementation=attention)
     del sharded_loading
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -102,7 +102,53 @@ def load_base(path: str, dtype: str, attention: str = "sdpa", deepspeed: dict[st
     return model.requires_grad_(False).eval()
 
 
-def load_shape(path: str, attention: str = "sdpa"):
+def _from_pretrained(path: str, **settings: Any) -> Any:
+    """Return a model, whose every weight was in its files: what is missing would be drawn anew at every load."""
+    try:
+        model, info = auto_model(path).from_pretrained(
+            path,
+            config=read_config(path),
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **settings,
+        )
+    except (ImportError, OSError, ValueError) as error:  # a quantised one needs the library that quantised it
+        raise ConfigError(f"model.name: no causal language model at {path!r}: {error}") from error
+    lacking = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    if lacking:
+        raise ConfigError(
+            f"model.name: {path!r} has no weights for {', '.join(lacking[:4])}{', ...' if len(lacking) > 4 else ''} of "
+            f"{type(model).__name__}, or of another shape; take a checkpoint that was saved with its output head"
+        )
+    return model
+
+
+def read_config(path: str) -> Any:
+    """Return a resolved model's config; a masked model's knows its tokenizer's padding, which must not be seen.
+
+    Raises:
+        ConfigError: they speak of two tokens.
+    """
+    config = AutoConfig.from_pretrained(path)
+    if is_masked(path):
+        pad = load_tokenizer(path).pad_token_id
+        if config.pad_token_id not in (None, pad):
+            raise ConfigError(
+                f"model.name: pad_token_id is {config.pad_token_id} in the config.json of {path!r}, and {pad} in its "
+                "tokenizer; make them one"
+            )
+        config.pad_token_id = pad
+    return config
+
+
+def check_weights(path: str) -> None:
+    """Raise ConfigError if a folder's weights are not all there; none is read."""
+    if Path(path).is_dir():  # the Hub's are fetched by the workers
+        _from_pretrained(path, device_map="meta")
+
+
+def load_shape(path: str, attention: str = "eager"):
     """Return the causal LM of a resolved model on the meta device: from its config.json alone, without weights.
 
     Raises:

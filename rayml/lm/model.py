@@ -32,7 +32,7 @@ class TaskLM:
         config = getattr(module, "module", module).config
         # Attention to both sides would see padding, too.
         is_masked = type(getattr(module, "module", module)).__name__.endswith("ForMaskedLM")
-        self._pad = config.pad_token_id if is_masked else None
+        self.pad: int | None = config.pad_token_id if is_masked else None
         self._positions: Tensor | None = None
         self._frozen = frozen_layers(module, adapter)
         self.known: KnownStates | None = None
@@ -45,7 +45,7 @@ class TaskLM:
 
         Where attention is told the places of tokens they do not; recurrent layers have no such thing.
         """
-        if self.adapter is None or self._pad is not None:
+        if self.adapter is None or self.pad is not None:
             return False  # mode full deals a task's rows to the workers; a masked model looks to both sides
         alone = torch.tensor([[5, 3, 4]], device=self.device)
         rows = torch.tensor([[1, 2, 1, 5, 3, 4], [4, 4, 2, 5, 3, 4]], device=self.device)
@@ -86,7 +86,7 @@ class TaskLM:
             inputs: what else the model takes, such as a cache of keys and values.
         """
         self._positions = positions
-        seen = {"use_cache": False} if self._pad is None else {"attention_mask": (tokens != self._pad).long()}
+        seen = {"use_cache": False} if self.pad is None else {"attention_mask": (tokens != self.pad).long()}
         inputs = {"input_ids": tokens} | seen | inputs
         try:
             if self.adapter is None and weights is not None:

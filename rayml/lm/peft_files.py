@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from rayml.errors import RunError
 from rayml.lm.encode import Encoder
@@ -108,6 +109,19 @@ def save_adapter(folder: Path, weights: Params, lora: dict[str, Any], base: str,
     peft.save_pretrained(str(folder))
     whole = {name: weight.detach().cpu().contiguous() for name, weight in tensors.items()}
     save_file(whole, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def peft_logits(module: Any, folder: Path, tokens: Tensor) -> Tensor:
+    """Return the logits `[N, L, V]` of tokens `[N, L]` by PEFT, with an adapter's folder; the model stays as it was."""
+    from peft import PeftModel
+
+    wrapped = PeftModel.from_pretrained(module, str(folder)).eval()
+    try:
+        return wrapped(input_ids=tokens).logits
+    finally:
+        if hasattr(wrapped.base_model, "unload"):  # a prompt is put into nothing
+            wrapped.base_model.unload()
+        vars(module).pop("peft_config", None)
 
 
 def save_model(folder: Path, module: Any, weights: Params, tokenizer: Any) -> None:

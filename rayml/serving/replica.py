@@ -12,7 +12,7 @@ from typing import Any
 from rayml.adapter import Adapter, chosen
 from rayml.errors import DataError, TrainingError
 from rayml.evaluation.learn import Lesson, inner_steps, lesson
-from rayml.lm.chat import chat_prompt
+from rayml.lm.chat import chat_prompt, own_template
 from rayml.lm.decode import context_tokens
 from rayml.lm.encode import Encoder
 from rayml.lm.generate import end_tokens
@@ -263,7 +263,7 @@ class Replica:
                 tokens = unlimited(adapter.encoder).asked(unanswered(given), adapter.shown)
             elif not isinstance(prompt, list):
                 tokens = tokenizer(prompt)["input_ids"]
-            elif tokenizer.chat_template:
+            elif own_template(tokenizer):
                 tokens = chat_prompt(tokenizer, turns_of(prompt))
             else:
                 raise ApiError(400, "this base has no chat template; use /v1/completions", "messages")
