@@ -18,6 +18,7 @@ from rayml.engine import local, zero
 from rayml.errors import ConfigError, DataError, TrainingError
 from rayml.evaluation.curves import Scorer
 from rayml.evaluation.learn import inner_steps, lesson, new_task, take_in
+from rayml.lm.abilities import refuse_strange, refuse_unlike_peft
 from rayml.lm.depth import rate_factors
 from rayml.lm.encode import Encoder
 from rayml.lm.load import load_tokenizer, resolve_model
@@ -174,6 +175,7 @@ class MetaModel:
         to, lora = new_folder(folder), lora_of(self.config)
         with made_here(to) as here:
             write_weights(here, self.lm, self.encoder, self.start, lora, self.base)
+            refuse_unlike_peft(here, self.lm, self.start)
         return to
 
 
@@ -231,6 +233,7 @@ def load_base(
     if every_linear:
         shape |= {"targets": linear_kinds(module), "last_layers": None}
     lm = TaskLM(module, hooks(module, shape if config.mode == "adapters" else {}, config.soft_tokens))
+    refuse_strange(lm)
     return config, precision, lm, config.encoder(load_tokenizer(base)), base
 
 

@@ -8,117 +8,162 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedTokenizerFast
 
 VOCABULARY = 261
-BASE: dict[str, Any] = dict(
-    vocab_size=VOCABULARY,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    max_position_embeddings=512,
-    bos_token_id=0,
-    eos_token_id=1,
-    pad_token_id=1,
-)
-EXPERTS = dict(
-    num_experts=4,
-    num_local_experts=4,
-    n_routed_experts=4,
-    num_experts_per_tok=2,
-    moe_intermediate_size=32,
-    shared_expert_intermediate_size=32,
-    decoder_sparse_step=1,
-)
-GPT2 = dict(vocab_size=VOCABULARY, n_embd=32, n_layer=4, n_head=4, n_positions=512, bos_token_id=0, eos_token_id=1)
+BASE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
+EXPERTS = {
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "decoder_sparse_step": 1,
+}
+GPT2 = {
+    "vocab_size": VOCABULARY,
+    "n_embd": 32,
+    "n_layer": 4,
+    "n_head": 4,
+    "n_positions": 512,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
 NO_HEAD_DIM = {key: value for key, value in BASE.items() if key not in ("head_dim", "num_key_value_heads")}
-LATENT = dict(kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8, num_key_value_heads=4)
-SHARED = dict(n_shared_experts=1, first_k_dense_replace=1, n_group=1, topk_group=1)
+LATENT = {"kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8, "num_key_value_heads": 4}
+SHARED = {"n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
 TURNS = ["linear_attention", "full_attention"] * 2
-DELTA = dict(layer_types=TURNS, linear_num_value_heads=4, linear_num_key_heads=2)
-DELTA |= dict(linear_key_head_dim=8, linear_value_head_dim=8)
-MAMBA = dict(mamba_n_heads=8, mamba_d_head=8, mamba_n_groups=1, mamba_d_state=8, mamba_chunk_size=16)
-STATES = dict(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=4, bos_token_id=0, eos_token_id=1, pad_token_id=1)
+DELTA = {"layer_types": TURNS, "linear_num_value_heads": 4, "linear_num_key_heads": 2}
+DELTA |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_chunk_size": 16}
+STATES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
 
 CAUSAL: dict[str, dict[str, Any]] = {
     "llama": BASE,
-    "mistral": BASE | dict(sliding_window=8),
+    "mistral": BASE | {"sliding_window": 8},
     "qwen2": BASE,
     "qwen3": BASE,
     "phi": BASE,
     "phi3": BASE,
     "gemma": BASE,
-    "gemma2": BASE | dict(sliding_window=8),
-    "gemma3_text": BASE | dict(sliding_window=8),
+    "gemma2": BASE | {"sliding_window": 8},
+    "gemma3_text": BASE | {"sliding_window": 8},
     "granite": BASE,
     "olmo2": BASE,
-    "cohere2": BASE | dict(sliding_window=8),
+    "cohere2": BASE | {"sliding_window": 8},
     "stablelm": BASE,
     "smollm3": BASE,
-    "exaone4": BASE | dict(sliding_window=8, sliding_window_pattern=4),
+    "exaone4": BASE | {"sliding_window": 8, "sliding_window_pattern": 4},
     "glm4": BASE,
     "nemotron": BASE,
     "ernie4_5": BASE,
     "starcoder2": BASE,
     "gpt_neox": NO_HEAD_DIM,
-    "falcon": NO_HEAD_DIM | dict(alibi=False, new_decoder_architecture=True, num_kv_heads=2),
-    "falcon_alibi": NO_HEAD_DIM | dict(model_type="falcon", alibi=True, new_decoder_architecture=False),
-    "opt": STATES | dict(ffn_dim=64, num_attention_heads=4, max_position_embeddings=512, word_embed_proj_dim=16),
-    "bloom": dict(vocab_size=VOCABULARY, hidden_size=32, n_layer=4, n_head=4, bos_token_id=0, eos_token_id=1),
-    "mpt": dict(vocab_size=VOCABULARY, d_model=32, n_layers=4, n_heads=4, max_seq_len=512),
+    "falcon": NO_HEAD_DIM | {"alibi": False, "new_decoder_architecture": True, "num_kv_heads": 2},
+    "falcon_alibi": NO_HEAD_DIM | {"model_type": "falcon", "alibi": True, "new_decoder_architecture": False},
+    "opt": STATES
+    | {"ffn_dim": 64, "num_attention_heads": 4, "max_position_embeddings": 512, "word_embed_proj_dim": 16},
+    "bloom": {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "n_layer": 4,
+        "n_head": 4,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    },
+    "mpt": {"vocab_size": VOCABULARY, "d_model": 32, "n_layers": 4, "n_heads": 4, "max_seq_len": 512},
     "gpt2": GPT2,
     "gpt_bigcode": GPT2,
-    "gptj": GPT2 | dict(rotary_dim=4),
-    "codegen": GPT2 | dict(rotary_dim=4, n_ctx=512),
+    "gptj": GPT2 | {"rotary_dim": 4},
+    "codegen": GPT2 | {"rotary_dim": 4, "n_ctx": 512},
     "gpt_neo": STATES
-    | dict(num_layers=4, num_heads=4, window_size=8, attention_types=[[["global", "local"], 2]], hidden_size=32),
+    | {
+        "num_layers": 4,
+        "num_heads": 4,
+        "window_size": 8,
+        "attention_types": [[["global", "local"], 2]],
+        "hidden_size": 32,
+    },
     "biogpt": NO_HEAD_DIM,
-    "xglm": STATES | dict(d_model=32, ffn_dim=64, num_layers=4, attention_heads=4, max_position_embeddings=512),
+    "xglm": STATES
+    | {"d_model": 32, "ffn_dim": 64, "num_layers": 4, "attention_heads": 4, "max_position_embeddings": 512},
     "mixtral": BASE | EXPERTS,
     "qwen2_moe": BASE | EXPERTS,
     "qwen3_moe": BASE | EXPERTS,
     "granitemoe": BASE | EXPERTS,
     "olmoe": BASE | EXPERTS,
     "phimoe": BASE | EXPERTS,
-    "jetmoe": BASE | EXPERTS | dict(kv_channels=8),
-    "gpt_oss": BASE | EXPERTS | dict(sliding_window=8),
-    "llama4_text": BASE | EXPERTS | dict(intermediate_size_mlp=64, attention_chunk_size=8),
-    "deepseek_v2": NO_HEAD_DIM | EXPERTS | LATENT | dict(q_lora_rank=16, n_shared_experts=1, first_k_dense_replace=1),
-    "deepseek_v3": NO_HEAD_DIM | EXPERTS | LATENT | SHARED | dict(q_lora_rank=16),
+    "jetmoe": BASE | EXPERTS | {"kv_channels": 8},
+    "gpt_oss": BASE | EXPERTS | {"sliding_window": 8},
+    "llama4_text": BASE | EXPERTS | {"intermediate_size_mlp": 64, "attention_chunk_size": 8},
+    "deepseek_v2": NO_HEAD_DIM
+    | EXPERTS
+    | LATENT
+    | {"q_lora_rank": 16, "n_shared_experts": 1, "first_k_dense_replace": 1},
+    "deepseek_v3": NO_HEAD_DIM | EXPERTS | LATENT | SHARED | {"q_lora_rank": 16},
     "glm4_moe": BASE | EXPERTS | SHARED,
     "dots1": BASE | EXPERTS | SHARED,
     "ernie4_5_moe": BASE
     | EXPERTS
-    | dict(moe_num_experts=4, moe_k=2, moe_num_shared_experts=1, moe_layer_start_index=1),
-    "hunyuan_v1_moe": BASE | EXPERTS | dict(moe_topk=2, num_shared_expert=1),
-    "afmoe": BASE | EXPERTS | dict(num_dense_layers=1, num_shared_experts=1, sliding_window=8),
+    | {"moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1, "moe_layer_start_index": 1},
+    "hunyuan_v1_moe": BASE | EXPERTS | {"moe_topk": 2, "num_shared_expert": 1},
+    "afmoe": BASE | EXPERTS | {"num_dense_layers": 1, "num_shared_experts": 1, "sliding_window": 8},
     "minimax": BASE | EXPERTS,
     "qwen3_next": BASE | EXPERTS | DELTA,
-    "lfm2": BASE | dict(layer_types=["conv", "full_attention"] * 2),
-    "bamba": BASE | MAMBA | dict(attn_layer_indices=[1, 3]),
-    "falcon_h1": BASE | MAMBA | dict(mamba_d_ssm=64),
+    "lfm2": BASE | {"layer_types": ["conv", "full_attention"] * 2},
+    "bamba": BASE | MAMBA | {"attn_layer_indices": [1, 3]},
+    "falcon_h1": BASE | MAMBA | {"mamba_d_ssm": 64},
     "jamba": BASE
     | EXPERTS
-    | dict(attn_layer_period=2, attn_layer_offset=1, mamba_d_state=8, mamba_dt_rank=4, use_mamba_kernels=False),
-    "mamba": STATES | dict(state_size=8),
-    "mamba2": STATES | dict(state_size=8, num_heads=8, head_dim=8, n_groups=2, chunk_size=16),
+    | {
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "mamba_d_state": 8,
+        "mamba_dt_rank": 4,
+        "use_mamba_kernels": False,
+    },
+    "mamba": STATES | {"state_size": 8},
+    "mamba2": STATES | {"state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 2, "chunk_size": 16},
     "recurrent_gemma": STATES
-    | dict(num_hidden_layers=6, num_attention_heads=4, intermediate_size=64, lru_width=32, attention_window_size=8),
-    "rwkv": STATES | dict(attention_hidden_size=32, context_length=512),
+    | {
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "lru_width": 32,
+        "attention_window_size": 8,
+    },
+    "rwkv": STATES | {"attention_hidden_size": 32, "context_length": 512},
     "openai-gpt": GPT2,
-    "ctrl": GPT2 | dict(dff=64),
+    "ctrl": GPT2 | {"dff": 64},
 }
-ENCODER = NO_HEAD_DIM | dict(pad_token_id=2)
+ENCODER = NO_HEAD_DIM | {"pad_token_id": 2}
 MASKED: dict[str, dict[str, Any]] = {
     "bert": ENCODER,
     "roberta": ENCODER,
     "xlm-roberta": ENCODER,
-    "electra": ENCODER | dict(embedding_size=16),
-    "albert": ENCODER | dict(embedding_size=16),
-    "distilbert": ENCODER | dict(dim=32, hidden_dim=64, n_layers=4, n_heads=4),
+    "electra": ENCODER | {"embedding_size": 16},
+    "albert": ENCODER | {"embedding_size": 16},
+    "distilbert": ENCODER | {"dim": 32, "hidden_dim": 64, "n_layers": 4, "n_heads": 4},
     "deberta-v2": ENCODER,
     "mpnet": ENCODER,
-    "modernbert": ENCODER | dict(cls_token_id=0, sep_token_id=1),
+    "modernbert": ENCODER | {"cls_token_id": 0, "sep_token_id": 1},
 }
 
 

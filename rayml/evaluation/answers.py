@@ -11,8 +11,7 @@ import numpy as np
 import torch
 
 from rayml.evaluation.curves import Scorer, score_all
-from rayml.lm.generate import Generation, end_tokens, write
-from rayml.lm.sampling import Sampling
+from rayml.lm.generate import texts_behind, write
 from rayml.meta.adapt import Params
 from rayml.tasks.episodes import Episode, Sampler
 from rayml.tasks.overall import groups, overall
@@ -148,11 +147,9 @@ def text_answers(contender: Contender, episode: Episode, setting: Setting) -> li
     scorer, encoder = contender.scorer, contender.scorer.encoder.of(episode.task, episode.kind)
     shown = episode.support if encoder.in_context and contender.takes_support else ()
     longest = max(len(encoder.tokenizer(example.target)["input_ids"]) for example in episode.support)
-    sampling = Sampling(min(encoder.max_tokens, 2 * longest + SPARE_TOKENS))
-    weights = taken_in(contender, episode, setting)
-    ends, texts = end_tokens(scorer.lm.module, encoder.tokenizer), []
-    for query in episode.query:
-        texts.append(Generation(encoder.tokenizer, encoder.asked(query, shown), weights, sampling, ends))
+    most = min(encoder.max_tokens, 2 * longest + SPARE_TOKENS)
+    prompts = [encoder.asked(query, shown) for query in episode.query]
+    texts = texts_behind(scorer.lm, encoder.tokenizer, prompts, taken_in(contender, episode, setting), most)
     write(scorer.lm, texts)
     return [
         {

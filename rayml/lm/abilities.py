@@ -5,26 +5,26 @@ config.json does not tell, `rayml.lm.trials` tries.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
-from rayml.errors import ConfigError
-from rayml.lm.load import check_weights, load_shape
+from rayml.errors import ConfigError, RunError
+from rayml.lm.load import check_weights, context_tokens, load_shape, resolve_model
 from rayml.lm.lora import A, B, find_linears
+from rayml.lm.model import TaskLM
 from rayml.lm.parameters import trained_parameters
 from rayml.lm.precision import has_sdpa
 from rayml.lm.soft_prompt import PROMPT
-from rayml.lm.trials import fault
+from rayml.lm.trials import fault, same_in_peft, strange
+from rayml.meta.adapt import Params
 from rayml.meta.learner import initial_log_rates
 from rayml.tasks.task import Task
 
 if TYPE_CHECKING:
     from rayml.config import Config
 
-NO_LIMIT = 1 << 30
-"""Tokens of a model that states none."""
 SPECIAL = "bos_token", "eos_token", "pad_token", "mask_token", "cls_token", "sep_token", "unk_token"
 
 
@@ -32,7 +32,7 @@ def check_model(config: "Config", base: str, tasks: Sequence[Task] = (), tokeniz
     """Raise ConfigError if a resolved model cannot do what a config asks for, with these tasks.
 
     Args:
-        tokenizer: of the model; its tokens are looked at where it is given.
+        tokenizer: of the model; None leaves it, and the weights, alone: for a plan its config.json is enough.
     """
     bare = load_shape(base)
     names = learned_names(bare, config)
@@ -43,29 +43,43 @@ def check_model(config: "Config", base: str, tasks: Sequence[Task] = (), tokeniz
     refuse_long_rows(config, bare, tasks)
     if tokenizer is not None:
         refuse_tokens(tokenizer, bare.get_input_embeddings().num_embeddings, tasks)
+        check_weights(base)
     config.algorithm.check(tasks)
-    check_weights(base)
-    lora = config.lora.shape() if config.mode == "adapters" and config.adapter == "lora" else {}
-    writes = any(not task.options for task in tasks)
-    refuse_unable(base, config.model.attention, lora, config.soft_tokens, writes)
+    refuse_unable(base, config, writes=any(not task.options for task in tasks))
 
 
-def refuse_unable(base: str, attention: str, lora: dict[str, Any], soft_tokens: int, writes: bool) -> None:
-    """Raise ConfigError if a model, with adapters of a shape, was tried and does otherwise than rayml relies on.
+def refuse_unable(base: str, config: "Config", writes: bool) -> None:
+    """Raise ConfigError if a model, with a config's adapters, was tried and does otherwise than rayml relies on.
 
     Args:
-        attention: `model.attention`.
-        lora: the adapters' shape; nothing where there are none.
         writes: whether it is to write texts.
+    """
+    lora = config.lora.shape() if config.mode == "adapters" and config.adapter == "lora" else {}
+    if reason := unable(base, lora, config.soft_tokens, writes, config.model.attention):
+        raise ConfigError(reason)
+
+
+def refuse_mute(config: "Config", tasks: Sequence[Task]) -> None:
+    """Raise ConfigError if texts are to be written for some tasks, and a config's model cannot write them."""
+    if any(not task.options for task in tasks):
+        base = resolve_model(config.model.name)
+        if reason := unable(base, {}, config.soft_tokens, writes=True, attention=config.model.attention):
+            raise ConfigError(reason)
+
+
+def unable(base: str, lora: dict[str, Any], soft_tokens: int, writes: bool, attention: str = "auto") -> str | None:
+    """Return why a model with such adapters cannot be used, or None.
+
+    Args:
+        lora: the adapters' shape; nothing where there are none.
+        attention: `model.attention`.
     """
     fused = has_sdpa(base)
     if attention == "sdpa" and not fused:
-        raise ConfigError(f"model.attention: transformers has no sdpa for {base!r}; use model.attention=eager, or auto")
+        return f"model.attention: transformers has no sdpa for {base!r}; use model.attention=eager, or auto"
     attention = ("sdpa" if fused else "eager") if attention == "auto" else attention
     targets = tuple(lora.get("targets", ()))
-    found = fault(base, attention, targets, lora.get("rank", 1), lora.get("alpha", 1.0), soft_tokens, writes)
-    if found:
-        raise ConfigError(found)
+    return fault(base, attention, targets, lora.get("rank", 1), lora.get("alpha", 1.0), soft_tokens, writes)
 
 
 def learned_names(bare: Any, config: "Config") -> list[str]:
@@ -94,22 +108,6 @@ def refuse_long_rows(config: "Config", bare: Any, tasks: Sequence[Task]) -> None
         )
 
 
-def context_tokens(model: Any) -> int:
-    """Return the longest text that a model takes, on the meta device or any other; NO_LIMIT where it states none."""
-    config = model.config.get_text_config()
-    stated = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
-    rope = getattr(config, "rope_parameters", None) or {}
-    for one in [rope, *(part for part in rope.values() if isinstance(part, dict))]:
-        if one.get("rope_type") in ("dynamic", "longrope"):
-            # Beyond it positions hang on the longest row of a batch: its neighbours would change a text.
-            stated.append(one.get("original_max_position_embeddings"))
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding) and "position" in name.rsplit(".", 1)[-1]:
-            unused = 0 if module.padding_idx is None else module.padding_idx + 1  # as RoBERTa counts
-            stated.append(module.num_embeddings - unused)
-    return min((most for most in stated if most), default=NO_LIMIT)
-
-
 def refuse_tokens(tokenizer: Any, embeddings: int, tasks: Sequence[Task] = ()) -> None:
     """Raise ConfigError if a tokenizer gives tokens that a model has no embeddings for, where they would be read."""
     beyond = {token for token, number in tokenizer.get_vocab().items() if number >= embeddings}
@@ -124,3 +122,19 @@ def refuse_tokens(tokenizer: Any, embeddings: int, tasks: Sequence[Task] = ()) -
     used = sorted(token for token in beyond if any(token in text for text in texts))
     if used:
         raise ConfigError(f"{said}, and your tasks, or the chat template, use {', '.join(used[:4])}")
+
+
+def refuse_strange(lm: TaskLM) -> None:
+    """Raise ConfigError if a model that was just loaded sees what it must not: two forwards tell."""
+    with torch.no_grad():
+        if reason := strange(lm):
+            raise ConfigError(reason)
+
+
+def refuse_unlike_peft(folder: Path, lm: TaskLM, weights: Params) -> None:
+    """Raise RunError if PEFT does not compute, with the adapter that was written to a folder, what these weights do."""
+    if lm.adapter and not same_in_peft(lm, weights, folder):
+        raise RunError(
+            f"{type(lm.module).__name__} with this adapter is another model in PEFT, so it is not written; see "
+            "lora.targets, or keep it by `rayml serve`"
+        )

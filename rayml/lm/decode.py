@@ -140,6 +140,8 @@ class Decoder:
 
 def joined(cache: DynamicCache, new: DynamicCache) -> DynamicCache:
     """Return one cache of both's rows, whose last tokens stand in one column."""
+    ours: Any
+    theirs: Any
     for ours, theirs in zip(cache.layers, new.layers, strict=True):
         if getattr(ours, "keys", None) is not None:
             width = max(ours.keys.shape[-2], theirs.keys.shape[-2])
@@ -160,6 +162,7 @@ def padded(states: Tensor, width: int) -> Tensor:
 
 def narrow(cache: DynamicCache, width: int) -> None:
     """Keep the last columns: no row is longer."""
+    layer: Any
     for layer in cache.layers:
         if getattr(layer, "keys", None) is not None:
             layer.keys, layer.values = layer.keys[..., -width:, :], layer.values[..., -width:, :]

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rayml.errors import RunError
 from rayml.lm.decode import Decoder
+from rayml.lm.load import context_tokens
 from rayml.lm.model import TaskLM
 from rayml.lm.sampling import Piece, Sampling, TokenScore
 from rayml.meta.adapt import Params
@@ -81,6 +82,16 @@ class Generation:
             (self.tokenizer.decode([t]), p) for t, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)
         ]
         return TokenScore(self.tokenizer.decode([token]), float(log_probs[token]), top)
+
+
+def texts_behind(
+    lm: TaskLM, tokenizer: Any, prompts: Sequence[Sequence[int]], adapter: Params | None, most_tokens: int
+) -> list[Generation]:
+    """Return texts to write behind prompts, the likeliest token at a time, as long as the model's context lets them."""
+    context, ends = context_tokens(lm.module), end_tokens(lm.module, tokenizer)
+    rooms = [max(1, min(most_tokens, context - len(prompt))) for prompt in prompts]
+    pairs = zip(prompts, rooms, strict=True)
+    return [Generation(tokenizer, prompt, adapter, Sampling(room), ends) for prompt, room in pairs]
 
 
 def write(lm: TaskLM, texts: Sequence[Generation]) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, which transformers imports, warns of no GPU
@@ -39,6 +40,8 @@ from rayml.lm.masked import mark_masked
 SMOLLM2 = "smollm2-135m-instruct"
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 transformers_logging.disable_progress_bar()
+NO_LIMIT = 1 << 30
+"""Tokens of a model that states none."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -165,6 +168,22 @@ def is_masked(path: str) -> bool:
     """Return whether a model predicts masked tokens, and not the next: by what its config says that it is."""
     kinds = getattr(AutoConfig.from_pretrained(path), "architectures", None) or []
     return any(kind.endswith("ForMaskedLM") for kind in kinds)
+
+
+def context_tokens(model: Any) -> int:
+    """Return the longest text that a model takes, on the meta device or any other; NO_LIMIT where it states none."""
+    config = model.config.get_text_config()
+    stated = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
+    rope = getattr(config, "rope_parameters", None) or {}
+    for one in [rope, *(part for part in rope.values() if isinstance(part, dict))]:
+        if one.get("rope_type") in ("dynamic", "longrope"):
+            # Beyond it positions hang on the longest row of a batch: its neighbours would change a text.
+            stated.append(one.get("original_max_position_embeddings"))
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and "position" in name.rsplit(".", 1)[-1]:
+            unused = 0 if module.padding_idx is None else module.padding_idx + 1  # as RoBERTa counts
+            stated.append(module.num_embeddings - unused)
+    return min((most for most in stated if most), default=NO_LIMIT)
 
 
 def auto_model(path: str) -> Any:

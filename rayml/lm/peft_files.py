@@ -115,7 +115,7 @@ def peft_logits(module: Any, folder: Path, tokens: Tensor) -> Tensor:
     """Return the logits `[N, L, V]` of tokens `[N, L]` by PEFT, with an adapter's folder; the model stays as it was."""
     from peft import PeftModel
 
-    wrapped = PeftModel.from_pretrained(module, str(folder)).eval()
+    wrapped: Any = PeftModel.from_pretrained(module, str(folder)).eval()
     try:
         return wrapped(input_ids=tokens).logits
     finally:

@@ -19,7 +19,7 @@ from rayml.lm.peft_files import peft_logits, save_adapter
 from rayml.lm.soft_prompt import TaskPrompt, soft_tokens
 from rayml.meta.adapt import Params
 
-FEW, MOST = 50_000_000, 1_000_000_000
+FEW, MOST = 50_000_000, 400_000_000
 """Parameters of a small copy: as deep as the first allows, and none where one layer of each kind has more than these."""
 VOCABULARY = 512
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
@@ -116,7 +116,7 @@ def acts_by_task(lm: TaskLM, _base: str, _lora: dict[str, Any]) -> bool:
 
 def as_in_peft(lm: TaskLM, base: str, lora: dict[str, Any]) -> bool:
     """Return whether PEFT computes the same from an adapter that rayml writes."""
-    adapter = random_adapter(lm)
+    adapter = random_adapter(lm) or {}
     with tempfile.TemporaryDirectory() as folder:
         save_adapter(Path(folder), adapter, lora if lora["targets"] else {}, base, lm.pad is not None)
         return same_in_peft(lm, adapter, Path(folder))
@@ -231,7 +231,9 @@ def small_copy(base: str, attention: str) -> Any | None:
     except Exception as error:  # whatever its code raises
         if is_cut:  # it may be the cut that does not suit it
             return None
-        raise ConfigError(f"model.name: {type(shape).__name__} does not run: {type(error).__name__}: {error}") from error
+        raise ConfigError(
+            f"model.name: {type(shape).__name__} does not run: {type(error).__name__}: {error}"
+        ) from error
     return module.requires_grad_(False)
 
 

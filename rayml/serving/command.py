@@ -28,7 +28,7 @@ from rayml.progress import doing
 from rayml.runs.folder import RunFolder
 from rayml.serving.adapter_files import FILES, read_adapter
 from rayml.serving.app import build
-from rayml.serving.served import fits_of, servable
+from rayml.serving.served import fits_of, refuse_unlike_peft, servable
 from rayml.serving.settings import Adapters, Serving, api_keys, check_host
 from rayml.serving.store import NAME, AdapterStore, Manifest, adapter_id, owner_of
 
@@ -142,7 +142,8 @@ def publish_adapter(source: Path, run_path: str, name: str | None, store: str | 
     with tempfile.TemporaryDirectory() as folder:
         copy_files(source, Path(folder))
         try:
-            _, card = read_adapter(Path(folder), fits)
+            weights, card = read_adapter(Path(folder), fits)
+            refuse_unlike_peft(Path(folder), weights, config, base, fits)
         except RunError as error:
             raise RunError(f"{source}: {error}") from error
         content = [(Path(folder) / file).read_bytes().hex() for file in FILES if (Path(folder) / file).exists()]

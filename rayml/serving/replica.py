@@ -12,10 +12,11 @@ from typing import Any
 from rayml.adapter import Adapter, chosen
 from rayml.errors import DataError, TrainingError
 from rayml.evaluation.learn import Lesson, inner_steps, lesson
+from rayml.lm.abilities import unable
 from rayml.lm.chat import chat_prompt, own_template
-from rayml.lm.decode import context_tokens
 from rayml.lm.encode import Encoder
 from rayml.lm.generate import end_tokens
+from rayml.lm.load import context_tokens
 from rayml.lm.peft_files import AdapterCard, encoder_of
 from rayml.lm.sampling import Piece, Sampling
 from rayml.meta.adapt import Params
@@ -45,7 +46,9 @@ class Replica:
         run = RunFolder(serving.run)
         servable(run, serving.checkpoint)
         self.model = load(run, checkpoint=serving.checkpoint, every_linear=True)
-        self.context = min(context_tokens(self.model.lm.module.config), serving.limits.context_tokens)
+        self.context = min(context_tokens(self.model.lm.module), serving.limits.context_tokens)
+        config = self.model.config
+        self.mute = unable(self.model.base, {}, config.soft_tokens, writes=True, attention=config.model.attention)
         base = dataclasses.replace(self.model.encoder, max_tokens=self.context, soft_tokens=0)
         self.bare = self.model.adapter(None, AdapterCard("", "", "", "{input}", 0), encoder=base)
         self.store = AdapterStore(serving.store or str(run.path / "adapters"))
@@ -254,8 +257,8 @@ class Replica:
     def _prompt_tokens(self, adapter: Adapter, prompt: Given | list[Message], max_tokens: int, place: int) -> list[int]:
         tokenizer = self.model.encoder.tokenizer
         most = self.context - max_tokens
-        if self.model.encoder.is_masked:
-            raise ApiError(400, "a masked model writes no text; ask /v1/classify", "model")
+        if self.mute:
+            raise ApiError(400, f"{self.mute}; ask /v1/classify", "model")
         try:
             if adapter is not self.bare:
                 is_dialogue = adapter.card.kind == "dialogue"

@@ -1,10 +1,16 @@
 """The run that is served: whether it can be, and what fits its base."""
 
+from pathlib import Path
 from typing import Any
 
 from rayml.config import Config
 from rayml.errors import RunError
-from rayml.lm.lora import all_linears
+from rayml.lm.abilities import refuse_unable
+from rayml.lm.load import resolve_model
+from rayml.lm.lora import all_linears, linear_kinds
+from rayml.lm.model import TaskLM, hooks
+from rayml.lm.trials import same_in_peft, small_copy
+from rayml.meta.adapt import Params
 from rayml.runs.files import Place
 from rayml.runs.folder import RunFolder
 from rayml.serving.adapter_files import Fits
@@ -16,6 +22,7 @@ def servable(run: RunFolder, which: str | None = None) -> tuple[Config, Place]:
 
     Raises:
         RunError: there is none, or it cannot.
+        ConfigError: its model cannot.
     """
     config, checkpoint = run.trained(which)
     if config.mode == "full":
@@ -23,6 +30,7 @@ def servable(run: RunFolder, which: str | None = None) -> tuple[Config, Place]:
             f"{run.path}: mode full changes every weight for every task, and cannot be served from one copy; export "
             "it, and meta-train adapters on the folder (mode=adapters model.name=FOLDER)"
         )
+    refuse_unable(resolve_model(config.model.name), config, writes=not run.learned_labels())
     return config, checkpoint
 
 
@@ -37,3 +45,17 @@ def fits_of(config: Config, base: str, module: Any, limits: Adapters) -> Fits:
     scale = config.lora.alpha / config.lora.rank
     width = module.get_input_embeddings().embedding_dim if config.soft_tokens else 0
     return Fits((config.model.name, base), linears, scale, limits.most_rank, limits.most_bytes, config.algorithm, width)
+
+
+def refuse_unlike_peft(folder: Path, weights: Params, config: Config, base: str, fits: Fits) -> None:
+    """Raise RunError if PEFT computes something else with an adapter's folder than what is served of it: on a small copy
+    of the base, so that no weight of it is read."""
+    module = small_copy(base, "eager")
+    if module is None:
+        return
+    lora = {} if config.soft_tokens else {"targets": linear_kinds(module), "rank": 1, "alpha": fits.scale}
+    lm = TaskLM(module, hooks(module, lora, next(iter(weights.values())).shape[0] if config.soft_tokens else 0))
+    if not same_in_peft(lm, weights, folder):
+        raise RunError(
+            "PEFT computes something else with it than what would be served: its weights are not all there is"
+        )
