@@ -104,7 +104,7 @@ class Decoder:
             self.cache, self._cached = self._empty_cache(), []
             return
         kept = [place for place, row in enumerate(self._cached) if any(row is one for one in self.active)]
-        self.cache.reorder_cache(torch.tensor(kept, device=self.lm.device))
+        self.cache.reorder_cache(torch.tensor(kept, device=self.lm.device))  # type: ignore[arg-type]
         narrow(self.cache, max(len(row.tokens) for row in self.active) - 1)
         self._cached = list(self.active)
 

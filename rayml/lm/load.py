@@ -133,7 +133,7 @@ def read_config(path: str) -> Any:
     Raises:
         ConfigError: they speak of two tokens.
     """
-    config = AutoConfig.from_pretrained(path)
+    config = plain_config(path)
     if is_masked(path):
         pad = load_tokenizer(path).pad_token_id
         if config.pad_token_id not in (None, pad):
@@ -145,9 +145,22 @@ def read_config(path: str) -> Any:
     return config
 
 
+def plain_config(path: str) -> Any:
+    """Return a resolved model's config.
+
+    Raises:
+        ConfigError: it is an encoder-decoder's.
+    """
+    config = AutoConfig.from_pretrained(path)
+    if config.is_encoder_decoder:
+        raise ConfigError(f"model.name: {config.model_type} at {path!r} is an encoder-decoder; take a causal model")
+    return config
+
+
 def check_weights(path: str) -> None:
     """Raise ConfigError if a folder's weights are not all there; none is read."""
-    if Path(path).is_dir():  # the Hub's are fetched by the workers
+    is_quantized = hasattr(plain_config(path), "quantization_config")  # whose library wants a device
+    if Path(path).is_dir() and not is_quantized:  # the Hub's are fetched by the workers
         _from_pretrained(path, device_map="meta")
 
 
@@ -159,7 +172,7 @@ def load_shape(path: str, attention: str = "eager"):
     """
     try:
         with torch.device("meta"):
-            return auto_model(path).from_config(AutoConfig.from_pretrained(path), attn_implementation=attention)
+            return auto_model(path).from_config(plain_config(path), attn_implementation=attention)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.name: no causal language model's config at {path!r}: {error}") from error
 

@@ -193,8 +193,8 @@ def find_linears(model: Any, targets: Sequence[str], last_layers: int | None) ->
     absent = sorted(set(targets) - {n.rsplit(".", 1)[-1] for n in found})
     if absent:
         raise ConfigError(
-            f"lora.targets: the last {last_layers} layers of {name} have no {', '.join(absent)}; leave it out, or raise "
-            "lora.last_layers"
+            f"lora.targets: the last {last_layers} layers of {name} have no {', '.join(absent)}; leave it out, or "
+            "raise lora.last_layers"
         )
     return found
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import get_layer_types_and_kwargs
 
 from rayml.engine.deepspeed_internals import is_sharded
 from rayml.lm.batch import Row, TaskBatch, collate
@@ -45,18 +46,38 @@ class TaskLM:
 
         Where attention is told the places of tokens they do not; recurrent layers have no such thing.
         """
-        if self.adapter is None or self.pad is not None:
+        if self.adapter is None or self.pad is not None or limits(self.module) & {"chunked_attention"}:
             return False  # mode full deals a task's rows to the workers; a masked model looks to both sides
-        alone = torch.tensor([[5, 3, 4]], device=self.device)
         rows = torch.tensor([[1, 2, 1, 5, 3, 4], [4, 4, 2, 5, 3, 4]], device=self.device)
         places = torch.tensor([[0, 1, 2, 0, 1, 2]] * 2, device=self.device)
-        try:
-            with torch.no_grad():
-                wanted = self.logits_at(torch.tensor([2], device=self.device), None, alone).float()
-                found = self.logits_at(torch.tensor([5, 11], device=self.device), None, rows, position_ids=places)
-        except (TypeError, ValueError):  # it takes no positions
+        return self._reads_as_alone([5, 3, 4], rows, position_ids=places)
+
+    @cached_property
+    def forks(self) -> bool:
+        """Whether branches of a row may see their prompt and themselves alone, by a mask of their own: tried, too.
+
+        A window or chunks of attention would be switched off by it, beyond what a few tokens show.
+        """
+        if self.pad is not None or limits(self.module):
             return False
-        return bool((found.float() - wanted).norm() < 0.02 * wanted.norm())
+        rows = torch.tensor([[5, 3, 2, 1, 4], [5, 3, 1, 2, 4]], device=self.device)
+        branch = torch.tensor([0, 0, 1, 1, 2], device=self.device)
+        seen = ((branch == 0) | (branch == branch.unsqueeze(1))).tril()
+        places = torch.tensor([[0, 1, 2, 3, 2]] * 2, device=self.device)
+        return self._reads_as_alone(
+            [5, 3, 4], rows, position_ids=places, attention_mask=additive(seen, self.module.dtype).expand(2, 1, 5, 5)
+        )
+
+    @torch.no_grad()
+    def _reads_as_alone(self, tokens: list[int], rows: Tensor, **inputs: Tensor) -> bool:
+        """Return whether the last token of two rows has the logits that it has behind these tokens alone."""
+        ends = torch.arange(1, 3, device=self.device) * rows.shape[1] - 1
+        try:
+            wanted = self.logits_at(ends[:1] * 0 + len(tokens) - 1, None, torch.tensor([tokens], device=self.device))
+            found = self.logits_at(ends, None, rows, **inputs)
+        except (TypeError, ValueError, RuntimeError):  # it takes no such thing
+            return False
+        return bool((found.float() - wanted.float()).norm() < 0.02 * wanted.float().norm())
 
     def _at_targets(self, _head: nn.Module, inputs: tuple[Tensor, ...]):
         """Hand the output layer only the hidden states that predict a target: `[N, L, D]` to `[M, D]`.
@@ -213,6 +234,17 @@ def mean_by_task(losses: Tensor, positions: Tensor, batch: TaskBatch) -> Tensor:
     task = positions // (batch.tokens.numel() // batch.tasks)
     total = torch.zeros(batch.tasks, device=losses.device).index_add(0, task, losses)
     return total / batch.counted().view(batch.tasks, -1).sum(1)
+
+
+def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a mask of what is seen as what is added to attention's scores."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
+
+
+def limits(module: Any) -> set[str]:
+    """Return the kinds of a model's layers that do not see all tokens before one."""
+    config = getattr(module, "module", module).config.get_text_config()  # a sharded engine's own is another
+    return set(get_layer_types_and_kwargs(config)[0]) - {"full_attention"}
 
 
 def laid(batch: TaskBatch) -> dict[str, Any]:

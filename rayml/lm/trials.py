@@ -20,7 +20,7 @@ from rayml.lm.soft_prompt import TaskPrompt, soft_tokens
 from rayml.meta.adapt import Params
 
 FEW, MOST = 50_000_000, 400_000_000
-"""Parameters of a small copy: as deep as the first allows, and none where one layer of each kind has more than these."""
+"""Parameters of a small copy: it is as deep as the first allows, and not made where it would have more than the last."""
 VOCABULARY = 512
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
 """Of logits, as a share of their length: from rounding. What is looked for is far larger."""
@@ -67,7 +67,7 @@ def strange(lm: TaskLM) -> str | None:
 
 
 def misfit(lm: TaskLM, base: str, lora: dict[str, Any]) -> str | None:
-    """Return why adapters do not fit a model: targets that it never calls, mixes the tasks in, or PEFT takes otherwise."""
+    """Return why adapters do not fit a model: it never calls a target, or mixes tasks, or PEFT takes them otherwise."""
     name = type(lm.module).__name__
     if never := idle(lm):
         return f"lora.targets: {name} never calls its {', '.join(never)}; leave it out"
@@ -138,7 +138,7 @@ def same_in_peft(lm: TaskLM, adapter: Params, folder: Path) -> bool:
 
 
 def misspelt(lm: TaskLM) -> str | None:
-    """Return why a model cannot write: what the decoder gets of it, token by token, is not what a whole forward says."""
+    """Return why a model cannot write: what it says token by token is not what it says to the whole text."""
     name = type(lm.module).__name__
     if lm.pad is not None:
         return f"model.name: {name} is a masked model, and writes no text; use tasks with labels"

@@ -124,7 +124,7 @@ def _check_config(config: dict[str, Any], fits: Fits) -> float:
     begun = config.get("init_lora_weights", True)
     if begun not in PLAIN_STARTS:
         raise RunError(
-            f"init_lora_weights={begun!r} changes the base, too, and here there is the plain one; save it as plain LoRA "
+            f"init_lora_weights={begun!r} changes the base, too, and here is the plain one; save it as plain LoRA "
             "(save_pretrained with path_initial_model_for_weight_conversion)"
         )
     rank, alpha = config.get("r"), config.get("lora_alpha")

@@ -48,8 +48,10 @@ def fits_of(config: Config, base: str, module: Any, limits: Adapters) -> Fits:
 
 
 def refuse_unlike_peft(folder: Path, weights: Params, config: Config, base: str, fits: Fits) -> None:
-    """Raise RunError if PEFT computes something else with an adapter's folder than what is served of it: on a small copy
-    of the base, so that no weight of it is read."""
+    """Raise RunError if PEFT computes something else with an adapter's folder than what is served of it.
+
+    It is tried on a small copy of the base, so that no weight of that is read.
+    """
     module = small_copy(base, "eager")
     if module is None:
         return
