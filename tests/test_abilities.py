@@ -11,6 +11,7 @@ from transformers import (
     LlamaConfig,
     LlamaForSequenceClassification,
     LlamaModel,
+    T5Config,
 )
 
 from rayml.errors import ConfigError, DataError
@@ -31,6 +32,7 @@ LORA = {"targets": ["q_proj"], "rank": 2, "alpha": 4.0}
 
 
 def config_of(tmp_path, model, targets=("q_proj",), **changes):
+    tmp_path.mkdir(exist_ok=True)
     return make_config(tmp_path, model={"name": str(model)}, lora={"targets": list(targets), "rank": 2}, **changes)
 
 
@@ -54,7 +56,7 @@ def test_a_checkpoint_without_its_head_is_refused(tmp_path, kind):
 
 def test_an_encoder_decoder_is_refused_by_name(tmp_path):
     T5Config(vocab_size=90, d_model=32, num_layers=1, num_heads=2).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="t5 at .* is an encoder-decoder"):
+    with pytest.raises(ConfigError, match=r"t5 at .* is an encoder-decoder"):
         load_shape(str(tmp_path))
 
 

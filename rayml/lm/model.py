@@ -242,9 +242,11 @@ def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def limits(module: Any) -> set[str]:
-    """Return the kinds of a model's layers that do not see all tokens before one."""
+    """Return what keeps a model's layers from seeing all tokens before one: kinds of layers, or windows in its config."""
     config = getattr(module, "module", module).config.get_text_config()  # a sharded engine's own is another
-    return set(get_layer_types_and_kwargs(config)[0]) - {"full_attention"}
+    kinds = set(get_layer_types_and_kwargs(config)[0]) - {"full_attention"}
+    sizes = {name for name, value in config.to_dict().items() if type(value) is int and value > 0}
+    return kinds | {name for name in sizes if "window" in name and "layers" not in name}
 
 
 def laid(batch: TaskBatch) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from rayml.lm.soft_prompt import TaskPrompt, soft_tokens
 from rayml.meta.adapt import Params
 
 FEW, MOST = 50_000_000, 400_000_000
-"""Parameters of a small copy: it is as deep as the first allows, and not made where it would have more than the last."""
+"""Parameters of a small copy: it is as deep as the first allows, and none is made that has more than the last."""
 VOCABULARY = 512
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
 """Of logits, as a share of their length: from rounding. What is looked for is far larger."""
