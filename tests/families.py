@@ -193,7 +193,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     letters = [f"Ġ{letter}" for letter in string.ascii_lowercase]  # a label of one token
     known = [*special.values(), *alphabet, *letters]
     merges = [("Ġ", letter) for letter in string.ascii_lowercase]
-    tokens = Tokenizer(models.BPE({token: place for place, token in enumerate(known)}, merges))
+    tokens = Tokenizer(models.BPE({token: index for index, token in enumerate(known)}, merges))
     tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokens.decoder = decoders.ByteLevel()
     tokens.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])

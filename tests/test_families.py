@@ -13,15 +13,15 @@ from families import CAUSAL, MASKED, make_model
 
 from rayml.lm.abilities import unable
 from rayml.lm.batch import collate
-from rayml.lm.choices import competition
 from rayml.lm.decode import Decoder
 from rayml.lm.encode import Encoder
+from rayml.lm.label_trie import label_trie
 from rayml.lm.load import load_base, load_shape, load_tokenizer
 from rayml.lm.lora import linear_kinds, side_by_side
 from rayml.lm.model import TaskLM, hooks
+from rayml.lm.option_scoring import PromptEnsemble, weighted_prompts
 from rayml.lm.peft_files import save_adapter
 from rayml.lm.precision import has_sdpa
-from rayml.lm.score import Ballot, ways_of
 from rayml.lm.trials import Text, random_adapter, same_in_peft
 from rayml.tasks.task import Example
 
@@ -110,7 +110,9 @@ def compared(lm, adapters, base, lora):
     assert packed.places is not None
     found = {"batch": verdict(lm.losses(both, batch), wanted)}
     found["packing"] = verdict(lm.losses(both, packed), wanted) if lm.packs else "row by row"
-    scored = Ballot(lm, encoder.pad, [ways_of(lm, encoder, of, labels) for of in tasks]).log_probs(both)
+    scored = PromptEnsemble(lm, encoder.pad, [weighted_prompts(lm, encoder, of, labels) for of in tasks]).log_probs(
+        both
+    )
     alike = [verdict(of, torch.stack(one).log_softmax(-1)) for of, one in zip(scored, plain, strict=True)]
     together = lm.forks or lm.pad is not None
     found["options"] = "differs" if "differs" in alike else SAME if together else "row by row"
@@ -122,7 +124,7 @@ def compared(lm, adapters, base, lora):
 
 def plain_scores(lm, adapter, encoder, example, labels, known):
     """The log-probability of each label among the labels, token by token, from a forward of it alone."""
-    among, scores = competition(known), []
+    among, scores = label_trie(known), []
     for row in encoder.option_rows([example], labels)[0]:
         lm.adapter.begin(side_by_side([adapter]))
         read = [*row.tokens[: row.start], *row.suffix] if lm.pad is not None else row.tokens

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from rayml.algorithms.inner_loop import Params
+from rayml.algorithms.outer_loop import initial_log_inner_lrs
 from rayml.errors import ConfigError, RunError
 from rayml.lm.load import check_weights, context_tokens, load_shape, resolve_model
 from rayml.lm.lora import A, B, find_linears
@@ -18,8 +20,6 @@ from rayml.lm.parameters import trained_parameters
 from rayml.lm.precision import has_sdpa
 from rayml.lm.soft_prompt import PROMPT
 from rayml.lm.trials import fault, same_in_peft, strange
-from rayml.meta.adapt import Params
-from rayml.meta.learner import initial_log_rates
 from rayml.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def check_model(config: "Config", base: str, tasks: Sequence[Task] = (), tokeniz
     """
     bare = load_shape(base)
     names = learned_names(bare, config)
-    if not initial_log_rates(dict.fromkeys(names, torch.empty(0)), 1.0, config.inner.modules, per_weight=False):
+    if not initial_log_inner_lrs(dict.fromkeys(names, torch.empty(0)), 1.0, config.inner.modules, per_weight=False):
         raise ConfigError(
             f"inner.modules: {', '.join(config.inner.modules)} matches nothing learned, such as {names[0]}"
         )

@@ -17,12 +17,12 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
+from rayml.algorithms.inner_loop import Params
 from rayml.lm.lora import side_by_side
 from rayml.lm.model import TaskLM
-from rayml.meta.adapt import Params
 
 
-class Row(Protocol):
+class DecodingRow(Protocol):
     """One text in the making."""
 
     tokens: list[int]
@@ -47,22 +47,22 @@ class Decoder:
 
     def __init__(self, lm: TaskLM, most_rows: int, cache_tokens: int):
         self.lm, self.most_rows, self.cache_tokens = lm, most_rows, cache_tokens
-        self.active: list[Row] = []
+        self.active: list[DecodingRow] = []
         self.cache = self._empty_cache()
-        self._cached: list[Row] = []
+        self._cached: list[DecodingRow] = []
         self._stacked: tuple[list[Params | None], Params | None] = ([], None)
         self._takes = inspect.signature(lm.module.forward).parameters.keys()
         self._is_recurrent = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self.cache.layers)
         self._attends = any(isinstance(layer, CacheLayerMixin) for layer in self.cache.layers)
 
-    def has_room(self, joining: Sequence[Row]) -> bool:
+    def has_room(self, joining: Sequence[DecodingRow]) -> bool:
         """Return whether these rows may join those that generate; a row alone always may."""
         rows = [*self.active, *joining]
         longest = max(row.most_tokens for row in rows)
         return len(rows) == 1 or (len(rows) <= self.most_rows and len(rows) * longest <= self.cache_tokens)
 
     @torch.no_grad()
-    def join(self, rows: Sequence[Row]) -> None:
+    def join(self, rows: Sequence[DecodingRow]) -> None:
         """Read the prompts of new rows, and take the first token of each."""
         read = []
         for together in self._read_together(rows):
@@ -75,7 +75,7 @@ class Decoder:
             self._cached += together
         self.active = list(self._cached)
 
-    def _read_together(self, rows: Sequence[Row]) -> Iterator[list[Row]]:
+    def _read_together(self, rows: Sequence[DecodingRow]) -> Iterator[list[DecodingRow]]:
         """Yield the rows whose prompts share a forward: those of one length, where padding would enter a state."""
         if not self._is_recurrent:
             yield list(rows)
@@ -89,7 +89,7 @@ class Decoder:
         self._forget()
         self._forward(self.active, [row.tokens[-1:] for row in self.active], self.cache)
 
-    def leave(self, row: Row) -> None:
+    def leave(self, row: DecodingRow) -> None:
         """End a row."""
         self.active.remove(row)
 
@@ -103,12 +103,12 @@ class Decoder:
         if not self.active:
             self.cache, self._cached = self._empty_cache(), []
             return
-        kept = [place for place, row in enumerate(self._cached) if any(row is one for one in self.active)]
+        kept = [index for index, row in enumerate(self._cached) if any(row is one for one in self.active)]
         self.cache.reorder_cache(torch.tensor(kept, device=self.lm.device))  # type: ignore[arg-type]
         narrow(self.cache, max(len(row.tokens) for row in self.active) - 1)
         self._cached = list(self.active)
 
-    def _forward(self, rows: Sequence[Row], new: Sequence[Sequence[int]], cache: DynamicCache) -> None:
+    def _forward(self, rows: Sequence[DecodingRow], new: Sequence[Sequence[int]], cache: DynamicCache) -> None:
         """Run each row's last tokens, which are not in the cache yet, and let each take one more."""
         device, width = self.lm.device, max(map(len, new))
         tokens = torch.tensor([[*[0] * (width - len(some)), *some] for some in new], device=device)
@@ -126,7 +126,7 @@ class Decoder:
         for row, scores in zip(rows, logits.float(), strict=True):
             row.take(scores)
 
-    def _adapters(self, rows: Sequence[Row]) -> Params | None:
+    def _adapters(self, rows: Sequence[DecodingRow]) -> Params | None:
         """Return the adapters of the rows, `[n, ...]`, or `[1, ...]` where all have the same."""
         adapters = [row.adapter for row in rows]
         if all(adapter is adapters[0] for adapter in adapters):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rayml.algorithms.inner_loop import Params
 from rayml.errors import ConfigError
 from rayml.lm.decode import Decoder
 from rayml.lm.load import auto_model, load_shape, read_config
@@ -17,7 +18,6 @@ from rayml.lm.lora import in_a_layer, layer_number, linear_kinds, side_by_side
 from rayml.lm.model import TaskLM, hooks
 from rayml.lm.peft_files import peft_logits, save_adapter
 from rayml.lm.soft_prompt import TaskPrompt, soft_tokens
-from rayml.meta.adapt import Params
 
 FEW, MOST = 50_000_000, 400_000_000
 """Parameters of a small copy: it is as deep as the first allows, and none is made that has more than the last."""

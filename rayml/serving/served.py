@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from rayml.algorithms.inner_loop import Params
 from rayml.config import Config
 from rayml.errors import RunError
 from rayml.lm.abilities import refuse_unable
@@ -10,14 +11,13 @@ from rayml.lm.load import resolve_model
 from rayml.lm.lora import all_linears, linear_kinds
 from rayml.lm.model import TaskLM, hooks
 from rayml.lm.trials import same_in_peft, small_copy
-from rayml.meta.adapt import Params
-from rayml.runs.files import Place
+from rayml.runs.files import AnyPath
 from rayml.runs.folder import RunFolder
 from rayml.serving.adapter_files import Fits
 from rayml.serving.settings import Adapters
 
 
-def servable(run: RunFolder, which: str | None = None) -> tuple[Config, Place]:
+def servable(run: RunFolder, which: str | None = None) -> tuple[Config, AnyPath]:
     """Return the config and the checkpoint of a run that one copy of the weights can serve.
 
     Raises:
