@@ -33,7 +33,9 @@ LORA = {"targets": ["q_proj"], "rank": 2, "alpha": 4.0}
 
 def config_of(tmp_path, model, targets=("q_proj",), **changes):
     tmp_path.mkdir(exist_ok=True)
-    return make_config(tmp_path, model={"name": str(model)}, lora={"targets": list(targets), "rank": 2}, **changes)
+    return make_config(
+        tmp_path, model={"name": str(model), "attention": "auto"}, lora={"targets": list(targets), "rank": 2}, **changes
+    )
 
 
 def edited(folder: Path, file="config.json", **changes):

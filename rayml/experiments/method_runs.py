@@ -17,7 +17,6 @@ from rayml.runs.folder import RunFolder
 from rayml.tasks.prepare import prepare_splits
 from rayml.tasks.splits import Splits, refuse_leaks
 from rayml.tasks.task import Task
-from rayml.training.driver import check_model
 
 OURS = "outer.steps", "seed", "run.dir", "validation.every"
 """Keys that the comparison sets itself."""

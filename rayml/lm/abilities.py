@@ -1,7 +1,7 @@
 """What a model can do: the one place where it is refused, by name and before anything starts, what it cannot.
 
-`train`, `compare`, `sweep`, `plan`, `evaluate`, `adapt`, `export`, `predict` and `serve` ask here. What a config.json does
-not tell, `rayml.lm.trials` tries.
+`train`, `compare`, `sweep`, `plan`, `evaluate`, `adapt`, `export`, `predict` and `serve` ask here. What a config.json
+does not tell, `rayml.lm.trials` tries.
 """
 
 from collections.abc import Sequence

@@ -191,7 +191,8 @@ def context_tokens(model: Any) -> int:
     for one in [rope, *(part for part in rope.values() if isinstance(part, dict))]:
         if one.get("rope_type") in ("dynamic", "longrope"):
             # Beyond it positions hang on the longest row of a batch: its neighbours would change a text.
-            stated.append(one.get("original_max_position_embeddings"))
+            original = getattr(config, "original_max_position_embeddings", None)
+            stated.append(one.get("original_max_position_embeddings") or original)
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and "position" in name.rsplit(".", 1)[-1]:
             unused = 0 if module.padding_idx is None else module.padding_idx + 1  # as RoBERTa counts

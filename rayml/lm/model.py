@@ -72,7 +72,7 @@ class TaskLM:
         )
 
     @torch.no_grad()
-    def _reads_as_alone(self, tokens: list[int], rows: Tensor, **inputs: Tensor) -> bool:
+    def _reads_as_alone(self, tokens: list[int], rows: Tensor, **inputs: Any) -> bool:
         """Return whether the last token of two rows has the logits that it has behind these tokens alone."""
         ends = torch.arange(1, 3, device=self.device) * rows.shape[1] - 1
         try:
@@ -245,7 +245,7 @@ def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def limits(module: Any) -> set[str]:
-    """Return what keeps a model's layers from seeing all tokens before one: kinds of layers, or windows in its config."""
+    """Return what keeps a model's layers from seeing all tokens before one: their kinds, or windows in its config."""
     config = getattr(module, "module", module).config.get_text_config()  # a sharded engine's own is another
     kinds = set(get_layer_types_and_kwargs(config)[0]) - {"full_attention"}
     sizes = {name for name, value in config.to_dict().items() if type(value) is int and value > 0}
