@@ -117,7 +117,7 @@ def test_adapters_that_peft_takes_otherwise_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("family", "targets", "said"),
     [
-        ("gpt2", ["c_attn"], "no linear layers .*Conv1D.*adapter=soft_prompt"),
+        ("gpt2", ["c_attn"], "c_attn: GPT2LMHeadModel has no linear layers .*Conv1D.*adapter=soft_prompt"),
         ("llama", ["wq"], "wq is no linear layer of LlamaForCausalLM; it has down_proj"),
         ("jamba", ["dt_proj"], "never calls its dt_proj"),
         ("llama4_text", ["router"], "wrong tasks.* on router"),
