@@ -8,7 +8,7 @@ from rayml.algorithms.methods import BUDGET, METHODS, USUAL, Method
 from rayml.config import Config, parse_config
 from rayml.errors import ConfigError, RunError
 from rayml.experiments.evaluate_command import trained_on
-from rayml.lm.abilities import check_model
+from rayml.lm.abilities import checked_model
 from rayml.lm.load import load_tokenizer, resolve_model
 from rayml.planning.batch import trained_tokens
 from rayml.runs.checkpoint import newest_checkpoint, step_of
@@ -132,10 +132,7 @@ def check_names(request: Request) -> None:
 
 def check_method_run(config: Config, base: Config, splits: Splits) -> None:
     """Raise what training would refuse, and DataError if it would see a text of meta-test."""
-    model, tasks = resolve_model(config.model.name), [task for part in splits for task in part]
-    encoder = config.encoder(load_tokenizer(model))
-    encoder.check(tasks)
-    check_model(config, model, tasks, encoder.tokenizer)
+    checked_model(config, [task for part in splits for task in part])
     if config.data.model_copy(update={"labels": base.data.labels}) != base.data:
         refuse_leaks(config.run.dir, prepare_splits(config.data).train, splits.test)
 

@@ -13,7 +13,7 @@ import torch
 from rayml.algorithms.inner_loop import Params
 from rayml.algorithms.outer_loop import initial_log_inner_lrs
 from rayml.errors import ConfigError, RunError
-from rayml.lm.load import check_weights, context_tokens, load_shape, resolve_model
+from rayml.lm.load import check_weights, context_tokens, load_shape, load_tokenizer, resolve_model
 from rayml.lm.lora import A, B, find_linears
 from rayml.lm.model import TaskLM
 from rayml.lm.parameters import trained_parameters
@@ -24,8 +24,22 @@ from rayml.tasks.task import Task
 
 if TYPE_CHECKING:
     from rayml.config import Config
+    from rayml.lm.encode import Encoder
 
 SPECIAL = "bos_token", "eos_token", "pad_token", "mask_token", "cls_token", "sep_token", "unk_token"
+
+
+def checked_model(config: "Config", tasks: Sequence[Task]) -> tuple[str, "Encoder"]:
+    """Return where a config's model is loaded from, and how examples are shown to it, once it can learn these tasks.
+
+    Raises:
+        ConfigError, DataError: it cannot, or they do not suit it.
+    """
+    base = resolve_model(config.model.name)
+    encoder = config.encoder(load_tokenizer(base))
+    encoder.check(tasks)
+    check_model(config, base, tasks, encoder.tokenizer)
+    return base, encoder
 
 
 def check_model(config: "Config", base: str, tasks: Sequence[Task] = (), tokenizer: Any = None) -> None:

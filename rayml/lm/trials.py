@@ -19,7 +19,7 @@ from rayml.lm.model import TaskLM, hooks
 from rayml.lm.peft_files import peft_logits, save_adapter
 from rayml.lm.soft_prompt import TaskPrompt, soft_tokens
 
-FEW, MOST = 50_000_000, 400_000_000
+FEW, MOST = 20_000_000, 400_000_000
 """Parameters of a small copy: it is as deep as the first allows, and none is made that has more than the last."""
 VOCABULARY = 512
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}

@@ -19,9 +19,8 @@ from rich.console import Console
 from rayml.config import Config
 from rayml.errors import ConfigError, TrainingError
 from rayml.interrupt import heed_again, kept
-from rayml.lm.abilities import check_model
+from rayml.lm.abilities import checked_model
 from rayml.lm.encode import Encoder
-from rayml.lm.load import load_tokenizer, resolve_model
 from rayml.model import load
 from rayml.progress import doing
 from rayml.runs.checkpoint import newest_checkpoint, step_of
@@ -72,11 +71,8 @@ def train(config: Config, resume: bool = False, at_once: int = 1) -> RunFolder:
         if anew and replayed:
             said = f"{', '.join(anew)}: not as in {old.run.path}, whose tasks are replayed as this config shows them"
             Console(stderr=True).print(said, style="yellow", highlight=False, soft_wrap=True)
-    model = resolve_model(config.model.name)
-    encoder, tasks = config.encoder(load_tokenizer(model)), [task for part in splits for task in part]
-    encoder.check(tasks)
+    model, encoder = checked_model(config, [task for part in splits for task in part])
     run = RunFolder(config.run.dir)
-    check_model(config, model, tasks, encoder.tokenizer)
     check_trackers(config.run.trackers, run)
     if not os.environ.get("RAY_ADDRESS") and not ray.is_initialized():
         check_resources(config, cpus=processors(), cpus_each=1, gpus=torch.cuda.device_count())
