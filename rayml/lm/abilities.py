@@ -15,6 +15,7 @@ from rayml.algorithms.outer_loop import initial_log_inner_lrs
 from rayml.errors import ConfigError, RunError
 from rayml.lm.load import check_weights, context_tokens, load_shape, load_tokenizer, resolve_model
 from rayml.lm.lora import A, B, find_linears
+from rayml.lm.masked import predicts_masks
 from rayml.lm.model import TaskLM
 from rayml.lm.parameters import trained_parameters
 from rayml.lm.precision import has_sdpa
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
     from rayml.config import Config
     from rayml.lm.encode import Encoder
 
-SPECIAL = "bos_token", "eos_token", "pad_token", "mask_token", "cls_token", "sep_token", "unk_token"
+READ = {False: ("bos_token", "eos_token"), True: ("pad_token", "mask_token", "cls_token", "sep_token")}
+"""Special tokens that stand in rows, of causal and of masked models."""
 
 
 def checked_model(config: "Config", tasks: Sequence[Task]) -> tuple[str, "Encoder"]:
@@ -125,7 +127,8 @@ def refuse_long_rows(config: "Config", bare: Any, tasks: Sequence[Task]) -> None
 def refuse_tokens(tokenizer: Any, embeddings: int, tasks: Sequence[Task] = ()) -> None:
     """Raise ConfigError if a tokenizer gives tokens that a model has no embeddings for, where they would be read."""
     beyond = {token for token, number in tokenizer.get_vocab().items() if number >= embeddings}
-    special = [f"{name} {getattr(tokenizer, name)!r}" for name in SPECIAL if getattr(tokenizer, name) in beyond]
+    read = {name: getattr(tokenizer, name) for name in READ[predicts_masks(tokenizer)]}
+    special = [f"{name} {token!r}" for name, token in read.items() if token in beyond]
     own = beyond - tokenizer.get_added_vocab().keys()
     said = f"model.name: the tokenizer has tokens that the model has no embeddings for ({embeddings} there are)"
     if special or own:

@@ -107,6 +107,8 @@ def load_base(path: str, dtype: str, attention: str = "sdpa", deepspeed: dict[st
 
 def _from_pretrained(path: str, **settings: Any) -> Any:
     """Return a model, whose every weight was in its files: what is missing would be drawn anew at every load."""
+    talks = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # what it would report is an error here
     try:
         model, info = auto_model(path).from_pretrained(
             path,
@@ -118,6 +120,8 @@ def _from_pretrained(path: str, **settings: Any) -> Any:
         )
     except (ImportError, OSError, ValueError) as error:  # a quantised one needs the library that quantised it
         raise ConfigError(f"model.name: no causal language model at {path!r}: {error}") from error
+    finally:
+        transformers_logging.set_verbosity(talks)
     lacking = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     if lacking:
         raise ConfigError(

@@ -22,7 +22,7 @@ from rayml.lm.soft_prompt import TaskPrompt, soft_tokens
 FEW, MOST = 20_000_000, 400_000_000
 """Parameters of a small copy: it is as deep as the first allows, and none is made that has more than the last."""
 VOCABULARY = 512
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 """Of logits, as a share of their length: from rounding. What is looked for is far larger."""
 
 
@@ -177,7 +177,7 @@ class Text:
 
 
 def near(found: Tensor, wanted: Tensor) -> bool:
-    tolerance = TOLERANCE.get(wanted.dtype, 0.05)
+    tolerance = TOLERANCE.get(wanted.dtype, 0.1)
     return bool((found.float() - wanted.float()).norm() <= tolerance * wanted.float().norm())
 
 
