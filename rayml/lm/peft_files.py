@@ -115,12 +115,14 @@ def peft_logits(module: Any, folder: Path, tokens: Tensor) -> Tensor:
     """Return the logits `[N, L, V]` of tokens `[N, L]` by PEFT, with an adapter's folder; the model stays as it was."""
     from peft import PeftModel
 
-    wrapped: Any = PeftModel.from_pretrained(module, str(folder)).eval()
+    own = dict(module.named_modules())
     try:
-        return wrapped(input_ids=tokens).logits
-    finally:
-        if hasattr(wrapped.base_model, "unload"):  # a prompt is put into nothing
-            wrapped.base_model.unload()
+        return PeftModel.from_pretrained(module, str(folder)).eval()(input_ids=tokens).logits
+    finally:  # also where it could not be put in whole
+        for name, part in own.items():
+            parent, _, last = name.rpartition(".")
+            if name:
+                setattr(own[parent], last, part)
         vars(module).pop("peft_config", None)
 
 
