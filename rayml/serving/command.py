@@ -27,7 +27,7 @@ from rayml.progress import doing
 from rayml.runs.folder import RunFolder
 from rayml.serving.adapter_files import FILES, read_adapter
 from rayml.serving.app import build
-from rayml.serving.served import fits_of, refuse_unlike_peft, servable
+from rayml.serving.served import fits_of, refuse_unlike_peft, refuse_unservable, servable
 from rayml.serving.settings import Adapters, Serving, api_keys, check_host
 from rayml.serving.store import NAME, AdapterStore, Manifest, adapter_id, owner_of
 from rayml.training.driver import WORKER_ENV, processors
@@ -62,6 +62,7 @@ def serve_forever(
     check_host(host, keys, insecure)
     folder = RunFolder(run)
     config, served = servable(folder, serving.checkpoint)
+    refuse_unservable(folder, config)
     own = not os.environ.get("RAY_ADDRESS")
     if own and not serving.replicas.cpus:
         share = max(1, processors() // max(serving.replicas.min, serving.replicas.max))

@@ -6,6 +6,7 @@ import dataclasses
 import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,6 @@ class Replica:
         servable(run, serving.checkpoint)
         self.model = load(run, checkpoint=serving.checkpoint, every_linear=True)
         self.context = min(context_tokens(self.model.lm.module), serving.limits.context_tokens)
-        config = self.model.config
-        self.mute = unable(self.model.base, {}, config.soft_tokens, writes=True, attention=config.model.attention)
         base = dataclasses.replace(self.model.encoder, max_tokens=self.context, soft_tokens=0)
         self.bare = self.model.adapter(None, AdapterCard("", "", "", "{input}", 0), encoder=base)
         self.store = AdapterStore(serving.store or str(run.path / "adapters"))
@@ -61,6 +60,12 @@ class Replica:
         self.most_unfinished = min(serving.limits.waiting_adaptations, max(1, serving.replicas.ongoing_requests // 2))
         self.ends = end_tokens(self.model.lm.module, self.model.encoder.tokenizer)
         self._warm_up()
+
+    @cached_property
+    def mute(self) -> str | None:
+        """Why the model cannot write texts; None where it can."""
+        config = self.model.config
+        return unable(self.model.base, {}, config.soft_tokens, writes=True, attention=config.model.attention)
 
     def _warm_up(self) -> None:
         """Let the first client not wait for what is set up at first use."""

@@ -22,7 +22,6 @@ def servable(run: RunFolder, which: str | None = None) -> tuple[Config, AnyPath]
 
     Raises:
         RunError: there is none, or it cannot.
-        ConfigError: its model cannot.
     """
     config, checkpoint = run.trained(which)
     if config.mode == "full":
@@ -30,8 +29,12 @@ def servable(run: RunFolder, which: str | None = None) -> tuple[Config, AnyPath]
             f"{run.path}: mode full changes every weight for every task, and cannot be served from one copy; export "
             "it, and meta-train adapters on the folder (mode=adapters model.name=FOLDER)"
         )
-    refuse_unable(resolve_model(config.model.name), config, writes=not run.learned_labels())
     return config, checkpoint
+
+
+def refuse_unservable(run: RunFolder, config: Config) -> None:
+    """Raise ConfigError if a run's model cannot do what its tasks ask for."""
+    refuse_unable(resolve_model(config.model.name), config, writes=not run.learned_labels())
 
 
 def fits_of(config: Config, base: str, module: Any, limits: Adapters) -> Fits:
