@@ -39,7 +39,7 @@ def make_run(folder: Path, inner_lr: float = 0.5, **changes) -> RunFolder:
     config = make_config(folder, **changes)
     run = RunFolder(config.run.dir)
     run.begin(config, prepare_splits(config.data), resume=False)
-    module = load_base(resolve_model("tiny"), "float32")
+    module = load_base(resolve_model(config.model.name), "float32", config.model.attention)
     lm = TaskLM(module, TaskLoRA(module, **config.lora.shape()))
     start = perturbed_start(lm, seed=3)
     run.write_untrained(start)

@@ -7,6 +7,8 @@ import pytest
 import torch
 from conftest import make_config
 from families import BASE, make_model, tokenizer
+from serving_run import ask, learn, make_run, request
+from serving_run import write as serve_text
 from transformers import (
     LlamaConfig,
     LlamaForSequenceClassification,
@@ -14,6 +16,7 @@ from transformers import (
     T5Config,
 )
 
+import rayml
 from rayml.errors import ConfigError, DataError
 from rayml.lm import trials
 from rayml.lm.abilities import check_model, refuse_strange, refuse_tokens, unable
@@ -22,8 +25,13 @@ from rayml.lm.decode import Decoder
 from rayml.lm.generate import texts_behind, write
 from rayml.lm.load import context_tokens, load_base, load_shape, load_tokenizer
 from rayml.lm.model import TaskLM
+from rayml.lm.sampling import Sampling
 from rayml.lm.trials import small_copy, strange
 from rayml.planning.read import read_shape
+from rayml.serving.errors import ApiError
+from rayml.serving.replica import Replica
+from rayml.serving.served import refuse_unservable
+from rayml.serving.settings import Serving
 from rayml.tasks.task import Example, Task
 
 LABELLED = [Task("t", (Example("x", "a"), Example("y", "b")), ("a", "b"), "label")]
@@ -211,6 +219,44 @@ def test_a_text_that_has_ended_takes_no_part_in_the_others(tmp_path):
     write(lm, ends)
     assert ends[0].tokens == alone[0][: alone[0].index(first, 5)]
     assert ends[1].tokens == alone[1]
+
+
+def free_text(folder):
+    rows = [{"task": f"t{n % 3}", "input": f"in {n}", "target": f"out {n}"} for n in range(60)]
+    (folder / "free.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return {
+        "path": str(folder / "free.jsonl"),
+        "splits": {"val": 0.0, "test": 0.0, "test_tasks": ["t2"]},
+        "max_tokens": 40,
+        "queries": 2,
+    }
+
+
+def test_a_model_with_recurrent_layers_learns_to_write_is_evaluated_and_saved(tmp_path):
+    model = {"name": str(make_model(tmp_path / "lfm2", "lfm2"))}
+    lora = {"targets": ["q_proj", "w2"], "rank": 2}
+    learned = rayml.load(make_run(tmp_path / "run", model=model, lora=lora, data=free_text(tmp_path)))
+    found = rayml.evaluate(learned.run.path, episodes=2)
+    assert found["episodes"] == 2
+    numbers = learned.adapt([("one", "eins"), ("two", "zwei")], name="numbers")
+    inputs = ["five", "a longer one", "x"]
+    assert numbers.predict(inputs) == [numbers.predict(one) for one in inputs]
+    again = rayml.load_adapter(numbers.save(tmp_path / "saved"), model=learned)
+    assert again.predict("five") == numbers.predict("five")
+
+
+def test_a_server_of_a_model_that_writes_no_texts_classifies(tmp_path):
+    model = {"name": str(make_model(tmp_path / "rwkv", "rwkv")), "attention": "eager"}
+    run = make_run(tmp_path / "run", model=model, lora={"targets": ["key"], "rank": 2})
+    replica = Replica(Serving(run=str(run.path)))
+    (manifest,) = learn(replica, request())
+    assert ask(replica, manifest.id, ["charged twice"])[0]["label"] in ("billing", "bug", "delivery")
+    with pytest.raises(ApiError, match=r"RwkvForCausalLM cannot write texts here.*ask /v1/classify"):
+        serve_text(replica, None, ["x"], Sampling(4))
+    refuse_unservable(run, run.trained()[0])
+    free = make_run(tmp_path / "free", model=model, lora={"targets": ["key"], "rank": 2}, data=free_text(tmp_path))
+    with pytest.raises(ConfigError, match="cannot write texts here"):
+        refuse_unservable(free, free.trained()[0])
 
 
 def test_a_large_model_is_tried_as_a_shallow_copy_with_all_kinds_of_layers(tmp_path, monkeypatch):
