@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from families import CAUSAL, MASKED, make_model
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from rayml.lm.abilities import unable
 from rayml.lm.batch import collate
@@ -22,7 +24,8 @@ from rayml.lm.model import TaskLM, hooks
 from rayml.lm.option_scoring import PromptEnsemble, weighted_prompts
 from rayml.lm.peft_files import save_adapter
 from rayml.lm.precision import has_sdpa
-from rayml.lm.trials import Text, random_adapter, same_in_peft
+from rayml.lm.soft_prompt import soft_tokens
+from rayml.lm.trials import Text, random_adapter
 from rayml.tasks.task import Example
 
 TABLE = Path(__file__).parents[1] / "configs" / "models.md"
@@ -120,8 +123,21 @@ def compared(lm, adapters, base, lora):
     found["options"] = "differs" if "differs" in alike else SAME if together else "row by row"
     folder = Path(base) / "adapter"
     save_adapter(folder, adapters[0], lora, base, lm.pad is not None)
-    found["PEFT"] = SAME if same_in_peft(lm, adapters[0], folder) else "differs"
+    found["PEFT"] = verdict(logits(lm, adapters[0], soft), in_peft(base, lm, folder))
     return found
+
+
+def logits(lm, adapter, soft=0):
+    lm.adapter.begin(side_by_side([adapter]))
+    found = lm.module(input_ids=torch.tensor([[*soft_tokens(soft), *range(20, 40)]])).logits[0, soft:]
+    lm.adapter.begin(None)
+    return found
+
+
+def in_peft(base, lm, folder):
+    kind = AutoModelForCausalLM if lm.pad is None else AutoModelForMaskedLM
+    stock = PeftModel.from_pretrained(kind.from_pretrained(base), folder).eval()
+    return stock(input_ids=torch.arange(20, 40)[None]).logits[0, -20:]
 
 
 def plain_scores(lm, adapter, encoder, example, labels, known):
@@ -141,7 +157,7 @@ def plain_scores(lm, adapter, encoder, example, labels, known):
 
 def writes_as_whole(lm, adapters):
     """Two rows, of which one joins later, far past windows of eight tokens, against forwards of the whole text."""
-    soft = [] if hasattr(lm.adapter, "linears") and lm.adapter.linears else [1 << 40, (1 << 40) + 1]
+    soft = soft_tokens(0 if lm.adapter.linears else lm.adapter.tokens)
     prompts = [[*soft, *range(20, 20 + length)] for length in (23, 5)]
     rows = [Text(torch.tensor([prompt]), adapter) for prompt, adapter in zip(prompts, adapters, strict=True)]
     decoder = Decoder(lm, most_rows=2, cache_tokens=0)
