@@ -144,7 +144,7 @@ class Adapter:
         to = new_folder(folder)
         with made_here(to) as here:
             self.write_to(here)
-            refuse_unlike_peft(here, self.lm, self.weights or {})
+            refuse_unlike_peft(here, self.lm, self.weights or {}, self.card.lora, self.base)
         return to
 
     def write_to(self, folder: Path) -> None:

@@ -175,7 +175,7 @@ class MetaModel:
         to, lora = new_folder(folder), lora_of(self.config)
         with made_here(to) as here:
             write_weights(here, self.lm, self.encoder, self.start, lora, self.base)
-            refuse_unlike_peft(here, self.lm, self.start)
+            refuse_unlike_peft(here, self.lm, self.start, lora, self.base)
         return to
 
 

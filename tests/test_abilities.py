@@ -17,7 +17,7 @@ from transformers import (
 )
 
 import rayml
-from rayml.errors import ConfigError, DataError
+from rayml.errors import ConfigError, DataError, RunError
 from rayml.lm import trials
 from rayml.lm.abilities import check_model, refuse_strange, refuse_tokens, unable
 from rayml.lm.chat import chat_text
@@ -243,6 +243,20 @@ def test_a_model_with_recurrent_layers_learns_to_write_is_evaluated_and_saved(tm
     assert numbers.predict(inputs) == [numbers.predict(one) for one in inputs]
     again = rayml.load_adapter(numbers.save(tmp_path / "saved"), model=learned)
     assert again.predict("five") == numbers.predict("five")
+
+
+def test_what_peft_takes_otherwise_is_not_written_however_little_was_learned(tmp_path):
+    """As of a run from before this was looked at."""
+    model = {"name": str(make_model(tmp_path / "deepseek", "deepseek_v2"))}
+    run = make_run(tmp_path / "run", inner_lr=1e-6, model=model, lora={"targets": ["down_proj"], "rank": 2})
+    learned = rayml.load(run)
+    with pytest.raises(RunError, match="another model in PEFT"):
+        learned.save(tmp_path / "start")
+    small = {name: 1e-6 * weight for name, weight in learned.start.items()}
+    tiny = learned.adapt([("one", "x"), ("two", "y")], name="t", steps=0)
+    with pytest.raises(RunError, match="another model in PEFT"):
+        learned.adapter(small, tiny.card).save(tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
 
 
 def test_a_server_of_a_model_that_writes_no_texts_classifies(tmp_path):

@@ -20,7 +20,7 @@ from rayml.lm.model import TaskLM
 from rayml.lm.parameters import trained_parameters
 from rayml.lm.precision import has_sdpa
 from rayml.lm.soft_prompt import PROMPT
-from rayml.lm.trials import fault, same_in_peft, strange
+from rayml.lm.trials import as_in_peft, fault, same_in_peft, strange
 from rayml.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -148,9 +148,12 @@ def refuse_strange(lm: TaskLM) -> None:
             raise ConfigError(reason)
 
 
-def refuse_unlike_peft(folder: Path, lm: TaskLM, weights: Params) -> None:
-    """Raise RunError if PEFT does not compute, with the adapter that was written to a folder, what these weights do."""
-    if lm.adapter and not same_in_peft(lm, weights, folder):
+def refuse_unlike_peft(folder: Path, lm: TaskLM, weights: Params, lora: dict[str, Any], base: str) -> None:
+    """Raise RunError if PEFT does not compute, with the adapter that was written to a folder, what these weights do.
+
+    A short inner loop may leave them too small to tell, so one of random weights is tried, too.
+    """
+    if lm.adapter and not (same_in_peft(lm, weights, folder) and as_in_peft(lm, base, lora, weights)):
         raise RunError(
             f"{type(lm.module).__name__} with this adapter is another model in PEFT, so it is not written; see "
             "lora.targets, or keep it by `rayml serve`"

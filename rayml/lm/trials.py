@@ -114,11 +114,15 @@ def acts_by_task(lm: TaskLM, _base: str, _lora: dict[str, Any]) -> bool:
     return near(together, torch.cat(alone))
 
 
-def as_in_peft(lm: TaskLM, base: str, lora: dict[str, Any]) -> bool:
-    """Return whether PEFT computes the same from an adapter that rayml writes."""
-    adapter = random_adapter(lm) or {}
+def as_in_peft(lm: TaskLM, base: str, lora: dict[str, Any], like: Params | None = None) -> bool:
+    """Return whether PEFT computes the same from an adapter that rayml writes.
+
+    Args:
+        like: whose tensors it is to have, if not all that the model can have.
+    """
+    adapter = random_adapter(lm, like) or {}
     with tempfile.TemporaryDirectory() as folder:
-        save_adapter(Path(folder), adapter, lora if lora["targets"] else {}, base, lm.pad is not None)
+        save_adapter(Path(folder), adapter, lora if lora.get("targets") else {}, base, lm.pad is not None)
         return same_in_peft(lm, adapter, Path(folder))
 
 
@@ -195,10 +199,10 @@ def prompted(tokens: Tensor, lm: TaskLM) -> Tensor:
     return torch.cat([soft.expand(len(tokens), -1), tokens], 1)
 
 
-def random_adapter(lm: TaskLM) -> Params | None:
-    """Return an adapter of which no tensor is zero; None where the model has none."""
-    start = lm.adapter.untrained_start(0) if lm.adapter else {}
-    return {name: (torch.randn_like(w) * (w.std() or 0.5)).to(lm.device) for name, w in start.items()} or None
+def random_adapter(lm: TaskLM, like: Params | None = None) -> Params | None:
+    """Return an adapter of which no tensor is near zero; None where the model has none."""
+    start = like or (lm.adapter.untrained_start(0) if lm.adapter else {})
+    return {name: (torch.randn_like(w) * w.shape[-1] ** -0.5).to(lm.device) for name, w in start.items()} or None
 
 
 def bare(lm: TaskLM) -> None:

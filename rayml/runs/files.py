@@ -114,9 +114,16 @@ def deliver(folder: Path, to: AnyPath) -> None:
 
 @contextmanager
 def made_here(folder: AnyPath) -> Iterator[Path]:
-    """Yield the path of a folder to make on this machine, which then goes to `folder`: that itself, if it lies here."""
+    """Yield the path of a folder to make on this machine, which then goes to `folder`: that itself, if it lies here.
+
+    Where making it fails, nothing of it stays.
+    """
     if isinstance(folder, Path):
-        yield folder
+        try:
+            yield folder
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
         return
     with tempfile.TemporaryDirectory(prefix="rayml-") as above:
         made = Path(above, folder.name)
