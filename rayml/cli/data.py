@@ -29,7 +29,10 @@ def check(
 
 @data_app.command()
 def convert(
-    given: Annotated[str, typer.Argument(metavar="IN", help="What `data.path` takes: files, folders, globs, `hf:NAME[/CONFIG][:SPLIT]`.")],
+    given: Annotated[
+        str,
+        typer.Argument(metavar="IN", help="What `data.path` takes: files, folders, globs, `hf:NAME[/CONFIG][:SPLIT]`."),
+    ],
     to: Annotated[Path, typer.Argument(metavar="OUT", help="What to write: .jsonl or .parquet.")],
     format: Annotated[str | None, typer.Option(help="What IN is, where it does not tell.")] = None,
     columns: Annotated[
@@ -39,7 +42,9 @@ def convert(
     task: Annotated[str | None, typer.Option(help="The task's name; else the data's own, or the file's.")] = None,
     kind: Annotated[str | None, typer.Option(help="The kind of its tasks, where the data does not tell.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT.")] = False,
-    encoding: Annotated[str | None, typer.Option(help="What text is written in, such as big5; else as it looks.")] = None,
+    encoding: Annotated[
+        str | None, typer.Option(help="What text is written in, such as big5; else as it looks.")
+    ] = None,
     skip: Annotated[bool, typer.Option("--skip", help="Leave out rows that cannot be used.")] = False,
 ) -> None:
     """Convert what people have into rows that `data.path` takes; the format is recognised, and said.

@@ -120,7 +120,7 @@ def adapted_and_asked(entry: Entry, base: Config, splits: Splits, request: Reque
     contender = contender_of(entry, splits.train)
     data = base.data.model_copy(update={"labels": entry.config.data.labels})
     tried = splits.val, data.sampler(VALIDATION_SEED), request.val_episodes, request.factors, request.steps
-    with progress(Console(stderr=True), transient=True) as bar:
+    with progress(Console(stderr=True, markup=False), transient=True) as bar:
         began = time.perf_counter()
         tries = len(request.factors) * request.val_episodes * contender.takes_steps
         choice = choose_setting(contender, *tried, bar(f"adapting {entry.name}", tries))

@@ -73,7 +73,7 @@ def mapped(columns: str | None) -> dict[str, str]:
     wrong = [name for name, own in found.items() if not own or not (name in COLUMNS or name.startswith("input."))]
     if wrong:
         names = f"names are {', '.join(COLUMNS)}, input.PART"
-        raise DataError(f"--columns: {text!r}: expected NAME=COLUMN,NAME=COLUMN, or {{\"NAME\": \"COLUMN\"}}; {names}")
+        raise DataError(f'--columns: {text!r}: expected NAME=COLUMN,NAME=COLUMN, or {{"NAME": "COLUMN"}}; {names}')
     return found
 
 

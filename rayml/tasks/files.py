@@ -130,5 +130,7 @@ def task_names(found: Sequence[File]) -> list[str]:
 def tail(folder: tuple[str, ...], among: set[tuple[str, ...]]) -> tuple[str, ...]:
     """Return the last parts of a folder, as many as tell all of them apart; none of one alone."""
     longest = max(map(len, among))
-    count = next(n for n in range(longest + 1) if n == longest or len({one[-n:] if n else () for one in among}) == len(among))
+    count = next(
+        n for n in range(longest + 1) if n == longest or len({one[-n:] if n else () for one in among}) == len(among)
+    )
     return folder[-count:] if count else ()

@@ -85,10 +85,16 @@ def columns_of(source: Source, columns: Mapping[str, str]) -> tuple[dict[str, st
         DataError: a column that there is not, or none for the input or the target.
     """
     told = [] if source.format in PLAIN else [f"{source.format} ({source.why})"]
-    told += [] if source.encoding.startswith("utf-8") else [f"read as {source.encoding}; --encoding says it otherwise"]
+    told += (
+        []
+        if source.encoding.startswith("utf-8")
+        else [f"read as {source.encoding}; `rayml data convert --encoding` reads it otherwise"]
+    )
     if source.format not in NAMED:
         if columns and source.format != "conll":
-            raise DataError(f"{source.name}: {source.format} has columns of its own; leave --columns, or name a --format")
+            raise DataError(
+                f"{source.name}: {source.format} has columns of its own; leave --columns, or name a --format"
+            )
         return {}, told
     keys = source.keys
     missing = [own for own in columns.values() if keys and own not in keys]
@@ -99,7 +105,9 @@ def columns_of(source: Source, columns: Mapping[str, str]) -> tuple[dict[str, st
     if keys and not all(any(name.split(".")[0] == key for name in (*taken, *keys)) for key in ("input", "target")):
         raise guess.unknown(source.name, [record for _, record in source.found if isinstance(record, dict)])
     if more:
-        told.append(f"columns {', '.join(f'{own} as {name}' for name, own in more.items())}; or say {guess.setting(taken)}")
+        told.append(
+            f"columns {', '.join(f'{own} as {name}' for name, own in more.items())}; or say {guess.setting(taken)}"
+        )
     return taken, told
 
 

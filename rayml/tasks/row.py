@@ -60,14 +60,20 @@ def row_of(record: Mapping[str, Any], columns: Mapping[str, str], default_task: 
     given = _input(record, columns)
     if isinstance(given, list):
         return _dialogue(task, given, kind, where)
-    parts = tuple((name, _text(as_text(text), f"input.{name}")) for name, text in given.items()) if isinstance(given, dict) else ()
+    parts = (
+        tuple((name, _text(as_text(text), f"input.{name}")) for name, text in given.items())
+        if isinstance(given, dict)
+        else ()
+    )
     shown = "\n".join(text for _, text in parts) if parts else _text(as_text(given), columns.get("input", "input"))
     target, called = value("target"), columns.get("target", "target")
     kind = kind or kind_of([name for name, _ in parts], target)
     if isinstance(target, list):
         if not all(is_span(one) or isinstance(one, str) for one in target):
             raise RowError(f"{called!r} is not text, nor a list of labels, or of spans {{'text', 'type'}}")
-        for text in [text for one in target for text in ([one] if isinstance(one, str) else [one["text"], one["type"]])]:
+        for text in [
+            text for one in target for text in ([one] if isinstance(one, str) else [one["text"], one["type"]])
+        ]:
             _text(text, f"{called}: one of its labels or spans")
         target = written(target)
     text = _text(target, called).strip()

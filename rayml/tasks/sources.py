@@ -46,7 +46,9 @@ class Source:
         return list(dict.fromkeys(key for _, record in self.found if isinstance(record, dict) for key in record))
 
 
-def sources(paths: list[str], columns: Columns, format: str | None = None, encoding: str | None = None) -> Iterator[Source]:
+def sources(
+    paths: list[str], columns: Columns, format: str | None = None, encoding: str | None = None
+) -> Iterator[Source]:
     """Yield what holds the rows of paths, globs, URIs and `hf:` names, each with its format.
 
     Args:
@@ -69,7 +71,9 @@ def sources(paths: list[str], columns: Columns, format: str | None = None, encod
 
 def as_rows(given: Source, columns: Columns, format: str | None = None) -> Source:
     """Return a source with rows in place of records that are some by another name, unless columns are named."""
-    is_own = given.format in NAMED and not any(name.split(".")[0] in ("input", "target", "messages") for name in columns)
+    is_own = given.format in NAMED and not any(
+        name.split(".")[0] in ("input", "target", "messages") for name in columns
+    )
     found = format if format in records.READERS else records.format_of(given.keys) if is_own and not format else ""
     if not found:
         return given
@@ -164,7 +168,9 @@ def data_set_records(name: str, split: str) -> Found:
     if isinstance(found, datasets.DatasetDict):
         if (split or "train") not in found:
             there = f"there is {', '.join(found)}" if len(found) else "there is none"
-            raise DataError(f"hf:{name}: no split {split or 'train'!r}; {there}: hf:{name}:{next(iter(found), 'SPLIT')}")
+            raise DataError(
+                f"hf:{name}: no split {split or 'train'!r}; {there}: hf:{name}:{next(iter(found), 'SPLIT')}"
+            )
         found = found[split or "train"]
     for number, record in enumerate(data_set_rows(found), start=1):
         yield f"hf:{name}: row {number}", record

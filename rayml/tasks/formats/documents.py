@@ -96,7 +96,7 @@ def parsed(line: str) -> dict[str, Any] | str:
 
 def items(text: str, name: str, key: str) -> Iterator[tuple[str, Any]]:
     """Yield (where, item) of the list under a key, or of the one that is all; where is the line an item begins in."""
-    match = re.search(rf'(?<!\\){re.escape(json.dumps(key))}\s*:\s*\[' if key else r"\s*\[?", text)
+    match = re.search(rf"(?<!\\){re.escape(json.dumps(key))}\s*:\s*\[" if key else r"\s*\[?", text)
     assert match, "layout found it"
     place = match.end()
     line = 1 + text.count("\n", 0, place)

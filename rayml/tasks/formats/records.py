@@ -26,7 +26,9 @@ def sharegpt(record: Record) -> Record | str:
 def conversation(record: Record, turns: Any, who: str, what: str) -> Record | str:
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         return "expected a list of turns"
-    messages = [{"role": turn.get(who, turn.get("role")), "content": turn.get(what, turn.get("content"))} for turn in turns]
+    messages = [
+        {"role": turn.get(who, turn.get("role")), "content": turn.get(what, turn.get("content"))} for turn in turns
+    ]
     while messages and messages[-1]["role"] in ("user", "human"):
         messages.pop()
     return {**record, "messages": messages}

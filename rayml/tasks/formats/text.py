@@ -75,7 +75,9 @@ def likely(data: bytes) -> list[str]:
     if 2 * text.count("\ufffd") < sum(not character.isascii() for character in text):
         return []  # UTF-8, but for a few bytes
     if b"\0" not in some:
-        some = b"\n".join(line for line in re.split(rb"[\r\n]+", data) if not line.isascii() or b"\x1b" in line)[:SAMPLE]
+        some = b"\n".join(line for line in re.split(rb"[\r\n]+", data) if not line.isascii() or b"\x1b" in line)[
+            :SAMPLE
+        ]
         some = some[: some.rfind(b"\n")] if len(some) == SAMPLE else some
     matches = [match for match in from_bytes(some, cp_isolation=ENCODINGS) if plausible(match)]
     if not matches:
