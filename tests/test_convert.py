@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pyarrow.parquet
 import pytest
+from rayml.tasks.convert_command import convert_data
 from rich.console import Console
 
 from rayml.cli.app import data_app
 from rayml.errors import DataError
 from rayml.tasks.convert import sniff
-from rayml.tasks.convert_command import convert_data
 from rayml.tasks.read import read_rows
 from rayml.tasks.recipes.make import FAMILIES, write_tasks
 from rayml.tasks.table import build_tasks

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from rayml.algorithms.base import Algorithm, Asked, Side, Turn
-from rayml.meta.adapt import Params, TaskLosses
+from rayml.algorithms.inner_loop import Params, TaskLosses
 
 SHARPNESS = 10.0
 """Logits are minus this much times the squared distance of unit vectors."""

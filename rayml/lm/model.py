@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rayml.engine.deepspeed_internals import is_sharded
-from rayml.lm.batch import Row, TaskBatch, collate
-from rayml.lm.choices import IGNORE, token_losses
+from rayml.algorithms.inner_loop import Params
+from rayml.lm.batch import TaskBatch, TokenRow, collate
 from rayml.lm.frozen import FrozenLayers, KnownStates, blocks
+from rayml.lm.label_trie import IGNORE, token_losses
 from rayml.lm.lora import TaskLoRA, layer_number
 from rayml.lm.soft_prompt import TaskPrompt
-from rayml.meta.adapt import Params
+from rayml.training.deepspeed_internals import is_sharded
 
 
 class TaskLM:
@@ -43,17 +43,17 @@ class TaskLM:
     def packs(self) -> bool:
         """Whether examples may share a row, seeing nothing of each other: tried with a few tokens.
 
-        Where attention is told the places of tokens they do not; recurrent layers have no such thing.
+        Where attention is told the position ids they do not; recurrent layers have no such thing.
         """
         if self.adapter is None or self._pad is not None:
             return False  # mode full deals a task's rows to the workers; a masked model looks to both sides
         alone = torch.tensor([[5, 3, 4]], device=self.device)
         rows = torch.tensor([[1, 2, 1, 5, 3, 4], [4, 4, 2, 5, 3, 4]], device=self.device)
-        places = torch.tensor([[0, 1, 2, 0, 1, 2]] * 2, device=self.device)
+        position_ids = torch.tensor([[0, 1, 2, 0, 1, 2]] * 2, device=self.device)
         try:
             with torch.no_grad():
                 wanted = self.logits_at(torch.tensor([2], device=self.device), None, alone).float()
-                found = self.logits_at(torch.tensor([5, 11], device=self.device), None, rows, position_ids=places)
+                found = self.logits_at(torch.tensor([5, 11], device=self.device), None, rows, position_ids=position_ids)
         except (TypeError, ValueError):  # it takes no positions
             return False
         return bool((found.float() - wanted).norm() < 0.02 * wanted.norm())
@@ -105,11 +105,11 @@ class TaskLM:
         return self._frozen is not None
 
     @torch.no_grad()
-    def frozen_states(self, block: Sequence[Row], pad: int) -> Tensor:
+    def frozen_states(self, block: Sequence[TokenRow], pad: int) -> Tensor:
         """Return what the layers below the adapted ones make of rows, one behind the other: `[tokens, D]`."""
         assert self._frozen is not None
         lengths = [len(row.tokens) for row in block]
-        batch = collate([[Row(row.tokens, len(row.tokens)) for row in block]], pad).to(self.device)
+        batch = collate([[TokenRow(row.tokens, len(row.tokens)) for row in block]], pad).to(self.device)
         slot: list[Tensor] = []
         with self._frozen.alone():
             self.logits_at(batch.tokens.new_zeros(1), None, batch.tokens, slot)
@@ -123,19 +123,19 @@ class TaskLM:
         return batch.frozen
 
     def target_logits(self, weights: Params | None, batch: TaskBatch) -> tuple[Tensor, Tensor]:
-        """Return the logits that predict the target tokens, `[M, V]`, and their places in `batch`, `[M]`.
+        """Return the logits that predict the target tokens, `[M, V]`, and their positions in `batch`, `[M]`.
 
         `weights` are the tasks' `[T, ...]`; None for those of the bare model.
         """
         positions = (batch.targets.flatten() != IGNORE).nonzero().squeeze(1)
-        return self.logits_at(positions, weights, batch.tokens, self.slot(batch), **laid(batch)), positions
+        return self.logits_at(positions, weights, batch.tokens, self.slot(batch), **position_inputs(batch)), positions
 
     def states(self, weights: Params | None, batch: TaskBatch) -> Tensor:
         """Return what the model makes of each prompt, `[T, K, D]` in fp32: the last hidden state before the target.
 
         For a batch of one example a row.
         """
-        assert batch.places is None
+        assert batch.position_ids is None
         first = (batch.targets != IGNORE).int().argmax(1)  # 0 for rows of padding
         rows, length = batch.tokens.shape
         seen: list[Tensor] = []
@@ -162,7 +162,7 @@ class TaskLM:
         assert self.adapter is not None
         hooks = [linear.register_forward_pre_hook(keep(name)) for name, linear in self.adapter.linears.items()]
         try:
-            self.logits_at(positions, None, batch.tokens, self.slot(batch), **laid(batch))
+            self.logits_at(positions, None, batch.tokens, self.slot(batch), **position_inputs(batch))
         finally:
             for hook in hooks:
                 hook.remove()
@@ -175,13 +175,13 @@ class TaskLM:
             smoothing: share of the target's weight that is spread evenly over the choices.
         """
         logits, positions = self.target_logits(weights, batch)
-        losses = token_losses(logits, batch.targets.flatten()[positions], batch.choices, smoothing)
+        losses = token_losses(logits, batch.targets.flatten()[positions], batch.allowed, smoothing)
         return mean_by_task(losses, positions, batch)
 
 
 def known_states(
     lm: TaskLM,
-    rows: Sequence[Row],
+    rows: Sequence[TokenRow],
     pad: int,
     share: slice = slice(None),
     gather: Callable[[Tensor], list[Tensor]] = lambda part: [part],
@@ -197,15 +197,15 @@ def known_states(
     unique, parts = blocks(rows)
     mine = parts[share]
     found = []
-    for place, block in enumerate(mine):
-        progress(100 * place // len(mine))
+    for index, block in enumerate(mine):
+        progress(100 * index // len(mine))
         found.append(lm.frozen_states(block, pad))
     width = lm.module.get_input_embeddings().embedding_dim
     gathered = gather(torch.cat(found) if found else torch.empty(0, width, dtype=lm.module.dtype, device=lm.device))
     workers = share.step or 1
     sizes = [[sum(len(row.tokens) for row in block) for block in parts[rank::workers]] for rank in range(workers)]
     split = [iter(part.split(size)) for part, size in zip(gathered, sizes, strict=True)]
-    return KnownStates(unique, torch.cat([next(split[place % workers]) for place in range(len(parts))]))
+    return KnownStates(unique, torch.cat([next(split[index % workers]) for index in range(len(parts))]))
 
 
 def mean_by_task(losses: Tensor, positions: Tensor, batch: TaskBatch) -> Tensor:
@@ -215,9 +215,9 @@ def mean_by_task(losses: Tensor, positions: Tensor, batch: TaskBatch) -> Tensor:
     return total / batch.counted().view(batch.tasks, -1).sum(1)
 
 
-def laid(batch: TaskBatch) -> dict[str, Any]:
+def position_inputs(batch: TaskBatch) -> dict[str, Any]:
     """Return what tells the model where the examples of a row begin."""
-    return {} if batch.places is None else {"position_ids": batch.places}
+    return {} if batch.position_ids is None else {"position_ids": batch.position_ids}
 
 
 def hooks(module: Any, lora: dict[str, Any], soft_tokens: int) -> TaskLoRA | TaskPrompt | None:

@@ -56,10 +56,10 @@ def tokenize(tokenizer: Any, text: str, add_special_tokens: bool = True) -> tupl
     found: list[tuple[int, tuple[int, int]]] = []
     special = special_ids(tokenizer)
     for token, (first, end) in zip(tokens, offsets, strict=True):
-        is_typed = token in special and any(first <= place < end for place in typed)
+        is_typed = token in special and any(first <= index < end for index in typed)
         spelled = as_text(tokenizer, whole[first:end]) if is_typed else [token]
         found += [(one, (first, end)) for one in spelled]
-    return [token for token, _ in found], [place for _, place in found]
+    return [token for token, _ in found], [index for _, index in found]
 
 
 @lru_cache(maxsize=16)

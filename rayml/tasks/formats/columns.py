@@ -67,12 +67,12 @@ def is_headed(rows: Table, file: str, columns: Mapping[str, str]) -> bool:
         return True
     if CROSSFIT.fullmatch(file):
         return False
-    if KNOWN.intersection(cell.casefold() for cell in first) or first == [str(place) for place in range(len(first))]:
+    if KNOWN.intersection(cell.casefold() for cell in first) or first == [str(index) for index in range(len(first))]:
         return True
     if columns or not file.endswith(".tsv") or len(first) != 2:
         return not columns
     others = [row for _, row in rows[1:] if len(row) == 2]
-    comes_back = any(row[place].strip() == cell for row in others for place, cell in enumerate(first))
+    comes_back = any(row[index].strip() == cell for row in others for index, cell in enumerate(first))
     texts = sum(" " in row[0].strip() for row in others)
     return not comes_back and " " not in "".join(first) and 2 * texts > len(others)
 
@@ -100,8 +100,8 @@ def crossfit(rows: Table, file: str, name: str) -> Found:
 def table(rows: Table, name: str, columns: Mapping[str, str], headed: bool) -> Found:
     """Yield the rows of a table by the names in its heading, or, where columns are mapped by number, by that."""
     first = rows[0][1]
-    numbers = [str(place) for place in range(len(first))]
-    names = [cell.strip() or place for cell, place in zip(first, numbers, strict=True)] if headed else numbers
+    numbers = [str(index) for index in range(len(first))]
+    names = [cell.strip() or index for cell, index in zip(first, numbers, strict=True)] if headed else numbers
     names = numbers if is_numbered(columns) else names
     twice = {column for column in names if names.count(column) > 1}
     if twice:

@@ -98,23 +98,23 @@ def items(text: str, name: str, key: str) -> Iterator[tuple[str, Any]]:
     """Yield (where, item) of the list under a key, or of the one that is all; where is the line an item begins in."""
     match = re.search(rf"(?<!\\){re.escape(json.dumps(key))}\s*:\s*\[" if key else r"\s*\[?", text)
     assert match, "layout found it"
-    place = match.end()
-    line = 1 + text.count("\n", 0, place)
+    position = match.end()
+    line = 1 + text.count("\n", 0, position)
     while True:
-        begin = place
-        while place < len(text) and text[place] in " \t\r\n,":
-            place += 1
-        line += text.count("\n", begin, place)
-        if place >= len(text) or text[place] == "]":
+        begin = position
+        while position < len(text) and text[position] in " \t\r\n,":
+            position += 1
+        line += text.count("\n", begin, position)
+        if position >= len(text) or text[position] == "]":
             return
         try:
-            item, end = DECODER.raw_decode(text, place)
+            item, end = DECODER.raw_decode(text, position)
         except ValueError as error:
             yield f"{name}:{line}", f"not JSON: {error}"
             return
         yield f"{name}:{line}", item
-        line += text.count("\n", place, end)
-        place = end
+        line += text.count("\n", position, end)
+        position = end
 
 
 def rows(text: str, name: str, key: str) -> Found:
