@@ -38,7 +38,8 @@ def chat_prompt(tokenizer: Any, turns: Turns) -> list[int]:
 
 
 def answer_spans(tokenizer: Any, turns: Turns) -> tuple[str, list[tuple[int, int]]]:
-    """Return the dialogue's marked text, and the characters of the plain one of each of the assistant's turns, with what ends it.
+    """Return the dialogue's marked text, and each of the assistant's turns, with what ends it, as characters of the
+    plain one.
 
     Templates that mark the assistant's turns (`{% generation %}`) are few, so a turn is what its text adds to the text
     that asks for it.

@@ -41,7 +41,8 @@ def masked_row(
     word, _ = tokenize(tokenizer, f" {target.strip()}", add_special_tokens=False)
     if len(word) != 1:
         raise DataError(
-            f"label {plain(target)!r} has {len(word)} tokens, and a mask stands for one; rename it, or use data.labels=letters"
+            f"label {plain(target)!r} has {len(word)} tokens, and a mask stands for one; rename it, or use "
+            "data.labels=letters"
         )
     tokens, offsets = tokenize(tokenizer, prompt)
     if keep is not None:

@@ -17,7 +17,10 @@ from fsspec.utils import glob_translate
 
 from rayml.errors import DataError
 
-SUFFIXES = ".jsonl .ndjson .json .parquet .csv .tsv .conll .conllu .bio .bmes .iob .iob2".split()
+SUFFIXES = (
+    *(".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv"),
+    *(".conll", ".conllu", ".bio", ".bmes", ".iob", ".iob2"),
+)
 """Of the files that are read in a folder; `.txt` where there is none of these. A file that is named may end in any."""
 PACKED = ".gz", ".zst", ".bz2", ".xz"
 SHARD = re.compile(r"-\d+-of-\d+.*$")
@@ -105,7 +108,7 @@ def named(filesystem: pyarrow.fs.FileSystem, path: str) -> list[str]:
         return []
     if filesystem.get_file_info(base).is_file:
         return [] if pattern else [base]
-    pattern, suffixes = pattern or "**", [tuple(SUFFIXES), (".txt",), *[("",)] * bool(pattern)]
+    pattern, suffixes = pattern or "**", [SUFFIXES, (".txt",), *[("",)] * bool(pattern)]
     matches = re.compile(glob_translate(pattern)).match
     deep = "/" in pattern or "**" in pattern
     entries = filesystem.get_file_info(pyarrow.fs.FileSelector(base, recursive=deep))

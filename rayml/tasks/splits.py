@@ -77,8 +77,9 @@ def what_trains(tasks: Sequence[Task], rule: SplitRule) -> str:
     """Return what to set so that there is something to train on, where a rule leaves nothing: the first that does."""
     large = [task.name for task in tasks if len(task.options) >= 6]
     by_class = replace(rule, by_class=tuple(glob.escape(name) for name in large))
+    names = shlex.quote(json.dumps(list(by_class.by_class), ensure_ascii=False))
     ways = {
-        f"hold out classes, not tasks: data.splits.by_class={shlex.quote(json.dumps(list(by_class.by_class), ensure_ascii=False))}": by_class,
+        f"hold out classes, not tasks: data.splits.by_class={names}": by_class,
         "train on all: data.splits.val=0 data.splits.test=0": replace(rule, val=0.0, test=0.0),
     }
     advice = [text for text, changed in ways.items() if split_tasks(tasks, changed).train]

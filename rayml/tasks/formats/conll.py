@@ -60,13 +60,12 @@ def read(lines: Sequence[str], name: str, token: int | None = None, tag: int | N
                 yield f"{name}:{begins}", row(sentence)
             sentence, begins = [], number + 1
             continue
-        is_token = (len(cells) == width or not width) and len(cells) > max(token, tag, 1)
-        is_token = is_token and bool(TAG.fullmatch(cells[tag]))
-        if line.startswith("#") and not is_token:
+        fits = len(cells) > max(token, tag, 1) and len(cells) in (width, width or len(cells)) and bool(cells[token])
+        if line.startswith("#") and not (fits and TAG.fullmatch(cells[tag])):
             continue
-        if width and len(cells) != width or len(cells) <= max(token, tag, 1) or not cells[token]:
+        if not fits:
             yield f"{name}:{number}", f"expected {width or 'two'} columns with a token and a tag, got {line[:60]!r}"
-        elif not is_token:
+        elif not TAG.fullmatch(cells[tag]):
             yield f"{name}:{number}", f"expected a tag such as O, B-PER or I-PER, got {cells[tag][:40]!r}"
         elif not (token and re.fullmatch(r"\d+[-.]\d+", cells[0])):
             sentence.append((cells[token], cells[tag]))

@@ -59,7 +59,7 @@ def layout(text: str, name: str, is_lines: bool) -> tuple[str, str]:
         return "json", ""
     keys = f" with the keys {', '.join(map(str, document))[:200]}" if isinstance(document, dict) else ""
     raise DataError(
-        f"{name}: JSON of no known format{keys}; write a list of objects, one a row: [{{'input': ..., 'target': ...}}], "
+        f"{name}: JSON of no known format{keys}; write a list of rows: [{{'input': ..., 'target': ...}}], "
         "as pandas' df.to_json(orient='records') does"
     )
 

@@ -7,15 +7,20 @@ from typing import Any
 
 from rayml.errors import DataError
 
+
+def words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
 PARTS = ("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"), ("context", "question")
-TEXTS = (
+TEXTS = words(
     "input text sentence question prompt instruction utterance query review comment tweet document article content "
     "message headline title source"
-).split()
-TARGETS = (
+)
+TARGETS = words(
     "target label_text label labels answer answers completion response output intent category class sentiment "
     "gold_label gold summary highlights translation"
-).split()
+)
 INPUTS = (*PARTS, *((text,) for text in TEXTS))
 CHOICES = {"choices", "endings", "choice1", "options"}
 """Beside them an answer is a number of one of them."""
@@ -35,7 +40,8 @@ def guessed(keys: Collection[str], columns: Mapping[str, str]) -> dict[str, str]
         in_parts = len(names) > 1 or names == ("question",)
         found |= {f"input.{name}" if in_parts else "input": own[name] for name in names}
     if "target" not in keys and "target" not in columns and not CHOICES & own.keys():
-        found |= {"target": own[name] for name in [name for name in TARGETS if name in own][:1]}
+        target = next((name for name in TARGETS if name in own), None)
+        found |= {"target": own[target]} if target else {}
     return found
 
 

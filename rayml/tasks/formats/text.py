@@ -21,9 +21,10 @@ BOMS = {
     codecs.BOM_UTF16_BE: "utf-16",
 }
 ENCODINGS = (
-    "cp1252 cp1250 cp1251 cp1253 cp1254 cp1255 cp1256 cp1257 cp1258 cp874 cp866 koi8_r iso8859_2 iso8859_5 iso8859_15 "
-    "gb18030 big5 cp949 cp932 euc_jp iso2022_jp utf_16_le utf_16_be"
-).split()
+    *("cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "cp1255", "cp1256", "cp1257", "cp1258", "cp874", "cp866"),
+    *("koi8_r", "iso8859_2", "iso8859_5", "iso8859_15", "gb18030", "big5", "cp949", "cp932", "euc_jp", "iso2022_jp"),
+    *("utf_16_le", "utf_16_be"),
+)
 """Those of the web."""
 NARROW = {"gb18030": "gb2312", "cp949": "euc_kr", "cp932": "shift_jis", "big5": "big5", "euc_jp": "euc_jp"}
 """Encodings of East Asia, each with the one of its frequent characters, which text of another rarely falls into."""
@@ -79,7 +80,7 @@ def likely(data: bytes) -> list[str]:
             :SAMPLE
         ]
         some = some[: some.rfind(b"\n")] if len(some) == SAMPLE else some
-    matches = [match for match in from_bytes(some, cp_isolation=ENCODINGS) if plausible(match)]
+    matches = [match for match in from_bytes(some, cp_isolation=list(ENCODINGS)) if plausible(match)]
     if not matches:
         return []
     best = min(match.chaos for match in matches)
