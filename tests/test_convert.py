@@ -11,6 +11,7 @@ from rich.console import Console
 
 from rayml.cli.app import data_app
 from rayml.errors import DataError
+from rayml.tasks.convert import convert_data
 from rayml.tasks.read import read_rows
 from rayml.tasks.recipes.make import FAMILIES, write_tasks
 from rayml.tasks.sources import sources
@@ -207,7 +208,7 @@ def test_chinese_in_other_encodings(encoding, tmp_path):
     [
         ("a.csv", 'text,label\n"x\ny",z\na,b,c\n', "input=text,target=label", r"a.csv:4: has 3 cells, where .* has 2"),
         ("a.csv", "text,label\na,\n", "input=text,target=label", r"a.csv:2: 'label' is empty"),
-        ("a.csv", "text,label\na,b\n", "input=words", "a.csv:1: has no column words; there are text, label"),
+        ("a.csv", "text,label\na,b\n", "input=words", "a.csv: has no column words; there are text, label"),
         ("a.csv", 'text,label\n"a,b\n', "input=text", "a.csv:2: no CSV"),
         ("a.conll", "a B-X\nb O\n" * 9 + "c what\n", None, "a.conll:19: expected a tag such as O"),
         ("a_1_2_dev.tsv", "a\tb\nc\n", None, "a_1_2_dev.tsv:2: expected input<TAB>output, got 1"),
@@ -215,7 +216,7 @@ def test_chinese_in_other_encodings(encoding, tmp_path):
         ("a.json", '{\n"examples": [\n{"input": "a"}]}', None, "a.json:3: expected an example with"),
         ("a.json", '{\n"Instances": [\n\n{"input": "", "output": ["b"]}]}', None, "a.json:4: 'input' is empty"),
         ("a.json", '{\n"x": }', None, r"a.json:2: not JSON"),
-        ("a.json", '{\n"x": 1}', None, "of no known format"),
+        ("a.json", '{\n"x": 1}', None, "which columns are input and target"),
         ("a.jsonl", '{"messages": [{"role": "user", "content": "a"}]}\n', None, "a.jsonl:1: a conversation has"),
         ("a.csv", b"input,target\nok,ok\n\xff\xfe\xfa,b\n", None, "a.csv:3: not utf-8"),
         ("a.csv", "", None, "is empty"),

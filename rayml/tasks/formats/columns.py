@@ -38,7 +38,8 @@ def cells(text: str) -> Table:
         if mark != "\t":
             raise
         return plain
-    is_whole = mark == "\t" and len({len(row) for _, row in plain}) == 1
+    all_quoted = all(cell[:1] == cell[-1:] == '"' for cell in plain[0][1])  # the heading, by a writer that quotes all
+    is_whole = mark == "\t" and len({len(row) for _, row in plain}) == 1 and not all_quoted
     return plain if is_whole and len(quoted) < len(plain) else quoted
 
 
