@@ -1,6 +1,7 @@
 # ruff: noqa: RUF001
 """What people bring: encodings, columns, quotes, globs, labels and texts that were read wrongly in silence."""
 
+import bz2
 import csv
 import gzip
 import io
@@ -40,9 +41,9 @@ WORDS = TEXT | HOSTILE
 SPAN = st.fixed_dictionaries({"text": WORDS, "type": WORDS})
 TARGETS = WORDS | st.lists(WORDS, max_size=3) | st.lists(SPAN, min_size=1, max_size=3)
 INPUTS = WORDS | st.dictionaries(WORDS, WORDS, min_size=1, max_size=3)
-RECORDS = st.fixed_dictionaries(
-    {"task": WORDS, "input": INPUTS, "target": TARGETS}, optional={"answers": st.lists(WORDS)}
-)
+ROW = {"task": WORDS, "input": INPUTS, "target": TARGETS}
+RECORDS = st.fixed_dictionaries(ROW, optional={"answers": st.lists(WORDS)})
+STRIPPED = WORDS.map(str.strip)
 
 
 def read(tmp_path, name, content, **more):
@@ -137,9 +138,9 @@ def test_a_row_without_spans_is_of_its_tasks_kind(tmp_path):
     assert build_tasks(rows)[0][0].kind == "ner"
 
 
-@pytest.mark.parametrize(("name", "labels"), [("tiny", ["好", "坏", "中"]), ("tiny-masked", ["好", "坏"])])
-def test_labels_of_the_same_tokens_are_refused_by_name(name, labels):
-    encoder = Encoder(load_tokenizer(resolve_model(name)), "{input}", 64)
+def test_labels_of_the_same_tokens_are_refused_by_name():
+    labels = ["好", "坏", "中"]
+    encoder = Encoder(load_tokenizer(resolve_model("tiny")), "{input}", 64)
     task = Task("t", tuple(Example(f"x{label}", label) for label in labels), tuple(labels))
     with pytest.raises(DataError, match="'好' and '坏' are the same tokens"):
         encoder.check([task])
@@ -148,28 +149,27 @@ def test_labels_of_the_same_tokens_are_refused_by_name(name, labels):
 # Formats
 
 
-@pytest.mark.parametrize("pack", ["gzip", "zstd", "bz2"])
-def test_packed_files_are_read(pack, tmp_path):
-    content = lines([{"input": "a", "target": "b"}]).encode()
-    packed = (
-        gzip.compress(content)
-        if pack == "gzip"
-        else pyarrow.compress(content, codec=pack, asbytes=True)
-        if pack == "zstd"
-        else __import__("bz2").compress(content)
-    )
-    rows, _ = read(tmp_path, {"gzip": "a.jsonl.gz", "zstd": "a.jsonl.zst", "bz2": "a.jsonl"}[pack], packed)
+@pytest.mark.parametrize(
+    ("name", "pack"),
+    [
+        ("a.jsonl.gz", gzip.compress),
+        ("a.jsonl.zst", lambda data: pyarrow.compress(data, codec="zstd", asbytes=True)),
+        ("a.jsonl", bz2.compress),
+    ],
+)
+def test_packed_files_are_read(name, pack, tmp_path):
+    rows, _ = read(tmp_path, name, pack(lines([{"input": "a", "target": "b"}]).encode()))
     assert [(row.task, row.input) for row in rows] == [("a", "a")]
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        '[{"text": "a",\n "label": 1}]',
-        '{"data": [{"text": "a", "label": 1}]}',
-        '{\n"text": "a",\n"label": 1}\n{\n"text": "b", "label": 2}',
-    ],
-)
+PLAIN = {
+    "list": '[{"text": "a",\n "label": 1}]',
+    "wrapped": '{"data": [{"text": "a", "label": 1}]}',
+    "over several lines": '{\n"text": "a",\n"label": 1}\n{\n"text": "b", "label": 2}',
+}
+
+
+@pytest.mark.parametrize("content", PLAIN.values(), ids=PLAIN)
 def test_json_of_plain_rows(content, tmp_path):
     rows, said = read(tmp_path, "a.json", content)
     assert (rows[0].input, rows[0].target) == ("a", "1")
@@ -193,9 +193,7 @@ def test_the_usual_columns_are_guessed_and_said(heading, parts, tmp_path):
 
 
 def test_unknown_columns_are_shown_with_what_to_paste(tmp_path):
-    with pytest.raises(
-        DataError, match=r"There are id, body, gold2.*data.columns='.*\"input\": \"body\".*--columns input=body"
-    ):
+    with pytest.raises(DataError, match=r"are id, body, gold2.*data.columns=.*input.*body.*--columns input=body"):
         read(tmp_path, "a.csv", "id,body,gold2\n1,some long text,x\n2,some other text,x\n")
 
 
@@ -221,8 +219,8 @@ def test_conll_keeps_what_is_within_tokens_and_leaves_comments_out(tmp_path):
     assert [text for _, text in spans(rows[0].target)] == ["Foo\u2028x", "10\u00a0000", "New York"]
     rows, _ = read(tmp_path, "u.iob2", "# sent_id = 1\n# text = Foo runs\n1\tFoo\tB-PER\t-\n2\truns\tO\t-\n\n")
     assert (rows[0].input, rows[0].target) == ("Foo runs", "PER: Foo")
-    with pytest.raises(DataError, match="a.conll:3: expected 2 columns"):
-        read(tmp_path, "a.conll", "Foo B-ORG\nis O\nNew York B-LOC\n")
+    with pytest.raises(DataError, match=r"a.conll:21: expected 2 columns"):
+        read(tmp_path, "a.conll", "Foo B-ORG\nis O\n" * 10 + "New York B-LOC\n")
 
 
 @pytest.mark.parametrize(
@@ -291,7 +289,7 @@ def test_names_print_as_they_are_and_nothing_to_train_on_says_what_to_set(tmp_pa
     console = Console(file=out, width=200)
     assert check_data([str(tmp_path / "a.jsonl"), "data.splits.val=0", "data.splits.test=0"], None, console)
     assert "ta[red]sk" in out.getvalue()
-    assert not check_data([str(tmp_path / "a.jsonl"), "data.splits.test=0.99"], None, console)
+    assert not check_data([str(tmp_path / "a.jsonl"), "data.splits.test_tasks=ta*"], None, console)
     assert "data.splits.by_class='[\"ta[[]red]sk\"]'" in out.getvalue()
     found = CliRunner().invoke(app, ["data", "check", str(tmp_path / "no [such].jsonl")])
     assert "no [such].jsonl" in str(found.exception)
@@ -309,7 +307,7 @@ def test_options_and_columns_may_hold_commas():
 
 def test_halves_of_characters_are_refused_by_line_and_mended_by_convert(tmp_path):
     content = '{"input": "bad \\ud83d", "target": "a"}\n{"input": "good \\ud83d\\ude00", "target": "a"}\n'
-    with pytest.raises(DataError, match="a.jsonl:1: 'input' holds half of a character"):
+    with pytest.raises(DataError, match=r"a.jsonl:1: 'input' holds half of a character"):
         read(tmp_path, "a.jsonl", content)
     rows, _ = read(tmp_path, "a.jsonl", content, mend=True)
     assert [row.input for row in rows] == ["bad \ufffd", "good 😀"]

@@ -265,7 +265,7 @@ class Replica:
                 given = turns_of(prompt) if is_dialogue and isinstance(prompt, list) else plain(prompt)
                 tokens = unlimited(adapter.encoder).asked(unanswered(given), adapter.shown)
             elif not isinstance(prompt, list):
-                tokens, _ = tokenize(tokenizer, marked(tokenizer, prompt))
+                tokens, _ = tokenize(tokenizer, marked(tokenizer, str(prompt)))
             elif tokenizer.chat_template:
                 tokens = chat_prompt(tokenizer, turns_of(prompt))
             else:

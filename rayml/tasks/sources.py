@@ -92,14 +92,20 @@ def source(file: File, task: str, columns: Columns, format: str | None = None, e
     """Return a file with its format: what was asked for, or what it looks like, by its contents before its name."""
     name, data = file.path, file.read()
     if file.suffix == ".parquet" or data.startswith(b"PAR1"):
-        return Source(name, task, "parquet", "the suffix", list(parquet(data, name)))
+        return Source(name, task, "parquet", "the suffix", with_columns(file, parquet(data, name)))
     if data.startswith(b"PK\x03\x04"):
         raise DataError(f"{name}: a zip, or an Excel file; unzip it, or save it as CSV")
     text, taken = decoded(data, name, encoding)
     if not text.strip():
         raise DataError(f"{name}: is empty; a row is {{'input': ..., 'target': ...}}, one a line")
     found, why, rows = text_records(text, file, columns, format)
-    return Source(name, task, found, "--format" if format else why, list(rows), taken)
+    return Source(name, task, found, "--format" if format else why, with_columns(file, rows), taken)
+
+
+def with_columns(file: File, found: Found) -> list[tuple[str, dict[str, Any] | str]]:
+    """Return a file's records, with what its folders say of them."""
+    more = file.columns
+    return [(where, {**more, **record} if more and isinstance(record, dict) else record) for where, record in found]
 
 
 def text_records(text: str, file: File, columns: Columns, format: str | None) -> tuple[str, str, Found]:

@@ -48,6 +48,9 @@ def decoded(data: bytes, name: str, encoding: str | None = None) -> tuple[str, s
         DataError: it is none of these, with the line of the first byte that is not UTF-8, and what to do.
     """
     taken = encoding or next((known for mark, known in BOMS.items() if data.startswith(mark)), "utf-8")
+    some = data[:SAMPLE]
+    if taken == "utf-8" and 4 * some.count(0) > len(some):  # Latin letters in UTF-16 are every other byte
+        taken = "utf-16-le" if some[1::2].count(0) > some[::2].count(0) else "utf-16-be"
     try:
         return data.decode(taken), taken
     except LookupError:
