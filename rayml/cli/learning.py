@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @app.command()
 def adapt(
     run: RunPath,
-    examples: Annotated[Path, typer.Option(help="JSONL or Parquet: rows of input and target.")],
+    examples: Annotated[Path, typer.Option(help="Rows of input and target, in any format that `data.path` takes.")],
     out_dir: Annotated[str, typer.Option("--out", help="The adapter's folder; must not exist.", metavar="DIR")],
     name: Annotated[str | None, typer.Option(help="The adapter's name; else the folder's.")] = None,
     checkpoint: Checkpoint = None,
