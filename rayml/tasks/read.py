@@ -72,7 +72,8 @@ def read_rows(
     if errors and not (skip and found):
         file = shlex.quote(errors[0].split(": ")[0].rsplit(":", 1)[0])
         leave = f"put them right, or leave them out: rayml data convert {file} rows.jsonl --skip"
-        raise unusable(errors, leave if found else "none can be used; a row is {'input': ..., 'target': ...}: put them right")
+        none = "none can be used; a row is {'input': ..., 'target': ...}: put them right"
+        raise unusable(errors, leave if found else none)
     if errors:
         say(f"{len(errors)} row(s) that cannot be used are left out, such as {errors[0]}")
     return with_fixed_options(found, of_options, say)
