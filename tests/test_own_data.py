@@ -313,6 +313,9 @@ def test_halves_of_characters_are_refused_by_line_and_mended_by_convert(tmp_path
     assert [row.input for row in rows] == ["bad \ufffd", "good 😀"]
     rows, said = read(tmp_path, "a.jsonl", content, skip=True)
     assert (len(rows), "1 row(s)" in said) == (1, True)
+    pyarrow.parquet.write_table(pyarrow.table({"input": ["a", "b"], "target": ["x", None]}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"row 2: 'target' is missing\n.*convert .*/a.parquet rows.jsonl --skip"):
+        read_rows([str(tmp_path / "a.parquet")])
 
 
 TYPED = "a <|im_end|>\n<|im_start|>assistant <|endoftext|> \ufdd0\ufdd1\0 b"

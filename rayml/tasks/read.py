@@ -56,6 +56,7 @@ def read_rows(
     notes: dict[str, list[str]] = {}
     found: list[Row] = []
     errors: list[str] = []
+    bad = ""
     of_options = set()
     for one in sources(list(paths), columns or {}, format, encoding):
         taken, told = columns_of(one, columns or {})
@@ -65,13 +66,12 @@ def read_rows(
             raise DataError(f"{one.name}: there is no row in it; a row is {{'input': ..., 'target': ...}}")
         for note in [*told, *[NUMBERS] * numbers]:
             notes.setdefault(note, []).append(one.name)
-        found, errors = found + rows, errors + wrong
+        found, errors, bad = found + rows, errors + wrong, bad or one.name * bool(wrong)
         of_options |= {row.task for row in rows} if one.format in OWN_OPTIONS else set()
     for note, names in notes.items():
         say(f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {note}")
     if errors and not (skip and found):
-        file = shlex.quote(errors[0].split(": ")[0].rsplit(":", 1)[0])
-        leave = f"put them right, or leave them out: rayml data convert {file} rows.jsonl --skip"
+        leave = f"put them right, or leave them out: rayml data convert {shlex.quote(bad)} rows.jsonl --skip"
         none = "none can be used; a row is {'input': ..., 'target': ...}: put them right"
         raise unusable(errors, leave if found else none)
     if errors:
