@@ -162,6 +162,9 @@ class Adapter:
         unknown = [option for option in options or () if own and option not in own]
         if unknown:
             raise ConfigError(f"options: {', '.join(unknown)} not among the task's labels: {', '.join(own)}")
+        alike = "" if own else self.encoder.alike(options or ())
+        if alike:
+            raise ConfigError(f"options: {alike}")
         return {option: own.get(option, option) for option in options or own}
 
     def query(self, example: Example, labels: Sequence[str]) -> Query:

@@ -92,7 +92,7 @@ class MetaModel:
 
         Args:
             examples: pairs `(input, target)`; dicts, such as `{"input", "target", "options"}`; a pandas DataFrame or a
-                `datasets.Dataset` with such columns; or the path, or URI, of a JSONL or Parquet file. An input is a
+                `datasets.Dataset` with such columns; or a path or URI as `data.path` takes it. An input is a
                 text, or a dict of fields; a target is a text, a list of labels, or of spans `{"text", "type"}`.
                 Labels are the user's own. A run on label tasks takes two different targets or more for labels.
             name: of the task.

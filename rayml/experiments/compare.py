@@ -126,7 +126,7 @@ def adapted_and_asked(method_run: MethodRun, base: Config, splits: Splits, reque
     method = learned_method(method_run, splits.train)
     data = base.data.model_copy(update={"labels": method_run.config.data.labels})
     tried = splits.val, data.sampler(VALIDATION_SEED), request.val_episodes, request.factors, request.steps
-    with progress(Console(stderr=True), transient=True) as bar:
+    with progress(Console(stderr=True, markup=False), transient=True) as bar:
         began = time.perf_counter()
         tries = len(request.factors) * request.val_episodes * method.takes_steps
         choice = choose_setting(method, *tried, bar(f"adapting {method_run.name}", tries))

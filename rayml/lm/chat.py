@@ -7,6 +7,7 @@ from jinja2 import TemplateError
 
 from rayml.errors import DataError
 from rayml.lm.batch import TokenRow
+from rayml.lm.tokens import marked, plain, tokenize
 from rayml.tasks.kinds import CHAT
 
 Turns = Sequence[tuple[str, str]]
@@ -16,10 +17,12 @@ Turns = Sequence[tuple[str, str]]
 def chat_text(tokenizer: Any, turns: Turns, asks: bool = False) -> str:
     """Return turns as the chat template writes them; with `asks`, up to where the assistant's answer begins.
 
+    What looks like a special token in a turn is marked: it is text (`rayml.lm.tokens`).
+
     Raises:
         DataError: the template refuses them.
     """
-    messages = [{"role": role, "content": text} for role, text in turns]
+    messages = [{"role": role, "content": marked(tokenizer, text)} for role, text in turns]
     template = own_template(tokenizer) or CHAT
     try:
         return tokenizer.apply_chat_template(
@@ -47,11 +50,12 @@ def own_template(tokenizer: Any) -> str | None:
 
 def chat_prompt(tokenizer: Any, turns: Turns) -> list[int]:
     """Return the tokens that the assistant's answer to these turns is written behind."""
-    return tokenizer(chat_text(tokenizer, turns, asks=True), add_special_tokens=False)["input_ids"]
+    return tokenize(tokenizer, chat_text(tokenizer, turns, asks=True), add_special_tokens=False)[0]
 
 
 def answer_spans(tokenizer: Any, turns: Turns) -> tuple[str, list[tuple[int, int]]]:
-    """Return the dialogue's text, and the characters of each of the assistant's turns, with what ends it.
+    """Return the dialogue's marked text, and each of the assistant's turns, with what ends it, as characters of the
+    plain one.
 
     Templates that mark the assistant's turns (`{% generation %}`) are few, so a turn is what its text adds to the text
     that asks for it.
@@ -69,7 +73,7 @@ def answer_spans(tokenizer: Any, turns: Turns) -> tuple[str, list[tuple[int, int
                     "the model's chat template changes earlier turns when later ones follow, so the assistant's "
                     f"cannot be told: {turns[0][1][:60]!r}; use rows of input and target"
                 )
-            found.append((len(begin), len(end.rstrip())))
+            found.append((len(plain(begin)), len(plain(end.rstrip()))))
     return whole, found
 
 
@@ -82,9 +86,8 @@ def chat_row(tokenizer: Any, turns: Turns, max_tokens: int) -> TokenRow:
     text, spans = answer_spans(tokenizer, turns)
     if not own_template(tokenizer):  # whose own would end a turn with a token that a text ends with
         text += tokenizer.eos_token
-        spans[-1] = spans[-1][0], len(text)
-    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    tokens, offsets = encoding["input_ids"], encoding["offset_mapping"]
+        spans[-1] = spans[-1][0], len(plain(text))
+    tokens, offsets = tokenize(tokenizer, text, add_special_tokens=False)
     said = [any(first < stop and last > start for start, stop in spans) for first, last in offsets]
     last = max(position for position, mine in enumerate(said) if mine)
     tokens, said = tokens[: last + 1], said[: last + 1]

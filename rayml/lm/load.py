@@ -57,8 +57,8 @@ def resolve_model(name: str) -> str:
         return str(_cached("tiny-llama-3", _make_tiny))
     if name == "tiny-masked":
         return str(_cached("tiny-bert-2", _make_tiny_masked))
-    if Path(name).is_dir():
-        return str(Path(name).resolve())
+    if Path(name).expanduser().is_dir():
+        return str(Path(name).expanduser().resolve())
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         return name
     raise ConfigError(

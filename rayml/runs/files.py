@@ -29,7 +29,11 @@ def filesystem(path: str) -> tuple[fs.FileSystem, str]:
     Raises:
         OSError, ValueError: pyarrow knows no such filesystem, or cannot reach it.
     """
-    return fs.FileSystem.from_uri(path) if "://" in path else (fs.LocalFileSystem(), os.path.abspath(path))
+    return (
+        fs.FileSystem.from_uri(path)
+        if "://" in path
+        else (fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(path)))
+    )
 
 
 def as_path(path: str | AnyPath) -> AnyPath:
@@ -41,7 +45,7 @@ def as_path(path: str | AnyPath) -> AnyPath:
     if isinstance(path, Remote):
         return path
     if "://" not in str(path):
-        return Path(path).absolute()
+        return Path(path).expanduser().absolute()
     address, mark, query = str(path).partition("?")
     with answering(path):
         found, inner = fs.FileSystem.from_uri(str(path))

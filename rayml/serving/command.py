@@ -68,7 +68,7 @@ def serve_forever(
         share = max(1, processors() // max(serving.replicas.min, serving.replicas.max))
         replicas = serving.replicas.model_copy(update={"cpus": share})
         serving = serving.model_copy(update={"replicas": replicas})
-    err = Console(stderr=True)
+    err = Console(stderr=True, markup=False)
     with doing(err, "starting Ray"):
         start_cluster(serving, metrics_port)
     stop = threading.Event()

@@ -21,6 +21,7 @@ from rayml.lm.generate import end_tokens
 from rayml.lm.load import context_tokens
 from rayml.lm.peft_files import AdapterCard, encoder_of
 from rayml.lm.sampling import Piece, Sampling
+from rayml.lm.tokens import marked, tokenize
 from rayml.model import load, refuse_diverged
 from rayml.runs.folder import RunFolder
 from rayml.serving.adapter_cache import AdapterCache, forget_task
@@ -272,7 +273,7 @@ class Replica:
                 given = turns_of(prompt) if is_dialogue and isinstance(prompt, list) else plain(prompt)
                 tokens = unlimited(adapter.encoder).asked(unanswered(given), adapter.shown)
             elif not isinstance(prompt, list):
-                tokens = tokenizer(prompt)["input_ids"]
+                tokens, _ = tokenize(tokenizer, marked(tokenizer, str(prompt)))
             elif own_template(tokenizer):
                 tokens = chat_prompt(tokenizer, turns_of(prompt))
             else:

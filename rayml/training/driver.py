@@ -70,7 +70,7 @@ def train(config: Config, resume: bool = False, at_once: int = 1) -> RunFolder:
         anew = shown_anew(old.config.data, config.data)
         if anew and replayed:
             said = f"{', '.join(anew)}: not as in {old.run.path}, whose tasks are replayed as this config shows them"
-            Console(stderr=True).print(said, style="yellow", highlight=False, soft_wrap=True)
+            Console(stderr=True, markup=False).print(said, style="yellow", highlight=False, soft_wrap=True)
     model, encoder = checked_model(config, [task for part in splits for task in part])
     run = RunFolder(config.run.dir)
     check_trackers(config.run.trackers, run)
@@ -79,7 +79,7 @@ def train(config: Config, resume: bool = False, at_once: int = 1) -> RunFolder:
     run.begin(config, splits, resume)
     if config.validation.patience and not splits.val:
         warned = "validation.patience: there is no task for meta-val, so it never stops; raise data.splits.val"
-        Console(stderr=True).print(warned, style="yellow", highlight=False, soft_wrap=True)
+        Console(stderr=True, markup=False).print(warned, style="yellow", highlight=False, soft_wrap=True)
     trains = not run.is_over(config)
     if trains:
         with own_ray(config):
@@ -88,7 +88,7 @@ def train(config: Config, resume: bool = False, at_once: int = 1) -> RunFolder:
             remove(run.model)
             load(run).save(run.model)
     if old and (trains or not (run.path / FORGETTING).exists()):  # it may have been cut off there
-        report_forgetting(run, old, splits, Console(stderr=True))
+        report_forgetting(run, old, splits, Console(stderr=True, markup=False))
     return run
 
 
@@ -97,7 +97,7 @@ def own_ray(config: Config, at_once: int = 1) -> Iterator[None]:
     """Start Ray where none runs, for `at_once` runs beside each other, and end it."""
     starts = not ray.is_initialized()
     if starts:
-        with doing(Console(stderr=True), "starting Ray"):
+        with doing(Console(stderr=True, markup=False), "starting Ray"):
             start_ray(config, at_once)
     try:
         yield
@@ -149,7 +149,9 @@ def start_ray(config: Config, at_once: int = 1) -> None:
             check_resources(config, cpus=int(there.get("CPU", 0)), cpus_each=2, gpus=int(there.get("GPU", 0)))
         except ConfigError as error:  # it may grow
             wait = f"{config.run.longest_wait:g} s"
-            Console(stderr=True).print(f"{error}. Waiting up to {wait} for more nodes", style="yellow", highlight=False)
+            Console(stderr=True, markup=False).print(
+                f"{error}. Waiting up to {wait} for more nodes", style="yellow", highlight=False
+            )
 
 
 def check_resources(config: Config, cpus: int, cpus_each: int, gpus: int) -> None:
@@ -231,7 +233,7 @@ def fit(
             callbacks=[NewestCheckpoint(run.latest), Controlled(heartbeats), WorkersGone(heartbeats)],  # type: ignore[list-item]
         ),
     )
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False)
     with Progress(run, config.outer.steps, console, heartbeats), Watch(heartbeats, longest_wait, console) as watch:
         try:
             stopped = finished(trainer, run, heartbeats, console)
