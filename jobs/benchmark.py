@@ -35,17 +35,17 @@ from rich.progress import Progress
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from rayml.algorithms.fomaml import adapt_then_query
+from rayml.algorithms.inner_loop import InnerLoop, Params
+from rayml.algorithms.meta_gradient import first_order
 from rayml.config import Config, load_config
-from rayml.engine import local
-from rayml.lm.batch import Row, collate, readings
+from rayml.lm.batch import TokenRow, collate, readings
 from rayml.lm.encode import decode_rows
 from rayml.lm.load import DTYPES, load_tokenizer, resolve_model
 from rayml.lm.lora import B, TaskLoRA, in_a_layer, layer_number
 from rayml.lm.model import TaskLM
 from rayml.lm.precision import settled_here
-from rayml.meta.adapt import InnerLoop, Params
-from rayml.meta.gradient import first_order
 from rayml.tasks.prepare import prepare_splits
+from rayml.training import local
 
 OURS = "rayml"
 APART = {"float32": 1e-3, "bfloat16": 0.1}
@@ -70,8 +70,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 class Episodes:
     """The tokenised sides of T tasks, and the labels of each."""
 
-    support: Sequence[Sequence[Row]]
-    query: Sequence[Sequence[Row]]
+    support: Sequence[Sequence[TokenRow]]
+    query: Sequence[Sequence[TokenRow]]
     labels: Sequence[Sequence[Sequence[int]]]
 
     def tokens(self, steps: int) -> int:
@@ -158,14 +158,14 @@ def measure(
     names = list(lora.linears)
     plain = plain_model(shared(model), names, lora.rank, lora.alpha / lora.rank)
     others = peft_model(shared(model), config, names)
-    contenders: dict[str, Callable[[], Any]] = {OURS: partial(ours, lm, start, episodes, config)}
-    contenders |= {
+    methods: dict[str, Callable[[], Any]] = {OURS: partial(ours, lm, start, episodes, config)}
+    methods |= {
         name: partial(way, work_of(plain if name == "higher" else others, start, episodes, config, device))
         for name, way in ways.items()
     }
-    apart, failed = compared(contenders, APART[config.model.dtype])
-    contenders = {name: work for name, work in contenders.items() if name not in failed}
-    seconds = interleaved(contenders, options.repeats, device)
+    apart, failed = compared(methods, APART[config.model.dtype])
+    methods = {name: work for name, work in methods.items() if name not in failed}
+    seconds = interleaved(methods, options.repeats, device)
     tokens = episodes.tokens(config.inner.steps)
     return {
         "model": options.shape or config.model.name,
@@ -179,12 +179,12 @@ def measure(
         "seconds": seconds,
         "ratio": {
             name: quartiles([a / b for a, b in zip(seconds[name], seconds[OURS], strict=True)])
-            for name in contenders
+            for name in methods
             if name != OURS
         },
-        "peak_bytes": {name: peak_bytes(work, device) for name, work in contenders.items()},
-        "flops": {name: measured_flops(work) for name, work in contenders.items() if name in (OURS, "PEFT loop")},
-        "op_seconds": op_seconds(contenders[OURS], device),
+        "peak_bytes": {name: peak_bytes(work, device) for name, work in methods.items()},
+        "flops": {name: measured_flops(work) for name, work in methods.items() if name in (OURS, "PEFT loop")},
+        "op_seconds": op_seconds(methods[OURS], device),
         "weight_bytes_read": weight_bytes_read(model, names, config.inner.steps),
     }
 
@@ -207,19 +207,19 @@ def ours(lm: TaskLM, start: Params, episodes: Episodes, config: Config) -> Param
     support, query = (
         collate(side, 0, episodes.labels, lm.packs).to(lm.device) for side in (episodes.support, episodes.query)
     )
-    rates = {name: torch.tensor(config.inner.lr, device=lm.device) for name in start}
+    inner_lrs = {name: torch.tensor(config.inner.lr, device=lm.device) for name in start}
     losses = {"support": partial(lm.losses, batch=support), "query": partial(lm.losses, batch=query)}
     weights = torch.ones(len(episodes.support), device=lm.device)
     return first_order(
-        adapt_then_query(config.inner.steps), losses, start, InnerLoop(rates, config.inner.steps), weights
+        adapt_then_query(config.inner.steps), losses, start, InnerLoop(inner_lrs, config.inner.steps), weights
     ).start
 
 
-def compared(contenders: dict[str, Callable[[], Any]], most: float) -> tuple[dict[str, float], dict[str, str]]:
+def compared(methods: dict[str, Callable[[], Any]], most: float) -> tuple[dict[str, float], dict[str, str]]:
     """Return how far each one's meta-gradient is from ours, relative to it, and why some do not take part."""
-    wanted = torch.cat([gradient.flatten() for gradient in contenders[OURS]().values()])
+    wanted = torch.cat([gradient.flatten() for gradient in methods[OURS]().values()])
     apart, failed = {}, {}
-    for name, work in contenders.items():
+    for name, work in methods.items():
         if name == OURS:
             continue
         try:
@@ -300,20 +300,20 @@ def random_episodes(config: Config, model: Any) -> Episodes:
     """Return rows of `data.max_tokens` random tokens, of which the last is the target, among the whole vocabulary."""
     generator = torch.Generator().manual_seed(config.seed)
 
-    def rows(count: int) -> list[list[Row]]:
+    def rows(count: int) -> list[list[TokenRow]]:
         shape = config.tasks_per_step, count, config.data.max_tokens
         tokens = torch.randint(model.config.vocab_size, shape, generator=generator).tolist()
-        return [[Row(row, len(row) - 1) for row in task] for task in tokens]
+        return [[TokenRow(row, len(row) - 1) for row in task] for task in tokens]
 
     support, query = (rows(config.data.ways * each) for each in (config.data.shots, config.data.queries))
     return Episodes(support, query, [[] for _ in support])
 
 
-def interleaved(contenders: dict[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, list[float]]:
+def interleaved(methods: dict[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, list[float]]:
     """Return each one's seconds, round by round, so that what else the machine does meets all alike."""
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    seconds: dict[str, list[float]] = {name: [] for name in methods}
     for repeat in range(repeats + 1):  # the first is for warming up
-        for name, work in contenders.items():
+        for name, work in methods.items():
             found = timed(work, device)
             seconds[name] += [found] if repeat else []
     return seconds

@@ -18,14 +18,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
+from rayml.algorithms.phased_optimizer import Phase
 from rayml.config import Config
-from rayml.engine import zero
-from rayml.engine.full import FullLearner
-from rayml.engine.shares import share_loss, share_of
 from rayml.lm.batch import IGNORE, TaskBatch
 from rayml.lm.load import resolve_model
 from rayml.lm.model import TaskLM
-from rayml.meta.phased import Phase
+from rayml.training import zero
+from rayml.training.full import FullLearner
+from rayml.training.row_sharding import share_loss, share_of
 
 
 def main() -> None:
@@ -45,9 +45,9 @@ def parse() -> argparse.Namespace:
         "--model", default="tiny", help="as model.name, or random-30m: a random Llama of 30 M parameters"
     )
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--stage", type=int, default=3, choices=(1, 2, 3))
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--offload", default="none", choices=("none", "optimizer", "all"))
+    parser.add_argument("--stage", type=int, default=3, allowed=(1, 2, 3))
+    parser.add_argument("--dtype", default="float32", allowed=("float32", "bfloat16"))
+    parser.add_argument("--offload", default="none", allowed=("none", "optimizer", "all"))
     parser.add_argument("--rows", type=int, default=8, help="rows of a task, over all workers")
     parser.add_argument("--tokens", type=int, default=64, help="tokens of a row")
     parser.add_argument("--repeats", type=int, default=15)

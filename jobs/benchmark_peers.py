@@ -30,7 +30,7 @@ class Side:
     column: Tensor
     """`[M]` each: where each target's logits lie in `[K, P]`."""
     target: Tensor
-    choices: Tensor | None
+    allowed: Tensor | None
     """`[M, S]`, the tokens that each target is chosen among, filled up with IGNORE; None: the whole vocabulary."""
     weight: Tensor
     """`[M]`: each target's share of the task's loss."""
@@ -38,18 +38,18 @@ class Side:
     @classmethod
     def of(cls, batch: TaskBatch) -> "Side":
         """Return a batch of one task."""
-        row, place = (batch.targets != IGNORE).nonzero(as_tuple=True)
-        kept, column = place.unique(return_inverse=True)
+        row, index = (batch.targets != IGNORE).nonzero(as_tuple=True)
+        kept, column = index.unique(return_inverse=True)
         weight = torch.full((len(row),), 1 / int(batch.counted().sum()), device=row.device)
-        return cls(batch.tokens, kept, row, column, batch.targets[row, place], batch.choices, weight)
+        return cls(batch.tokens, kept, row, column, batch.targets[row, index], batch.allowed, weight)
 
     def loss(self, forward: Callable[..., Any]) -> Tensor:
         logits = forward(input_ids=self.tokens, logits_to_keep=self.kept, use_cache=False).logits
         found = logits[self.row, self.column].float()
         own = found.gather(1, self.target.unsqueeze(1)).squeeze(1)
-        if self.choices is not None:
-            rivals = found.gather(1, self.choices.clamp(min=0))
-            found = rivals.masked_fill(self.choices == IGNORE, -torch.inf)
+        if self.allowed is not None:
+            rivals = found.gather(1, self.allowed.clamp(min=0))
+            found = rivals.masked_fill(self.allowed == IGNORE, -torch.inf)
         return ((found.logsumexp(1) - own) * self.weight).sum()
 
 
@@ -122,16 +122,16 @@ def stacked(sides: Sequence[Side]) -> Side:
     kept = torch.cat([side.kept for side in sides]).unique()
     rows, length = (max(side.tokens.shape[k] for side in sides) for k in (0, 1))
     targets = max(len(side.target) for side in sides)
-    most = max(0 if side.choices is None else side.choices.shape[1] for side in sides)
+    most = max(0 if side.allowed is None else side.allowed.shape[1] for side in sides)
 
     def filled(side: Side) -> dict[str, Tensor]:
         column = torch.searchsorted(kept, side.kept)[side.column]
         flat = {"row": side.row, "column": column, "target": side.target, "weight": side.weight}
         found = {"tokens": grow(side.tokens, (rows, length), 0)}
         found |= {name: grow(value, (targets,), 0) for name, value in flat.items()}
-        if side.choices is not None:
-            found["choices"] = grow(side.choices, (targets, most), IGNORE)
-            found["choices"][len(side.target) :, 0] = 0
+        if side.allowed is not None:
+            found["allowed"] = grow(side.allowed, (targets, most), IGNORE)
+            found["allowed"][len(side.target) :, 0] = 0
         return found
 
     parts = [filled(side) for side in sides]
@@ -164,8 +164,8 @@ class PlainLora(nn.Module):
 class Layers(nn.ModuleList):
     """Layers whose slices are lists: transformers slices its layers, and `higher` cannot make a module of the slice."""
 
-    def __getitem__(self, place: Any) -> Any:
-        return list(self._modules.values())[place]
+    def __getitem__(self, index: Any) -> Any:
+        return list(self._modules.values())[index]
 
 
 def plain_model(model: Any, names: Sequence[str], rank: int, scale: float) -> Any:
@@ -180,7 +180,7 @@ def higher_loop(higher: ModuleType, work: Work) -> Gradient:
     """`higher.innerloop_ctx` without tracking, the query's gradient taken at the fast weights."""
     total = [torch.zeros_like(weight) for weight in work.start]
     work.reset()
-    learned = [place for place, weight in enumerate(work.model.parameters()) if weight.requires_grad]
+    learned = [index for index, weight in enumerate(work.model.parameters()) if weight.requires_grad]
     for support, query in work.tasks:
         optimizer = torch.optim.SGD(list(work.params), work.lr)
         with higher.innerloop_ctx(work.model, optimizer, copy_initial_weights=True, track_higher_grads=False) as (
@@ -190,7 +190,7 @@ def higher_loop(higher: ModuleType, work: Work) -> Gradient:
             for _ in range(work.steps):
                 inner.step(support.loss(model))
             fast = list(model.parameters())
-            gradients = torch.autograd.grad(query.loss(model), [fast[place] for place in learned])
+            gradients = torch.autograd.grad(query.loss(model), [fast[index] for index in learned])
         torch._foreach_add_(total, [g.float() for g in gradients])
     return total
 

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 
+from rayml.adaptation import adapt_requests, adaptation_request
+from rayml.algorithms.inner_loop import Params
 from rayml.config import Config, parse_config
-from rayml.engine import local
-from rayml.evaluation.learn import lesson, take_in
 from rayml.lm.decode import Decoder
 from rayml.lm.generate import Generation
 from rayml.lm.load import load_tokenizer, resolve_model
@@ -32,9 +32,9 @@ from rayml.lm.model import TaskLM
 from rayml.lm.peft_files import PREFIX
 from rayml.lm.precision import settled_here
 from rayml.lm.sampling import Sampling
-from rayml.meta.adapt import Params
 from rayml.model import MetaModel
 from rayml.tasks.task import Example, Task
+from rayml.training import local
 
 TICKET = "the a card was charged twice this month app crashes when I open it where is my parcel"
 
@@ -51,9 +51,9 @@ def main() -> None:
     options = parse()
     if options.threads:
         torch.set_num_threads(options.threads)
-    session = open_session(options)
-    adapters = [draw(session, seed) for seed in range(max(options.distinct))]
-    peers = Peers(session, adapters, options)
+    model = open_session(options)
+    adapters = [draw(model, seed) for seed in range(max(options.distinct))]
+    peers = Peers(model, adapters, options)
     cuda = torch.cuda.is_available()
     result: dict[str, Any] = {
         "options": {key: value for key, value in vars(options).items() if key != "json"},
@@ -61,7 +61,7 @@ def main() -> None:
         "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
         "largest_difference_of_logits": peers.difference(),
         "tokens": [peers.measure(n, distinct) for n in options.rows for distinct in options.distinct if distinct <= n],
-        "adaptation": [learning(session, some, clients, options) for some, clients in options.lessons],
+        "adaptation": [learning(model, some, clients, options) for some, clients in options.adaptations],
     }
     print(json.dumps(result, indent=1))
     print(table(result))
@@ -79,7 +79,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--distinct", type=numbers, default=[1, 8, 32], help="adapters among them")
     parser.add_argument("--last-layers", type=int, help="adapt only the last N layers")
     parser.add_argument(
-        "--lessons",
+        "--adaptations",
         type=lambda text: [tuple(map(int, part.split("x"))) for part in text.split(",")],
         default=[(4, 1), (16, 1), (64, 1), (16, 4), (16, 8)],
         help="examples x clients at once, such as 16x1,16x8",
@@ -113,38 +113,40 @@ def open_session(options: argparse.Namespace) -> MetaModel:
     config, precision = settled_here(config, base, device)
     module = local.load(base, config.model.dtype, config.model.attention, device)
     lm = TaskLM(module, TaskLoRA(module, **config.lora.shape()))
-    session = MetaModel(config, lm, config.encoder(load_tokenizer(base)), base, {}, {}, 0, {}, precision)
-    start = draw(session, 0)
-    return dataclasses.replace(session, start=start, rates={name: torch.tensor(0.01, device=device) for name in start})
+    model = MetaModel(config, lm, config.encoder(load_tokenizer(base)), base, {}, {}, 0, {}, precision)
+    start = draw(model, 0)
+    return dataclasses.replace(
+        model, start=start, inner_lrs={name: torch.tensor(0.01, device=device) for name in start}
+    )
 
 
-def draw(session: MetaModel, seed: int) -> Params:
+def draw(model: MetaModel, seed: int) -> Params:
     """Return an adapter that changes what is said, and not so much that it is noise."""
-    assert session.lm.adapter is not None
+    assert model.lm.adapter is not None
     generator = torch.Generator().manual_seed(seed)
-    start = session.lm.adapter.untrained_start(seed)
+    start = model.lm.adapter.untrained_start(seed)
     noise = {n: 0.02 * torch.randn(w.shape, generator=generator) if n.endswith("B") else 0 for n, w in start.items()}
-    return {name: (weight + noise[name]).to(session.lm.device) for name, weight in start.items()}
+    return {name: (weight + noise[name]).to(model.lm.device) for name, weight in start.items()}
 
 
 class Peers:
     """The same rows, by ours, by the bare base, and by PEFT, which is loaded beside it on a base of its own."""
 
-    def __init__(self, session: MetaModel, adapters: list[Params], options: argparse.Namespace):
-        self.session, self.adapters, self.options = session, adapters, options
-        device = session.lm.device
-        lora = session.config.lora
+    def __init__(self, model: MetaModel, adapters: list[Params], options: argparse.Namespace):
+        self.model, self.adapters, self.options = model, adapters, options
+        device = model.lm.device
+        lora = model.config.lora
         config = LoraConfig(
             task_type="CAUSAL_LM", r=lora.rank, lora_alpha=int(lora.alpha), target_modules=list(lora.targets),
             layers_to_transform=sorted({layer_number(name) for name in adapters[0]}),
         )  # fmt: skip
-        self.plain, theirs = (local.load(session.base, options.dtype, options.attention, device) for _ in range(2))
+        self.plain, theirs = (local.load(model.base, options.dtype, options.attention, device) for _ in range(2))
         self.peft = get_peft_model(theirs, config, "a0")
-        for place in range(1, len(adapters)):
-            self.peft.add_adapter(f"a{place}", config)
-        for place, adapter in enumerate(adapters):
+        for index in range(1, len(adapters)):
+            self.peft.add_adapter(f"a{index}", config)
+        for index, adapter in enumerate(adapters):
             for name, weight in adapter.items():
-                self.peft.get_parameter(f"{PREFIX}{name}.a{place}.weight").data.copy_(weight)
+                self.peft.get_parameter(f"{PREFIX}{name}.a{index}.weight").data.copy_(weight)
         self.peft.eval()
         generator = torch.Generator().manual_seed(0)
         shape = max(options.rows), options.prompt
@@ -155,16 +157,16 @@ class Peers:
         rows = max(self.options.rows)
         seen: list[torch.Tensor] = []
 
-        class Kept(Endless):
+        class KeptSupport(Endless):
             def take(self, logits: torch.Tensor) -> None:
                 seen.append(logits.clone())
                 super().take(logits)
 
-        decoder = Decoder(self.session.lm, rows, 1 << 40)
-        decoder.join([self._row(Kept, place, len(self.adapters), 2) for place in range(rows)])
-        names = [f"a{place % len(self.adapters)}" for place in range(rows)]
+        decoder = Decoder(self.model.lm, rows, 1 << 40)
+        decoder.join([self._row(KeptSupport, index, len(self.adapters), 2) for index in range(rows)])
+        names = [f"a{index % len(self.adapters)}" for index in range(rows)]
         with torch.no_grad():
-            theirs = self.peft(input_ids=self.prompts.to(self.session.device), adapter_names=names).logits[:, -1]
+            theirs = self.peft(input_ids=self.prompts.to(self.model.device), adapter_names=names).logits[:, -1]
         apart = float((torch.stack(seen) - theirs.float()).abs().max())
         if apart > (0.02 if self.options.dtype == "float32" else 1.0):
             raise SystemExit(f"logits are {apart} apart: the clocks would run on different work")
@@ -175,7 +177,7 @@ class Peers:
             "generate": lambda: self._generate(self.plain, rows),
             "base": lambda: self._decode(rows, 0),
             "mixed": lambda: self._decode(rows, distinct),
-            "peft": lambda: self._generate(self.peft, rows, [f"a{place % distinct}" for place in range(rows)]),
+            "peft": lambda: self._generate(self.peft, rows, [f"a{index % distinct}" for index in range(rows)]),
         }
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         for repeat in range(self.options.repeats + 1):  # the first is for warming up
@@ -192,19 +194,19 @@ class Peers:
             "mixed_over_peft": ratio(seconds["peft"], seconds["mixed"]),
         }
 
-    def _row(self, kind: type[Generation], place: int, distinct: int, tokens: int) -> Generation:
-        adapter = self.adapters[place % distinct] if distinct else None
-        tokenizer = self.session.encoder.tokenizer
-        return kind(tokenizer, self.prompts[place].tolist(), adapter, Sampling(tokens))
+    def _row(self, kind: type[Generation], index: int, distinct: int, tokens: int) -> Generation:
+        adapter = self.adapters[index % distinct] if distinct else None
+        tokenizer = self.model.encoder.tokenizer
+        return kind(tokenizer, self.prompts[index].tolist(), adapter, Sampling(tokens))
 
     def _decode(self, rows: int, distinct: int) -> None:
-        decoder = Decoder(self.session.lm, rows, 1 << 40)
-        decoder.join([self._row(Endless, place, distinct, self.options.tokens) for place in range(rows)])
+        decoder = Decoder(self.model.lm, rows, 1 << 40)
+        decoder.join([self._row(Endless, index, distinct, self.options.tokens) for index in range(rows)])
         for _ in range(self.options.tokens - 1):
             decoder.step()
 
     def _generate(self, model: Any, rows: int, names: list[str] | None = None) -> None:
-        prompts = self.prompts[:rows].to(self.session.device)
+        prompts = self.prompts[:rows].to(self.model.device)
         tokens = self.options.tokens
         more = {"adapter_names": names} if names else {}
         with torch.no_grad():
@@ -214,22 +216,24 @@ class Peers:
             )  # fmt: skip
 
 
-def learning(session: MetaModel, examples: int, clients: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Time `clients` lessons of `examples` examples each, in one inner loop, and one after the other."""
+def learning(model: MetaModel, examples: int, clients: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Time `clients` adaptations to `examples` examples each, in one inner loop, and one after the other."""
     generator = torch.Generator().manual_seed(examples)
 
     def text() -> str:
         words = TICKET.split()
-        return " ".join(words[place] for place in torch.randint(len(words), (16,), generator=generator).tolist())
+        return " ".join(words[index] for index in torch.randint(len(words), (16,), generator=generator).tolist())
 
     labels = ("billing", "bug", "delivery", "account")
     tasks = [
-        Task(f"t{n}", tuple(Example(text(), labels[place % 4]) for place in range(examples)), labels)
+        Task(f"t{n}", tuple(Example(text(), labels[index % 4]) for index in range(examples)), labels)
         for n in range(clients)
     ]
 
     def learn(chosen: list[Task]) -> None:
-        loop = take_in(session, [lesson(session, task) for task in chosen], [options.steps] * len(chosen))
+        loop = adapt_requests(
+            model, [adaptation_request(model, task) for task in chosen], [options.steps] * len(chosen)
+        )
         for _ in loop:
             pass
 

@@ -22,13 +22,13 @@ from benchmark import Episodes, disturbed, drawn_episodes, ours, quartiles, rand
 from benchmark_machine import machine_name, timed
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rayml.algorithms.inner_loop import Params
 from rayml.config import Config, load_config
-from rayml.engine import local, zero
 from rayml.lm.load import resolve_model
 from rayml.lm.lora import TaskLoRA
 from rayml.lm.model import TaskLM
 from rayml.lm.precision import settled_here
-from rayml.meta.adapt import Params
+from rayml.training import local, zero
 
 APART = 1e-3
 MIB = 2**20
@@ -108,7 +108,7 @@ def worker(rank: int, options: argparse.Namespace, model: str, port: int) -> Non
 
 def row(engines, start: Params, episodes: Episodes, config: Config, tasks: int, repeats: int, device) -> str:
     """Return a line of the table: of so many tasks on every worker."""
-    parts = [part(episodes, place, place + 1) for place in range(tasks)]
+    parts = [part(episodes, index, index + 1) for index in range(tasks)]
 
     def one_by_one() -> Params:
         found = [ours(engines["sharded"], start, one, config) for one in parts]

@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from rayml.adapter import Adapter, Prediction, load_adapter
-    from rayml.api import Sweep, compare, evaluate, sweep, train
+    from rayml.api import SweepResult, compare, evaluate, sweep, train
     from rayml.config import Config, load_config
     from rayml.errors import ConfigError, DataError, RaymlError, RunError, StorageError, TrainingError
     from rayml.model import MetaModel, load
@@ -31,7 +31,7 @@ __all__ = [
     "RaymlError",
     "RunError",
     "StorageError",
-    "Sweep",
+    "SweepResult",
     "TrainingError",
     "__version__",
     "compare",
@@ -44,7 +44,7 @@ __all__ = [
 ]
 _HOMES = {
     "adapter": ("Adapter", "Prediction", "load_adapter"),
-    "api": ("Sweep", "compare", "evaluate", "sweep", "train"),
+    "api": ("SweepResult", "compare", "evaluate", "sweep", "train"),
     "config": ("Config", "load_config"),
     "errors": ("ConfigError", "DataError", "RaymlError", "RunError", "StorageError", "TrainingError"),
     "model": ("MetaModel", "load"),

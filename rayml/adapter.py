@@ -13,26 +13,26 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 
 from rayml.algorithms.base import Algorithm
+from rayml.algorithms.inner_loop import Params
 from rayml.algorithms.registry import algorithm_of
-from rayml.engine import local
 from rayml.errors import ConfigError, RunError
-from rayml.lm.ask import Kept
 from rayml.lm.encode import Encoder
 from rayml.lm.generate import Generation, end_tokens, write
+from rayml.lm.label_queries import KeptSupport
 from rayml.lm.load import load_tokenizer, resolve_model
 from rayml.lm.lora import TaskLoRA
 from rayml.lm.model import TaskLM, hooks
+from rayml.lm.option_scoring import prompts_of, weighted_prompts
 from rayml.lm.peft_files import AdapterCard, encoder_of, load_learned, save_adapter, save_model, write_card
 from rayml.lm.precision import decide, has_sdpa, look_at, widest_linear
 from rayml.lm.queries import Query, first_batch, log_probs
 from rayml.lm.sampling import Sampling
-from rayml.lm.score import prompts_of, ways_of
 from rayml.lm.soft_prompt import TaskPrompt
-from rayml.meta.adapt import Params
 from rayml.meta.prototypes import MEANS, is_readout
-from rayml.runs.files import Place, local_copy, made_here, place
+from rayml.runs.files import AnyPath, as_path, local_copy, made_here
 from rayml.tasks.row import Input, is_dialogue, unanswered
 from rayml.tasks.task import Example
+from rayml.training import local
 
 if TYPE_CHECKING:
     from rayml.model import MetaModel
@@ -132,7 +132,7 @@ class Adapter:
         found = self._choose(asked, labels) if labels else self._write(asked)
         return found if many else found[0]
 
-    def save(self, folder: str | Place) -> Place:
+    def save(self, folder: str | AnyPath) -> AnyPath:
         """Write a stock PEFT folder that PEFT, vLLM and LoRAX load, with `rayml.json` beside it; return its path.
 
         In mode full it is a whole Hugging Face model. `load_adapter` brings either back.
@@ -173,15 +173,17 @@ class Adapter:
         """
         if not self.kept:
             shown = self.shown if self.algorithm.keeps == "prompt" else ()
-            return Query(ways_of(self.lm, self.encoder, [example], labels, shown), self.weights, self.algorithm)
+            return Query(
+                weighted_prompts(self.lm, self.encoder, [example], labels, shown), self.weights, self.algorithm
+            )
         known = list(self.card.labels)
         classes = [known.index(label) for label in labels]
         tokens = [self.card.label_tokens[number] for number in classes] if self.card.label_tokens else ()
         if self.algorithm.scores_options:
-            ways = ways_of(self.lm, self.encoder, [example], labels)
+            prompts = weighted_prompts(self.lm, self.encoder, [example], labels)
         else:
-            ways = prompts_of(self.lm, self.encoder, [example], known[0])
-        return Query(ways, self._tensors, self.algorithm, self.kept, classes, tokens)
+            prompts = prompts_of(self.lm, self.encoder, [example], known[0])
+        return Query(prompts, self._tensors, self.algorithm, self.kept, classes, tokens)
 
     @cached_property
     def algorithm(self) -> Algorithm:
@@ -194,17 +196,17 @@ class Adapter:
         return self.card.examples()
 
     @cached_property
-    def kept(self) -> Kept | None:
+    def kept(self) -> KeptSupport | None:
         """Those examples as rows with their classes, where hidden states are answered by."""
         if not self.algorithm.keeps_states or not self.labels:
             return None
         means = (self.weights or {}).get(MEANS)
         if means is not None:
             classes = [number for number, mean in enumerate(means) if mean.any()]  # a label may be without an example
-            return Kept((), classes, means[classes])
+            return KeptSupport((), classes, means[classes])
         known = list(self.card.labels)
         rows = self.encoder.rows(self.shown, is_label=True)
-        return Kept(rows, [known.index(example.target) for example in self.shown])
+        return KeptSupport(rows, [known.index(example.target) for example in self.shown])
 
     @cached_property
     def _tensors(self) -> Params:
@@ -240,7 +242,7 @@ def chosen(labels: Iterable[str], scores: torch.Tensor) -> Prediction:
     return Prediction(max(probabilities, key=lambda label: probabilities[label]), probabilities)
 
 
-def load_adapter(folder: str | Place, *, model: "MetaModel | Adapter | None" = None) -> Adapter:
+def load_adapter(folder: str | AnyPath, *, model: "MetaModel | Adapter | None" = None) -> Adapter:
     """Load a task that `Adapter.save`, or `rayml adapt`, wrote.
 
     Args:
@@ -252,7 +254,7 @@ def load_adapter(folder: str | Place, *, model: "MetaModel | Adapter | None" = N
         RunError: it is not there, or not whole, or it does not fit the model's base.
         ConfigError: it was learned by an algorithm that is unknown here.
     """
-    to = place(folder)
+    to = as_path(folder)
     with local_copy(to) as here:
         weights, card, own_model = load_learned(here)
         if model is None or own_model:
@@ -278,7 +280,7 @@ def base_of(card: AdapterCard, own_model: str | None) -> tuple[TaskLM, str]:
     return TaskLM(module, hooks(module, card.lora, card.soft_tokens)), base
 
 
-def refuse_misfit(folder: Place, weights: Params, card: AdapterCard, model: "MetaModel | Adapter") -> None:
+def refuse_misfit(folder: AnyPath, weights: Params, card: AdapterCard, model: "MetaModel | Adapter") -> None:
     """Raise RunError if a task was not learned on a model's base, or its hooks cannot carry it."""
     name = model.card.model if isinstance(model, Adapter) else model.config.model.name
     if card.model != name:
@@ -296,9 +298,9 @@ def refuse_misfit(folder: Place, weights: Params, card: AdapterCard, model: "Met
         )
 
 
-def new_folder(to: str | Place) -> Place:
+def new_folder(to: str | AnyPath) -> AnyPath:
     """Return the place of a folder to make, or raise RunError if it is there."""
-    folder = place(to)
+    folder = as_path(to)
     if folder.exists():
         raise RunError(f"{to}: exists already; give a new folder")
     return folder

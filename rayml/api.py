@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from rayml.model import MetaModel
-    from rayml.runs.files import Place
+    from rayml.runs.files import AnyPath
     from rayml.runs.folder import RunFolder
 
 ConfigLike = Config | Mapping[str, Any] | str | Path
@@ -25,7 +25,7 @@ def train(
     overrides: Overrides | None = None,
     *,
     resume: bool = False,
-    continues: "str | Place | None" = None,
+    continues: "str | AnyPath | None" = None,
     **more: Any,
 ) -> "MetaModel":
     """Meta-train on Ray, as `rayml train` does, and load what was learned.
@@ -57,7 +57,7 @@ def trained_run(
     overrides: Overrides | None = None,
     *,
     resume: bool = False,
-    continues: "str | Place | None" = None,
+    continues: "str | AnyPath | None" = None,
     **more: Any,
 ) -> "RunFolder":
     """Do what `train` does, but load nothing: return the run's folder. Arguments and errors are those of `train`."""
@@ -65,13 +65,13 @@ def trained_run(
     added = [f"run.continues={continues}"] if continues else []
     settings = parse_config(values, source, added)
     with loading():
-        from rayml.distributed.train import train as run_training
+        from rayml.training.driver import train as run_training
 
     return run_training(settings, resume)
 
 
 def evaluate(
-    run: "str | Place | RunFolder | MetaModel",
+    run: "str | AnyPath | RunFolder | MetaModel",
     *,
     data: str | Sequence[str] | None = None,
     ways: int | None = None,
@@ -106,7 +106,7 @@ def evaluate(
     Raises:
         RunError, DataError, ConfigError: no run, no tasks to evaluate on, or an unknown split.
     """
-    from rayml.evaluation.command import evaluate_run
+    from rayml.experiments.evaluate_command import evaluate_run
     from rayml.model import MetaModel
     from rayml.runs.folder import RunFolder
 
@@ -122,13 +122,13 @@ def compare(
     *,
     methods: Sequence[str] = (),
     variants: Mapping[str, Sequence[str]] | None = None,
-    runs: "Sequence[str | Place]" = (),
+    runs: "Sequence[str | AnyPath]" = (),
     seeds: int = 5,
     episodes: int = 20,
     val_episodes: int = 24,
     rates: Sequence[float] = (0.1, 0.3, 1, 3),
     steps: Sequence[int] = (1, 3, 6),
-    out: "str | Place" = "runs/compare",
+    out: "str | AnyPath" = "runs/compare",
     dry_run: bool = False,
     command: str | None = None,
     console: "Console | None" = None,
@@ -160,8 +160,8 @@ def compare(
     """
     values, source = values_of(config, overrides, **more)
     with loading():
-        from rayml.distributed.compare import compare as run_comparison
-        from rayml.distributed.entries import Request
+        from rayml.experiments.compare import compare as run_comparison
+        from rayml.experiments.method_runs import Request
 
     request = Request(
         methods=list(methods),
@@ -178,10 +178,10 @@ def compare(
 
 
 @dataclass(frozen=True)
-class Sweep:
+class SweepResult:
     """What came of a search of settings."""
 
-    folder: "Place"
+    folder: "AnyPath"
     """Where `best.yaml`, `trials.csv`, `trials.json` and `sweep.png` are, and the trials' runs."""
     best: Config
     """The config with the best trial's values, at its full length: `train` takes it."""
@@ -197,7 +197,7 @@ def sweep(
     resume: bool = False,
     console: "Console | None" = None,
     **more: Any,
-) -> Sweep:
+) -> SweepResult:
     """Search settings by Ray Tune, as `rayml sweep` does: every trial is a training run, scored on meta-val.
 
     Args:
@@ -212,11 +212,11 @@ def sweep(
     """
     values, source = values_of(config, overrides, **(more | ({"sweep.search": dict(search)} if search else {})))
     with loading():
-        from rayml.distributed.sweep import sweep as run_sweep
+        from rayml.experiments.sweep import sweep as run_sweep
 
     folder = run_sweep(values, source, resume, consoles(console)[0])
     trials = json.loads((folder / "trials.json").read_text(encoding="utf-8"))
-    return Sweep(folder, load_config(folder / "best.yaml"), trials)
+    return SweepResult(folder, load_config(folder / "best.yaml"), trials)
 
 
 def loading() -> AbstractContextManager[Any]:

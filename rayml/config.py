@@ -36,7 +36,7 @@ from rayml.sections import (
 
 if TYPE_CHECKING:
     from rayml.lm.encode import Encoder
-    from rayml.runs.files import Place
+    from rayml.runs.files import AnyPath
 
 S = TypeVar("S", bound=BaseModel)
 Overrides = Mapping[str, Any] | Sequence[str]
@@ -112,7 +112,7 @@ class Config(Section):
         return self
 
     @property
-    def learns_rates(self) -> bool:
+    def learns_inner_lrs(self) -> bool:
         """Whether inner rates are learned."""
         return self.mode == "adapters" and self.algorithm.learned_rates != "none"
 
@@ -150,7 +150,7 @@ def impossible(config: Config) -> list[str]:
         and config.fewest_workers < config.most_workers,
         "regularize.adversarial: the inner loop of mode=full with engine=zero knows none": config.is_sharded
         and config.regularize.adversarial > 0,
-        "inner.unfreeze_every: mode=full with engine=zero does not thaw": config.is_sharded
+        "inner.unfreeze_every: mode=full with engine=zero unfreezes nothing gradually": config.is_sharded
         and config.inner.unfreeze_every > 0,
         "inner.layer_decay: mode=full with engine=zero has one rate": config.inner.layer_decay < 1
         and config.is_sharded,
@@ -168,7 +168,7 @@ def impossible(config: Config) -> list[str]:
     return [reason for reason, holds in rules.items() if holds] + list(config.algorithm.refuses(config))
 
 
-def load_config(config: "Config | Mapping[str, Any] | str | Place", overrides: Overrides | None = None) -> Config:
+def load_config(config: "Config | Mapping[str, Any] | str | AnyPath", overrides: Overrides | None = None) -> Config:
     """Return the checked config of a YAML file, or of nested values, after the overrides.
 
     Args:
@@ -181,16 +181,16 @@ def load_config(config: "Config | Mapping[str, Any] | str | Place", overrides: O
     return parse_config(*values_of(config, overrides))
 
 
-def read_values(path: "str | Place", overrides: Sequence[str] = ()) -> dict[str, Any]:
+def read_values(path: "str | AnyPath", overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Return the nested values of a YAML file, or URI, with `key=value` overrides, not checked yet.
 
     Raises:
         ConfigError: the file cannot be read, or is no YAML of keys and values.
     """
-    from rayml.runs.files import place  # pyarrow is slow to import
+    from rayml.runs.files import as_path  # pyarrow is slow to import
 
     try:
-        values = yaml.safe_load(place(path).read_text(encoding="utf-8")) or {}
+        values = yaml.safe_load(as_path(path).read_text(encoding="utf-8")) or {}
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
     except yaml.YAMLError as error:
@@ -257,7 +257,7 @@ def with_values(values: dict[str, Any], settings: Mapping[str, Any]) -> dict[str
 
 
 def values_of(
-    config: "Config | Mapping[str, Any] | str | Place", overrides: Overrides | None = None, **more: Any
+    config: "Config | Mapping[str, Any] | str | AnyPath", overrides: Overrides | None = None, **more: Any
 ) -> tuple[dict[str, Any], str]:
     """Return the nested values of a config in any form after all overrides, not checked yet, and what to call it.
 

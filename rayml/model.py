@@ -12,29 +12,29 @@ from typing import Any, TypeVar
 
 import torch
 
+from rayml.adaptation import adapt_requests, adaptation_request, inner_steps, new_task
 from rayml.adapter import Adapter, new_folder, write_weights
+from rayml.algorithms.inner_loop import Params
+from rayml.algorithms.outer_loop import initial_log_inner_lrs
 from rayml.config import Config
-from rayml.engine import local, zero
 from rayml.errors import ConfigError, DataError, TrainingError
-from rayml.evaluation.curves import Scorer
-from rayml.evaluation.learn import inner_steps, lesson, new_task, take_in
-from rayml.lm.depth import rate_factors
+from rayml.experiments.scorer import Scorer
 from rayml.lm.encode import Encoder
+from rayml.lm.initialization import untrained_start
+from rayml.lm.layerwise import rate_factors
 from rayml.lm.load import load_tokenizer, resolve_model
 from rayml.lm.lora import linear_kinds
 from rayml.lm.model import TaskLM, hooks
 from rayml.lm.parameters import trained_parameters
 from rayml.lm.peft_files import AdapterCard, encoder_of
 from rayml.lm.precision import Precision, own_device, settled_here
-from rayml.lm.start import untrained_start
-from rayml.meta.adapt import Params
-from rayml.meta.learner import initial_log_rates
 from rayml.runs.checkpoint import read_checkpoint, step_of
-from rayml.runs.files import Place, local_copy, made_here
+from rayml.runs.files import AnyPath, local_copy, made_here
 from rayml.runs.folder import RunFolder
 from rayml.tasks.read import Examples, rows_given
 from rayml.tasks.row import Row
 from rayml.tasks.task import Task
+from rayml.training import local, zero
 
 log = logging.getLogger(__name__)
 R = TypeVar("R")
@@ -59,7 +59,7 @@ class MetaModel:
     """Where the base was loaded from."""
     start: Params
     """The shared start, `[...]` each, in float32."""
-    rates: Params
+    inner_lrs: Params
     """The inner rate of each tensor that the inner loop changes, `[]`, or `[...]` as the tensor (Meta-SGD)."""
     step: int
     """Outer steps that were taken; 0 for an untrained start."""
@@ -120,12 +120,12 @@ class MetaModel:
         if taken < 0:
             raise ConfigError(f"steps: expected 0 or more, got {steps}")
         new = [self.task(rows_given(examples), name) for name, examples in tasks.items()]
-        prepared = [lesson(self, task) for task in new]
+        prepared = [adaptation_request(self, task) for task in new]
         found: dict[str, Adapter] = {}
         at_once = at_once if self.lm.adapter else 1
         for first in range(0, len(new), at_once):
             some, began = prepared[first : first + at_once], perf_counter()
-            learned = returned(take_in(self, some, [taken] * len(some)))
+            learned = returned(adapt_requests(self, some, [taken] * len(some)))
             seconds = perf_counter() - began
             for task, one, (weights, losses) in zip(new[first:], some, learned, strict=False):
                 refuse_diverged(task.name, weights)
@@ -163,7 +163,7 @@ class MetaModel:
         encoder = told.pop("encoder", None) or encoder_of(card, self.encoder.tokenizer)
         return Adapter(self.lm, encoder, on_device, card, self.base, **told)
 
-    def save(self, folder: str | Place) -> Place:
+    def save(self, folder: str | AnyPath) -> AnyPath:
         """Write the learned start for other libraries: a PEFT adapter, or, in mode full, the whole model.
 
         Starting from it takes the inner loop that the run was trained for.
@@ -177,7 +177,7 @@ class MetaModel:
         return to
 
 
-def load(run: str | Place | RunFolder, *, checkpoint: str | None = None, every_linear: bool = False) -> MetaModel:
+def load(run: str | AnyPath | RunFolder, *, checkpoint: str | None = None, every_linear: bool = False) -> MetaModel:
     """Load a run's base and what it learned, on this machine's GPU, or else its CPU.
 
     Args:
@@ -196,9 +196,9 @@ def load(run: str | Place | RunFolder, *, checkpoint: str | None = None, every_l
         untrained = {name: weight.to(lm.device) for name, weight in folder.read_untrained().items()}
     else:
         untrained = {n: p.detach().float() for n, p in trained_parameters(lm.module, config.full).items()}
-    start, log_rates, step = learned(config, at, untrained, lm.device)
-    rates = {name: rate.exp() for name, rate in log_rates.items()}
-    return MetaModel(config, lm, encoder, base, start, rates, step, untrained, precision, folder, folder.told(at))
+    start, log_inner_lrs, step = learned(config, at, untrained, lm.device)
+    inner_lrs = {name: rate.exp() for name, rate in log_inner_lrs.items()}
+    return MetaModel(config, lm, encoder, base, start, inner_lrs, step, untrained, precision, folder, folder.told(at))
 
 
 def untrained_model(config: Config, tasks: Sequence[Task]) -> MetaModel:
@@ -206,9 +206,11 @@ def untrained_model(config: Config, tasks: Sequence[Task]) -> MetaModel:
     config, precision, lm, encoder, base = load_base(config)
     start = {name: weight.to(lm.device) for name, weight in untrained_start(config, lm, encoder, tasks).items()}
     factors = rate_factors(lm.module, start, config.inner.layer_decay)
-    log_rates = initial_log_rates(start, config.inner.lr, config.inner.modules, per_weight=False, factors=factors)
-    rates = {name: rate.exp() for name, rate in log_rates.items()}
-    return MetaModel(config, lm, encoder, base, start, rates, 0, start, precision)
+    log_inner_lrs = initial_log_inner_lrs(
+        start, config.inner.lr, config.inner.modules, per_weight=False, factors=factors
+    )
+    inner_lrs = {name: rate.exp() for name, rate in log_inner_lrs.items()}
+    return MetaModel(config, lm, encoder, base, start, inner_lrs, 0, start, precision)
 
 
 def load_base(
@@ -234,13 +236,13 @@ def load_base(
     return config, precision, lm, config.encoder(load_tokenizer(base)), base
 
 
-def learned(config: Config, folder: Place, names: Iterable[str], device: torch.device) -> tuple[Params, Params, int]:
+def learned(config: Config, folder: AnyPath, names: Iterable[str], device: torch.device) -> tuple[Params, Params, int]:
     """Return the start, the logarithms of its inner rates, and the outer step, of a checkpoint."""
     if config.is_sharded:
         with local_copy(folder) as here:
             step, whole = step_of(folder), zero.consolidate(here)
         start = {name: whole[name].to(device) for name in names}
-        return start, initial_log_rates(start, config.inner.lr, config.inner.modules, per_weight=False), step
+        return start, initial_log_inner_lrs(start, config.inner.lr, config.inner.modules, per_weight=False), step
     saved = read_checkpoint(folder)
     parts = [
         {k.removeprefix(kind): v.to(device) for k, v in saved.tensors.items() if k.startswith(kind)}

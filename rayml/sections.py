@@ -119,9 +119,9 @@ class Data(Section):
         return self
 
     def sampler(self, seed: int) -> Sampler:
-        return Sampler(self.ways, self.shots, self.queries, self.labels, seed, self.spread())
+        return Sampler(self.ways, self.shots, self.queries, self.labels, seed, self.sampling_exponent())
 
-    def spread(self) -> float:
+    def sampling_exponent(self) -> float:
         """Return the power of a task's classes that its share of the episodes goes with."""
         return {"proportional": 1.0, "temperature": 1 / self.temperature}.get(self.weighting, 0.0)
 

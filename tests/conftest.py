@@ -21,11 +21,11 @@ os.environ["WANDB_MODE"] = "offline"
 # For the S3 server of test_storage; here, since workers have them from when the shared Ray starts.
 os.environ |= {"AWS_ACCESS_KEY_ID": "tests", "AWS_SECRET_ACCESS_KEY": "of-rayml", "AWS_REGION": "us-east-1"}
 
+from rayml.algorithms.inner_loop import InnerLoop, Params
 from rayml.config import Config
 from rayml.lm.load import load_base, load_tokenizer, resolve_model
 from rayml.lm.lora import B, TaskLoRA
 from rayml.lm.model import TaskLM
-from rayml.meta.adapt import InnerLoop, Params
 from rayml.tasks.task import Example, Task
 
 SPLITS = {"val": 0.0, "test": 0.0, "val_tasks": ["toy-4"], "test_tasks": ["toy-5"]}
@@ -42,7 +42,7 @@ def local_ray(tmp_path_factory):
     """One Ray for all runs of two workers or fewer: starting it takes longer than most of them."""
     import ray
 
-    from rayml.distributed.train import start_ray
+    from rayml.training.driver import start_ray
 
     start_ray(make_config(tmp_path_factory.mktemp("ray"), workers=2))
     yield
@@ -82,7 +82,7 @@ def _with_ray(request):
 @pytest.fixture(scope="session")
 def straight(local_ray, tmp_path_factory):
     """A run of ten steps in one go, on two workers, with validations."""
-    from rayml.distributed.train import train
+    from rayml.training.driver import train
 
     folder = tmp_path_factory.mktemp("straight")
     return train(make_config(folder, data={"splits": SPLITS}, validation={"every": 5, "episodes": 4}, workers=2))
@@ -94,7 +94,7 @@ def local_mode(local_ray):
         yield
 
 
-class Unsigned:
+class NoHeartbeat:
     """In place of a worker's signature, where there is no other to wait for."""
 
     def __call__(self, step: int) -> None: ...
@@ -112,9 +112,10 @@ def training_here():
     """
     import ray.train
 
-    from rayml.distributed import train, worker
     from rayml.runs.checkpoint import folder_name
     from rayml.runs.files import deliver
+    from rayml.training import driver as train
+    from rayml.training import worker
 
     def keep(run, learning, record):
         part = worker.write_part(learning, run.checkpoints)
@@ -123,7 +124,7 @@ def training_here():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "scaling", lambda *_: ray.train.ScalingConfig(num_workers=0))
-        patch.setattr(worker, "Signature", lambda *_: Unsigned())
+        patch.setattr(worker, "Heartbeat", lambda *_: NoHeartbeat())
         patch.setattr(worker, "report", keep)
         yield
 
@@ -154,9 +155,9 @@ class Losses:
         self.losses = losses
 
 
-def meta_gradient(algorithm, support_losses, query_losses, start, rates, steps, weights):
+def meta_gradient(algorithm, support_losses, query_losses, start, inner_lrs, steps, weights):
     """An algorithm's meta-gradient of given losses, fast weights to `[T]`; of the rates, too, where it learns them."""
-    inner = InnerLoop(rates, steps, learns_rates=algorithm.learned_rates != "none")
+    inner = InnerLoop(inner_lrs, steps, learns_inner_lrs=algorithm.learned_rates != "none")
     return algorithm.meta_gradient(Losses(support_losses), Losses(query_losses), start, inner, weights)
 
 

@@ -42,13 +42,13 @@ def make_run(folder: Path, inner_lr: float = 0.5, **changes) -> RunFolder:
     module = load_base(resolve_model("tiny"), "float32")
     lm = TaskLM(module, TaskLoRA(module, **config.lora.shape()))
     start = perturbed_start(lm, seed=3)
-    rates = {name: torch.tensor(math.log(inner_lr)) for name in start}
+    inner_lrs = {name: torch.tensor(math.log(inner_lr)) for name in start}
     if config.algorithm.prototypes:
         start |= {name: log + 0.3 for name, log in config.algorithm.prototypes.start().items()}
     run.write_untrained(start)
     checkpoint = run.checkpoints / folder_name(1)
     checkpoint.mkdir()
-    state = {f"start/{n}": w for n, w in start.items()} | {f"log_rate/{n}": r for n, r in rates.items()}
+    state = {f"start/{n}": w for n, w in start.items()} | {f"log_rate/{n}": r for n, r in inner_lrs.items()}
     write_state(checkpoint, state)
     seal(checkpoint, step=1, part=0, parts=1)
     return run
@@ -103,7 +103,7 @@ def write(replica, adapter, prompts, sampling):
 
 
 def fits(replica):
-    return replica.resident.fits
+    return replica.adapter_cache.fits
 
 
 def change_weights(folder: Path, change):

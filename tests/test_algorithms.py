@@ -8,13 +8,13 @@ from conftest import meta_gradient
 from torch import nn
 
 from rayml.algorithms.base import Algorithm, Turn
+from rayml.algorithms.outer_loop import initial_log_inner_lrs
+from rayml.algorithms.phased_optimizer import PhasedOptimizer, steps_of
 from rayml.algorithms.registry import REGISTERED, chosen
-from rayml.meta.learner import initial_log_rates
-from rayml.meta.phased import PhasedOptimizer, steps_of
-from rayml.meta.weighting import RecentGains
+from rayml.algorithms.task_weights import RecentGains
 
 fomaml, maml = chosen({"name": "fomaml_plus", "start_weight": 0.0}), chosen({"name": "maml", "learn_rates": True})
-reptile, multitask, as_it_stands = (chosen({"name": name}) for name in ("reptile", "multitask", "metaicl"))
+reptile, multitask, query_only = (chosen({"name": name}) for name in ("reptile", "multitask", "metaicl"))
 meta_sgd = chosen({"name": "meta_sgd", "start_weight": 0.0})
 
 TASKS, WIDTH, STEPS = 3, 5, 3
@@ -36,13 +36,13 @@ def losses(side):
     return lambda fast: ((torch.tanh(x @ fast["a"]) @ fast["b"].unsqueeze(-1)).squeeze(-1) - y).square().mean(1)
 
 
-def rates(value=0.2, names=("a", "b")):
+def inner_lrs(value=0.2, names=("a", "b")):
     return {name: torch.tensor(value, dtype=torch.float64) for name in names}
 
 
 def run(algorithm, inner_rates=None, start=START, weights=WEIGHTS, steps=STEPS):
     sides = losses("support"), losses("query")
-    return meta_gradient(algorithm, *sides, start, inner_rates or rates(), steps, weights)
+    return meta_gradient(algorithm, *sides, start, inner_rates or inner_lrs(), steps, weights)
 
 
 def slope(value, tensor, step=1e-5):
@@ -78,14 +78,14 @@ def test_maml_is_the_slope_of_the_query_loss_for_the_start_and_for_the_rates(per
     inner = {n: torch.full(w.shape if per_weight else (), 0.2, dtype=torch.float64) for n, w in start.items()}
     found = run(maml, inner, start)
     for name in start:
-        for ours, tensor in ((found.start[name], start[name]), (found.rates[name], inner[name])):
+        for ours, tensor in ((found.start[name], start[name]), (found.inner_lrs[name], inner[name])):
             expected = slope(lambda: query_loss_after_adapting(start, inner), tensor)
             torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-8)
 
 
 def test_maml_goes_to_fomaml_as_the_inner_rate_goes_to_zero_and_differs_on_a_curved_loss():
     def distance(rate):
-        exact, first = run(maml, rates(rate)), run(fomaml, rates(rate))
+        exact, first = run(maml, inner_lrs(rate)), run(fomaml, inner_lrs(rate))
         return max(float((exact.start[name] - first.start[name]).abs().max()) for name in START)
 
     assert distance(0.2) > 0.1
@@ -104,8 +104,8 @@ def test_fomaml_with_a_rate_for_each_weight_sums_to_that_of_one_for_each_tensor(
     ours, shared = run(meta_sgd, each), run(fomaml)
     for name in START:
         torch.testing.assert_close(ours.start[name], shared.start[name])
-        assert ours.rates[name].shape == START[name].shape
-        torch.testing.assert_close(ours.rates[name].sum(), shared.rates[name])
+        assert ours.inner_lrs[name].shape == START[name].shape
+        torch.testing.assert_close(ours.inner_lrs[name].sum(), shared.inner_lrs[name])
 
 
 def test_reptile_is_the_way_back_over_the_rate_with_the_sides_taking_turns():
@@ -122,7 +122,7 @@ def test_reptile_is_the_way_back_over_the_rate_with_the_sides_taking_turns():
     found = run(reptile)
     for name in START:
         torch.testing.assert_close(found.start[name], expected[name])
-    assert found.rates == {}
+    assert found.inner_lrs == {}
 
 
 def test_multitask_is_the_slope_of_both_sides_at_the_start():
@@ -138,7 +138,7 @@ def test_multitask_is_the_slope_of_both_sides_at_the_start():
 
 
 def test_without_inner_steps_fomaml_maml_and_what_stands_as_it_is_agree():
-    found = [run(algorithm, steps=0) for algorithm in (fomaml, maml, as_it_stands)]
+    found = [run(algorithm, steps=0) for algorithm in (fomaml, maml, query_only)]
     for name in START:
         for other in found[1:]:
             torch.testing.assert_close(found[0].start[name], other.start[name])
@@ -151,20 +151,20 @@ def test_a_meta_gradient_is_the_weighted_sum_of_its_tasks(name):
     single = [run(algorithm, weights=WEIGHTS * (torch.arange(TASKS) == task)) for task in range(TASKS)]
     for tensor in START:
         torch.testing.assert_close(whole.start[tensor], sum(part.start[tensor] for part in single))
-    for tensor in whole.rates:
-        torch.testing.assert_close(whole.rates[tensor], sum(part.rates[tensor] for part in single))
+    for tensor in whole.inner_lrs:
+        torch.testing.assert_close(whole.inner_lrs[tensor], sum(part.inner_lrs[tensor] for part in single))
     assert whole.query_losses.shape == (TASKS,)
 
 
 @pytest.mark.parametrize("algorithm", [fomaml, maml])
 def test_what_has_no_inner_rate_stays_in_the_inner_loop_and_still_learns(algorithm):
     """ANIL: against the same algorithm with a rate of zero there."""
-    found = run(algorithm, rates(names=("b",)))
-    frozen = run(algorithm, rates() | {"a": torch.tensor(0.0, dtype=torch.float64)})
+    found = run(algorithm, inner_lrs(names=("b",)))
+    frozen = run(algorithm, inner_lrs() | {"a": torch.tensor(0.0, dtype=torch.float64)})
     for name in START:
         torch.testing.assert_close(found.start[name], frozen.start[name])
     assert found.start["a"].abs().max() > 1e-3
-    assert set(found.rates) == {"b"}
+    assert set(found.inner_lrs) == {"b"}
 
 
 class TwiceAsked(Algorithm):
@@ -183,7 +183,7 @@ SHARDED = [kind for kind in (chosen({"name": name}) for name in REGISTERED) if k
 @pytest.mark.parametrize("inner", [("a", "b"), ("b",)])
 def test_a_phased_optimizer_takes_the_same_outer_step_minibatch_by_minibatch(algorithm, inner):
     """What sharded engines run, task after task, against all tasks at once; also where the inner loop leaves some."""
-    expected = run(algorithm, rates(names=inner))
+    expected = run(algorithm, inner_lrs(names=inner))
     weights = {name: nn.Parameter(weight.clone()) for name, weight in START.items()}
     groups = [{"params": [weight], "inner_lr": 0.2 if name in inner else 0.0} for name, weight in weights.items()]
     optimizer = PhasedOptimizer(torch.optim.SGD(groups, lr=1.0))
@@ -201,11 +201,11 @@ def test_a_phased_optimizer_takes_the_same_outer_step_minibatch_by_minibatch(alg
 
 def test_patterns_choose_what_the_inner_loop_changes():
     start = {"layers.1.lora_A": torch.zeros(2, 3), "layers.1.lora_B": torch.zeros(3, 2)}
-    assert set(initial_log_rates(start, 0.1, (), False)) == set(start)
-    (chosen,) = initial_log_rates(start, 0.1, ("*.lora_B",), True).values()
+    assert set(initial_log_inner_lrs(start, 0.1, (), False)) == set(start)
+    (chosen,) = initial_log_inner_lrs(start, 0.1, ("*.lora_B",), True).values()
     assert chosen.shape == (3, 2)
     assert chosen[0, 0] == pytest.approx(math.log(0.1))
-    assert not initial_log_rates(start, 0.1, ("head",), False)
+    assert not initial_log_inner_lrs(start, 0.1, ("head",), False)
 
 
 def test_tasks_that_gained_less_weigh_more():

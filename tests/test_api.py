@@ -60,7 +60,7 @@ def test_the_reference_names_every_public_thing_with_its_signature():
         is_function = inspect.isfunction(value)
         shown = f"`rayml.{name}{signature(value)}`" if is_function else f"`rayml.{name}`"
         missing += [shown] if shown not in page else []
-        if name not in ("MetaModel", "Adapter", "Prediction", "Sweep"):
+        if name not in ("MetaModel", "Adapter", "Prediction", "SweepResult"):
             continue
         for member, what in public(value).items():
             shown = f"`{name}.{member}{signature(what)}`" if inspect.isfunction(what) else f"`{member}`"
@@ -75,7 +75,7 @@ def test_every_public_name_has_types_and_a_docstring():
     for name in rayml.__all__:
         value = getattr(rayml, name)
         functions = [value] if inspect.isfunction(value) else []
-        if name in ("MetaModel", "Adapter", "Prediction", "Sweep"):
+        if name in ("MetaModel", "Adapter", "Prediction", "SweepResult"):
             functions += [what for what in public(value).values() if inspect.isfunction(what)]
         assert name == "__version__" or inspect.getdoc(value), name
         for function in functions:

@@ -14,14 +14,14 @@ from test_train_algorithms import config_for
 from typer.testing import CliRunner
 
 import rayml
+from rayml.algorithms.inner_loop import InnerLoop
 from rayml.cli import app
 from rayml.config import with_values
-from rayml.distributed.compare import code, compare, fingerprint_of
-from rayml.distributed.entries import METHODS, Entry, Request, plan, tokens_per_step
 from rayml.errors import ConfigError, DataError, RunError
-from rayml.evaluation.answers import Contender, Setting, choose_setting, label_answers, taken_in
+from rayml.experiments.answers import LearnedMethod, Setting, adapted_weights, choose_setting, label_answers
+from rayml.experiments.compare import code, compare, fingerprint_of
+from rayml.experiments.method_runs import METHODS, MethodRun, Request, plan, tokens_per_step
 from rayml.lm.objective import training_sides
-from rayml.meta.adapt import InnerLoop
 from rayml.model import untrained_model
 from rayml.planning.batch import trained_tokens
 from rayml.runs.checkpoint import seal, write_state
@@ -53,9 +53,9 @@ class Known:
     def prepare(self, episodes):
         return episodes
 
-    def outputs(self, episodes, start, rates, at):
+    def outputs(self, episodes, start, inner_lrs, at):
         for steps in sorted(at):
-            share = self.accuracy[round(float(rates["w"]), 1), steps]
+            share = self.accuracy[round(float(inner_lrs["w"]), 1), steps]
             yield [log_probs(episode, share) for episode in episodes]
 
 
@@ -63,9 +63,9 @@ def log_probs(episode, share):
     """The right option for this share of the queries; NaN where that is not finite."""
     options = list(episode.labels)
     found = torch.zeros(len(episode.query), len(options))
-    for place, query in enumerate(episode.query):
+    for index, query in enumerate(episode.query):
         right = options.index(query.target)
-        found[place, right if place < share * len(episode.query) else (right + 1) % len(options)] = 5.0
+        found[index, right if index < share * len(episode.query) else (right + 1) % len(options)] = 5.0
     return found.log_softmax(-1)
 
 
@@ -78,10 +78,10 @@ def log_probs(episode, share):
     ],
 )
 def test_the_best_setting_on_meta_val_is_taken(accuracy, best):
-    contender = Contender(Known(accuracy), {"w": torch.zeros(1)}, {"w": torch.tensor(1.0)})
+    method = LearnedMethod(Known(accuracy), {"w": torch.zeros(1)}, {"w": torch.tensor(1.0)})
     sampler = make_sampler()
     told = []
-    choice = choose_setting(contender, toy_tasks(2), sampler, 4, [1.0, 0.1], [3, 1], lambda: told.append(1))
+    choice = choose_setting(method, toy_tasks(2), sampler, 4, [1.0, 0.1], [3, 1], lambda: told.append(1))
     assert len(told) == 2 * 4
     assert choice.setting == best
     assert {(s.factor, s.steps): score for s, score in choice.tried} == pytest.approx(accuracy)
@@ -95,16 +95,16 @@ TEXTS = tuple(
 class KnownBoth(Known):
     """What is best for label tasks is worst for text."""
 
-    def outputs(self, episodes, start, rates, at):
+    def outputs(self, episodes, start, inner_lrs, at):
         after_steps = ([torch.tensor(loss)] for loss in (3.0, 0.5))
-        yield from super().outputs(episodes, start, rates, at) if episodes[0].labels else after_steps
+        yield from super().outputs(episodes, start, inner_lrs, at) if episodes[0].labels else after_steps
 
 
 @pytest.mark.parametrize(("label_tasks", "best"), [(1, 3), (40, 1)])
 def test_one_label_task_among_many_of_text_does_not_decide_alone_which_setting_is_best(label_tasks, best):
-    contender = Contender(KnownBoth({(1.0, 1): 0.75, (1.0, 3): 0.5}), {"w": torch.zeros(1)}, {"w": torch.tensor(1.0)})
+    method = LearnedMethod(KnownBoth({(1.0, 1): 0.75, (1.0, 3): 0.5}), {"w": torch.zeros(1)}, {"w": torch.tensor(1.0)})
     tasks, told = [*toy_tasks(label_tasks, classes=2), *TEXTS], []
-    choice = choose_setting(contender, tasks, make_sampler(), 20, [1.0], [1, 3], lambda: told.append(1))
+    choice = choose_setting(method, tasks, make_sampler(), 20, [1.0], [1, 3], lambda: told.append(1))
     assert len(told) == 20
     assert choice.setting.steps == best
     shares = label_tasks / len(tasks), 9 / len(tasks)
@@ -134,16 +134,16 @@ def test_a_text_is_written_with_what_its_episode_taught(tmp_path):
         Task("copy", tuple(Example(f"say {word}", f"{word} {word}") for word in ("ab", "cd", "ef", "gh", "ij", "kl")))
     ]
     config = make_config(tmp_path, data={"max_tokens": 24})
-    session = untrained_model(config, toy_tasks())
-    contender = Contender(session.scorer(), session.start, session.rates)
+    model = untrained_model(config, toy_tasks())
+    method = LearnedMethod(model.scorer(), model.start, model.inner_lrs)
     episode = replace(make_sampler().episode(tasks, 0), query=())
-    losses = contender.scorer.support_losses([episode])
-    fast = {name: weight[None].clone().requires_grad_() for name, weight in session.start.items()}
+    losses = method.scorer.support_losses([episode])
+    fast = {name: weight[None].clone().requires_grad_() for name, weight in model.start.items()}
     for _ in range(2):
         gradients = torch.autograd.grad(losses(fast).sum(), list(fast.values()))
         steps = zip(fast.items(), gradients, strict=True)
-        fast = {n: (w - 0.5 * session.rates[n] * g).detach().requires_grad_() for (n, w), g in steps}
-    found = taken_in(contender, episode, Setting(0.5, 2))
+        fast = {n: (w - 0.5 * model.inner_lrs[n] * g).detach().requires_grad_() for (n, w), g in steps}
+    found = adapted_weights(method, episode, Setting(0.5, 2))
     for name, weight in fast.items():
         torch.testing.assert_close(found[name], weight[0].detach(), msg=name)
 
@@ -174,8 +174,8 @@ def test_the_budget_is_what_really_runs_forward_and_backward(tiny, tokenizer, tm
     lm.module.get_input_embeddings().register_forward_pre_hook(count)
     sides = training_sides(lm, episodes, tokenizer.eos_token_id, config)
     start = lm.adapter.untrained_start(0)
-    rates = {key: torch.tensor(0.1) for key in start}
-    config.algorithm.meta_gradient(*sides, start, InnerLoop(rates, config.inner.steps), torch.ones(4))
+    inner_lrs = {key: torch.tensor(0.1) for key in start}
+    config.algorithm.meta_gradient(*sides, start, InnerLoop(inner_lrs, config.inner.steps), torch.ones(4))
     assert sum(ran) == trained_tokens(config, episodes)
 
 
@@ -189,22 +189,22 @@ def test_methods_are_planned_with_equal_tokens(tmp_path):
     base = config_for(tmp_path, "fomaml", outer={"steps": 40})
     values = with_values(values, {"outer.steps": 40})
     request = replace(REQUEST, methods=list(METHODS), variants={"words": ("data.labels=words",)}, seeds=2)
-    entries = plan(values, "here", base, prepare_splits(base.data), request, tmp_path)
-    trained = [entry for entry in entries if entry.tokens_per_step]
-    budget = next(entry.tokens for entry in trained if entry.name == "fomaml")
-    assert {entry.name for entry in trained} == {
+    method_runs = plan(values, "here", base, prepare_splits(base.data), request, tmp_path)
+    trained = [method_run for method_run in method_runs if method_run.tokens_per_step]
+    budget = next(method_run.tokens for method_run in trained if method_run.name == "fomaml")
+    assert {method_run.name for method_run in trained} == {
         name for name, method in METHODS.items() if method.start == "trained"
     } | {"words"}
-    for entry in trained:
-        assert abs(entry.tokens - budget) <= entry.tokens_per_step / 2, entry.name  # to the nearest step
-    assert [entry.seed for entry in entries if entry.name == "zero_shot"] == [0]
-    assert [entry.seed for entry in entries if entry.name == "lora"] == [0, 1]
-    assert next(entry for entry in entries if entry.name == "words").config.data.labels == "words"
+    for method_run in trained:
+        assert abs(method_run.tokens - budget) <= method_run.tokens_per_step / 2, method_run.name  # to the nearest step
+    assert [method_run.seed for method_run in method_runs if method_run.name == "zero_shot"] == [0]
+    assert [method_run.seed for method_run in method_runs if method_run.name == "lora"] == [0, 1]
+    assert next(method_run for method_run in method_runs if method_run.name == "words").config.data.labels == "words"
     # The budget is FOMAML's, whatever algorithm the config names.
     other = with_values(values, {"algorithm.name": "multitask"})
     again = plan(other, "here", base, prepare_splits(base.data), replace(request, variants={}), tmp_path)
-    steps = {entry.name: entry.config.outer.steps for entry in entries}
-    assert {entry.name: entry.config.outer.steps for entry in again}.items() <= steps.items()
+    steps = {method_run.name: method_run.config.outer.steps for method_run in method_runs}
+    assert {method_run.name: method_run.config.outer.steps for method_run in again}.items() <= steps.items()
 
 
 def test_a_diverged_answer_has_no_confidence():
@@ -250,8 +250,8 @@ def test_an_answer_depends_on_the_engine_the_run_that_is_continued_and_the_code(
         seal(folder, step, part=0, parts=1)
 
     def asked(**changes):
-        entry = Entry("fomaml", 0, METHODS["fomaml"], make_config(tmp_path, **changes))
-        return fingerprint_of(entry, config, splits, REQUEST)
+        method_run = MethodRun("fomaml", 0, METHODS["fomaml"], make_config(tmp_path, **changes))
+        return fingerprint_of(method_run, config, splits, REQUEST)
 
     def begun():
         return asked(run={"continues": str(old.path)})
@@ -335,7 +335,7 @@ def test_a_comparison_goes_on_where_it_stopped_and_its_tables_follow_from_its_an
 
     # By other code, answers are given anew; and what other code trained is not gone on with.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rayml.distributed.compare.code", lambda: "other")
+        patch.setattr("rayml.experiments.compare.code", lambda: "other")
         compare(values, "here", replace(request, methods=["lora"]), folder, "", False, out)
         assert json.loads((folder / "results" / "lora-0.json").read_text())["asked"] != results["lora-0"]["asked"]
         with pytest.raises(RunError, match="fomaml-0: was trained with other code; remove it"):

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from rayml.compression.measure import compared
-from rayml.evaluation.comparison import summarize
-from rayml.evaluation.curves import Curve
-from rayml.evaluation.evaluate import Answered, Evaluation
-from rayml.evaluation.evaluate import summarize as summarize_evaluation
-from rayml.evaluation.metrics import BINS, calibration_error, label_scores, text_scores
-from rayml.evaluation.report import table
-from rayml.evaluation.statistics import interval, intervals
+from rayml.experiments.compare_summary import summarize
+from rayml.experiments.evaluate import Answered, Evaluation
+from rayml.experiments.evaluate import summarize as summarize_evaluation
+from rayml.experiments.evaluate_report import table
+from rayml.experiments.metrics import BINS, calibration_error, label_scores, text_scores
+from rayml.experiments.scorer import Curve
+from rayml.experiments.statistics import interval, intervals
 
 
 def test_an_interval_over_equal_values_has_no_width():

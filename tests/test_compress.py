@@ -10,6 +10,8 @@ from conftest import make_config, perturbed_start, tiny_lm, toy_tasks
 from rich.console import Console
 from serving_run import make_run
 
+from rayml.algorithms.inner_loop import adapt, expand, task_gradients
+from rayml.algorithms.outer_loop import Learner, initial_log_inner_lrs
 from rayml.compression.command import Distillation, compress_run
 from rayml.compression.distill import Mixture, Student, Teacher, also_for, divergence, query_losses
 from rayml.compression.prune import cut_adapters, cut_mlps, gated_mlps
@@ -17,13 +19,11 @@ from rayml.compression.quantize import quantize_base
 from rayml.compression.student import evenly_spaced, write_student
 from rayml.errors import ConfigError, RunError
 from rayml.lm.batch import TaskBatch
-from rayml.lm.choices import IGNORE
+from rayml.lm.label_trie import IGNORE
 from rayml.lm.load import load_base
 from rayml.lm.lora import TaskLoRA
 from rayml.lm.model import TaskLM
 from rayml.lm.objective import side_batch
-from rayml.meta.adapt import adapt, expand, task_gradients
-from rayml.meta.learner import Learner, initial_log_rates
 from rayml.model import load
 
 QUIET = Console(quiet=True)
@@ -112,8 +112,8 @@ def test_a_pruned_model_is_the_whole_one_with_those_neurons_silent(tiny, tokeniz
 def test_the_divergence_is_that_of_plain_distributions():
     generator = torch.Generator().manual_seed(0)
     student, teacher = torch.randn(3, 7, generator=generator), torch.randn(3, 7, generator=generator)
-    choices = torch.tensor([[1, 4, IGNORE], [IGNORE, IGNORE, IGNORE], [0, 2, 6]])
-    found = divergence(student, teacher, choices, 2.0)
+    allowed = torch.tensor([[1, 4, IGNORE], [IGNORE, IGNORE, IGNORE], [0, 2, 6]])
+    found = divergence(student, teacher, allowed, 2.0)
     for row, among in enumerate([[1, 4], list(range(7)), [0, 2, 6]]):
         p, q = ((side[row, among] / 2).softmax(0) for side in (teacher, student))
         torch.testing.assert_close(found[row], 4 * (p * (p / q).log()).sum())
@@ -144,7 +144,7 @@ def plain_mixture(lm: TaskLM, batch: TaskBatch, soft: torch.Tensor, weights) -> 
     logits, positions = lm.target_logits(weights, batch)
     losses: list[list[torch.Tensor]] = [[], []]
     for row, position in enumerate(positions.tolist()):
-        among = [c for c in batch.choices[row].tolist() if c != IGNORE]
+        among = [c for c in batch.allowed[row].tolist() if c != IGNORE]
         right = among.index(int(batch.targets.flatten()[position]))
         p, q = ((side[row, among] / 2).softmax(0) for side in (soft, logits))
         loss = 0.7 * 4 * (p * (p / q).log()).sum() - 0.3 * logits[row, among].log_softmax(0)[right]
@@ -159,9 +159,9 @@ def test_a_student_gets_closer_to_its_teacher(tiny, tokenizer, tmp_path):
     whole = tiny_lm(tiny)
     teacher = Teacher(whole, perturbed_start(whole), {n: torch.tensor(0.1) for n in perturbed_start(whole)}, steps=2)
     start = lm.adapter.untrained_start(0)
-    log_rates = initial_log_rates(start, 0.1, (), per_weight=False)
+    log_inner_lrs = initial_log_inner_lrs(start, 0.1, (), per_weight=False)
     learner = Learner(
-        start, log_rates, learn_rates=True, lr=1e-2, lr_of_inner_lr=0.02, weight_decay=0, clip_norm=1,
+        start, log_inner_lrs, learn_rates=True, lr=1e-2, lr_of_inner_lr=0.02, weight_decay=0, clip_norm=1,
         schedule=lambda _: 1.0,
     )  # fmt: skip
     episodes = encoded(make_config(tmp_path), tokenizer, 8)
@@ -170,10 +170,10 @@ def test_a_student_gets_closer_to_its_teacher(tiny, tokenizer, tmp_path):
     def apart() -> float:
         support, query = (side_batch(episodes, side, 1) for side in ("support", "query"))
         soft = teacher.logits(*map(copy.deepcopy, (support, query)))
-        *_, adapted = adapt(partial(lm.losses, batch=support), learner.start, learner.rates, 2, 8)
+        *_, adapted = adapt(partial(lm.losses, batch=support), learner.start, learner.inner_lrs, 2, 8)
         with torch.no_grad():
             logits, _ = lm.target_logits(adapted.fast, query)
-        return float(divergence(logits, soft, query.choices, 1.0).mean())
+        return float(divergence(logits, soft, query.allowed, 1.0).mean())
 
     before = apart()
     for _ in range(15):
@@ -188,13 +188,13 @@ def test_the_result_is_a_run_that_can_be_used(run, tmp_path, way):
     if "quantize" in way:
         pytest.importorskip({"int8": "torchao", "int4": "bitsandbytes"}[way["quantize"]])
     found = compressed(run, tmp_path / "small", **way)
-    session = load(make_folder(tmp_path / "small"))
-    assert session.base == str(tmp_path / "small" / "base")
+    model = load(make_folder(tmp_path / "small"))
+    assert model.base == str(tmp_path / "small" / "base")
     assert found["after"]["weights_bytes"] < 0.9 * found["before"]["weights_bytes"]
     assert json.loads((tmp_path / "small" / "compression.json").read_text()) == found
-    linears = session.lm.adapter.linears
-    assert set(session.start) == {f"{name}.lora_{side}" for name in linears for side in "AB"}
-    assert all(session.start[f"{n}.lora_A"].shape[1] == linear.in_features for n, linear in linears.items())
+    linears = model.lm.adapter.linears
+    assert set(model.start) == {f"{name}.lora_{side}" for name in linears for side in "AB"}
+    assert all(model.start[f"{n}.lora_A"].shape[1] == linear.in_features for n, linear in linears.items())
     if "prune" in way:
         compressed(tmp_path / "small", tmp_path / "smaller", quantize="int8")
 

@@ -11,14 +11,14 @@ from conftest import make_config, toy_tasks, training_here, write_tasks
 from rich.console import Console
 
 from rayml.config import Config
-from rayml.distributed import continuing
-from rayml.distributed.continuing import FORGETTING, old_run, report_forgetting, shown_anew, with_replay
-from rayml.distributed.train import train
-from rayml.engine import local
 from rayml.errors import ConfigError, DataError, RunError
 from rayml.model import load, start_of
 from rayml.runs.folder import RunFolder
 from rayml.tasks.prepare import prepare_splits
+from rayml.training import continual as continuing
+from rayml.training import local
+from rayml.training.continual import FORGETTING, old_run, report_forgetting, shown_anew, with_replay
+from rayml.training.driver import train
 
 
 def renamed(seed: int, prefix: str):
@@ -60,7 +60,7 @@ def test_a_run_goes_on_from_another_and_resumes_bit_for_bit(old, tmp_path, local
     assert all(torch.equal(begun[name], then.start[name]) for name in begun)
     now = load(whole)
     assert any(not torch.equal(now.start[name], then.start[name]) for name in begun)
-    assert now.rates.keys() == then.rates.keys()
+    assert now.inner_lrs.keys() == then.inner_lrs.keys()
 
     # What is forgotten stands beside what is new.
     found = json.loads((whole.path / FORGETTING).read_text())

@@ -46,9 +46,9 @@ def by_transformers(lm, tokenizer, prompt, adapter, tokens=TOKENS):
     return made[0].tolist()
 
 
-def generation(tokenizer, place, adapters, **sampling):
-    prompt = tokenizer(PROMPTS[place])["input_ids"]
-    return Generation(tokenizer, prompt, adapters[place], Sampling(TOKENS, **sampling))
+def generation(tokenizer, index, adapters, **sampling):
+    prompt = tokenizer(PROMPTS[index])["input_ids"]
+    return Generation(tokenizer, prompt, adapters[index], Sampling(TOKENS, **sampling))
 
 
 def finish(decoder):
@@ -62,7 +62,7 @@ def finish(decoder):
 def test_mixed_rows_that_join_and_leave_write_what_each_writes_alone(lm, tokenizer, adapters):
     expected = [by_transformers(lm, tokenizer, *pair) for pair in zip(PROMPTS, adapters, strict=True)]
     decoder = Decoder(lm, most_rows=8, cache_tokens=10_000)
-    rows = [generation(tokenizer, place, adapters) for place in range(len(PROMPTS))]
+    rows = [generation(tokenizer, index, adapters) for index in range(len(PROMPTS))]
     decoder.join(rows[:2])
     decoder.step()
     decoder.join(rows[2:3])
@@ -78,15 +78,15 @@ def test_mixed_rows_that_join_and_leave_write_what_each_writes_alone(lm, tokeniz
 
 
 def test_logits_of_a_mixed_batch_are_those_of_each_alone(lm, tokenizer, adapters):
-    class Kept(Generation):
+    class KeptSupport(Generation):
         def take(self, logits):
             self.seen = [*getattr(self, "seen", []), logits]
             super().take(logits)
 
-    def kept(place):
-        return Kept(tokenizer, tokenizer(PROMPTS[place])["input_ids"], adapters[place], Sampling(6))
+    def kept(index):
+        return KeptSupport(tokenizer, tokenizer(PROMPTS[index])["input_ids"], adapters[index], Sampling(6))
 
-    together, alone = [kept(place) for place in range(5)], [kept(place) for place in range(5)]
+    together, alone = [kept(index) for index in range(5)], [kept(index) for index in range(5)]
     decoder = Decoder(lm, most_rows=8, cache_tokens=10_000)
     decoder.join(together)
     finish(decoder)
@@ -100,7 +100,7 @@ def test_logits_of_a_mixed_batch_are_those_of_each_alone(lm, tokenizer, adapters
 
 def test_room_counts_rows_and_their_longest(lm, tokenizer, adapters):
     decoder = Decoder(lm, most_rows=3, cache_tokens=150)
-    rows = [generation(tokenizer, place, adapters) for place in (0, 1, 3, 2)]
+    rows = [generation(tokenizer, index, adapters) for index in (0, 1, 3, 2)]
     assert decoder.has_room(rows[:3])  # 3 x 35
     assert not decoder.has_room([rows[0], rows[1], rows[3]])  # 3 x 68
     assert not decoder.has_room(rows)
@@ -126,7 +126,7 @@ def test_the_cache_keeps_within_its_tokens_whatever_came_before(lm, tokenizer, a
 
 def test_one_seed_draws_one_text_whoever_shares_the_batch(lm, tokenizer, adapters):
     def text(places):
-        rows = [generation(tokenizer, place, adapters, temperature=1.0, top_p=0.9, seed=place) for place in places]
+        rows = [generation(tokenizer, index, adapters, temperature=1.0, top_p=0.9, seed=index) for index in places]
         decoder = Decoder(lm, most_rows=8, cache_tokens=10_000)
         decoder.join(rows)
         finish(decoder)

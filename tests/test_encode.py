@@ -7,12 +7,12 @@ import torch
 from conftest import perturbed_start, tiny_lm
 
 from rayml.errors import DataError
-from rayml.evaluation.curves import side_of
+from rayml.experiments.scorer import side_of
 from rayml.lm.batch import IGNORE, collate, encode
-from rayml.lm.choices import Competition, compete
 from rayml.lm.encode import Encoder, decode_rows
+from rayml.lm.label_trie import LabelTrie, can_tell_apart
 from rayml.lm.load import load_tokenizer, resolve_model
-from rayml.lm.score import Ballot, OptionBatch, Question, may_fork, ways_of
+from rayml.lm.option_scoring import OptionBatch, OptionQuery, PromptEnsemble, may_fork, weighted_prompts
 from rayml.tasks.episodes import Episode, Sampler
 from rayml.tasks.task import Example, Task
 
@@ -90,7 +90,7 @@ def one_at_a_time(lm, fast, encoder, question, options):
     labels = [row.tokens[row.start :] for row in rows]
     for row, label in zip(rows, labels, strict=True):
         logits = lm.module(input_ids=torch.tensor([row.tokens])).logits[0]
-        at = [logits[row.start - 1 + place] for place in range(len(label))]
+        at = [logits[row.start - 1 + index] for index in range(len(label))]
         if encoder.competing(options):
             following = [{o[i] for o in labels if o[:i] == label[:i] and len(o) > i} for i in range(len(label))]
             picked = [z[t] - z[list(among)].logsumexp(0) for z, t, among in zip(at, label, following, strict=True)]
@@ -128,7 +128,7 @@ def test_options_score_as_one_sequence_at_a_time(tiny, tokenizer, one_token, att
         encoder.option_rows([Example(one, "") for one in some], among)
         for some, among in zip(texts, options, strict=True)
     ]
-    questions = [[Question(query, encoder, forks) for query in task] for task in rows]
+    questions = [[OptionQuery(query, encoder, forks) for query in task] for task in rows]
     batch = OptionBatch(lm, encoder.pad, questions)
     # The first task's options are scored by all of their tokens, the second's by those where they part.
     assert len(batch.batch.tokens) == 2 * (3 if one_token or forks else max(2 * 4, 3 * 2))
@@ -150,31 +150,31 @@ def test_a_text_is_cut_alike_for_all_options(encoder):
 
 def test_tokens_without_a_rival_are_not_run():
     ham, eggs, hat = [7, 1, 2, 3], [7, 4, 5], [7, 1, 9]
-    competition = Competition([ham, eggs, hat])
-    assert competition.choices(ham) == [[7], [1, 4], [2, 9]]
-    assert competition.choices(eggs) == [[7], [1, 4]]
-    assert Competition([ham]).choices(ham) == [[7]], "there is always a first"
-    assert compete([ham, eggs, hat])
-    assert not compete([ham, eggs, [7, 1]])
-    assert not compete([ham, eggs, ham])
+    label_trie = LabelTrie([ham, eggs, hat])
+    assert label_trie.allowed(ham) == [[7], [1, 4], [2, 9]]
+    assert label_trie.allowed(eggs) == [[7], [1, 4]]
+    assert LabelTrie([ham]).allowed(ham) == [[7]], "there is always a first"
+    assert can_tell_apart([ham, eggs, hat])
+    assert not can_tell_apart([ham, eggs, [7, 1]])
+    assert not can_tell_apart([ham, eggs, ham])
 
 
 def test_what_labels_are_chosen_among_is_found_once_for_all_who_ask(tiny, tokenizer, monkeypatch):
     """Every query of a task, and both sides of an episode."""
-    built, build = [], Competition.__init__
-    monkeypatch.setattr(Competition, "__init__", lambda self, labels: (built.append(labels), build(self, labels))[1])
+    built, build = [], LabelTrie.__init__
+    monkeypatch.setattr(LabelTrie, "__init__", lambda self, labels: (built.append(labels), build(self, labels))[1])
     lm, encoder = tiny_lm(tiny), Encoder(tokenizer, "{input}:", 40)
     labels = ["hamster", "hammock", "eggs"]
-    ballot = Ballot(
-        lm, encoder.pad, [ways_of(lm, encoder, [Example(word, "") for word in ("a", "bb", "ccc")], labels)] * 2
+    ensemble = PromptEnsemble(
+        lm, encoder.pad, [weighted_prompts(lm, encoder, [Example(word, "") for word in ("a", "bb", "ccc")], labels)] * 2
     )
-    expected = ballot.log_probs(None)
+    expected = ensemble.log_probs(None)
     rows = encoder.rows([Example("a", label) for label in labels], is_label=True)
     for _ in range(2):
         collate([rows], encoder.pad, [encoder.competing(labels)])
     assert len(built) == 1
-    again = Ballot(
-        lm, encoder.pad, [ways_of(lm, encoder, [Example(word, "") for word in ("a", "bb", "ccc")], labels)] * 2
+    again = PromptEnsemble(
+        lm, encoder.pad, [weighted_prompts(lm, encoder, [Example(word, "") for word in ("a", "bb", "ccc")], labels)] * 2
     )
     for one, other in zip(again.log_probs(None), expected, strict=True):
         assert torch.equal(one, other)

@@ -22,12 +22,12 @@ from faults import (
 from pydantic import ValidationError
 
 from rayml.config import Config, dump_config, load_config
-from rayml.distributed import watch, worker
-from rayml.distributed.roll import Roll
-from rayml.distributed.train import train
-from rayml.engine import collective
 from rayml.errors import TrainingError
 from rayml.runs.folder import RunFolder
+from rayml.training import collective, worker
+from rayml.training import stragglers as watch
+from rayml.training.driver import train
+from rayml.training.heartbeat import Heartbeats
 
 
 @pytest.fixture(scope="module")
@@ -61,46 +61,46 @@ def test_workers_that_hang_or_are_lost_change_nothing_and_a_lost_node_leaves_few
     assert "gives no sign of life" in same.output()
 
 
-# The roll
+# Heartbeats
 
 
 def test_the_roll_names_who_has_not_come_where_others_are():
-    roll = Roll()
-    assert roll.absent() is None
-    assert roll.seconds_without_workers() > 0
-    roll.begin(["worker 0", "worker 1", "worker 2"])
-    assert roll.seconds_without_workers() == 0
-    assert roll.absent() is None, "all load the model"
-    roll.sign(1, 7)
+    heartbeats = Heartbeats()
+    assert heartbeats.straggler() is None
+    assert heartbeats.seconds_without_workers() > 0
+    heartbeats.begin(["worker 0", "worker 1", "worker 2"])
+    assert heartbeats.seconds_without_workers() == 0
+    assert heartbeats.straggler() is None, "all load the model"
+    heartbeats.arrived(1, 7)
     time.sleep(0.01)
-    absence = roll.absent()
-    assert absence.seconds >= 0.01
-    assert str(absence) == "worker 0, worker 2 keeps the others waiting in outer step 7"
-    roll.sign(0, 7)
-    roll.sign(2, 7)
-    assert roll.absent() is None
-    roll.sign(0, 8)
-    assert str(roll.absent()) == "worker 1, worker 2 keeps the others waiting in outer step 8"
-    roll.begin(["worker 0"])  # of those there were, one is left
-    roll.sign(0, 6)
-    assert roll.absent() is None
+    straggler = heartbeats.straggler()
+    assert straggler.seconds >= 0.01
+    assert str(straggler) == "worker 0, worker 2 keeps the others waiting in outer step 7"
+    heartbeats.arrived(0, 7)
+    heartbeats.arrived(2, 7)
+    assert heartbeats.straggler() is None
+    heartbeats.arrived(0, 8)
+    assert str(heartbeats.straggler()) == "worker 1, worker 2 keeps the others waiting in outer step 8"
+    heartbeats.begin(["worker 0"])  # of those there were, one is left
+    heartbeats.arrived(0, 6)
+    assert heartbeats.straggler() is None
 
 
 def test_the_roll_names_whose_process_is_not_heard_of():
-    roll = Roll()
-    roll.begin(["worker 0", "worker 1"])
+    heartbeats = Heartbeats()
+    heartbeats.begin(["worker 0", "worker 1"])
     for name in "worker 0", "worker 1", "worker 0 of before":
-        roll.lives(name)
-    assert roll.silent(1.0) is None
+        heartbeats.beat(name)
+    assert heartbeats.lost(1.0) is None
     time.sleep(0.02)
-    assert roll.silent(0.01) is None, "both: then it is the roll that was away"
-    roll.lives("worker 1")
-    absence = roll.silent(0.01)
-    assert (str(absence), absence.seconds > 0.01) == ("worker 0 gives no sign of life", True)
-    roll.begin(["worker 0"])
-    assert roll.silent(0.0) is None, "it has not begun"
-    roll.lives("worker 0")
-    assert str(roll.silent(0.0)) == "worker 0 gives no sign of life", "with no other, nobody else would say so"
+    assert heartbeats.lost(0.01) is None, "both: then it is the actor that was away"
+    heartbeats.beat("worker 1")
+    straggler = heartbeats.lost(0.01)
+    assert (str(straggler), straggler.seconds > 0.01) == ("worker 0 gives no sign of life", True)
+    heartbeats.begin(["worker 0"])
+    assert heartbeats.lost(0.0) is None, "it has not begun"
+    heartbeats.beat("worker 0")
+    assert str(heartbeats.lost(0.0)) == "worker 0 gives no sign of life", "with no other, nobody else would say so"
 
 
 @pytest.mark.ray

@@ -8,13 +8,13 @@ import torch
 from conftest import make_config, perturbed_start, tiny_lm, toy_tasks
 from test_lora import random_batch
 
-from rayml.distributed.entries import METHODS
+from rayml.algorithms.inner_loop import InnerLoop, adapt, expand
+from rayml.experiments.method_runs import METHODS
 from rayml.lm.adversarial import adversarial
-from rayml.lm.depth import depth_of, rate_factors, thawing
+from rayml.lm.layerwise import depth_of, gradual_unfreezing, rate_factors
 from rayml.lm.load import load_base, load_tokenizer
 from rayml.lm.model import TaskLM
 from rayml.lm.objective import special_steps, training_sides
-from rayml.meta.adapt import InnerLoop, adapt, expand
 from rayml.model import untrained_model
 from rayml.tasks.prepare import prepare_splits
 
@@ -62,8 +62,8 @@ def test_rates_fall_from_layer_to_layer(tiny):
     lm, batch = TaskLM(load_base(tiny, "float32"), None), random_batch(1, 4, seed=1)
     start = own_weights(lm)
     factors = rate_factors(lm.module, start, 0.5)
-    rates = {name: torch.tensor(0.1 * factors[name]) for name in start}
-    found = last(adapt(partial(lm.losses, batch=batch), start, rates, 3, 1)).fast
+    inner_lrs = {name: torch.tensor(0.1 * factors[name]) for name in start}
+    found = last(adapt(partial(lm.losses, batch=batch), start, inner_lrs, 3, 1)).fast
     wanted = by_sgd(tiny, batch, 3, lambda n: 0.1 * 0.5 ** (LAYERS - 1 - depth_of(lm.module, n)), lambda *_: True)
     for name, weight in wanted.items():
         torch.testing.assert_close(found[name][0], weight, rtol=1e-4, atol=1e-6)
@@ -77,9 +77,9 @@ def test_rates_fall_from_layer_to_layer(tiny):
 def test_layers_thaw_from_the_top(tiny):
     lm, batch = TaskLM(load_base(tiny, "float32"), None), random_batch(1, 4, seed=2)
     start = own_weights(lm)
-    rates = {name: torch.tensor(0.1) for name in start}
-    losses = thawing(partial(lm.losses, batch=batch), lm.module, every=2)
-    found = last(adapt(losses, start, rates, 5, 1)).fast
+    inner_lrs = {name: torch.tensor(0.1) for name in start}
+    losses = gradual_unfreezing(partial(lm.losses, batch=batch), lm.module, every=2)
+    found = last(adapt(losses, start, inner_lrs, 5, 1)).fast
     depths = {name: depth_of(lm.module, name) for name in start}
     wanted = by_sgd(tiny, batch, 5, lambda _: 0.1, lambda name, step: depths[name] >= LAYERS - 1 - step // 2)
     for name, weight in wanted.items():
@@ -151,11 +151,11 @@ def test_what_is_special_about_inner_steps_has_no_part_in_multi_task_learning(ti
     sampler, encoder = config.data.sampler(0), config.encoder(tokenizer)
     episodes = [encoder.episode(sampler.episode(toy_tasks(), index)) for index in range(2)]
     start = perturbed_start(lm)
-    rates = {name: torch.tensor(0.1) for name in start}
+    inner_lrs = {name: torch.tensor(0.1) for name in start}
 
     def found(special):
         sides = training_sides(lm, episodes, encoder.pad, config)
-        inner = InnerLoop(rates, 2, special=special(sides[0]))
+        inner = InnerLoop(inner_lrs, 2, special=special(sides[0]))
         return config.algorithm.meta_gradient(*sides, start, inner, torch.ones(2))
 
     plain, special = (

@@ -4,13 +4,13 @@ import pytest
 import torch
 from conftest import TARGETS, perturbed_start, toy_tasks
 
-from rayml.lm.batch import Row, collate
+from rayml.algorithms.inner_loop import expand, task_gradients
+from rayml.lm.batch import TokenRow, collate
 from rayml.lm.encode import Encoder
 from rayml.lm.frozen import BLOCK_TOKENS, blocks
 from rayml.lm.load import load_base
 from rayml.lm.lora import TaskLoRA
 from rayml.lm.model import TaskLM, known_states
-from rayml.meta.adapt import expand, task_gradients
 
 
 @pytest.fixture
@@ -49,8 +49,8 @@ def test_losses_and_gradients_are_those_of_whole_forwards(lm, rows, tokenizer, p
 def test_the_layers_are_not_run_for_what_is_known(lm, rows, tokenizer):
     lm.known = known_states(lm, rows, tokenizer.eos_token_id)
     calls = []
-    for place, layer in enumerate(lm.module.model.layers):
-        layer.self_attn.register_forward_hook(lambda *_, place=place: calls.append(place))
+    for index, layer in enumerate(lm.module.model.layers):
+        layer.self_attn.register_forward_hook(lambda *_, index=index: calls.append(index))
     lm.losses(expand(perturbed_start(lm), 1), collate([rows[:4]], tokenizer.eos_token_id))
     assert calls == [2, 3]
 
@@ -65,7 +65,7 @@ def test_a_batch_with_an_unknown_example_is_run_as_a_whole(lm, rows, tokenizer):
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_workers_share_the_work_and_find_the_same(lm, tokenizer, workers, monkeypatch):
     monkeypatch.setattr("rayml.lm.frozen.BLOCK_TOKENS", 40)
-    rows = [Row([5 + n % 7] * (4 + n % 5) + [9], 4 + n % 5) for n in range(23)]
+    rows = [TokenRow([5 + n % 7] * (4 + n % 5) + [9], 4 + n % 5) for n in range(23)]
     alone = known_states(lm, rows, tokenizer.eos_token_id)
     parts = []
     for rank in range(workers):

@@ -9,14 +9,14 @@ from conftest import on_workers
 from full_reference import OUTER, full_config, meta_batch, run_reference, side
 from transformers import AutoModelForCausalLM
 
-from rayml.engine import zero
-from rayml.engine.full import MANIFEST, FullLearner, NotFinite
+from rayml.algorithms.phased_optimizer import Phase, PhasedOptimizer
 from rayml.errors import ConfigError, RunError
 from rayml.lm.batch import TaskBatch
 from rayml.lm.load import load_base
 from rayml.lm.model import TaskLM
 from rayml.lm.parameters import parameter_groups, trained_parameters
-from rayml.meta.phased import Phase, PhasedOptimizer
+from rayml.training import zero
+from rayml.training.full import MANIFEST, FullLearner, NotFinite
 
 pytest.importorskip("deepspeed")
 CPU = torch.device("cpu")

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from conftest import make_config, toy_tasks, write_tasks
 
-from rayml.distributed.train import train
 from rayml.tasks.task import Task
+from rayml.training.driver import train
 
 FILE = Path(__file__).parent / "data" / "golden.json"
 WAYS = {
@@ -35,7 +35,7 @@ def losses(folder: Path, way: str) -> list[list[float]]:
 
 def ragged(task: Task) -> Task:
     """Return a task whose texts have very different lengths."""
-    longer = [replace(e, input=f"{e.input}{' and so on' * (place % 5)}") for place, e in enumerate(task.examples)]
+    longer = [replace(e, input=f"{e.input}{' and so on' * (index % 5)}") for index, e in enumerate(task.examples)]
     return replace(task, examples=tuple(longer))
 
 

@@ -45,7 +45,7 @@ def test_private_names_stand_in_one_module_for_each_library():
         for line in path.read_text().splitlines()
         if PRIVATE.search(line)
     }
-    assert using == {"rayml/distributed/ray_internals.py", "rayml/engine/deepspeed_internals.py"}
+    assert using == {"rayml/training/ray_internals.py", "rayml/training/deepspeed_internals.py"}
 
 
 # Ray
@@ -56,12 +56,12 @@ def test_private_names_stand_in_one_module_for_each_library():
     [("ControllerCallback", "after_controller_start"), ("WorkerGroupCallback", "before_worker_group_shutdown")],
 )
 def test_ray_train_calls_back(callback, hook):
-    """What `rayml.distributed.events` overrides."""
-    from rayml.distributed import ray_internals
+    """What `rayml.training.callbacks` overrides."""
+    from rayml.training import ray_internals
 
     own, base = next(
         (own, getattr(ray_internals, callback))
-        for own in vars(__import__("rayml.distributed.events", fromlist=["events"])).values()
+        for own in vars(__import__("rayml.training.callbacks", fromlist=["events"])).values()
         if inspect.isclass(own) and hook in vars(own)
     )
     assert hook in vars(base), f"Ray's {callback} has no {hook} any more"
@@ -70,7 +70,7 @@ def test_ray_train_calls_back(callback, hook):
 
 
 def test_ray_train_s_errors_of_workers_that_died_are_raised():
-    from rayml.distributed.ray_internals import DIED
+    from rayml.training.ray_internals import DIED
 
     assert all(issubclass(error, Exception) for error in DIED)
 
@@ -82,7 +82,7 @@ def test_ray_train_s_memory_of_checkpoints_is_written_as_it_is_read():
         _TrainingResultState,
     )
 
-    from rayml.distributed.ray_internals import SNAPSHOT
+    from rayml.training.ray_internals import SNAPSHOT
 
     assert constants.CHECKPOINT_MANAGER_SNAPSHOT_FILENAME == SNAPSHOT
     assert "checkpoint_results" in _CheckpointManagerState.model_fields
@@ -101,7 +101,7 @@ def test_ray_s_variables_are_still_read():
         for module in (ray.air.constants, ray.tune.constants)
         for name in re.findall(r'"([A-Z_]+)"', inspect.getsource(module))
     }
-    source = "".join((ROOT / "rayml" / "distributed" / name).read_text() for name in ("train.py", "sweep.py"))
+    source = "".join((ROOT / "rayml" / name).read_text() for name in ("training/driver.py", "experiments/sweep.py"))
     ours = set(re.findall(r'"((?:RAY_TRAIN|RAY_AIR|TUNE)_[A-Z_]+)"', source))
     assert len(ours) >= 6
     assert ours <= known, f"Ray does not know {', '.join(sorted(ours - known))}"
@@ -120,7 +120,7 @@ def test_ray_tune_s_results_know_their_trials():
 @pytest.fixture
 def internals(monkeypatch):
     pytest.importorskip("deepspeed")
-    from rayml.engine import deepspeed_internals
+    from rayml.training import deepspeed_internals
 
     return deepspeed_internals
 

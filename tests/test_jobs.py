@@ -22,9 +22,9 @@ from ray.job_submission import JobStatus
 
 from rayml.cli.cluster import parsed
 from rayml.config import dump_config
-from rayml.distributed.submit import MOST_BYTES, files_of, prepare, refuse_second_job, stage
 from rayml.errors import ConfigError, RunError
 from rayml.runs.folder import RunFolder
+from rayml.training.submit import MOST_BYTES, files_of, prepare, refuse_second_job, stage
 
 ROOT = Path(__file__).parents[1]
 TOKEN = "a-token-of-the-tests-0123456789abcdef"
@@ -153,18 +153,18 @@ def test_a_run_needs_a_place_that_all_nodes_share(tmp_path):
         prepared(["train", "config.yaml"], folder, storage="runs")
     for settings in ("", "?endpoint_override=minio:9000&scheme=http"):
         found = prepared(["train", "config.yaml"], folder, storage=f"s3://bucket/runs/{settings}")
-        assert (found.name, found.place) == ("first", f"s3://bucket/runs/first{settings}")
+        assert (found.name, found.output) == ("first", f"s3://bucket/runs/first{settings}")
         own = prepared(["train", "config.yaml", f"run.dir=s3://bucket/mine{settings}"], folder)
-        assert (own.name, own.place) == ("mine", f"s3://bucket/mine{settings}")
+        assert (own.name, own.output) == ("mine", f"s3://bucket/mine{settings}")
     found = prepared(["train", "config.yaml"], folder, storage="/mnt/runs/")
     assert found.entrypoint[-2:] == ["run.dir=/mnt/runs/first", "--resume"]
     named = prepared(["train", "--resume", "config.yaml", "run.dir=/mnt/mine"], folder)
-    assert (named.name, named.place, named.entrypoint[-1]) == ("mine", "/mnt/mine", "run.dir=/mnt/mine")
+    assert (named.name, named.output, named.entrypoint[-1]) == ("mine", "/mnt/mine", "run.dir=/mnt/mine")
     swept = prepared(["sweep", "config.yaml", "--search", "inner.lr=loguniform(1e-2,1)"], folder, storage="/mnt")
     assert swept.entrypoint[-3:] == ["inner.lr=loguniform(1e-2,1)", "run.dir=/mnt/first", "--resume"]
     compared = ["compare", "config.yaml", "--variant", "mine=inner.lr=0.3", "--seeds", "3"]
     assert prepared(compared, folder, "trial", "/mnt").entrypoint[-3:] == ["--seeds", "3", "--out=/mnt/trial"]
-    assert prepared([*compared, "--out", "/mnt/x"], folder).place == "/mnt/x"
+    assert prepared([*compared, "--out", "/mnt/x"], folder).output == "/mnt/x"
     assert prepared(["evaluate", "/mnt/mine"], folder).entrypoint[-2:] == ["evaluate", "/mnt/mine"]
     for name in ("a b", "..", "-x"):
         with pytest.raises(ConfigError, match="--name"):
@@ -189,13 +189,13 @@ def test_a_bad_config_or_data_that_stays_behind_is_refused_before_it_is_sent(tmp
 
 
 def test_two_jobs_never_write_to_one_place():
-    running = SimpleNamespace(submission_id="a-1", metadata={"rayml_place": "/mnt/a"}, status=JobStatus.RUNNING)
-    ended = SimpleNamespace(submission_id="b-1", metadata={"rayml_place": "/mnt/b"}, status=JobStatus.FAILED)
+    running = SimpleNamespace(submission_id="a-1", metadata={"rayml_output": "/mnt/a"}, status=JobStatus.RUNNING)
+    ended = SimpleNamespace(submission_id="b-1", metadata={"rayml_output": "/mnt/b"}, status=JobStatus.FAILED)
     client = SimpleNamespace(list_jobs=lambda: [running, ended])
     with pytest.raises(RunError, match="job a-1 still writes there"):
         refuse_second_job(client, "/mnt/a")
-    for place in ("/mnt/b", "/mnt/c", None):
-        refuse_second_job(client, place)
+    for output in ("/mnt/b", "/mnt/c", None):
+        refuse_second_job(client, output)
 
 
 def test_only_what_is_needed_is_uploaded(tmp_path):

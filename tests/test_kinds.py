@@ -8,10 +8,10 @@ from conftest import make_config
 from transformers import AutoModelForCausalLM
 
 from rayml.errors import DataError
-from rayml.evaluation.metrics import scores, span_report
+from rayml.experiments.metrics import scores, span_report
 from rayml.lm.batch import collate
-from rayml.lm.choices import IGNORE
 from rayml.lm.encode import Encoder
+from rayml.lm.label_trie import IGNORE
 from rayml.lm.load import load_tokenizer, resolve_model
 from rayml.lm.model import TaskLM
 from rayml.tasks.kinds import listed, spans, written

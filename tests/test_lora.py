@@ -10,14 +10,14 @@ from conftest import TARGETS, meta_gradient, perturbed_start, tiny_lm
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from rayml.algorithms.inner_loop import adapt, task_gradients
 from rayml.algorithms.registry import chosen
 from rayml.errors import ConfigError
-from rayml.lm.batch import IGNORE, Row, TaskBatch, collate
+from rayml.lm.batch import IGNORE, TaskBatch, TokenRow, collate
+from rayml.lm.initialization import principal_start
 from rayml.lm.load import checkpoint_activations, load_base
 from rayml.lm.lora import MixedUpdate, TaskLoRA, find_linears
 from rayml.lm.model import TaskLM
-from rayml.lm.start import principal_start
-from rayml.meta.adapt import adapt, task_gradients
 
 RATE = 0.3
 
@@ -25,7 +25,7 @@ RATE = 0.3
 def random_rows(count, seed, targets=1):
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(5 + targets, 12, (count,), generator=generator).tolist()
-    return [Row(torch.randint(2, 90, (n,), generator=generator).tolist(), n - targets) for n in lengths]
+    return [TokenRow(torch.randint(2, 90, (n,), generator=generator).tolist(), n - targets) for n in lengths]
 
 
 def random_batch(tasks, rows, seed, targets=1) -> TaskBatch:
@@ -38,7 +38,7 @@ def one(batch: TaskBatch, task: int) -> TaskBatch:
     return TaskBatch(batch.tokens[part], batch.targets[part], 1)
 
 
-def rates(start):
+def inner_lrs(start):
     return {name: torch.tensor(RATE) for name in start}
 
 
@@ -49,10 +49,10 @@ def lm(tiny):
 
 def test_tasks_side_by_side_equal_tasks_one_by_one(lm):
     start, batch = perturbed_start(lm), random_batch(tasks=3, rows=4, seed=1)
-    *_, together = adapt(lambda fast: lm.losses(fast, batch), start, rates(start), steps=3, tasks=3)
+    *_, together = adapt(lambda fast: lm.losses(fast, batch), start, inner_lrs(start), steps=3, tasks=3)
     for task in range(3):
         alone_batch = one(batch, task)
-        *_, alone = adapt(lambda fast, b=alone_batch: lm.losses(fast, b), start, rates(start), steps=3, tasks=1)
+        *_, alone = adapt(lambda fast, b=alone_batch: lm.losses(fast, b), start, inner_lrs(start), steps=3, tasks=1)
         torch.testing.assert_close(together.support_losses[task], alone.support_losses[0])
         for name in start:
             torch.testing.assert_close(together.fast[name][task], alone.fast[name][0], rtol=1e-4, atol=1e-6)
@@ -95,7 +95,7 @@ def test_the_fomaml_gradient_is_sgd_on_a_copy_and_the_gradient_there(lm):
         lambda fast: lm.losses(fast, support),
         lambda fast: lm.losses(fast, query),
         start,
-        rates(start),
+        inner_lrs(start),
         3,
         torch.ones(2),
     )
@@ -121,7 +121,7 @@ def test_adapting_changes_no_parameter_of_the_base(lm):
     before = {name: p.clone() for name, p in lm.module.named_parameters()}
     start, batch = perturbed_start(lm), random_batch(2, 2, seed=5)
     losses = partial(lm.losses, batch=batch)
-    meta_gradient(chosen({"name": "fomaml"}), losses, losses, start, rates(start), 2, torch.ones(2))
+    meta_gradient(chosen({"name": "fomaml"}), losses, losses, start, inner_lrs(start), 2, torch.ones(2))
     for name, parameter in lm.module.named_parameters():
         assert torch.equal(parameter, before[name])
         assert parameter.grad is None
@@ -131,8 +131,8 @@ def test_padding_and_prompt_tokens_change_nothing(lm):
     start, rows = perturbed_start(lm), random_rows(3, seed=6, targets=2)
     fast = {name: weight[None] for name, weight in start.items()}
     plain = lm.losses(fast, collate([rows], pad=1))
-    wide = lm.losses(fast, collate([[*rows, Row([5] * 40, 39)]], pad=7))  # 40 wide, other padding
-    last = lm.losses(fast, collate([[Row([5] * 40, 39)]], pad=7))
+    wide = lm.losses(fast, collate([[*rows, TokenRow([5] * 40, 39)]], pad=7))  # 40 wide, other padding
+    last = lm.losses(fast, collate([[TokenRow([5] * 40, 39)]], pad=7))
     torch.testing.assert_close(wide * 7, plain * 6 + last)  # a mean over target tokens, prompts do not count
 
 
@@ -146,13 +146,13 @@ def test_a_task_with_fewer_rows_keeps_its_loss(lm):
 def test_a_real_end_of_sequence_counts_though_padding_is_the_same_token(lm):
     start = perturbed_start(lm)
     fast = {name: weight[None] for name, weight in start.items()}
-    batch = collate([[Row([5, 6, 7, 1], 2), Row([5, 6, 7, 8, 9, 1], 5)]], pad=1)
+    batch = collate([[TokenRow([5, 6, 7, 1], 2), TokenRow([5, 6, 7, 8, 9, 1], 5)]], pad=1)
     assert (batch.targets == 1).sum() == 2
     torch.testing.assert_close(lm.losses(fast, batch)[0], plain_loss(peft_model(lm, start), batch))
 
 
 def test_the_loss_over_choices_is_normalized_over_them_alone(lm):
-    start, rows = perturbed_start(lm), [Row([5, 6, 40], 2), Row([7, 8, 9, 41], 3)]
+    start, rows = perturbed_start(lm), [TokenRow([5, 6, 40], 2), TokenRow([7, 8, 9, 41], 3)]
     fast = {name: weight.expand(2, *weight.shape) for name, weight in start.items()}
     batch = collate([rows, rows], pad=1, labels=[[[40], [41], [42]], []])
     logits, positions = lm.target_logits(fast, batch)
@@ -191,7 +191,7 @@ def test_principal_start_reads_what_varies(lm):
 
 def test_principal_start_leaves_what_does_not_vary_to_chance(lm):
     """With one-token labels, all targets are predicted from the same token: the first layer sees one input."""
-    rows = [Row([*random_rows(1, seed)[0].tokens[:6], 9, 40], 7) for seed in range(12)]
+    rows = [TokenRow([*random_rows(1, seed)[0].tokens[:6], 9, 40], 7) for seed in range(12)]
     start = principal_start(lm, [collate([rows], pad=1)], seed=0)
     usual = lm.adapter.untrained_start(0)
     first = "model.layers.0.self_attn.q_proj.lora_A"
@@ -213,10 +213,10 @@ def test_frozen_layers_run_once_for_a_batch_and_change_nothing(tiny, last_layers
     start = perturbed_start(lm)
     batch = random_batch(2, 3, seed=12)
     runs = [0, 0, 0, 0]
-    for place, layer in enumerate(module.model.layers):
+    for index, layer in enumerate(module.model.layers):
 
-        def count(*_, place=place):
-            runs[place] += 1
+        def count(*_, index=index):
+            runs[index] += 1
 
         layer.mlp.register_forward_pre_hook(count)
 
@@ -226,7 +226,7 @@ def test_frozen_layers_run_once_for_a_batch_and_change_nothing(tiny, last_layers
         def losses(fast):
             return lm.losses(fast, dataclasses.replace(batch, frozen=[]) if fresh else batch)
 
-        return list(adapt(losses, start, rates(start), 3, 2))[-1]
+        return list(adapt(losses, start, inner_lrs(start), 3, 2))[-1]
 
     found = steps(fresh=False)
     below = 4 - last_layers

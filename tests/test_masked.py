@@ -18,17 +18,16 @@ from transformers import (
 )
 
 from rayml.adapter import load_adapter
-from rayml.distributed.train import train
+from rayml.algorithms.inner_loop import task_gradients
 from rayml.errors import DataError
-from rayml.evaluation.evaluate import trained_curves
+from rayml.experiments.evaluate import trained_curves
 from rayml.lm.batch import collate
 from rayml.lm.encode import Encoder
 from rayml.lm.load import load_base, load_tokenizer, resolve_model
 from rayml.lm.lora import B, TaskLoRA
 from rayml.lm.model import TaskLM
+from rayml.lm.option_scoring import PromptEnsemble, weighted_prompts
 from rayml.lm.sampling import Sampling
-from rayml.lm.score import Ballot, ways_of
-from rayml.meta.adapt import task_gradients
 from rayml.model import load
 from rayml.serving.errors import ApiError
 from rayml.serving.replica import Replica
@@ -36,6 +35,7 @@ from rayml.serving.schema import AdapterRequest, ClassifyRequest
 from rayml.serving.settings import Serving
 from rayml.tasks.prepare import prepare_splits
 from rayml.tasks.task import Example, Task
+from rayml.training.driver import train
 
 TARGETS = ("query", "value")
 TASKS = [[("hello", "A"), ("a rather longer one", "B"), ("x", "A")], [("other words", "B"), ("y", "C")]]
@@ -123,8 +123,8 @@ def test_other_encoders_are_asked_at_the_mask_of_several_lengths(kind, words, tm
     assert encoder.is_masked
     lm = TaskLM(load_base(str(tmp_path), "float32"), None)
     texts, options = ["hello", "a rather longer one than that"], ["A", "B", "C"]
-    ways = ways_of(lm, encoder, [Example(text, "") for text in texts], options)
-    (found,) = Ballot(lm, encoder.pad, [ways]).log_probs(None)
+    ways = weighted_prompts(lm, encoder, [Example(text, "") for text in texts], options)
+    (found,) = PromptEnsemble(lm, encoder.pad, [ways]).log_probs(None)
     ids = [words(f" {option}", add_special_tokens=False)["input_ids"][0] for option in options]
     for text, scores in zip(texts, found, strict=True):
         tokens = words(f"{text}: [MASK]", return_tensors="pt")["input_ids"]
@@ -157,9 +157,9 @@ def run(tmp_path_factory, local_ray):
 
 @pytest.mark.ray
 def test_a_masked_model_learns_to_learn(run):
-    session = load(run)
-    tasks = prepare_splits(session.config.data).test
-    curves = trained_curves(session, tasks, session.config.data.sampler(seed=7), 40)
+    model = load(run)
+    tasks = prepare_splits(model.config.data).test
+    curves = trained_curves(model, tasks, model.config.data.sampler(seed=7), 40)
     before, after = (sum(curve.scores[k] for curve in curves) / len(curves) for k in (0, -1))
     assert after > before + 0.2, (before, after)
 

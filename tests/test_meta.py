@@ -6,9 +6,9 @@ import pytest
 import torch
 from conftest import meta_gradient
 
+from rayml.algorithms.inner_loop import adapt
+from rayml.algorithms.outer_loop import Learner, initial_log_inner_lrs, outer_schedule
 from rayml.algorithms.registry import chosen
-from rayml.meta.adapt import adapt
-from rayml.meta.learner import Learner, initial_log_rates, outer_schedule
 
 CENTRES = torch.tensor([[1.0, -2.0], [0.5, 3.0], [-4.0, 0.25]], dtype=torch.float64)
 QUERY_CENTRES = CENTRES * 2 - 1
@@ -21,9 +21,9 @@ def quadratic(centres):
     return lambda fast: 0.5 * (fast["w"] - centres).square().sum(1)
 
 
-def fomaml(support_losses, query_losses, start, rates, steps, weights, start_weight=0.0):
+def fomaml(support_losses, query_losses, start, inner_lrs, steps, weights, start_weight=0.0):
     algorithm = chosen({"name": "fomaml_plus", "start_weight": start_weight})
-    return meta_gradient(algorithm, support_losses, query_losses, start, rates, steps, weights)
+    return meta_gradient(algorithm, support_losses, query_losses, start, inner_lrs, steps, weights)
 
 
 def rate(value):
@@ -39,7 +39,7 @@ def test_fomaml_gradient_of_a_quadratic_has_its_closed_form(steps):
     gradient = fast - QUERY_CENTRES
     gradient_sum = (START["w"] - fast) / alpha
     torch.testing.assert_close(found.start["w"], gradient.sum(0), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(found.rates["w"], -(gradient * gradient_sum).sum(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found.inner_lrs["w"], -(gradient * gradient_sum).sum(), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(found.query_losses, 0.5 * gradient.square().sum(1), rtol=1e-12, atol=1e-12)
 
 
@@ -59,7 +59,7 @@ def test_the_loss_at_the_start_adds_its_own_gradient(steps):
     expected = 0.7 * (weights.double()[:, None] * at_start).sum(0) * (steps > 0)
     torch.testing.assert_close(beside.start["w"] - alone.start["w"], expected, rtol=1e-12, atol=1e-12)
     assert torch.equal(beside.start["head"], alone.start["head"])
-    assert torch.equal(beside.rates["w"], alone.rates["w"])
+    assert torch.equal(beside.inner_lrs["w"], alone.inner_lrs["w"])
     if steps:
         torch.testing.assert_close(beside.support_losses, 0.5 * at_start.square().sum(1))
 
@@ -72,7 +72,7 @@ def test_the_rate_gradient_is_the_slope_of_the_query_loss_after_one_step():
 
     slope = (query_loss(0.2 + 1e-6) - query_loss(0.2 - 1e-6)) / 2e-6
     found = fomaml(quadratic(CENTRES), quadratic(QUERY_CENTRES), START, rate(0.2), 1, ONE_EACH)
-    assert float(found.rates["w"]) == pytest.approx(slope, rel=1e-6)
+    assert float(found.inner_lrs["w"]) == pytest.approx(slope, rel=1e-6)
 
 
 def test_adapting_is_sgd_on_each_task_alone():
@@ -106,7 +106,7 @@ def learner(**changes):
         "schedule": outer_schedule("constant", 0, 10),
     }
     start = {"w": torch.tensor([1.0, -1.0])}
-    return Learner(start, initial_log_rates(start, 0.1, (), per_weight=False), **settings | changes)
+    return Learner(start, initial_log_inner_lrs(start, 0.1, (), per_weight=False), **settings | changes)
 
 
 # Of very different lengths: AdamW forgets the scale of a gradient that stays the same.
@@ -126,8 +126,8 @@ def test_an_outer_step_is_adamw_on_the_start_and_on_the_logarithm_of_the_rate():
             float(start_gradient["w"].norm())
         )
     torch.testing.assert_close(ours.start["w"], w)
-    torch.testing.assert_close(ours.log_rates["w"], log_rate)
-    moment = ours.optimizer.state[ours.log_rates["w"]]["exp_avg"]
+    torch.testing.assert_close(ours.log_inner_lrs["w"], log_rate)
+    moment = ours.optimizer.state[ours.log_inner_lrs["w"]]["exp_avg"]
     torch.testing.assert_close(moment, reference.state[log_rate]["exp_avg"])
 
 
@@ -148,8 +148,8 @@ def test_rates_stay_where_they_are_unless_they_are_learned():
     for gradients in GRADIENTS:
         fixed.update(*({k: v.clone() for k, v in g.items()} for g in gradients))
         learned.update(*({k: v.clone() for k, v in g.items()} for g in gradients))
-    assert float(fixed.rates["w"]) == pytest.approx(0.1)
-    assert float(learned.rates["w"]) < 0.1
+    assert float(fixed.inner_lrs["w"]) == pytest.approx(0.1)
+    assert float(learned.inner_lrs["w"]) < 0.1
 
 
 def test_a_learner_goes_on_bit_for_bit_from_its_state():

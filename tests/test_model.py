@@ -12,16 +12,16 @@ from typer.testing import CliRunner
 
 import rayml
 from rayml.cli import app
-from rayml.engine import local
 from rayml.errors import ConfigError, DataError, RunError, TrainingError
-from rayml.evaluation.evaluate import evaluate
-from rayml.evaluation.parts import Parts
-from rayml.lm.depth import rate_factors
+from rayml.experiments.evaluate import evaluate
+from rayml.experiments.parts import Parts
+from rayml.lm.layerwise import rate_factors
 from rayml.model import untrained_model
 from rayml.runs.checkpoint import folder_name, read_checkpoint, seal, write_state
 from rayml.runs.folder import RunFolder
 from rayml.tasks.prepare import prepare_splits
 from rayml.tasks.read import read_rows
+from rayml.training import local
 
 OTHERS = [("a b", "x"), ("c d", "y"), ("e f", "x"), ("g", "y"), ("h i", "y")]
 
@@ -266,7 +266,7 @@ def test_the_untrained_start_adapts_at_the_rates_that_training_began_with(tmp_pa
     model = rayml.load(make_run(tmp_path / "f", data=data, inner={"steps": 2, "lr": 0.5, "layer_decay": 0.3}))
     factors = rate_factors(model.lm.module, model.start, 0.3)
     assert len(set(factors.values())) == 4
-    begun = dataclasses.replace(model, rates={n: rate * factors[n] for n, rate in model.rates.items()})
+    begun = dataclasses.replace(model, inner_lrs={n: rate * factors[n] for n, rate in model.inner_lrs.items()})
     tasks, parts = prepare_splits(model.config.data).train, Parts(tmp_path, [])
     found = evaluate(begun, tasks, model.config.data.sampler(0), 2, parts, lambda _: None)
     for trained, untrained in zip(found.trained, found.untrained, strict=True):

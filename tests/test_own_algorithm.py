@@ -10,20 +10,20 @@ import torch
 from conftest import SPLITS, make_config, meta_gradient, toy_tasks
 from rich.console import Console
 from serving_run import TEXTS, TICKETS, ask, examples, learn, make_run, request
-from test_algorithms import START, WEIGHTS, losses, rates, run
+from test_algorithms import START, WEIGHTS, inner_lrs, losses, run
 from test_compare import REQUEST
 
 from rayml.adapter import load_adapter
 from rayml.algorithms.registry import chosen
 from rayml.api import evaluate
 from rayml.config import load_config, parse_config
-from rayml.distributed.compare import compare
-from rayml.distributed.train import train
 from rayml.errors import ConfigError, RunError
+from rayml.experiments.compare import compare
 from rayml.model import load
 from rayml.serving.adapter_files import read_adapter
 from rayml.serving.replica import Replica
 from rayml.serving.settings import Serving
+from rayml.training.driver import train
 
 PAGE = Path(__file__).parent.parent / "CONTRIBUTING.md"
 QUIET = Console(quiet=True)
@@ -80,7 +80,7 @@ def test_it_is_compared(tmp_path, local_mode):
 
 def test_it_is_served(tmp_path):
     run = make_run(tmp_path / "m", algorithm=MATCHING)
-    replica = Replica(Serving.model_validate({"run": str(run.path), "adapters": {"resident_bytes": 1}}))
+    replica = Replica(Serving.model_validate({"run": str(run.path), "adapters": {"cached_bytes": 1}}))
     (manifest,) = learn(replica, request())
     file = tmp_path / "tickets.jsonl"
     file.write_text("\n".join(map(json.dumps, examples(TICKETS))))
@@ -93,7 +93,7 @@ def test_it_is_served(tmp_path):
     card = tmp_path / "tickets" / "rayml.json"
     card.write_text(card.read_text().replace("rayml_matching:Matching", "rayml_multi_step:MultiStep"))
     with pytest.raises(RunError, match="learned by 'rayml_multi_step:MultiStep'; this run knows"):
-        read_adapter(tmp_path / "tickets", replica.resident.fits)
+        read_adapter(tmp_path / "tickets", replica.adapter_cache.fits)
 
 
 def test_a_schedule_alone_is_an_algorithm():
@@ -101,7 +101,7 @@ def test_a_schedule_alone_is_an_algorithm():
     algorithm = chosen({"name": "rayml_multi_step:MultiStep", "decay": 0.25})
     assert algorithm.runs_sharded
     assert algorithm.passes(2) == (2, 2)
-    found = meta_gradient(algorithm, losses("support"), losses("query"), START, rates(), 2, WEIGHTS)
+    found = meta_gradient(algorithm, losses("support"), losses("query"), START, inner_lrs(), 2, WEIGHTS)
     plain = chosen({"name": "fomaml"})
     one, two = (run(plain, steps=steps) for steps in (1, 2))
     for name in START:

@@ -8,23 +8,23 @@ import torch
 from conftest import perturbed_start, tiny_lm
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rayml.lm.batch import Row, collate
+from rayml.algorithms.inner_loop import task_gradients
+from rayml.lm.batch import TokenRow, collate
 from rayml.lm.lora import TaskLoRA
 from rayml.lm.model import TaskLM
-from rayml.meta.adapt import task_gradients
 
 
-def ragged_rows(tasks: int, rng: random.Random) -> list[list[Row]]:
+def ragged_rows(tasks: int, rng: random.Random) -> list[list[TokenRow]]:
     """Rows of very different lengths; tasks have different numbers of them, targets one to three tokens.
 
     Some have one token before their target: laid behind another, their targets follow right upon its own.
     """
     return [
         [
-            Row([rng.randrange(5, 100) for _ in range(length)], length - rng.choice([1, 2, 3]))
+            TokenRow([rng.randrange(5, 100) for _ in range(length)], length - rng.choice([1, 2, 3]))
             for length in rng.choices([6, 9, 30, 14], k=7 + task)
         ]
-        + [Row([rng.randrange(5, 100) for _ in range(3)], 1) for _ in range(3)]
+        + [TokenRow([rng.randrange(5, 100) for _ in range(3)], 1) for _ in range(3)]
         for task in range(tasks)
     ]
 
@@ -38,7 +38,7 @@ def test_examples_that_share_a_row_have_the_losses_and_gradients_that_they_have_
     fast = {name: weight.expand(3, *weight.shape) for name, weight in start.items()}
     for among in ([], labels):
         plain, packed = (collate(rows, 1, among, packs) for packs in (False, True))
-        assert plain.places is None
+        assert plain.position_ids is None
         assert packed.tokens.numel() < 0.7 * plain.tokens.numel()
         (losses, gradients), (wanted, expected) = (
             task_gradients(partial(lm.losses, batch=batch), fast) for batch in (packed, plain)
@@ -49,14 +49,14 @@ def test_examples_that_share_a_row_have_the_losses_and_gradients_that_they_have_
 
 
 def test_rows_of_one_length_stay_as_they_are_and_long_tasks_get_several_rows():
-    even = [[Row([7] * 12, 11)] * 4] * 2
-    assert collate(even, 1, packs=True).places is None
-    uneven = [[Row([7] * length, length - 1) for length in [20, 40, 60] * 10]]
+    even = [[TokenRow([7] * 12, 11)] * 4] * 2
+    assert collate(even, 1, packs=True).position_ids is None
+    uneven = [[TokenRow([7] * length, length - 1) for length in [20, 40, 60] * 10]]
     batch = collate(uneven, 1, packs=True)
     rows, length = batch.tokens.shape
     assert 1170 <= rows * length < 1.1 * 1170, "hardly any padding"
     assert length < 300, "and attention over no more than it takes"
-    assert batch.places.max() == 58
+    assert batch.position_ids.max() == 58
 
 
 @pytest.mark.parametrize(("kind", "packs"), [("llama", True), ("gpt_neox", True), ("qwen3", True), ("mamba", False)])

@@ -10,11 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from rayml.algorithms.inner_loop import task_gradients
 from rayml.lm.batch import IGNORE, TaskBatch
 from rayml.lm.load import checkpoint_activations
 from rayml.lm.lora import TaskLoRA
 from rayml.lm.model import TaskLM
-from rayml.meta.adapt import task_gradients
 from rayml.planning.activations import activation_bytes
 from rayml.planning.batch import largest_pass
 from rayml.planning.fit import changed

@@ -8,10 +8,10 @@ from conftest import make_config, toy_tasks
 from rich.console import Console
 from transformers import GPTJConfig
 
-from rayml.distributed.train import train
-from rayml.evaluation.command import evaluate_run
+from rayml.experiments.evaluate_command import evaluate_run
 from rayml.lm.precision import Device, cpu_bf16, decide, has_sdpa, look_at, measured_gflops, settled
 from rayml.runs.folder import RunFolder
+from rayml.training.driver import train
 
 OLD = Device("cpu", "CPU", None)
 AMX = Device("cpu", "CPU", "AMX-BF16", {"float32": 100.0, "bfloat16": 700.0})
@@ -107,7 +107,7 @@ def test_a_run_of_one_dtype_is_read_in_the_other_with_like_scores(tmp_path, loca
     for made, device in (("bfloat16", AMX), ("float32", OLD)):
         folder = tmp_path / made
         folder.mkdir()
-        monkeypatch.setattr("rayml.distributed.worker.device_for", lambda *_, device=device: device)
+        monkeypatch.setattr("rayml.training.worker.device_for", lambda *_, device=device: device)
         run = train(make_config(folder, model=asked, data=data, outer={"steps": 20, "lr": 0.01}))
         assert json.loads(run.precision.read_text())["dtype"] == made == RunFolder(run.path).made_in()
         for read, here in (("bfloat16", AMX), ("float32", OLD)):

@@ -7,10 +7,10 @@ import torch
 from conftest import make_config, perturbed_start, tiny_lm
 from transformers import AutoModelForCausalLM
 
+from rayml.algorithms.inner_loop import expand
 from rayml.errors import ConfigError, DataError
 from rayml.lm.encode import CHANNEL, Encoder
-from rayml.lm.score import Ballot, ways_of
-from rayml.meta.adapt import expand
+from rayml.lm.option_scoring import PromptEnsemble, weighted_prompts
 from rayml.tasks.task import Example, Task
 from rayml.tasks.templates import compiled, render
 
@@ -29,7 +29,7 @@ def log_probs(tokenizer, model, prompt: str, target: str) -> torch.Tensor:
     start, tokens = len(tokenizer(prompt)["input_ids"]), tokenizer(prompt + target)["input_ids"]
     with torch.no_grad():
         logits = model(torch.tensor([tokens])).logits[0].log_softmax(-1)
-    return torch.stack([logits[place - 1, tokens[place]] for place in range(start, len(tokens))])
+    return torch.stack([logits[index - 1, tokens[index]] for index in range(start, len(tokens))])
 
 
 REFERENCE = {
@@ -45,7 +45,7 @@ def test_options_score_by_their_formula(scoring, tiny, tokenizer):
     model = AutoModelForCausalLM.from_pretrained(tiny)
     encoder = encoder_of(tokenizer, scoring=scoring)
     lm = tiny_lm(tiny)
-    (found,) = Ballot(lm, encoder.pad, [ways_of(lm, encoder, EXAMPLES, OPTIONS)]).log_probs(None)
+    (found,) = PromptEnsemble(lm, encoder.pad, [weighted_prompts(lm, encoder, EXAMPLES, OPTIONS)]).log_probs(None)
 
     def say(prompt: str, target: str) -> torch.Tensor:
         return log_probs(tokenizer, model, prompt, target)
@@ -58,14 +58,14 @@ def test_an_ensemble_averages_log_probabilities_and_tasks_may_have_fewer_prompts
     lm, prompts = tiny_lm(tiny), ("{input}:", "Q: {{ input }} A:", "so {{ input|upper }} is")
     several = replace(encoder_of(tokenizer), ensemble=prompts[1:])
     weights = expand(perturbed_start(lm), 2)
-    first, second = Ballot(
-        lm, several.pad, [ways_of(lm, one, EXAMPLES, OPTIONS) for one in (several, encoder_of(tokenizer))]
+    first, second = PromptEnsemble(
+        lm, several.pad, [weighted_prompts(lm, one, EXAMPLES, OPTIONS) for one in (several, encoder_of(tokenizer))]
     ).log_probs(weights)
     alone = []
     for prompt in prompts:
         encoder = replace(encoder_of(tokenizer), prompt=prompt)
-        ballot = Ballot(lm, encoder.pad, [ways_of(lm, encoder, EXAMPLES, OPTIONS)])
-        alone += ballot.log_probs({name: weight[:1] for name, weight in weights.items()})
+        ensemble = PromptEnsemble(lm, encoder.pad, [weighted_prompts(lm, encoder, EXAMPLES, OPTIONS)])
+        alone += ensemble.log_probs({name: weight[:1] for name, weight in weights.items()})
     assert torch.allclose(first, torch.stack(alone).mean(0).log_softmax(-1), atol=1e-5)
     assert torch.allclose(second, alone[0], atol=1e-5)
     assert not torch.allclose(first, second, atol=1e-3)

@@ -7,11 +7,11 @@ import torch
 from conftest import make_config, perturbed_start, tiny_lm
 from torch import nn
 
+from rayml.algorithms.inner_loop import InnerLoop, expand
+from rayml.algorithms.outer_loop import Learner, initial_log_inner_lrs, outer_schedule
 from rayml.algorithms.registry import chosen
-from rayml.lm.batch import Row
+from rayml.lm.batch import TokenRow
 from rayml.lm.objective import TaskSide
-from rayml.meta.adapt import InnerLoop, expand
-from rayml.meta.learner import Learner, initial_log_rates, outer_schedule
 from rayml.meta.prototypes import (
     MIX,
     SCALE,
@@ -97,7 +97,7 @@ def test_losses_are_torchs_own_over_the_classes_that_there_are():
 
 
 def row(*tokens, target):
-    return Row([*tokens, *target], len(tokens))
+    return TokenRow([*tokens, *target], len(tokens))
 
 
 LABELS = {0: [[40], [41, 42], [43]], 1: [[50, 51], [50, 52]], 2: []}
@@ -154,9 +154,9 @@ def token_loss(lm, of, labels, weights):
         target = one.tokens[one.start :]
         scores = lm.module.lm_head(hidden(lm, one, weights))[one.start - 1 :]
         steps = []
-        for place, token in enumerate(target):
-            rivals = sorted({a[place] for a in labels if a[:place] == target[:place] and len(a) > place})
-            among = scores[place][rivals] if labels else scores[place]
+        for index, token in enumerate(target):
+            rivals = sorted({a[index] for a in labels if a[:index] == target[:index] and len(a) > index})
+            among = scores[index][rivals] if labels else scores[index]
             chosen = rivals.index(token) if labels else token
             steps.append(-among.log_softmax(0)[chosen])
         losses += [sum(steps)] if labels else steps
@@ -228,22 +228,22 @@ def test_the_meta_gradient_is_that_of_each_task_adapted_alone(lm, readout):
     """Two inner steps, first order: the query's gradient at the fast weights, and the support's at the start."""
     algorithm = chosen({"name": "proto_maml", "readout": readout, "start_weight": 0.5})
     start = perturbed_start(lm) | algorithm.prototypes.start()
-    rates = {name: torch.tensor(0.05) for name in start if "lora" in name}
+    inner_lrs = {name: torch.tensor(0.05) for name in start if "lora" in name}
     scores = torch.tensor([1.0, 0.5, 2.0])
-    found = algorithm.meta_gradient(*sides(lm), start, InnerLoop(rates, 2, learns_rates=True), scores)
+    found = algorithm.meta_gradient(*sides(lm), start, InnerLoop(inner_lrs, 2, learns_inner_lrs=True), scores)
     expected = {name: torch.zeros_like(weight) for name, weight in start.items()}
-    of_rates = dict.fromkeys(rates, 0.0)
+    of_rates = dict.fromkeys(inner_lrs, 0.0)
     for task, score in enumerate(scores):
-        fast, total = dict(start), {name: torch.zeros_like(start[name]) for name in rates}
+        fast, total = dict(start), {name: torch.zeros_like(start[name]) for name in inner_lrs}
         for step in range(2):
-            leaves = fast | {name: fast[name].clone().requires_grad_() for name in rates}
+            leaves = fast | {name: fast[name].clone().requires_grad_() for name in inner_lrs}
             loss = support_loss(lm, task, leaves, readout)
-            gradients = torch.autograd.grad(loss, [leaves[name] for name in rates], materialize_grads=True)
-            for name, gradient in zip(rates, gradients, strict=True):
+            gradients = torch.autograd.grad(loss, [leaves[name] for name in inner_lrs], materialize_grads=True)
+            for name, gradient in zip(inner_lrs, gradients, strict=True):
                 if step == 0:
                     expected[name] += 0.5 * score * gradient
                 total[name] += gradient
-                fast[name] = fast[name] - rates[name] * gradient
+                fast[name] = fast[name] - inner_lrs[name] * gradient
         leaves = {name: weight.clone().requires_grad_() for name, weight in fast.items()}
         loss = query_loss(lm, task, leaves, readout)
         torch.testing.assert_close(found.query_losses[task], loss.detach(), atol=1e-5, rtol=1e-5)
@@ -251,12 +251,12 @@ def test_the_meta_gradient_is_that_of_each_task_adapted_alone(lm, readout):
             leaves, torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True), strict=True
         ):
             expected[name] += score * gradient
-            if name in rates:
+            if name in inner_lrs:
                 of_rates[name] -= score * (gradient * total[name]).sum()
     for name in start:
         torch.testing.assert_close(found.start[name], expected[name], atol=2e-5, rtol=1e-3, msg=name)
-    for name in rates:
-        torch.testing.assert_close(found.rates[name], of_rates[name], atol=2e-5, rtol=1e-3, msg=name)
+    for name in inner_lrs:
+        torch.testing.assert_close(found.inner_lrs[name], of_rates[name], atol=2e-5, rtol=1e-3, msg=name)
     assert found.start[SCALE].abs() > 1e-3
 
 
@@ -273,7 +273,7 @@ def test_tasks_of_free_text_alone_are_learned_as_by_fomaml(lm):
     for name in ("proto_maml", "fomaml_plus"):
         algorithm = chosen({"name": name})
         start = perturbed_start(lm) | (algorithm.prototypes.start() if algorithm.prototypes else {})
-        inner = InnerLoop({name: torch.tensor(0.05) for name in start if "lora" in name}, 2, learns_rates=True)
+        inner = InnerLoop({name: torch.tensor(0.05) for name in start if "lora" in name}, 2, learns_inner_lrs=True)
         found[name] = algorithm.meta_gradient(*sides(lm, tasks=(2,)), start, inner, torch.ones(1))
     for name, gradient in found["fomaml_plus"].start.items():
         torch.testing.assert_close(found["proto_maml"].start[name], gradient)
@@ -282,14 +282,14 @@ def test_tasks_of_free_text_alone_are_learned_as_by_fomaml(lm):
 
 def test_scale_and_mix_have_no_inner_rate_and_learn_as_the_rates_do():
     start = {"layers.1.lora_A": torch.zeros(2, 3), SCALE: torch.tensor(2.0), MIX: torch.tensor(-1.0)}
-    log_rates = initial_log_rates(start, 0.1, (), per_weight=False)
-    assert set(log_rates) == {"layers.1.lora_A"}
+    log_inner_lrs = initial_log_inner_lrs(start, 0.1, (), per_weight=False)
+    assert set(log_inner_lrs) == {"layers.1.lora_A"}
     settings = {"lr": 0.001, "lr_of_inner_lr": 0.05, "weight_decay": 0.1, "clip_norm": 1.0}
-    learner = Learner(start, log_rates, learn_rates=True, schedule=outer_schedule("constant", 0, 1), **settings)
+    learner = Learner(start, log_inner_lrs, learn_rates=True, schedule=outer_schedule("constant", 0, 1), **settings)
     learner.update({name: torch.ones_like(w) for name, w in start.items()}, {"layers.1.lora_A": torch.tensor(1.0)})
     assert learner.start[SCALE] == pytest.approx(2.0 - 0.05)
     assert learner.start[MIX] == pytest.approx(-1.0 - 0.05)
-    assert learner.rates["layers.1.lora_A"] == pytest.approx(0.1 * math.exp(-0.05))
+    assert learner.inner_lrs["layers.1.lora_A"] == pytest.approx(0.1 * math.exp(-0.05))
     assert learner.start["layers.1.lora_A"][0, 0] == pytest.approx(-0.001)
 
 

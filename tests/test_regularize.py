@@ -1,4 +1,4 @@
-"""What acts in meta-training alone: dropout, label smoothing, thinned supports; and what mode full trains."""
+"""What acts in meta-training alone: dropout, label smoothing, token dropout; and what mode full trains."""
 
 import random
 from dataclasses import replace
@@ -9,19 +9,19 @@ from conftest import make_config, perturbed_start, tiny_lm
 from test_lora import one, random_batch, random_rows
 from torch import nn
 
-from rayml.distributed.replicated import dropping
+from rayml.algorithms.inner_loop import InnerLoop, expand
 from rayml.lm.batch import collate
-from rayml.lm.choices import IGNORE, token_losses
 from rayml.lm.encode import Encoder
+from rayml.lm.label_trie import IGNORE, token_losses
 from rayml.lm.load import load_base
 from rayml.lm.lora import keep_mask, mixed
 from rayml.lm.model import TaskLM
 from rayml.lm.objective import training_sides
 from rayml.lm.parameters import trained_parameters
-from rayml.meta.adapt import InnerLoop, expand
 from rayml.sections import Full
 from rayml.tasks.episodes import Episode
 from rayml.tasks.task import Example
+from rayml.training.replicated import dropping
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_label_smoothing_has_a_finite_gradient_where_choices_are_few(lm):
     targets = batch.targets.clone()
     targets[targets >= 0] = 5
     start = {name: weight.clone().requires_grad_() for name, weight in expand(perturbed_start(lm), 1).items()}
-    loss = lm.losses(start, type(batch)(batch.tokens, targets, 1, batch.choices), smoothing=0.1)
+    loss = lm.losses(start, type(batch)(batch.tokens, targets, 1, batch.allowed), smoothing=0.1)
     assert all(bool(g.isfinite().all()) for g in torch.autograd.grad(loss.sum(), list(start.values())))
 
 
@@ -106,26 +106,26 @@ EPISODE = Episode(
 OTHER = replace(EPISODE, support=(Example("a much, much longer text than any of the others", "A"), *EPISODE.support))
 
 
-def text_of(tokenizer, side, place):
-    return tokenizer.decode(side["tokens"][place])
+def text_of(tokenizer, side, index):
+    return tokenizer.decode(side["tokens"][index])
 
 
 def test_a_support_is_thinned_in_its_input_alone_and_the_same_every_time(tokenizer):
     encoder = Encoder(tokenizer, "Say: {input}\nLabel:", 64, token_dropout=0.5)
     record = encoder.episode(EPISODE)
     assert record == encoder.episode(EPISODE)
-    for place, example in enumerate(EPISODE.support):
-        text = text_of(tokenizer, record["support"], place)
+    for index, example in enumerate(EPISODE.support):
+        text = text_of(tokenizer, record["support"], index)
         assert text.startswith("Say: ")
         assert text.endswith(f"\nLabel: {example.target}")
         kept = text.removeprefix("Say: ").removesuffix(f"\nLabel: {example.target}")
         assert 0 < len(kept) < len(example.input)
         letters = iter(example.input)
         assert all(letter in letters for letter in kept)  # in order
-        start = record["support"]["starts"][place]
-        assert tokenizer.decode(record["support"]["tokens"][place][start:]) == f" {example.target}"
+        start = record["support"]["starts"][index]
+        assert tokenizer.decode(record["support"]["tokens"][index][start:]) == f" {example.target}"
     assert text_of(tokenizer, record["query"], 0) == "Say: lazy\nLabel: B"
-    everything = Encoder(tokenizer, "{input}:", 64, token_dropout=0.0).thinned(
+    everything = Encoder(tokenizer, "{input}:", 64, token_dropout=0.0).with_token_dropout(
         EPISODE.support[0], True, random.Random(0)
     )
     assert everything == Encoder(tokenizer, "{input}:", 64).row(EPISODE.support[0], True)

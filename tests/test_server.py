@@ -180,7 +180,7 @@ def test_prometheus_finds_what_happened(server):
     # Of the dead replica's there are none, and the others tell theirs now and then. The more queries in a batch, the
     # fewer batches: so the queries are counted.
     wait_for(lambda: server.metric("rayml_classify_batch_sum") > 200, 30)
-    assert server.metric("rayml_resident_adapters") > 10
+    assert server.metric("rayml_cached_adapters") > 10
 
 
 @pytest.mark.serve

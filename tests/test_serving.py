@@ -22,9 +22,9 @@ from serving_run import (  # noqa: F401
     write,
 )
 
+from rayml.adaptation import adapt_requests
 from rayml.adapter import load_adapter
 from rayml.errors import RunError
-from rayml.evaluation.learn import take_in
 from rayml.lm.peft_files import load_learned
 from rayml.lm.sampling import Sampling
 from rayml.serving.http import as_api_error
@@ -39,7 +39,7 @@ from rayml.serving.work import Adaptation
 
 def test_an_adapter_learned_online_is_that_of_rayml_adapt(replica, learned):
     (manifest,) = learn(replica, request())
-    online, card = asyncio.run(replica.resident.get("public", manifest.id)).weights, None
+    online, card = asyncio.run(replica.adapter_cache.get("public", manifest.id)).weights, None
     offline, card, _ = load_learned(learned)
     for name, weight in offline.items():
         torch.testing.assert_close(online[name], weight, atol=1e-6, rtol=1e-5)
@@ -54,7 +54,7 @@ def test_adapters_learned_side_by_side_are_those_learned_alone(replica):
     alone = [learn(replica, request(name="alone"))[0], learn(replica, request(others, name="alone2", steps=1))[0]]
     together = learn(replica, request(name="mixed"), request(others, name="mixed2", steps=1), request(steps=0))
     for one, mixed in zip(alone, together, strict=False):
-        weights = [asyncio.run(replica.resident.get("public", m.id)).weights for m in (one, mixed)]
+        weights = [asyncio.run(replica.adapter_cache.get("public", m.id)).weights for m in (one, mixed)]
         for name in weights[0]:
             torch.testing.assert_close(weights[1][name], weights[0][name], atol=1e-6, rtol=1e-5)
         assert mixed.loss_after == pytest.approx(one.loss_after, abs=1e-5)
@@ -63,10 +63,10 @@ def test_adapters_learned_side_by_side_are_those_learned_alone(replica):
 
 
 def test_lessons_in_one_loop_take_their_own_steps(replica):
-    one, other = (replica._lesson(request(pairs)) for pairs in (TICKETS, [("a b", "x"), ("c d", "y")]))
+    one, other = (replica._adaptation_request(request(pairs)) for pairs in (TICKETS, [("a b", "x"), ("c d", "y")]))
 
-    def take(lessons, steps):
-        loop = take_in(replica.model, lessons, steps)
+    def take(asked_for, steps):
+        loop = adapt_requests(replica.model, asked_for, steps)
         while True:
             try:
                 next(loop)
@@ -74,8 +74,8 @@ def test_lessons_in_one_loop_take_their_own_steps(replica):
                 return end.value
 
     together = take([one, other, one], [3, 1, 0])
-    for lesson, steps, (weights, losses) in zip([one, other, one], [3, 1, 0], together, strict=True):
-        ((expected, alone),) = take([lesson], [steps])
+    for asked, steps, (weights, losses) in zip([one, other, one], [3, 1, 0], together, strict=True):
+        ((expected, alone),) = take([asked], [steps])
         assert losses == pytest.approx(alone, abs=1e-5)
         assert len(losses) == steps + 1
         for name, weight in expected.items():
@@ -210,7 +210,7 @@ def test_adaptations_take_no_more_than_their_share_while_queries_wait(run):
     replica = Replica(Serving.model_validate({"run": str(run.path), "batching": {"adaptation_share": 0.25}}))
     engine, seconds = replica.engine, {"learn": 0.0, "answer": 0.0}
     many = request([(f"text {n} " * 10, f"label{n % 3}") for n in range(60)])
-    adaptation = Adaptation(replica._lesson(many), steps=10)
+    adaptation = Adaptation(replica._adaptation_request(many), steps=10)
 
     def timed(name, work):
         def run():

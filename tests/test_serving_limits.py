@@ -131,20 +131,20 @@ def test_a_long_step_is_no_illness_until_it_is_too_long(run):
 
 def test_lessons_share_a_loop_as_long_as_they_are_small(run):
     replica = Replica(Serving.model_validate({"run": str(run.path), "batching": {"adaptation_tokens": 200}}))
-    small, large = (replica._lesson(request([(f"t{n}", f"l{n % 2}") for n in range(k)])) for k in (4, 40))
+    small, large = (replica._adaptation_request(request([(f"t{n}", f"l{n % 2}") for n in range(k)])) for k in (4, 40))
     replica.engine.close()
     rows = len(small.rows) * max(len(row.tokens) for row in small.rows)
     assert 1 < 200 // rows < 6
-    for lessons, together in (([small] * 6, 200 // rows), ([small, large], 1), ([large, small], 1)):
-        replica.engine._adaptations.extend(Adaptation(one, 1) for one in lessons)
-        assert len(replica.engine._next_lessons()) == together
+    for requests, together in (([small] * 6, 200 // rows), ([small, large], 1), ([large, small], 1)):
+        replica.engine._adaptations.extend(Adaptation(one, 1) for one in requests)
+        assert len(replica.engine._next_adaptations()) == together
         replica.engine._adaptations.clear()
 
 
 @pytest.mark.parametrize("algorithm", ["metaicl", "protonet", "proto_maml"])
 def test_what_keeps_its_examples_answers_as_rayml_predict(tmp_path, algorithm):
     run = make_run(tmp_path / "m", algorithm={"name": algorithm})
-    replica = Replica(Serving.model_validate({"run": str(run.path), "adapters": {"resident_bytes": 1}}))
+    replica = Replica(Serving.model_validate({"run": str(run.path), "adapters": {"cached_bytes": 1}}))
     others = [("a b", "x"), ("c d", "y")]
     first, second = learn(replica, request(), request(others, name="other"))
     assert first.steps == (2 if algorithm == "proto_maml" else 0)
@@ -157,13 +157,13 @@ def test_what_keeps_its_examples_answers_as_rayml_predict(tmp_path, algorithm):
 
     async def all_at_once():
         asked = [ClassifyRequest(model="m", input=text) for text in TEXTS]
-        ids = [(manifest.id, place) for place, manifest in enumerate((first, second))]
-        found = [(replica.classify("public", i, one), one.input, place) for one in asked for i, place in ids]
+        ids = [(manifest.id, index) for index, manifest in enumerate((first, second))]
+        found = [(replica.classify("public", i, one), one.input, index) for one in asked for i, index in ids]
         answers = await asyncio.gather(*(answer for answer, _, _ in found))
-        return [(answer["answers"][0], text, place) for answer, (_, text, place) in zip(answers, found, strict=True)]
+        return [(answer["answers"][0], text, index) for answer, (_, text, index) in zip(answers, found, strict=True)]
 
-    for answer, text, place in asyncio.run(all_at_once()):
-        assert answer["probabilities"] == pytest.approx(predictors[place].predict(text).probabilities, abs=1e-4)
+    for answer, text, index in asyncio.run(all_at_once()):
+        assert answer["probabilities"] == pytest.approx(predictors[index].predict(text).probabilities, abs=1e-4)
     (some,) = ask(replica, first.id, ["charged"], options=["delivery", "bug"])
     offline = predictors[0].predict("charged", ["delivery", "bug"]).probabilities
     assert some["probabilities"] == pytest.approx(offline, abs=1e-4)

@@ -25,8 +25,8 @@ from serving_run import (  # noqa: F401
 
 from rayml.adapter import load_adapter
 from rayml.errors import ConfigError, RunError
+from rayml.serving.adapter_cache import AdapterCache
 from rayml.serving.errors import ApiError
-from rayml.serving.resident import Resident
 from rayml.serving.schema import (
     AdapterRequest,
     ChatRequest,
@@ -118,23 +118,23 @@ def test_the_least_recently_used_leave_and_come_back(replica, learned, tmp_path)
     ids = [store.publish("public", manifest_of("t", number), learned).id for number in range(4)]
     seen: list[tuple[str, float]] = []
     size = load_adapter(learned).size
-    resident = Resident(store, fits(replica), 2 * size, replica._adapter_of, lambda *pair: seen.append(pair))
+    adapter_cache = AdapterCache(store, fits(replica), 2 * size, replica._adapter_of, lambda *pair: seen.append(pair))
 
     async def use():
-        first = await resident.get("public", ids[0])
-        await resident.get("public", ids[1])
-        assert await resident.get("public", ids[0]) is first
-        await resident.get("public", ids[2])  # 1 leaves
-        assert await resident.get("public", ids[0]) is first
-        await asyncio.gather(*(resident.get("public", ids[1]) for _ in range(3)))
+        first = await adapter_cache.get("public", ids[0])
+        await adapter_cache.get("public", ids[1])
+        assert await adapter_cache.get("public", ids[0]) is first
+        await adapter_cache.get("public", ids[2])  # 1 leaves
+        assert await adapter_cache.get("public", ids[0]) is first
+        await asyncio.gather(*(adapter_cache.get("public", ids[1]) for _ in range(3)))
         with pytest.raises(ApiError) as missing:
-            await resident.get("public", adapter_id("none", 0))
+            await adapter_cache.get("public", adapter_id("none", 0))
         return missing.value.status
 
     assert asyncio.run(use()) == 404
     names = [name for name, _ in seen]
     assert (names.count("loads"), names.count("evictions")) == (4, 2)
-    assert seen[-1] == ("resident_bytes", 2 * size)
+    assert seen[-1] == ("cached_bytes", 2 * size)
 
 
 @pytest.mark.parametrize(

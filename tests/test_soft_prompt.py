@@ -12,17 +12,16 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from rayml.adapter import load_adapter
-from rayml.distributed.train import train
+from rayml.algorithms.inner_loop import task_gradients
 from rayml.errors import ConfigError, RunError
 from rayml.lm.batch import IGNORE, collate
 from rayml.lm.encode import Encoder
 from rayml.lm.load import load_base
 from rayml.lm.lora import side_by_side
 from rayml.lm.model import TaskLM
+from rayml.lm.option_scoring import PromptEnsemble, weighted_prompts
 from rayml.lm.peft_files import PROMPT_KEY, WEIGHTS
-from rayml.lm.score import Ballot, ways_of
 from rayml.lm.soft_prompt import PROMPT, TaskPrompt
-from rayml.meta.adapt import task_gradients
 from rayml.model import load
 from rayml.runs.folder import RunFolder
 from rayml.serving.adapter_files import read_adapter
@@ -32,6 +31,7 @@ from rayml.serving.served import fits_of
 from rayml.serving.settings import Serving
 from rayml.tasks.prepare import prepare_splits
 from rayml.tasks.task import Example
+from rayml.training.driver import train
 
 P = 3
 TASKS = [[("hello", "A"), ("a longer one", "B"), ("x", "A")], [("other words", "B"), ("y", "C"), ("zz", "C")]]
@@ -68,7 +68,7 @@ def test_prompts_of_several_tasks_equal_embeddings_laid_by_hand(packs, tiny, tok
     rows[1] += encoder.rows([Example("as long as it takes to pack the others", "B")], is_label=True)
     tasks = [*TASKS[:1], [*TASKS[1], ("as long as it takes to pack the others", "B")]]
     batch = collate(rows, tokenizer.eos_token_id, packs=packs)
-    assert (batch.places is not None) == packs
+    assert (batch.position_ids is not None) == packs
     weights = prompts(lm)
     losses, gradients = task_gradients(lambda fast: lm.losses(fast, batch), {PROMPT: weights})
     for t, task in enumerate(tasks):
@@ -84,7 +84,7 @@ def test_options_are_scored_behind_the_prompt_also_where_they_fork(tiny, tokeniz
     lm, model = lm_of(tiny), AutoModelForCausalLM.from_pretrained(tiny)
     plain = replace(encoder, label_loss="vocabulary", scoring="sum")
     options, text = ["red", "a blue one"], "sky"
-    (found,) = Ballot(lm, plain.pad, [ways_of(lm, plain, [Example(text, "")], options)]).log_probs(
+    (found,) = PromptEnsemble(lm, plain.pad, [weighted_prompts(lm, plain, [Example(text, "")], options)]).log_probs(
         {PROMPT: prompts(lm)[:1]}
     )
     scores = []
@@ -94,7 +94,7 @@ def test_options_are_scored_behind_the_prompt_also_where_they_fork(tiny, tokeniz
         words = model.get_input_embeddings()(tokens)
         with torch.no_grad():
             logits = model(inputs_embeds=torch.cat([prompts(lm)[0], words]).unsqueeze(0)).logits[0, P:].log_softmax(-1)
-        scores.append(sum(logits[place - 1, tokens[place]] for place in range(first, len(tokens))))
+        scores.append(sum(logits[index - 1, tokens[index]] for index in range(first, len(tokens))))
     assert torch.allclose(found[0], torch.stack(scores).log_softmax(-1), atol=1e-5)
 
 
@@ -127,10 +127,10 @@ def run(config, local_ray) -> RunFolder:
 @pytest.mark.ray
 def test_prompts_are_meta_trained_and_adapting_fits_an_unseen_task(run, config):
     """That a tiny random model answers better for it is not to be had; configs/README.md has what a real one gains."""
-    session = load(run)
-    assert session.start.keys() == {PROMPT}
-    assert not torch.allclose(session.start[PROMPT], session.untrained[PROMPT], atol=1e-3)
-    losses = session.adapt([(e.input, e.target) for e in prepare_splits(config.data).test[0].examples]).losses
+    model = load(run)
+    assert model.start.keys() == {PROMPT}
+    assert not torch.allclose(model.start[PROMPT], model.untrained[PROMPT], atol=1e-3)
+    losses = model.adapt([(e.input, e.target) for e in prepare_splits(config.data).test[0].examples]).losses
     assert losses[-1] < losses[0] - 0.005
 
 
@@ -189,8 +189,8 @@ def test_a_server_learns_and_answers_with_prompts_side_by_side(run, tmp_path):
 
 @pytest.mark.ray
 def test_files_that_do_not_fit_are_refused(learned, run, tmp_path):
-    session = load(run)
-    fits = fits_of(session.config, session.base, session.lm.module, Serving(run="x").adapters)
+    model = load(run)
+    fits = fits_of(model.config, model.base, model.lm.module, Serving(run="x").adapters)
     weights, card = read_adapter(learned, fits)
     assert weights[PROMPT].shape == (4, 64)
     assert card.soft_tokens == 4

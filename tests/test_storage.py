@@ -17,14 +17,14 @@ from serving_process import KEYS, Server
 from serving_run import TICKETS, examples, make_run
 
 from rayml.api import evaluate
-from rayml.distributed.train import train
 from rayml.errors import ConfigError, RunError, StorageError
 from rayml.model import load
 from rayml.runs import remote
 from rayml.runs.checkpoint import newest_checkpoint, read_checkpoint, seal, verify, write_state
-from rayml.runs.files import checksum, deliver, listed, local_copy, made_here, place, remove, write_whole
+from rayml.runs.files import as_path, checksum, deliver, listed, local_copy, made_here, remove, write_whole
 from rayml.runs.folder import RunFolder
 from rayml.serving.store import owner_of
+from rayml.training.driver import train
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def s3():
 
 @pytest.fixture(params=["local", "remote"])
 def root(request, tmp_path, s3):
-    return place(tmp_path if request.param == "local" else f"s3://bucket/{request.node.name.partition('[')[0]}")
+    return as_path(tmp_path if request.param == "local" else f"s3://bucket/{request.node.name.partition('[')[0]}")
 
 
 def test_both_kinds_of_places_answer_alike(root):
@@ -88,23 +88,23 @@ def test_folders_are_copied_there_and_back(root, tmp_path):
 
 
 def test_uris_keep_their_settings(s3):
-    run = place(f"s3://bucket/runs/?region=us-east-1&endpoint_override={s3.removeprefix('http://')}&scheme=http")
+    run = as_path(f"s3://bucket/runs/?region=us-east-1&endpoint_override={s3.removeprefix('http://')}&scheme=http")
     assert str(run / "first") == str(run).replace("runs?", "runs/first?")
     (run / "settings").write_text("kept")
-    assert (place(str(run / "settings")).read_text(), (run / "settings").parent) == ("kept", run)
-    assert place("s3://bucket/runs/settings").read_text() == "kept"
-    assert place("file:///a/b") == Path("/a/b")
-    odd = place("s3://bucket/my%20runs/a")
+    assert (as_path(str(run / "settings")).read_text(), (run / "settings").parent) == ("kept", run)
+    assert as_path("s3://bucket/runs/settings").read_text() == "kept"
+    assert as_path("file:///a/b") == Path("/a/b")
+    odd = as_path("s3://bucket/my%20runs/a")
     (odd / "x").write_text("odd")
-    assert (str(odd / "x"), place("s3://bucket/my%20runs/a/x").read_text()) == ("s3://bucket/my%20runs/a/x", "odd")
+    assert (str(odd / "x"), as_path("s3://bucket/my%20runs/a/x").read_text()) == ("s3://bucket/my%20runs/a/x", "odd")
     for wrong in ("floppy://a", "s3://"):
         with pytest.raises(StorageError, match=wrong):
-            place(wrong)
+            as_path(wrong)
 
 
 def test_a_growing_file_is_written_now_and_then_and_loses_no_line(s3, monkeypatch, caplog):
     monkeypatch.setattr(remote, "REWRITE_SECONDS", 1000)
-    file = place("s3://not-yet/metrics.jsonl")
+    file = as_path("s3://not-yet/metrics.jsonl")
     with file.open("a") as growing:
         growing.write("1\n")  # there is no such bucket
         assert "tried again later" in caplog.text
@@ -165,7 +165,7 @@ def test_silent_storage_is_not_taken_for_damage(s3, tmp_path):
     part.mkdir()
     write_state(part, {"w": torch.ones(3)})
     seal(part, 1, part=0, parts=1)
-    checkpoints = place("s3://bucket/silent/checkpoints")
+    checkpoints = as_path("s3://bucket/silent/checkpoints")
     deliver(part, checkpoints / "step_00000001")
     assert verify(newest_checkpoint(checkpoints)) == 1
     server = ThreadingHTTPServer(("127.0.0.1", 0), Silence)
@@ -190,7 +190,7 @@ def test_mlflow_without_a_server_is_refused_before_the_start(tmp_path, s3):
     config = make_config(tmp_path, run={"dir": "s3://bucket/mlflow", "trackers": ["mlflow"]})
     with pytest.raises(ConfigError, match="set MLFLOW_TRACKING_URI"):
         train(config)
-    assert not place("s3://bucket/mlflow").exists()
+    assert not as_path("s3://bucket/mlflow").exists()
 
 
 @pytest.mark.ray
@@ -204,7 +204,7 @@ def test_train_resume_evaluate_and_adapt_by_uri(s3, tmp_path, straight):
         workers=2,
         run={"dir": f"s3://bucket/runs/first{settings}", "checkpoint_every": 5},
     )
-    place("s3://bucket/data/toy.jsonl").write_bytes((tmp_path / "toy.jsonl").read_bytes())
+    as_path("s3://bucket/data/toy.jsonl").write_bytes((tmp_path / "toy.jsonl").read_bytes())
 
     run = train(config)
     assert run.latest.read_text() == "checkpoints/step_00000010\n"
@@ -231,14 +231,14 @@ def test_train_resume_evaluate_and_adapt_by_uri(s3, tmp_path, straight):
     rows = [{"task": "t", **example} for example in examples()]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     load(by_name).adapt(tmp_path / "rows.jsonl").save("s3://bucket/adapter")
-    assert (place("s3://bucket/adapter") / "adapter_model.safetensors").exists()
+    assert (as_path("s3://bucket/adapter") / "adapter_model.safetensors").exists()
     with pytest.raises(RunError, match="exists already"):
         load(by_name).adapt(tmp_path / "rows.jsonl").save("s3://bucket/adapter")
 
 
 @pytest.mark.serve
 def test_a_server_keeps_its_adapters_beside_the_run_on_object_storage(s3, tmp_path):
-    deliver(make_run(tmp_path).path, place("s3://bucket/served/run"))
+    deliver(make_run(tmp_path).path, as_path("s3://bucket/served/run"))
     server = Server("s3://bucket/served/run", logs=tmp_path)
     try:
         adapter = server.client().learn(TICKETS, name="tickets")
@@ -247,4 +247,4 @@ def test_a_server_keeps_its_adapters_beside_the_run_on_object_storage(s3, tmp_pa
     finally:
         assert server.stop() == 0
     owner = owner_of(KEYS[0])
-    assert (place("s3://bucket/served/run/adapters") / owner / adapter.id / "manifest.json").exists()
+    assert (as_path("s3://bucket/served/run/adapters") / owner / adapter.id / "manifest.json").exists()

@@ -16,11 +16,11 @@ import pytest
 from conftest import make_config
 
 from rayml.config import dump_config, load_config
-from rayml.distributed.sweep import begin, concurrency, scored
-from rayml.distributed.trials import TrialTable
 from rayml.errors import ConfigError, RunError
-from rayml.sweeps.report import Trial, conclude, plot
-from rayml.sweeps.space import Range, check_space, parse_space, rounded
+from rayml.experiments.search_space import Range, check_space, parse_space, rounded
+from rayml.experiments.sweep import begin, concurrency, scored
+from rayml.experiments.sweep_progress import TrialTable
+from rayml.experiments.sweep_report import Trial, conclude, plot
 
 
 def test_ranges_are_read():
@@ -175,13 +175,19 @@ def run_sweep(config: Path, *more: str) -> subprocess.Popen:
 
 @pytest.mark.ray
 def test_a_sweep_that_is_killed_goes_on_and_a_trial_that_fails_is_reported(tmp_path):
-    rates = "choice(0.1, 1e+30, 0.2)"  # the first two beside each other; one diverges
+    inner_lrs = "choice(0.1, 1e+30, 0.2)"  # the first two beside each other; one diverges
     config = make_config(
         tmp_path,
         data={"splits": {"val": 0.0, "test": 0.0, "val_tasks": "toy-4", "test_tasks": "toy-5"}},
         outer={"steps": 6},
         validation={"every": 3, "episodes": 4},
-        sweep={"search": {"inner.lr": rates}, "trials": 3, "concurrent": 2, "searcher": "grid", "scheduler": "none"},
+        sweep={
+            "search": {"inner.lr": inner_lrs},
+            "trials": 3,
+            "concurrent": 2,
+            "searcher": "grid",
+            "scheduler": "none",
+        },
     )
     path, folder = tmp_path / "sweep.yaml", Path(config.run.dir)
     path.write_text(dump_config(config))

@@ -11,12 +11,12 @@ import torch
 from conftest import make_config, training_here
 from test_train import SPLITS, steps_logged
 
-from rayml.distributed import progress, trackers
-from rayml.distributed.progress import WATCHED_STEPS, DataWait, Lag
-from rayml.distributed.replicated import slowest
-from rayml.distributed.train import train
 from rayml.errors import ConfigError
 from rayml.runs.folder import RunFolder
+from rayml.training import progress, trackers
+from rayml.training.driver import train
+from rayml.training.progress import WATCHED_STEPS, DataWait, Lag
+from rayml.training.replicated import slowest
 
 ROOT = Path(__file__).parents[1]
 PHASES = "data_seconds", "inner_seconds", "outer_seconds", "communication_seconds"

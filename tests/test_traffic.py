@@ -7,20 +7,19 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import Unsigned, make_config, on_workers, toy_tasks
+from conftest import NoHeartbeat, make_config, on_workers, toy_tasks
 from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rayml.config import dump_config, load_config
-from rayml.distributed import replicated, sharded
-from rayml.distributed.job import Job
-from rayml.engine import zero
 from rayml.lm.load import load_shape, load_tokenizer
 from rayml.planning import traffic as formula
 from rayml.planning.read import shape_of
 from rayml.planning.scaling import Machines, predict
 from rayml.planning.scaling_report import scaling
 from rayml.planning.traffic import Sent, traffic
+from rayml.training import replicated, sharded, zero
+from rayml.training.job import Job
 
 COLLECTIVES = {
     "allreduce_": "all-reduce",
@@ -67,7 +66,7 @@ def steps(rank, workers, config, model, tasks):
     replicated.get = sharded.get = lambda value: value  # there is no Ray here
     job = Job(config, model, config.encoder(load_tokenizer(model)), tasks, None, None)
     kind = sharded.Sharded if config.is_sharded else replicated.Replicated
-    learning = kind(job, torch.device("cpu"), Unsigned())
+    learning = kind(job, torch.device("cpu"), NoHeartbeat())
     sampler = config.data.sampler(0)
     per_worker = config.tasks_per_step // learning.workers
     counted = None

@@ -19,23 +19,23 @@ from safetensors.torch import load_file
 from rayml.adapter import load_adapter
 from rayml.api import evaluate
 from rayml.config import dump_config
-from rayml.distributed import worker
-from rayml.distributed.job import Job
-from rayml.distributed.ray_internals import forget_lost
-from rayml.distributed.stream import EncodeEpisode, share_of_step, stream_steps, worker_index
-from rayml.distributed.train import check_resources, cpus_each, train
-from rayml.distributed.worker import validate
 from rayml.errors import ConfigError, DataError, RunError, TrainingError
-from rayml.evaluation.curves import Curve
+from rayml.experiments.scorer import Curve
 from rayml.lm.encode import Encoder
 from rayml.model import load
 from rayml.runs import files
 from rayml.runs.checkpoint import newest_checkpoint, read_checkpoint, read_newest, seal, verify, write_state
+from rayml.runs.early_stopping import is_best, is_enough, val_score, val_scores
 from rayml.runs.folder import RunFolder
-from rayml.runs.stopping import is_best, is_enough, val_score, val_scores
 from rayml.tasks.episodes import Sampler
 from rayml.tasks.prepare import prepare_splits
 from rayml.tasks.task import Example, Task
+from rayml.training import worker
+from rayml.training.driver import check_resources, cpus_each, train
+from rayml.training.job import Job
+from rayml.training.ray_internals import forget_lost
+from rayml.training.stream import EncodeEpisode, share_of_step, stream_steps, worker_index
+from rayml.training.worker import validate
 
 needs_ray = pytest.mark.ray
 
@@ -63,7 +63,7 @@ def test_worker_indices_of_a_step_do_not_depend_on_the_number_of_workers():
 
 @needs_ray
 def test_the_stream_of_ray_data_equals_a_plain_loop(tokenizer, monkeypatch):
-    monkeypatch.setattr("rayml.distributed.stream.STEPS_AHEAD", 8)  # several parts, the last one short
+    monkeypatch.setattr("rayml.training.stream.STEPS_AHEAD", 8)  # several parts, the last one short
     tasks, sampler = toy_tasks(), Sampler(3, 2, 2, "letters", 5)
     encoder = Encoder(tokenizer, "{input}:", 64)
     encode = EncodeEpisode(ray.put(tasks), ray.put(encoder), sampler)

@@ -17,13 +17,13 @@ from transformers import AutoModelForCausalLM
 from rayml.adapter import load_adapter
 from rayml.algorithms.registry import REGISTERED
 from rayml.api import evaluate
-from rayml.distributed.train import train
 from rayml.errors import DataError, RunError
 from rayml.lm.load import load_base, resolve_model
 from rayml.model import load
 from rayml.runs.checkpoint import newest_checkpoint, verify
+from rayml.runs.early_stopping import is_best, is_enough
 from rayml.runs.folder import RunFolder
-from rayml.runs.stopping import is_best, is_enough
+from rayml.training.driver import train
 
 pytestmark = pytest.mark.ray
 QUIET = Console(quiet=True)

@@ -9,11 +9,11 @@ from conftest import TARGETS, meta_gradient, on_workers, perturbed_start, tiny_l
 from test_lora import random_rows
 
 from rayml.algorithms.registry import chosen
-from rayml.engine import collective, zero
 from rayml.lm.batch import collate
 from rayml.lm.load import checkpoint_activations
 from rayml.lm.lora import TaskLoRA
 from rayml.lm.model import TaskLM
+from rayml.training import collective, zero
 
 pytestmark = pytest.mark.workers
 TASKS, STEPS = 4, 2
@@ -26,12 +26,12 @@ def task_rows(task, side):
 def mean_gradient(lm, tasks):
     """The mean meta-gradient over all workers, of which this one has `tasks`."""
     start = perturbed_start(lm)
-    rates = {name: torch.tensor(0.3) for name in start}
+    inner_lrs = {name: torch.tensor(0.3) for name in start}
     support, query = (collate([task_rows(task, side) for task in tasks], pad=1) for side in (0, 1))
     losses = [partial(lm.losses, batch=batch) for batch in (support, query)]
     algorithm = chosen({"name": "fomaml_plus", "start_weight": 0.0})
-    found = meta_gradient(algorithm, *losses, start, rates, STEPS, torch.ones(len(tasks)))
-    sent = [*found.start.values(), *found.rates.values(), found.query_losses.sum()]
+    found = meta_gradient(algorithm, *losses, start, inner_lrs, STEPS, torch.ones(len(tasks)))
+    sent = [*found.start.values(), *found.inner_lrs.values(), found.query_losses.sum()]
     return [total / TASKS for total in collective.sum_over_workers(sent)]
 
 

@@ -15,9 +15,9 @@ from rayml.sections import Section
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from rayml.algorithms.inner_loop import InnerLoop, Params, TaskLosses
+    from rayml.algorithms.meta_gradient import MetaGradient
     from rayml.config import Config
-    from rayml.meta.adapt import InnerLoop, Params, TaskLosses
-    from rayml.meta.gradient import MetaGradient
     from rayml.meta.prototypes import Pooling, Read, Readout
     from rayml.tasks.task import Task
 
@@ -176,7 +176,7 @@ class Algorithm(Section):
         Args:
             start: the shared start, `[...]` each.
         """
-        from rayml.meta.gradient import first_order
+        from rayml.algorithms.meta_gradient import first_order
 
         losses = {"support": self.support_losses(support), "query": self.query_losses(support, query)}
         return first_order(self.turns(inner.steps), losses, start, inner, weights)

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from rayml.algorithms.base import Algorithm, Side, Turn
 from rayml.algorithms.fomaml import adapt_then_query
-from rayml.meta.adapt import InnerLoop, Params, TaskLosses
-from rayml.meta.gradient import MetaGradient
+from rayml.algorithms.inner_loop import InnerLoop, Params, TaskLosses
+from rayml.algorithms.meta_gradient import MetaGradient
 
 if TYPE_CHECKING:
     from rayml.config import Config
@@ -38,7 +38,7 @@ class Maml(Algorithm):
         if config.regularize.adversarial:
             yield "regularize.adversarial: maml's inner loop knows none"
         if config.inner.unfreeze_every:
-            yield "inner.unfreeze_every: maml does not thaw"
+            yield "inner.unfreeze_every: maml unfreezes nothing gradually"
 
     def turns(self, steps: int) -> list[Turn]:
         return adapt_then_query(steps)
@@ -58,7 +58,7 @@ def exact(
     attention kernels have none.
     """
     leaves, scales = (
-        {name: value.detach().requires_grad_() for name, value in p.items()} for p in (start, inner.rates)
+        {name: value.detach().requires_grad_() for name, value in p.items()} for p in (start, inner.inner_lrs)
     )
     fast = {name: weight.expand(len(weights), *weight.shape) for name, weight in leaves.items()}
     before = None
@@ -70,11 +70,11 @@ def exact(
     inner.ended()
     after = query_losses(fast)
     total = (after * weights.to(after)).sum()
-    wanted = [*leaves.values(), *(scales.values() if inner.learns_rates else ())]
+    wanted = [*leaves.values(), *(scales.values() if inner.learns_inner_lrs else ())]
     found = torch.autograd.grad(total, wanted, materialize_grads=True)
     return MetaGradient(
         start=dict(zip(leaves, found[: len(leaves)], strict=True)),
-        rates=dict(zip(scales, found[len(leaves) :], strict=inner.learns_rates)),
+        inner_lrs=dict(zip(scales, found[len(leaves) :], strict=inner.learns_inner_lrs)),
         support_losses=before,
         query_losses=after.detach(),
     )

@@ -28,4 +28,4 @@ class Reptile(Algorithm):
         if config.regularize.adversarial:
             yield "regularize.adversarial: reptile's inner loop takes turns on both sides, and knows none"
         if config.inner.unfreeze_every:
-            yield "inner.unfreeze_every: reptile does not thaw"
+            yield "inner.unfreeze_every: reptile unfreezes nothing gradually"

@@ -10,7 +10,7 @@ from rayml.cli.app import app, err, out
 from rayml.progress import doing
 
 if TYPE_CHECKING:
-    from rayml.distributed.submit import Command
+    from rayml.training.submit import Command
 
 
 @app.command(context_settings={"allow_interspersed_args": False})
@@ -44,7 +44,7 @@ def submit(
     if missing:
         raise typer.BadParameter(f"--env: expected KEY=VALUE, or a KEY that is set here; got {', '.join(missing)}")
     with doing(err, "loading libraries"):
-        from rayml.distributed.submit import submit as submit_job
+        from rayml.training.submit import submit as submit_job
 
     kept = {name: value for name, value in variables.items() if value is not None}
     submit_job(address, parsed(command), working_dir, name, storage, kept, not detach, stop_on_interrupt, out)
@@ -56,7 +56,7 @@ def assigned(text: str) -> tuple[str, str, str]:
 
 def parsed(words: list[str]) -> "Command":
     """Return a rayml command as its own parser understands it."""
-    from rayml.distributed.submit import Command
+    from rayml.training.submit import Command
 
     group = typer.main.get_command(app)
     found = group.get_command(typer.Context(group), words[0]) if hasattr(group, "get_command") else None

@@ -35,9 +35,9 @@ def quickstart(overrides: Overrides = None) -> None:
     train(str(CONFIG), overrides, resume=True)
     say(f"evaluate {run} --episodes {EPISODES}")
     evaluate(run, episodes=EPISODES)
-    from rayml.runs.files import place, remove
+    from rayml.runs.files import as_path, remove
 
-    adapter = place(run) / "tickets"
+    adapter = as_path(run) / "tickets"
     remove(adapter)
     say(f"adapt {run} --examples {TICKETS} --out {run}/tickets")
     adapt(run, TICKETS, str(adapter))

@@ -13,10 +13,10 @@ from rayml.compression.quantize import LIBRARY, check_library
 from rayml.compression.student import evenly_spaced, wanted_layers
 from rayml.config import Config
 from rayml.errors import ConfigError, RunError
-from rayml.evaluation.command import EVALUATION_SEED, held_out_tasks
+from rayml.experiments.evaluate_command import EVALUATION_SEED, held_out_tasks
 from rayml.lm.load import resolve_model
 from rayml.progress import Bar, doing, progress
-from rayml.runs.files import place, write_whole
+from rayml.runs.files import as_path, write_whole
 from rayml.runs.folder import RunFolder
 from rayml.tasks.task import Task
 
@@ -59,7 +59,7 @@ def compress_run(
             that exists, a library that is missing, no held-out task to measure on; all before a model is loaded.
     """
     check_ways(quantize, distill, prune, distillation)
-    folder = place(to)
+    folder = as_path(to)
     if folder.exists():
         raise RunError(f"{to}: exists already; give --out a new folder")
     if not isinstance(folder, Path):
@@ -69,29 +69,29 @@ def compress_run(
     base = check_run(config, source, distill)
     tasks = held_out_tasks(config, config.data, None, "test")
     with doing(err, "loading libraries and model"):
-        from rayml.compression import ways
+        from rayml.compression import methods as methods
         from rayml.compression.folder import write_run
         from rayml.compression.report import table
         from rayml.model import load
 
-        session = load(source, checkpoint=checkpoint)
+        model = load(source, checkpoint=checkpoint)
     part = folder.with_name(folder.name + ".part")  # a base that is not whole is never taken for one
     shutil.rmtree(part, ignore_errors=True)
     with progress(err) as bar:
         try:
             if quantize:
-                compressed = ways.quantized(session, base, quantize, part)
+                compressed = methods.quantized(model, base, quantize, part)
             elif prune:
-                compressed = ways.pruned(session, base, prune, part, bar("reading", SUPPORT_EPISODES))
+                compressed = methods.pruned(model, base, prune, part, bar("reading", SUPPORT_EPISODES))
             else:
                 done = bar("distilling", distillation.steps)
-                compressed = ways.distilled(session, base, str(distill), distillation, part, done)
-            session.encoder.tokenizer.save_pretrained(part / "base")
+                compressed = methods.distilled(model, base, str(distill), distillation, part, done)
+            model.encoder.tokenizer.save_pretrained(part / "base")
             part.rename(folder)
         finally:
             shutil.rmtree(part, ignore_errors=True)
-        small = load(write_run(source, folder, compressed, session.step))
-        summary = measured(session, small, tasks, episodes, bar)
+        small = load(write_run(source, folder, compressed, model.step))
+        summary = measured(model, small, tasks, episodes, bar)
     how = f"{quantize}" if quantize else f"pruned by {prune}" if prune else f"distilled into {distill}"
     record = {"run": str(source.path), "how": how, "steps": distillation.steps if distill else None, **summary}
     write_whole(folder / "compression.json", json.dumps(record, indent=2) + "\n")
@@ -144,11 +144,11 @@ def measured(before: "MetaModel", after: "MetaModel", tasks: Sequence[Task], epi
 
     sampler = before.config.data.sampler(EVALUATION_SEED)
     curves = [
-        measure.scores(session, tasks, sampler, episodes, bar(name, episodes * len(tasks)))
-        for session, name in ((before, "scoring before"), (after, "scoring after"))
+        measure.scores(model, tasks, sampler, episodes, bar(name, episodes * len(tasks)))
+        for model, name in ((before, "scoring before"), (after, "scoring after"))
     ]
     timed = measure.speeds([before, after], sampler.episode(tasks, 0))
-    sizes = [{"weights_bytes": measure.weights_bytes(session.base)} for session in (before, after)]
+    sizes = [{"weights_bytes": measure.weights_bytes(model.base)} for model in (before, after)]
     return {
         "before": sizes[0] | {"bytes_in_dtype": measure.bytes_in_dtype(before)} | timed[0],
         "after": sizes[1] | timed[1],

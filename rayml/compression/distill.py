@@ -3,8 +3,8 @@
 For every episode the teacher adapts to the support by the run's own inner loop, and says how probable it finds each
 choice at the query's targets. The student adapts its own adapters to the same support by the labels, and its query loss
 is the divergence from what the teacher said, mixed with the loss by the labels (Hinton et al. 2015, arXiv 1503.02531).
-By first order (`rayml.meta.gradient`): the query's gradient at the student's fast weights updates its start, its inner
-rates, and its layers, which the inner loop leaves alone.
+By first order (`rayml.algorithms.meta_gradient`): the query's gradient at the student's fast weights updates its start,
+its inner rates, and its layers, which the inner loop leaves alone.
 """
 
 from collections.abc import Sequence
@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from rayml.algorithms.base import Turn
+from rayml.algorithms.inner_loop import InnerLoop, Params, TaskLosses, adapt
+from rayml.algorithms.meta_gradient import first_order
+from rayml.algorithms.outer_loop import Learner
 from rayml.lm.batch import TaskBatch
-from rayml.lm.choices import IGNORE, token_losses
+from rayml.lm.label_trie import IGNORE, token_losses
 from rayml.lm.lora import in_a_layer
 from rayml.lm.model import TaskLM, mean_by_task
 from rayml.lm.objective import side_batch
-from rayml.meta.adapt import InnerLoop, Params, TaskLosses, adapt
-from rayml.meta.gradient import first_order
-from rayml.meta.learner import Learner
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +32,15 @@ class Teacher:
 
     lm: TaskLM
     start: Params
-    rates: Params
+    inner_lrs: Params
     steps: int
     """Inner steps."""
 
     def logits(self, support: TaskBatch, query: TaskBatch) -> Tensor:
         """Return the logits at the query's targets, `[M, V]`, after adapting to the support."""
-        *_, adapted = adapt(partial(self.lm.losses, batch=support), self.start, self.rates, self.steps, support.tasks)
+        *_, adapted = adapt(
+            partial(self.lm.losses, batch=support), self.start, self.inner_lrs, self.steps, support.tasks
+        )
         with torch.no_grad():
             return self.lm.target_logits(adapted.fast, query)[0]
 
@@ -53,20 +55,20 @@ class Mixture:
     """Weight of the loss by the labels; the divergence from the teacher has the rest."""
 
 
-def divergence(student: Tensor, teacher: Tensor, choices: Tensor | None, temperature: float) -> Tensor:
+def divergence(student: Tensor, teacher: Tensor, allowed: Tensor | None, temperature: float) -> Tensor:
     """Return the Kullback-Leibler divergence of student from teacher at M targets, `[M]` in fp32.
 
     Times the square of the temperature, so that gradients stay of a size (Hinton et al. 2015, section 2).
 
     Args:
         student, teacher: logits `[M, V]`.
-        choices: as `rayml.lm.choices.token_losses` takes them: over these alone, or over the vocabulary.
+        allowed: as `rayml.lm.label_trie.token_losses` takes them: over these alone, or over the vocabulary.
     """
     found = torch.zeros(len(student), device=student.device)
     few = torch.zeros(len(student), dtype=torch.bool, device=student.device)
-    if choices is not None:
-        few = (choices != IGNORE).any(1)
-    for rows, among in ((few, choices), (~few, None)):
+    if allowed is not None:
+        few = (allowed != IGNORE).any(1)
+    for rows, among in ((few, allowed), (~few, None)):
         if rows.any():
             sides = (side[rows].float() / temperature for side in (student, teacher))
             if among is not None:
@@ -81,8 +83,8 @@ def divergence(student: Tensor, teacher: Tensor, choices: Tensor | None, tempera
 def query_losses(lm: TaskLM, batch: TaskBatch, teacher: Tensor, mixture: Mixture, weights: Params) -> Tensor:
     """Return each task's mixed loss, `[T]`, of a student under its tasks' weights."""
     logits, positions = lm.target_logits(weights, batch)
-    soft = divergence(logits, teacher.to(logits.device), batch.choices, mixture.temperature)
-    hard = token_losses(logits, batch.targets.flatten()[positions], batch.choices)
+    soft = divergence(logits, teacher.to(logits.device), batch.allowed, mixture.temperature)
+    hard = token_losses(logits, batch.targets.flatten()[positions], batch.allowed)
     return mean_by_task((1 - mixture.hard) * soft + mixture.hard * hard, positions, batch)
 
 
@@ -123,7 +125,7 @@ class Student:
         losses = also_for(self.base, gradients, partial(query_losses, self.lm, query, soft, mixture))
         learner, weights = self.learner, torch.ones(len(episodes), device=self.lm.device)
         of_sides: dict[str, TaskLosses] = {"support": partial(self.lm.losses, batch=support), "query": losses}
-        inner = InnerLoop(learner.rates, self.steps, learns_rates=True)
+        inner = InnerLoop(learner.inner_lrs, self.steps, learns_inner_lrs=True)
         turns = [*[Turn("support", descends=True)] * self.steps, Turn("query", 1.0)]
         found = first_order(turns, of_sides, learner.start, inner, weights)
         tasks = len(episodes)
@@ -134,6 +136,6 @@ class Student:
         nn.utils.clip_grad_norm_(self.base.values(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        mean = [{name: gradient / tasks for name, gradient in part.items()} for part in (found.start, found.rates)]
+        mean = [{name: gradient / tasks for name, gradient in part.items()} for part in (found.start, found.inner_lrs)]
         norm = learner.update(*mean)
         return {"step": learner.step, "query_loss": float(found.query_losses.mean()), "gradient_norm": norm}

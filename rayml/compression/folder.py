@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from rayml.algorithms.inner_loop import Params
 from rayml.config import Config, dump_config
-from rayml.meta.adapt import Params
 from rayml.runs.checkpoint import folder_name, seal, write_state
 from rayml.runs.files import write_whole
 from rayml.runs.folder import RunFolder
@@ -16,7 +16,7 @@ class Compressed:
 
     config: Config
     start: Params
-    rates: Params
+    inner_lrs: Params
     untrained: Params
 
 
@@ -43,7 +43,7 @@ def write_run(source: RunFolder, folder: Path, compressed: Compressed, step: int
     assert isinstance(checkpoint, Path)
     checkpoint.mkdir(parents=True)
     start = {f"start/{name}": weight for name, weight in compressed.start.items()}
-    write_state(checkpoint, start | {f"log_rate/{name}": rate.log() for name, rate in compressed.rates.items()})
+    write_state(checkpoint, start | {f"log_rate/{name}": rate.log() for name, rate in compressed.inner_lrs.items()})
     seal(checkpoint, step, part=0, parts=1)
     run.write_untrained(compressed.untrained)
     write_whole(run.tasks, source.tasks.read_text(encoding="utf-8"))

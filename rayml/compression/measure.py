@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from rayml.evaluation.curves import Curve, Queries
-from rayml.evaluation.evaluate import trained_curves
-from rayml.evaluation.statistics import by_task, interval
-from rayml.meta.adapt import expand
+from rayml.algorithms.inner_loop import expand
+from rayml.experiments.evaluate import trained_curves
+from rayml.experiments.scorer import Curve, Queries
+from rayml.experiments.statistics import by_task, interval
 from rayml.model import MetaModel
 from rayml.tasks.episodes import Episode, Sampler
 from rayml.tasks.task import Task
@@ -24,9 +24,9 @@ def weights_bytes(base: str) -> int | None:
     return sum(file.stat().st_size for file in Path(base).glob("*.safetensors")) or None
 
 
-def bytes_in_dtype(session: MetaModel) -> int:
+def bytes_in_dtype(model: MetaModel) -> int:
     """Return the bytes of a base that is not quantised in the run's own dtype; tied weights count once."""
-    return sum(p.numel() * p.element_size() for p in session.lm.module.parameters())
+    return sum(p.numel() * p.element_size() for p in model.lm.module.parameters())
 
 
 def speeds(sessions: Sequence[MetaModel], episode: Episode) -> list[dict[str, Any]]:
@@ -37,34 +37,34 @@ def speeds(sessions: Sequence[MetaModel], episode: Episode) -> list[dict[str, An
     forward: list[list[float]] = [[] for _ in sessions]
     inner: list[list[float]] = [[] for _ in sessions]
     for turn in range(REPEATS + 1):
-        for place, session in enumerate(sessions):
-            times = seconds(session, answering(session, episode)), seconds(session, adapting(session, episode))
+        for index, model in enumerate(sessions):
+            times = seconds(model, answering(model, episode)), seconds(model, adapting(model, episode))
             if turn:
-                forward[place].append(times[0])
-                inner[place].append(times[1])
+                forward[index].append(times[0])
+                inner[index].append(times[1])
     return [
         {"forward_seconds": spread(ours), "adapt_seconds": spread(theirs)}
         for ours, theirs in zip(forward, inner, strict=True)
     ]
 
 
-def answering(session: MetaModel, episode: Episode) -> Callable[[], Any]:
+def answering(model: MetaModel, episode: Episode) -> Callable[[], Any]:
     """Return what answers an episode's queries from the start, encoded anew: a batch remembers its frozen layers."""
-    fast = expand(session.start, 1)
-    return lambda: Queries(session.lm, session.encoder, [episode]).outputs(fast)
+    fast = expand(model.start, 1)
+    return lambda: Queries(model.lm, model.encoder, [episode]).outputs(fast)
 
 
-def adapting(session: MetaModel, episode: Episode) -> Callable[[], Any]:
+def adapting(model: MetaModel, episode: Episode) -> Callable[[], Any]:
     """Return what adapts to an episode as the run does, its support encoded anew: nothing is remembered of it."""
 
-    scorer = session.scorer()
-    return lambda: list(scorer.adapted(scorer.prepare([episode]), session.start, session.rates, scorer.steps))
+    scorer = model.scorer()
+    return lambda: list(scorer.adapted(scorer.prepare([episode]), model.start, model.inner_lrs, scorer.steps))
 
 
-def seconds(session: MetaModel, run: Callable[[], Any]) -> float:
+def seconds(model: MetaModel, run: Callable[[], Any]) -> float:
     began = time.perf_counter()
     run()
-    if session.device.type == "cuda":
+    if model.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - began
 
@@ -76,12 +76,12 @@ def spread(times: Sequence[float]) -> dict[str, float]:
 
 
 def scores(
-    session: MetaModel, tasks: Sequence[Task], sampler: Sampler, episodes: int, done: Callable[[int], None]
+    model: MetaModel, tasks: Sequence[Task], sampler: Sampler, episodes: int, done: Callable[[int], None]
 ) -> list[Curve]:
     """Return the curves of `episodes` episodes of each task."""
     found: list[Curve] = []
     for task in tasks:
-        found += trained_curves(session, [task], sampler, episodes)
+        found += trained_curves(model, [task], sampler, episodes)
         done(episodes)
     return found
 

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rayml.algorithms.inner_loop import Params, expand
 from rayml.errors import ConfigError
 from rayml.lm.batch import TaskBatch
-from rayml.lm.choices import IGNORE
 from rayml.lm.frozen import decoder_layers
+from rayml.lm.label_trie import IGNORE
 from rayml.lm.load import load_base
 from rayml.lm.lora import A, B
 from rayml.lm.model import TaskLM
-from rayml.meta.adapt import Params, expand
 
-Kept = dict[str, Tensor]
+KeptSupport = dict[str, Tensor]
 """The neurons that stay, `[kept]` in order, of each MLP, by its full name."""
 
 
@@ -45,7 +45,7 @@ def gated_mlps(model: Any) -> dict[str, Any]:
 
 def choose(
     lm: TaskLM, batches: Sequence[TaskBatch], start: Params, fraction: float, progress: Callable[[], None]
-) -> Kept:
+) -> KeptSupport:
     """Return the most important neurons of each MLP, all but `fraction` of them.
 
     Args:
@@ -86,14 +86,14 @@ def column_importance(
     return {name: squares[name].sqrt() * mlp.down_proj.weight.float().norm(dim=0) for name, mlp in mlps.items()}
 
 
-def prune_base(base: str, dtype: str, kept: Kept, folder: Path) -> None:
+def prune_base(base: str, dtype: str, kept: KeptSupport, folder: Path) -> None:
     """Write the base of a resolved model with the kept neurons alone."""
     model = load_base(base, dtype)
     cut_mlps(model, kept)
     model.save_pretrained(folder)
 
 
-def cut_mlps(model: Any, kept: Kept) -> None:
+def cut_mlps(model: Any, kept: KeptSupport) -> None:
     """Leave the kept neurons in a causal LM, in place."""
     for name, mlp in gated_mlps(model).items():
         neurons = kept[name].to(mlp.down_proj.weight.device)
@@ -107,7 +107,7 @@ def cut_mlps(model: Any, kept: Kept) -> None:
         model.config.intermediate_size = len(neurons)
 
 
-def cut_adapters(tensors: Params, kept: Kept) -> Params:
+def cut_adapters(tensors: Params, kept: KeptSupport) -> Params:
     """Return adapters' tensors for the cut MLPs: of `down_proj` A's columns, of the others B's rows.
 
     Rates for each weight are shaped, and cut, alike; a rate for a whole tensor stays.

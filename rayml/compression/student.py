@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from rayml.algorithms.inner_loop import Params
 from rayml.config import Config
 from rayml.errors import ConfigError
 from rayml.lm.frozen import decoder_layers
 from rayml.lm.load import load_base
 from rayml.lm.lora import LAYER, layer_number
-from rayml.meta.adapt import Params
 
 LAYERS = re.compile(r"layers=(\d+)")
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class KeptLayers:
     """The teacher's layers that its student has, in order."""
 
     layers: list[int]
@@ -31,11 +31,11 @@ class Kept:
 
     def tensors(self, teacher: Params) -> Params:
         """Return the kept layers' adapters (or rates), by their names in the student."""
-        place = {layer: number for number, layer in enumerate(self.layers)}
+        index = {layer: number for number, layer in enumerate(self.layers)}
         return {
-            LAYER.sub(f".{place[layer_number(name)]}.", name, count=1): tensor.clone()
+            LAYER.sub(f".{index[layer_number(name)]}.", name, count=1): tensor.clone()
             for name, tensor in teacher.items()
-            if layer_number(name) in place
+            if layer_number(name) in index
         }
 
 
@@ -53,7 +53,7 @@ def wanted_layers(student: str) -> int | None:
     return int(found.group(1))
 
 
-def evenly_spaced(total: int, count: int) -> Kept:
+def evenly_spaced(total: int, count: int) -> KeptLayers:
     """Return `count` of `total` layers, the last and, of several, the first among them (as in DistilBERT, Sanh et al.
     2019, arXiv 1910.01108).
 
@@ -63,10 +63,10 @@ def evenly_spaced(total: int, count: int) -> Kept:
     if not 0 < count < total:
         raise ConfigError(f"--distill layers={count}: the teacher has {total} layers; expected fewer, and at least 1")
     last = total - 1
-    return Kept([round(last * place / (count - 1)) for place in range(count)] if count > 1 else [last])
+    return KeptLayers([round(last * index / (count - 1)) for index in range(count)] if count > 1 else [last])
 
 
-def write_student(base: str, kept: Kept, folder: Path) -> None:
+def write_student(base: str, kept: KeptLayers, folder: Path) -> None:
     """Write the teacher's base with the kept layers alone, in fp32: small steps would round to nothing in bfloat16."""
     model = load_base(base, "float32")
     layers = decoder_layers(model)

@@ -7,9 +7,9 @@ embeddings e. Here the step's length is a share of the row's own, so that it mea
 import torch
 from torch import Tensor, nn
 
+from rayml.algorithms.inner_loop import Params, TaskLosses
 from rayml.lm.batch import TaskBatch
 from rayml.lm.model import TaskLM
-from rayml.meta.adapt import Params, TaskLosses
 
 
 def adversarial(losses: TaskLosses, lm: TaskLM, batch: TaskBatch, epsilon: float) -> TaskLosses:

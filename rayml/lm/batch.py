@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rayml.errors import DataError
-from rayml.lm.choices import IGNORE, Competition, Label, competition
+from rayml.lm.label_trie import IGNORE, Label, LabelTrie, label_trie
 
 ATTENTION_TOKENS = 1500
 """In a row, about, at which attention takes as long as everything else: longer rows save padding, and cost that."""
@@ -22,12 +22,12 @@ WIDTHS = 1.0, 1.5, 2, 3, 4, 6, 8
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class TokenRow:
     """One tokenised example: `tokens[start:]` is the target."""
 
     tokens: list[int]
     start: int
-    silent: tuple[int, ...] = ()
+    loss_masked: tuple[int, ...] = ()
     """Places behind `start` that are read, and not predicted: what others say between the assistant's turns."""
     suffix: tuple[int, ...] = ()
     """What a masked model reads behind the mask, which is the last token before `start`."""
@@ -39,53 +39,53 @@ class TaskBatch:
 
     `tokens` `[T * K, L]` int64, rows grouped by task, each up to the last token that a target is predicted from.
     `targets` `[T * K, L]` int64: the token that each position predicts (already shifted), IGNORE where there is none.
-    Tasks with fewer rows are filled up with rows of padding. `choices` `[M, S]` int64: the tokens that each of the M
-    targets, in order, is chosen among, filled up with IGNORE; None, or a row of IGNORE: the whole vocabulary. `places`,
-    where rows hold several examples each: `[T * K, L]` int64, the place of each token in its own example. `frozen`:
-    what the layers below the adapted ones make of the tokens, `[T * K, L, D]`, once a forward has put it there.
-    `examples`: the row, the place in it, and the tokens of each example. `prompts` `[T, K, 2]` int64: the first and the
+    Tasks with fewer rows are filled up with rows of padding. `allowed` `[M, S]` int64: the tokens that each of the M
+    targets, in order, is chosen among, filled up with IGNORE; None, or a row of IGNORE: the whole vocabulary.
+    `position_ids`, where rows hold several examples each: `[T * K, L]` int64, each token's position in its own example.
+    `frozen`: what the layers below the adapted ones make of the tokens, `[T * K, L, D]`, once a forward has put it
+    there. `examples`: the row, the position in it, and the tokens of each example. `prompts` `[T, K, 2]` int64: the first and the
     last place, in the flattened tokens, of each example's prompt, in the task's own order; 0 and 0 for padding.
     """
 
     tokens: Tensor
     targets: Tensor
     tasks: int
-    choices: Tensor | None = None
-    places: Tensor | None = None
+    allowed: Tensor | None = None
+    position_ids: Tensor | None = None
     frozen: list[Tensor] = field(default_factory=list, compare=False)
     examples: tuple[tuple[int, int, tuple[int, ...]], ...] = ()
     prompts: Tensor | None = None
 
     def to(self, device: torch.device) -> "TaskBatch":
-        parts = self.choices, self.places, self.prompts
-        choices, places, prompts = (None if part is None else part.to(device) for part in parts)
+        parts = self.allowed, self.position_ids, self.prompts
+        allowed, position_ids, prompts = (None if part is None else part.to(device) for part in parts)
         tokens, targets = self.tokens.to(device), self.targets.to(device)
-        return TaskBatch(tokens, targets, self.tasks, choices, places, examples=self.examples, prompts=prompts)
+        return TaskBatch(tokens, targets, self.tasks, allowed, position_ids, examples=self.examples, prompts=prompts)
 
     def take(self, rows: slice) -> "TaskBatch":
         """Return some rows of a batch of one task, of one example each."""
-        assert self.places is None
+        assert self.position_ids is None
         taken = torch.zeros_like(self.targets, dtype=torch.bool)
         taken[rows] = True
-        choices = None if self.choices is None else self.choices[taken[self.targets != IGNORE]]
-        return TaskBatch(self.tokens[rows], self.targets[rows], 1, choices)
+        allowed = None if self.allowed is None else self.allowed[taken[self.targets != IGNORE]]
+        return TaskBatch(self.tokens[rows], self.targets[rows], 1, allowed)
 
     def counted(self) -> Tensor:
         """Return what a task's loss is a mean over: target tokens of free text, whole labels. `[T * K, L]` bool."""
         targets = self.targets != IGNORE
-        if self.choices is None:
+        if self.allowed is None:
             return targets
         goes_on = nn.functional.pad(targets[:, :-1], (1, 0))
-        if self.places is not None:
-            goes_on &= self.places > 0
+        if self.position_ids is not None:
+            goes_on &= self.position_ids > 0
         is_first = targets & ~goes_on
-        is_label = (self.choices != IGNORE).any(1)
+        is_label = (self.allowed != IGNORE).any(1)
         return targets.masked_scatter(targets, is_first[targets] | ~is_label)
 
 
 def encode(
     tokenizer, prompt: str, target: str, end: bool, max_tokens: int, keep: Callable[[int], bool] | None = None
-) -> Row:
+) -> TokenRow:
     """Tokenise `prompt + target`, once, and cut the *prompt* from the left to fit `max_tokens`.
 
     Args:
@@ -115,11 +115,11 @@ def encode(
             f"data.max_tokens={max_tokens}; raise it or shorten the target"
         )
     first = tokens[:1] if cut and tokens[0] == tokenizer.bos_token_id else []  # models lean on it
-    return Row(first + tokens[cut + len(first) :], start - cut)
+    return TokenRow(first + tokens[cut + len(first) :], start - cut)
 
 
 def collate(
-    tasks: Sequence[Sequence[Row]], pad: int, labels: Sequence[Sequence[Label]] = (), packs: bool = False
+    tasks: Sequence[Sequence[TokenRow]], pad: int, labels: Sequence[Sequence[Label]] = (), packs: bool = False
 ) -> TaskBatch:
     """Stack the rows of T tasks.
 
@@ -129,33 +129,33 @@ def collate(
         packs: lay rows of a task one behind the other, where that saves much of the batch.
     """
     read = [readings(task, labels[t] if labels else ()) for t, task in enumerate(tasks)]
-    one_each: Laid = [[[one] for one in task] for task in read]
-    laid = min([one_each, *packed(read)], key=cost) if packs else one_each
-    rows, length = grid(laid)
+    one_each: Packing = [[[one] for one in task] for task in read]
+    packing = min([one_each, *packings(read)], key=cost) if packs else one_each
+    rows, length = grid(packing)
     tokens = torch.full((len(tasks), rows, length), pad, dtype=torch.int64)
     targets = torch.full((len(tasks), rows, length), IGNORE, dtype=torch.int64)
-    places = torch.zeros(len(tasks), rows, length, dtype=torch.int64)
+    position_ids = torch.zeros(len(tasks), rows, length, dtype=torch.int64)
     prompts = torch.zeros(len(tasks), max(map(len, tasks)), 2, dtype=torch.int64)
-    choices: list[list[int]] = []
+    allowed: list[list[int]] = []
     held: list[tuple[int, int, tuple[int, ...]]] = []
-    for t, task in enumerate(laid):
+    for t, task in enumerate(packing):
         for k, examples in enumerate(task):
             begin = 0
             for one in examples:
                 end, first = begin + len(one.tokens), begin + one.first
                 tokens[t, k, begin:end] = torch.tensor(one.tokens)
-                places[t, k, begin:end] = torch.arange(len(one.tokens))
+                position_ids[t, k, begin:end] = torch.arange(len(one.tokens))
                 targets[t, k, first : first + len(one.targets)] = torch.tensor(one.targets)
                 prompts[t, one.number] = (t * rows + k) * length + torch.tensor([begin, first])
-                choices += one.choices
+                allowed += one.allowed
                 held.append((t * rows + k, begin, tuple(one.tokens)))
                 begin = end
     return TaskBatch(
         tokens.flatten(0, 1),
         targets.flatten(0, 1),
         len(tasks),
-        choice_grid(choices),
-        None if laid is one_each else places.flatten(0, 1),
+        allowed_grid(allowed),
+        None if packing is one_each else position_ids.flatten(0, 1),
         examples=tuple(held),
         prompts=prompts,
     )
@@ -167,39 +167,39 @@ class Reading:
 
     tokens: list[int]
     first: int
-    """The place that predicts the first target."""
+    """The position that predicts the first target."""
     targets: list[int]
-    """What each place from there on predicts; IGNORE for nothing."""
-    choices: list[list[int]]
+    """What each position from there on predicts; IGNORE for nothing."""
+    allowed: list[list[int]]
     """Of each target that is something."""
     number: int = 0
     """Of the row in its task."""
 
 
-def readings(task: Sequence[Row], labels: Sequence[Label]) -> list[Reading]:
+def readings(task: Sequence[TokenRow], labels: Sequence[Label]) -> list[Reading]:
     """Return what is read of a task's rows, whose targets compete with its labels, or with the whole vocabulary."""
-    among = competition(labels) if labels else None
+    among = label_trie(labels) if labels else None
     return [reading(row, among, number) for number, row in enumerate(task)]
 
 
-def reading(row: Row, among: Competition | None, number: int) -> Reading:
+def reading(row: TokenRow, among: LabelTrie | None, number: int) -> Reading:
     """Return a row up to the last token that a target is predicted from; all of it, where it has no target."""
     target, first = row.tokens[row.start :], row.start - 1
     if among:
-        choices = among.choices(target)
-        target = target[: len(choices)]
+        allowed = among.allowed(target)
+        target = target[: len(allowed)]
     else:
-        target = [IGNORE if place in row.silent else token for place, token in enumerate(target, row.start)]
-        choices = [[] for token in target if token != IGNORE]
+        target = [IGNORE if position in row.loss_masked else token for position, token in enumerate(target, row.start)]
+        allowed = [[] for token in target if token != IGNORE]
     read = row.tokens[: first + len(target) if target else None]
-    return Reading([*read, *row.suffix], first, target, choices, number)
+    return Reading([*read, *row.suffix], first, target, allowed, number)
 
 
-Laid = Sequence[Sequence[Sequence[Reading]]]
+Packing = Sequence[Sequence[Sequence[Reading]]]
 """The examples in each row of each task."""
 
 
-def packed(tasks: Sequence[Sequence[Reading]]) -> Iterator[Laid]:
+def packings(tasks: Sequence[Sequence[Reading]]) -> Iterator[Packing]:
     """Yield ways to lay tasks' examples into rows of about equal length."""
     example = max(len(one.tokens) for task in tasks for one in task)
     longest = max(sum(len(one.tokens) for one in task) for task in tasks)
@@ -207,30 +207,32 @@ def packed(tasks: Sequence[Sequence[Reading]]) -> Iterator[Laid]:
         yield [balanced(task, rows) for task in tasks]
 
 
-def cost(laid: Laid) -> float:
+def cost(packing: Packing) -> float:
     """Return about what a forward takes, in tokens outside of attention."""
-    rows, length = grid(laid)
+    rows, length = grid(packing)
     return rows * length * (1 + length / ATTENTION_TOKENS)
 
 
 def balanced(examples: Sequence[Reading], rows: int) -> list[list[Reading]]:
     """Return examples in so many rows: the longest first, each into the row that is shortest so far."""
-    laid: list[list[Reading]] = [[] for _ in range(rows)]
+    packing: list[list[Reading]] = [[] for _ in range(rows)]
     lengths = [0] * rows
     for example in sorted(examples, key=lambda one: -len(one.tokens)):
         shortest = lengths.index(min(lengths))
-        laid[shortest].append(example)
+        packing[shortest].append(example)
         lengths[shortest] += len(example.tokens)
-    return laid
+    return packing
 
 
-def grid(laid: Laid) -> tuple[int, int]:
+def grid(packing: Packing) -> tuple[int, int]:
     """Return the rows of a task, and their length, that all tasks find room in."""
-    return max(map(len, laid)), max(sum(len(one.tokens) for one in examples) for task in laid for examples in task)
+    return max(map(len, packing)), max(
+        sum(len(one.tokens) for one in examples) for task in packing for examples in task
+    )
 
 
-def choice_grid(choices: Sequence[Sequence[int]]) -> Tensor | None:
+def allowed_grid(allowed: Sequence[Sequence[int]]) -> Tensor | None:
     """Return what each of M targets is chosen among as `[M, S]`, filled up with IGNORE; None, if none has choices."""
-    most = max(map(len, choices), default=0)
-    filled = [[*some, *[IGNORE] * (most - len(some))] for some in choices]
+    most = max(map(len, allowed), default=0)
+    filled = [[*some, *[IGNORE] * (most - len(some))] for some in allowed]
     return torch.tensor(filled, dtype=torch.int64) if most else None

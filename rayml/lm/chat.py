@@ -6,7 +6,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from rayml.errors import DataError
-from rayml.lm.batch import Row
+from rayml.lm.batch import TokenRow
 from rayml.tasks.kinds import CHAT
 
 Turns = Sequence[tuple[str, str]]
@@ -45,9 +45,9 @@ def answer_spans(tokenizer: Any, turns: Turns) -> tuple[str, list[tuple[int, int
     """
     whole = chat_text(tokenizer, turns)
     found = []
-    for place, (role, _) in enumerate(turns):
+    for position, (role, _) in enumerate(turns):
         if role == "assistant":
-            begin, end = (chat_text(tokenizer, turns[: place + more], asks=not more) for more in (0, 1))
+            begin, end = (chat_text(tokenizer, turns[: position + more], asks=not more) for more in (0, 1))
             if not (whole.startswith(begin) and whole.startswith(end)):
                 raise DataError(
                     "the model's chat template changes earlier turns when later ones follow, so the assistant's "
@@ -57,7 +57,7 @@ def answer_spans(tokenizer: Any, turns: Turns) -> tuple[str, list[tuple[int, int
     return whole, found
 
 
-def chat_row(tokenizer: Any, turns: Turns, max_tokens: int) -> Row:
+def chat_row(tokenizer: Any, turns: Turns, max_tokens: int) -> TokenRow:
     """Return a dialogue's row, whose targets are the assistant's turns; a long one loses its beginning.
 
     Raises:
@@ -70,16 +70,18 @@ def chat_row(tokenizer: Any, turns: Turns, max_tokens: int) -> Row:
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     tokens, offsets = encoding["input_ids"], encoding["offset_mapping"]
     said = [any(first < stop and last > start for start, stop in spans) for first, last in offsets]
-    last = max(place for place, mine in enumerate(said) if mine)
+    last = max(position for position, mine in enumerate(said) if mine)
     tokens, said = tokens[: last + 1], said[: last + 1]
     cut = max(0, len(tokens) - max_tokens)
-    begins = next(place for place, (first, end) in enumerate(offsets) if first < spans[-1][1] and end > spans[-1][0])
+    begins = next(
+        position for position, (first, end) in enumerate(offsets) if first < spans[-1][1] and end > spans[-1][0]
+    )
     if cut >= begins:
         raise DataError(
             f"the assistant's turn {turns[-1][1][:60]!r} leaves no room for what it answers within "
             f"data.max_tokens={max_tokens}; raise it or shorten the turn"
         )
     tokens, said = tokens[cut:], said[cut:]
-    start = next(place for place in range(1, len(said)) if said[place])
-    silent = tuple(place for place in range(start, len(said)) if not said[place])
-    return Row(tokens, start, silent)
+    start = next(position for position in range(1, len(said)) if said[position])
+    loss_masked = tuple(position for position in range(start, len(said)) if not said[position])
+    return TokenRow(tokens, start, loss_masked)

@@ -14,13 +14,13 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
+from rayml.algorithms.inner_loop import Params
 from rayml.errors import ConfigError
 from rayml.lm.lora import side_by_side
 from rayml.lm.model import TaskLM
-from rayml.meta.adapt import Params
 
 
-class Row(Protocol):
+class DecodingRow(Protocol):
     """One text in the making."""
 
     tokens: list[int]
@@ -131,25 +131,25 @@ class Decoder:
 
     def __init__(self, lm: TaskLM, most_rows: int, cache_tokens: int):
         self.lm, self.most_rows, self.cache_tokens = lm, most_rows, cache_tokens
-        self.active: list[Row] = []
+        self.active: list[DecodingRow] = []
         self.cache = self._empty_cache()
         self._stacked: tuple[list[Params | None], Params | None] = ([], None)
 
-    def has_room(self, joining: Sequence[Row]) -> bool:
+    def has_room(self, joining: Sequence[DecodingRow]) -> bool:
         """Return whether these rows may join those that generate; a row alone always may."""
         rows = [*self.active, *joining]
         longest = max(row.most_tokens for row in rows)
         return len(rows) == 1 or (len(rows) <= self.most_rows and len(rows) * longest <= self.cache_tokens)
 
     @torch.no_grad()
-    def join(self, rows: Sequence[Row]) -> None:
+    def join(self, rows: Sequence[DecodingRow]) -> None:
         """Read the prompts of new rows, in one forward, and take the first token of each."""
         first = len(self.active)
         lengths = [len(row.tokens) for row in rows]
         self.cache.make_room(first + len(rows), max(row.most_tokens for row in (*self.active, *rows)))
         tokens = torch.zeros(len(rows), max(lengths), dtype=torch.int64)
-        for place, row in enumerate(rows):
-            tokens[place, : lengths[place]] = torch.tensor(row.tokens)
+        for index, row in enumerate(rows):
+            tokens[index, : lengths[index]] = torch.tensor(row.tokens)
         # What a shorter row writes behind its end is overwritten before it is ever attended to.
         positions = torch.arange(max(lengths)).expand(len(rows), -1)
         ends = torch.arange(len(rows)) * max(lengths) + torch.tensor(lengths) - 1
@@ -165,20 +165,20 @@ class Decoder:
             self.active, tokens, Window(0, positions, int(positions.max()) + 1), torch.arange(len(self.active))
         )
 
-    def leave(self, row: Row) -> None:
+    def leave(self, row: DecodingRow) -> None:
         """Free a row's slot; the last row moves into it."""
-        place = self.active.index(row)
-        self.cache.move(len(self.active) - 1, place)
+        index = self.active.index(row)
+        self.cache.move(len(self.active) - 1, index)
         last = self.active.pop()
         if last is not row:
-            self.active[place] = last
+            self.active[index] = last
         if not self.active:
             self.cache = self._empty_cache()
 
     def _empty_cache(self) -> SlotCache:
         return SlotCache(self.lm.module.config.num_hidden_layers, self.cache_tokens)
 
-    def _forward(self, rows: Sequence[Row], tokens: Tensor, window: Window, at: Tensor) -> None:
+    def _forward(self, rows: Sequence[DecodingRow], tokens: Tensor, window: Window, at: Tensor) -> None:
         device, dtype = self.lm.device, self.lm.module.dtype
         window.positions = window.positions.to(device)
         self.cache.window = window
@@ -196,7 +196,7 @@ class Decoder:
         for row, scores in zip(rows, logits.float(), strict=True):
             row.take(scores)
 
-    def _adapters(self, rows: Sequence[Row]) -> Params | None:
+    def _adapters(self, rows: Sequence[DecodingRow]) -> Params | None:
         """Return the adapters of the rows, `[n, ...]`, or `[1, ...]` where all have the same."""
         adapters = [row.adapter for row in rows]
         if all(adapter is adapters[0] for adapter in adapters):

@@ -7,9 +7,9 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from rayml.errors import DataError
-from rayml.lm.batch import Row, encode
+from rayml.lm.batch import TokenRow, encode
 from rayml.lm.chat import chat_prompt, chat_row
-from rayml.lm.choices import compete
+from rayml.lm.label_trie import can_tell_apart
 from rayml.lm.masked import masked_row, predicts_masks
 from rayml.lm.soft_prompt import soft_tokens
 from rayml.tasks.episodes import Episode, LabelScheme, relabel
@@ -67,7 +67,7 @@ class Encoder:
         """The token that rows are filled up with."""
         return self.tokenizer.pad_token_id if self.is_masked else self.tokenizer.eos_token_id
 
-    def row(self, example: Example, is_label: bool, shown: Sequence[Example] = (), spared: int = 0) -> Row:
+    def row(self, example: Example, is_label: bool, shown: Sequence[Example] = (), spared: int = 0) -> TokenRow:
         """Return the row of an example behind those `shown` in its prompt; each adds to the length that is allowed.
 
         Args:
@@ -78,7 +78,7 @@ class Encoder:
             return self._softened(chat_row(self.tokenizer, [turn for e in (*shown, example) for turn in e.parts], most))
         return self._encode(self._prompt(example, shown), example, is_label, most)
 
-    def rows(self, examples: Iterable[Example], is_label: bool, shown: Sequence[Example] = ()) -> list[Row]:
+    def rows(self, examples: Iterable[Example], is_label: bool, shown: Sequence[Example] = ()) -> list[TokenRow]:
         return [self.row(example, is_label, shown) for example in examples]
 
     def asked(self, example: Example, shown: Sequence[Example] = ()) -> list[int]:
@@ -92,36 +92,36 @@ class Encoder:
 
     def option_rows(
         self, examples: Iterable[Example], options: Sequence[str], shown: Sequence[Example] = ()
-    ) -> list[list[Row]]:
+    ) -> list[list[TokenRow]]:
         """Return, for every example, a row with each option as its target, all behind the same prompt."""
         return [self._alike([relabel(example, option) for option in options], shown) for example in examples]
 
-    def questions(
+    def ensemble_rows(
         self, examples: Sequence[Example], options: Sequence[str], shown: Sequence[Example] = ()
-    ) -> list[tuple[float, list[list[Row]]]]:
-        """Return the ways in which options are asked for, each with its weight: rows as `option_rows` returns them.
+    ) -> list[tuple[float, list[list[TokenRow]]]]:
+        """Return the prompts of the ensemble, each with its weight: rows as `option_rows` returns them.
 
-        An option's score is the weighted sum of its log-probabilities. One way for each template; and for `pmi` one
+        An option's score is the weighted sum of its log-probabilities. One prompt for each template; and for `pmi` one
         more without the input, that counts against it (PMI_DC, Holtzman et al. 2021, arXiv 2104.08315).
         """
         found = []
         for prompt in (self.prompt, *self.ensemble):
-            way, share = replace(self, prompt=prompt), 1 / (1 + len(self.ensemble))
+            asked, share = replace(self, prompt=prompt), 1 / (1 + len(self.ensemble))
             if self.scoring == "channel":
-                found.append((share, [[way._channel_row(e, option) for option in options] for e in examples]))
+                found.append((share, [[asked._channel_row(e, option) for option in options] for e in examples]))
                 continue
-            found.append((share, way.option_rows(examples, options, shown)))
+            found.append((share, asked.option_rows(examples, options, shown)))
             if self.scoring == "pmi":
-                found.append((-share, way.option_rows([blank(e) for e in examples], options)))
+                found.append((-share, asked.option_rows([blank(e) for e in examples], options)))
         return found
 
-    def _channel_row(self, example: Example, option: str) -> Row:
+    def _channel_row(self, example: Example, option: str) -> TokenRow:
         """Return the row of an input behind a label: how probable the label makes it (noisy channel, Min et al. 2022,
         arXiv 2108.04106)."""
         row = encode(self.tokenizer, CHANNEL.format(option), " " + example.input.strip(), False, 10**9)
-        return self._softened(Row(row.tokens[: self.max_tokens], row.start))
+        return self._softened(TokenRow(row.tokens[: self.max_tokens], row.start))
 
-    def _alike(self, examples: Sequence[Example], shown: Sequence[Example]) -> list[Row]:
+    def _alike(self, examples: Sequence[Example], shown: Sequence[Example]) -> list[TokenRow]:
         rows = [self.row(example, is_label=True, shown=shown) for example in examples]
         if len({row.start for row in rows}) == 1:
             return rows
@@ -130,7 +130,7 @@ class Encoder:
         spared = [max(lengths) - length for length in lengths]
         return [self.row(e, is_label=True, shown=shown, spared=n) for e, n in zip(examples, spared, strict=True)]
 
-    def thinned(self, example: Example, is_label: bool, rng: random.Random) -> Row:
+    def with_token_dropout(self, example: Example, is_label: bool, rng: random.Random) -> TokenRow:
         """Return the row of an example without some of its input's tokens, each left out by `token_dropout`."""
         prompt = self._prompt(example)
         inside: set[int] = set()
@@ -157,19 +157,19 @@ class Encoder:
         text = render(self.prompt, example, mask=blank_space)
         return text.replace(blank_space, answer) if blank_space in text else f"{text} {answer}"
 
-    def _encode(self, prompt: str, example: Example, is_label: bool, most: int, keep: Any = None) -> Row:
+    def _encode(self, prompt: str, example: Example, is_label: bool, most: int, keep: Any = None) -> TokenRow:
         if self.is_masked:
             return masked_row(self.tokenizer, prompt, example.target, is_label, most, keep)
         row = encode(self.tokenizer, prompt, " " + example.target.strip(), not is_label, most, keep)
         return self._softened(row)
 
-    def _softened(self, row: Row) -> Row:
+    def _softened(self, row: TokenRow) -> TokenRow:
         count = self.soft_tokens
-        silent = tuple(place + count for place in row.silent)
-        return Row([*soft_tokens(count), *row.tokens], row.start + count, silent) if count else row
+        loss_masked = tuple(position + count for position in row.loss_masked)
+        return TokenRow([*soft_tokens(count), *row.tokens], row.start + count, loss_masked) if count else row
 
     def competing(self, labels: Iterable[str], like: Example = NO_TEXT) -> list[list[int]]:
-        """Return the tokens of labels that are chosen among (`rayml.lm.choices`); none where that is the vocabulary.
+        """Return the tokens of labels that are chosen among (`rayml.lm.label_trie`); none where that is the vocabulary.
 
         Args:
             like: an example of the task, where inputs have parts; its texts do not matter.
@@ -183,14 +183,14 @@ class Encoder:
 
     def told_apart(self, labels: list[list[int]]) -> list[list[int]]:
         """Return the labels' tokens if labels are to be chosen among, and can be, else none."""
-        return labels if self.label_loss == "options" and compete(labels) else []
+        return labels if self.label_loss == "options" and can_tell_apart(labels) else []
 
     def episode(self, episode: Episode) -> dict[str, Any]:
         """Return the episode for training, as one row of a data set; `decode_rows` takes the two sides back."""
         is_label, own = bool(episode.labels), self.of(episode.task, episode.kind)
         rng = random.Random(f"{episode.task}/{episode.index}")
         sides = {
-            "support": [own.thinned(e, is_label, rng) for e in episode.support]
+            "support": [own.with_token_dropout(e, is_label, rng) for e in episode.support]
             if self.token_dropout
             else own.rows(episode.support, is_label),
             "query": own.rows(episode.query, is_label, episode.support if self.in_context else ()),
@@ -201,7 +201,7 @@ class Encoder:
             record[side] = {
                 "tokens": [row.tokens for row in rows],
                 "starts": [row.start for row in rows],
-                "silent": [list(row.silent) for row in rows],
+                "loss_masked": [list(row.loss_masked) for row in rows],
                 "suffixes": [list(row.suffix) for row in rows],
                 "classes": class_numbers(episode, side),
             }
@@ -237,14 +237,15 @@ def fields(parts: Parts) -> tuple[str, ...]:
 
 
 def class_numbers(episode: Episode, side: str) -> list[int]:
-    """Return the place of each example's label among the episode's labels; nothing for free text."""
-    labels = {label: place for place, label in enumerate(episode.labels)}
+    """Return the index of each example's label among the episode's labels; nothing for free text."""
+    labels = {label: position for position, label in enumerate(episode.labels)}
     return [labels[example.target] for example in getattr(episode, side) if labels]
 
 
-def decode_rows(side: dict[str, Any]) -> list[Row]:
+def decode_rows(side: dict[str, Any]) -> list[TokenRow]:
     """Return the rows of one side of a record that `Encoder.episode` made."""
-    columns = side["tokens"], side["starts"], side["silent"], side["suffixes"]
+    columns = side["tokens"], side["starts"], side["loss_masked"], side["suffixes"]
     return [
-        Row(list(tokens), start, tuple(gaps), tuple(end)) for tokens, start, gaps, end in zip(*columns, strict=True)
+        TokenRow(list(tokens), start, tuple(gaps), tuple(end))
+        for tokens, start, gaps, end in zip(*columns, strict=True)
     ]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rayml.lm.batch import Row, TaskBatch
+from rayml.lm.batch import TaskBatch, TokenRow
 
 BLOCK_TOKENS = 2048
 """Of examples that go through the layers together, when all of them do."""
@@ -28,8 +28,8 @@ class FrozenLayers:
         self.slot: list[Tensor] | None = None
         self.is_enough = False
         layers = decoder_layers(model)[:count]
-        for place, layer in enumerate(layers):
-            layer.forward = self._skippable(layer.forward, is_first=place == 0)
+        for index, layer in enumerate(layers):
+            layer.forward = self._skippable(layer.forward, is_first=index == 0)
         layers[-1].register_forward_hook(self._keep)
 
     def _skippable(self, forward: Any, is_first: bool) -> Any:
@@ -76,7 +76,7 @@ class KnownStates:
         states: of all their tokens, one example behind the other, `[tokens, D]`.
     """
 
-    def __init__(self, rows: Sequence[Row], states: Tensor):
+    def __init__(self, rows: Sequence[TokenRow], states: Tensor):
         self.states = states
         self.first: dict[tuple[int, ...], int] = {}
         begin = 0
@@ -96,11 +96,11 @@ class KnownStates:
         return self.states[index.to(self.states.device)]
 
 
-def blocks(rows: Sequence[Row]) -> tuple[list[Row], list[list[Row]]]:
+def blocks(rows: Sequence[TokenRow]) -> tuple[list[TokenRow], list[list[TokenRow]]]:
     """Return each row once, in an order that its tokens alone decide, and the same in blocks of like lengths."""
     unique = list({tuple(row.tokens): row for row in rows}.values())
     unique.sort(key=lambda row: (len(row.tokens), row.tokens))
-    found: list[list[Row]] = [[]]
+    found: list[list[TokenRow]] = [[]]
     for row in unique:
         if (len(found[-1]) + 1) * len(row.tokens) > BLOCK_TOKENS and found[-1]:
             found.append([])

@@ -6,15 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rayml.algorithms.inner_loop import Params
 from rayml.errors import RunError
 from rayml.lm.decode import Decoder
 from rayml.lm.model import TaskLM
 from rayml.lm.sampling import Piece, Sampling, TokenScore
-from rayml.meta.adapt import Params
 
 
 class Generation:
-    """A row of the decoder (`rayml.lm.decode.Row`) that knows when it is over.
+    """A row of the decoder (`rayml.lm.decode.DecodingRow`) that knows when it is over.
 
     Args:
         tokenizer: of the model.
@@ -136,7 +136,7 @@ class TextStream:
             return ""
         self._text += now[len(known) :]
         self._read = len(self._tokens)
-        places = [place for place in (self._text.find(stop) for stop in self.stop) if place >= 0]
+        places = [index for index in (self._text.find(stop) for stop in self.stop) if index >= 0]
         if places:
             self.stopped = True
             return self._send(min(places))

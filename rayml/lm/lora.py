@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rayml.algorithms.inner_loop import Params
 from rayml.errors import ConfigError
-from rayml.meta.adapt import Params
 
 A, B = ".lora_A", ".lora_B"
 LAYER = re.compile(r"\.(\d+)\.")
@@ -166,9 +166,9 @@ def side_by_side(adapters: Sequence[Params | None]) -> Params | None:
         return {name: weight.unsqueeze(0) for name, weight in some.items()}
     like = next(iter(some.values()))
     stacked = {n: like.new_zeros(len(adapters), *map(max, zip(*found, strict=True))) for n, found in shapes.items()}
-    for place, adapter in enumerate(adapters):
+    for index, adapter in enumerate(adapters):
         for name, weight in (adapter or {}).items():
-            stacked[name][place][tuple(map(slice, weight.shape))] = weight
+            stacked[name][index][tuple(map(slice, weight.shape))] = weight
     return stacked
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rayml.errors import DataError
-from rayml.lm.batch import Row
+from rayml.lm.batch import TokenRow
 
 MARK = "rayml_predicts_masks"
 
@@ -25,7 +25,7 @@ def predicts_masks(tokenizer: Any) -> bool:
 
 def masked_row(
     tokenizer: Any, prompt: str, target: str, is_label: bool, max_tokens: int, keep: Callable[[int], bool] | None = None
-) -> Row:
+) -> TokenRow:
     """Return the row of a prompt that holds the mask, of which the last counts; a long one loses its beginning.
 
     Args:
@@ -52,4 +52,4 @@ def masked_row(
     if first + cut >= mask:
         raise DataError(f"what stands behind the mask leaves no room for the input within data.max_tokens={max_tokens}")
     read = [*tokens[:first], *tokens[first + cut : mask + 1]]
-    return Row([*read, *word], len(read), suffix=tuple(tokens[mask + 1 :]))
+    return TokenRow([*read, *word], len(read), suffix=tuple(tokens[mask + 1 :]))

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rayml.engine.deepspeed_internals import is_sharded
-from rayml.lm.batch import Row, TaskBatch, collate
-from rayml.lm.choices import IGNORE, token_losses
+from rayml.algorithms.inner_loop import Params
+from rayml.lm.batch import TaskBatch, TokenRow, collate
 from rayml.lm.frozen import FrozenLayers, KnownStates, blocks
+from rayml.lm.label_trie import IGNORE, token_losses
 from rayml.lm.lora import TaskLoRA, layer_number
 from rayml.lm.soft_prompt import TaskPrompt
-from rayml.meta.adapt import Params
 from rayml.meta.prototypes import Pooling, Read, label_log_probs
+from rayml.training.deepspeed_internals import is_sharded
 
 
 class TaskLM:
@@ -45,17 +45,17 @@ class TaskLM:
     def packs(self) -> bool:
         """Whether examples may share a row, seeing nothing of each other: tried with a few tokens.
 
-        Where attention is told the places of tokens they do not; recurrent layers have no such thing.
+        Where attention is told the position ids they do not; recurrent layers have no such thing.
         """
         if self.adapter is None or self._pad is not None:
             return False  # mode full deals a task's rows to the workers; a masked model looks to both sides
         alone = torch.tensor([[5, 3, 4]], device=self.device)
         rows = torch.tensor([[1, 2, 1, 5, 3, 4], [4, 4, 2, 5, 3, 4]], device=self.device)
-        places = torch.tensor([[0, 1, 2, 0, 1, 2]] * 2, device=self.device)
+        position_ids = torch.tensor([[0, 1, 2, 0, 1, 2]] * 2, device=self.device)
         try:
             with torch.no_grad():
                 wanted = self.logits_at(torch.tensor([2], device=self.device), None, alone).float()
-                found = self.logits_at(torch.tensor([5, 11], device=self.device), None, rows, position_ids=places)
+                found = self.logits_at(torch.tensor([5, 11], device=self.device), None, rows, position_ids=position_ids)
         except (TypeError, ValueError):  # it takes no positions
             return False
         return bool((found.float() - wanted).norm() < 0.02 * wanted.norm())
@@ -111,11 +111,11 @@ class TaskLM:
         return self._frozen is not None
 
     @torch.no_grad()
-    def frozen_states(self, block: Sequence[Row], pad: int) -> Tensor:
+    def frozen_states(self, block: Sequence[TokenRow], pad: int) -> Tensor:
         """Return what the layers below the adapted ones make of rows, one behind the other: `[tokens, D]`."""
         assert self._frozen is not None
         lengths = [len(row.tokens) for row in block]
-        batch = collate([[Row(row.tokens, len(row.tokens)) for row in block]], pad).to(self.device)
+        batch = collate([[TokenRow(row.tokens, len(row.tokens)) for row in block]], pad).to(self.device)
         slot: list[Tensor] = []
         with self._frozen.alone():
             self.logits_at(batch.tokens.new_zeros(1), None, batch.tokens, slot)
@@ -129,19 +129,19 @@ class TaskLM:
         return batch.frozen
 
     def target_logits(self, weights: Params | None, batch: TaskBatch) -> tuple[Tensor, Tensor]:
-        """Return the logits that predict the target tokens, `[M, V]`, and their places in `batch`, `[M]`.
+        """Return the logits that predict the target tokens, `[M, V]`, and their positions in `batch`, `[M]`.
 
         `weights` are the tasks' `[T, ...]`; None for those of the bare model.
         """
         positions = (batch.targets.flatten() != IGNORE).nonzero().squeeze(1)
-        return self.logits_at(positions, weights, batch.tokens, self.slot(batch), **laid(batch)), positions
+        return self.logits_at(positions, weights, batch.tokens, self.slot(batch), **position_inputs(batch)), positions
 
     def states(self, weights: Params | None, batch: TaskBatch, pooling: Pooling = "last") -> Tensor:
         """Return what the model makes of each prompt, `[T, K, D]` in fp32: hidden states as `pooled` has them."""
         assert batch.prompts is not None
         hidden: list[Tensor] = []
         ends = batch.prompts[..., 1].flatten()
-        self.logits_at(ends, weights, batch.tokens, self.slot(batch), hidden, **laid(batch))
+        self.logits_at(ends, weights, batch.tokens, self.slot(batch), hidden, **position_inputs(batch))
         return pooled(hidden[0], batch.prompts, pooling)
 
     def read(
@@ -156,10 +156,10 @@ class TaskLM:
         assert batch.prompts is not None
         targets, hidden = batch.targets.flatten(), list[Tensor]()
         positions, ends = (targets != IGNORE).nonzero().squeeze(1), batch.prompts[..., 1]
-        places, found = torch.cat([positions, ends.flatten()]).unique(return_inverse=True)
+        position_ids, found = torch.cat([positions, ends.flatten()]).unique(return_inverse=True)
         of_targets, of_ends = found[: len(positions)], found[len(positions) :].view_as(ends)
-        logits = self.logits_at(places, weights, batch.tokens, self.slot(batch), hidden, **laid(batch))
-        losses = token_losses(logits, targets[positions], batch.choices, smoothing, of_targets)
+        logits = self.logits_at(position_ids, weights, batch.tokens, self.slot(batch), hidden, **position_inputs(batch))
+        losses = token_losses(logits, targets[positions], batch.allowed, smoothing, of_targets)
         by_label = None
         if label_tokens is not None:
             at_labels = logits[of_ends.unsqueeze(2), label_tokens.clamp(min=0).unsqueeze(1)]
@@ -181,7 +181,7 @@ class TaskLM:
         assert self.adapter is not None
         hooks = [linear.register_forward_pre_hook(keep(name)) for name, linear in self.adapter.linears.items()]
         try:
-            self.logits_at(positions, None, batch.tokens, self.slot(batch), **laid(batch))
+            self.logits_at(positions, None, batch.tokens, self.slot(batch), **position_inputs(batch))
         finally:
             for hook in hooks:
                 hook.remove()
@@ -194,13 +194,13 @@ class TaskLM:
             smoothing: share of the target's weight that is spread evenly over the choices.
         """
         logits, positions = self.target_logits(weights, batch)
-        losses = token_losses(logits, batch.targets.flatten()[positions], batch.choices, smoothing)
+        losses = token_losses(logits, batch.targets.flatten()[positions], batch.allowed, smoothing)
         return mean_by_task(losses, positions, batch)
 
 
 def known_states(
     lm: TaskLM,
-    rows: Sequence[Row],
+    rows: Sequence[TokenRow],
     pad: int,
     share: slice = slice(None),
     gather: Callable[[Tensor], list[Tensor]] = lambda part: [part],
@@ -216,15 +216,15 @@ def known_states(
     unique, parts = blocks(rows)
     mine = parts[share]
     found = []
-    for place, block in enumerate(mine):
-        progress(100 * place // len(mine))
+    for index, block in enumerate(mine):
+        progress(100 * index // len(mine))
         found.append(lm.frozen_states(block, pad))
     width = lm.module.get_input_embeddings().embedding_dim
     gathered = gather(torch.cat(found) if found else torch.empty(0, width, dtype=lm.module.dtype, device=lm.device))
     workers = share.step or 1
     sizes = [[sum(len(row.tokens) for row in block) for block in parts[rank::workers]] for rank in range(workers)]
     split = [iter(part.split(size)) for part, size in zip(gathered, sizes, strict=True)]
-    return KnownStates(unique, torch.cat([next(split[place % workers]) for place in range(len(parts))]))
+    return KnownStates(unique, torch.cat([next(split[index % workers]) for index in range(len(parts))]))
 
 
 def mean_by_task(losses: Tensor, positions: Tensor, batch: TaskBatch) -> Tensor:
@@ -244,15 +244,15 @@ def pooled(hidden: Tensor, prompts: Tensor, pooling: Pooling) -> Tensor:
     flat, (begin, end) = hidden.flatten(0, 1), prompts.unbind(-1)
     if pooling == "last":
         return nn.functional.normalize(flat[end].float(), dim=-1)
-    places = begin.unsqueeze(-1) + torch.arange(int((end - begin).max()) + 1, device=begin.device)
-    inside = places <= end.unsqueeze(-1)
-    total = (flat[places.where(inside, begin.unsqueeze(-1))] * inside.unsqueeze(-1)).float().sum(2)
+    position_ids = begin.unsqueeze(-1) + torch.arange(int((end - begin).max()) + 1, device=begin.device)
+    inside = position_ids <= end.unsqueeze(-1)
+    total = (flat[position_ids.where(inside, begin.unsqueeze(-1))] * inside.unsqueeze(-1)).float().sum(2)
     return nn.functional.normalize(total, dim=-1)
 
 
-def laid(batch: TaskBatch) -> dict[str, Any]:
+def position_inputs(batch: TaskBatch) -> dict[str, Any]:
     """Return what tells the model where the examples of a row begin."""
-    return {} if batch.places is None else {"position_ids": batch.places}
+    return {} if batch.position_ids is None else {"position_ids": batch.position_ids}
 
 
 def hooks(module: Any, lora: dict[str, Any], soft_tokens: int) -> TaskLoRA | TaskPrompt | None:

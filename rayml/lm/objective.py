@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rayml.algorithms.inner_loop import Params, TaskLosses
 from rayml.config import Config
 from rayml.lm.adversarial import adversarial
-from rayml.lm.batch import Row, TaskBatch, collate
-from rayml.lm.choices import Label
-from rayml.lm.depth import thawing
+from rayml.lm.batch import TaskBatch, TokenRow, collate
 from rayml.lm.encode import decode_rows
+from rayml.lm.label_trie import Label
+from rayml.lm.layerwise import gradual_unfreezing
 from rayml.lm.model import TaskLM
-from rayml.meta.adapt import Params, TaskLosses
 from rayml.meta.prototypes import Pooling, Read
 
 SIDES = "support", "query"
@@ -34,7 +34,7 @@ class TaskSide:
     def __init__(
         self,
         lm: TaskLM,
-        tasks: Sequence[Sequence[Row]],
+        tasks: Sequence[Sequence[TokenRow]],
         labels: Sequence[Sequence[Label]],
         row_classes: Sequence[Sequence[int]],
         pad: int,
@@ -93,14 +93,14 @@ def special_steps(support: TaskSide, unfreeze_every: int, epsilon: float = 0.0) 
     """Return what makes of losses of the support those that an inner loop descends.
 
     Args:
-        unfreeze_every: steps after which one more layer learns (`rayml.lm.depth`); 0, and all do.
+        unfreeze_every: steps after which one more layer learns (`rayml.lm.layerwise`); 0, and all do.
         epsilon: of the adversarial step, in meta-training.
     """
 
     def special(losses: TaskLosses) -> TaskLosses:
         if epsilon:
             losses = adversarial(losses, support.lm, support.batch, epsilon)
-        return thawing(losses, support.lm.module, unfreeze_every) if unfreeze_every else losses
+        return gradual_unfreezing(losses, support.lm.module, unfreeze_every) if unfreeze_every else losses
 
     return special
 

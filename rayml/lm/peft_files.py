@@ -12,11 +12,11 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
+from rayml.algorithms.inner_loop import Params
 from rayml.errors import RunError
 from rayml.lm.encode import Encoder
 from rayml.lm.lora import layer_number
 from rayml.lm.soft_prompt import PROMPT
-from rayml.meta.adapt import Params
 from rayml.meta.prototypes import MEANS, is_readout
 from rayml.tasks.task import Example
 

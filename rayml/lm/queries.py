@@ -8,18 +8,18 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from rayml.algorithms.base import Algorithm
-from rayml.lm.ask import AskedTasks, Kept
+from rayml.algorithms.inner_loop import Params
+from rayml.lm.label_queries import AskedTasks, KeptSupport
 from rayml.lm.lora import side_by_side
 from rayml.lm.model import TaskLM
-from rayml.lm.score import Question, Ways
-from rayml.meta.adapt import Params
+from rayml.lm.option_scoring import OptionQuery, WeightedPrompts
 
 
 class Query:
-    """One input, in all the ways that its task asks in, under the weights of the task.
+    """One input, in every prompt of its task's ensemble, under the weights of the task.
 
     Args:
-        ways: `ways_of` one input; of one option alone, where nothing but what the algorithm keeps is answered by.
+        prompts: `weighted_prompts` of one input; with one option alone, where the algorithm answers by what it keeps.
         weights: of the task; None for the bare base.
         algorithm: answers.
         kept: the task's support, where the algorithm keeps hidden states; they are taken once.
@@ -29,45 +29,45 @@ class Query:
 
     def __init__(
         self,
-        ways: Ways,
+        prompts: WeightedPrompts,
         weights: Params | None,
         algorithm: Algorithm,
-        kept: Kept | None = None,
+        kept: KeptSupport | None = None,
         classes: Sequence[int] = (),
         label_tokens: Sequence[int] = (),
     ):
-        self.ways, self.weights, self.algorithm = ways, weights, algorithm
+        self.prompts, self.weights, self.algorithm = prompts, weights, algorithm
         self.kept, self.classes, self.label_tokens = kept, tuple(classes), tuple(label_tokens)
 
     @property
     def options(self) -> int:
-        return len(self.classes) or len(self.ways[0][1][0].rows)
+        return len(self.classes) or len(self.prompts[0][1][0].rows)
 
     @property
-    def questions(self) -> list[Question]:
-        """One for each way of asking."""
-        return [question for _, (question,) in self.ways]
+    def option_queries(self) -> list[OptionQuery]:
+        """One for each prompt of the ensemble."""
+        return [option_query for _, (option_query,) in self.prompts]
 
     @property
     def longest(self) -> int:
         """Tokens of its longest option with what stands before it."""
-        return max(len(row.tokens) for question in self.questions for row in question.rows)
+        return max(len(row.tokens) for option_query in self.option_queries for row in option_query.rows)
 
-    def support(self) -> Kept | None:
+    def support(self) -> KeptSupport | None:
         """Return the support with the classes as numbers of the options that are asked for."""
         if self.kept is None:
             return None
         numbers = [self.classes.index(kind) if kind in self.classes else -1 for kind in self.kept.classes]
-        return Kept(self.kept.rows, numbers, self.kept.states)
+        return KeptSupport(self.kept.rows, numbers, self.kept.states)
 
 
 def first_batch(queries: Sequence[Query], most_tokens: int) -> int:
     """Return how many of the first queries are answered in one forward: in one way, and one at least."""
     rows = longest = 0
     for number, query in enumerate(queries):
-        for question in query.questions:
-            rows = max(rows, len(question.trees))
-            longest = max(longest, *(len(tree.tokens) for tree in question.trees))
+        for option_query in query.option_queries:
+            rows = max(rows, len(option_query.trees))
+            longest = max(longest, *(len(tree.tokens) for tree in option_query.trees))
         too_many = (number + 1) * rows * longest > most_tokens
         if number and (too_many or not query.algorithm.answers_as(queries[0].algorithm)):
             return number
@@ -86,7 +86,7 @@ def log_probs(lm: TaskLM, pad: int, queries: Sequence[Query]) -> list[Tensor]:
     alike = all(query.weights is first.weights for query in queries)
     alike = alike and len({(query.options, query.classes) for query in queries}) == 1
     groups = [queries] if alike else [[query] for query in queries]
-    tasks = [together([query.ways for query in group]) for group in groups]
+    tasks = [together([query.prompts for query in group]) for group in groups]
     kept = [support for group in groups if (support := group[0].support())]
     options, label_tokens = zip(*((group[0].options, group[0].label_tokens) for group in groups), strict=True)
     asked = AskedTasks(lm, pad, tasks, kept, options, label_tokens)
@@ -99,11 +99,11 @@ def _take_states(lm: TaskLM, pad: int, queries: Sequence[Query]) -> None:
     for query in queries:
         kept = query.kept
         if kept and kept.states is None:
-            asked = AskedTasks(lm, pad, [query.ways], [kept])
+            asked = AskedTasks(lm, pad, [query.prompts], [kept])
             kept.states = asked.support_states(side_by_side([query.weights]), query.algorithm.pooling)[0]
 
 
-def together(inputs: Sequence[Ways]) -> Ways:
+def together(inputs: Sequence[WeightedPrompts]) -> WeightedPrompts:
     """Return the ways of several inputs of one task, from those of each."""
     shares = [share for share, _ in inputs[0]]
-    return [(share, [one[way][1][0] for one in inputs]) for way, share in enumerate(shares)]
+    return [(share, [one[number][1][0] for one in inputs]) for number, share in enumerate(shares)]

@@ -1,4 +1,4 @@
-"""What is asked of a text in the making, and what comes of it. Knows no torch: the server's front door uses it."""
+"""What is asked of a text in the making, and what comes of it. Knows no torch: the server's gateway uses it."""
 
 from dataclasses import dataclass, field
 

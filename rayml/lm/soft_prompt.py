@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rayml.meta.adapt import Params
+from rayml.algorithms.inner_loop import Params
 
 SOFT = 1 << 40
 """The first soft token: beyond any vocabulary."""
@@ -31,7 +31,7 @@ class TaskPrompt:
         self.embeddings = model.get_input_embeddings()
         self.adapters: Params | None = None
         self.linears: dict[str, nn.Linear] = {}  # none is adapted
-        self._places: Tensor | None = None
+        self._indices: Tensor | None = None
         self.embeddings.register_forward_pre_hook(self._note)
         self.embeddings.register_forward_hook(self._put)
 
@@ -39,18 +39,18 @@ class TaskPrompt:
         """Note where soft tokens stand, and which, -1 elsewhere; look up any token in their place."""
         (ids,) = inputs
         soft = ids >= SOFT
-        self._places = torch.where(soft, ids - SOFT, -1) if soft.any() else None
+        self._indices = torch.where(soft, ids - SOFT, -1) if soft.any() else None
         return (ids.masked_fill(soft, 0),)
 
     def _put(self, _module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        if self._places is None:
+        if self._indices is None:
             return output
         if self.adapters is None or PROMPT not in self.adapters:
             raise ValueError("rows with soft tokens need a prompt")
-        prompts, places = self.adapters[PROMPT].to(output.dtype), self._places
+        prompts, indices = self.adapters[PROMPT].to(output.dtype), self._indices
         tasks = torch.arange(len(prompts), device=output.device).repeat_interleave(len(output) // len(prompts))
-        found = prompts[tasks.unsqueeze(1), places.clamp(min=0)]
-        return torch.where((places >= 0).unsqueeze(-1), found, output)
+        found = prompts[tasks.unsqueeze(1), indices.clamp(min=0)]
+        return torch.where((indices >= 0).unsqueeze(-1), found, output)
 
     def begin(self, adapters: Params | None) -> None:
         """Put in these prompts, `[T, P, d]`, in the forward that comes."""

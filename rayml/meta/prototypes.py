@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from rayml.meta.adapt import Params, TaskLosses
+from rayml.algorithms.inner_loop import Params, TaskLosses
 
 SCALE, MIX, MEANS = "readout.scale", "readout.mix", "readout.means"
 """What a start, or a learned task, holds of its readout: the two logarithms `[]`, and, of a task, `[C, D]`."""

@@ -18,7 +18,7 @@ ALLOWANCE = 0.10
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class MemoryPart:
     """One kind of tensors, on the GPU (`device_bytes`) and in CPU memory (`host_bytes`) of one worker."""
 
     name: str
@@ -30,7 +30,7 @@ class Part:
 class Plan:
     """One worker's memory at its peak. The parts are counted as if all were there at once."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[MemoryPart, ...]
 
     @property
     def device_bytes(self) -> int:
@@ -58,19 +58,19 @@ def memory(shape: Shape, config: Config, target_tokens: int = 1) -> Plan:
         states = _full_zero(shape, config)
     checkpointing = config.model.activation_checkpointing
     parts = [*states, *passing(shape, config, target_tokens, checkpointing)]
-    return Plan((*parts, Part("allowance", int(ALLOWANCE * sum(part.device_bytes for part in parts)))))
+    return Plan((*parts, MemoryPart("allowance", int(ALLOWANCE * sum(part.device_bytes for part in parts)))))
 
 
-def passing(shape: Shape, config: Config, target_tokens: int, checkpointing: bool) -> list[Part]:
+def passing(shape: Shape, config: Config, target_tokens: int, checkpointing: bool) -> list[MemoryPart]:
     """Return the activations and logits. Exact MAML keeps those of every inner step, and of its backward."""
     batch = largest_pass(config, target_tokens)
     times = 1 + (MAML_STEP * inner_steps(config) if config.algorithm.second_order else 0)
     activations = activation_bytes(shape, config, batch, checkpointing)
     logits = logits_bytes(shape, config, batch)
-    return [Part("activations", int(times * activations)), Part("logits", int(times * logits))]
+    return [MemoryPart("activations", int(times * activations)), MemoryPart("logits", int(times * logits))]
 
 
-def _adapters(shape: Shape, config: Config) -> list[Part]:
+def _adapters(shape: Shape, config: Config) -> list[MemoryPart]:
     """Adapters in fp32, whole on every worker; the frozen base in its dtype, whole or sharded."""
     start = FP32_BYTES * shape.adapter(config.lora.rank)
     tasks, steps = tasks_at_once(config), inner_steps(config)
@@ -80,31 +80,31 @@ def _adapters(shape: Shape, config: Config) -> list[Part]:
     copies = 2 * (steps if config.algorithm.second_order else min(steps, 1))
     sent = 2 if config.most_workers > 1 else 1  # the all-reduce is of one flat copy
     return [
-        Part("parameters", _base(shape, config) + start),
-        Part("gathered layers", _gathered(shape, config)),
-        Part("gradients", tasks * start),
-        Part("optimizer", (moments * (1 + rates) + rates) * start),
-        Part("fast weights", copies * tasks * start),
-        Part("meta-gradient", sent * (1 + rates) * start),
+        MemoryPart("parameters", _base(shape, config) + start),
+        MemoryPart("gathered layers", _gathered(shape, config)),
+        MemoryPart("gradients", tasks * start),
+        MemoryPart("optimizer", (moments * (1 + rates) + rates) * start),
+        MemoryPart("fast weights", copies * tasks * start),
+        MemoryPart("meta-gradient", sent * (1 + rates) * start),
     ]
 
 
-def _full_local(shape: Shape, config: Config) -> list[Part]:
+def _full_local(shape: Shape, config: Config) -> list[MemoryPart]:
     """Plain torch, everything whole: the model in its dtype, and what is learned in fp32."""
     element = DTYPE_BYTES[config.model.dtype]
     trained = FP32_BYTES * shape.trained
     cast = 0 if config.model.dtype == "float32" else element * shape.trained  # of the weights that a forward reads
     return [
-        Part("parameters", element * shape.parameters + trained + cast),
-        Part("gathered layers", 0),
-        Part("gradients", trained),
-        Part("optimizer", (2 if config.outer.optimizer == "adamw" else 0) * trained),
-        Part("fast weights", 2 * min(inner_steps(config), 1) * trained),  # and the sum of the inner gradients
-        Part("meta-gradient", trained),
+        MemoryPart("parameters", element * shape.parameters + trained + cast),
+        MemoryPart("gathered layers", 0),
+        MemoryPart("gradients", trained),
+        MemoryPart("optimizer", (2 if config.outer.optimizer == "adamw" else 0) * trained),
+        MemoryPart("fast weights", 2 * min(inner_steps(config), 1) * trained),  # and the sum of the inner gradients
+        MemoryPart("meta-gradient", trained),
     ]
 
 
-def _full_zero(shape: Shape, config: Config) -> list[Part]:
+def _full_zero(shape: Shape, config: Config) -> list[MemoryPart]:
     """The phased optimizer under DeepSpeed: fp32 shards of master, moments, anchor and meta-gradient."""
     element, stage, offload = DTYPE_BYTES[config.model.dtype], config.zero.stage, config.zero.offload
     shard = FP32_BYTES * _share(shape.trained, config)
@@ -113,18 +113,18 @@ def _full_zero(shape: Shape, config: Config) -> list[Part]:
     parameters = _base(shape, config) if stage == 3 else element * shape.parameters
     away = stage == 3 and offload == "all"
     return [
-        Part("parameters", 0, parameters) if away else Part("parameters", parameters),
-        Part("gathered layers", _gathered(shape, config, away) if stage == 3 else 0),
-        Part("gradients", element * gradients),
-        Part("reduce bucket", FP32_BYTES * min(shape.trained, BUCKET)),
+        MemoryPart("parameters", 0, parameters) if away else MemoryPart("parameters", parameters),
+        MemoryPart("gathered layers", _gathered(shape, config, away) if stage == 3 else 0),
+        MemoryPart("gradients", element * gradients),
+        MemoryPart("reduce bucket", FP32_BYTES * min(shape.trained, BUCKET)),
         _placed("optimizer", master_and_moments, offload != "none"),
         _placed("fast weights", shard, offload != "none"),  # the anchor: the start, while the master is adapted
         _placed("meta-gradient", shard, offload != "none"),
     ]
 
 
-def _placed(name: str, size: int, on_host: bool) -> Part:
-    return Part(name, 0, size) if on_host else Part(name, size)
+def _placed(name: str, size: int, on_host: bool) -> MemoryPart:
+    return MemoryPart(name, 0, size) if on_host else MemoryPart(name, size)
 
 
 def _base(shape: Shape, config: Config) -> int:

@@ -33,7 +33,7 @@ class Machines:
 
 
 @dataclass(frozen=True, slots=True)
-class Prediction:
+class ScalingPoint:
     """One outer step on so many workers."""
 
     workers: int
@@ -54,7 +54,7 @@ class Prediction:
         return max(self.compute_seconds, self.communication_seconds)
 
 
-def predict(shape: Shape, config: Config, workers: int, machines: Machines) -> Prediction:
+def predict(shape: Shape, config: Config, workers: int, machines: Machines) -> ScalingPoint:
     """Return an outer step of so many workers, each with as many tasks as the config gives one.
 
     In mode full under ZeRO the workers share each task's rows instead: the tasks of a step stay as many as they are.
@@ -67,7 +67,7 @@ def predict(shape: Shape, config: Config, workers: int, machines: Machines) -> P
     sent = traffic(shape, config, workers)
     hops = ceil(log2(workers)) if workers > 1 else 0
     seconds = (one.by_each(workers) / bandwidth + one.calls * hops * machines.latency for one in sent)
-    return Prediction(
+    return ScalingPoint(
         workers=workers,
         tasks=tasks,
         compute_seconds=worker_flops(shape, config, workers) / (machines.peak_flops * machines.utilisation),

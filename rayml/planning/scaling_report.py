@@ -12,7 +12,7 @@ from rich.table import Table
 from rayml.config import Config
 from rayml.planning.command import settled_for_plan, size
 from rayml.planning.read import read_shape
-from rayml.planning.scaling import Machines, Prediction, predict
+from rayml.planning.scaling import Machines, ScalingPoint, predict
 from rayml.runs.plots import file_pyplot, save_figure
 
 COLOURS = "#1f6f54", "#b0552f", "#3b6ea5", "#8a5a9e"
@@ -60,7 +60,7 @@ def assumptions(config: Config, machines: Machines) -> str:
     )
 
 
-def table(found: dict[float, list[Prediction]], config: Config, machines: Machines) -> Table:
+def table(found: dict[float, list[ScalingPoint]], config: Config, machines: Machines) -> Table:
     """Return a row for each network and number of workers, with the least and the most of a step, and of tasks."""
     rows = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title=title(config), title_justify="left")
     for name in ("GB/s", "GPUs", "tasks", "sent by each", "computing", "sending", "step", "", "tasks/s", ""):
@@ -83,11 +83,11 @@ def digits(number: float) -> str:
     return f"{number:,.0f}" if number >= 100 else f"{float(f'{number:.3g}'):f}".rstrip("0").rstrip(".")
 
 
-def seconds(one: Prediction) -> tuple[float, float]:
+def seconds(one: ScalingPoint) -> tuple[float, float]:
     return one.fastest, one.slowest
 
 
-def per_second(one: Prediction) -> tuple[float, float]:
+def per_second(one: ScalingPoint) -> tuple[float, float]:
     return one.tasks / one.slowest, one.tasks / one.fastest
 
 
@@ -95,7 +95,7 @@ def title(config: Config) -> str:
     return f"{config.model.name}, mode {config.mode}, engine {config.engine}"
 
 
-def plot(found: dict[float, list[Prediction]], config: Config, machines: Machines, picture: Path) -> None:
+def plot(found: dict[float, list[ScalingPoint]], config: Config, machines: Machines, picture: Path) -> None:
     """Draw the seconds of a step, and the tasks a second, over the GPUs to a PNG: a band for each network."""
     pyplot = file_pyplot()
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.4), layout="constrained")

@@ -54,7 +54,9 @@ def meta_gradient(shape: Shape, config: Config, workers: int) -> Sent:
     if config.mode == "adapters":
         learned, tensors = shape.adapter(config.lora.rank), 2 * len(shape.adapted) + bool(shape.prompt)
     rates = (
-        {"none": 0, "tensor": tensors, "weight": learned}[config.algorithm.learned_rates] if config.learns_rates else 0
+        {"none": 0, "tensor": tensors, "weight": learned}[config.algorithm.learned_rates]
+        if config.learns_inner_lrs
+        else 0
     )
     return Sent("meta-gradient", "all-reduce", FP32_BYTES * (learned + rates + 3 + workers), 1)
 

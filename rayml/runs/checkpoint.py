@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from rayml.errors import RunError, StorageError
-from rayml.runs.files import Place, checksum, listed, local_copy, remove
+from rayml.runs.files import AnyPath, checksum, listed, local_copy, remove
 
 STATE = "state.safetensors"
 T = TypeVar("T")
@@ -36,7 +36,7 @@ def folder_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def step_of(folder: Place) -> int:
+def step_of(folder: AnyPath) -> int:
     """Return the outer step that a checkpoint's folder is named after."""
     return int(folder.name.removeprefix("step_"))
 
@@ -47,7 +47,7 @@ def write_state(folder: Path, tensors: dict[str, Tensor]) -> None:
 
 
 @contextmanager
-def naming_full_disk(folder: Place, step: int) -> Iterator[None]:
+def naming_full_disk(folder: AnyPath, step: int) -> Iterator[None]:
     """Turn the system's error about a full disk into a RunError, while a checkpoint is written."""
     try:
         yield
@@ -64,7 +64,7 @@ def seal(folder: Path, step: int, part: int, parts: int) -> None:
     (folder / _manifest(part)).write_text(json.dumps(manifest, indent=1))
 
 
-def verify(folder: Place) -> int:
+def verify(folder: AnyPath) -> int:
     """Return the outer step of a whole checkpoint.
 
     Raises:
@@ -83,17 +83,17 @@ def verify(folder: Place) -> int:
         raise RunError(f"{folder}: not a whole checkpoint: {error}") from error
 
 
-def is_whole(folder: Place) -> bool:
+def is_whole(folder: AnyPath) -> bool:
     """Return whether a checkpoint is whole; warn of a damaged one."""
     return bool(newest_of([folder], verify))
 
 
-def identity(folder: Place) -> list[str]:
+def identity(folder: AnyPath) -> list[str]:
     """Return what tells a checkpoint from another, of another training in the same place: its manifests' checksums."""
     return [checksum(manifest) for manifest in listed(folder, "manifest_*.json")]
 
 
-def read_checkpoint(folder: Place) -> Saved:
+def read_checkpoint(folder: AnyPath) -> Saved:
     """Return what `write_state` wrote.
 
     Raises:
@@ -103,19 +103,19 @@ def read_checkpoint(folder: Place) -> Saved:
         return Saved(verify(here), load_file(here / STATE))
 
 
-def newest_checkpoint(checkpoints: Place) -> Place | None:
+def newest_checkpoint(checkpoints: AnyPath) -> AnyPath | None:
     """Return the newest whole checkpoint among a run's, None if there is none; warn of damaged ones."""
     found = newest_of(listed(checkpoints, "step_*"), verify)
     return found and found[0]
 
 
-def read_newest(checkpoints: Place) -> Saved | None:
+def read_newest(checkpoints: AnyPath) -> Saved | None:
     """Return what lies in the newest whole checkpoint, as `newest_checkpoint` finds it, and read it once."""
     found = newest_of(listed(checkpoints, "step_*"), read_checkpoint)
     return found and found[1]
 
 
-def newest_of(folders: Sequence[Place], read: Callable[[Place], T]) -> tuple[Place, T] | None:
+def newest_of(folders: Sequence[AnyPath], read: Callable[[AnyPath], T]) -> tuple[AnyPath, T] | None:
     """Return the last of these that can be read, and what was read."""
     for folder in reversed(folders):
         try:
@@ -125,7 +125,7 @@ def newest_of(folders: Sequence[Place], read: Callable[[Place], T]) -> tuple[Pla
     return None
 
 
-def keep_only(folder: Place) -> None:
+def keep_only(folder: AnyPath) -> None:
     """Remove the other checkpoints beside this one."""
     for other in listed(folder.parent, "step_*"):
         if other.name != folder.name:

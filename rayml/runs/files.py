@@ -17,7 +17,7 @@ from pyarrow import fs
 from rayml.errors import StorageError
 from rayml.runs.remote import Remote, answering
 
-Place = Path | Remote
+AnyPath = Path | Remote
 SETTLED_SECONDS = 5
 """After its last change a file's size and time tell it from what it may yet become: clocks of files are coarse."""
 _checksums: dict[tuple[str, int, float], str] = {}
@@ -32,7 +32,7 @@ def filesystem(path: str) -> tuple[fs.FileSystem, str]:
     return fs.FileSystem.from_uri(path) if "://" in path else (fs.LocalFileSystem(), os.path.abspath(path))
 
 
-def place(path: str | Place) -> Place:
+def as_path(path: str | AnyPath) -> AnyPath:
     """Return the place that a path or a URI names, such as `runs/first` or `s3://bucket/runs/first`.
 
     Raises:
@@ -52,7 +52,7 @@ def place(path: str | Place) -> Place:
     return Remote(found, inner.rstrip("/"), address.rstrip("/"), mark + query)
 
 
-def checksum(file: Place) -> str:
+def checksum(file: AnyPath) -> str:
     """Return the SHA-256 of a file. One that this process knows, and that has not changed since, is not read again."""
     if isinstance(file, Remote):
         size, changed = file.size_and_time()
@@ -66,19 +66,19 @@ def checksum(file: Place) -> str:
     return found
 
 
-def _read_checksum(file: Place) -> str:
+def _read_checksum(file: AnyPath) -> str:
     if isinstance(file, Remote):
         return file.sha256()
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def listed(folder: Place, pattern: str) -> list[Place]:
+def listed(folder: AnyPath, pattern: str) -> list[AnyPath]:
     """Return what lies in a folder and is named so, by name."""
     return sorted(folder.glob(pattern), key=lambda found: found.name)
 
 
-def write_whole(file: Place, text: str) -> None:
+def write_whole(file: AnyPath, text: str) -> None:
     """Write a file so that a reader, or a crash, sees the old one or the new one."""
     if isinstance(file, Remote):
         file.write_text(text)
@@ -89,7 +89,7 @@ def write_whole(file: Place, text: str) -> None:
 
 
 @contextmanager
-def local_copy(folder: Place) -> Iterator[Path]:
+def local_copy(folder: AnyPath) -> Iterator[Path]:
     """Yield a folder of this machine with a folder's files: the folder itself, if it lies here."""
     if isinstance(folder, Path):
         yield folder
@@ -100,7 +100,7 @@ def local_copy(folder: Place) -> Iterator[Path]:
         yield Path(here)
 
 
-def deliver(folder: Path, to: Place) -> None:
+def deliver(folder: Path, to: AnyPath) -> None:
     """Copy the files of a folder of this machine."""
     if isinstance(to, Path):
         for file in filter(Path.is_file, folder.rglob("*")):
@@ -113,7 +113,7 @@ def deliver(folder: Path, to: Place) -> None:
 
 
 @contextmanager
-def made_here(folder: Place) -> Iterator[Path]:
+def made_here(folder: AnyPath) -> Iterator[Path]:
     """Yield the path of a folder to make on this machine, which then goes to `folder`: that itself, if it lies here."""
     if isinstance(folder, Path):
         yield folder
@@ -124,7 +124,7 @@ def made_here(folder: Place) -> Iterator[Path]:
         deliver(made, folder)
 
 
-def remove(folder: Place) -> None:
+def remove(folder: AnyPath) -> None:
     """Remove a folder with all that is in it, if it is there."""
     if isinstance(folder, Path):
         shutil.rmtree(folder, ignore_errors=True)

@@ -21,8 +21,8 @@ from rayml.algorithms.moved import modernized
 from rayml.config import Config, dump_config, parse_config, read_values
 from rayml.errors import ConfigError, RunError, StorageError
 from rayml.runs.checkpoint import is_whole, newest_checkpoint, step_of
-from rayml.runs.files import Place, listed, place, write_whole
-from rayml.runs.stopping import is_enough, val_scores
+from rayml.runs.early_stopping import is_enough, val_scores
+from rayml.runs.files import AnyPath, as_path, listed, write_whole
 from rayml.sections import Run
 from rayml.tasks.splits import Splits
 from rayml.tasks.task import Task
@@ -44,8 +44,8 @@ FREE_KEYS: Any = {
 class RunFolder:
     """The paths of a run, and the little that is written to them."""
 
-    def __init__(self, path: str | Place):
-        self.path = place(path)
+    def __init__(self, path: str | AnyPath):
+        self.path = as_path(path)
         self.config, self.metrics = self.path / "config.yaml", self.path / "metrics.jsonl"
         self.checkpoints, self.latest = self.path / "checkpoints", self.path / "latest"
         self.tasks, self.best, self.model = (self.path / name for name in ("tasks.json", "best", "model"))
@@ -169,7 +169,7 @@ class RunFolder:
                 return True
         return False
 
-    def trained(self, which: str | None = None) -> tuple[Config, Place]:
+    def trained(self, which: str | None = None) -> tuple[Config, AnyPath]:
         """Return the config and the folder of a whole checkpoint.
 
         Args:
@@ -192,7 +192,7 @@ class RunFolder:
             raise RunError(f"{self.path}: {reason}; train it first")
         return config, folder
 
-    def told(self, folder: Place) -> str:
+    def told(self, folder: AnyPath) -> str:
         """Return in words which checkpoint a folder is, of those that `trained` returns."""
         which = "the best on meta-val" if folder.parent.name == self.best.name else "the newest"
         return f"step {step_of(folder)}, {which}"

@@ -3,7 +3,7 @@
 import io
 from typing import Any
 
-from rayml.runs.files import Place
+from rayml.runs.files import AnyPath
 
 
 def file_pyplot() -> Any:
@@ -16,7 +16,7 @@ def file_pyplot() -> Any:
     return pyplot
 
 
-def save_figure(figure: Any, picture: Place) -> None:
+def save_figure(figure: Any, picture: AnyPath) -> None:
     """Write a figure as a PNG, and close it."""
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=130)

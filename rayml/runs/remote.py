@@ -155,11 +155,11 @@ class Growing(io.TextIOBase):
 
 
 @contextmanager
-def answering(place: object) -> Iterator[None]:
+def answering(path: object) -> Iterator[None]:
     """Turn what storage refuses, or its silence, into a StorageError."""
     try:
         yield
     except FileNotFoundError:
         raise
     except (OSError, pyarrow.ArrowException) as error:
-        raise StorageError(f"{place}: {error}") from error
+        raise StorageError(f"{path}: {error}") from error

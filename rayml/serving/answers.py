@@ -12,7 +12,7 @@ Written = AsyncIterator[tuple[int, Piece, int]]
 """Which prompt, what its text grew by, and the tokens of the prompt."""
 
 
-class Shape:
+class ResponseBodies:
     """The bodies of one request.
 
     Args:
@@ -31,12 +31,12 @@ class Shape:
     def whole(self, pieces: Sequence[tuple[int, Piece, int]]) -> dict[str, Any]:
         """Return the one body of everything that was written."""
         texts, scores, ends, usage = gather(pieces)
-        choices = [self.choice(place, texts[place], scores[place], ends[place]) for place in sorted(ends)]
+        choices = [self.choice(index, texts[index], scores[index], ends[index]) for index in sorted(ends)]
         return self.head | {"object": self.kind, "choices": choices, "usage": usage}
 
-    def choice(self, place: int, text: str, scores: list[TokenScore], end: str | None) -> dict[str, Any]:
+    def choice(self, index: int, text: str, scores: list[TokenScore], end: str | None) -> dict[str, Any]:
         content = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
-        return {"index": place, **content, "logprobs": self.scores(scores), "finish_reason": end}
+        return {"index": index, **content, "logprobs": self.scores(scores), "finish_reason": end}
 
     def scores(self, scores: list[TokenScore]) -> dict[str, Any] | None:
         if not self.logprobs:
@@ -45,7 +45,7 @@ class Shape:
             tops = [[entry(*other) for other in score.top] for score in scores]
             entries = zip(scores, tops, strict=True)
             return {"content": [entry(score.text, score.logprob) | {"top_logprobs": top} for score, top in entries]}
-        offsets = [sum(len(score.text) for score in scores[:place]) for place in range(len(scores))]
+        offsets = [sum(len(score.text) for score in scores[:index]) for index in range(len(scores))]
         return {
             "tokens": [score.text for score in scores],
             "token_logprobs": [score.logprob for score in scores],
@@ -57,14 +57,14 @@ class Shape:
         """Yield server-sent events, the last of them `[DONE]`; with the usage before it, if it is wanted."""
         seen: list[tuple[int, Piece, int]] = []
         begun: set[int] = set()
-        async for place, piece, prompt_tokens in written:
-            seen.append((place, Piece("", [], piece.tokens, piece.finish_reason), prompt_tokens))
-            choice = self.choice(place, piece.text, piece.scores, piece.finish_reason)
+        async for index, piece, prompt_tokens in written:
+            seen.append((index, Piece("", [], piece.tokens, piece.finish_reason), prompt_tokens))
+            choice = self.choice(index, piece.text, piece.scores, piece.finish_reason)
             if self.chat:
-                delta: dict[str, str] = {} if place in begun else {"role": "assistant"}
+                delta: dict[str, str] = {} if index in begun else {"role": "assistant"}
                 choice.pop("message")
                 choice["delta"] = delta | ({"content": piece.text} if piece.text or delta else {})
-            begun.add(place)
+            begun.add(index)
             yield event(self.head | {"object": self.chunk_kind, "choices": [choice]})
         if with_usage:
             yield event(self.head | {"object": self.chunk_kind, "choices": [], "usage": gather(seen)[3]})
@@ -80,10 +80,10 @@ def gather(
     ends: dict[int, str | None] = {}
     prompts: dict[int, int] = {}
     tokens: dict[int, int] = {}
-    for place, piece, prompt_tokens in pieces:
-        texts[place] = texts.get(place, "") + piece.text
-        scores.setdefault(place, []).extend(piece.scores)
-        ends[place], prompts[place], tokens[place] = piece.finish_reason, prompt_tokens, piece.tokens
+    for index, piece, prompt_tokens in pieces:
+        texts[index] = texts.get(index, "") + piece.text
+        scores.setdefault(index, []).extend(piece.scores)
+        ends[index], prompts[index], tokens[index] = piece.finish_reason, prompt_tokens, piece.tokens
     read, made = sum(prompts.values()), sum(tokens.values())
     return texts, scores, ends, {"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made}
 

@@ -1,4 +1,4 @@
-"""The Serve application: front doors, and behind them replicas of the model that autoscale."""
+"""The Serve application: gateways, and behind them replicas of the model that autoscale."""
 
 import hashlib
 import logging
@@ -12,24 +12,24 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig, BackpressureConfig, RequestRouterConfig
 
 from rayml.config import dump_config
-from rayml.distributed.train import WORKER_ENV
 from rayml.runs.checkpoint import step_of
-from rayml.runs.files import Place, listed
+from rayml.runs.files import AnyPath, listed
 from rayml.runs.folder import RunFolder
 from rayml.serving.errors import ApiError
-from rayml.serving.front import Front
+from rayml.serving.gateway import Gateway
 from rayml.serving.metrics import Metrics
 from rayml.serving.replica import Replica
 from rayml.serving.served import servable
 from rayml.serving.settings import Replicas, Serving, api_keys
 from rayml.serving.store import AdapterStore
+from rayml.training.driver import WORKER_ENV
 
 HEALTH_SECONDS = 30.0
 log = logging.getLogger(__name__)
 ROUTER: Any = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 
 
-class Model(Replica):
+class ServedReplica(Replica):
     """A replica, as Serve runs it."""
 
     def __init__(self, serving: Serving):
@@ -91,18 +91,18 @@ def build(args: Serving) -> serve.Application:
         # An adapter's requests go to one replica, so that others need not load it; to the next, when that one is full.
         request_router_config=RequestRouterConfig(request_router_class=ROUTER),
         **scaling(replicas),
-    )(Model)
-    front = serve.deployment(
-        name="Front",
-        num_replicas=replicas.fronts,
+    )(ServedReplica)
+    gateway = serve.deployment(
+        name="Gateway",
+        num_replicas=replicas.gateways,
         ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": WORKER_ENV}},
         max_ongoing_requests=10_000,
         max_queued_requests=10_000,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=args.limits.retry_after_seconds),
         graceful_shutdown_timeout_s=replicas.drain_seconds,
-    )(Front)
+    )(Gateway)
     digests = frozenset(hashlib.sha256(key.encode()).hexdigest() for key in keys)  # the cluster's state keeps no key
-    return front.bind(model.bind(serving), serving, base, fingerprint, store, digests)
+    return gateway.bind(model.bind(serving), serving, base, fingerprint, store, digests)
 
 
 def resources(replicas: Replicas) -> dict[str, Any]:
@@ -126,6 +126,6 @@ def scaling(replicas: Replicas) -> dict[str, Any]:
     }
 
 
-def sums(checkpoint: Place) -> list[str]:
+def sums(checkpoint: AnyPath) -> list[str]:
     """Return what tells one checkpoint from another: the manifests of its parts, with their checksums."""
     return [path.read_text() for path in listed(checkpoint, "manifest_*.json")]

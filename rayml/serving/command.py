@@ -20,7 +20,6 @@ from ray.serve.context import _get_global_client
 from rich.console import Console
 
 from rayml.config import Config, parse_section
-from rayml.distributed.train import WORKER_ENV, processors
 from rayml.errors import ConfigError, RunError
 from rayml.lm.load import load_shape, resolve_model
 from rayml.lm.precision import Precision, own_device, settled_here
@@ -31,6 +30,7 @@ from rayml.serving.app import build
 from rayml.serving.served import fits_of, servable
 from rayml.serving.settings import Adapters, Serving, api_keys, check_host
 from rayml.serving.store import NAME, AdapterStore, Manifest, adapter_id, owner_of
+from rayml.training.driver import WORKER_ENV, processors
 
 APPLICATION = "rayml"
 EXAMPLE = {

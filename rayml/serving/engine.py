@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rayml.evaluation.learn import Losses, take_in
+from rayml.adaptation import Losses, adapt_requests
+from rayml.algorithms.inner_loop import Params
 from rayml.lm.decode import Decoder
 from rayml.lm.queries import first_batch, log_probs
-from rayml.meta.adapt import Params
 from rayml.model import MetaModel
 from rayml.serving.errors import ApiError, busy
 from rayml.serving.settings import Batching, Limits
@@ -66,11 +66,11 @@ class Engine:
         self._submit(self._queries, queries, self.limits.waiting_queries, "queries")
 
     def write(self, writings: list[Writing]) -> None:
-        """Take in texts to be written; raises as `classify` does."""
+        """Queue texts to be written; raises as `classify` does."""
         self._submit(self._writings, writings, self.limits.waiting_queries, "texts")
 
     def adapt(self, adaptation: Adaptation) -> None:
-        """Take in a lesson; raises as `classify` does."""
+        """Queue a request to adapt; raises as `classify` does."""
         self._submit(self._adaptations, [adaptation], self.limits.waiting_adaptations, "adaptations")
 
     def ping(self) -> Future[None]:
@@ -108,7 +108,7 @@ class Engine:
     def _run(self) -> None:
         while True:
             with self._changed:
-                while self._open and not self._pings and not self._has_queries() and not self._has_lessons():
+                while self._open and not self._pings and not self._has_queries() and not self._has_adaptations():
                     self._changed.wait()
                 if not self._open:
                     return
@@ -121,7 +121,7 @@ class Engine:
             self._turn_began = None
 
     def _fail_all(self, error: Exception) -> None:
-        self._settle_lessons([error] * len(self._learning))
+        self._settle_adaptations([error] * len(self._learning))
         waiting: list[Future] = [*self._pings, *(asked.answer for asked in self._queries)]
         for future in (*waiting, *(one.learned for one in self._adaptations)):
             settle(future, error)
@@ -144,7 +144,7 @@ class Engine:
     def _turn(self) -> None:
         if self._pings:
             self._pong([self._pings.popleft() for _ in range(len(self._pings))])
-        if self._has_lessons() and (self._owed_seconds <= 0 or not self._has_queries()):
+        if self._has_adaptations() and (self._owed_seconds <= 0 or not self._has_queries()):
             share = self.batching.adaptation_share
             self._owed_seconds = self._timed(self._take_inner_step) * (1 / share - 1)
         if self._has_queries():
@@ -153,7 +153,7 @@ class Engine:
     def _has_queries(self) -> bool:
         return bool(self._queries or self._writings or self.decoder.active)
 
-    def _has_lessons(self) -> bool:
+    def _has_adaptations(self) -> bool:
         return bool(self._adaptations or self._learning)
 
     def _timed(self, work: Callable[[], None]) -> float:
@@ -242,29 +242,29 @@ class Engine:
 
     def _take_inner_step(self) -> None:
         if self._inner_loop is None:
-            self._learning = self._next_lessons()
-            lessons, steps = [one.lesson for one in self._learning], [one.steps for one in self._learning]
-            self._inner_loop = take_in(self.model, lessons, steps)
-            self.observe("adaptation_batch", len(lessons))
+            self._learning = self._next_adaptations()
+            requests, steps = [one.request for one in self._learning], [one.steps for one in self._learning]
+            self._inner_loop = adapt_requests(self.model, requests, steps)
+            self.observe("adaptation_batch", len(requests))
         try:
             next(self._inner_loop)
         except StopIteration as end:
-            self._settle_lessons(end.value)
+            self._settle_adaptations(end.value)
         except Exception as error:
             log.exception("adaptation failed")
-            self._settle_lessons([error] * len(self._learning))
+            self._settle_adaptations([error] * len(self._learning))
 
-    def _settle_lessons(self, found: Sequence[tuple[Params, Losses] | Exception]) -> None:
+    def _settle_adaptations(self, found: Sequence[tuple[Params, Losses] | Exception]) -> None:
         for one, learned in zip(self._learning, found, strict=True):
             settle(one.learned, learned)
         self._inner_loop, self._learning = None, []
 
-    def _next_lessons(self) -> list[Adaptation]:
+    def _next_adaptations(self) -> list[Adaptation]:
         chosen = [self._adaptations.popleft()]
         while self._adaptations and len(chosen) < self.batching.adaptations:
-            lessons = [one.lesson.rows for one in (*chosen, self._adaptations[0])]
-            longest = max(len(row.tokens) for rows in lessons for row in rows)
-            if len(lessons) * max(map(len, lessons)) * longest > self.batching.adaptation_tokens:
+            requests = [one.request.rows for one in (*chosen, self._adaptations[0])]
+            longest = max(len(row.tokens) for rows in requests for row in rows)
+            if len(requests) * max(map(len, requests)) * longest > self.batching.adaptation_tokens:
                 break
             chosen.append(self._adaptations.popleft())
         return chosen

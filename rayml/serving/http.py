@@ -1,4 +1,4 @@
-"""What the front door needs of HTTP: refusals, streams, and what /docs shows.
+"""What the gateway needs of HTTP: refusals, streams, and what /docs shows.
 
 A module of its own, since Serve pickles an ingress class while its module is still being read.
 """

@@ -10,7 +10,7 @@ COUNTERS = {
     "refused": "Adapters in the store that do not fit, or cannot be trusted",
     "adaptations": "Adapters learned",
 }
-GAUGES = {"resident_adapters": "Adapters in memory", "resident_bytes": "Bytes of the adapters in memory"}
+GAUGES = {"cached_adapters": "Adapters in memory", "cached_bytes": "Bytes of the adapters in memory"}
 HISTOGRAMS: dict[str, tuple[str, list[float]]] = {
     "classify_batch": ("Queries classified in one forward", ROWS),
     "decode_batch": ("Texts written side by side in one forward", ROWS),

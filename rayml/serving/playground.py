@@ -16,9 +16,9 @@ def page() -> tuple[str, dict[str, str]]:
     folder = files("rayml.serving") / "page"
     text = (folder / "index.html").read_text(encoding="utf-8")
     sums = []
-    for place, name in PARTS.items():
+    for index, name in PARTS.items():
         part = (folder / name).read_text(encoding="utf-8")
-        text = text.replace(place, part)
+        text = text.replace(index, part)
         sums.append(base64.b64encode(hashlib.sha256(part.encode()).digest()).decode())
     policy = (
         f"default-src 'none'; style-src 'sha256-{sums[0]}'; script-src 'sha256-{sums[1]}'; connect-src 'self'; "

@@ -9,23 +9,23 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from rayml.adaptation import AdaptationRequest, adaptation_request, inner_steps
 from rayml.adapter import Adapter, chosen
+from rayml.algorithms.inner_loop import Params
 from rayml.errors import DataError, TrainingError
-from rayml.evaluation.learn import Lesson, inner_steps, lesson
 from rayml.lm.chat import chat_prompt
 from rayml.lm.decode import context_tokens
 from rayml.lm.encode import Encoder
 from rayml.lm.generate import end_tokens
 from rayml.lm.peft_files import AdapterCard, encoder_of
 from rayml.lm.sampling import Piece, Sampling
-from rayml.meta.adapt import Params
 from rayml.model import load, refuse_diverged
 from rayml.runs.folder import RunFolder
+from rayml.serving.adapter_cache import AdapterCache, forget_task
 from rayml.serving.engine import Engine, Observe
 from rayml.serving.errors import ApiError, busy
 from rayml.serving.labels import choices, label_piece
 from rayml.serving.queries import Given, queries_of, unlimited
-from rayml.serving.resident import Resident, forget_task
 from rayml.serving.schema import AdapterRequest, ClassifyRequest, Message, plain, turns_of
 from rayml.serving.served import fits_of, servable
 from rayml.serving.settings import Serving
@@ -50,7 +50,7 @@ class Replica:
         self.bare = self.model.adapter(None, AdapterCard("", "", "", "{input}", 0), encoder=base)
         self.store = AdapterStore(serving.store or str(run.path / "adapters"))
         fits = fits_of(self.model.config, self.model.base, self.model.lm.module, serving.adapters)
-        self.resident = Resident(self.store, fits, serving.adapters.resident_bytes, self._adapter_of, observe)
+        self.adapter_cache = AdapterCache(self.store, fits, serving.adapters.cached_bytes, self._adapter_of, observe)
         self.engine = Engine(self.model, serving.batching, serving.limits, observe)
         self._learning: dict[tuple[str, str], asyncio.Task[Manifest]] = {}
         self._unfinished = 0
@@ -63,7 +63,7 @@ class Replica:
         """Let the first client not wait for what is set up at first use."""
         targets = ("A", "B")
         task = Task("warm-up", tuple(Example(target.lower(), target) for target in targets), targets)
-        adaptation = Adaptation(lesson(self.model, task), inner_steps(self.model, None))
+        adaptation = Adaptation(adaptation_request(self.model, task), inner_steps(self.model, None))
         self.engine.adapt(adaptation)
         adaptation.learned.result()
 
@@ -101,7 +101,7 @@ class Replica:
     async def _learn(self, owner: str, adapter_id: str, request: AdapterRequest) -> Manifest:
         began = time.perf_counter()
         await asyncio.to_thread(self._make_room, owner)
-        prepared = await asyncio.to_thread(self._lesson, request)
+        prepared = await asyncio.to_thread(self._adaptation_request, request)
         adaptation = Adaptation(prepared, inner_steps(self.model, request.steps))
         self.engine.adapt(adaptation)
         weights, losses = await asyncio.wrap_future(adaptation.learned)
@@ -122,7 +122,7 @@ class Replica:
             seconds=time.perf_counter() - began,
         )
         whole = await asyncio.to_thread(self._publish, owner, manifest, adapter)
-        self.resident.hold(owner, adapter_id, adapter)
+        self.adapter_cache.hold(owner, adapter_id, adapter)
         self.observe("adaptations", 1)
         self.observe("adaptation_seconds", manifest.seconds)
         return whole
@@ -134,25 +134,25 @@ class Replica:
             if self.store.count(owner) >= most:
                 raise ApiError(429, f"this key has {most} adapters, as many as it may; delete one", code="too_many")
 
-    def _lesson(self, request: AdapterRequest) -> Lesson:
+    def _adaptation_request(self, request: AdapterRequest) -> AdaptationRequest:
         is_dialogue = (request.kind or self.model.kind) == "dialogue"
         examples = [example.example(is_dialogue) for example in request.examples]
         options = tuple(dict.fromkeys(request.options or ()))
-        for place, example in enumerate(examples):
+        for index, example in enumerate(examples):
             if options and example.target not in options:
-                message = f"examples.{place}: {example.target[:60]!r} is none of the options"
-                raise ApiError(422, message, f"examples.{place}")
+                message = f"examples.{index}: {example.target[:60]!r} is none of the options"
+                raise ApiError(422, message, f"examples.{index}")
         targets = {example.target for example in examples}
         labels = self.model.takes_labels and request.kind not in FREE_TEXT
         if (options or labels) and len(targets) < 2:
             raise ApiError(422, "examples: all have the same label; give examples of two or more", "examples")
         rows = [
-            Row(request.name, one.input, one.target, options, f"examples.{place}", request.kind or "", one.parts)
-            for place, one in enumerate(examples)
+            Row(request.name, one.input, one.target, options, f"examples.{index}", request.kind or "", one.parts)
+            for index, one in enumerate(examples)
         ]
         try:
             task = self.model.task(rows, request.name)
-            prepared = lesson(self.model, task)
+            prepared = adaptation_request(self.model, task)
         except DataError as error:
             raise ApiError(422, f"examples: {error}", "examples") from None
         self._check_lengths(self.model.encoder.of(task.name, task.kind), task, prepared.card.labels)
@@ -160,13 +160,13 @@ class Replica:
 
     def _check_lengths(self, encoder: Encoder, task: Task, labels: dict[str, str]) -> None:
         shown = {option: label for label, option in labels.items()}
-        for place, example in enumerate(task.examples):
+        for index, example in enumerate(task.examples):
             seen = relabel(example, shown.get(example.target))
             tokens = len(unlimited(encoder).row(seen, bool(task.options)).tokens)
             tokens -= encoder.soft_tokens
             if tokens > encoder.max_tokens + (not task.options):  # what ends free text is not counted
-                message = f"examples.{place}: has {tokens} tokens; this model reads {encoder.max_tokens} of an example"
-                raise ApiError(422, message, f"examples.{place}", "example_too_long")
+                message = f"examples.{index}: has {tokens} tokens; this model reads {encoder.max_tokens} of an example"
+                raise ApiError(422, message, f"examples.{index}", "example_too_long")
 
     def _publish(self, owner: str, manifest: Manifest, adapter: Adapter) -> Manifest:
         with tempfile.TemporaryDirectory() as folder:
@@ -197,7 +197,9 @@ class Replica:
         for (_, is_cut), scores in zip(cut, found, strict=True):
             best = chosen(labels, scores)
             answers.append({"label": best.text, "probabilities": best.probabilities, "truncated": is_cut})
-        return answers, sum(len(question.rows[0].tokens) for query, _ in cut for question in query.questions)
+        return answers, sum(
+            len(option_query.rows[0].tokens) for query, _ in cut for option_query in query.option_queries
+        )
 
     async def write(
         self, owner: str, adapter: str | None, prompts: Sequence[Given | list[Message]], sampling: Sampling
@@ -218,27 +220,27 @@ class Replica:
         loop = asyncio.get_running_loop()
         strip = loaded is not self.bare
         writings = []
-        for place, prompt in enumerate(prompts):
+        for index, prompt in enumerate(prompts):
 
-            def receive(piece: Piece | Exception, place: int = place) -> None:
+            def receive(piece: Piece | Exception, index: int = index) -> None:
                 with contextlib.suppress(RuntimeError):  # the loop is gone with the replica
-                    loop.call_soon_threadsafe(arrived.put_nowait, (place, piece))
+                    loop.call_soon_threadsafe(arrived.put_nowait, (index, piece))
 
-            tokens = await asyncio.to_thread(self._prompt_tokens, loaded, prompt, sampling.max_tokens, place)
+            tokens = await asyncio.to_thread(self._prompt_tokens, loaded, prompt, sampling.max_tokens, index)
             writing = Writing(self.model.encoder.tokenizer, tokens, loaded.weights, sampling, self.ends)
             writings.append(writing.send_to(receive))
         try:
             self.engine.write(writings)
             begun, waiting = set(), len(writings)
             while waiting:
-                place, piece = await arrived.get()
+                index, piece = await arrived.get()
                 if isinstance(piece, Exception):
                     raise piece
-                if strip and place not in begun:  # a target stands behind one space
+                if strip and index not in begun:  # a target stands behind one space
                     piece.text = piece.text.lstrip()
-                begun |= {place} if piece.text else set()
+                begun |= {index} if piece.text else set()
                 waiting -= piece.finish_reason is not None
-                yield place, piece, writings[place].prompt_tokens
+                yield index, piece, writings[index].prompt_tokens
         finally:
             for writing in writings:
                 self.engine.cancel(writing)
@@ -249,9 +251,9 @@ class Replica:
         answers, tokens = await self._choose(adapter, inputs, choices(adapter, None), truncate=False)
         pieces = [label_piece(answer["probabilities"], sampling) for answer in answers]
         # The tokens of all texts stand with the first: they are summed in the end.
-        return [(place, piece, 0 if place else tokens) for place, piece in enumerate(pieces)]
+        return [(index, piece, 0 if index else tokens) for index, piece in enumerate(pieces)]
 
-    def _prompt_tokens(self, adapter: Adapter, prompt: Given | list[Message], max_tokens: int, place: int) -> list[int]:
+    def _prompt_tokens(self, adapter: Adapter, prompt: Given | list[Message], max_tokens: int, index: int) -> list[int]:
         tokenizer = self.model.encoder.tokenizer
         most = self.context - max_tokens
         if self.model.encoder.is_masked:
@@ -270,15 +272,15 @@ class Replica:
         except DataError as error:
             raise ApiError(400, str(error), "messages" if isinstance(prompt, list) else "prompt") from None
         if not tokens:
-            raise ApiError(400, f"prompt {place} is empty", "prompt")
+            raise ApiError(400, f"prompt {index} is empty", "prompt")
         if len(tokens) > most:
-            asked = f"prompt {place} has {len(tokens)} tokens and max_tokens={max_tokens}"
+            asked = f"prompt {index} has {len(tokens)} tokens and max_tokens={max_tokens}"
             message = f"{asked}; together at most {self.context}, the context"
             raise ApiError(400, message, "prompt", "context_length_exceeded")
         return tokens
 
     async def _adapter(self, owner: str, adapter: str | None) -> Adapter:
-        return await self.resident.get(owner, adapter) if adapter else self.bare
+        return await self.adapter_cache.get(owner, adapter) if adapter else self.bare
 
     def _adapter_of(self, weights: Params, card: AdapterCard) -> Adapter:
         """Return an adapter on the model that is served; plain PEFT's read up to the context."""

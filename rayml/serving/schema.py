@@ -41,14 +41,14 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class Part(Body):
+class TextPart(Body):
     type: Literal["text"]
     text: Text
 
 
 class Message(Body):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[Part]
+    content: Text | list[TextPart]
     name: str | None = None
 
     @property

@@ -5,13 +5,13 @@ from typing import Any
 from rayml.config import Config
 from rayml.errors import RunError
 from rayml.lm.lora import all_linears
-from rayml.runs.files import Place
+from rayml.runs.files import AnyPath
 from rayml.runs.folder import RunFolder
 from rayml.serving.adapter_files import Fits
 from rayml.serving.settings import Adapters
 
 
-def servable(run: RunFolder, which: str | None = None) -> tuple[Config, Place]:
+def servable(run: RunFolder, which: str | None = None) -> tuple[Config, AnyPath]:
     """Return the config and the checkpoint of a run that one copy of the weights can serve.
 
     Raises:

@@ -62,14 +62,14 @@ class Batching(Section):
 class Adapters(Section):
     """Adapters in memory and in the store."""
 
-    resident_bytes: PositiveInt = 1024 * MIB
+    cached_bytes: PositiveInt = 1024 * MIB
     """Memory for adapters in a replica; the least recently used go first."""
     most_bytes: PositiveInt = 256 * MIB
     """Largest adapter file that is loaded."""
     most_rank: PositiveInt = 64
     """Largest LoRA rank that is loaded."""
     known_seconds: NotNegativeFloat = 2.0
-    """How long the front door remembers that an adapter is there; a deleted one may answer that much longer."""
+    """How long the gateway remembers that an adapter is there; a deleted one may answer that much longer."""
     sweep_seconds: PositiveFloat = 600
     """How often expired adapters are deleted from the store."""
 
@@ -90,15 +90,15 @@ class Replicas(Section):
     ongoing_requests: PositiveInt = 64
     """Requests that a replica takes at a time; it batches among these."""
     queued_requests: PositiveInt = 256
-    """Requests that wait for a replica behind one front door, before the answer is 429."""
+    """Requests that wait for a replica behind one gateway, before the answer is 429."""
     cpus: PositiveFloat | None = None
     """Ray's CPUs for a replica; its threads are as many. Else 1; with `rayml serve` on one machine an equal share."""
     gpus: NotNegativeFloat | None = None
     """Ray's GPUs for a replica; else 1 where the cluster has any."""
     drain_seconds: PositiveFloat = 30
     """How long a replica that is taken away may finish what it has begun."""
-    fronts: PositiveInt = 1
-    """Replicas of the front door, which need no model."""
+    gateways: PositiveInt = 1
+    """Replicas of the gateway, which need no model."""
     stuck_seconds: PositiveFloat = 600
     """A replica is given up when one step of its model takes longer than this, or its model does not run at all."""
 

@@ -5,11 +5,11 @@ from concurrent.futures import Future
 
 from torch import Tensor
 
-from rayml.evaluation.learn import Lesson, Losses
+from rayml.adaptation import AdaptationRequest, Losses
+from rayml.algorithms.inner_loop import Params
 from rayml.lm.generate import Generation
 from rayml.lm.queries import Query
 from rayml.lm.sampling import Piece
-from rayml.meta.adapt import Params
 
 
 class Waiting:
@@ -38,8 +38,8 @@ class Writing(Generation):
 
 
 class Adaptation:
-    """A lesson to be taken in; what comes of it are the weights, and the losses on the way."""
+    """A request to adapt; its result are the weights, and the losses on the way."""
 
-    def __init__(self, lesson: Lesson, steps: int):
-        self.lesson, self.steps = lesson, steps
+    def __init__(self, request: AdaptationRequest, steps: int):
+        self.request, self.steps = request, steps
         self.learned: Future[tuple[Params, Losses]] = Future()

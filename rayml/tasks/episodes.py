@@ -38,7 +38,7 @@ class Sampler:
     queries: int
     labels: LabelScheme
     seed: int
-    spread: float = 1.0
+    sampling_exponent: float = 1.0
     """A task's share of the episodes goes with its classes to this power: 1 is proportional, 0 is uniform."""
     replayed: frozenset[str] = frozenset()
     """Names of tasks that have a share of their own together."""
@@ -46,7 +46,7 @@ class Sampler:
     """That share."""
 
     def episode(self, tasks: Sequence[Task], index: int) -> Episode:
-        """Return episode `index`: a task by its classes (free text counts 1) and `spread`, then `ways` of those.
+        """Return episode `index`: a task by its classes to the power of `sampling_exponent`, then some of these.
 
         A task with fewer classes gives all of them. Support and query never share an example; a task's examples
         have distinct texts (see `rayml.tasks.table`), so they share no text either.
@@ -68,7 +68,7 @@ class Sampler:
         )
 
     def _weights(self, tasks: Sequence[Task]) -> list[float]:
-        weights = [len(task.classes) ** self.spread for task in tasks]
+        weights = [len(task.classes) ** self.sampling_exponent for task in tasks]
         old = [task.name in self.replayed for task in tasks]
         if not any(old) or all(old):
             return weights
@@ -98,7 +98,7 @@ class Sampler:
 
 
 def shown_labels(task: Task, chosen: Sequence[str], scheme: LabelScheme) -> dict[str, str]:
-    """Return what the model sees for each chosen class: its own word, or the letter of its place in `chosen`.
+    """Return what the model sees for each chosen class: its own word, or the letter of its index in `chosen`.
 
     `chosen` is in random order, so letters are permuted in every episode: tasks become mutually exclusive, and the
     model has to adapt (Yin et al. 2020, arXiv 1912.03820).
@@ -107,7 +107,7 @@ def shown_labels(task: Task, chosen: Sequence[str], scheme: LabelScheme) -> dict
         return {}
     if scheme == "words":
         return {name: name for name in chosen}
-    return {name: LETTERS[place] for place, name in enumerate(chosen)}
+    return {name: LETTERS[index] for index, name in enumerate(chosen)}
 
 
 def relabel(example: Example, label: str | None) -> Example:

@@ -33,7 +33,7 @@ class Kind:
     prompt: str
     """Jinja, what stands before the target; empty: `data.prompt`."""
     metrics: tuple[str, ...]
-    """Of `rayml.evaluation.metrics`; the first decides."""
+    """Of `rayml.experiments.metrics`; the first decides."""
 
 
 LABELS = "accuracy", "macro_f1"

@@ -31,7 +31,7 @@ class SplitRule:
     test_tasks: tuple[str, ...] = ()
     by_class: tuple[str, ...] = ()
 
-    def place(self, name: str) -> str:
+    def split_by_rule(self, name: str) -> str:
         """Return the split of a name by its hash alone, so that adding tasks never moves one that was there."""
         digest = hashlib.sha256(name.encode()).digest()
         position = int.from_bytes(digest[:8], "big") / 2**64
@@ -45,7 +45,7 @@ class SplitRule:
         ):
             if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
                 return split
-        return self.place(name)
+        return self.split_by_rule(name)
 
 
 def split_tasks(tasks: Sequence[Task], rule: SplitRule) -> Splits:
@@ -62,9 +62,9 @@ def split_tasks(tasks: Sequence[Task], rule: SplitRule) -> Splits:
             continue
         if not task.options:
             raise DataError(f"data.splits.by_class: task {task.name!r} is free text, it has no classes to split")
-        places = {option: rule.place(f"{task.name}/{option}") for option in task.options}
+        split_of = {option: rule.split_by_rule(f"{task.name}/{option}") for option in task.options}
         for split in NAMES:
-            options = tuple(option for option in task.options if places[option] == split)
+            options = tuple(option for option in task.options if split_of[option] == split)
             if len(options) >= 2:  # one class alone tells nothing apart
                 splits[split].append(task.only(options))
     return Splits(*(tuple(splits[name]) for name in NAMES))

@@ -74,7 +74,7 @@ def table(text: str, file: str, name: str, columns: Mapping[str, str]) -> Found:
         if not any(cell.strip() for cell in cells):
             continue
         if not names:
-            names = [str(place) for place in range(len(cells))] if numbered else [cell.strip() for cell in cells]
+            names = [str(index) for index in range(len(cells))] if numbered else [cell.strip() for cell in cells]
             missing = [own for own in columns.values() if own not in names]
             if missing:
                 yield f"{name}:{line}", f"has no column {', '.join(missing)}; there are {', '.join(names)}"

@@ -23,19 +23,19 @@ def items(text: str, name: str, key: str) -> Iterator[tuple[str, Any]]:
     """Yield (where, item) of the list under a key; where is the line on which the item begins."""
     match = re.search(rf'(?<!\\)"{key}"\s*:\s*\[', text)
     assert match, "format_of found it"
-    decoder, place = json.JSONDecoder(), match.end()
-    line = 1 + text.count("\n", 0, place)
+    decoder, position = json.JSONDecoder(), match.end()
+    line = 1 + text.count("\n", 0, position)
     while True:
-        begin = place
-        while place < len(text) and text[place] in " \t\r\n,":
-            place += 1
-        line += text.count("\n", begin, place)
-        if place >= len(text) or text[place] == "]":
+        begin = position
+        while position < len(text) and text[position] in " \t\r\n,":
+            position += 1
+        line += text.count("\n", begin, position)
+        if position >= len(text) or text[position] == "]":
             return
-        item, end = decoder.raw_decode(text, place)
+        item, end = decoder.raw_decode(text, position)
         yield f"{name}:{line}", item
-        line += text.count("\n", place, end)
-        place = end
+        line += text.count("\n", position, end)
+        position = end
 
 
 def natural_instructions(text: str, name: str, task: str) -> Found:

@@ -1,0 +1,130 @@
+"""A run's evaluation, from its folder to a table, `evaluation.json` and `adaptation.png`."""
+
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from rayml.algorithms.registry import DEFAULT
+from rayml.config import Config, dump_config
+from rayml.errors import ConfigError, DataError, RunError
+from rayml.experiments import evaluate_report as report
+from rayml.interrupt import kept
+from rayml.progress import doing, progress
+from rayml.runs.files import write_whole
+from rayml.runs.folder import RunFolder, fingerprint
+from rayml.sections import Data
+from rayml.tasks.prepare import prepare_splits, prepare_tasks
+from rayml.tasks.splits import refuse_leaks
+from rayml.tasks.task import Task
+
+if TYPE_CHECKING:
+    from rayml.model import MetaModel
+
+log = logging.getLogger(__name__)
+# Episodes of an evaluation are drawn with their own seeds, far from those of training and validation.
+EVALUATION_SEED = 2_000_003
+
+
+def evaluate_run(
+    run: "RunFolder | MetaModel",
+    data: list[str] | None,
+    ways: int | None,
+    shots: int | None,
+    episodes: int,
+    seed: int,
+    split: str,
+    checkpoint: str | None,
+    json_file: Path | None,
+    out: Console,
+    err: Console,
+) -> dict[str, Any]:
+    """Evaluate a run; print the table, write the JSON and the plot, and return what the JSON holds.
+
+    Everything that can be wrong with the input is found before a model is loaded.
+
+    Raises:
+        RunError, DataError, ConfigError: no run, no tasks, or an unknown split.
+    """
+    if split not in ("test", "val"):
+        raise ConfigError(f"split: expected test or val, got {split!r}")
+    config = run.trained(checkpoint)[0] if isinstance(run, RunFolder) else run.config
+    shown = config.data.model_copy(update={k: v for k, v in {"ways": ways, "shots": shots}.items() if v})
+    tasks = held_out_tasks(config, shown, data, split)
+    config.algorithm.check(tasks)
+    with doing(err, "loading libraries and model"):
+        from rayml.experiments.evaluate import evaluate, summarize
+        from rayml.experiments.parts import Parts
+        from rayml.model import load
+
+        model = load(run, checkpoint=checkpoint) if isinstance(run, RunFolder) else run
+    if model.run is None:
+        raise RunError("an untrained start is evaluated beside a run's; give a run")
+    for line in (f"{model.run.path}: {model.checkpoint}", str(model.precision)):
+        err.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
+    model.encoder.check(tasks)
+    sampler = shown.sampler(EVALUATION_SEED + seed)
+    settings = {"ways": shown.ways, "shots": shown.shots, "queries": shown.queries, "episodes": episodes, "seed": seed}
+    asked = [model.step, model.precision.dtype, settings, fingerprint(tasks), dump_config(config)]
+    total, parts = len(tasks) * episodes, Parts(model.run.path, asked)
+    err.print(f"{len(tasks)} tasks x {episodes} episodes, each from two starts: {2 * total} adaptations", style="dim")
+    try:
+        with progress(err) as bar:
+            found = evaluate(model, tasks, sampler, episodes, parts, bar("adapting", total))
+    except KeyboardInterrupt as end:
+        message = f"{parts.episodes} of {total} episodes are kept; the same command goes on with the others"
+        raise kept(end, message) from None
+    parts.remove()
+    summary = {
+        "run": str(model.run.path),
+        "checkpoint": model.checkpoint,
+        "algorithm": config.algorithm.name,
+        "outer_steps": model.step,
+        "inner_steps": config.inner.steps,
+        "tasks_from": data or f"meta-{split}",
+        **settings,
+        **summarize(found),
+    }
+    kind = "-data" if data else "" if split == "test" else f"-{split}"
+    written, picture = json_file or model.run.path / f"evaluation{kind}.json", model.run.path / f"adaptation{kind}.png"
+    write_whole(written, json.dumps(summary, indent=2) + "\n")
+    method = "" if config.algorithm.name == DEFAULT else f"{config.algorithm.name}, "
+    title = f"{config.model.name}, {shown.ways}-way {shown.shots}-shot, {method}after {model.step} outer steps"
+    report.plot(summary, picture, title)
+    out.print(report.table(summary, title))
+    answers = report.answers_table(summary)
+    if answers:
+        out.print(answers)
+    for name, found in summary["tasks"].items():
+        if "spans" in found:
+            out.print(f"{name}, spans after adapting:\n{found['spans']}", markup=False, highlight=False)
+    out.print(f"{written}\n{picture}", highlight=False, soft_wrap=True)
+    return summary
+
+
+def held_out_tasks(config: Config, data: Data, paths: list[str] | None, split: str) -> tuple[Task, ...]:
+    """Return the tasks of `paths`, or else of the run's own split; `data` says what an episode takes.
+
+    Raises:
+        DataError: there are none, they are too small for an episode, or they hold a text of meta-train.
+    """
+    if paths:
+        tasks = prepare_tasks(data.model_copy(update={"path": tuple(paths), "drop_small_classes": True}))
+        refuse_leaks("--data", trained_on(config), tasks)
+    else:
+        tasks = getattr(prepare_splits(config.data), split)
+        data.sampler(seed=0).check(tasks)
+    if not tasks:
+        raise DataError(f"the run holds out no task for meta-{split}; give --data, or raise data.splits.{split}")
+    return tasks
+
+
+def trained_on(config: Config) -> tuple[Task, ...]:
+    """Return the run's meta-train tasks; none, with a warning, where its data cannot be read any more."""
+    try:
+        return prepare_splits(config.data).train
+    except DataError as error:
+        log.warning("--data is not compared with what was trained on: %s", error)
+        return ()

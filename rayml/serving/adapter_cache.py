@@ -1,0 +1,108 @@
+"""The adapters that a replica holds in memory: the least recently used leave when there are too many bytes of them."""
+
+import asyncio
+import logging
+import tempfile
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from rayml.adapter import Adapter
+from rayml.algorithms.inner_loop import Params
+from rayml.errors import RunError
+from rayml.lm.peft_files import AdapterCard
+from rayml.serving.adapter_files import Fits, read_adapter
+from rayml.serving.errors import ApiError
+from rayml.serving.store import AdapterStore
+
+log = logging.getLogger(__name__)
+Key = tuple[str, str]
+
+
+class AdapterCache:
+    """Adapters by (owner, id). What is in use outlives its eviction: whoever uses it holds it.
+
+    Args:
+        adapter_of: puts weights on the model that is served.
+        most_bytes: of all of them together; the newest stays whatever its size.
+    """
+
+    def __init__(
+        self,
+        store: AdapterStore,
+        fits: Fits,
+        most_bytes: int,
+        adapter_of: Callable[[Params, AdapterCard], Adapter],
+        observe: Callable[[str, float], None],
+    ):
+        self.store, self.fits, self.most_bytes = store, fits, most_bytes
+        self.adapter_of, self.observe = adapter_of, observe
+        self._held: OrderedDict[Key, Adapter] = OrderedDict()
+        self._loading: dict[Key, asyncio.Task[Adapter]] = {}
+        self._bytes = 0
+        self._pool = ThreadPoolExecutor(8, "rayml-store")  # so that slow storage holds up nothing else
+
+    async def get(self, owner: str, adapter: str) -> Adapter:
+        """Return an adapter, read from the store beside the hot path where it is not held.
+
+        Raises:
+            ApiError: 404, there is none; 422, it was refused, and why.
+        """
+        key = owner, adapter
+        if key in self._held:
+            self._held.move_to_end(key)
+            return self._held[key]
+        if key not in self._loading:
+            self._loading[key] = asyncio.create_task(self._load(key))
+            self._loading[key].add_done_callback(lambda task: forget_task(self._loading, key, task))
+        return await asyncio.shield(self._loading[key])
+
+    def hold(self, owner: str, adapter: str, loaded: Adapter) -> None:
+        key = owner, adapter
+        self._bytes += loaded.size - (self._held[key].size if key in self._held else 0)
+        self._held[key] = loaded
+        self._held.move_to_end(key)
+        while self._bytes > self.most_bytes and len(self._held) > 1:
+            _, gone = self._held.popitem(last=False)
+            self._bytes -= gone.size
+            self.observe("evictions", 1)
+        self.observe("cached_adapters", len(self._held))
+        self.observe("cached_bytes", self._bytes)
+
+    async def _load(self, key: Key) -> Adapter:
+        loaded = await asyncio.get_running_loop().run_in_executor(self._pool, self._read, *key)
+        self.observe("loads", 1)
+        self.hold(*key, loaded)
+        return loaded
+
+    def _read(self, owner: str, adapter: str) -> Adapter:
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                self._fetch(owner, adapter, Path(folder))
+                weights, card = read_adapter(Path(folder), self.fits)
+        except RunError as error:
+            log.error("adapter %s of %s refused: %s", adapter, owner, error)
+            self.observe("refused", 1)
+            raise ApiError(422, f"adapter {adapter} was refused: {error}", "model", "adapter_refused") from None
+        return self.adapter_of(weights, card)
+
+    def _fetch(self, owner: str, adapter: str, folder: Path) -> None:
+        for pause in (0.2, 1.0, None):
+            manifest = self.store.find(owner, adapter)
+            if manifest is None:
+                raise ApiError(404, f"no adapter {adapter}", "model", "model_not_found")
+            try:
+                return self.store.fetch(owner, manifest, folder, self.fits.most_bytes)
+            except RunError:  # it may be being published by two at this moment
+                if pause is None:
+                    raise
+                time.sleep(pause)
+
+
+def forget_task(tasks: dict, key: Key, task: asyncio.Task) -> None:
+    """Drop a task that is done. Its error is looked at: asyncio logs what nobody saw, and it may quote clients."""
+    tasks.pop(key, None)
+    if not task.cancelled():
+        task.exception()

@@ -1,0 +1,344 @@
+"""The gateway: HTTP to the replicas of the model. It knows keys, limits and adapters' names, and needs no model."""
+
+import asyncio
+import hashlib
+import hmac
+import io
+import json
+import logging
+import threading
+import time
+import zipfile
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+from starlette.exceptions import HTTPException
+
+from rayml.lm.sampling import Sampling
+from rayml.serving import playground
+from rayml.serving.answers import ResponseBodies
+from rayml.serving.errors import ApiError
+from rayml.serving.http import as_api_error, chained, refusal, session, takes, translated, until_error
+from rayml.serving.metrics import Metrics
+from rayml.serving.schema import (
+    AdapterRequest,
+    Body,
+    ChatRequest,
+    ClassifyRequest,
+    CompletionRequest,
+    Sampled,
+    parse,
+)
+from rayml.serving.settings import Serving, describe
+from rayml.serving.store import AdapterStore, Manifest, adapter_id, owner_of
+
+log = logging.getLogger("ray.serve")
+app = FastAPI(title="rayml", description="Learn a task from a few examples, and ask it by name.", redoc_url=None)
+Work = Callable[[str], Awaitable[Response]]
+
+
+@app.exception_handler(HTTPException)
+async def _no_such_route(_request: Request, error: HTTPException) -> Response:
+    return refusal(ApiError(error.status_code, str(error.detail)), retry_after=1)
+
+
+@serve.ingress(app)
+class Gateway:
+    """One gateway.
+
+    Args:
+        model: the replicas.
+        base: what clients call the bare model.
+        fingerprint: of the run; a part of every adapter's id.
+        store: where adapters are kept.
+        keys: SHA-256 of the API keys; none, and none is asked for.
+    """
+
+    def __init__(
+        self,
+        model: DeploymentHandle,
+        serving: Serving,
+        base: str,
+        fingerprint: str,
+        store: str,
+        keys: frozenset[str],
+    ):
+        self.model, self.serving, self.limits = model, serving, serving.limits
+        self.base, self.fingerprint, self.keys = base, fingerprint, keys
+        self.store = AdapterStore(store)
+        self.metrics = Metrics()
+        self.created = int(time.time())
+        self._known: dict[tuple[str, str], tuple[float, str]] = {}
+        self._ready: tuple[float, asyncio.Future[str | None]] | None = None
+        threading.Thread(target=self._sweep, daemon=True).start()
+
+    def _sweep(self) -> None:
+        while True:
+            time.sleep(self.serving.adapters.sweep_seconds)
+            try:
+                self.store.sweep()
+            except OSError:
+                log.exception("expired adapters were not swept")
+
+    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
+    async def page(self) -> Response:
+        """The playground."""
+        return playground.answer()
+
+    @app.get("/healthz")
+    async def healthz(self) -> Response:
+        """Whether the gateway answers."""
+        return JSONResponse({"status": "ok"})
+
+    @app.get("/readyz")
+    async def readyz(self) -> Response:
+        """Whether a replica runs the model."""
+        if self._ready is None or time.monotonic() > self._ready[0] + 1:  # it asks for no key: one check serves all
+            self._ready = time.monotonic(), asyncio.ensure_future(self._check())
+        problem = await asyncio.shield(self._ready[1])
+        if problem:
+            return refusal(ApiError(503, f"no replica is ready: {problem}"), retry_after=2)
+        return JSONResponse({"status": "ready"})
+
+    async def _check(self) -> str | None:
+        try:
+            await asyncio.wait_for(self.model.check.remote(10.0), 15)
+        except Exception as error:
+            return type(error).__name__
+        return None
+
+    @app.get("/v1/models")
+    async def models(self, request: Request, after: str = "") -> Response:
+        """The base, and the adapters of this key, a thousand at a time as `/v1/adapters` has them."""
+
+        async def work(owner: str) -> Response:
+            found, last = await asyncio.to_thread(self.store.page, owner, after)
+            entries = [*([] if after else [self._model(None)]), *(self._model(manifest) for manifest in found)]
+            return JSONResponse({"object": "list", "data": entries, "has_more": bool(last), "last_id": last})
+
+        return await self._answer(request, "models", work)
+
+    @app.get("/v1/models/{model}")
+    async def one_model(self, request: Request, model: str) -> Response:
+        """The base, or an adapter."""
+
+        async def work(owner: str) -> Response:
+            adapter = await self._adapter(owner, model)
+            return JSONResponse(self._model(await self._find(owner, adapter) if adapter else None))
+
+        return await self._answer(request, "models", work)
+
+    def _model(self, manifest: Manifest | None) -> dict[str, Any]:
+        if manifest is None:
+            return {"id": self.base, "object": "model", "created": self.created, "owned_by": "rayml"}
+        name, created = f"{self.base}:{manifest.id}", int(manifest.created_at)
+        return {"id": name, "object": "model", "created": created, "owned_by": "rayml", "parent": self.base}
+
+    @app.post("/v1/adapters", status_code=201, openapi_extra=takes(AdapterRequest))
+    async def create(self, request: Request) -> Response:
+        """Learn an adapter from a few examples. 201; or 200, if the same was learned before."""
+
+        async def work(owner: str) -> Response:
+            asked: AdapterRequest = await self._body(request, AdapterRequest)
+            count = len(asked.examples)
+            if not 2 <= count <= self.limits.examples:
+                raise ApiError(422, f"examples: {count} given; 2 to {self.limits.examples} are taken", "examples")
+            if asked.steps is not None and asked.steps > self.limits.steps:
+                raise ApiError(422, f"steps: at most {self.limits.steps}", "steps")
+            self._check_count("options", len(asked.options or [""]), self.limits.options)
+            content = [self.fingerprint, asked.name, asked.pairs, asked.options, asked.steps]
+            content += [asked.kind] if asked.kind else []
+            adapter = adapter_id(asked.name, content)
+            manifest, new = await self._ask("learn", owner, adapter, asked)
+            return JSONResponse(describe(manifest, self.base), 201 if new else 200)
+
+        return await self._answer(request, "adapters", work)
+
+    @app.get("/v1/adapters")
+    async def adapters(self, request: Request, after: str = "") -> Response:
+        """The adapters of this key in the order of their ids, a thousand at a time: `after` is `last_id`."""
+
+        async def work(owner: str) -> Response:
+            found, last = await asyncio.to_thread(self.store.page, owner, after)
+            listed = [describe(manifest, self.base) for manifest in found]
+            return JSONResponse({"object": "list", "data": listed, "has_more": bool(last), "last_id": last})
+
+        return await self._answer(request, "adapters", work)
+
+    @app.get("/v1/adapters/{adapter}")
+    async def adapter(self, request: Request, adapter: str) -> Response:
+        """One adapter, by its id or its name."""
+
+        async def work(owner: str) -> Response:
+            return JSONResponse(describe(await self._find(owner, adapter), self.base))
+
+        return await self._answer(request, "adapters", work)
+
+    @app.delete("/v1/adapters/{adapter}")
+    async def delete(self, request: Request, adapter: str) -> Response:
+        """Forget an adapter."""
+
+        async def work(owner: str) -> Response:
+            manifest = await self._find(owner, adapter)
+            await asyncio.to_thread(self.store.delete, owner, manifest.id)
+            self._known = {key: known for key, known in self._known.items() if known[1] != manifest.id}
+            return JSONResponse({"id": manifest.id, "object": "adapter", "deleted": True})
+
+        return await self._answer(request, "adapters", work)
+
+    @app.get("/v1/adapters/{adapter}/download")
+    async def download(self, request: Request, adapter: str) -> Response:
+        """The adapter's PEFT files, as a zip."""
+
+        async def work(owner: str) -> Response:
+            manifest = await self._find(owner, adapter)
+            packed = io.BytesIO()
+            with zipfile.ZipFile(packed, "w") as file:
+                for name in manifest.files:
+                    file.writestr(name, await asyncio.to_thread(self.store.read, owner, manifest.id, name))
+            headers = {"Content-Disposition": f'attachment; filename="{manifest.id}.zip"'}
+            return Response(packed.getvalue(), media_type="application/zip", headers=headers)
+
+        return await self._answer(request, "download", work)
+
+    @app.post("/v1/classify", openapi_extra=takes(ClassifyRequest))
+    async def classify(self, request: Request) -> Response:
+        """The label of each input, with probabilities."""
+
+        async def work(owner: str) -> Response:
+            asked: ClassifyRequest = await self._body(request, ClassifyRequest)
+            self._check_count("input", len(asked.inputs), self.limits.inputs)
+            self._check_count("options", len(asked.options or [""]), self.limits.options)
+            adapter = await self._adapter(owner, asked.model)
+            found = await self._ask("classify", owner, adapter, asked)
+            answers = [{"index": index} | answer for index, answer in enumerate(found["answers"])]
+            usage = {"prompt_tokens": found["tokens"], "total_tokens": found["tokens"]}
+            return JSONResponse({"object": "list", "model": asked.model, "data": answers, "usage": usage})
+
+        return await self._answer(request, "classify", work)
+
+    @app.post("/v1/completions", openapi_extra=takes(CompletionRequest))
+    async def complete(self, request: Request) -> Response:
+        """Write on. An adapter takes the prompt for an input of its task."""
+
+        async def work(owner: str) -> Response:
+            asked: CompletionRequest = await self._body(request, CompletionRequest)
+            self._check_count("prompt", len(asked.prompts), self.limits.inputs)
+            sampling = self._sampling(asked, asked.max_tokens or self._some_tokens(), asked.logprobs)
+            shape = ResponseBodies(asked.model, chat=False, logprobs=asked.logprobs is not None)
+            return await self._write(owner, asked, list(asked.prompts), sampling, shape)
+
+        return await self._answer(request, "completions", work)
+
+    @app.post("/v1/chat/completions", openapi_extra=takes(ChatRequest))
+    async def chat(self, request: Request) -> Response:
+        """Answer a conversation. An adapter takes it for an input of its task."""
+
+        async def work(owner: str) -> Response:
+            asked: ChatRequest = await self._body(request, ChatRequest)
+            most = asked.max_completion_tokens or asked.max_tokens or self._some_tokens()
+            sampling = self._sampling(asked, most, asked.top_logprobs if asked.logprobs else None)
+            shape = ResponseBodies(asked.model, chat=True, logprobs=asked.logprobs)
+            return await self._write(owner, asked, [asked.messages], sampling, shape)
+
+        return await self._answer(request, "chat", work)
+
+    async def _write(
+        self, owner: str, asked: Sampled, prompts: list[Any], sampling: Sampling, shape: ResponseBodies
+    ) -> Response:
+        adapter = await self._adapter(owner, asked.model)
+        handle = self.model.options(stream=True, session_id=session(owner, adapter))
+        written = translated(handle.write.remote(owner, adapter, prompts, sampling))
+        # The first piece is waited for, so that what is wrong with the request still has a status of its own.
+        first = await anext(written)
+        if not asked.stream:
+            return JSONResponse(shape.whole([first, *[piece async for piece in written]]))
+        usage = asked.stream_options is not None and asked.stream_options.include_usage
+        events = until_error(shape.events(chained(first, written), usage))
+        return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+
+    def _some_tokens(self) -> int:
+        return min(64, self.limits.max_tokens)
+
+    def _sampling(self, asked: Sampled, max_tokens: int, logprobs: int | None) -> Sampling:
+        if max_tokens > self.limits.max_tokens:
+            raise ApiError(422, f"max_tokens: at most {self.limits.max_tokens}", "max_tokens")
+        if len(asked.stops) > 4:
+            raise ApiError(422, "stop: at most 4", "stop")
+        seed = self.serving.seed if asked.seed is None else asked.seed
+        return Sampling(max_tokens, asked.temperature, asked.top_p, seed, asked.stops, logprobs)
+
+    def _check_count(self, field: str, count: int, most: int) -> None:
+        if not 1 <= count <= most:
+            raise ApiError(422, f"{field}: {count} given; 1 to {most} are taken", field)
+
+    async def _adapter(self, owner: str, model: str) -> str | None:
+        """Return the id of the adapter that `model` names; None for the base."""
+        base, colon, reference = model.partition(":")
+        if base != self.base:
+            raise ApiError(404, f"no model {model[:120]!r}; there is {self.base!r}, and {self.base}:ADAPTER", "model")
+        if not colon:
+            return None
+        known = self._known.get((owner, reference))
+        if known and time.monotonic() < known[0]:
+            return known[1]
+        manifest = await self._find(owner, reference)
+        if len(self._known) > 100_000:
+            self._known.clear()
+        self._known[owner, reference] = time.monotonic() + self.serving.adapters.known_seconds, manifest.id
+        return manifest.id
+
+    async def _find(self, owner: str, reference: str) -> Manifest:
+        manifest = await asyncio.to_thread(self.store.find, owner, reference)
+        if manifest is None:
+            raise ApiError(404, f"no adapter {reference[:120]!r}", "model", "model_not_found")
+        return manifest
+
+    async def _body(self, request: Request, kind: type[Body]) -> Any:
+        """Read a body, as far as it may go."""
+        body = bytearray()
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > self.limits.body_bytes:
+                raise ApiError(413, f"the body is longer than {self.limits.body_bytes} bytes", code="body_too_long")
+        return parse(kind, bytes(body))
+
+    async def _ask(self, method: str, owner: str, adapter: str | None, *arguments: Any) -> Any:
+        handle = self.model.options(session_id=session(owner, adapter))
+        try:
+            answer = await getattr(handle, method).remote(owner, adapter, *arguments)
+        except Exception as error:
+            raise as_api_error(error) from error
+        if isinstance(answer, ApiError):
+            raise answer
+        return answer
+
+    def _owner(self, request: Request) -> str:
+        if not self.keys:
+            return owner_of(None)
+        kind, _, key = request.headers.get("authorization", "").partition(" ")
+        digest = hashlib.sha256(key.encode()).hexdigest()
+        known = [hmac.compare_digest(digest, one) for one in self.keys]  # all of them: time tells nothing
+        if kind.lower() != "bearer" or not any(known):
+            raise ApiError(401, "send one of this server's keys: Authorization: Bearer KEY", code="invalid_api_key")
+        return owner_of(key)
+
+    async def _answer(self, request: Request, route: str, work: Work) -> Response:
+        """Do the work of a request for whoever's key it carries; count it, and write one line without anyone's text."""
+        began = time.perf_counter()
+        try:
+            response = await work(self._owner(request))
+        except Exception as error:
+            known = as_api_error(error)
+            if known.status == 500:
+                log.exception("request failed")
+            response = refusal(known, self.limits.retry_after_seconds)
+        seconds = time.perf_counter() - began
+        self.metrics.request(route, request.method, response.status_code, seconds)
+        line = {"event": "request", "route": route, "method": request.method, "status": response.status_code}
+        log.info(json.dumps(line | {"seconds": round(seconds, 4)}))
+        return response

@@ -1,0 +1,195 @@
+"""Mode full: meta-training of all weights under DeepSpeed ZeRO, by the turns of the config's algorithm.
+
+The workers adapt to one task after another, each with its share of the rows. Tasks are never spread over workers: a
+sharded engine averages gradients in the inner loop as well, and one step on the mean of several tasks is no MAML.
+"""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+
+from rayml.algorithms.outer_loop import outer_schedule
+from rayml.algorithms.phased_optimizer import IDLE, Phase, PhasedOptimizer, steps_of
+from rayml.config import Config
+from rayml.errors import RunError, TrainingError
+from rayml.lm.batch import TaskBatch
+from rayml.lm.model import TaskLM
+from rayml.training import collective
+from rayml.training.deepspeed_internals import client_optimizer, left_step_out, set_clip_norm
+from rayml.training.row_sharding import share_loss, share_of
+from rayml.training.step_timer import StepTimer
+from rayml.training.zero import TAG
+
+MANIFEST = "full.json"
+Result = TypeVar("Result")
+
+
+class NotFinite(TrainingError):  # noqa: N818
+    """A loss or gradient is not finite; raised on all workers together, before a step is taken on it.
+
+    The weights may be some task's: go on from a checkpoint, or stop.
+    """
+
+    def __init__(self, outer_step: int, task: int | None, what: str):
+        super().__init__(outer_step, task, what)
+        self.outer_step, self.task, self.what = outer_step, task, what
+
+    def __str__(self) -> str:
+        where = "in validation" if self.task is None else f"in task {self.task} of the step"
+        return (
+            f"outer step {self.outer_step}: a {self.what} is not finite, {where}. The last checkpoint is kept. "
+            "Lower inner.lr or outer.lr, or use model.dtype=float32, and --resume"
+        )
+
+
+class OuterStep(NamedTuple):
+    """What an outer step saw; the same on every worker."""
+
+    task_losses: list[tuple[float, float]]
+    """Each task's loss at the first turn, and that of its query at the last turn that asks it."""
+    gradient_norm: float
+    """Of the mean meta-gradient."""
+
+
+class FullLearner:
+    """What meta-training of all weights learns and how; the counterpart of `rayml.algorithms.outer_loop.Learner`.
+
+    Every worker must make the same calls with the same episodes.
+
+    Args:
+        engine: what `rayml.training.zero.load_full` returned for the same config.
+        config: algorithm, inner and outer loop.
+    """
+
+    def __init__(self, engine: Any, config: Config):
+        outer = config.outer
+        self.engine, self.config = engine, config
+        self.optimizer: PhasedOptimizer = client_optimizer(engine)
+        self.schedule = outer_schedule(outer.schedule, outer.warmup_steps, outer.steps)
+        self.lm = TaskLM(engine, None)
+        self.outer_step = 0
+        """Outer steps so far; the engine's own count is of inner steps."""
+        self.timer = StepTimer(self.lm.device)
+        self._task: int | None = None
+
+    def step(
+        self, episodes: Sequence[tuple[TaskBatch, TaskBatch]], weights: Sequence[float] | None = None
+    ) -> "OuterStep":
+        """Take one outer step over the episodes' support and query; return its losses and the gradient's norm.
+
+        Args:
+            episodes: of one task each, whole and alike on every worker.
+            weights: the tasks', in the meta-gradient.
+
+        Raises:
+            NotFinite: a loss or gradient.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.outer.lr * self.schedule(self.outer_step)
+        weights = weights or [1.0] * len(episodes)
+        self.timer.begin()
+        task_losses = []
+        for self._task, (support, query) in enumerate(episodes):
+            last = self._task == len(episodes) - 1
+            task_losses.append(self._train(support, query, weights[self._task], len(episodes) if last else 0))
+        self._task = None
+        self.outer_step += 1
+        (squared_norm,) = collective.sum_over_workers([torch.tensor(self.optimizer.squared_norm)])
+        return OuterStep(task_losses, math.sqrt(float(squared_norm)))
+
+    def _train(self, support: TaskBatch, query: TaskBatch, weight: float, tasks: int) -> tuple[float, float]:
+        """Take the turns of one task, and collect its meta-gradient; return the two losses of an `OuterStep`."""
+        of_side = {"support": support, "query": query}
+        first = asked = math.nan
+        for index, step in enumerate(steps_of(self.config.algorithm.turns(self.config.inner.steps))):
+            phase, sides = step.phase, [(of_side[name], part) for name, part in step.sides]
+            clip = 0.0 if phase.descends else self.config.outer.clip_norm
+            loss = self.take(sides, phase, step.share * weight, tasks if phase.restores else 0, clip)
+            first = loss if index == 0 else first
+            asked = loss if "query" in dict(step.sides) or math.isnan(asked) else asked
+            self.timer("outer" if phase.restores else "inner")
+        return first, asked
+
+    def take(
+        self,
+        sides: Sequence[tuple[TaskBatch, float]],
+        phase: Phase,
+        weight: float = 1.0,
+        tasks: int = 0,
+        clip_norm: float = 0.0,
+    ) -> float:
+        """Take the phase's step on a loss of some sides, each with its part; return it, the same on every worker."""
+        loss = share_loss(self.lm, share_of(sides), self.config.regularize.label_smoothing)
+        (total,) = collective.sum_over_workers([loss.detach()])
+        mean = float(total) / collective.world_size()
+        if not math.isfinite(mean):
+            raise NotFinite(self.outer_step + 1, self._task, "loss")
+        self._step(loss, phase, weight, tasks, clip_norm)
+        return mean
+
+    def _step(self, loss: torch.Tensor, phase: Phase, weight: float, tasks: int, clip_norm: float) -> None:
+        """Backward and step. The engine clips while `clip_norm` is set: it must not in the inner loop."""
+        self.engine.backward(loss)
+        self.optimizer.enter(phase, weight, tasks)
+        set_clip_norm(self.engine, clip_norm)
+        self.engine.step()
+        self.optimizer.enter(IDLE)
+        set_clip_norm(self.engine, 0.0)
+        if left_step_out(self.engine):
+            raise NotFinite(self.outer_step + 1, self._task, "gradient")
+
+    def adapt_and_score(self, support: TaskBatch, score: Callable[[], Result]) -> tuple[Result, Result]:
+        """Return the scores before and after adapting to one task; the weights are then as they were, bit for bit.
+
+        Raises:
+            NotFinite: a support loss, or a gradient; the weights are then not restored.
+        """
+        with torch.no_grad():
+            before = score()
+        for _ in range(self.config.inner.steps):
+            self.take([(support, 1.0)], Phase(descends=True))
+        with torch.no_grad():
+            after = score()
+        # Only an engine's step refreshes what the forward reads, and it needs a backward: one token is the cheapest.
+        logits = self.engine(input_ids=support.tokens[:1, :1], use_cache=False).logits
+        self._step(0.0 * logits.float().sum(), Phase(restores=True), 1.0, 0, 0.0)
+        return before, after
+
+    def save(self, folder: str | Path, state: dict[str, Any] | None = None) -> None:
+        """Write a checkpoint between outer steps, every worker its shards; its manifest comes last.
+
+        Args:
+            folder: the same for all workers, or one each, whose files belong together in one.
+            state: what else `load` is to return.
+        """
+        client = (state or {}) | {"outer_step": self.outer_step}
+        self.engine.save_checkpoint(str(folder), tag=TAG, client_state=client, save_latest=False)
+        collective.gather_from_workers(None)  # all have written
+        if collective.rank() == 0:
+            manifest = {"step": self.outer_step, "workers": collective.world_size(), "stage": self.config.zero.stage}
+            (Path(folder) / MANIFEST).write_text(json.dumps(manifest))
+        collective.gather_from_workers(None)
+
+    def load(self, folder: str | Path) -> dict[str, Any]:
+        """Go on from a checkpoint, exactly, and return what was saved with it; only into a fresh engine.
+
+        Raises:
+            RunError: it is not whole, or of another number of workers or ZeRO stage.
+        """
+        try:
+            saved = json.loads((Path(folder) / MANIFEST).read_text())
+            found, ours = (saved["workers"], saved["stage"]), (collective.world_size(), self.config.zero.stage)
+        except (OSError, ValueError, KeyError) as error:
+            raise RunError(f"{folder}: not a whole checkpoint of mode full: {error}") from error
+        if found != ours:
+            raise RunError(
+                f"{folder}: shards of {found[0]} workers at zero.stage={found[1]} cannot be resumed by {ours[0]} at "
+                f"stage {ours[1]}. Resume with those, or export the run and start a new one from the exported model"
+            )
+        _, state = self.engine.load_checkpoint(str(folder), tag=TAG)
+        self.outer_step = state["outer_step"]
+        return state

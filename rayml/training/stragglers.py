@@ -1,0 +1,116 @@
+"""The two ends of the heartbeats: workers send them, and the driver names the stragglers."""
+
+import logging
+import os
+import threading
+import time
+from contextlib import suppress
+from typing import Any
+
+import ray
+from rich.console import Console
+
+from rayml.training import collective
+from rayml.training.heartbeat import Straggler
+
+POLLS = 8
+"""In the longest wait."""
+START_SECONDS = 60
+"""What workers may take to start, once there is room for them."""
+logger = logging.getLogger(__name__)
+
+
+class Heartbeat:
+    """A worker's heartbeat, to an actor on the driver's node."""
+
+    def __init__(self, heartbeats: Any, longest_wait: float):
+        self.heartbeats, self.rank = heartbeats, collective.rank()
+        self.name = f"worker {self.rank} (process {os.getpid()} on {ray.util.get_node_ip_address()})"
+        names = collective.gather_from_workers(self.name)
+        if self.rank == 0:
+            ray.get(heartbeats.begin.remote(names))
+        collective.gather_from_workers(None)  # none beats for the workers of before
+        threading.Thread(target=self._beat, args=[longest_wait / POLLS], daemon=True).start()
+
+    def __call__(self, step: int) -> None:
+        self.heartbeats.arrived.remote(self.rank, step)  # the answer is not waited for
+
+    def doing(self, what: str) -> None:
+        """Tell the driver what goes on, before the first outer step."""
+        if self.rank == 0:
+            self.heartbeats.doing.remote(what)
+
+    def note(self, text: str, warning: str | None) -> None:
+        """Tell the driver what people should see once."""
+        self.heartbeats.note.remote(text, warning)
+
+    def _beat(self, every: float) -> None:
+        while True:
+            self.heartbeats.beat.remote(self.name)
+            time.sleep(every)
+
+
+class Watch:
+    """Says while the block runs, on the driver, which worker keeps the others waiting for half the longest wait.
+
+    Where there is no room for workers for all of it, it ends the run.
+    """
+
+    def __init__(self, heartbeats: Any, longest_wait: float, console: Console):
+        self.heartbeats, self.longest_wait, self.console = heartbeats, longest_wait, console
+        self.named: Straggler | None = None
+        """Who was named last."""
+        self.found_no_room = False
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "Watch":
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop.set()
+        self.thread.join()
+
+    def _watch(self) -> None:
+        patience = self.longest_wait / 2
+        while not self.stop.wait(self.longest_wait / POLLS):
+            try:
+                stragglers = ray.get(
+                    [self.heartbeats.lost.remote(patience), self.heartbeats.straggler.remote()], timeout=patience
+                )
+                alone = ray.get(self.heartbeats.seconds_without_workers.remote(), timeout=patience)
+            except ray.exceptions.RayError:
+                logger.warning("the workers' heartbeats cannot be asked for", exc_info=True)
+                continue
+            late = [straggler for straggler in stragglers if straggler and straggler.seconds >= patience]
+            if late:
+                self._name(late[0])
+            if alone >= START_SECONDS + patience:
+                with suppress(ray.exceptions.RayError):
+                    self._tell(f"no room for the workers since {alone:.0f} s; the cluster has {resources()}")
+            if alone >= START_SECONDS + self.longest_wait:
+                self.found_no_room = True
+                end_run(self.heartbeats)
+                return
+
+    def _name(self, straggler: Straggler) -> None:
+        if self.named is None or straggler.text != self.named.text:
+            self._tell(f"{straggler} for {straggler.seconds:.0f} s")
+        self.named = straggler
+
+    def _tell(self, message: str) -> None:
+        self.console.print(message, style="yellow", highlight=False, soft_wrap=True)
+
+
+def end_run(heartbeats: Any) -> None:
+    """Kill the controller, and with it whatever it started: it has no other way out while it looks for room."""
+    controller = ray.get(heartbeats.controlling.remote(), timeout=1)
+    if controller is not None:
+        ray.kill(controller)
+
+
+def resources() -> str:
+    """Return what the cluster has free, in words."""
+    free, there = ray.available_resources(), ray.cluster_resources()
+    return ", ".join(f"{free.get(kind, 0):g} of {there.get(kind, 0):g} {kind}s free" for kind in ("CPU", "GPU"))

@@ -1,0 +1,295 @@
+"""What every Ray Train worker runs, top to bottom."""
+
+import json
+import logging
+import math
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean as mean
+from typing import Any
+
+import ray.train
+import ray.train.torch
+import torch.distributed
+
+from rayml.config import Config
+from rayml.experiments.scorer import Curve
+from rayml.lm.precision import device_for, settled, with_dtype
+from rayml.runs.checkpoint import folder_name, keep_only, naming_full_disk, seal
+from rayml.runs.early_stopping import is_best, is_enough, val_scores
+from rayml.runs.files import AnyPath, deliver
+from rayml.runs.folder import RunFolder
+from rayml.tasks.overall import Group, groups, overall
+from rayml.training import collective
+from rayml.training.job import DivergedError, Job
+from rayml.training.replicated import Replicated
+from rayml.training.sharded import Sharded
+from rayml.training.stragglers import Heartbeat
+from rayml.training.stream import EncodeEpisode, get, stream_steps
+from rayml.training.trackers import Tracker, open_trackers
+
+# Episodes of validation have seeds of their own, far from any training seed.
+VALIDATION_SEED = 1_000_003
+PREEMPTION_SECONDS = 2
+"""Between questions whether nodes are about to be taken away, and to object storage."""
+Learning = Replicated | Sharded
+logger = logging.getLogger(__name__)
+
+
+def train_worker(settings: dict[str, Any]) -> str | None:
+    """Meta-train; return None, or why training failed (the same on every worker)."""
+    job: Job = settings["job"]
+    device = ray.train.torch.get_device()
+    run = RunFolder(job.config.run.dir)
+    heartbeat = Heartbeat(job.heartbeats, job.config.run.longest_wait)
+    job = replace(job, config=agreed_precision(job, run, device, heartbeat))
+    config = job.config
+    heartbeat.doing("loading the model")
+    learning: Learning = (Sharded if config.is_sharded else Replicated)(job, device, heartbeat)
+    learning.begin(run)
+    heartbeat.doing("first outer step")
+    with StepLog(config, run, learning.done) if collective.rank() == 0 else nullcontext() as log:
+        return meta_train(job, run, learning, log)
+
+
+def agreed_precision(job: Job, run: RunFolder, device: torch.device, heartbeat: Heartbeat) -> Config:
+    """Return the config with one dtype and attention for all workers; the run folder keeps them, the driver tells."""
+    devices = collective.gather_from_workers(device_for(job.config, job.model, device))
+    made_in = collective.from_first_worker(run.made_in() if collective.rank() == 0 else None)
+    if made_in and job.config.is_sharded:  # its shards are of that dtype
+        job = replace(job, config=with_dtype(job.config, made_in))
+    config, precision = settled(job.config, job.model, devices, made_in)
+    if collective.rank() == 0:
+        run.write_precision(precision.dtype, precision.attention, precision.why)
+        heartbeat.note(str(precision), precision.warning)
+    return config
+
+
+def meta_train(job: Job, run: RunFolder, learning: Learning, log: "StepLog | None") -> str | None:
+    """Take the outer steps that are left; returns as `train_worker` does."""
+    config = job.config
+    scores: list[float] = collective.from_first_worker(val_scores(run.records()) if log else None)
+    sampler = replace(config.data.sampler(config.seed), replayed=job.replayed, replay=config.data.replay)
+    steps = stream_steps(
+        EncodeEpisode(job.train, job.encoder, sampler),
+        first=learning.done * config.tasks_per_step,
+        steps=config.outer.steps - learning.done,
+        per_step=config.tasks_per_step,
+        rank=learning.rank,
+        workers=learning.workers,
+    )
+    notices = Notices(run)
+    ended, checkpoint_seconds = time.perf_counter(), 0.0
+    for episodes in steps:
+        began = time.perf_counter()
+        validates = False
+        try:
+            record = learning.step(episodes, waited=began - ended)
+            now = time.perf_counter()
+            record |= {"data_seconds": began - ended, "step_seconds": now - ended}
+            record |= {"checkpoint_seconds": checkpoint_seconds}  # waited for, before this step
+            if torch.cuda.is_initialized():
+                record["gpu_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30  # so far, on this worker
+            validates = bool(job.val) and due(learning.done, config.validation.every, config.outer.steps)
+            if validates:
+                record |= validate(config, job, learning)
+                record["validation_seconds"] = time.perf_counter() - now
+                scores += val_scores([record])
+        except DivergedError as error:
+            return stop_reason(learning.done + (not validates), error.tasks)
+        if log:
+            log.write(record)
+        enough = validates and is_enough(scores, config.validation.patience)
+        stop, leaving = notices.read()
+        enough |= stop
+        saving = time.perf_counter()
+        if validates and is_best(scores):
+            keep_best(run, learning)
+        if enough or leaving or due(learning.done, config.run.checkpoint_every, config.outer.steps):
+            if log:
+                log.flush()
+            report(run, learning, record)
+        if enough:
+            break
+        ended = time.perf_counter()
+        checkpoint_seconds = ended - saving
+    return None
+
+
+def stop_reason(step: int, tasks: list[str]) -> str:
+    """Name the step and the tasks whose loss or gradient was not finite; every worker calls this together."""
+    everywhere = sorted({task for names in collective.gather_from_workers(tasks) for task in names})
+    return (
+        f"outer step {step}: a loss or gradient is not finite; tasks: {', '.join(everywhere) or 'gradient only'}. "
+        "The last checkpoint is kept. Lower inner.lr or outer.lr, or use model.dtype=float32, and --resume"
+    )
+
+
+def due(step: int, every: int, last: int) -> bool:
+    return bool(every) and (step % every == 0 or step == last)
+
+
+def validate(config: Config, job: Job, learning: Learning) -> dict[str, float]:
+    """Return the scores before and after adapting, over the same meta-val episodes every time: the accuracy over label
+    tasks, the loss over those of text, and the overall score (`rayml.tasks.overall`).
+
+    Each worker takes its share. All make the same calls, as a sharded model asks of them: so label tasks come first,
+    and free text after them.
+    """
+    tasks = get(job.val)
+    means: dict[str, dict[str, float]] = {"before": {}, "after": {}}
+    for group in groups(tasks, config.validation.episodes):
+        curves = validation_curves(config, group, learning)
+        for end, when in ((0, "before"), (-1, "after")):
+            means[when][group.metric] = mean(curve.scores[end] for curve in curves)
+    by_kind = {f"val_{metric}_{when}": value for when, of in means.items() for metric, value in of.items()}
+    return by_kind | {f"val_score_{when}": overall(of, tasks) for when, of in means.items()}
+
+
+def validation_curves(config: Config, group: Group, learning: Learning) -> list[Curve]:
+    """Return the scores before and after adapting of a group's episodes, made a whole number of steps' worth."""
+    share = math.ceil(config.tasks_per_step / learning.workers)
+    episodes = math.ceil(group.episodes / config.tasks_per_step) * config.tasks_per_step
+    sampler = config.data.sampler(VALIDATION_SEED)
+    curves: list[Curve] = []
+    for batch in range(math.ceil(episodes / (share * learning.workers))):
+        first = (batch * learning.workers + learning.rank) * share
+        curves += learning.score([sampler.episode(group.tasks, first + i) for i in range(share)])
+    if learning.workers > 1:
+        curves = [curve for part in collective.gather_from_workers(curves) for curve in part]
+    # With another number of workers the last round may score a few more.
+    return [curve for curve in curves if curve.index < episodes]
+
+
+class Notices:
+    """What the workers are told between steps."""
+
+    def __init__(self, run: RunFolder):
+        self.run = run
+        self.asked, self.took = time.monotonic(), 0.0
+        self.leaving: set[str] = set()
+
+    def read(self) -> tuple[bool, bool]:
+        """Return whether to end here, and whether a node of ours was just announced to be taken away.
+
+        All workers ask together, and Ray only now and then: its answer takes longer than a small model's step.
+        """
+        told = ask = False
+        if collective.rank() == 0:
+            began = time.monotonic()
+            # Storage that takes long to answer is not asked for more than a twentieth of the time.
+            ask = began - self.asked > PREEMPTION_SECONDS + 20 * self.took
+            told = (ask or self.run.is_local) and self.run.is_told_to_stop()
+            self.took = 0.0 if self.run.is_local else time.monotonic() - began
+        told, ask = collective.from_first_worker((told, ask))
+        if not ask:
+            return told, False
+        self.asked = time.monotonic()
+        info = ray.train.get_preemption_info()
+        known, self.leaving = self.leaving, set(info.preempted_node_ids if info else ())
+        return told, bool(self.leaving - known)
+
+
+class StepLog:
+    """Rank 0's records: for every outer step a line in `metrics.jsonl`, and a point in each tracker."""
+
+    def __init__(self, config: Config, run: RunFolder, step: int):
+        run.truncate_metrics(step)
+        self.run, self.file = run, run.metrics.open("a", buffering=1)
+        self.scratch = run.path if isinstance(run.path, Path) else Path(tempfile.mkdtemp(prefix="rayml-"))
+        self.trackers = open_trackers(config, run, self.scratch, step)
+
+    def __enter__(self) -> "StepLog":
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        self.close(failed=kind is not None)
+
+    def write(self, record: dict[str, Any]) -> None:
+        self.file.write(json.dumps(record) + "\n")
+        self._tell(lambda tracker: tracker.write(record))
+
+    def _tell(self, tell: Callable[[Tracker], None]) -> None:
+        for tracker in list(self.trackers):
+            try:
+                tell(tracker)
+            except Exception:  # a server that is away is no reason to stop training
+                logger.warning("%s is left out from here on", type(tracker).__name__, exc_info=True)
+                self.trackers.remove(tracker)
+
+    def flush(self) -> None:
+        """Bring what was written so far to where the run lies; what cannot be brought now is, with the next."""
+        self.file.flush()
+        if self.run.is_local:
+            return
+        try:
+            deliver(self.scratch, self.run.path)
+        except OSError as error:
+            logger.warning("%s; tried again later", error)
+
+    def close(self, failed: bool) -> None:
+        self._tell(lambda tracker: tracker.close(failed))
+        try:
+            self.flush()
+            self.file.close()
+        finally:
+            if not self.run.is_local:
+                shutil.rmtree(self.scratch)
+
+
+def report(run: RunFolder, learning: Learning, record: dict[str, Any]) -> None:
+    """Hand Ray Train the checkpoint, of which every worker may hold a part; a barrier for all workers.
+
+    It is uploaded beside the steps that follow, and then removed here.
+    """
+    part = write_part(learning, run.checkpoints)
+    ray.train.report(
+        record,
+        ray.train.Checkpoint.from_directory(part) if part else None,
+        checkpoint_dir_name=folder_name(learning.done),
+        checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
+    )
+
+
+def keep_best(run: RunFolder, learning: Learning) -> None:
+    """Keep the checkpoint of the best validation so far, and drop the one before it; a barrier for all workers."""
+    folder = run.best / folder_name(learning.done)
+    part = write_part(learning, run.best)
+    if part:
+        try:
+            with naming_full_disk(folder, learning.done):
+                deliver(part, folder)
+        finally:
+            shutil.rmtree(part)
+    barrier()
+    if collective.rank() == 0:
+        keep_only(folder)
+
+
+def write_part(learning: Learning, checkpoints: AnyPath) -> Path | None:
+    """Write this worker's part of a checkpoint, sealed, to a folder of its own; None if it has none.
+
+    All workers call this together, as gathering the parts may ask.
+    """
+    rank, folder = collective.rank(), Path(tempfile.mkdtemp(prefix="rayml-"))
+    try:
+        with naming_full_disk(checkpoints / folder_name(learning.done), learning.done):
+            learning.write(folder)
+            if rank < learning.parts:
+                seal(folder, learning.done, rank, learning.parts)
+                return folder
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)  # a full disk least of all keeps half a checkpoint
+        raise
+    shutil.rmtree(folder)
+    return None
+
+
+def barrier() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
