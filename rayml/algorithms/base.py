@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from rayml.algorithms.inner_loop import InnerLoop, Params, TaskLosses
     from rayml.algorithms.meta_gradient import MetaGradient
+    from rayml.algorithms.prototypes import Pooling, Read, Readout
     from rayml.config import Config
-    from rayml.meta.prototypes import Pooling, Read, Readout
     from rayml.tasks.task import Task
 
 
@@ -107,7 +107,7 @@ class Algorithm(Section):
     @property
     def prototypes(self) -> "Readout | None":
         """How classes are read, where it is not by label tokens alone."""
-        from rayml.meta.prototypes import Readout
+        from rayml.algorithms.prototypes import Readout
 
         return None if self.readout == "labels" else Readout(self.readout == "both", self.pooling)
 

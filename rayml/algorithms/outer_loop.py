@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rayml.algorithms.inner_loop import Params
-from rayml.meta.prototypes import is_readout
+from rayml.algorithms.prototypes import is_readout
 
 OPTIMIZERS: dict[str, Any] = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 

@@ -1,6 +1,6 @@
 """Prototypical networks (Snell et al. 2017, arXiv 1703.05175), for T tasks at once: no inner loop at all.
 
-A query is of the class whose mean hidden state, before the label, is nearest (`rayml.meta.prototypes`).
+A query is of the class whose mean hidden state, before the label, is nearest (`rayml.algorithms.prototypes`).
 """
 
 from typing import Literal

@@ -69,7 +69,7 @@ def compress_run(
     base = check_run(config, source, distill)
     tasks = held_out_tasks(config, config.data, None, "test")
     with doing(err, "loading libraries and model"):
-        from rayml.compression import methods as methods
+        from rayml.compression import methods
         from rayml.compression.folder import write_run
         from rayml.compression.report import table
         from rayml.model import load

@@ -43,8 +43,9 @@ class TaskBatch:
     targets, in order, is chosen among, filled up with IGNORE; None, or a row of IGNORE: the whole vocabulary.
     `position_ids`, where rows hold several examples each: `[T * K, L]` int64, each token's position in its own example.
     `frozen`: what the layers below the adapted ones make of the tokens, `[T * K, L, D]`, once a forward has put it
-    there. `examples`: the row, the position in it, and the tokens of each example. `prompts` `[T, K, 2]` int64: the first and the
-    last place, in the flattened tokens, of each example's prompt, in the task's own order; 0 and 0 for padding.
+    there. `examples`: the row, the position in it, and the tokens of each example. `prompts` `[T, K, 2]` int64: the
+    first and the last position, in the flattened tokens, of each example's prompt, in the task's own order; 0 and 0 for
+    padding.
     """
 
     tokens: Tensor

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from rayml.algorithms.inner_loop import Params
+from rayml.algorithms.prototypes import Pooling, Read, label_log_probs
 from rayml.lm.batch import TaskBatch, TokenRow, collate
 from rayml.lm.frozen import FrozenLayers, KnownStates, blocks
 from rayml.lm.label_trie import IGNORE, token_losses
 from rayml.lm.lora import TaskLoRA, layer_number
 from rayml.lm.soft_prompt import TaskPrompt
-from rayml.meta.prototypes import Pooling, Read, label_log_probs
 from rayml.training.deepspeed_internals import is_sharded
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rayml.algorithms.inner_loop import Params, TaskLosses
+from rayml.algorithms.prototypes import Pooling, Read
 from rayml.config import Config
 from rayml.lm.adversarial import adversarial
 from rayml.lm.batch import TaskBatch, TokenRow, collate
@@ -15,7 +16,6 @@ from rayml.lm.encode import decode_rows
 from rayml.lm.label_trie import Label
 from rayml.lm.layerwise import gradual_unfreezing
 from rayml.lm.model import TaskLM
-from rayml.meta.prototypes import Pooling, Read
 
 SIDES = "support", "query"
 

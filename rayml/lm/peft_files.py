@@ -13,11 +13,11 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from rayml.algorithms.inner_loop import Params
+from rayml.algorithms.prototypes import MEANS, is_readout
 from rayml.errors import RunError
 from rayml.lm.encode import Encoder
 from rayml.lm.lora import layer_number
 from rayml.lm.soft_prompt import PROMPT
-from rayml.meta.prototypes import MEANS, is_readout
 from rayml.tasks.task import Example
 
 CARD, WEIGHTS, READOUT = "rayml.json", "adapter_model.safetensors", "readout.safetensors"

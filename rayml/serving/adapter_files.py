@@ -17,12 +17,12 @@ from safetensors import SafetensorError, safe_open
 
 from rayml.algorithms.base import Algorithm
 from rayml.algorithms.inner_loop import Params
+from rayml.algorithms.prototypes import MEANS, MIX, SCALE
 from rayml.algorithms.registry import trusted
 from rayml.errors import ConfigError, RunError
 from rayml.lm.lora import A, B
 from rayml.lm.peft_files import CARD, PREFIX, PROMPT_KEY, READOUT, WEIGHTS, AdapterCard
 from rayml.lm.soft_prompt import PROMPT
-from rayml.meta.prototypes import MEANS, MIX, SCALE
 from rayml.tasks.templates import compiled
 
 CONFIG = "adapter_config.json"
