@@ -114,8 +114,7 @@ def training_here():
 
     from rayml.runs.checkpoint import folder_name
     from rayml.runs.files import deliver
-    from rayml.training import driver as train
-    from rayml.training import worker
+    from rayml.training import driver, worker
 
     def keep(run, learning, record):
         part = worker.write_part(learning, run.checkpoints)
@@ -123,7 +122,7 @@ def training_here():
         shutil.rmtree(part)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "scaling", lambda *_: ray.train.ScalingConfig(num_workers=0))
+        patch.setattr(driver, "scaling", lambda *_: ray.train.ScalingConfig(num_workers=0))
         patch.setattr(worker, "Heartbeat", lambda *_: NoHeartbeat())
         patch.setattr(worker, "report", keep)
         yield
