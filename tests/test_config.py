@@ -152,7 +152,10 @@ def test_a_changed_algorithm_forgets_the_settings_of_the_one_before():
     values = {"model": {"name": "tiny"}, "data": {"path": "a.jsonl"}, "run": {"dir": "r"}}
     values["algorithm"] = {"name": "fomaml_plus", "start_weight": 0.5}
     assert parse_config(values, "here", ["algorithm.name=fomaml_plus"]).algorithm.start_weight == 0.5
-    assert parse_config(values, "here", ["algorithm.name=reptile"]).algorithm.settings() == {"readout": "labels", "pooling": "last"}
+    assert parse_config(values, "here", ["algorithm.name=reptile"]).algorithm.settings() == {
+        "readout": "labels",
+        "pooling": "last",
+    }
     # In whatever order they are given.
     other = parse_config(values, "here", ["algorithm.start_weight=0.25", "algorithm.name=meta_sgd"]).algorithm
     assert (other.name, other.start_weight) == ("meta_sgd", 0.25)
