@@ -70,6 +70,9 @@ def adaptation_request(model: "MetaModel", task: Task) -> AdaptationRequest:
     shown = shown_labels(task, task.options, config.data.labels)
     examples = [relabel(example, shown.get(example.target)) for example in task.examples]
     kept = examples if algorithm.keeps != "nothing" else []
+    reads_prototypes = bool(task.options) and algorithm.prototypes is not None
+    first_tokens = [of[0] for of in encoder.label_tokens(shown.values(), examples[0])] if reads_prototypes else []
+    settings = algorithm.settings() | ({} if reads_prototypes else {"readout": "labels"})  # free text has no classes
     card = AdapterCard(
         name=task.name,
         model=config.model.name,
@@ -80,7 +83,8 @@ def adaptation_request(model: "MetaModel", task: Task) -> AdaptationRequest:
         lora=config.lora.shape() if config.mode == "adapters" and config.adapter == "lora" else {},
         soft_tokens=config.soft_tokens,
         algorithm=algorithm.name,
-        settings=algorithm.settings(),
+        settings=settings,
+        label_tokens=first_tokens,
         label_loss=config.data.label_loss,
         kind=task.kind,
         ensemble=list(encoder.ensemble),
@@ -102,7 +106,8 @@ def adapt_requests(
     """Adapt to T tasks side by side, each by its own number of inner steps; yields after every step.
 
     Returns:
-        each task's weights, `[...]`, and its support losses before every step and after the last.
+        each task's weights, `[...]`, with what its answers need of its support (`Algorithm.kept`), and its support
+        losses before every step and after the last.
     """
     rows, labels, classes = zip(*((one.rows, one.labels, one.classes) for one in requests), strict=True)
     support = TaskSide(model.lm, rows, labels, classes, model.encoder.pad)
@@ -120,8 +125,10 @@ def adapt_requests(
         yield
     with torch.no_grad():
         descended.append(losses(fast))
+        own = {name: torch.stack([found[t][name] for t in range(len(steps))]) for name in fast}
+        kept = model.config.algorithm.kept(support, own)
     curves = torch.stack(descended, dim=1).tolist()
-    return [(found[t], curves[t][: last + 1]) for t, last in enumerate(steps)]
+    return [(found[t] | kept[t], curves[t][: last + 1]) for t, last in enumerate(steps)]
 
 
 def inner_steps(model: "MetaModel", steps: int | None) -> int:

@@ -5,7 +5,7 @@ The command line, the server and `compare` answer by what stands here.
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -14,6 +14,7 @@ import torch
 
 from rayml.algorithms.base import Algorithm
 from rayml.algorithms.inner_loop import Params
+from rayml.algorithms.prototypes import MEANS, is_readout
 from rayml.algorithms.registry import algorithm_of
 from rayml.errors import ConfigError, RunError
 from rayml.lm.abilities import refuse_strange, refuse_unlike_peft, unable
@@ -23,7 +24,7 @@ from rayml.lm.label_queries import KeptSupport
 from rayml.lm.load import load_tokenizer, resolve_model
 from rayml.lm.lora import TaskLoRA
 from rayml.lm.model import TaskLM, hooks
-from rayml.lm.option_scoring import weighted_prompts
+from rayml.lm.option_scoring import prompts_of, weighted_prompts
 from rayml.lm.peft_files import AdapterCard, encoder_of, load_learned, save_adapter, save_model, write_card
 from rayml.lm.precision import decide, has_sdpa, look_at, widest_linear
 from rayml.lm.queries import Query, first_batch, log_probs
@@ -74,7 +75,8 @@ class Adapter:
     """How examples are shown to the model, by the task's own card."""
     weights: Params | None
     """LoRA's `A [r, in]` and `B [out, r]` of every adapted linear, a soft prompt `[P, d]`, or, in mode full, the task's
-    own copy of what was trained `[...]`; float32. None for the bare base."""
+    own copy of what was trained `[...]`; float32. With them the means of its classes `[C, D]`, where prototypes are
+    answered by. None for the bare base."""
     card: AdapterCard
     """What it is called, its labels, and how it is asked: `rayml.json` in its folder."""
     base: str
@@ -173,13 +175,19 @@ class Adapter:
         Args:
             labels: as the model sees them; the options.
         """
+        if not self.kept:
+            shown = self.shown if self.algorithm.keeps == "prompt" else ()
+            return Query(
+                weighted_prompts(self.lm, self.encoder, [example], labels, shown), self.weights, self.algorithm
+            )
         known = list(self.card.labels)
-        classes = [known.index(label) for label in labels] if self.kept else []
-        encoder, shown = self.encoder, self.shown if self.algorithm.keeps == "prompt" else ()
-        if self.kept and not self.algorithm.by_tokens:  # no label's tokens are looked at, nor how they are scored
-            encoder, labels = replace(encoder, scoring="learned", ensemble=()), known[:1]
-        prompts = weighted_prompts(self.lm, encoder, [example], labels, shown)
-        return Query(prompts, self.weights, self.algorithm, self.kept, classes)
+        classes = [known.index(label) for label in labels]
+        tokens = [self.card.label_tokens[number] for number in classes] if self.card.label_tokens else ()
+        if self.algorithm.scores_options:
+            prompts = weighted_prompts(self.lm, self.encoder, [example], labels)
+        else:
+            prompts = prompts_of(self.lm, self.encoder, [example], known[0])
+        return Query(prompts, self._tensors, self.algorithm, self.kept, classes, tokens)
 
     @cached_property
     def algorithm(self) -> Algorithm:
@@ -194,11 +202,20 @@ class Adapter:
     @cached_property
     def kept(self) -> KeptSupport | None:
         """Those examples as rows with their classes, where hidden states are answered by."""
-        if self.algorithm.keeps != "states":
+        if not self.algorithm.keeps_states or not self.labels:
             return None
+        means = (self.weights or {}).get(MEANS)
+        if means is not None:
+            classes = [number for number, mean in enumerate(means) if mean.any()]  # a label may be without an example
+            return KeptSupport((), classes, means[classes])
         known = list(self.card.labels)
         rows = self.encoder.rows(self.shown, is_label=True)
         return KeptSupport(rows, [known.index(example.target) for example in self.shown])
+
+    @cached_property
+    def _tensors(self) -> Params:
+        """The weights that a forward needs."""
+        return {name: weight for name, weight in (self.weights or {}).items() if name != MEANS}
 
     def _choose(self, asked: Sequence[Example], labels: dict[str, str]) -> list[Prediction]:
         waiting = [self.query(example, list(labels.values())) for example in asked]
@@ -274,7 +291,7 @@ def refuse_misfit(folder: AnyPath, weights: Params, card: AdapterCard, model: "M
         raise RunError(f"{folder}: was learned on {card.model}, not on {name}")
     hooked = model.lm.adapter
     if isinstance(hooked, TaskLoRA):
-        adapted = {weight.rsplit(".lora_", 1)[0] for weight in weights}
+        adapted = {weight.rsplit(".lora_", 1)[0] for weight in weights if not is_readout(weight)}
         fits = adapted <= hooked.linears.keys() and card.lora["alpha"] / card.lora["rank"] == hooked.alpha / hooked.rank
     else:
         fits = isinstance(hooked, TaskPrompt) and card.soft_tokens == hooked.tokens

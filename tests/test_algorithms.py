@@ -10,7 +10,6 @@ from torch import nn
 from rayml.algorithms.base import Algorithm, Turn
 from rayml.algorithms.outer_loop import initial_log_inner_lrs
 from rayml.algorithms.phased_optimizer import PhasedOptimizer, steps_of
-from rayml.algorithms.protonet import SHARPNESS, prototype_logits, prototype_losses
 from rayml.algorithms.registry import REGISTERED, chosen
 from rayml.algorithms.task_weights import RecentGains
 
@@ -145,7 +144,7 @@ def test_without_inner_steps_fomaml_maml_and_what_stands_as_it_is_agree():
             torch.testing.assert_close(found[0].start[name], other.start[name])
 
 
-@pytest.mark.parametrize("name", sorted(REGISTERED.keys() - {"protonet"}))  # its loss is of hidden states
+@pytest.mark.parametrize("name", sorted(REGISTERED.keys() - {"protonet", "proto_maml"}))  # they read hidden states
 def test_a_meta_gradient_is_the_weighted_sum_of_its_tasks(name):
     algorithm = chosen({"name": name})
     whole = run(algorithm)
@@ -207,24 +206,6 @@ def test_patterns_choose_what_the_inner_loop_changes():
     assert chosen.shape == (3, 2)
     assert chosen[0, 0] == pytest.approx(math.log(0.1))
     assert not initial_log_inner_lrs(start, 0.1, ("head",), False)
-
-
-def test_prototypes_against_a_plain_loop_with_rows_of_padding():
-    support, query = drawn(2, 5, 7), drawn(2, 3, 7)
-    classes = torch.tensor([[0, 1, 1, 2, 0], [1, 0, -1, -1, -1]])
-    query_classes = torch.tensor([[2, 0, 1], [1, 0, -1]])
-    expected = []
-    for task, ways in ((0, 3), (1, 2)):
-        unit = nn.functional.normalize(support[task], dim=1)
-        centres = [unit[classes[task] == c].mean(0) for c in range(ways)]
-        found = []
-        for vector, kind in zip(nn.functional.normalize(query[task], dim=1), query_classes[task], strict=True):
-            if kind >= 0:
-                distances = torch.stack([((vector - centre) ** 2).sum() for centre in centres])
-                found.append(-(-SHARPNESS * distances).log_softmax(0)[kind])
-        expected.append(torch.stack(found).mean())
-    torch.testing.assert_close(prototype_losses(support, classes, query, query_classes), torch.stack(expected))
-    assert prototype_logits(support, classes, query, 3)[1, 0, 2] == -torch.inf
 
 
 def test_tasks_that_gained_less_weigh_more():

@@ -10,7 +10,6 @@ from test_lora import one, random_batch, random_rows
 from torch import nn
 
 from rayml.algorithms.inner_loop import InnerLoop, expand
-from rayml.algorithms.protonet import prototype_losses
 from rayml.lm.batch import collate
 from rayml.lm.encode import Encoder
 from rayml.lm.label_trie import IGNORE, token_losses
@@ -139,24 +138,6 @@ def test_in_context_queries_carry_the_support_and_only_their_target_counts(token
     assert text_of(tokenizer, record["query"], 0) == f"{shown}lazy\nLabel: B"
     assert record["query"]["starts"][0] == len(record["query"]["tokens"][0]) - 1
     assert text_of(tokenizer, record["support"], 0) == "the quick brown fox\nLabel: A"
-
-
-def test_prototype_losses_through_the_model_equal_hidden_states_taken_by_hand(tokenizer, lm, tmp_path):
-    encoder = Encoder(tokenizer, "{input}\nLabel:", 64)
-    record = encoder.episode(EPISODE)
-    start = expand(perturbed_start(lm), 2)
-    config = make_config(tmp_path, algorithm={"name": "protonet"})
-    query_losses = config.algorithm.query_losses(*training_sides(lm, [record, record], 1, config))
-    states = {}
-    for side in ("support", "query"):
-        found = []
-        for tokens, first in zip(record[side]["tokens"], record[side]["starts"], strict=True):
-            lm.adapter.adapters = {name: weight[:1] for name, weight in start.items()}
-            found.append(lm.module.model(input_ids=torch.tensor([tokens])).last_hidden_state[0, first - 1])
-        states[side] = torch.stack(found)[None]
-    classes = torch.tensor([[0, 1]]), torch.tensor([[1, 0]])
-    expected = prototype_losses(states["support"], classes[0], states["query"], classes[1])
-    torch.testing.assert_close(query_losses(start), expected.expand(2))
 
 
 # Mode full

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from rayml.algorithms.inner_loop import InnerLoop, Params, TaskLosses
     from rayml.algorithms.meta_gradient import MetaGradient
+    from rayml.algorithms.prototypes import Pooling, Read, Readout
     from rayml.config import Config
     from rayml.tasks.task import Task
 
@@ -38,11 +39,22 @@ class Side(Protocol):
     def classes(self) -> "Tensor":
         """`[T, K]`: each row's class, from 0; -1 for rows of padding."""
 
+    @property
+    def label_tokens(self) -> "Tensor":
+        """`[T, C]`: the first token of each class's label; -1 where a task has no such class."""
+
+    smoothing: float
+    """Share of a target's weight that is spread over its choices."""
+
     def losses(self, weights: "Params") -> "Tensor":
         """Return each task's loss, `[T]`: the mean over its labels, or over the target tokens of free text."""
 
-    def states(self, weights: "Params") -> "Tensor":
-        """Return what the model makes of each prompt, `[T, K, D]`: the last hidden state before the target."""
+    def states(self, weights: "Params", pooling: "Pooling" = "last") -> "Tensor":
+        """Return what the model makes of each prompt, `[T, K, D]`, of unit length: the last hidden state before the
+        target, or the mean of the prompt's."""
+
+    def read(self, weights: "Params", pooling: "Pooling" = "last", label_tokens: "Tensor | None" = None) -> "Read":
+        """Return losses, states, and the log-probabilities of `label_tokens` `[T, C]`, from one forward."""
 
 
 class Asked(Protocol):
@@ -59,11 +71,14 @@ class Asked(Protocol):
     def label_log_probs(self, weights: "Params | None") -> "list[Tensor]":
         """Return the log-probabilities of the labels by their tokens, `[Q, C]` of each task. None: the bare base."""
 
-    def states(self, weights: "Params | None") -> "Tensor":
-        """Return the last hidden state of each query's prompt, `[T, Q, D]`."""
+    def states(self, weights: "Params | None", pooling: "Pooling" = "last") -> "Tensor":
+        """Return what the model makes of each query's prompt, `[T, Q, D]`, as `Side.states`."""
 
-    def support_states(self, weights: "Params | None") -> "Tensor":
-        """Return those of the support that was kept, `[T, K, D]`."""
+    def read(self, weights: "Params | None", pooling: "Pooling" = "last", labels: bool = False) -> "Read":
+        """Return the states, and, with `labels`, the log-probabilities of the labels by their first tokens."""
+
+    def support_states(self, weights: "Params | None", pooling: "Pooling" = "last") -> "Tensor":
+        """Return the states of the support that was kept, `[T, K, D]`."""
 
 
 class Algorithm(Section):
@@ -72,6 +87,11 @@ class Algorithm(Section):
     name: str
     """How the start is learned: a registered name (configs/README.md compares them), or `package.module:Class` of your
     own. Beside it stand the settings of that algorithm."""
+    readout: Literal["labels", "prototypes", "both"] = "labels"
+    """What classes are learned and answered by: the tokens of their labels, prototypes (how near the hidden state
+    before the label is to the mean of each class's examples), or both. Free text is learned by its tokens always."""
+    pooling: Literal["last", "mean"] = "last"
+    """The hidden state that prototypes are made of: that of the prompt's last token, or the mean over its tokens."""
 
     takes_steps: ClassVar[bool] = True
     """A new task is learned by the inner loop; else nothing of it is learned but what is kept."""
@@ -85,6 +105,23 @@ class Algorithm(Section):
     """It differentiates through the inner loop, which keeps the graph of every inner step."""
 
     @property
+    def prototypes(self) -> "Readout | None":
+        """How classes are read, where it is not by label tokens alone."""
+        from rayml.algorithms.prototypes import Readout
+
+        return None if self.readout == "labels" else Readout(self.readout == "both", self.pooling)
+
+    @property
+    def keeps_states(self) -> bool:
+        """Whether answers need hidden states of the support: all of them, or the means of classes."""
+        return self.keeps == "states" or self.readout != "labels"
+
+    @property
+    def scores_options(self) -> bool:
+        """Whether answers need all tokens of every label, and not the prompt alone."""
+        return self.by_tokens and self.readout == "labels"
+
+    @property
     def learned_rates(self) -> Literal["none", "tensor", "weight"]:
         """What has an inner rate of its own that is learned: nothing, each tensor, or each weight."""
         return "none"
@@ -94,8 +131,12 @@ class Algorithm(Section):
         if config.mode == "full" and not self.runs_sharded:
             yield (
                 "algorithm.name: mode=full serves what learns label tokens by first order, with the same rate for all "
-                f"(fomaml, fomaml_plus, reptile, multitask), not {self.name}"
+                f"(fomaml, fomaml_plus, reptile, multitask; readout=labels), not {self.name}"
             )
+        if self.readout != "labels" and self.keeps != "nothing":
+            yield f"algorithm.readout: {self.name} answers in its own way; leave it at labels"
+        if self.readout == "both" and config.data.scoring != "learned":
+            yield "data.scoring: readout=both reads labels as they are learned; use scoring=learned"
         if config.regularize.adversarial and not self.takes_steps:
             yield f"regularize.adversarial: the inner loop of {self.name} knows none"
 
@@ -113,7 +154,7 @@ class Algorithm(Section):
         own, plain = type(self), Algorithm
         is_plain = all(getattr(own, of) is getattr(plain, of) for of in ("meta_gradient", "support_losses"))
         is_plain &= own.query_losses is plain.query_losses
-        return is_plain and self.keeps == "nothing" and self.learned_rates != "weight"
+        return is_plain and not self.keeps_states and self.keeps == "nothing" and self.learned_rates != "weight"
 
     def turns(self, steps: int) -> list[Turn]:
         """Return the minibatches of an episode, in order, with `inner.steps` of `steps`."""
@@ -121,11 +162,11 @@ class Algorithm(Section):
 
     def support_losses(self, support: Side) -> "TaskLosses":
         """Return what an inner step descends, in training and after it; fast weights to `[T]`."""
-        return support.losses
+        return self.prototypes.support_losses(support) if self.prototypes else support.losses
 
     def query_losses(self, support: Side, query: Side) -> "TaskLosses":
         """Return what the meta-gradient is of; fast weights to `[T]`."""
-        return query.losses
+        return self.prototypes.query_losses(support, query, query.smoothing) if self.prototypes else query.losses
 
     def meta_gradient(
         self, support: Side, query: Side, start: "Params", inner: "InnerLoop", weights: "Tensor"
@@ -142,12 +183,16 @@ class Algorithm(Section):
 
     def answer(self, asked: Asked, weights: "Params | None") -> "list[Tensor]":
         """Return the log-probabilities of each query's labels, `[Q, C]` of each task, without gradients."""
-        return asked.label_log_probs(weights)
+        return self.prototypes.answer(asked, weights) if self.prototypes else asked.label_log_probs(weights)
+
+    def kept(self, support: Side, weights: "Params") -> "list[Params]":
+        """Return what answers need of each learned task's support, beside its weights, without gradients."""
+        return self.prototypes.kept(support, weights) if self.prototypes else [{} for _ in support.classes]
 
     def answers_as(self, other: "Algorithm") -> bool:
         """Return whether queries of the two can be answered together, from their rows."""
-        plain = Algorithm.answer
-        return self == other or (type(self).answer is plain and type(other).answer is plain)
+        plain = [type(one).answer is Algorithm.answer and one.readout == "labels" for one in (self, other)]
+        return self == other or all(plain)
 
     def settings(self) -> dict[str, Any]:
         """Return what is set beside the name."""
@@ -161,7 +206,7 @@ class Algorithm(Section):
         """Return how often training runs forward and backward over an episode's support, and over its query."""
         sides = [turn.side for turn in self.turns(steps)]
         query = sides.count("query")
-        return sides.count("support") + query * (self.keeps == "states"), query
+        return sides.count("support") + query * self.keeps_states, query
 
 
 def batches(turns: Sequence[Turn]) -> list[list[Turn]]:

@@ -31,6 +31,7 @@ METHODS = {
     "reptile": Method(("algorithm.name=reptile",)),
     "fomaml": Method(("algorithm.name=fomaml",)),
     "fomaml_plus": Method(("algorithm.name=fomaml_plus",)),
+    "proto_maml": Method(("algorithm.name=proto_maml",)),
     "meta_sgd": Method(("algorithm.name=meta_sgd",)),
     "anil": Method(("algorithm.name=fomaml_plus", "inner.modules=['*.lora_B']")),
     "maml": Method(("algorithm.name=maml", "model.attention=eager")),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rayml.algorithms.inner_loop import Params
+from rayml.algorithms.prototypes import is_readout
 
 OPTIMIZERS: dict[str, Any] = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 
@@ -29,14 +30,15 @@ def outer_schedule(kind: str, warmup_steps: int, steps: int) -> Callable[[int], 
 def initial_log_inner_lrs(
     start: Params, lr: float, modules: Sequence[str], per_weight: bool, factors: Mapping[str, float] | None = None
 ) -> Params:
-    """Return the logarithm of `lr` for each tensor that the inner loop changes.
+    """Return the logarithm of `lr` for each tensor that the inner loop changes: of the adapter alone.
 
     Args:
         modules: patterns of those tensors' names; () for all.
         per_weight: a rate for each weight, as in Meta-SGD, and not one for each tensor.
         factors: on the rates of some tensors.
     """
-    inner = {n: w for n, w in start.items() if not modules or any(fnmatchcase(n, pattern) for pattern in modules)}
+    adapter = {name: weight for name, weight in start.items() if not is_readout(name)}
+    inner = {n: w for n, w in adapter.items() if not modules or any(fnmatchcase(n, pattern) for pattern in modules)}
     logs = {n: math.log(lr * (factors or {}).get(n, 1.0)) for n in inner}
     return {n: torch.full(w.shape if per_weight else (), logs[n], device=w.device) for n, w in inner.items()}
 
@@ -50,9 +52,9 @@ class Learner:
         learn_rates: learn them, too.
         optimizer: of the outer loop.
         lr: outer rate of the start.
-        lr_of_inner_lr: outer rate of the logarithms.
+        lr_of_inner_lr: outer rate of the logarithms: of the rates, and of the readout's factors in the start.
         schedule: factor on both at each step.
-        clip_norm: longest gradient of the start, and of the rates, by its global norm; 0 does not clip.
+        clip_norm: longest gradient of the adapter, of the readout, and of the rates, by its norm; 0 does not clip.
     """
 
     def __init__(
@@ -70,12 +72,12 @@ class Learner:
     ):
         self.start, self.log_inner_lrs = start, log_inner_lrs
         self.clip_norm, self.schedule = clip_norm, schedule
-        self.groups = [(self.start, lr)] + [(self.log_inner_lrs, lr_of_inner_lr)] * learn_rates
+        readout = {name: log for name, log in start.items() if is_readout(name)}
+        adapter = {name: weight for name, weight in start.items() if name not in readout}
+        self.groups = [(adapter, lr, weight_decay)]
+        self.groups += [(logs, lr_of_inner_lr, 0.0) for logs in (readout, log_inner_lrs if learn_rates else {}) if logs]
         self.optimizer = OPTIMIZERS[optimizer](
-            [
-                {"params": list(params.values()), "weight_decay": decay}
-                for (params, _), decay in zip(self.groups, (weight_decay, 0.0), strict=False)
-            ]
+            [{"params": list(params.values()), "weight_decay": decay} for params, _, decay in self.groups]
         )
         self.step = 0
 
@@ -89,9 +91,10 @@ class Learner:
 
         `rate_gradient` may be empty where the rates are not learned.
         """
-        gradients = [start_gradient, {name: g * self.log_inner_lrs[name].exp() for name, g in rate_gradient.items()}]
+        of_log_rates = {name: g * self.log_inner_lrs[name].exp() for name, g in rate_gradient.items()}
         norms = []
-        for (params, lr), gradient, group in zip(self.groups, gradients, self.optimizer.param_groups, strict=False):
+        for (params, lr, _), group in zip(self.groups, self.optimizer.param_groups, strict=True):
+            gradient = of_log_rates if params is self.log_inner_lrs else start_gradient
             group["lr"] = lr * self.schedule(self.step)
             for name, param in params.items():
                 param.grad = gradient[name]
@@ -102,10 +105,10 @@ class Learner:
         return norms[0]
 
     def begin_at(self, start: Params, log_inner_lrs: Params) -> None:
-        """Begin at what was learned before, in place of where an untrained start is."""
+        """Begin at what was learned before, in place of where an untrained start is; what was not stays there."""
         for own, given in ((self.start, start), (self.log_inner_lrs, log_inner_lrs)):
-            for name, param in own.items():
-                param.copy_(given[name])
+            for name in own.keys() & given.keys():
+                own[name].copy_(given[name])
 
     def state(self) -> dict[str, Tensor]:
         """Return everything that the next step depends on, but for `step`, as flat named tensors."""

@@ -17,6 +17,7 @@ REGISTERED = {
     "reptile": "rayml.algorithms.reptile:Reptile",
     "multitask": "rayml.algorithms.multitask:Multitask",
     "metaicl": "rayml.algorithms.metaicl:MetaIcl",
+    "proto_maml": "rayml.algorithms.proto_maml:ProtoMaml",
     "protonet": "rayml.algorithms.protonet:ProtoNet",
 }
 

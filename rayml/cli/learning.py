@@ -53,7 +53,7 @@ def learned(adapter: "Adapter") -> str:
     """Say in one line what an adapter has learned, and how."""
     kind = f"{len(adapter.labels)} labels" if adapter.labels else "free text"
     how = f"loss {adapter.losses[0]:.3f} -> {adapter.losses[-1]:.3f}"
-    if adapter.shown and not adapter.algorithm.takes_steps:
+    if not adapter.algorithm.takes_steps and (adapter.shown or adapter.labels):
         how = f"kept for {'the prompt' if adapter.algorithm.keeps == 'prompt' else 'their hidden states'}"
     return f"learned {adapter.card.name!r}: {adapter.examples} examples, {kind}, {adapter.seconds:.2f} s, {how}"
 

@@ -51,7 +51,7 @@ def seconds_per_token(config: Config, tasks: Sequence[Task]) -> float:
     fast = expand(model.start, 1)
     seconds = 0.0
     for _ in range(2):  # the first warms up
-        batch = side_of(model.lm, model.encoder, [episode], "support").one_a_row
+        batch = side_of(model.lm, model.encoder, [episode], "support").batch
         began = time.perf_counter()
         task_gradients(partial(model.lm.losses, batch=batch), fast)
         seconds = time.perf_counter() - began

@@ -12,7 +12,7 @@ from rayml.lm.encode import Encoder, class_numbers
 from rayml.lm.label_queries import AskedTasks, KeptSupport
 from rayml.lm.model import TaskLM
 from rayml.lm.objective import TaskSide, special_steps
-from rayml.lm.option_scoring import weighted_prompts
+from rayml.lm.option_scoring import prompts_of, weighted_prompts
 from rayml.tasks.episodes import Episode
 
 
@@ -69,15 +69,16 @@ class Scorer:
     ) -> Iterator[Outputs]:
         """Yield what is made of the queries after each number of steps in `at`, in order.
 
-        What takes the support in at once is asked before and after. A start of None is the bare base.
+        What takes the support in at once is asked before and after, and before the first step nothing is known of the
+        support: prototypes come with the steps. A start of None is the bare base.
         """
-        if self.takes_steps and start is not None:
+        if self.takes_steps and start is not None and max(at):
             for step, fast in enumerate(self.adapted(prepared, start, inner_lrs, max(at))):
                 if step in at:
-                    yield prepared.queries.outputs(fast)
+                    yield (prepared.queries if step else prepared.before).outputs(fast)
         else:
             weights = expand(start, len(prepared.episodes)) if start is not None else None
-            yield Queries(self.lm, self.encoder, prepared.episodes).outputs(weights)
+            yield prepared.before.outputs(weights)
             yield prepared.queries.outputs(weights)
 
     def adapted(self, prepared: "Prepared", start: Params, inner_lrs: Params, steps: int) -> Iterator[Params]:
@@ -107,6 +108,14 @@ class Prepared:
     def queries(self) -> "Queries":
         return Queries(self._scorer.lm, self._scorer.encoder, self.episodes, self._scorer.algorithm)
 
+    @cached_property
+    def before(self) -> "Queries":
+        """The queries as they are asked of what has not seen the support."""
+        algorithm, is_label = self._scorer.algorithm, bool(self.episodes[0].labels)
+        if algorithm.keeps == "nothing" and not (is_label and algorithm.keeps_states):
+            return self.queries
+        return Queries(self._scorer.lm, self._scorer.encoder, self.episodes)
+
 
 class Queries:
     """The queries of T episodes, all of label tasks or all of free text, ready to be answered.
@@ -125,17 +134,23 @@ class Queries:
         if not episodes[0].labels:
             self.asked = side_of(lm, encoder, episodes, "query", in_context=keeps == "prompt")
             return
-        own = [encoder.of(e.task, e.kind) for e in episodes]
-        ways = [
-            weighted_prompts(lm, each, e.query, list(e.labels), e.support if keeps == "prompt" else ())
-            for each, e in zip(own, episodes, strict=True)
-        ]
+        both = [(encoder.of(e.task, e.kind), e) for e in episodes]
         kept = [
-            KeptSupport(each.rows(e.support, is_label=True), class_numbers(e, "support"))
-            for each, e in zip(own, episodes, strict=True)
-            if keeps == "states"
+            KeptSupport(own.rows(e.support, is_label=True), class_numbers(e, "support"))
+            for own, e in both
+            if algorithm and algorithm.keeps_states
         ]
-        self.asked = AskedTasks(lm, encoder.pad, ways, kept)
+        options = [len(e.labels) for e in episodes]
+        if algorithm and not algorithm.scores_options:
+            ways = [prompts_of(lm, own, e.query, next(iter(e.labels))) for own, e in both]
+            tokens = [[of[0] for of in own.label_tokens(e.labels, e.support[0])] for own, e in both]
+            self.asked = AskedTasks(lm, encoder.pad, ways, kept, options, tokens)
+        else:
+            shown = [e.support if keeps == "prompt" else () for e in episodes]
+            ways = [
+                weighted_prompts(lm, own, e.query, list(e.labels), of) for (own, e), of in zip(both, shown, strict=True)
+            ]
+            self.asked = AskedTasks(lm, encoder.pad, ways, kept)
 
     @torch.no_grad()
     def outputs(self, weights: Params | None) -> Outputs:

@@ -12,6 +12,7 @@ import torch
 
 from rayml.algorithms.inner_loop import Params
 from rayml.algorithms.outer_loop import initial_log_inner_lrs
+from rayml.algorithms.prototypes import is_readout
 from rayml.errors import ConfigError, RunError
 from rayml.lm.load import check_weights, context_tokens, load_shape, load_tokenizer, resolve_model
 from rayml.lm.lora import A, B, find_linears
@@ -153,6 +154,7 @@ def refuse_unlike_peft(folder: Path, lm: TaskLM, weights: Params, lora: dict[str
 
     A short inner loop may leave them too small to tell, so one of random weights is tried, too.
     """
+    weights = {name: weight for name, weight in weights.items() if not is_readout(name)}
     if lm.adapter and not (same_in_peft(lm, weights, folder) and as_in_peft(lm, base, lora, weights)):
         raise RunError(
             f"{type(lm.module).__name__} with this adapter is another model in PEFT, so it is not written; see "

@@ -44,7 +44,9 @@ class TaskBatch:
     targets, in order, is chosen among, filled up with IGNORE; None, or a row of IGNORE: the whole vocabulary.
     `position_ids`, where rows hold several examples each: `[T * K, L]` int64, each token's position in its own example.
     `frozen`: what the layers below the adapted ones make of the tokens, `[T * K, L, D]`, once a forward has put it
-    there. `examples`: the row, the position in it, and the tokens of each example.
+    there. `examples`: the row, the position in it, and the tokens of each example. `prompts` `[T, K, 2]` int64: the
+    first and the last position, in the flattened tokens, of each example's prompt, in the task's own order; 0 and 0 for
+    padding.
     """
 
     tokens: Tensor
@@ -54,13 +56,13 @@ class TaskBatch:
     position_ids: Tensor | None = None
     frozen: list[Tensor] = field(default_factory=list, compare=False)
     examples: tuple[tuple[int, int, tuple[int, ...]], ...] = ()
+    prompts: Tensor | None = None
 
     def to(self, device: torch.device) -> "TaskBatch":
-        allowed, position_ids = (
-            None if part is None else part.to(device) for part in (self.allowed, self.position_ids)
-        )
+        parts = self.allowed, self.position_ids, self.prompts
+        allowed, position_ids, prompts = (None if part is None else part.to(device) for part in parts)
         tokens, targets = self.tokens.to(device), self.targets.to(device)
-        return TaskBatch(tokens, targets, self.tasks, allowed, position_ids, examples=self.examples)
+        return TaskBatch(tokens, targets, self.tasks, allowed, position_ids, examples=self.examples, prompts=prompts)
 
     def take(self, rows: slice) -> "TaskBatch":
         """Return some rows of a batch of one task, of one example each."""
@@ -136,6 +138,7 @@ def collate(
     tokens = torch.full((len(tasks), rows, length), pad, dtype=torch.int64)
     targets = torch.full((len(tasks), rows, length), IGNORE, dtype=torch.int64)
     position_ids = torch.zeros(len(tasks), rows, length, dtype=torch.int64)
+    prompts = torch.zeros(len(tasks), max(map(len, tasks)), 2, dtype=torch.int64)
     allowed: list[list[int]] = []
     held: list[tuple[int, int, tuple[int, ...]]] = []
     for t, task in enumerate(packing):
@@ -146,6 +149,7 @@ def collate(
                 tokens[t, k, begin:end] = torch.tensor(one.tokens)
                 position_ids[t, k, begin:end] = torch.arange(len(one.tokens))
                 targets[t, k, first : first + len(one.targets)] = torch.tensor(one.targets)
+                prompts[t, one.number] = (t * rows + k) * length + torch.tensor([begin, first])
                 allowed += one.allowed
                 held.append((t * rows + k, begin, tuple(one.tokens)))
                 begin = end
@@ -156,6 +160,7 @@ def collate(
         allowed_grid(allowed),
         None if packing is one_each else position_ids.flatten(0, 1),
         examples=tuple(held),
+        prompts=prompts,
     )
 
 
@@ -170,15 +175,17 @@ class Reading:
     """What each position from there on predicts; IGNORE for nothing."""
     allowed: list[list[int]]
     """Of each target that is something."""
+    number: int = 0
+    """Of the row in its task."""
 
 
 def readings(task: Sequence[TokenRow], labels: Sequence[Label]) -> list[Reading]:
     """Return what is read of a task's rows, whose targets compete with its labels, or with the whole vocabulary."""
     among = label_trie(labels) if labels else None
-    return [reading(row, among) for row in task]
+    return [reading(row, among, number) for number, row in enumerate(task)]
 
 
-def reading(row: TokenRow, among: LabelTrie | None) -> Reading:
+def reading(row: TokenRow, among: LabelTrie | None, number: int) -> Reading:
     """Return a row up to the last token that a target is predicted from; all of it, where it has no target."""
     target, first = row.tokens[row.start :], row.start - 1
     if among:
@@ -188,7 +195,7 @@ def reading(row: TokenRow, among: LabelTrie | None) -> Reading:
         target = [IGNORE if position in row.loss_masked else token for position, token in enumerate(target, row.start)]
         allowed = [[] for token in target if token != IGNORE]
     read = row.tokens[: first + len(target) if target else None]
-    return Reading([*read, *row.suffix], first, target, allowed)
+    return Reading([*read, *row.suffix], first, target, allowed, number)
 
 
 Packing = Sequence[Sequence[Sequence[Reading]]]

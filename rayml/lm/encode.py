@@ -175,8 +175,12 @@ class Encoder:
         Args:
             like: an example of the task, where inputs have parts; its texts do not matter.
         """
+        return self.told_apart(self.label_tokens(labels, like))
+
+    def label_tokens(self, labels: Iterable[str], like: Example = NO_TEXT) -> list[list[int]]:
+        """Return each label's tokens, as they stand behind the prompt; `like` as in `competing`."""
         rows = [self.row(relabel(blank(like), label), is_label=True) for label in labels]
-        return self.told_apart([row.tokens[row.start :] for row in rows])
+        return [row.tokens[row.start :] for row in rows]
 
     def told_apart(self, labels: list[list[int]]) -> list[list[int]]:
         """Return the labels' tokens if labels are to be chosen among, and can be, else none."""

@@ -26,6 +26,12 @@ START_EPISODES = 16
 
 def untrained_start(config: Config, lm: TaskLM, encoder: Encoder, tasks: Sequence[Task]) -> Params:
     """Return where meta-training on these tasks begins, in fp32: for one seed the same for any number of workers."""
+    readout = config.algorithm.prototypes
+    return adapter_start(config, lm, encoder, tasks) | (readout.start() if readout else {})
+
+
+def adapter_start(config: Config, lm: TaskLM, encoder: Encoder, tasks: Sequence[Task]) -> Params:
+    """Return what `untrained_start` does of the adapter, or, in mode full, of the model."""
     if lm.adapter is None:
         return {name: p.detach().float().clone() for name, p in trained_parameters(lm.module, config.full).items()}
     words = isinstance(lm.adapter, TaskPrompt) and config.soft_prompt.start == "words"

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from rayml.algorithms.inner_loop import Params
+from rayml.algorithms.prototypes import Pooling, Read
 from rayml.lm.batch import TaskBatch, TokenRow, collate
 from rayml.lm.model import TaskLM
 from rayml.lm.objective import class_grid
@@ -30,6 +31,7 @@ class AskedTasks:
         tasks: each task's prompt ensemble; its options are the labels.
         kept: each task's support, where the algorithm keeps hidden states.
         options: how many labels each task has, where rows are of one alone: their tokens then cannot be scored.
+        label_tokens: the first token of each of them, where that is read.
     """
 
     def __init__(
@@ -39,11 +41,13 @@ class AskedTasks:
         tasks: Sequence[WeightedPrompts],
         kept: Sequence[KeptSupport] = (),
         options: Sequence[int] | None = None,
+        label_tokens: Sequence[Sequence[int]] = (),
     ):
         self.lm, self.pad, self.tasks, self.kept = lm, pad, tasks, kept
         queries = [task[0][1] for task in tasks]
         options = [len(of[0].rows) for of in queries] if options is None else options
         self.shape = [(len(of), count) for of, count in zip(queries, options, strict=True)]
+        self._label_tokens = label_tokens
 
     @cached_property
     def _ensemble(self) -> PromptEnsemble:
@@ -51,7 +55,10 @@ class AskedTasks:
 
     @cached_property
     def _prompts(self) -> TaskBatch:
-        return self._one_a_row([[query.rows[0] for query in task[0][1]] for task in self.tasks])
+        asked = [[query.rows[0] for query in task[0][1]] for task in self.tasks]
+        return self._one_a_row(
+            [[TokenRow(r.tokens[: r.start], r.start, suffix=r.suffix) for r in rows] for rows in asked]
+        )
 
     @cached_property
     def _kept_rows(self) -> TaskBatch:
@@ -68,12 +75,17 @@ class AskedTasks:
         return self._ensemble.log_probs(weights)
 
     @torch.no_grad()
-    def states(self, weights: Params | None) -> Tensor:
-        return self.lm.states(weights, self._prompts)
+    def states(self, weights: Params | None, pooling: Pooling = "last") -> Tensor:
+        return self.lm.states(weights, self._prompts, pooling)
 
     @torch.no_grad()
-    def support_states(self, weights: Params | None) -> Tensor:
+    def read(self, weights: Params | None, pooling: Pooling = "last", labels: bool = False) -> Read:
+        tokens = class_grid(self._label_tokens).to(self.lm.device) if labels else None
+        return self.lm.read(weights, self._prompts, pooling, tokens)
+
+    @torch.no_grad()
+    def support_states(self, weights: Params | None, pooling: Pooling = "last") -> Tensor:
         known = [one.states for one in self.kept if one.states is not None]
         if len(known) == len(self.kept):
             return torch.nn.utils.rnn.pad_sequence(known, batch_first=True)
-        return self.lm.states(weights, self._kept_rows)
+        return self.lm.states(weights, self._kept_rows, pooling)

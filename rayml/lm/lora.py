@@ -168,8 +168,7 @@ def side_by_side(adapters: Sequence[Params | None]) -> Params | None:
     stacked = {n: like.new_zeros(len(adapters), *map(max, zip(*found, strict=True))) for n, found in shapes.items()}
     for index, adapter in enumerate(adapters):
         for name, weight in (adapter or {}).items():
-            rows, columns = weight.shape
-            stacked[name][index, :rows, :columns] = weight
+            stacked[name][index][tuple(map(slice, weight.shape))] = weight
     return stacked
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from rayml.algorithms.inner_loop import Params
+from rayml.algorithms.prototypes import Pooling, Read, label_log_probs
 from rayml.lm.batch import TaskBatch, TokenRow, collate
 from rayml.lm.frozen import FrozenLayers, KnownStates, blocks
 from rayml.lm.label_trie import IGNORE, token_losses
@@ -35,6 +36,7 @@ class TaskLM:
         is_masked = type(getattr(module, "module", module)).__name__.endswith("ForMaskedLM")
         self.pad: int | None = config.pad_token_id if is_masked else None
         self._positions: Tensor | None = None
+        self._hidden: list[Tensor] | None = None
         self._frozen = frozen_layers(module, adapter)
         self.known: KnownStates | None = None
         """What the layers below the adapted ones make of examples that come back; None, and nothing is kept."""
@@ -90,6 +92,8 @@ class TaskLM:
         if self._positions is None:
             return inputs
         (hidden,) = inputs
+        if self._hidden is not None:
+            self._hidden.append(hidden)
         return (hidden.flatten(0, 1)[self._positions],)
 
     def logits_at(
@@ -98,6 +102,7 @@ class TaskLM:
         weights: Params | None,
         tokens: Tensor,
         frozen: list[Tensor] | None = None,
+        hidden: list[Tensor] | None = None,
         **inputs: Any,
     ) -> Tensor:
         """Return the logits at some positions of the flattened `tokens` `[N, L]`, `[M]` to `[M, V]`.
@@ -107,9 +112,10 @@ class TaskLM:
         Args:
             frozen: where the output of the layers below the first adapted one is kept for the next call with the
                 same tokens; None forgets it.
+            hidden: is given what the output layer would see everywhere, `[N, L, D]`.
             inputs: what else the model takes, such as a cache of keys and values.
         """
-        self._positions = positions
+        self._positions, self._hidden = positions, hidden
         seen = {"use_cache": False} if self.pad is None else {"attention_mask": (tokens != self.pad).long()}
         inputs = {"input_ids": tokens} | seen | inputs
         try:
@@ -121,7 +127,7 @@ class TaskLM:
             with self._frozen.known(frozen) if self._frozen else nullcontext():
                 return self.module(**inputs).logits
         finally:
-            self._positions = None
+            self._positions = self._hidden = None
 
     @property
     def has_frozen_layers(self) -> bool:
@@ -154,22 +160,35 @@ class TaskLM:
         positions = (batch.targets.flatten() != IGNORE).nonzero().squeeze(1)
         return self.logits_at(positions, weights, batch.tokens, self.slot(batch), **position_inputs(batch)), positions
 
-    def states(self, weights: Params | None, batch: TaskBatch) -> Tensor:
-        """Return what the model makes of each prompt, `[T, K, D]` in fp32: the last hidden state before the target.
+    def states(self, weights: Params | None, batch: TaskBatch, pooling: Pooling = "last") -> Tensor:
+        """Return what the model makes of each prompt, `[T, K, D]` in fp32: hidden states as `pooled` has them."""
+        assert batch.prompts is not None
+        hidden: list[Tensor] = []
+        ends = batch.prompts[..., 1].flatten()
+        self.logits_at(ends, weights, batch.tokens, self.slot(batch), hidden, **position_inputs(batch))
+        return pooled(hidden[0], batch.prompts, pooling)
 
-        For a batch of one example a row.
-        """
-        assert batch.position_ids is None
-        first = (batch.targets != IGNORE).int().argmax(1)  # 0 for rows of padding
-        rows, length = batch.tokens.shape
-        seen: list[Tensor] = []
-        hook = self.module.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-        try:
-            ends = torch.arange(rows, device=first.device) * length + first
-            self.logits_at(ends, weights, batch.tokens, self.slot(batch))
-        finally:
-            hook.remove()
-        return seen[0].float().view(batch.tasks, -1, seen[0].shape[-1])
+    def read(
+        self,
+        weights: Params | None,
+        batch: TaskBatch,
+        pooling: Pooling = "last",
+        label_tokens: Tensor | None = None,
+        smoothing: float = 0.0,
+    ) -> Read:
+        """Return losses and states by one forward, and, of `label_tokens` `[T, C]`, the log-probabilities."""
+        assert batch.prompts is not None
+        targets, hidden = batch.targets.flatten(), list[Tensor]()
+        positions, ends = (targets != IGNORE).nonzero().squeeze(1), batch.prompts[..., 1]
+        position_ids, found = torch.cat([positions, ends.flatten()]).unique(return_inverse=True)
+        of_targets, of_ends = found[: len(positions)], found[len(positions) :].view_as(ends)
+        logits = self.logits_at(position_ids, weights, batch.tokens, self.slot(batch), hidden, **position_inputs(batch))
+        losses = token_losses(logits, targets[positions], batch.allowed, smoothing, of_targets)
+        by_label = None
+        if label_tokens is not None:
+            at_labels = logits[of_ends.unsqueeze(2), label_tokens.clamp(min=0).unsqueeze(1)]
+            by_label = label_log_probs(at_labels, label_tokens)
+        return Read(mean_by_task(losses, positions, batch), pooled(hidden[0], batch.prompts, pooling), by_label)
 
     @torch.no_grad()
     def target_inputs(self, batch: TaskBatch) -> Params:
@@ -236,7 +255,23 @@ def mean_by_task(losses: Tensor, positions: Tensor, batch: TaskBatch) -> Tensor:
     """Return each task's mean, `[T]`, of the target tokens' losses `[M]` at `positions` `[M]`."""
     task = positions // (batch.tokens.numel() // batch.tasks)
     total = torch.zeros(batch.tasks, device=losses.device).index_add(0, task, losses)
-    return total / batch.counted().view(batch.tasks, -1).sum(1)
+    return total / batch.counted().view(batch.tasks, -1).sum(1).clamp(min=1)
+
+
+def pooled(hidden: Tensor, prompts: Tensor, pooling: Pooling) -> Tensor:
+    """Return a vector of unit length, in fp32, for each prompt, `[T, K, D]`: of its last token, or its tokens' mean.
+
+    Args:
+        hidden: `[N, L, D]`.
+        prompts: `[T, K, 2]`, as in `TaskBatch`.
+    """
+    flat, (begin, end) = hidden.flatten(0, 1), prompts.unbind(-1)
+    if pooling == "last":
+        return nn.functional.normalize(flat[end].float(), dim=-1)
+    position_ids = begin.unsqueeze(-1) + torch.arange(int((end - begin).max()) + 1, device=begin.device)
+    inside = position_ids <= end.unsqueeze(-1)
+    total = (flat[position_ids.where(inside, begin.unsqueeze(-1))] * inside.unsqueeze(-1)).float().sum(2)
+    return nn.functional.normalize(total, dim=-1)
 
 
 def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:

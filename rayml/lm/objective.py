@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rayml.algorithms.inner_loop import Params, TaskLosses
+from rayml.algorithms.prototypes import Pooling, Read
 from rayml.config import Config
 from rayml.lm.adversarial import adversarial
 from rayml.lm.batch import TaskBatch, TokenRow, collate
@@ -49,18 +50,27 @@ class TaskSide:
         return collate(self.tasks, self.pad, self.labels, self.packs).to(self.lm.device)
 
     @cached_property
-    def one_a_row(self) -> TaskBatch:
-        return collate(self.tasks, self.pad, self.labels).to(self.lm.device)
+    def classes(self) -> Tensor:
+        both = zip(self.tasks, self.row_classes, strict=True)
+        return class_grid([classes or [-1] * len(rows) for rows, classes in both]).to(self.lm.device)
 
     @cached_property
-    def classes(self) -> Tensor:
-        return class_grid(self.row_classes).to(self.lm.device)
+    def label_tokens(self) -> Tensor:
+        """`[T, C]`: the first token of each class's label, by the rows themselves; -1 where there is no such class."""
+        found = []
+        for rows, classes in zip(self.tasks, self.row_classes, strict=True):
+            first = {number: row.tokens[row.start] for row, number in zip(rows, classes, strict=bool(classes))}
+            found.append([first.get(number, -1) for number in range(max(first, default=0) + 1)])
+        return class_grid(found).to(self.lm.device)
 
     def losses(self, weights: Params) -> Tensor:
         return self.lm.losses(weights, self.batch, self.smoothing)
 
-    def states(self, weights: Params) -> Tensor:
-        return self.lm.states(weights, self.one_a_row)
+    def states(self, weights: Params, pooling: Pooling = "last") -> Tensor:
+        return self.lm.states(weights, self.batch, pooling)
+
+    def read(self, weights: Params, pooling: Pooling = "last", label_tokens: Tensor | None = None) -> Read:
+        return self.lm.read(weights, self.batch, pooling, label_tokens, self.smoothing)
 
 
 def training_sides(
@@ -102,4 +112,5 @@ def side_batch(episodes: Sequence[dict[str, Any]], side: str, pad: int, packs: b
 
 def class_grid(classes: Sequence[Sequence[int]]) -> Tensor:
     """Return the class of every row of T tasks, `[T, K]`, -1 for rows of padding."""
-    return torch.nn.utils.rnn.pad_sequence([torch.tensor(c) for c in classes], batch_first=True, padding_value=-1)
+    rows = [torch.tensor(of, dtype=torch.int64) for of in classes]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)

@@ -1,7 +1,7 @@
 """Choose among options by their log-probability, for T tasks at once."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, chain
 
 import torch
@@ -149,7 +149,7 @@ class OptionBatch:
         """Return, for each task, `[queries, options]`: log-probability of the options, normalized over them."""
         batch = self.batch
         slot = batch.frozen if self.inputs else self.lm.slot(batch)  # what is forked sees otherwise than alone
-        logits = self.lm.logits_at(self.positions, weights, batch.tokens, slot, **self.inputs)
+        logits = self.lm.logits_at(self.positions, weights, batch.tokens, slot, None, **self.inputs)
         losses = token_losses(logits, self.targets, self.allowed, rows=self.position_of)
         scores = torch.zeros(len(self.divisors), device=losses.device).index_add(0, self.option_of, -losses)
         per_task = (scores / self.divisors).split([queries * options for queries, options in self.shape])
@@ -169,6 +169,11 @@ def weighted_prompts(
     """Return what is asked about some inputs of a task, as `Encoder.questions` does, ready to be run."""
     found = encoder.ensemble_rows(examples, options, shown)
     return [(share, [OptionQuery(rows, encoder, lm.forks) for rows in queries]) for share, queries in found]
+
+
+def prompts_of(lm: TaskLM, encoder: Encoder, examples: Sequence[Example], label: str) -> WeightedPrompts:
+    """Return what is run of some inputs where no option is scored: the first prompt alone, behind any label's row."""
+    return weighted_prompts(lm, replace(encoder, scoring="learned", ensemble=()), examples, [label])
 
 
 class PromptEnsemble:

@@ -2,7 +2,7 @@
 
 In mode adapters `adapter_config.json` and `adapter_model.safetensors`, which PEFT, vLLM and LoRAX load; in mode full a
 whole Hugging Face model. Beside a task's lies `rayml.json`: how examples were shown to the model, and the user's own
-labels.
+labels; and `readout.safetensors`, where prototypes are answered by.
 """
 
 import json
@@ -14,13 +14,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rayml.algorithms.inner_loop import Params
+from rayml.algorithms.prototypes import MEANS, is_readout
 from rayml.errors import RunError
 from rayml.lm.encode import Encoder
 from rayml.lm.lora import layer_number
 from rayml.lm.soft_prompt import PROMPT
 from rayml.tasks.task import Example
 
-CARD, WEIGHTS = "rayml.json", "adapter_model.safetensors"
+CARD, WEIGHTS, READOUT = "rayml.json", "adapter_model.safetensors", "readout.safetensors"
 PREFIX = "base_model.model."
 PROMPT_KEY = "prompt_embeddings"
 
@@ -51,6 +52,8 @@ class AdapterCard:
     """Of each example in `shown`, where its input has parts."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Of the algorithm."""
+    label_tokens: list[int] = field(default_factory=list)
+    """The first token of each label, where prototypes are answered by."""
 
     def examples(self) -> list[Example]:
         """Return the examples in `shown`."""
@@ -80,6 +83,8 @@ def write_card(folder: Path, card: AdapterCard) -> None:
 def save_adapter(folder: Path, weights: Params, lora: dict[str, Any], base: str, is_masked: bool = False) -> None:
     """Write one adapter as a stock PEFT folder: LoRA, `[r, in]` and `[out, r]` each, or prompt tuning, `[P, d]`.
 
+    The prototypes of a task, and what is learned of its readout, lie beside it.
+
     Args:
         lora: its shape (`AdapterCard.lora`); nothing of a soft prompt.
         base: where `base_model_name_or_path` is to point.
@@ -87,6 +92,8 @@ def save_adapter(folder: Path, weights: Params, lora: dict[str, Any], base: str,
     from peft import LoraConfig, PeftConfig, PromptTuningConfig  # slow to import, and only needed to write
 
     folder.mkdir(parents=True, exist_ok=True)
+    readout = {name: weight for name, weight in weights.items() if is_readout(name)}
+    weights = {name: weight for name, weight in weights.items() if name not in readout}
     kind = None if is_masked else "CAUSAL_LM"  # PEFT knows no masked ones, and wraps any model then
     common: dict[str, Any] = {"task_type": kind, "base_model_name_or_path": base, "inference_mode": True}
     if not lora:
@@ -107,8 +114,10 @@ def save_adapter(folder: Path, weights: Params, lora: dict[str, Any], base: str,
         )
         tensors = {f"{PREFIX}{name}.weight": weight for name, weight in weights.items()}
     peft.save_pretrained(str(folder))
-    whole = {name: weight.detach().cpu().contiguous() for name, weight in tensors.items()}
-    save_file(whole, folder / WEIGHTS, metadata={"format": "pt"})
+    for file, held in ((WEIGHTS, tensors), (READOUT, readout if MEANS in readout else {})):
+        whole = {name: weight.detach().cpu().contiguous() for name, weight in held.items()}
+        if whole:
+            save_file(whole, folder / file, metadata={"format": "pt"})
 
 
 def peft_logits(module: Any, folder: Path, tokens: Tensor) -> Tensor:
@@ -153,6 +162,8 @@ def load_learned(folder: Path) -> tuple[Params, AdapterCard, str | None]:
         if not card.lora and not card.soft_tokens:
             return {}, card, str(folder)
         tensors = load_file(folder / WEIGHTS)
+        if (folder / READOUT).exists():
+            tensors |= load_file(folder / READOUT)
     except (OSError, ValueError, TypeError) as error:
         raise RunError(f"{folder}: no adapter that `rayml adapt` wrote: {error}") from error
     return {weight_name(key): tensor.float() for key, tensor in tensors.items()}, card, None

@@ -24,6 +24,7 @@ class Query:
         algorithm: answers.
         kept: the task's support, where the algorithm keeps hidden states; they are taken once.
         classes: of that support, those that are options.
+        label_tokens: the first token of each option, where that is read.
     """
 
     def __init__(
@@ -33,9 +34,10 @@ class Query:
         algorithm: Algorithm,
         kept: KeptSupport | None = None,
         classes: Sequence[int] = (),
+        label_tokens: Sequence[int] = (),
     ):
         self.prompts, self.weights, self.algorithm = prompts, weights, algorithm
-        self.kept, self.classes = kept, tuple(classes)
+        self.kept, self.classes, self.label_tokens = kept, tuple(classes), tuple(label_tokens)
 
     @property
     def options(self) -> int:
@@ -86,7 +88,8 @@ def log_probs(lm: TaskLM, pad: int, queries: Sequence[Query]) -> list[Tensor]:
     groups = [queries] if alike else [[query] for query in queries]
     tasks = [together([query.prompts for query in group]) for group in groups]
     kept = [support for group in groups if (support := group[0].support())]
-    asked = AskedTasks(lm, pad, tasks, kept, [group[0].options for group in groups])
+    options, label_tokens = zip(*((group[0].options, group[0].label_tokens) for group in groups), strict=True)
+    asked = AskedTasks(lm, pad, tasks, kept, options, label_tokens)
     found = first.algorithm.answer(asked, side_by_side([group[0].weights for group in groups]))
     return [scores for task in found for scores in task]
 
@@ -97,7 +100,7 @@ def _take_states(lm: TaskLM, pad: int, queries: Sequence[Query]) -> None:
         kept = query.kept
         if kept and kept.states is None:
             asked = AskedTasks(lm, pad, [query.prompts], [kept])
-            kept.states = asked.support_states(side_by_side([query.weights]))[0]
+            kept.states = asked.support_states(side_by_side([query.weights]), query.algorithm.pooling)[0]
 
 
 def together(inputs: Sequence[WeightedPrompts]) -> WeightedPrompts:

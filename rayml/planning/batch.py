@@ -57,7 +57,7 @@ def largest_pass(config: Config, target_tokens: int) -> Pass:
         rows = max(of_side[turn.side] for turn in turns)
     if algorithm.keeps == "prompt":
         length *= support + 1
-    if algorithm.keeps == "states":
+    if algorithm.keeps_states:
         rows = support + query
     if config.mode == "full" and config.engine == "zero":
         rows = math.ceil(rows / config.fewest_workers)

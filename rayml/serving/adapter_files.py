@@ -17,17 +17,20 @@ from safetensors import SafetensorError, safe_open
 
 from rayml.algorithms.base import Algorithm
 from rayml.algorithms.inner_loop import Params
+from rayml.algorithms.prototypes import MEANS, MIX, SCALE
 from rayml.algorithms.registry import trusted
 from rayml.errors import ConfigError, RunError
 from rayml.lm.lora import A, B
-from rayml.lm.peft_files import CARD, PREFIX, PROMPT_KEY, WEIGHTS, AdapterCard
+from rayml.lm.peft_files import CARD, PREFIX, PROMPT_KEY, READOUT, WEIGHTS, AdapterCard
 from rayml.lm.soft_prompt import PROMPT
 from rayml.tasks.templates import compiled
 
 CONFIG = "adapter_config.json"
-FILES = CONFIG, WEIGHTS, CARD
+FILES = CONFIG, WEIGHTS, CARD, READOUT
 MOST_CONFIG_BYTES = 1_000_000
 MOST_PROMPTS = 16
+MOST_LOG = 20
+"""Of a readout's scale, and of its mix."""
 # What a PEFT LoRA may ask for beyond A and B, which the task-batched layer does not do.
 UNSUPPORTED = (
     "use_dora",
@@ -60,6 +63,9 @@ class Fits:
     """The run's: what adapters may have been learned by, beside what comes with rayml."""
     prompt_width: int = 0
     """Of the embeddings, where soft prompts are served; else LoRA is."""
+    hidden_size: int = 0
+    """Of the states that prototypes are made of."""
+    vocabulary: int = 0
 
 
 def read_adapter(folder: Path, fits: Fits) -> tuple[Params, AdapterCard]:
@@ -83,6 +89,7 @@ def read_adapter(folder: Path, fits: Fits) -> tuple[Params, AdapterCard]:
         scale = _check_config(config, fits)
         weights = _read_weights(folder / WEIGHTS, fits, config["r"])
     card = _read_card(folder / CARD)
+    weights |= _read_readout(folder / READOUT, card, fits)
     # The layer scales every adapter alike, so what this one asks for beyond that goes into B.
     extra = scale / fits.scale
     weights = {name: weight * extra if name.endswith(B) and extra != 1 else weight for name, weight in weights.items()}
@@ -98,8 +105,30 @@ def _check_algorithm(card: AdapterCard, fits: Fits) -> None:
         algorithm = trusted(card.algorithm, card.settings, fits.algorithm)
     except ConfigError as error:
         raise RunError(str(error)) from None
-    if algorithm.keeps == "states" and not (card.shown and card.labels):
+    if algorithm.keeps_states and not (card.labels and (card.shown or card.label_tokens)):
         raise RunError(f"{CARD} keeps no examples, which {algorithm.name} answers by")
+
+
+def _read_readout(path: Path, card: AdapterCard, fits: Fits) -> Params:
+    """Return a task's prototypes and what weighs them, where it has some."""
+    if not card.label_tokens:
+        return {}
+    try:
+        with safe_open(path, "pt") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+            classes = shapes.get(MEANS, [0])[0]
+            wanted = {SCALE: [], MIX: [], MEANS: [classes, fits.hidden_size]}
+            if not 1 <= classes <= len(card.labels) or any(wanted.get(name) != shape for name, shape in shapes.items()):
+                raise RunError(f"{READOUT} holds {shapes}; expected {MEANS} of {len(card.labels)} x {fits.hidden_size}")
+            found = {name: file.get_tensor(name).float() for name in shapes}
+        if any(abs(found[name]) > MOST_LOG for name in (SCALE, MIX) if name in found):
+            raise RunError(f"{READOUT} has a scale or a mix beyond all measure")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise RunError(f"{READOUT} is no safetensors file: {error}") from None
+    unknown = any(not 0 <= token < fits.vocabulary for token in card.label_tokens)
+    if unknown or len(card.label_tokens) != len(card.labels):
+        raise RunError(f"{CARD} has label_tokens that are not one token of this base for each label")
+    return found
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from rayml.algorithms.inner_loop import Params
+from rayml.algorithms.prototypes import is_readout
 from rayml.config import Config
 from rayml.errors import RunError
 from rayml.lm.abilities import refuse_unable
@@ -46,8 +47,18 @@ def fits_of(config: Config, base: str, module: Any, limits: Adapters) -> Fits:
     """
     linears = {name: (one.out_features, one.in_features) for name, one in all_linears(module).items()}
     scale = config.lora.alpha / config.lora.rank
-    width = module.get_input_embeddings().embedding_dim if config.soft_tokens else 0
-    return Fits((config.model.name, base), linears, scale, limits.most_rank, limits.most_bytes, config.algorithm, width)
+    width, head = module.get_input_embeddings().embedding_dim, module.get_output_embeddings()
+    return Fits(
+        (config.model.name, base),
+        linears,
+        scale,
+        limits.most_rank,
+        limits.most_bytes,
+        config.algorithm,
+        prompt_width=width if config.soft_tokens else 0,
+        hidden_size=head.in_features,
+        vocabulary=head.out_features,
+    )
 
 
 def refuse_unlike_peft(folder: Path, weights: Params, config: Config, base: str, fits: Fits) -> None:
@@ -58,6 +69,7 @@ def refuse_unlike_peft(folder: Path, weights: Params, config: Config, base: str,
     module = small_copy(base, "eager")
     if module is None:
         return
+    weights = {name: weight for name, weight in weights.items() if not is_readout(name)}
     lora = {} if config.soft_tokens else {"targets": linear_kinds(module), "rank": 1, "alpha": fits.scale}
     lm = TaskLM(module, hooks(module, lora, next(iter(weights.values())).shape[0] if config.soft_tokens else 0))
     if not same_in_peft(lm, weights, folder):

@@ -1,0 +1,303 @@
+"""Prototypes as a readout: against plain loops, and through the model against one example, and one task, at a time."""
+
+import math
+
+import pytest
+import torch
+from conftest import make_config, perturbed_start, tiny_lm
+from torch import nn
+
+from rayml.algorithms.inner_loop import InnerLoop, expand
+from rayml.algorithms.outer_loop import Learner, initial_log_inner_lrs, outer_schedule
+from rayml.algorithms.prototypes import (
+    MIX,
+    SCALE,
+    class_losses,
+    label_log_probs,
+    leave_one_out,
+    logits,
+    prototypes,
+    squared_distances,
+)
+from rayml.algorithms.registry import chosen
+from rayml.lm.batch import TokenRow
+from rayml.lm.objective import TaskSide
+
+GENERATOR = torch.Generator().manual_seed(0)
+CLASSES = torch.tensor([[0, 1, 1, 2, 0, 0], [1, 0, 0, -1, -1, -1], [-1] * 6])
+"""Of three tasks: three classes, of which one has one example; two; and free text."""
+
+
+def drawn(*shape):
+    return torch.randn(*shape, generator=GENERATOR, dtype=torch.float64)
+
+
+def unit(*shape):
+    return nn.functional.normalize(drawn(*shape), dim=-1)
+
+
+def test_logits_are_those_of_a_plain_loop_with_rows_of_padding():
+    support, query, labels = unit(3, 6, 7), unit(3, 4, 7), drawn(3, 4, 3)
+    weights = {SCALE: torch.tensor([5.0, 7.0, 1.0]).double().log(), MIX: torch.tensor([0.5, 2.0, 1.0]).double().log()}
+    found = prototypes(support, CLASSES)
+    scores = logits(squared_distances(query, found), found.counts, weights, labels)
+    for task, (ways, scale, mix) in enumerate(((3, 5.0, 0.5), (2, 7.0, 2.0))):
+        for q in range(4):
+            for c in range(ways):
+                mean = torch.stack([h for h, k in zip(support[task], CLASSES[task], strict=True) if k == c]).mean(0)
+                expected = -scale * (query[task, q] - mean).square().sum() + mix * labels[task, q, c]
+                torch.testing.assert_close(scores[task, q, c], expected)
+    assert torch.equal(scores[1, :, 2], torch.full((4,), -math.inf).double())
+    assert scores[2].isfinite().all()  # free text has no class: nothing of it counts, and nothing is not a number
+
+
+def test_leave_one_out_is_the_mean_of_the_others_and_so_is_its_gradient():
+    states = unit(1, 6, 7).requires_grad_()
+    classes = CLASSES[:1]
+    found = prototypes(states, classes)
+    ours = leave_one_out(squared_distances(states, found), classes, found.counts)
+    for k in range(6):
+        for c in range(3):
+            others = [states[0, i] for i in range(6) if classes[0, i] == c and i != k]
+            if others:
+                expected = (states[0, k] - torch.stack(others).mean(0)).square().sum()
+                torch.testing.assert_close(ours[0, k, c], expected)
+                pair = [torch.autograd.grad(one, states, retain_graph=True)[0] for one in (ours[0, k, c], expected)]
+                torch.testing.assert_close(*pair)
+    assert ours.isfinite().all()
+
+
+def test_labels_that_begin_alike_share_the_probability_of_their_first_token():
+    tokens = torch.tensor([[4, 9, 4], [3, 5, -1], [-1, -1, -1]])
+    of_tokens = drawn(3, 2, 12)
+    found = label_log_probs(of_tokens.gather(2, tokens.clamp(min=0).unsqueeze(1).expand(3, 2, 3)), tokens).double()
+    among = of_tokens[0][:, [4, 9]].log_softmax(-1)
+    expected = torch.stack([among[:, 0] - math.log(2), among[:, 1], among[:, 0] - math.log(2)], 1)
+    torch.testing.assert_close(found[0], expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(found[1, :, :2], of_tokens[1][:, [3, 5]].log_softmax(-1), atol=1e-6, rtol=1e-6)
+    assert (found[1, :, 2] == 0).all()
+    assert (found[2] == 0).all()
+
+
+def test_losses_are_torchs_own_over_the_classes_that_there_are():
+    scores = drawn(3, 6, 3)
+    scores[1, :, 2] = -math.inf
+    for smoothing in (0.0, 0.2):
+        found = class_losses(scores, CLASSES, smoothing)
+        for task, ways in ((0, 3), (1, 2)):
+            counted = CLASSES[task] >= 0
+            expected = nn.functional.cross_entropy(
+                scores[task, counted, :ways], CLASSES[task, counted], label_smoothing=smoothing
+            )
+            torch.testing.assert_close(found[task], expected)
+        assert found[2] == 0
+
+
+# Through the model
+
+
+def row(*tokens, target):
+    return TokenRow([*tokens, *target], len(tokens))
+
+
+LABELS = {0: [[40], [41, 42], [43]], 1: [[50, 51], [50, 52]], 2: []}
+"""Of the first task they begin with different tokens, of the second with the same; the third is free text."""
+SUPPORT = [
+    [
+        row(5, 6, 7, target=[40]),
+        row(8, 9, target=[41, 42]),
+        row(*range(10, 29), target=[40]),
+        row(5, target=[43]),
+        row(6, 8, target=[41, 42]),
+    ],
+    [row(9, 9, target=[50, 52]), row(7, 30, 31, target=[50, 51]), row(32, 33, target=[50, 51])],
+    [row(3, 4, 5, target=[60, 61, 62]), row(3, target=[63])],
+]
+QUERY = [
+    [row(5, 6, target=[40]), row(8, 9, 9, 9, target=[43]), row(8, 5, target=[41, 42])],
+    [row(9, target=[50, 51]), row(*range(30, 39), target=[50, 52])],
+    [row(3, 9, target=[60, 61])],
+]
+
+
+def classes_of(side):
+    return [[LABELS[t].index(one.tokens[one.start :]) for one in of] if LABELS[t] else [] for t, of in enumerate(side)]
+
+
+def sides(lm, tasks=(0, 1, 2)):
+    return [
+        TaskSide(lm, [side[t] for t in tasks], [LABELS[t] for t in tasks], [classes_of(side)[t] for t in tasks], 1)
+        for side in (SUPPORT, QUERY)
+    ]
+
+
+@pytest.fixture
+def lm(tiny):
+    return tiny_lm(tiny)
+
+
+def hidden(lm, one, weights):
+    """The hidden states of one example alone, `[L, D]`, under one task's weights: no code of ours but the hooks."""
+    lm.adapter.adapters = {name: weight.unsqueeze(0) for name, weight in weights.items() if "lora" in name}
+    return lm.module.model(input_ids=torch.tensor([one.tokens])).last_hidden_state[0]
+
+
+def state(lm, one, weights, pooling):
+    found = hidden(lm, one, weights)[: one.start]
+    return nn.functional.normalize(found[-1] if pooling == "last" else found.mean(0), dim=0)
+
+
+def token_loss(lm, of, labels, weights):
+    """The mean loss of labels that compete token by token, or of the tokens of free text."""
+    losses = []
+    for one in of:
+        target = one.tokens[one.start :]
+        scores = lm.module.lm_head(hidden(lm, one, weights))[one.start - 1 :]
+        steps = []
+        for index, token in enumerate(target):
+            rivals = sorted({a[index] for a in labels if a[:index] == target[:index] and len(a) > index})
+            among = scores[index][rivals] if labels else scores[index]
+            chosen = rivals.index(token) if labels else token
+            steps.append(-among.log_softmax(0)[chosen])
+        losses += [sum(steps)] if labels else steps
+    return torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_what_is_read_of_examples_that_share_rows_is_what_each_shows_alone(lm, pooling):
+    start = perturbed_start(lm)
+    support, _ = sides(lm)
+    assert support.batch.position_ids is not None  # they do
+    read = support.read(expand(start, 3), pooling, support.label_tokens)
+    assert support.label_tokens.tolist() == [[40, 41, 43], [50, 50, -1], [-1, -1, -1]]
+    for t, of in enumerate(SUPPORT):
+        torch.testing.assert_close(read.losses[t], token_loss(lm, of, LABELS[t], start), atol=1e-5, rtol=1e-5)
+        for k, one in enumerate(of):
+            torch.testing.assert_close(read.states[t, k], state(lm, one, start, pooling), atol=1e-5, rtol=1e-5)
+    first = lm.module.lm_head(hidden(lm, SUPPORT[0][1], start))[1][[40, 41, 43]].log_softmax(0)
+    torch.testing.assert_close(read.label_log_probs[0, 1], first, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(support.states(expand(start, 3), pooling), read.states)
+
+
+# Meta-gradients
+
+
+def support_loss(lm, task, weights, readout):
+    of, classes = SUPPORT[task], classes_of(SUPPORT)[task]
+    tokens = token_loss(lm, of, LABELS[task], weights)
+    if not classes:
+        return tokens
+    states = [state(lm, one, weights, "last") for one in of]
+    losses = []
+    for k, own in enumerate(classes):
+        means = {
+            c: [s for i, (s, label) in enumerate(zip(states, classes, strict=True)) if label == c and i != k]
+            for c in range(len(LABELS[task]))
+        }
+        if means[own]:
+            # A class that is left without an example by this one is its own; others all have some.
+            near = [-weights[SCALE].exp() * (states[k] - torch.stack(m).mean(0)).square().sum() for m in means.values()]
+            losses.append(-torch.stack(near).log_softmax(0)[own])
+    prototype = torch.stack(losses).mean() if losses else 0.0 * tokens
+    return prototype + tokens if readout == "both" else prototype
+
+
+def query_loss(lm, task, weights, readout):
+    labels, classes = LABELS[task], classes_of(QUERY)[task]
+    if not labels:
+        return token_loss(lm, QUERY[task], labels, weights)
+    states = [state(lm, one, weights, "last") for one in SUPPORT[task]]
+    of_class = classes_of(SUPPORT)[task]
+    losses = []
+    for one, own in zip(QUERY[task], classes, strict=True):
+        h, scores = state(lm, one, weights, "last"), lm.module.lm_head(hidden(lm, one, weights))[one.start - 1]
+        firsts = [label[0] for label in labels]
+        among = scores[sorted(set(firsts))].log_softmax(0)
+        found = []
+        for c, first in enumerate(firsts):
+            mean = torch.stack([s for s, k in zip(states, of_class, strict=True) if k == c]).mean(0)
+            label = among[sorted(set(firsts)).index(first)] - math.log(firsts.count(first))
+            mixed = weights[MIX].exp() * label if readout == "both" else 0.0
+            found.append(-weights[SCALE].exp() * (h - mean).square().sum() + mixed)
+        losses.append(-torch.stack(found).log_softmax(0)[own])
+    return torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize("readout", ["both", "prototypes"])
+def test_the_meta_gradient_is_that_of_each_task_adapted_alone(lm, readout):
+    """Two inner steps, first order: the query's gradient at the fast weights, and the support's at the start."""
+    algorithm = chosen({"name": "proto_maml", "readout": readout, "start_weight": 0.5})
+    start = perturbed_start(lm) | algorithm.prototypes.start()
+    inner_lrs = {name: torch.tensor(0.05) for name in start if "lora" in name}
+    scores = torch.tensor([1.0, 0.5, 2.0])
+    found = algorithm.meta_gradient(*sides(lm), start, InnerLoop(inner_lrs, 2, learns_inner_lrs=True), scores)
+    expected = {name: torch.zeros_like(weight) for name, weight in start.items()}
+    of_rates = dict.fromkeys(inner_lrs, 0.0)
+    for task, score in enumerate(scores):
+        fast, total = dict(start), {name: torch.zeros_like(start[name]) for name in inner_lrs}
+        for step in range(2):
+            leaves = fast | {name: fast[name].clone().requires_grad_() for name in inner_lrs}
+            loss = support_loss(lm, task, leaves, readout)
+            gradients = torch.autograd.grad(loss, [leaves[name] for name in inner_lrs], materialize_grads=True)
+            for name, gradient in zip(inner_lrs, gradients, strict=True):
+                if step == 0:
+                    expected[name] += 0.5 * score * gradient
+                total[name] += gradient
+                fast[name] = fast[name] - inner_lrs[name] * gradient
+        leaves = {name: weight.clone().requires_grad_() for name, weight in fast.items()}
+        loss = query_loss(lm, task, leaves, readout)
+        torch.testing.assert_close(found.query_losses[task], loss.detach(), atol=1e-5, rtol=1e-5)
+        for name, gradient in zip(
+            leaves, torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True), strict=True
+        ):
+            expected[name] += score * gradient
+            if name in inner_lrs:
+                of_rates[name] -= score * (gradient * total[name]).sum()
+    for name in start:
+        torch.testing.assert_close(found.start[name], expected[name], atol=2e-5, rtol=1e-3, msg=name)
+    for name in inner_lrs:
+        torch.testing.assert_close(found.inner_lrs[name], of_rates[name], atol=2e-5, rtol=1e-3, msg=name)
+    assert found.start[SCALE].abs() > 1e-3
+
+
+def test_with_one_shot_the_label_tokens_alone_are_descended(lm):
+    algorithm = chosen({"name": "proto_maml"})
+    start = perturbed_start(lm) | algorithm.prototypes.start()
+    one_shot = [[SUPPORT[0][0], SUPPORT[0][1], SUPPORT[0][3]]]
+    support = TaskSide(lm, one_shot, [LABELS[0]], [[0, 1, 2]], 1)
+    torch.testing.assert_close(algorithm.support_losses(support)(expand(start, 1)), support.losses(expand(start, 1)))
+
+
+def test_tasks_of_free_text_alone_are_learned_as_by_fomaml(lm):
+    found = {}
+    for name in ("proto_maml", "fomaml_plus"):
+        algorithm = chosen({"name": name})
+        start = perturbed_start(lm) | (algorithm.prototypes.start() if algorithm.prototypes else {})
+        inner = InnerLoop({name: torch.tensor(0.05) for name in start if "lora" in name}, 2, learns_inner_lrs=True)
+        found[name] = algorithm.meta_gradient(*sides(lm, tasks=(2,)), start, inner, torch.ones(1))
+    for name, gradient in found["fomaml_plus"].start.items():
+        torch.testing.assert_close(found["proto_maml"].start[name], gradient)
+    assert found["proto_maml"].start[SCALE] == 0
+
+
+def test_scale_and_mix_have_no_inner_rate_and_learn_as_the_rates_do():
+    start = {"layers.1.lora_A": torch.zeros(2, 3), SCALE: torch.tensor(2.0), MIX: torch.tensor(-1.0)}
+    log_inner_lrs = initial_log_inner_lrs(start, 0.1, (), per_weight=False)
+    assert set(log_inner_lrs) == {"layers.1.lora_A"}
+    settings = {"lr": 0.001, "lr_of_inner_lr": 0.05, "weight_decay": 0.1, "clip_norm": 1.0}
+    learner = Learner(start, log_inner_lrs, learn_rates=True, schedule=outer_schedule("constant", 0, 1), **settings)
+    learner.update({name: torch.ones_like(w) for name, w in start.items()}, {"layers.1.lora_A": torch.tensor(1.0)})
+    assert learner.start[SCALE] == pytest.approx(2.0 - 0.05)
+    assert learner.start[MIX] == pytest.approx(-1.0 - 0.05)
+    assert learner.inner_lrs["layers.1.lora_A"] == pytest.approx(0.1 * math.exp(-0.05))
+    assert learner.start["layers.1.lora_A"][0, 0] == pytest.approx(-0.001)
+
+
+def test_a_readout_that_does_not_go_with_an_algorithm_is_refused(tmp_path):
+    for changes, message in (
+        ({"algorithm": {"name": "metaicl", "readout": "both"}}, "metaicl answers in its own way"),
+        ({"algorithm": {"name": "proto_maml"}, "mode": "full"}, "not proto_maml"),
+        ({"algorithm": {"name": "proto_maml"}, "data": {"scoring": "pmi"}}, "use scoring=learned"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_config(tmp_path, **changes)
