@@ -17,8 +17,9 @@ from rayml.algorithms.inner_loop import Params
 from rayml.algorithms.prototypes import MEANS, is_readout
 from rayml.algorithms.registry import algorithm_of
 from rayml.errors import ConfigError, RunError
+from rayml.lm.abilities import refuse_strange, refuse_unlike_peft, unable
 from rayml.lm.encode import Encoder
-from rayml.lm.generate import Generation, end_tokens, write
+from rayml.lm.generate import texts_behind, write
 from rayml.lm.label_queries import KeptSupport
 from rayml.lm.load import load_tokenizer, resolve_model
 from rayml.lm.lora import TaskLoRA
@@ -27,7 +28,6 @@ from rayml.lm.option_scoring import prompts_of, weighted_prompts
 from rayml.lm.peft_files import EMBEDS, AdapterCard, encoder_of, load_learned, save_adapter, save_model, write_card
 from rayml.lm.precision import decide, has_sdpa, look_at, widest_linear
 from rayml.lm.queries import Query, first_batch, log_probs
-from rayml.lm.sampling import Sampling
 from rayml.lm.soft_prompt import TaskPrompt
 from rayml.runs.files import AnyPath, as_path, local_copy, made_here
 from rayml.tasks.row import Input, is_dialogue, unanswered
@@ -146,6 +146,7 @@ class Adapter:
         to = new_folder(folder)
         with made_here(to) as here:
             self.write_to(here)
+            refuse_unlike_peft(here, self.lm, self.weights or {}, self.card.lora, self.base)
         return to
 
     def write_to(self, folder: Path) -> None:
@@ -163,6 +164,9 @@ class Adapter:
         unknown = [option for option in options or () if own and option not in own]
         if unknown:
             raise ConfigError(f"options: {', '.join(unknown)} not among the task's labels: {', '.join(own)}")
+        alike = "" if own else self.encoder.alike(options or ())
+        if alike:
+            raise ConfigError(f"options: {alike}")
         return {option: own.get(option, option) for option in options or own}
 
     def query(self, example: Example, labels: Sequence[str]) -> Query:
@@ -225,12 +229,10 @@ class Adapter:
     def _write(self, asked: Sequence[Example]) -> list[Prediction]:
         if not self.encoder.writes_text:
             raise ConfigError(f"options: {self.card.model} writes no text; give options to choose among")
-        tokenizer, sampling = self.encoder.tokenizer, Sampling(self.card.max_tokens)
-        ends = end_tokens(self.lm.module, tokenizer)
-        texts = [
-            Generation(tokenizer, self.encoder.asked(example, self.shown), self.weights or None, sampling, ends)
-            for example in asked
-        ]
+        if reason := unable(self.base, self.card.lora, self.card.soft_tokens, writes=True):
+            raise ConfigError(reason)
+        prompts = [self.encoder.asked(example, self.shown) for example in asked]
+        texts = texts_behind(self.lm, self.encoder.tokenizer, prompts, self.weights or None, self.card.max_tokens)
         for first in range(0, len(texts), TEXTS):
             write(self.lm, texts[first : first + TEXTS])
         return [Prediction(text.piece().text.strip()) for text in texts]
@@ -277,7 +279,9 @@ def base_of(card: AdapterCard, own_model: str | None) -> tuple[TaskLM, str]:
     if precision.dtype != card.dtype:
         log.warning("%s: %s", card.name, precision)
     module = local.load(base, precision.dtype, precision.attention, device)
-    return TaskLM(module, hooks(module, card.lora, card.soft_tokens)), base
+    lm = TaskLM(module, hooks(module, card.lora, card.soft_tokens))
+    refuse_strange(lm)
+    return lm, base
 
 
 def refuse_misfit(folder: AnyPath, weights: Params, card: AdapterCard, model: "MetaModel | Adapter") -> None:

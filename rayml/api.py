@@ -228,11 +228,11 @@ def loading() -> AbstractContextManager[Any]:
 
     from rayml.progress import doing
 
-    return doing(Console(stderr=True), "loading libraries")
+    return doing(Console(stderr=True, markup=False), "loading libraries")
 
 
 def consoles(console: "Console | None") -> "tuple[Console, Console]":
     """Return where results are printed, and where it is told how far it is."""
     from rich.console import Console
 
-    return console or Console(quiet=True), Console(stderr=True)
+    return console or Console(quiet=True), Console(stderr=True, markup=False)

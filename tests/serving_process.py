@@ -46,7 +46,7 @@ class Server:
                 continue
         return found
 
-    def model(self) -> Path:
+    def session(self) -> Path:
         """Return the folder in which this server's Ray logs."""
         commands = [" ".join(child.cmdline()) for child in psutil.Process(self.process.pid).children(recursive=True)]
         return Path(next(found[1] for found in (re.search(r"--session[-_]dir=(\S+)", c) for c in commands) if found))

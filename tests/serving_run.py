@@ -39,11 +39,13 @@ def make_run(folder: Path, inner_lr: float = 0.5, **changes) -> RunFolder:
     config = make_config(folder, **changes)
     run = RunFolder(config.run.dir)
     run.begin(config, prepare_splits(config.data), resume=False)
-    module = load_base(resolve_model(config.model.name), "float32")
+    module = load_base(resolve_model(config.model.name), "float32", config.model.attention)
     lm = TaskLM(module, TaskLoRA(module, **config.lora.shape()))
     start = perturbed_start(lm, seed=3)
-    run.write_untrained(start)
     inner_lrs = {name: torch.tensor(math.log(inner_lr)) for name in start}
+    if config.algorithm.prototypes:
+        start |= {name: log + 0.3 for name, log in config.algorithm.prototypes.start().items()}
+    run.write_untrained(start)
     checkpoint = run.checkpoints / folder_name(1)
     checkpoint.mkdir()
     state = {f"start/{n}": w for n, w in start.items()} | {f"log_rate/{n}": r for n, r in inner_lrs.items()}

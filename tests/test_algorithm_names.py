@@ -9,7 +9,7 @@ from rayml.algorithms.registry import REGISTERED
 SOURCE = Path(rayml.__path__[0])
 NAMES = {*REGISTERED, "anil"}
 # A format of data sets has the name of the paper that brought it.
-FORMATS = {("tasks/convert.py", "metaicl"), ("tasks/formats/lines.py", "metaicl")}
+FORMATS = {("tasks/read.py", "metaicl"), ("tasks/formats/records.py", "metaicl")}
 
 
 def words(path: Path):

@@ -151,14 +151,14 @@ def test_a_text_is_written_with_what_its_episode_taught(tmp_path):
 def test_tokens_of_a_step_are_counted_from_the_rows(tmp_path):
     """Toy rows: three classes, two shots, two queries: eight characters and the prompt's seven, which tell it."""
     row = 8 + len("\nLabel:")
-    expected = {"fomaml": 2 * 6 + 6, "reptile": 6 + 6, "multitask": 6 + 6, "protonet": 6 + 6}
+    expected = {"fomaml": 2 * 6 + 6, "reptile": 6 + 6, "multitask": 6 + 6, "protonet": 6 + 6, "proto_maml": 3 * 6 + 6}
     for name, rows in expected.items():
         assert tokens_per_step(config_for(tmp_path, name), toy_tasks()) == 4 * rows * row
     shown = 6 * (row + 1 + 2) + row  # the letter and two newlines behind each example that is shown
     assert tokens_per_step(config_for(tmp_path, "metaicl"), toy_tasks()) == 4 * 6 * shown
 
 
-@pytest.mark.parametrize("name", ["fomaml", "reptile", "multitask", "metaicl", "protonet"])
+@pytest.mark.parametrize("name", ["fomaml", "reptile", "multitask", "metaicl", "protonet", "proto_maml"])
 def test_the_budget_is_what_really_runs_forward_and_backward(tiny, tokenizer, tmp_path, name):
     """Toy rows are equally long, so that there is no padding in what the model is given."""
     config = config_for(tmp_path, name)

@@ -12,7 +12,7 @@ from rayml.lm.batch import IGNORE, collate, encode
 from rayml.lm.encode import Encoder, decode_rows
 from rayml.lm.label_trie import LabelTrie, can_tell_apart
 from rayml.lm.load import load_tokenizer, resolve_model
-from rayml.lm.option_scoring import OptionBatch, OptionQuery, PromptEnsemble, may_fork, weighted_prompts
+from rayml.lm.option_scoring import OptionBatch, OptionQuery, PromptEnsemble, weighted_prompts
 from rayml.tasks.episodes import Episode, Sampler
 from rayml.tasks.task import Example, Task
 
@@ -116,7 +116,7 @@ class OneTokenLabels(Encoder):
 def test_options_score_as_one_sequence_at_a_time(tiny, tokenizer, one_token, attention, window):
     lm = tiny_lm(tiny, attention=attention)
     lm.module.config.sliding_window = window  # a mask of our own would switch it off
-    forks = may_fork(lm.module)
+    forks = lm.forks
     assert forks == (not window)
     start = perturbed_start(lm)
     fast = {name: torch.stack([weight, weight * 0.5]) for name, weight in start.items()}

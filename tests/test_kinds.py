@@ -127,7 +127,7 @@ def test_a_long_dialogue_loses_its_beginning_and_never_its_last_turn(tmp_path, s
     ("row", "message"),
     [
         ({"input": {"premise": "a", "hypothesis": ""}, "target": "no"}, "'input.hypothesis' is empty"),
-        ({"input": "a", "target": ["x", 3]}, "'target' is not text"),
+        ({"input": "a", "target": ["x", {}]}, "'target' is not text"),
         ({"input": "a", "target": [{"text": "x"}]}, "'target' is not text"),
         ({"input": "a", "target": "b", "kind": "poem"}, "'kind' is 'poem'; there are label"),
         ({"messages": [{"role": "user", "content": "a"}]}, "ends with one"),

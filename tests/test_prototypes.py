@@ -167,7 +167,7 @@ def token_loss(lm, of, labels, weights):
 def test_what_is_read_of_examples_that_share_rows_is_what_each_shows_alone(lm, pooling):
     start = perturbed_start(lm)
     support, _ = sides(lm)
-    assert support.batch.places is not None  # they do
+    assert support.batch.position_ids is not None  # they do
     read = support.read(expand(start, 3), pooling, support.label_tokens)
     assert support.label_tokens.tolist() == [[40, 41, 43], [50, 50, -1], [-1, -1, -1]]
     for t, of in enumerate(SUPPORT):

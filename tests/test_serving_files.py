@@ -171,3 +171,23 @@ def test_a_zip_is_published_without_following_its_paths(run, learned, tmp_path):
         publish_adapter(packed, run.path, "../x", str(tmp_path / "store"), Console(quiet=True))
     with pytest.raises(RunError, match="no zip"):
         publish_adapter(learned / "rayml.json", run.path, "z", str(tmp_path / "store"), Console(quiet=True))
+
+
+@pytest.mark.parametrize("begun", ["pissa", "olora", "corda", "loftq"])
+def test_an_adapter_that_changes_the_base_is_not_published(replica, run, tmp_path, begun):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    here = begun if begun in ("pissa", "olora") else True  # the others want data, or a GPU
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], init_lora_weights=here)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(replica.model.base), config).save_pretrained(tmp_path / begun)
+    change_config(tmp_path / begun, init_lora_weights=begun)
+    with pytest.raises(RunError, match=f"init_lora_weights='{begun}' changes the base"):
+        publish_adapter(tmp_path / begun, run.path, None, str(tmp_path / "store"), Console(quiet=True))
+
+
+def test_an_adapter_that_peft_reads_otherwise_is_not_published(run, learned, tmp_path):
+    targets = json.loads((learned / "adapter_config.json").read_text())["target_modules"]
+    change_config(learned, target_modules=targets[:1])
+    with pytest.raises(RunError, match="PEFT computes something else"):
+        publish_adapter(learned, run.path, "half", str(tmp_path / "store"), Console(quiet=True))

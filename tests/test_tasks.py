@@ -152,7 +152,7 @@ def test_unusable_rows_are_refused_all_at_once_with_their_lines(tmp_path):
     path = tmp_path / "bad.jsonl"
     path.write_text(
         '{"task": "t", "input": "x", "target": "y"}\nnot json\n{"input": "x"}\n\n'
-        '{"input": "x", "target": " "}\n{"input": "x", "target": 3}\n{"input": "x", "target": "y", "options": ["z"]}\n'
+        '{"input": "x", "target": " "}\n{"input": "x", "target": {}}\n{"input": "x", "target": "y", "options": ["z"]}\n'
     )
     with pytest.raises(DataError) as error:
         read_rows([str(path)])
@@ -164,7 +164,7 @@ def test_unusable_rows_are_refused_all_at_once_with_their_lines(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
-    [("none.jsonl", None, "no such file"), ("empty.jsonl", "", "no row"), ("a.csv", "x", "ends in .jsonl")],
+    [("none.jsonl", None, "no such file"), ("empty.jsonl", "", "is empty"), ("a.csv", "x", "no row")],
 )
 def test_missing_and_empty_files_are_refused(tmp_path, name, content, message):
     if content is not None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 from typer.core import TyperGroup
 
 from rayml.errors import RaymlError
@@ -41,8 +42,8 @@ app = typer.Typer(
 data_app = typer.Typer(help="Look at tasks before training on them.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
-out = Console(width=None if sys.stdout.isatty() else 110)  # room for tables in files and logs
-err = Console(stderr=True)
+out = Console(width=None if sys.stdout.isatty() else 110, markup=False)  # room for tables in files and logs
+err = Console(stderr=True, markup=False)
 
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="One YAML a run; see configs/.")]
 Overrides = Annotated[
@@ -66,7 +67,7 @@ def main() -> None:
     try:
         app()
     except RaymlError as error:
-        err.print(f"[bold red]{type(error).__name__}[/]: ", end="")
+        err.print(type(error).__name__, style="bold red", end=": ")
         err.print(str(error), markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
 
@@ -76,5 +77,5 @@ def print_keys(section: type["BaseModel"]) -> None:
 
     for name, (default, meaning) in keys(section).items():
         shown = "required" if default is ... else f"default {default!r}"
-        out.print(f"[bold]{name}[/]  [dim]{shown}[/]", highlight=False)
+        out.print(Text.assemble((name, "bold"), "  ", (shown, "dim")), highlight=False)
         out.print(f"    {meaning}", highlight=False, markup=False)

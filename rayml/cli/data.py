@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from rayml.cli.app import data_app, err, out
+from rayml.cli.app import data_app, out
 
 
 @data_app.command()
@@ -29,7 +29,10 @@ def check(
 
 @data_app.command()
 def convert(
-    given: Annotated[str, typer.Argument(metavar="IN", help="A file, a folder, or `hf:NAME[/CONFIG][:SPLIT]`.")],
+    given: Annotated[
+        str,
+        typer.Argument(metavar="IN", help="What `data.path` takes: files, folders, globs, `hf:NAME[/CONFIG][:SPLIT]`."),
+    ],
     to: Annotated[Path, typer.Argument(metavar="OUT", help="What to write: .jsonl or .parquet.")],
     format: Annotated[str | None, typer.Option(help="What IN is, where it does not tell.")] = None,
     columns: Annotated[
@@ -39,19 +42,26 @@ def convert(
     task: Annotated[str | None, typer.Option(help="The task's name; else the data's own, or the file's.")] = None,
     kind: Annotated[str | None, typer.Option(help="The kind of its tasks, where the data does not tell.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT.")] = False,
+    encoding: Annotated[
+        str | None, typer.Option(help="What text is written in, such as big5; else as it looks.")
+    ] = None,
+    skip: Annotated[bool, typer.Option("--skip", help="Leave out rows that cannot be used.")] = False,
 ) -> None:
     """Convert what people have into rows that `data.path` takes; the format is recognised, and said.
 
-    Natural-Instructions and BIG-bench JSON, CrossFit's TSV, MetaICL's and chat JSONL (OpenAI's and ShareGPT's), SQuAD,
-    CoNLL (BIO, BMES, BIOES), CSV and TSV, JSONL and Parquet of your own columns, Hugging Face data sets.
+    JSONL, JSON and Parquet of your own columns, CSV and TSV, chats (OpenAI's and ShareGPT's), Alpaca's, CoNLL (BIO,
+    BMES, BIOES), SQuAD, Natural-Instructions, BIG-bench, CrossFit's TSV, MetaICL's, Hugging Face data sets; also packed
+    by gzip, zstd, bzip2 or xz, and in UTF-16, Big5 and other encodings. `data.path` reads the same.
+
+    Columns of the usual names (text and label, question and answer, ...) are guessed, and said.
 
     `rayml data convert people.conll ner.jsonl --columns input=0,target=3`
 
     `rayml data convert nli.csv nli.jsonl --columns input.premise=s1,input.hypothesis=s2,target=gold`
     """
-    from rayml.tasks.convert_command import convert_data
+    from rayml.tasks.convert import convert_data
 
-    convert_data(given, to, format, columns, task, kind, force, out, err)
+    convert_data(given, to, format, columns, task, kind, force, out, encoding, skip)
 
 
 @data_app.command()

@@ -9,6 +9,7 @@ import typer
 import rayml
 from rayml.cli.app import Checkpoint, Json, RunPath, app, err, out, print_keys
 from rayml.progress import doing
+from rayml.tasks.formats.text import comma_separated
 
 if TYPE_CHECKING:
     from rayml.adapter import Adapter
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 @app.command()
 def adapt(
     run: RunPath,
-    examples: Annotated[Path, typer.Option(help="JSONL or Parquet: rows of input and target.")],
+    examples: Annotated[Path, typer.Option(help="Rows of input and target, in any format that `data.path` takes.")],
     out_dir: Annotated[str, typer.Option("--out", help="The adapter's folder; must not exist.", metavar="DIR")],
     name: Annotated[str | None, typer.Option(help="The adapter's name; else the folder's.")] = None,
     checkpoint: Checkpoint = None,
@@ -43,8 +44,9 @@ def adapt(
     adapter.save(to)
     out.print(learned(adapter))
     if adapter.losses[-1] > adapter.losses[0]:
-        out.print("[yellow]the loss rose: the inner steps are too long for this task; lower inner.lr, or learn it[/]")
-    out.print(f'next: [bold]rayml predict {to} --input "..."[/]', highlight=False, soft_wrap=True)
+        rose = "the loss rose: the inner steps are too long for this task; lower inner.lr, or learn it"
+        out.print(rose, style="yellow")
+    out.print(f'next: rayml predict {to} --input "..."', highlight=False, soft_wrap=True)
 
 
 def learned(adapter: "Adapter") -> str:
@@ -85,11 +87,14 @@ def predict(
             "--input", help='What to answer; or JSON: fields, or messages `[{"role", "content"}]`.', metavar="TEXT"
         ),
     ],
-    options: Annotated[str | None, typer.Option(help="Choose among these, comma-separated; else all labels.")] = None,
+    options: Annotated[
+        str | None,
+        typer.Option(help="Choose among these, comma-separated, those with a comma in quotes; else all labels."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Answer with a learned task: the most probable of its labels, or generated text."""
-    chosen = [option.strip() for option in options.split(",") if option.strip()] if options else None
+    chosen = comma_separated(options) if options else None
     with doing(err, "loading libraries and model"):
         learned = rayml.load_adapter(adapter)
     answer = learned.predict(given(text), chosen)

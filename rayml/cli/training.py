@@ -38,8 +38,8 @@ def train(
     run = trained_run(settings, resume=resume, continues=continued)
     taken = run.records()[-1]["step"]
     early = "" if taken == settings.outer.steps else " (meta-val got no better: stopped early)"
-    out.print(f"meta-trained {taken} steps{early}: {run.path}")
-    out.print(f"next: [bold]rayml evaluate {settings.run.dir}[/]")
+    out.print(f"meta-trained {taken} steps{early}: {run.path}", soft_wrap=True)
+    out.print(f"next: rayml evaluate {settings.run.dir}", highlight=False, soft_wrap=True)
 
 
 @app.command("config")

@@ -12,8 +12,7 @@ import torch
 
 from rayml.algorithms.inner_loop import Params, expand
 from rayml.experiments.scorer import Scorer, score_all
-from rayml.lm.generate import Generation, end_tokens, write
-from rayml.lm.sampling import Sampling
+from rayml.lm.generate import texts_behind, write
 from rayml.tasks.episodes import Episode, Sampler
 from rayml.tasks.overall import groups, overall
 from rayml.tasks.task import Task
@@ -163,11 +162,9 @@ def text_answers(method: LearnedMethod, episode: Episode, setting: Setting) -> l
     scorer, encoder = method.scorer, method.scorer.encoder.of(episode.task, episode.kind)
     shown = episode.support if encoder.in_context and method.takes_support else ()
     longest = max(len(encoder.tokenizer(example.target)["input_ids"]) for example in episode.support)
-    sampling = Sampling(min(encoder.max_tokens, 2 * longest + SPARE_TOKENS))
-    weights = adapted_weights(method, episode, setting)
-    ends, texts = end_tokens(scorer.lm.module, encoder.tokenizer), []
-    for query in episode.query:
-        texts.append(Generation(encoder.tokenizer, encoder.asked(query, shown), weights, sampling, ends))
+    most = min(encoder.max_tokens, 2 * longest + SPARE_TOKENS)
+    prompts = [encoder.asked(query, shown) for query in episode.query]
+    texts = texts_behind(scorer.lm, encoder.tokenizer, prompts, adapted_weights(method, episode, setting), most)
     write(scorer.lm, texts)
     return [
         {

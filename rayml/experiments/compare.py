@@ -130,7 +130,7 @@ def adapted_and_asked(method_run: MethodRun, base: Config, splits: Splits, reque
     val = splits.val, data.sampler(VALIDATION_SEED), request.val_episodes
     test = splits.test, data.sampler(EVALUATION_SEED), request.episodes
     choice: Choice[Any]
-    with progress(Console(stderr=True), transient=True) as bar:
+    with progress(Console(stderr=True, markup=False), transient=True) as bar:
         began = time.perf_counter()
         if method_run.method.start == "encoder":
             classifier = classifier_for(method_run.name, request.encoder, own_device(base), method_run.seed)

@@ -57,8 +57,10 @@ def evaluate_run(
     with doing(err, "loading libraries and model"):
         from rayml.experiments.evaluate import evaluate, summarize
         from rayml.experiments.parts import Parts
+        from rayml.lm.abilities import refuse_mute
         from rayml.model import load
 
+        refuse_mute(config, tasks)
         model = load(run, checkpoint=checkpoint) if isinstance(run, RunFolder) else run
     if model.run is None:
         raise RunError("an untrained start is evaluated beside a run's; give a run")

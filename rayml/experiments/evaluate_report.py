@@ -4,6 +4,7 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from rayml.experiments.statistics import resampled
 from rayml.runs.files import AnyPath
@@ -21,7 +22,7 @@ def table(summary: dict[str, Any], title: str) -> Table:
     for name in COLUMNS:
         found.add_column(name, justify="right")
     for name, scores in summary["tasks"].items():
-        found.add_row(name, *_cells(scores))
+        found.add_row(Text(name), *_cells(scores))  # brackets in it are no markup
     found.add_section()
     found.add_row("all", *_cells(summary["overall"]), style="bold")
     return found
@@ -45,7 +46,7 @@ def answers_table(summary: dict[str, Any]) -> Table | None:
     for name, kind, metric, ends in rows:
         first = name != last
         cells = [_half_width(ends["before"]), _half_width(ends["after"]), bounds(ends["gain"], "+")]
-        found.add_row(name if first else "", kind if first else "", metric.replace("_", " "), *cells)
+        found.add_row(Text(name if first else ""), kind if first else "", metric.replace("_", " "), *cells)
         last = name
     return found
 

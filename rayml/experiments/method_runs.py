@@ -9,6 +9,7 @@ from rayml.config import Config, parse_config
 from rayml.errors import ConfigError, RunError
 from rayml.experiments.classifiers import check_classifier, missing
 from rayml.experiments.evaluate_command import trained_on
+from rayml.lm.abilities import checked_model
 from rayml.lm.load import MINILM, load_tokenizer, resolve_model
 from rayml.lm.sentence import read_sentences
 from rayml.planning.batch import trained_tokens
@@ -18,7 +19,6 @@ from rayml.runs.folder import RunFolder
 from rayml.tasks.prepare import prepare_splits
 from rayml.tasks.splits import Splits, refuse_leaks
 from rayml.tasks.task import Task
-from rayml.training.driver import check_model
 
 OURS = "outer.steps", "seed", "run.dir", "validation.every"
 """Keys that the comparison sets itself."""
@@ -153,9 +153,7 @@ def check_names(request: Request) -> None:
 
 def check_method_run(config: Config, base: Config, splits: Splits) -> None:
     """Raise what training would refuse, and DataError if it would see a text of meta-test."""
-    model, tasks = resolve_model(config.model.name), [task for part in splits for task in part]
-    check_model(config, model, tasks)
-    config.encoder(load_tokenizer(model)).check(tasks)
+    checked_model(config, [task for part in splits for task in part])
     if config.data.model_copy(update={"labels": base.data.labels}) != base.data:
         refuse_leaks(config.run.dir, prepare_splits(config.data).train, splits.test)
 

@@ -28,6 +28,7 @@ from rayml.errors import ConfigError, RunError, TrainingError
 from rayml.experiments.search_space import Range, check_space, parse_space, rounded, trial_config
 from rayml.experiments.sweep_progress import TrialTable
 from rayml.experiments.sweep_report import Trial, conclude
+from rayml.lm.abilities import checked_model
 from rayml.runs.early_stopping import val_score
 from rayml.runs.files import AnyPath, as_path, write_whole
 from rayml.runs.folder import RunFolder
@@ -95,8 +96,10 @@ def check(config: Config, values: dict[str, Any], source: str) -> list[Range]:
     check_space(space, values, source)
     if not config.validation.every:
         raise ConfigError("validation.every: a sweep goes by validations; give it a number of outer steps")
-    if not prepare_splits(config.data).val:
+    splits = prepare_splits(config.data)
+    if not splits.val:
         raise ConfigError("data.splits.val: a sweep is scored on meta-val, which has no task; raise it")
+    checked_model(config, [task for part in splits for task in part])
     return space
 
 

@@ -27,7 +27,7 @@ class TrialTable(ray.tune.Callback):
         self.rows = state["rows"]
 
     def setup(self, *_: Any, **__: Any) -> None:
-        self.live = Live(console=Console(stderr=True), refresh_per_second=2)
+        self.live = Live(console=Console(stderr=True, markup=False), refresh_per_second=2)
         if self.live.console.is_terminal:
             self.live.start()
 

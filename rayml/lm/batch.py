@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rayml.errors import DataError
 from rayml.lm.label_trie import IGNORE, Label, LabelTrie, label_trie
+from rayml.lm.tokens import plain, tokenize
 
 ATTENTION_TOKENS = 1500
 """In a row, about, at which attention takes as long as everything else: longer rows save padding, and cost that."""
@@ -99,14 +100,15 @@ def encode(
 
     Args:
         tokenizer: a fast Hugging Face tokenizer.
+        prompt: marked where users wrote special tokens, as is `target` (`rayml.lm.tokens`).
         end: add the end-of-sequence token to the target (free text, so that generation learns to stop).
         keep: whether to keep the token of the prompt that begins at this character; all, if None.
 
     Raises:
         DataError: the target has no token, or leaves no room for the prompt.
     """
-    encoding = tokenizer(prompt + target, add_special_tokens=True, return_offsets_mapping=True)
-    tokens, offsets = encoding["input_ids"], encoding["offset_mapping"]
+    tokens, offsets = tokenize(tokenizer, prompt + target)
+    prompt, target = plain(prompt), plain(target)
     start = next((i for i, (_, stop) in enumerate(offsets) if stop > len(prompt)), len(tokens))
     if not target.strip() or start == len(tokens):
         raise DataError(f"target {target!r} has no token (input: {prompt[:60]!r})")

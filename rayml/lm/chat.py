@@ -7,6 +7,7 @@ from jinja2 import TemplateError
 
 from rayml.errors import DataError
 from rayml.lm.batch import TokenRow
+from rayml.lm.tokens import marked, plain, tokenize
 from rayml.tasks.kinds import CHAT
 
 Turns = Sequence[tuple[str, str]]
@@ -16,26 +17,45 @@ Turns = Sequence[tuple[str, str]]
 def chat_text(tokenizer: Any, turns: Turns, asks: bool = False) -> str:
     """Return turns as the chat template writes them; with `asks`, up to where the assistant's answer begins.
 
+    What looks like a special token in a turn is marked: it is text (`rayml.lm.tokens`).
+
     Raises:
         DataError: the template refuses them.
     """
-    messages = [{"role": role, "content": text} for role, text in turns]
-    template = tokenizer.chat_template or CHAT
+    messages = [{"role": role, "content": marked(tokenizer, text)} for role, text in turns]
+    template = own_template(tokenizer) or CHAT
     try:
         return tokenizer.apply_chat_template(
             messages, chat_template=template, tokenize=False, add_generation_prompt=asks
         )
-    except TemplateError as error:
+    except (TemplateError, TypeError, ValueError) as error:
         raise DataError(f"the model's chat template refuses a dialogue ({turns[0][1][:60]!r}): {error}") from None
+
+
+def own_template(tokenizer: Any) -> str | None:
+    """Return the model's chat template: of several that called `default`, as transformers takes it.
+
+    Raises:
+        DataError: there are several, and none is called so.
+    """
+    template = tokenizer.chat_template
+    if isinstance(template, dict) and len(template) == 1:
+        return next(iter(template.values()))
+    if isinstance(template, dict) and "default" not in template:
+        raise DataError(
+            f"the model has chat templates {', '.join(template)}, and none is called default; rename one in its folder"
+        )
+    return template["default"] if isinstance(template, dict) else template
 
 
 def chat_prompt(tokenizer: Any, turns: Turns) -> list[int]:
     """Return the tokens that the assistant's answer to these turns is written behind."""
-    return tokenizer(chat_text(tokenizer, turns, asks=True), add_special_tokens=False)["input_ids"]
+    return tokenize(tokenizer, chat_text(tokenizer, turns, asks=True), add_special_tokens=False)[0]
 
 
 def answer_spans(tokenizer: Any, turns: Turns) -> tuple[str, list[tuple[int, int]]]:
-    """Return the dialogue's text, and the characters of each of the assistant's turns, with what ends it.
+    """Return the dialogue's marked text, and each of the assistant's turns, with what ends it, as characters of the
+    plain one.
 
     Templates that mark the assistant's turns (`{% generation %}`) are few, so a turn is what its text adds to the text
     that asks for it.
@@ -53,7 +73,7 @@ def answer_spans(tokenizer: Any, turns: Turns) -> tuple[str, list[tuple[int, int
                     "the model's chat template changes earlier turns when later ones follow, so the assistant's "
                     f"cannot be told: {turns[0][1][:60]!r}; use rows of input and target"
                 )
-            found.append((len(begin), len(end.rstrip())))
+            found.append((len(plain(begin)), len(plain(end.rstrip()))))
     return whole, found
 
 
@@ -64,11 +84,10 @@ def chat_row(tokenizer: Any, turns: Turns, max_tokens: int) -> TokenRow:
         DataError: as above, or the last turn alone is too long.
     """
     text, spans = answer_spans(tokenizer, turns)
-    if not tokenizer.chat_template:  # whose own would end a turn with a token that a text ends with
+    if not own_template(tokenizer):  # whose own would end a turn with a token that a text ends with
         text += tokenizer.eos_token
-        spans[-1] = spans[-1][0], len(text)
-    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    tokens, offsets = encoding["input_ids"], encoding["offset_mapping"]
+        spans[-1] = spans[-1][0], len(plain(text))
+    tokens, offsets = tokenize(tokenizer, text, add_special_tokens=False)
     said = [any(first < stop and last > start for start, stop in spans) for first, last in offsets]
     last = max(position for position, mine in enumerate(said) if mine)
     tokens, said = tokens[: last + 1], said[: last + 1]

@@ -13,6 +13,7 @@ from rayml.lm.label_trie import can_tell_apart
 from rayml.lm.masked import masked_row, predicts_masks
 from rayml.lm.sentence import Sentences, sentence_row, sentences_of
 from rayml.lm.soft_prompt import soft_tokens
+from rayml.lm.tokens import BLANK, marked, marked_example, plain
 from rayml.tasks.episodes import Episode, LabelScheme, relabel
 from rayml.tasks.kinds import KINDS
 from rayml.tasks.task import Example, Parts, Task
@@ -133,7 +134,8 @@ class Encoder:
     def _channel_row(self, example: Example, option: str) -> TokenRow:
         """Return the row of an input behind a label: how probable the label makes it (noisy channel, Min et al. 2022,
         arXiv 2108.04106)."""
-        row = encode(self.tokenizer, CHANNEL.format(option), " " + example.input.strip(), False, 10**9)
+        label, text = (marked(self.tokenizer, part) for part in (option, example.input.strip()))
+        row = encode(self.tokenizer, CHANNEL.format(label), f" {text}", False, 10**9)
         return self._softened(TokenRow(row.tokens[: self.max_tokens], row.start))
 
     def _alike(self, examples: Sequence[Example], shown: Sequence[Example]) -> list[TokenRow]:
@@ -150,7 +152,7 @@ class Encoder:
         prompt = self._prompt(example)
         inside: set[int] = set()
         for text in [text for _, text in example.parts] or [example.input]:
-            first = prompt.find(text)
+            first = plain(prompt).find(text)
             inside |= set(range(first, first + len(text))) if first >= 0 else set()
 
         def keep(character: int) -> bool:
@@ -161,24 +163,23 @@ class Encoder:
         return self._encode(prompt, example, is_label, self.max_tokens, keep)
 
     def _prompt(self, example: Example, shown: Sequence[Example] = ()) -> str:
-        before = "".join(f"{self._answered(e, e.target.strip())}\n\n" for e in shown)
+        before = "".join(f"{self._answered(e, marked(self.tokenizer, e.target.strip()))}\n\n" for e in shown)
         if self.is_masked:
             return before + self._answered(example, self.tokenizer.mask_token)
-        return before + render(self.prompt, example)
+        return before + render(self.prompt, marked_example(self.tokenizer, example))
 
     def _answered(self, example: Example, answer: str) -> str:
         """Return the prompt with an answer where its mask is, or else behind it."""
-        blank_space = "\0"
-        text = render(self.prompt, example, mask=blank_space)
-        return text.replace(blank_space, answer) if blank_space in text else f"{text} {answer}"
+        text = render(self.prompt, marked_example(self.tokenizer, example), mask=BLANK)
+        return text.replace(BLANK, answer) if BLANK in text else f"{text} {answer}"
 
     def _encode(self, prompt: str, example: Example, is_label: bool, most: int, keep: Any = None) -> TokenRow:
         if self.sentences:
-            return sentence_row(self.tokenizer, self.sentences, prompt, most, keep)
+            return sentence_row(self.tokenizer, self.sentences, plain(prompt), most, keep)
+        target = marked(self.tokenizer, example.target.strip())
         if self.is_masked:
-            return masked_row(self.tokenizer, prompt, example.target, is_label, most, keep)
-        row = encode(self.tokenizer, prompt, " " + example.target.strip(), not is_label, most, keep)
-        return self._softened(row)
+            return masked_row(self.tokenizer, prompt, target, is_label, most, keep)
+        return self._softened(encode(self.tokenizer, prompt, f" {target}", not is_label, most, keep))
 
     def _softened(self, row: TokenRow) -> TokenRow:
         count = self.soft_tokens
@@ -232,6 +233,8 @@ class Encoder:
             # One of every target, and one of every set of parts: the others are no different.
             some = {e.target: e for e in task.examples} | {fields(e.parts): e for e in task.examples}
             dialogues = task.kind == "dialogue"
+            alike = own.alike(task.options, task.examples[0])
+            errors += [f"task {task.name!r}: {alike}"] if alike else []
             for example in task.examples if dialogues else some.values():
                 try:
                     seen = relabel(example, "A" if task.options and self.labels == "letters" else None)
@@ -242,6 +245,24 @@ class Encoder:
                     errors.append(f"task {task.name!r}: {error}")
         if errors:
             raise DataError("targets, or prompts, that cannot be learned:\n  " + "\n  ".join(errors[:20]))
+
+    def alike(self, labels: Sequence[str], like: Example = NO_TEXT) -> str:
+        """Return which labels are the same tokens to the model, and what to do; "" where it tells all apart.
+
+        Such are labels of a script that its vocabulary does not have, and those that differ by what it leaves out, such
+        as case.
+        """
+        first: dict[tuple[int, ...], str] = {}
+        for label in labels if self.labels == "words" and not self.sentences else ():
+            try:
+                row = self.row(relabel(blank(like), label), is_label=True)
+            except DataError as error:
+                return str(error)
+            other = first.setdefault(tuple(row.tokens[row.start :]), label)
+            if other != label:
+                advice = "rename one, or use data.labels=letters"
+                return f"labels {other!r} and {label!r} are the same tokens to this model; {advice}"
+        return ""
 
 
 def blank(example: Example) -> Example:

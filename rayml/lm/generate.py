@@ -9,6 +9,7 @@ from torch import Tensor
 from rayml.algorithms.inner_loop import Params
 from rayml.errors import RunError
 from rayml.lm.decode import Decoder
+from rayml.lm.load import context_tokens
 from rayml.lm.model import TaskLM
 from rayml.lm.sampling import Piece, Sampling, TokenScore
 
@@ -83,11 +84,26 @@ class Generation:
         return TokenScore(self.tokenizer.decode([token]), float(log_probs[token]), top)
 
 
+def texts_behind(
+    lm: TaskLM, tokenizer: Any, prompts: Sequence[Sequence[int]], adapter: Params | None, most_tokens: int
+) -> list[Generation]:
+    """Return texts to write behind prompts, the likeliest token at a time, as long as the model's context lets them."""
+    context, ends = context_tokens(lm.module), end_tokens(lm.module, tokenizer)
+    rooms = [max(1, min(most_tokens, context - len(prompt))) for prompt in prompts]
+    pairs = zip(prompts, rooms, strict=True)
+    return [Generation(tokenizer, prompt, adapter, Sampling(room), ends) for prompt, room in pairs]
+
+
 def write(lm: TaskLM, texts: Sequence[Generation]) -> None:
     """Generate texts to their end, side by side; all may have as many tokens."""
     decoder = Decoder(lm, most_rows=len(texts), cache_tokens=0)
     decoder.join(texts)
-    while any(text.finish_reason is None for text in texts):
+    while True:
+        for text in texts:
+            if text.finish_reason and text in decoder.active:
+                decoder.leave(text)
+        if not decoder.active:
+            return
         decoder.step()
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, which transformers imports, warns of no GPU
@@ -43,6 +44,8 @@ SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MINILM = "minilm"
 """The sentence encoder all-MiniLM-L6-v2 (22.7 M parameters)."""
 transformers_logging.disable_progress_bar()
+NO_LIMIT = 1 << 30
+"""Tokens of a model that states none."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -60,8 +63,8 @@ def resolve_model(name: str) -> str:
         return str(_cached("tiny-llama-3", _make_tiny))
     if name == "tiny-masked":
         return str(_cached("tiny-bert-2", _make_tiny_masked))
-    if Path(name).is_dir():
-        return str(Path(name).resolve())
+    if Path(name).expanduser().is_dir():
+        return str(Path(name).expanduser().resolve())
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         return name
     raise ConfigError(
@@ -85,8 +88,10 @@ def load_tokenizer(path: str):
         mark_masked(tokenizer)
     if sentences:
         mark_sentences(tokenizer, sentences)
-    if not tokenizer.is_fast or (tokenizer.eos_token_id is None and not masked and not sentences):
-        raise ConfigError(f"model.name: {path!r} has no fast tokenizer with an end-of-sequence token")
+    needed = ("pad_token", "mask_token") if masked else () if sentences else ("eos_token",)
+    lacking = [name for name in needed if getattr(tokenizer, name) is None]
+    if not tokenizer.is_fast or lacking:
+        raise ConfigError(f"model.name: {path!r} has no fast tokenizer with {' and '.join(lacking or needed)}")
     return tokenizer
 
 
@@ -95,14 +100,12 @@ def load_base(path: str, dtype: str, attention: str = "sdpa", deepspeed: dict[st
 
     Args:
         deepspeed: a ZeRO-3 config, to shard each weight over the workers as it is read.
+
+    Raises:
+        ConfigError: there is none, or it is not whole.
     """
     sharded_loading = HfDeepSpeedConfig(deepspeed) if deepspeed else None  # acts on from_pretrained while it lives
-    try:
-        model = auto_model(path).from_pretrained(
-            path, dtype=DTYPES[dtype], attn_implementation=attention, use_safetensors=True
-        )
-    except (ImportError, OSError, ValueError) as error:  # a quantised one needs the library that quantised it
-        raise ConfigError(f"model.name: no causal language model at {path!r}: {error}") from error
+    model = _from_pretrained(path, dtype=DTYPES[dtype], attn_implementation=attention)
     del sharded_loading
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -111,7 +114,72 @@ def load_base(path: str, dtype: str, attention: str = "sdpa", deepspeed: dict[st
     return with_sentences(model, path).requires_grad_(False).eval()
 
 
-def load_shape(path: str, attention: str = "sdpa"):
+def _from_pretrained(path: str, **settings: Any) -> Any:
+    """Return a model, whose every weight was in its files: what is missing would be drawn anew at every load."""
+    talks = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # what it would report is an error here
+    try:
+        model, info = auto_model(path).from_pretrained(
+            path,
+            config=read_config(path),
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **settings,
+        )
+    except (ImportError, OSError, ValueError) as error:  # a quantised one needs the library that quantised it
+        raise ConfigError(f"model.name: no causal language model at {path!r}: {error}") from error
+    finally:
+        transformers_logging.set_verbosity(talks)
+    lacking = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    if read_sentences(path):
+        lacking = [key for key in lacking if not key.startswith("pooler.")]  # no vector is made by it
+    if lacking:
+        raise ConfigError(
+            f"model.name: {path!r} has no weights for {', '.join(lacking[:4])}{', ...' if len(lacking) > 4 else ''} of "
+            f"{type(model).__name__}, or of another shape; take a checkpoint that was saved with its output head"
+        )
+    return model
+
+
+def read_config(path: str) -> Any:
+    """Return a resolved model's config; a masked model's knows its tokenizer's padding, which must not be seen.
+
+    Raises:
+        ConfigError: they speak of two tokens.
+    """
+    config = plain_config(path)
+    if is_masked(path):
+        pad = load_tokenizer(path).pad_token_id
+        if config.pad_token_id not in (None, pad):
+            raise ConfigError(
+                f"model.name: pad_token_id is {config.pad_token_id} in the config.json of {path!r}, and {pad} in its "
+                "tokenizer; make them one"
+            )
+        config.pad_token_id = pad
+    return config
+
+
+def plain_config(path: str) -> Any:
+    """Return a resolved model's config.
+
+    Raises:
+        ConfigError: it is an encoder-decoder's.
+    """
+    config = AutoConfig.from_pretrained(path)
+    if config.is_encoder_decoder:
+        raise ConfigError(f"model.name: {config.model_type} at {path!r} is an encoder-decoder; take a causal model")
+    return config
+
+
+def check_weights(path: str) -> None:
+    """Raise ConfigError if a folder's weights are not all there; none is read."""
+    is_quantized = hasattr(plain_config(path), "quantization_config")  # whose library wants a device
+    if Path(path).is_dir() and not is_quantized:  # the Hub's are fetched by the workers
+        _from_pretrained(path, device_map="meta")
+
+
+def load_shape(path: str, attention: str = "eager"):
     """Return the causal LM of a resolved model on the meta device: from its config.json alone, without weights.
 
     Raises:
@@ -119,7 +187,7 @@ def load_shape(path: str, attention: str = "sdpa"):
     """
     try:
         with torch.device("meta"):
-            bare = auto_model(path).from_config(AutoConfig.from_pretrained(path), attn_implementation=attention)
+            bare = auto_model(path).from_config(plain_config(path), attn_implementation=attention)
             return with_sentences(bare, path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.name: no causal language model's config at {path!r}: {error}") from error
@@ -129,6 +197,23 @@ def is_masked(path: str) -> bool:
     """Return whether a model predicts masked tokens, and not the next: by what its config says that it is."""
     kinds = getattr(AutoConfig.from_pretrained(path), "architectures", None) or []
     return any(kind.endswith("ForMaskedLM") for kind in kinds)
+
+
+def context_tokens(model: Any) -> int:
+    """Return the longest text that a model takes, on the meta device or any other; NO_LIMIT where it states none."""
+    config = model.config.get_text_config()
+    stated = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
+    rope = getattr(config, "rope_parameters", None) or {}
+    for one in [rope, *(part for part in rope.values() if isinstance(part, dict))]:
+        if one.get("rope_type") in ("dynamic", "longrope"):
+            # Beyond it positions hang on the longest row of a batch: its neighbours would change a text.
+            original = getattr(config, "original_max_position_embeddings", None)
+            stated.append(one.get("original_max_position_embeddings") or original)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and "position" in name.rsplit(".", 1)[-1]:
+            unused = 0 if module.padding_idx is None else module.padding_idx + 1  # as RoBERTa counts
+            stated.append(module.num_embeddings - unused)
+    return min((most for most in stated if most), default=NO_LIMIT)
 
 
 def auto_model(path: str) -> Any:

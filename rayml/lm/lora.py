@@ -178,20 +178,24 @@ def find_linears(model: Any, targets: Sequence[str], last_layers: int | None) ->
     Raises:
         ConfigError: a target matches no linear of the model.
     """
-    linears = all_linears(model)
-    kinds = linear_kinds(model)
+    linears, kinds, name = all_linears(model), linear_kinds(model), type(model).__name__
+    if not kinds:
+        raise ConfigError(
+            f"lora.targets: {', '.join(sorted(targets))}: {name} has no linear layers for LoRA (GPT-2's Conv1D is "
+            "none); use adapter=soft_prompt, or mode=full"
+        )
     unknown = sorted(set(targets) - set(kinds))
     if unknown:
-        raise ConfigError(
-            f"lora.targets: {', '.join(unknown)} is no linear layer of {type(model).__name__}; "
-            f"it has {', '.join(kinds)}"
-        )
+        raise ConfigError(f"lora.targets: {', '.join(unknown)} is no linear layer of {name}; it has {', '.join(kinds)}")
     first = model.config.num_hidden_layers - (last_layers or model.config.num_hidden_layers)
-    return {
-        name: module
-        for name, module in linears.items()
-        if name.rsplit(".", 1)[-1] in targets and layer_number(name) >= first
-    }
+    found = {n: one for n, one in linears.items() if n.rsplit(".", 1)[-1] in targets and layer_number(n) >= first}
+    absent = sorted(set(targets) - {n.rsplit(".", 1)[-1] for n in found})
+    if absent:
+        raise ConfigError(
+            f"lora.targets: the last {last_layers} layers of {name} have no {', '.join(absent)}; leave it out, or "
+            "raise lora.last_layers"
+        )
+    return found
 
 
 def all_linears(model: Any) -> dict[str, nn.Linear]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from rayml.errors import DataError
 from rayml.lm.batch import TokenRow
+from rayml.lm.tokens import plain, tokenize
 
 MARK = "rayml_predicts_masks"
 
@@ -29,6 +30,7 @@ def masked_row(
     """Return the row of a prompt that holds the mask, of which the last counts; a long one loses its beginning.
 
     Args:
+        prompt: marked where users wrote special tokens, as is `target` (`rayml.lm.tokens`).
         keep: whether to keep the token that begins at this character of the prompt.
 
     Raises:
@@ -36,13 +38,13 @@ def masked_row(
     """
     if not is_label:
         raise DataError(f"a masked model chooses among labels and writes no text (target: {target[:40]!r})")
-    word = tokenizer(f" {target.strip()}", add_special_tokens=False)["input_ids"]
+    word, _ = tokenize(tokenizer, f" {target.strip()}", add_special_tokens=False)
     if len(word) != 1:
         raise DataError(
-            f"label {target!r} has {len(word)} tokens, and a mask stands for one; rename it, or use data.labels=letters"
+            f"label {plain(target)!r} has {len(word)} tokens, and a mask stands for one; rename it, or use "
+            "data.labels=letters"
         )
-    encoding = tokenizer(prompt, add_special_tokens=True, return_offsets_mapping=True)
-    tokens, offsets = encoding["input_ids"], encoding["offset_mapping"]
+    tokens, offsets = tokenize(tokenizer, prompt)
     if keep is not None:
         kept = [i for i, (a, b) in enumerate(offsets) if a == b or tokens[i] == tokenizer.mask_token_id or keep(a)]
         tokens = [tokens[i] for i in kept]

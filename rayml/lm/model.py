@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import get_layer_types_and_kwargs
 
 from rayml.algorithms.inner_loop import Params
 from rayml.algorithms.prototypes import Pooling, Read, label_log_probs
@@ -34,7 +35,7 @@ class TaskLM:
         config = getattr(module, "module", module).config
         # Attention to both sides would see padding, too.
         is_masked = type(getattr(module, "module", module)).__name__.endswith("ForMaskedLM")
-        self._pad = config.pad_token_id if is_masked else None
+        self.pad: int | None = config.pad_token_id if is_masked else None
         self._positions: Tensor | None = None
         self._hidden: list[Tensor] | None = None
         self._frozen = frozen_layers(module, adapter)
@@ -51,18 +52,46 @@ class TaskLM:
 
         Where attention is told the position ids they do not; recurrent layers have no such thing.
         """
-        if self.adapter is None or self._pad is not None or self.sentences:
+        if (
+            self.adapter is None
+            or self.pad is not None
+            or self.sentences
+            or limits(self.module) & {"chunked_attention"}
+        ):
             return False  # mode full deals a task's rows to the workers; a masked model looks to both sides
-        alone = torch.tensor([[5, 3, 4]], device=self.device)
         rows = torch.tensor([[1, 2, 1, 5, 3, 4], [4, 4, 2, 5, 3, 4]], device=self.device)
         position_ids = torch.tensor([[0, 1, 2, 0, 1, 2]] * 2, device=self.device)
-        try:
-            with torch.no_grad():
-                wanted = self.logits_at(torch.tensor([2], device=self.device), None, alone).float()
-                found = self.logits_at(torch.tensor([5, 11], device=self.device), None, rows, position_ids=position_ids)
-        except (TypeError, ValueError):  # it takes no positions
+        return self._reads_as_alone([5, 3, 4], rows, position_ids=position_ids)
+
+    @cached_property
+    def forks(self) -> bool:
+        """Whether branches of a row may see their prompt and themselves alone, by a mask of their own: tried, too.
+
+        A window or chunks of attention would be switched off by it, beyond what a few tokens show.
+        """
+        if self.pad is not None or limits(self.module):
             return False
-        return bool((found.float() - wanted).norm() < 0.02 * wanted.norm())
+        rows = torch.tensor([[5, 3, 2, 1, 4], [5, 3, 1, 2, 4]], device=self.device)
+        branch = torch.tensor([0, 0, 1, 1, 2], device=self.device)
+        seen = ((branch == 0) | (branch == branch.unsqueeze(1))).tril()
+        position_ids = torch.tensor([[0, 1, 2, 3, 2]] * 2, device=self.device)
+        return self._reads_as_alone(
+            [5, 3, 4],
+            rows,
+            position_ids=position_ids,
+            attention_mask=additive(seen, self.module.dtype).expand(2, 1, 5, 5),
+        )
+
+    @torch.no_grad()
+    def _reads_as_alone(self, tokens: list[int], rows: Tensor, **inputs: Any) -> bool:
+        """Return whether the last token of two rows has the logits that it has behind these tokens alone."""
+        ends = torch.arange(1, 3, device=self.device) * rows.shape[1] - 1
+        try:
+            wanted = self.logits_at(ends[:1] * 0 + len(tokens) - 1, None, torch.tensor([tokens], device=self.device))
+            found = self.logits_at(ends, None, rows, **inputs)
+        except (TypeError, ValueError, RuntimeError):  # it takes no such thing
+            return False
+        return bool((found.float() - wanted.float()).norm() < 0.02 * wanted.float().norm())
 
     def _at_targets(self, _head: nn.Module, inputs: tuple[Tensor, ...]):
         """Hand the output layer only the hidden states that predict a target: `[N, L, D]` to `[M, D]`.
@@ -96,7 +125,7 @@ class TaskLM:
             inputs: what else the model takes, such as a cache of keys and values.
         """
         self._positions, self._hidden = positions, hidden
-        seen = {"use_cache": False} if self._pad is None else {"attention_mask": (tokens != self._pad).long()}
+        seen = {"use_cache": False} if self.pad is None else {"attention_mask": (tokens != self.pad).long()}
         try:
             return self._forward(weights, frozen, {"input_ids": tokens} | seen | inputs).logits
         finally:
@@ -281,6 +310,19 @@ def pooled(hidden: Tensor, prompts: Tensor, pooling: Pooling) -> Tensor:
     inside = position_ids <= end.unsqueeze(-1)
     total = (flat[position_ids.where(inside, begin.unsqueeze(-1))] * inside.unsqueeze(-1)).float().sum(2)
     return nn.functional.normalize(total, dim=-1)
+
+
+def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a mask of what is seen as what is added to attention's scores."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
+
+
+def limits(module: Any) -> set[str]:
+    """Return what keeps a model's layers from seeing all tokens before one: their kinds, or windows in its config."""
+    config = getattr(module, "module", module).config.get_text_config()  # a sharded engine's own is another
+    kinds = set(get_layer_types_and_kwargs(config)[0]) - {"full_attention"}
+    sizes = {name for name, value in config.to_dict().items() if type(value) is int and value > 0}
+    return kinds | {name for name in sizes if "window" in name and "layers" not in name}
 
 
 def position_inputs(batch: TaskBatch) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from rayml.algorithms.inner_loop import Params
 from rayml.lm.batch import TokenRow, allowed_grid, collate
 from rayml.lm.encode import Encoder
 from rayml.lm.label_trie import label_trie, token_losses
-from rayml.lm.model import TaskLM
+from rayml.lm.model import TaskLM, additive
 from rayml.tasks.task import Example
 
 
@@ -50,22 +49,6 @@ class PrefixTree:
         return [
             [len(self.prompt) - 1, *range(first, first + length)] for first, length in zip(firsts, lengths, strict=True)
         ]
-
-
-FORKING = {"llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "phi", "phi3", "smollm3", "starcoder2"}
-FORKING |= {"gpt2", "gpt_neox", "gptj", "opt", "deepseek_v3"}
-"""Model types whose attention is a mask and positions, and nothing else."""
-
-
-def may_fork(module: Any) -> bool:
-    """Return whether a causal LM sees branches as they are meant: else every option gets a row of its own.
-
-    Not with flash kernels, or windows of attention, which a mask of our own would switch off.
-    """
-    config = getattr(module, "module", module).config  # a sharded engine's own is another
-    is_windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    is_masked = config._attn_implementation in ("eager", "sdpa")
-    return config.model_type in FORKING and is_masked and not is_windowed
 
 
 class OptionQuery:
@@ -158,8 +141,7 @@ class OptionBatch:
                     position = end
         of_key, of_query = branch.unsqueeze(1), branch.unsqueeze(2)
         seen = ((of_key == 0) | (of_key == of_query)).tril().unsqueeze(1)
-        dtype = self.lm.module.dtype
-        mask = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+        mask = additive(seen, self.lm.module.dtype)
         return {"attention_mask": mask.to(self.lm.device), "position_ids": positions.to(self.lm.device)}
 
     @torch.no_grad()
@@ -185,9 +167,8 @@ def weighted_prompts(
     lm: TaskLM, encoder: Encoder, examples: Sequence[Example], options: Sequence[str], shown: Sequence[Example] = ()
 ) -> WeightedPrompts:
     """Return what is asked about some inputs of a task, as `Encoder.questions` does, ready to be run."""
-    forks = may_fork(lm.module)
     found = encoder.ensemble_rows(examples, options, shown)
-    return [(share, [OptionQuery(rows, encoder, forks) for rows in queries]) for share, queries in found]
+    return [(share, [OptionQuery(rows, encoder, lm.forks) for rows in queries]) for share, queries in found]
 
 
 def prompts_of(lm: TaskLM, encoder: Encoder, examples: Sequence[Example], label: str) -> WeightedPrompts:

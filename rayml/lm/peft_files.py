@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from rayml.algorithms.inner_loop import Params
 from rayml.algorithms.prototypes import MEANS, is_readout
@@ -121,6 +122,21 @@ def save_adapter(
         whole = {name: weight.detach().cpu().contiguous() for name, weight in held.items()}
         if whole:
             save_file(whole, folder / file, metadata={"format": "pt"})
+
+
+def peft_logits(module: Any, folder: Path, tokens: Tensor) -> Tensor:
+    """Return the logits `[N, L, V]` of tokens `[N, L]` by PEFT, with an adapter's folder; the model stays as it was."""
+    from peft import PeftModel
+
+    own = dict(module.named_modules())
+    try:
+        return PeftModel.from_pretrained(module, str(folder)).eval()(input_ids=tokens).logits
+    finally:  # also where it could not be put in whole
+        for name, part in own.items():
+            parent, _, last = name.rpartition(".")
+            if name:
+                setattr(own[parent], last, part)
+        vars(module).pop("peft_config", None)
 
 
 def save_model(folder: Path, module: Any, weights: Params, tokenizer: Any) -> None:

@@ -180,10 +180,10 @@ def _verdict(found: dict[str, Any]) -> str:
         return "no GPU here to compare with: give its memory as --gpu-gib"
     compared = f"{size(found['device_bytes'])} of {size(found['gpu_bytes'])}"
     if found["fits"]:
-        return f"[bold green]fits[/]: {compared}"
+        return f"fits: {compared}"
     change = found["smallest_change"]
-    advice = f"this would fit: [bold]{' '.join(change)}[/]" if change else "no sharding or number of workers would fit"
-    return f"[bold red]does not fit[/]: {compared}; {advice}"
+    advice = f"this would fit: {' '.join(change)}" if change else "no sharding or number of workers would fit"
+    return f"does not fit: {compared}; {advice}"
 
 
 def size(count_bytes: int) -> str:

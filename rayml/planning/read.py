@@ -3,6 +3,7 @@
 from typing import Any
 
 from rayml.config import Config
+from rayml.lm.abilities import check_model
 from rayml.lm.load import load_shape, resolve_model
 from rayml.lm.lora import find_linears, in_a_layer, layer_number
 from rayml.lm.parameters import trained_parameters
@@ -20,7 +21,9 @@ def read_shape(config: Config) -> Shape:
     Raises:
         ConfigError: there is no such model, no such linear to adapt, or nothing left to train.
     """
-    return shape_of(load_shape(resolve_model(config.model.name), "eager"), config)  # which every model has
+    base = resolve_model(config.model.name)
+    check_model(config, base)
+    return shape_of(load_shape(base), config)
 
 
 def shape_of(model: Any, config: Config, whole_below: int = WHOLE_BELOW) -> Shape:

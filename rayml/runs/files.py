@@ -29,7 +29,11 @@ def filesystem(path: str) -> tuple[fs.FileSystem, str]:
     Raises:
         OSError, ValueError: pyarrow knows no such filesystem, or cannot reach it.
     """
-    return fs.FileSystem.from_uri(path) if "://" in path else (fs.LocalFileSystem(), os.path.abspath(path))
+    return (
+        fs.FileSystem.from_uri(path)
+        if "://" in path
+        else (fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(path)))
+    )
 
 
 def as_path(path: str | AnyPath) -> AnyPath:
@@ -41,7 +45,7 @@ def as_path(path: str | AnyPath) -> AnyPath:
     if isinstance(path, Remote):
         return path
     if "://" not in str(path):
-        return Path(path).absolute()
+        return Path(path).expanduser().absolute()
     address, mark, query = str(path).partition("?")
     with answering(path):
         found, inner = fs.FileSystem.from_uri(str(path))
@@ -114,9 +118,16 @@ def deliver(folder: Path, to: AnyPath) -> None:
 
 @contextmanager
 def made_here(folder: AnyPath) -> Iterator[Path]:
-    """Yield the path of a folder to make on this machine, which then goes to `folder`: that itself, if it lies here."""
+    """Yield the path of a folder to make on this machine, which then goes to `folder`: that itself, if it lies here.
+
+    Where making it fails, nothing of it stays.
+    """
     if isinstance(folder, Path):
-        yield folder
+        try:
+            yield folder
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
         return
     with tempfile.TemporaryDirectory(prefix="rayml-") as above:
         made = Path(above, folder.name)

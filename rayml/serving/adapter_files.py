@@ -43,6 +43,8 @@ UNSUPPORTED = (
     "trainable_token_indices",
     "layer_replication",
 )
+PLAIN_STARTS = True, False, None, "gaussian", "orthogonal", "eva"
+"""Values of init_lora_weights that leave the base alone: not PiSSA, OLoRA, CorDA, LoftQ."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,12 @@ def _check_config(config: dict[str, Any], fits: Fits) -> float:
         asked.append("bias")
     if asked:
         raise RunError(f"asks for {', '.join(asked)}, which is not served")
+    begun = config.get("init_lora_weights", True)
+    if begun not in PLAIN_STARTS:
+        raise RunError(
+            f"init_lora_weights={begun!r} changes the base, too, and here is the plain one; save it as plain LoRA "
+            "(save_pretrained with path_initial_model_for_weight_conversion)"
+        )
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if type(rank) is not int or not 1 <= rank <= fits.most_rank:
         raise RunError(f"rank r={rank!r}; 1 to {fits.most_rank} are served")

@@ -19,7 +19,7 @@ from rayml.serving.errors import ApiError
 from rayml.serving.gateway import Gateway
 from rayml.serving.metrics import Metrics
 from rayml.serving.replica import Replica
-from rayml.serving.served import servable
+from rayml.serving.served import refuse_unservable, servable
 from rayml.serving.settings import Replicas, Serving, api_keys
 from rayml.serving.store import AdapterStore
 from rayml.training.driver import WORKER_ENV
@@ -70,6 +70,7 @@ def build(args: Serving) -> serve.Application:
     """
     run = RunFolder(args.run)
     config, checkpoint = servable(run, args.checkpoint)
+    refuse_unservable(run, config)
     store = args.store or str(run.path / "adapters")
     store = store if "://" in store else str(Path(store).absolute())
     serving = args.model_copy(update={"run": str(run.path), "store": store})

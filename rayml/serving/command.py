@@ -27,7 +27,7 @@ from rayml.progress import doing
 from rayml.runs.folder import RunFolder
 from rayml.serving.adapter_files import FILES, read_adapter
 from rayml.serving.app import build
-from rayml.serving.served import fits_of, servable
+from rayml.serving.served import fits_of, refuse_unlike_peft, refuse_unservable, servable
 from rayml.serving.settings import Adapters, Serving, api_keys, check_host
 from rayml.serving.store import NAME, AdapterStore, Manifest, adapter_id, owner_of
 from rayml.training.driver import WORKER_ENV, processors
@@ -62,12 +62,13 @@ def serve_forever(
     check_host(host, keys, insecure)
     folder = RunFolder(run)
     config, served = servable(folder, serving.checkpoint)
+    refuse_unservable(folder, config)
     own = not os.environ.get("RAY_ADDRESS")
     if own and not serving.replicas.cpus:
         share = max(1, processors() // max(serving.replicas.min, serving.replicas.max))
         replicas = serving.replicas.model_copy(update={"cpus": share})
         serving = serving.model_copy(update={"replicas": replicas})
-    err = Console(stderr=True)
+    err = Console(stderr=True, markup=False)
     with doing(err, "starting Ray"):
         start_cluster(serving, metrics_port)
     stop = threading.Event()
@@ -142,7 +143,8 @@ def publish_adapter(source: Path, run_path: str, name: str | None, store: str | 
     with tempfile.TemporaryDirectory() as folder:
         copy_files(source, Path(folder))
         try:
-            _, card = read_adapter(Path(folder), fits)
+            weights, card = read_adapter(Path(folder), fits)
+            refuse_unlike_peft(Path(folder), weights, config, base, fits)
         except RunError as error:
             raise RunError(f"{source}: {error}") from error
         content = [(Path(folder) / file).read_bytes().hex() for file in FILES if (Path(folder) / file).exists()]

@@ -6,6 +6,7 @@ import dataclasses
 import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ from rayml.adaptation import AdaptationRequest, adaptation_request, inner_steps
 from rayml.adapter import Adapter, chosen
 from rayml.algorithms.inner_loop import Params
 from rayml.errors import DataError, TrainingError
-from rayml.lm.chat import chat_prompt
-from rayml.lm.decode import context_tokens
+from rayml.lm.abilities import unable
+from rayml.lm.chat import chat_prompt, own_template
 from rayml.lm.encode import Encoder
 from rayml.lm.generate import end_tokens
+from rayml.lm.load import context_tokens
 from rayml.lm.peft_files import AdapterCard, encoder_of
 from rayml.lm.sampling import Piece, Sampling
+from rayml.lm.tokens import marked, tokenize
 from rayml.model import load, refuse_diverged
 from rayml.runs.folder import RunFolder
 from rayml.serving.adapter_cache import AdapterCache, forget_task
@@ -45,7 +48,7 @@ class Replica:
         run = RunFolder(serving.run)
         servable(run, serving.checkpoint)
         self.model = load(run, checkpoint=serving.checkpoint, every_linear=True)
-        self.context = min(context_tokens(self.model.lm.module.config), serving.limits.context_tokens)
+        self.context = min(context_tokens(self.model.lm.module), serving.limits.context_tokens)
         base = dataclasses.replace(self.model.encoder, max_tokens=self.context, soft_tokens=0)
         self.bare = self.model.adapter(None, AdapterCard("", "", "", "{input}", 0), encoder=base)
         self.store = AdapterStore(serving.store or str(run.path / "adapters"))
@@ -58,6 +61,12 @@ class Replica:
         self.most_unfinished = min(serving.limits.waiting_adaptations, max(1, serving.replicas.ongoing_requests // 2))
         self.ends = end_tokens(self.model.lm.module, self.model.encoder.tokenizer)
         self._warm_up()
+
+    @cached_property
+    def mute(self) -> str | None:
+        """Why the model cannot write texts; None where it can."""
+        config = self.model.config
+        return unable(self.model.base, {}, config.soft_tokens, writes=True, attention=config.model.attention)
 
     def _warm_up(self) -> None:
         """Let the first client not wait for what is set up at first use."""
@@ -256,16 +265,16 @@ class Replica:
     def _prompt_tokens(self, adapter: Adapter, prompt: Given | list[Message], max_tokens: int, index: int) -> list[int]:
         tokenizer = self.model.encoder.tokenizer
         most = self.context - max_tokens
-        if not self.model.encoder.writes_text:
-            raise ApiError(400, "this model writes no text; ask /v1/classify", "model")
+        if self.mute:
+            raise ApiError(400, f"{self.mute}; ask /v1/classify", "model")
         try:
             if adapter is not self.bare:
                 is_dialogue = adapter.card.kind == "dialogue"
                 given = turns_of(prompt) if is_dialogue and isinstance(prompt, list) else plain(prompt)
                 tokens = unlimited(adapter.encoder).asked(unanswered(given), adapter.shown)
             elif not isinstance(prompt, list):
-                tokens = tokenizer(prompt)["input_ids"]
-            elif tokenizer.chat_template:
+                tokens, _ = tokenize(tokenizer, marked(tokenizer, str(prompt)))
+            elif own_template(tokenizer):
                 tokens = chat_prompt(tokenizer, turns_of(prompt))
             else:
                 raise ApiError(400, "this base has no chat template; use /v1/completions", "messages")

@@ -1,11 +1,18 @@
 """The run that is served: whether it can be, and what fits its base."""
 
+from pathlib import Path
 from typing import Any
 
+from rayml.algorithms.inner_loop import Params
+from rayml.algorithms.prototypes import is_readout
 from rayml.config import Config
 from rayml.errors import RunError
-from rayml.lm.lora import all_linears
-from rayml.lm.sentence import MARK
+from rayml.lm.abilities import refuse_unable
+from rayml.lm.load import resolve_model
+from rayml.lm.lora import all_linears, linear_kinds
+from rayml.lm.model import TaskLM, hooks
+from rayml.lm.sentence import MARK, read_sentences
+from rayml.lm.trials import same_in_peft, small_copy
 from rayml.runs.files import AnyPath
 from rayml.runs.folder import RunFolder
 from rayml.serving.adapter_files import Fits
@@ -25,6 +32,11 @@ def servable(run: RunFolder, which: str | None = None) -> tuple[Config, AnyPath]
             "it, and meta-train adapters on the folder (mode=adapters model.name=FOLDER)"
         )
     return config, checkpoint
+
+
+def refuse_unservable(run: RunFolder, config: Config) -> None:
+    """Raise ConfigError if a run's model cannot do what its tasks ask for."""
+    refuse_unable(resolve_model(config.model.name), config, writes=not run.learned_labels())
 
 
 def fits_of(config: Config, base: str, module: Any, limits: Adapters) -> Fits:
@@ -49,3 +61,20 @@ def fits_of(config: Config, base: str, module: Any, limits: Adapters) -> Fits:
         hidden_size=len(sentences.poolings) * module.config.hidden_size if sentences else head.in_features,
         vocabulary=0 if sentences else head.out_features,
     )
+
+
+def refuse_unlike_peft(folder: Path, weights: Params, config: Config, base: str, fits: Fits) -> None:
+    """Raise RunError if PEFT computes something else with an adapter's folder than what is served of it.
+
+    It is tried on a small copy of the base, so that no weight of that is read.
+    """
+    module = None if read_sentences(base) else small_copy(base, "eager")
+    if module is None:
+        return
+    weights = {name: weight for name, weight in weights.items() if not is_readout(name)}
+    lora = {} if config.soft_tokens else {"targets": linear_kinds(module), "rank": 1, "alpha": fits.scale}
+    lm = TaskLM(module, hooks(module, lora, next(iter(weights.values())).shape[0] if config.soft_tokens else 0))
+    if not same_in_peft(lm, weights, folder):
+        raise RunError(
+            "PEFT computes something else with it than what would be served: its weights are not all there is"
+        )

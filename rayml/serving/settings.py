@@ -131,7 +131,7 @@ def api_keys(keys_file: str | None) -> frozenset[str]:
     keys = [key.strip() for key in os.environ.get("RAYML_API_KEYS", "").split(",")]
     if keys_file:
         try:
-            lines = Path(keys_file).read_text(encoding="utf-8").splitlines()
+            lines = Path(keys_file).expanduser().read_text(encoding="utf-8").splitlines()
         except (OSError, ValueError) as error:
             raise ConfigError(f"keys_file: {keys_file}: cannot be read: {error}") from error
         found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]

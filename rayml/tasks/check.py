@@ -1,17 +1,18 @@
 """`rayml data check`: what is in the data, and what is wrong with it."""
 
+import json
 from pathlib import Path
 from statistics import median
 
-import yaml
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from rayml.config import Data, load_config, parse_config
 from rayml.errors import DataError
 from rayml.tasks.read import read_rows
-from rayml.tasks.splits import NAMES, Splits, leaks, split_tasks
+from rayml.tasks.splits import NAMES, Splits, leaks, split_tasks, what_trains
 from rayml.tasks.table import Duplicates, build_tasks, without_small_classes
 from rayml.tasks.task import Task
 
@@ -28,25 +29,33 @@ def check_data(arguments: list[str], config: Path | None, out: Console) -> bool:
     Raises:
         ConfigError, DataError: a setting or a file that cannot be read at all.
     """
-    data = _settings([a for a in arguments if "=" not in a], [a for a in arguments if "=" in a], config)
-    tasks, duplicates = build_tasks(read_rows(data.path, data.columns, data.kind))
+
+    def say(text: str) -> None:
+        out.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    settings = [one for one in arguments if "=" in one and "/" not in one.split("=")[0] and not Path(one).exists()]
+    data = _settings([one for one in arguments if one not in settings], settings, config)
+    tasks, duplicates = build_tasks(read_rows(data.path, data.columns, data.kind, say=say))
     if data.drop_small_classes:
         tasks = without_small_classes(tasks, data.shots + data.queries)
     splits = split_tasks(tasks, data.splits.rule())
     out.print(_table(splits, duplicates))
-    _print_conflicts(duplicates, out)
+    found = duplicates.conflicting
+    if found:
+        say(f"warning: {len(found)} text(s) stand under two labels; none of their rows is used:")
+    for task, text, targets in found[:SHOWN]:
+        say(f"  {task}: {text[:70]!r} is {' and '.join(targets)}")
     errors = _errors(tasks, data, splits)
     for error in errors:
-        out.print("[bold red]error[/] ", end="")
-        out.print(error, markup=False, highlight=False, soft_wrap=True)
+        say(f"error: {error}")
     if not errors:
-        out.print("[green]ok[/]: every class is large enough, and no text stands in two splits")
+        say("ok: every class is large enough, and no text stands in two splits")
     return not errors
 
 
 def _settings(paths: list[str], overrides: list[str], config: Path | None) -> Data:
     if config:
-        given = [f"data.path={yaml.safe_dump(paths, default_flow_style=True).strip()}"] if paths else []
+        given = [f"data.path={json.dumps(paths)}"] if paths else []
         return load_config(config, [*given, *overrides]).data
     values = {"model": {"name": "none"}, "run": {"dir": "none"}, "data": {"path": paths}}
     return parse_config(values, "rayml data check", overrides).data
@@ -63,7 +72,7 @@ def _table(splits: Splits, duplicates: Duplicates) -> Table:
     for split, tasks in zip(NAMES, splits, strict=True):
         for task in tasks:
             repeats = str(duplicates.repeated.get(task.name, 0))
-            table.add_row(task.name, split, *_row(task, free_text), repeats)
+            table.add_row(*map(Text, (task.name, split, *_row(task, free_text), repeats)))  # brackets are no markup
     return table
 
 
@@ -83,17 +92,8 @@ def _words(texts: list[str]) -> str:
     return f"{median(counts):.0f} / {max(counts)}"
 
 
-def _print_conflicts(duplicates: Duplicates, out: Console) -> None:
-    found = duplicates.conflicting
-    if not found:
-        return
-    out.print(f"[yellow]warning[/] {len(found)} text(s) stand under two labels; none of their rows is used:")
-    for task, text, targets in found[:SHOWN]:
-        out.print(f"  {task}: {text[:70]!r} is {' and '.join(targets)}", markup=False, highlight=False)
-
-
 def _errors(tasks: tuple[Task, ...], data: Data, splits: Splits) -> list[str]:
-    errors = [] if splits.train else ["no task is left for meta-train"]
+    errors = [] if splits.train else [f"no task is left for meta-train: {what_trains(tasks, data.splits.rule())}"]
     try:
         data.sampler(seed=0).check(tasks)
     except DataError as error:

@@ -5,6 +5,7 @@ taken depends on one thing alone: targets that are chosen among (`options`) comp
 text.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -67,31 +68,46 @@ def kind_of(fields: Sequence[str], target: Any) -> str:
     return "pair" if len(names) == 2 else ""
 
 
-def written(target: Any) -> str | None:
-    """Return a target as the model is to write it: a text, labels, or spans `{"text", "type"}`; None if it is neither.
+def written(target: Sequence[Any]) -> str:
+    r"""Return a list of labels, or of spans `{"text", "type"}`, as the model is to write it.
+
+    What marks ends in it is written behind a backslash in a label or span that has it.
 
     >>> written([{"text": "Berlin", "type": "place"}, {"text": "Ada", "type": "person"}])
     'place: Berlin; person: Ada'
+    >>> written(["tools; hardware", "cars"])
+    'tools\\; hardware; cars'
     """
-    if isinstance(target, str):
-        return target
-    if not isinstance(target, list):
-        return None
-    texts = [f"{one['type']}: {one['text']}" if is_span(one) else one for one in target]
-    return SEPARATOR.join(texts) or NOTHING if all(isinstance(text, str) for text in texts) else None
+    texts = [
+        f"{_escaped(one['type'], ':')}: {_escaped(one['text'])}" if is_span(one) else _escaped(one) for one in target
+    ]
+    return "\\" + NOTHING if texts == [NOTHING] else SEPARATOR.join(texts) or NOTHING
 
 
 def is_span(one: Any) -> bool:
     return isinstance(one, dict) and isinstance(one.get("text"), str) and isinstance(one.get("type"), str)
 
 
+def _escaped(text: str, mark: str = "") -> str:
+    return re.sub(rf"[\\;{mark}]", r"\\\g<0>", text.strip())
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"\\(.)", r"\1", text.strip(), flags=re.DOTALL)
+
+
+def _apart(text: str) -> list[str]:
+    found = [part.strip() for part in re.findall(r"(?:\\.|[^\\;]|\\\Z)+", text, flags=re.DOTALL)]
+    return [] if found == [NOTHING] else [part for part in found if part]
+
+
 def listed(text: str) -> list[str]:
-    """Return the labels or spans in a text that `written` made, or that a model wrote."""
-    found = [part.strip() for part in text.split(SEPARATOR.strip()) if part.strip()]
-    return [] if found == [NOTHING] else found
+    """Return the labels in a text that `written` made, or that a model wrote."""
+    return [_plain(part) for part in _apart(text)]
 
 
 def spans(text: str) -> list[tuple[str, str]]:
     """Return the (type, text) of the spans in a text that `written` made, or that a model wrote."""
-    pairs = [part.partition(":") for part in listed(text)]
-    return [(kind.strip(), span.strip()) for kind, colon, span in pairs if colon and kind.strip() and span.strip()]
+    pairs = [re.match(r"((?:\\.|[^\\:])+):(.+)", part, flags=re.DOTALL) for part in _apart(text)]
+    found = [(_plain(pair[1]), _plain(pair[2])) for pair in pairs if pair]
+    return [(kind, span) for kind, span in found if kind and span]

@@ -7,7 +7,7 @@ from dataclasses import replace
 from rayml.errors import DataError
 from rayml.sections import Data
 from rayml.tasks.read import read_rows
-from rayml.tasks.splits import Splits, leaks, split_tasks
+from rayml.tasks.splits import Splits, leaks, split_tasks, what_trains
 from rayml.tasks.table import build_tasks, without_small_classes
 from rayml.tasks.task import Example, Task
 
@@ -47,9 +47,10 @@ def prepare_splits(data: Data) -> Splits:
     Raises:
         DataError: as above, no task to train on, or one text in two splits.
     """
-    splits = split_tasks(prepare_tasks(data), data.splits.rule())
+    tasks = prepare_tasks(data)
+    splits = split_tasks(tasks, data.splits.rule())
     if not splits.train:
-        raise DataError("no task is left for meta-train; lower data.splits.val and data.splits.test")
+        raise DataError(f"no task is left for meta-train: {what_trains(tasks, data.splits.rule())}")
     if data.most_per_class:
         splits = splits._replace(train=tuple(capped(task, data.most_per_class) for task in splits.train))
     leaked = leaks(splits)

@@ -1,42 +1,171 @@
-"""Read rows `{"task", "input", "target", ...}` from JSONL, Parquet, or a Hugging Face data set."""
+"""Read rows `{"task", "input", "target", ...}` of any format that is known, or from what people have in memory."""
 
-import fnmatch
-import glob
-import json
+import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import shlex
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import pyarrow.fs
-import pyarrow.parquet
-
 from rayml.errors import DataError
+from rayml.tasks.formats import guess
 from rayml.tasks.row import Row, RowError, row_of
+from rayml.tasks.sources import NAMED, PLAIN, Source, as_rows, data_set_rows, sources
 
-SUFFIXES = (".jsonl", ".parquet")
+log = logging.getLogger(__name__)
 SHOWN_ERRORS = 20
 Examples = str | Path | Iterable[Any]
 """A path or URI; a pandas DataFrame, or a `datasets.Dataset`; or pairs `(input, target)`, dicts, and `Row`s."""
+Say = Callable[[str], None]
+NUMBERS = "targets that are numbers, or true and false, are taken as their text"
+OWN_OPTIONS = "bigbench", "metaicl"
+"""Formats whose rows each have options of their own."""
 
 
-def read_rows(paths: Iterable[str], columns: dict[str, str] | None = None, kind: str | None = None) -> list[Row]:
+def read_rows(
+    paths: Iterable[str],
+    columns: Mapping[str, str] | None = None,
+    kind: str | None = None,
+    *,
+    format: str | None = None,
+    encoding: str | None = None,
+    skip: bool = False,
+    mend: bool = False,
+    say: Say = log.warning,
+) -> list[Row]:
     """Read every row of every path.
 
     Args:
-        paths: files, folders (searched for .jsonl and .parquet), globs, any URI that pyarrow reads (`s3://`, `gs://`,
-            `hdfs://`, `file://`), or `hf:NAME[/CONFIG][:SPLIT]`, where NAME is a data set on the Hugging Face Hub or
-            a folder made by `Dataset.save_to_disk`.
-        columns: the data's own names, where they differ (`rayml.tasks.row`). With no `task` column, the file's or the
-            data set's name is the task.
+        paths: files of any format that `rayml data convert` knows, packed or not, folders of them, globs, any URI that
+            pyarrow reads (`s3://`, `gs://`, `hdfs://`, `file://`), or `hf:NAME[/CONFIG][:SPLIT]`, where NAME is a data
+            set on the Hugging Face Hub or a folder made by `Dataset.save_to_disk`.
+        columns: the data's own names, where they differ (`rayml.tasks.row`); else the usual ones are guessed. With no
+            `task` column, the file's or the data set's name is the task.
         kind: of rows that do not tell it.
+        format: of the files; else as they look.
+        encoding: of the files' text; else as it looks.
+        skip: leave out rows that cannot be used.
+        mend: put U+FFFD in place of halves of characters.
+        say: told what was guessed.
 
     Raises:
-        DataError: nothing there, nothing in it, or rows that cannot be used, each with its file and line.
+        DataError: nothing there, nothing in it, or rows that cannot be used, each with its file and line, and what to
+            do.
     """
-    return checked(chain.from_iterable(map(_some_records, paths)), columns or {}, kind)
+    notes: dict[str, list[str]] = {}
+    found: list[Row] = []
+    errors: list[str] = []
+    bad = ""
+    of_options = set()
+    for one in sources(list(paths), columns or {}, format, encoding):
+        taken, told = columns_of(one, columns or {})
+        given = [(where, mended(record)) for where, record in one.found] if mend else one.found
+        rows, wrong, numbers = checked(given, taken, one.task, kind)
+        if not rows and not wrong:
+            raise DataError(f"{one.name}: there is no row in it; a row is {{'input': ..., 'target': ...}}")
+        for note in [*told, *[NUMBERS] * numbers]:
+            notes.setdefault(note, []).append(one.name)
+        found, errors, bad = found + rows, errors + wrong, bad or one.name * bool(wrong)
+        of_options |= {row.task for row in rows} if one.format in OWN_OPTIONS else set()
+    for note, names in notes.items():
+        say(f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {note}")
+    if errors and not (skip and found):
+        leave = f"put them right, or leave them out: rayml data convert {shlex.quote(bad)} rows.jsonl --skip"
+        none = "none can be used; a row is {'input': ..., 'target': ...}: put them right"
+        raise unusable(errors, leave if found else none)
+    if errors:
+        say(f"{len(errors)} row(s) that cannot be used are left out, such as {errors[0]}")
+    return with_fixed_options(found, of_options, say)
+
+
+def columns_of(source: Source, columns: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+    """Return the names that a source's columns are read by, and what has to be said of how it is read.
+
+    Raises:
+        DataError: a column that there is not, or none for the input or the target.
+    """
+    told = [] if source.format in PLAIN else [f"{source.format} ({source.why})"]
+    told += (
+        []
+        if source.encoding.startswith("utf-8")
+        else [f"read as {source.encoding}; `rayml data convert --encoding` reads it otherwise"]
+    )
+    if source.format not in NAMED:
+        if columns and source.format != "conll":
+            raise DataError(
+                f"{source.name}: {source.format} has columns of its own; leave --columns, or name a --format"
+            )
+        return {}, told
+    keys = source.keys
+    missing = [own for own in columns.values() if keys and own not in keys]
+    if missing:
+        raise DataError(f"{source.name}: has no column {', '.join(missing)}; there are {', '.join(keys)}")
+    more = guess.guessed(keys, columns)
+    taken = {**columns, **more}
+    if keys and not all(any(name.split(".")[0] == key for name in (*taken, *keys)) for key in ("input", "target")):
+        raise guess.unknown(source.name, [record for _, record in source.found if isinstance(record, dict)])
+    if more:
+        told.append(
+            f"columns {', '.join(f'{own} as {name}' for name, own in more.items())}; or say {guess.setting(taken)}"
+        )
+    return taken, told
+
+
+def checked(
+    found: Iterable[tuple[str, dict[str, Any] | str]], columns: Mapping[str, str], task: str, kind: str | None
+) -> tuple[list[Row], list[str], bool]:
+    """Return the rows of (where, record or what is wrong with it), what is wrong with others, and whether targets were
+    numbers."""
+    rows, errors, numbers = [], [], False
+    for where, record in found:
+        try:
+            if isinstance(record, str):
+                raise RowError(record)
+            row = row_of(record, columns, task, where)
+            rows.append(row if row.kind or not kind else replace(row, kind=kind))
+            numbers |= isinstance(record.get(columns.get("target", "target")), bool | int | float)
+        except RowError as error:
+            errors.append(f"{where}: {error}")
+    return rows, errors, numbers
+
+
+def mended(value: Any) -> Any:
+    """Return a record with U+FFFD in place of halves of characters."""
+    if isinstance(value, dict):
+        return {key: mended(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [mended(one) for one in value]
+    return re.sub("[\ud800-\udfff]", "\ufffd", value) if isinstance(value, str) else value
+
+
+def unusable(errors: Sequence[str], advice: str) -> DataError:
+    more = [f"... and {len(errors) - SHOWN_ERRORS} more"] if len(errors) > SHOWN_ERRORS else []
+    shown = "\n  ".join(["rows that cannot be used:", *errors[:SHOWN_ERRORS], *more])
+    return DataError(f"{shown}\n{advice}" if advice else shown)
+
+
+def with_fixed_options(found: list[Row], tasks: Collection[str], say: Say = log.warning) -> list[Row]:
+    """Return rows whose options are their task's labels: where rows have others each, they become a part of the input.
+
+    What is chosen among options that no other row has is an answer to a question, and no label.
+
+    Args:
+        tasks: to look at.
+    """
+    sets: dict[str, set[frozenset[str]]] = {}
+    for row in found:
+        sets.setdefault(row.task, set()).add(frozenset(row.options))
+    own = {task for task in tasks if len(sets[task]) > 1}
+    moved = sum(bool(row.options) for row in found if row.task in own)
+    if moved:
+        say(f"{moved} row(s) have options of their own: these stand in the input now, and the answer is text")
+    return [_asked_with_options(row) if row.task in own else row for row in found]
+
+
+def _asked_with_options(row: Row) -> Row:
+    text = "\n".join([row.input, *[f"Options: {'; '.join(row.options)}"] * bool(row.options)])
+    return replace(row, input=text, options=(), kind=row.kind or "text", parts=())
 
 
 def rows_given(examples: Examples) -> list[Row]:
@@ -44,32 +173,31 @@ def rows_given(examples: Examples) -> list[Row]:
 
     Args:
         examples: a path, or what else `read_rows` takes; a pandas DataFrame, or a `datasets.Dataset`, whose columns are
-            named as a row's; or pairs `(input, target)`, records as dicts, and `Row`s.
+            named as a row's, or as is usual; or pairs `(input, target)`, records as dicts, and `Row`s.
 
     Raises:
         DataError: there are none, or some cannot be used, each with its place.
     """
     if isinstance(examples, str | Path):
         return read_rows([str(examples)])
+    found: Any = examples
     if hasattr(examples, "iloc"):
-        found: Iterable[Any] = _frame_records(examples)
+        found = _frame_records(examples)
     elif hasattr(examples, "features"):
-        found = _class_names(examples)
-    else:
-        found = examples
+        found = data_set_rows(examples)
     if isinstance(found, Mapping) or not isinstance(found, Iterable):
         kind = type(examples).__name__
         raise DataError(f"examples: expected pairs (input, target), or dicts, one an example; got a {kind}")
-    whole, records = [], []
-    for number, one in enumerate(found):
-        if isinstance(one, Row):
-            whole.append(one)
-        else:
-            records.append((f"example {number}", _record(one), "examples"))
-    rows = whole + checked(records, {}, None)
-    if not rows:
+    numbered = [(f"example {number}", one) for number, one in enumerate(found)]
+    whole = [one for _, one in numbered if isinstance(one, Row)]
+    others = [(where, _record(one)) for where, one in numbered if not isinstance(one, Row)]
+    source = as_rows(Source("examples", "examples", "jsonl", "", others), {})
+    rows, errors, _ = checked(source.found, guess.guessed(source.keys, {}), "examples", None)
+    if errors:
+        raise unusable(errors, "")
+    if not whole and not rows:
         raise DataError("examples: there is none")
-    return rows
+    return whole + rows
 
 
 def _record(one: Any) -> dict[str, Any] | str:
@@ -86,127 +214,3 @@ def _frame_records(frame: Any) -> Iterator[dict[str, Any]]:
     for row in frame.to_dict("records"):
         plain = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in row.items()}
         yield {name: value for name, value in plain.items() if value is not None and value == value}
-
-
-def checked(
-    found: Iterable[tuple[str, dict[str, Any] | str, str]], columns: Mapping[str, str], kind: str | None
-) -> list[Row]:
-    """Return the rows of (where, record or what is wrong with it, default task); arguments and errors as above."""
-    rows, errors = [], []
-    for where, record, default_task in found:
-        try:
-            if isinstance(record, str):
-                raise RowError(record)
-            row = row_of(record, columns, default_task, where)
-            rows.append(row if row.kind or not kind else replace(row, kind=kind))
-        except RowError as error:
-            errors.append(f"{where}: {error}")
-    if errors:
-        more = [f"... and {len(errors) - SHOWN_ERRORS} more"] if len(errors) > SHOWN_ERRORS else []
-        raise DataError("rows that cannot be used:\n  " + "\n  ".join(errors[:SHOWN_ERRORS] + more))
-    return rows
-
-
-def _some_records(path: str) -> Iterator[tuple[str, dict[str, Any] | str, str]]:
-    found = records(path)
-    first = next(found, None)
-    if first is None:
-        raise DataError(f"{path}: there is no row in it")
-    return chain([first], found)
-
-
-def records(path: str) -> Iterator[tuple[str, dict[str, Any] | str, str]]:
-    """Yield (where, record or what is wrong with it, default task name)."""
-    if path.startswith("hf:"):
-        yield from _hugging_face(path.removeprefix("hf:"))
-        return
-    for filesystem, file in _files(path):
-        read = _jsonl if file.endswith(".jsonl") else _parquet
-        for where, record in read(filesystem, file):
-            yield where, record, Path(file).stem
-
-
-def _files(path: str) -> list[tuple[pyarrow.fs.FileSystem, str]]:
-    """Return the data files that a path, folder, glob or URI names, in order."""
-    try:
-        filesystem, inner = (
-            pyarrow.fs.FileSystem.from_uri(path) if "://" in path else (pyarrow.fs.LocalFileSystem(), path)
-        )
-        names = _expand(filesystem, inner)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
-    if not names:
-        raise DataError(f"{path}: no such file, or no {' or '.join(SUFFIXES)} file in it")
-    return [(filesystem, name) for name in names]
-
-
-def _expand(filesystem: pyarrow.fs.FileSystem, path: str) -> list[str]:
-    if glob.has_magic(path):
-        wanted = path if "/" in path else f"./{path}"
-        folder = re.split(r"[*?[]", wanted)[0].rsplit("/", 1)[0] or "/"
-        return [
-            name
-            for name in _expand(filesystem, folder)
-            if fnmatch.fnmatch(name, wanted) and name.count("/") == wanted.count("/")  # `*` stays within a folder
-        ]
-    info = filesystem.get_file_info(path)
-    if info.type == pyarrow.fs.FileType.File:
-        if not path.endswith(SUFFIXES):
-            raise DataError(f"{path}: expected a file that ends in {' or '.join(SUFFIXES)}")
-        return [path]
-    if info.type == pyarrow.fs.FileType.NotFound:
-        return []
-    entries = filesystem.get_file_info(pyarrow.fs.FileSelector(path, recursive=True))
-    return sorted(entry.path for entry in entries if entry.is_file and entry.path.endswith(SUFFIXES))
-
-
-def _jsonl(filesystem: pyarrow.fs.FileSystem, file: str) -> Iterator[tuple[str, dict[str, Any] | str]]:
-    with filesystem.open_input_stream(file) as stream:
-        lines = stream.read().split(b"\n")
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{file}:{number}"
-        try:
-            record = json.loads(line)
-        except ValueError as error:  # covers bytes that are not UTF-8, too
-            yield where, f"not JSON: {error}"
-        else:
-            yield where, record if isinstance(record, dict) else f"expected a JSON object, got {line[:40]!r}"
-
-
-def _parquet(filesystem: pyarrow.fs.FileSystem, file: str) -> Iterator[tuple[str, dict[str, Any] | str]]:
-    try:
-        table = pyarrow.parquet.read_table(file, filesystem=filesystem)
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{file}: not a Parquet file: {error}") from error
-    for number, record in enumerate(table.to_pylist(), start=1):
-        yield f"{file}: row {number}", record
-
-
-def _hugging_face(name: str) -> Iterator[tuple[str, dict[str, Any] | str, str]]:
-    """Read `NAME[/CONFIG][:SPLIT]` or a `save_to_disk` folder; class numbers become class names."""
-    import datasets  # slow to import, and only needed here
-
-    name, _, split = name.partition(":")
-    try:
-        if Path(name).is_dir():
-            found = datasets.load_from_disk(name)
-        else:
-            parts = name.split("/")  # a Hub name has one slash at most, so what follows is the configuration
-            found = datasets.load_dataset("/".join(parts[:2]), *parts[2:])
-        found = found[split or "train"] if isinstance(found, datasets.DatasetDict) else found
-    except Exception as error:  # the library raises a dozen kinds; each means the same to the user
-        raise DataError(f"hf:{name}: cannot be loaded: {error}") from error
-    for number, record in enumerate(_class_names(found), start=1):
-        yield f"hf:{name}: row {number}", record, Path(name).name
-
-
-def _class_names(found: Any) -> Iterator[dict[str, Any]]:
-    """Yield the records of a `datasets.Dataset`, with the names of classes in place of their numbers."""
-    names = {key: feature for key, feature in found.features.items() if hasattr(feature, "int2str")}
-    for record in found:
-        for key, feature in names.items():
-            known = isinstance(record[key], int) and 0 <= record[key] < feature.num_classes
-            record[key] = feature.int2str(record[key]) if known else None  # -1 stands for no label
-        yield record

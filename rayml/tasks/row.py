@@ -1,10 +1,11 @@
 """One record of a data set, checked: a row `{"task", "input", "target", ...}`."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rayml.tasks.kinds import NAMES, kind_of, written
+from rayml.tasks.kinds import NAMES, is_span, kind_of, written
 from rayml.tasks.task import Example, Parts, conversation
 
 COLUMNS = "task", "input", "target", "options", "kind", "answers", "messages"
@@ -39,7 +40,8 @@ def row_of(record: Mapping[str, Any], columns: Mapping[str, str], default_task: 
 
     Args:
         record: `input` is a text, fields `{name: text}`, or messages `[{"role", "content"}]`, then without `target`,
-            as is `messages`; `target` is a text, or a list of labels, or of spans `{"text", "type"}`.
+            as is `messages`; `target` is a text, or a list of labels, or of spans `{"text", "type"}`. Numbers, true and
+            false are their text; what stands around a target, or a label, is no part of it.
         columns: the record's own names, where they differ; `input.NAME` names a part of the input.
         default_task: for records without a task, where no column is named for it.
 
@@ -48,33 +50,54 @@ def row_of(record: Mapping[str, Any], columns: Mapping[str, str], default_task: 
     """
 
     def value(name: str) -> Any:
-        return record.get(columns.get(name, name))
+        return as_text(record.get(columns.get(name, name)))
 
     task = value("task")
-    if task is None and "task" not in columns:
-        task = default_task
-    _text(task, columns.get("task", "task"))
+    task = _text(default_task if task is None and "task" not in columns else task, columns.get("task", "task"))
     kind = value("kind") or ""
     if kind and kind not in NAMES:
         raise RowError(f"'kind' is {kind!r}; there are {', '.join(NAMES)}")
     given = _input(record, columns)
     if isinstance(given, list):
         return _dialogue(task, given, kind, where)
-    parts = tuple(given.items()) if isinstance(given, dict) else ()
-    for name, text in parts:
-        _text(text, f"input.{name}")
-    shown = "\n".join(text for _, text in parts) if parts else given
-    _text(shown, columns.get("input", "input"))
+    parts = (
+        tuple((name, _text(as_text(text), f"input.{name}")) for name, text in given.items())
+        if isinstance(given, dict)
+        else ()
+    )
+    shown = "\n".join(text for _, text in parts) if parts else _text(as_text(given), columns.get("input", "input"))
     target, called = value("target"), columns.get("target", "target")
     kind = kind or kind_of([name for name, _ in parts], target)
-    text = written(target)
-    _text(text if text is not None or target is None else 0, called)
-    options, answers = (_texts(value(name) or (), name) for name in ("options", "answers"))
     if isinstance(target, list):
+        if not all(is_span(one) or isinstance(one, str) for one in target):
+            raise RowError(f"{called!r} is not text, nor a list of labels, or of spans {{'text', 'type'}}")
+        for text in [
+            text for one in target for text in ([one] if isinstance(one, str) else [one["text"], one["type"]])
+        ]:
+            _text(text, f"{called}: one of its labels or spans")
+        target = written(target)
+    text = _text(target, called).strip()
+    options, answers = (_texts(value(name) or [], name) for name in ("options", "answers"))
+    if isinstance(value("target"), list):
         options = ()  # the labels of which several may hold: they do not compete
     if options and text not in options:
         raise RowError(f"target {text!r} is not among its options {list(options)}")
-    return Row(task, shown, str(text), options, where, kind, parts, answers)
+    return Row(task, shown, text, options, where, kind, parts, answers)
+
+
+def as_text(value: Any) -> Any:
+    """Return a number, or true or false, as its text, also in a list; what is not there as None, and others as given.
+
+    >>> as_text(True), as_text(1.0), as_text([2, "b"]), as_text(float("nan"))
+    ('true', '1', ['2', 'b'], None)
+    """
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return None if math.isnan(value) else str(int(value)) if value.is_integer() else str(value)
+    if isinstance(value, list | tuple):
+        return [as_text(one) for one in value]
+    return str(value) if isinstance(value, int) else value
 
 
 def unanswered(given: Input) -> Example:
@@ -104,17 +127,23 @@ def _input(record: Mapping[str, Any], columns: Mapping[str, str]) -> Any:
     return record.get(columns.get("messages", "messages")) if given is None and "input" not in columns else given
 
 
-def _text(value: Any, name: str) -> None:
+def _text(value: Any, name: str) -> str:
     if not isinstance(value, str):
         raise RowError(f"{name!r} is {'missing' if value is None else 'not text'}")
     if not value.strip():
         raise RowError(f"{name!r} is empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        half = value[error.start]
+        raise RowError(f"{name!r} holds half of a character ({half!r}); `rayml data convert` puts � there") from None
+    return value
 
 
 def _texts(value: Any, name: str) -> tuple[str, ...]:
-    if not isinstance(value, list | tuple) or not all(isinstance(text, str) for text in value):
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
         raise RowError(f"{name!r} is not a list of texts")
-    return tuple(value)
+    return tuple(dict.fromkeys(_text(text, name).strip() for text in value))
 
 
 def _dialogue(task: str, messages: list[Any], kind: str, where: str) -> Row:
@@ -125,8 +154,7 @@ def _dialogue(task: str, messages: list[Any], kind: str, where: str) -> Row:
     for number, message in enumerate(messages, 1):
         if not isinstance(message, dict) or message.get("role") not in ROLES:
             raise RowError(f"message {number}: expected a role among {', '.join(ROLES)}, got {str(message)[:60]}")
-        _text(message.get("content"), f"message {number}: content")
-        turns.append((message["role"], message["content"]))
+        turns.append((message["role"], _text(message.get("content"), f"message {number}: content")))
     roles = [role for role, _ in turns]
     if "user" not in roles or roles[-1] != "assistant" or roles[0] == "assistant":
         raise RowError("a conversation has a user's turn, begins with none of the assistant's, and ends with one")

@@ -1,9 +1,12 @@
 """Meta-train, meta-val and meta-test: splits of tasks, or of the classes of one task with many."""
 
 import fnmatch
+import glob
 import hashlib
+import json
+import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from rayml.errors import DataError
@@ -68,6 +71,19 @@ def split_tasks(tasks: Sequence[Task], rule: SplitRule) -> Splits:
             if len(options) >= 2:  # one class alone tells nothing apart
                 splits[split].append(task.only(options))
     return Splits(*(tuple(splits[name]) for name in NAMES))
+
+
+def what_trains(tasks: Sequence[Task], rule: SplitRule) -> str:
+    """Return what to set so that there is something to train on, where a rule leaves nothing: the first that does."""
+    large = [task.name for task in tasks if len(task.options) >= 6]
+    by_class = replace(rule, by_class=tuple(glob.escape(name) for name in large))
+    names = shlex.quote(json.dumps(list(by_class.by_class), ensure_ascii=False))
+    ways = {
+        f"hold out classes, not tasks: data.splits.by_class={names}": by_class,
+        "train on all: data.splits.val=0 data.splits.test=0": replace(rule, val=0.0, test=0.0),
+    }
+    advice = [text for text, changed in ways.items() if split_tasks(tasks, changed).train]
+    return " or ".join(advice) or "data.splits.train_tasks names some; or add tasks"
 
 
 def _check_patterns(tasks: Sequence[Task], rule: SplitRule) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from rayml.errors import DataError
+from rayml.tasks.kinds import NOTHING
 from rayml.tasks.row import Row
 from rayml.tasks.task import Example, Task, normalized
 
@@ -40,7 +41,8 @@ def build_tasks(rows: Iterable[Row]) -> tuple[tuple[Task, ...], Duplicates]:
 
 
 def _task(name: str, rows: list[Row], duplicates: Duplicates) -> Task:
-    kinds = {row.kind: row for row in rows}
+    empty = {id(row) for row in rows if row.kind == "multilabel" and row.target == NOTHING}  # no labels, or no spans
+    kinds = {row.kind: row for row in rows if id(row) not in empty} or {rows[0].kind: rows[0]}
     if len(kinds) > 1:
         one, other = list(kinds.values())[:2]
         raise DataError(

@@ -16,16 +16,11 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 
-from rayml.algorithms.outer_loop import initial_log_inner_lrs
 from rayml.config import Config
 from rayml.errors import ConfigError, TrainingError
 from rayml.interrupt import heed_again, kept
+from rayml.lm.abilities import checked_model
 from rayml.lm.encode import Encoder
-from rayml.lm.load import load_shape, load_tokenizer, resolve_model
-from rayml.lm.lora import A, B, find_linears
-from rayml.lm.parameters import trained_parameters
-from rayml.lm.sentence import MARK
-from rayml.lm.soft_prompt import PROMPT
 from rayml.model import load
 from rayml.progress import doing
 from rayml.runs.checkpoint import newest_checkpoint, step_of
@@ -34,7 +29,6 @@ from rayml.runs.folder import RunFolder
 from rayml.runs.remote import Remote
 from rayml.tasks.prepare import prepare_splits
 from rayml.tasks.splits import Splits
-from rayml.tasks.task import Task
 from rayml.training.callbacks import Controlled, NewestCheckpoint, WorkersGone
 from rayml.training.continual import FORGETTING, old_run, report_forgetting, shown_anew, with_replay
 from rayml.training.heartbeat import Heartbeats
@@ -76,19 +70,16 @@ def train(config: Config, resume: bool = False, at_once: int = 1) -> RunFolder:
         anew = shown_anew(old.config.data, config.data)
         if anew and replayed:
             said = f"{', '.join(anew)}: not as in {old.run.path}, whose tasks are replayed as this config shows them"
-            Console(stderr=True).print(said, style="yellow", highlight=False, soft_wrap=True)
-    model = resolve_model(config.model.name)
-    encoder = config.encoder(load_tokenizer(model))
-    encoder.check([*splits.train, *splits.val, *splits.test])
+            Console(stderr=True, markup=False).print(said, style="yellow", highlight=False, soft_wrap=True)
+    model, encoder = checked_model(config, [task for part in splits for task in part])
     run = RunFolder(config.run.dir)
-    check_model(config, model, [task for part in splits for task in part])
     check_trackers(config.run.trackers, run)
     if not os.environ.get("RAY_ADDRESS") and not ray.is_initialized():
         check_resources(config, cpus=processors(), cpus_each=1, gpus=torch.cuda.device_count())
     run.begin(config, splits, resume)
     if config.validation.patience and not splits.val:
         warned = "validation.patience: there is no task for meta-val, so it never stops; raise data.splits.val"
-        Console(stderr=True).print(warned, style="yellow", highlight=False, soft_wrap=True)
+        Console(stderr=True, markup=False).print(warned, style="yellow", highlight=False, soft_wrap=True)
     trains = not run.is_over(config)
     if trains:
         with own_ray(config):
@@ -97,7 +88,7 @@ def train(config: Config, resume: bool = False, at_once: int = 1) -> RunFolder:
             remove(run.model)
             load(run).save(run.model)
     if old and (trains or not (run.path / FORGETTING).exists()):  # it may have been cut off there
-        report_forgetting(run, old, splits, Console(stderr=True))
+        report_forgetting(run, old, splits, Console(stderr=True, markup=False))
     return run
 
 
@@ -106,7 +97,7 @@ def own_ray(config: Config, at_once: int = 1) -> Iterator[None]:
     """Start Ray where none runs, for `at_once` runs beside each other, and end it."""
     starts = not ray.is_initialized()
     if starts:
-        with doing(Console(stderr=True), "starting Ray"):
+        with doing(Console(stderr=True, markup=False), "starting Ray"):
             start_ray(config, at_once)
     try:
         yield
@@ -129,47 +120,6 @@ def with_absolute_paths(config: Config) -> Config:
     paths = {"dir": config.run.dir} | ({"continues": config.run.continues} if config.run.continues else {})
     run = config.run.model_copy(update={key: str(as_path(path)) for key, path in paths.items()})
     return config.model_copy(update={"data": data, "model": model, "run": run})
-
-
-def check_model(config: Config, model: str, tasks: Sequence[Task]) -> None:
-    """Raise ConfigError if the model lacks what the config names; on the meta device, so that nothing is loaded."""
-    bare = load_shape(model, "eager")  # which every model has
-    if hasattr(bare, MARK):
-        refuse_tokens(config)
-    if config.mode == "full":
-        names = list(trained_parameters(bare, config.full))
-    elif config.soft_tokens:
-        names = [PROMPT]
-    else:
-        linears = find_linears(bare, config.lora.targets, config.lora.last_layers)
-        names = [name + part for name in linears for part in (A, B)]
-    if not initial_log_inner_lrs(dict.fromkeys(names, torch.empty(0)), 1.0, config.inner.modules, per_weight=False):
-        raise ConfigError(
-            f"inner.modules: {', '.join(config.inner.modules)} matches nothing learned, such as {names[0]}"
-        )
-    longest = config.data.max_tokens + config.soft_tokens
-    if config.algorithm.keeps == "prompt":
-        shown = max(min(config.data.ways, len(task.options) or 1) for task in tasks) * config.data.shots
-        longest *= shown + 1
-    most = getattr(bare.config, "max_position_embeddings", longest)
-    if longest > most and not hasattr(bare, MARK):  # sentences are cut to what the model takes
-        raise ConfigError(
-            f"data.max_tokens: a row may have {longest} tokens, the model takes {most}; lower it or shots"
-        )
-    config.algorithm.check(tasks)
-
-
-def refuse_tokens(config: Config) -> None:
-    """Raise ConfigError where a sentence encoder is asked for what takes tokens of labels, or an output head."""
-    if config.algorithm.readout != "prototypes":
-        raise ConfigError(
-            f"algorithm.readout: {config.model.name} is a sentence encoder, without label tokens; use "
-            "algorithm.readout=prototypes"
-        )
-    if config.mode == "full" or config.adapter != "lora":
-        raise ConfigError(
-            f"mode, adapter: {config.model.name} is a sentence encoder, and has mode=adapters adapter=lora"
-        )
 
 
 def processors() -> int:
@@ -199,7 +149,9 @@ def start_ray(config: Config, at_once: int = 1) -> None:
             check_resources(config, cpus=int(there.get("CPU", 0)), cpus_each=2, gpus=int(there.get("GPU", 0)))
         except ConfigError as error:  # it may grow
             wait = f"{config.run.longest_wait:g} s"
-            Console(stderr=True).print(f"{error}. Waiting up to {wait} for more nodes", style="yellow", highlight=False)
+            Console(stderr=True, markup=False).print(
+                f"{error}. Waiting up to {wait} for more nodes", style="yellow", highlight=False
+            )
 
 
 def check_resources(config: Config, cpus: int, cpus_each: int, gpus: int) -> None:
@@ -281,7 +233,7 @@ def fit(
             callbacks=[NewestCheckpoint(run.latest), Controlled(heartbeats), WorkersGone(heartbeats)],  # type: ignore[list-item]
         ),
     )
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False)
     with Progress(run, config.outer.steps, console, heartbeats), Watch(heartbeats, longest_wait, console) as watch:
         try:
             stopped = finished(trainer, run, heartbeats, console)

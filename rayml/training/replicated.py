@@ -269,7 +269,9 @@ def build_lm(config: Config, model: str, device: torch.device) -> TaskLM:
     if config.model.activation_checkpointing:
         checkpoint_activations(module)
     shape = config.lora.shape() if config.mode == "adapters" else {}
-    return TaskLM(module, hooks(module, shape, config.soft_tokens))
+    lm = TaskLM(module, hooks(module, shape, config.soft_tokens))
+    _ = lm.packs, lm.forks  # tried here, where every worker takes part: sharded weights are gathered from all
+    return lm
 
 
 def agreed_start(job: Job, lm: TaskLM) -> Params:

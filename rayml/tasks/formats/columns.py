@@ -5,29 +5,84 @@ import io
 import re
 from collections.abc import Mapping
 
-from rayml.tasks.formats.text import Found
+from rayml.tasks.formats.guess import KNOWN
+from rayml.tasks.formats.text import Found, lines
 
 CROSSFIT = re.compile(r"(?P<task>.+)_\d+_\d+_(train|dev|test)\.tsv")
-DELIMITERS = ",;\t|"
-csv.field_size_limit(1 << 24)
+DELIMITERS = ",;|"
+csv.field_size_limit(1 << 30)
+Table = list[tuple[int, list[str]]]
+"""Rows with the numbers of the lines, from 1, that they begin in."""
 
 
-def is_crossfit(file: str, text: str) -> bool:
-    """Return whether a file is named as CrossFit names them, or is a .tsv of two columns without a heading."""
-    first = text.split("\n", 1)[0].rstrip("\r").split("\t")
-    headed = {cell.strip().lower() for cell in first} & {
-        "input",
-        "target",
-        "text",
-        "label",
-        "sentence",
-        "output",
-        "task",
-    }
-    return bool(CROSSFIT.fullmatch(file)) or (file.endswith(".tsv") and len(first) == 2 and not headed)
+def delimiter(text: str) -> str:
+    """Return what is between the cells, as the first line looks: a tab where there is one."""
+    heading = text.lstrip().split("\n", 1)[0]
+    return "\t" if "\t" in heading else max(DELIMITERS, key=heading.count)
 
 
-def crossfit(text: str, file: str, name: str) -> Found:
+def cells(text: str) -> Table:
+    """Return a table's cells; those in quotes may hold line breaks.
+
+    In a TSV quotes are seldom meant so. Where all its lines have their cells, and quotes would make one row of several,
+    they are text.
+
+    Raises:
+        csv.Error: a quote that does not end, with the line it stands in.
+    """
+    mark = delimiter(text)
+    plain = [(number, line.split(mark)) for number, line in enumerate(lines(text), 1) if line.strip()]
+    try:
+        quoted = quoted_cells(text, mark)
+    except csv.Error:
+        if mark != "\t":
+            raise
+        return plain
+    all_quoted = all(cell[:1] == cell[-1:] == '"' for cell in plain[0][1])  # the heading, by a writer that quotes all
+    is_whole = mark == "\t" and len({len(row) for _, row in plain}) == 1 and not all_quoted
+    return plain if is_whole and len(quoted) < len(plain) else quoted
+
+
+def quoted_cells(text: str, mark: str) -> Table:
+    reader = csv.reader(io.StringIO("\n".join(lines(text)), newline=""), delimiter=mark, strict=True)
+    found: Table = []
+    begins = 1
+    try:
+        for row in reader:
+            if any(cell.strip() for cell in row):
+                found.append((begins, row))
+            begins = reader.line_num + 1
+    except csv.Error as error:
+        raise csv.Error(f"{begins}: no CSV: {error}") from None
+    return found
+
+
+def is_headed(rows: Table, file: str, columns: Mapping[str, str]) -> bool:
+    """Return whether a table's first line names its columns.
+
+    It does but in CrossFit's files, and where columns are asked for by number; and in other .tsv of two columns where
+    it looks unlike the rest: single words, which do not come back, before texts.
+    """
+    first = [cell.strip() for cell in rows[0][1]]
+    if columns and not is_numbered(columns):
+        return True
+    if CROSSFIT.fullmatch(file):
+        return False
+    if KNOWN.intersection(cell.casefold() for cell in first) or first == [str(index) for index in range(len(first))]:
+        return True
+    if columns or not file.endswith(".tsv") or len(first) != 2:
+        return not columns
+    others = [row for _, row in rows[1:] if len(row) == 2]
+    comes_back = any(row[index].strip() == cell for row in others for index, cell in enumerate(first))
+    texts = sum(" " in row[0].strip() for row in others)
+    return not comes_back and " " not in "".join(first) and 2 * texts > len(others)
+
+
+def is_numbered(columns: Mapping[str, str]) -> bool:
+    return bool(columns) and all(own.isdecimal() for own in columns.values())
+
+
+def crossfit(rows: Table, file: str, name: str) -> Found:
     """Yield the rows `input<TAB>output` of one of CrossFit's files (Ye et al. 2021, arXiv 2104.08835).
 
     Args:
@@ -35,53 +90,26 @@ def crossfit(text: str, file: str, name: str) -> Found:
         name: what errors call it.
     """
     match = CROSSFIT.fullmatch(file)
-    task = match.group("task") if match else file.rsplit(".", 1)[0]
-    for number, line in enumerate(text.splitlines(), 1):
-        cells = line.split("\t")
-        if not line.strip():
-            continue
-        if len(cells) != 2:
-            yield f"{name}:{number}", f"expected input<TAB>output, got {len(cells)} columns"
+    task = {"task": match.group("task")} if match else {}
+    for number, row in rows:
+        if len(row) != 2:
+            yield f"{name}:{number}", f"expected input<TAB>output, got {len(row)} columns"
         else:
-            yield f"{name}:{number}", {"task": task, "input": cells[0], "target": cells[1]}
+            yield f"{name}:{number}", {**task, "input": row[0], "target": row[1]}
 
 
-def delimiter(text: str, file: str) -> str:
-    """Return what is between the cells: a tab in .tsv, else as its first lines look."""
-    if file.endswith(".tsv"):
-        return "\t"
-    heading = text.split("\n", 1)[0]
-    return max(DELIMITERS, key=heading.count)
-
-
-def table(text: str, file: str, name: str, columns: Mapping[str, str]) -> Found:
-    """Yield the rows of a CSV or TSV as they are named in its heading, or, where columns are mapped by number, by that.
-
-    A cell in quotes may hold line breaks; the line that is named is the row's first.
-    """
-    numbered = bool(columns) and all(own.isdecimal() for own in columns.values())
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter(text, file), strict=True)
-    names: list[str] = []
-    while True:
-        line = reader.line_num + 1
-        try:
-            cells = next(reader, None)
-        except csv.Error as error:
-            yield f"{name}:{line}", f"no {'TSV' if file.endswith('.tsv') else 'CSV'}: {error}"
-            return
-        if cells is None:
-            return
-        if not any(cell.strip() for cell in cells):
-            continue
-        if not names:
-            names = [str(index) for index in range(len(cells))] if numbered else [cell.strip() for cell in cells]
-            missing = [own for own in columns.values() if own not in names]
-            if missing:
-                yield f"{name}:{line}", f"has no column {', '.join(missing)}; there are {', '.join(names)}"
-                return
-            if not numbered:
-                continue
-        if len(cells) != len(names):
-            yield f"{name}:{line}", f"has {len(cells)} cells, where its first line has {len(names)}"
+def table(rows: Table, name: str, columns: Mapping[str, str], headed: bool) -> Found:
+    """Yield the rows of a table by the names in its heading, or, where columns are mapped by number, by that."""
+    first = rows[0][1]
+    numbers = [str(index) for index in range(len(first))]
+    names = [cell.strip() or index for cell, index in zip(first, numbers, strict=True)] if headed else numbers
+    names = numbers if is_numbered(columns) else names
+    twice = {column for column in names if names.count(column) > 1}
+    if twice:
+        yield f"{name}:{rows[0][0]}", f"has two columns {', '.join(twice)}; name them by number: input=0,target=1"
+        return
+    for number, row in rows[headed:]:
+        if len(row) != len(names):
+            yield f"{name}:{number}", f"has {len(row)} cells, where its first line has {len(names)}"
         else:
-            yield f"{name}:{line}", dict(zip(names, cells, strict=True))
+            yield f"{name}:{number}", dict(zip(names, row, strict=True))

@@ -1,29 +1,104 @@
-"""Whole JSON files: Natural-Instructions, BIG-bench and SQuAD."""
+"""JSON: an object a line, a list of them, or one document, such as Natural-Instructions, BIG-bench and SQuAD."""
 
 import json
 import re
 from collections.abc import Iterator
 from typing import Any
 
-from rayml.tasks.formats.text import Found
+from rayml.errors import DataError
+from rayml.tasks.formats.text import Found, lines
+
+KEYS = {"natural-instructions": ("Instances", "Positive Examples"), "bigbench": ("examples",), "squad": ("data",)}
+"""Under which a document has its items."""
 
 
-def format_of(document: Any) -> str | None:
-    """Return the format of a parsed JSON file by its keys; None, if it is none of these."""
-    if not isinstance(document, dict):
-        return None
-    if "Instances" in document or "Positive Examples" in document:
-        return "natural-instructions"
-    if isinstance(document.get("examples"), list):
-        return "bigbench"
-    return "squad" if isinstance(document.get("data"), list) else None
+def pairs_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object's pairs as a dict.
+
+    Raises:
+        ValueError: a key stands twice.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object")
+    return found
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=pairs_once)
+
+
+def layout(text: str, name: str, is_lines: bool) -> tuple[str, str]:
+    """Return how a JSON file is laid out, as a format, and the key of a document's items.
+
+    Args:
+        is_lines: it is named as one of an object a line.
+
+    Raises:
+        DataError: it is no JSON, or of no known layout.
+    """
+    some = [line for line in lines(text) if line.strip()][:2]
+    first = parsed(some[0])
+    if isinstance(first, dict) and (len(some) > 1 or not key_of(first)):
+        return "jsonl", ""
+    try:
+        document = DECODER.decode(text)
+    except ValueError as error:
+        if getattr(error, "msg", "") == "Extra data":  # objects that go over several lines
+            return "json", ""
+        if is_lines:
+            return "jsonl", ""
+        line = f":{getattr(error, 'lineno', 1)}"
+        raise DataError(f"{name}{line}: not JSON: {error}; a row is an object, one a line") from None
+    if isinstance(document, list):
+        return "json", ""
+    found = key_of(document) if isinstance(document, dict) else None
+    if found:
+        return found
+    if isinstance(document, dict) and not any(isinstance(value, dict | list) for value in document.values()):
+        return "json", ""
+    keys = f" with the keys {', '.join(map(str, document))[:200]}" if isinstance(document, dict) else ""
+    raise DataError(
+        f"{name}: JSON of no known format{keys}; write a list of rows: [{{'input': ..., 'target': ...}}], "
+        "as pandas' df.to_json(orient='records') does"
+    )
+
+
+def key_of(document: dict[str, Any]) -> tuple[str, str] | None:
+    """Return a document's format and the key of its items, or None for what is no document."""
+    found = {key: value for key, value in document.items() if isinstance(value, list)}
+    for key in ("Instances", "Positive Examples"):
+        if found.get(key):
+            return "natural-instructions", key
+    rows = {key: value for key, value in found.items() if value and all(isinstance(one, dict) for one in value)}
+    if "examples" in found:
+        return "bigbench", "examples"
+    if "data" in rows and any("paragraphs" in one for one in rows["data"]):
+        return "squad", "data"
+    is_row = {"messages", "conversations", "target", "input"} & document.keys()
+    return ("json", next(iter(rows))) if len(rows) == 1 and not is_row else None
+
+
+def objects(text: str, name: str) -> Found:
+    """Yield the objects that stand one a line."""
+    for number, line in enumerate(lines(text), 1):
+        if line.strip():
+            yield f"{name}:{number}", parsed(line)
+
+
+def parsed(line: str) -> dict[str, Any] | str:
+    try:
+        record = DECODER.decode(line.strip())
+    except ValueError as error:
+        return f"not JSON: {error}"
+    return record if isinstance(record, dict) else f"expected a JSON object, got {line[:40]!r}"
 
 
 def items(text: str, name: str, key: str) -> Iterator[tuple[str, Any]]:
-    """Yield (where, item) of the list under a key; where is the line on which the item begins."""
-    match = re.search(rf'(?<!\\)"{key}"\s*:\s*\[', text)
-    assert match, "format_of found it"
-    decoder, position = json.JSONDecoder(), match.end()
+    """Yield (where, item) of the list under a key, or of the one that is all; where is the line an item begins in."""
+    match = re.search(rf"(?<!\\){re.escape(json.dumps(key))}\s*:\s*\[" if key else r"\s*\[?", text)
+    assert match, "layout found it"
+    position = match.end()
     line = 1 + text.count("\n", 0, position)
     while True:
         begin = position
@@ -32,52 +107,63 @@ def items(text: str, name: str, key: str) -> Iterator[tuple[str, Any]]:
         line += text.count("\n", begin, position)
         if position >= len(text) or text[position] == "]":
             return
-        item, end = decoder.raw_decode(text, position)
+        try:
+            item, end = DECODER.raw_decode(text, position)
+        except ValueError as error:
+            yield f"{name}:{line}", f"not JSON: {error}"
+            return
         yield f"{name}:{line}", item
         line += text.count("\n", position, end)
         position = end
 
 
-def natural_instructions(text: str, name: str, task: str) -> Found:
+def rows(text: str, name: str, key: str) -> Found:
+    """Yield the objects of a list."""
+    for where, item in items(text, name, key):
+        yield where, item if isinstance(item, dict | str) else f"expected a JSON object, got {str(item)[:40]!r}"
+
+
+def natural_instructions(text: str, name: str, key: str) -> Found:
     """Yield a task's instances (Wang et al. 2022, arXiv 2204.07705); of several outputs the first is the target."""
-    found = json.loads(text)
-    key = "Instances" if found.get("Instances") else "Positive Examples"
     for where, item in items(text, name, key):
         given = item.get("output") if isinstance(item, dict) else None
         outputs = [given] if isinstance(given, str) else given
         if not isinstance(outputs, list) or not outputs or not all(isinstance(one, str) for one in outputs):
             yield where, "expected an instance with `input` and `output`, a text or a list of texts"
         else:
-            row = {"task": task, "input": item.get("input"), "target": outputs[0]}
+            row = {"input": item.get("input"), "target": outputs[0]}
             yield where, row | ({"answers": outputs[1:]} if len(set(outputs)) > 1 else {})
 
 
-def bigbench(text: str, name: str, task: str) -> Found:
+def bigbench(text: str, name: str, key: str) -> Found:
     """Yield a task's examples (Srivastava et al. 2022, arXiv 2206.04615); of scored targets the best is the target."""
-    for where, item in items(text, name, "examples"):
+    for where, item in items(text, name, key):
         scored = item.get("target_scores") if isinstance(item, dict) else None
         target = item.get("target") if isinstance(item, dict) else None
         if isinstance(scored, dict) and scored and all(isinstance(score, int | float) for score in scored.values()):
             best = max(scored, key=lambda option: scored[option])
-            yield where, {"task": task, "input": item.get("input"), "target": best, "options": list(scored)}
+            yield where, {"input": item.get("input"), "target": best, "options": list(scored)}
         elif isinstance(target, list) and target:
-            yield where, {"task": task, "input": item.get("input"), "target": target[0], "answers": target[1:]}
+            yield where, {"input": item.get("input"), "target": target[0], "answers": target[1:]}
         elif isinstance(target, str):
-            yield where, {"task": task, "input": item.get("input"), "target": target}
+            yield where, {"input": item.get("input"), "target": target}
         else:
             yield where, "expected an example with `input` and `target` or `target_scores`"
 
 
-def squad(text: str, name: str, task: str) -> Found:
+def squad(text: str, name: str, key: str) -> Found:
     """Yield the questions of a file as SQuAD has them (Rajpurkar et al. 2016); those without an answer are left out."""
-    for where, article in items(text, name, "data"):
+    for where, article in items(text, name, key):
         try:
             for paragraph in article["paragraphs"]:
                 for asked in paragraph["qas"]:
                     answers = list(dict.fromkeys(answer["text"] for answer in asked["answers"]))
                     if answers:
                         given = {"context": paragraph["context"], "question": asked["question"]}
-                        row = {"task": task, "input": given, "target": answers[0], "kind": "qa"}
+                        row = {"input": given, "target": answers[0], "kind": "qa"}
                         yield where, row | ({"answers": answers[1:]} if answers[1:] else {})
         except (KeyError, TypeError) as error:
             yield where, f"expected paragraphs with context and qas: {type(error).__name__}: {error}"
+
+
+READERS = {"natural-instructions": natural_instructions, "bigbench": bigbench, "squad": squad, "json": rows}

@@ -1,0 +1,188 @@
+"""What a model can do: the one place where it is refused, by name and before anything starts, what it cannot.
+
+`train`, `compare`, `sweep`, `plan`, `evaluate`, `adapt`, `export`, `predict` and `serve` ask here. What a config.json
+does not tell, `rayml.lm.trials` tries.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rayml.algorithms.inner_loop import Params
+from rayml.algorithms.outer_loop import initial_log_inner_lrs
+from rayml.algorithms.prototypes import is_readout
+from rayml.errors import ConfigError, RunError
+from rayml.lm.load import check_weights, context_tokens, load_shape, load_tokenizer, resolve_model
+from rayml.lm.lora import A, B, find_linears
+from rayml.lm.masked import predicts_masks
+from rayml.lm.model import TaskLM
+from rayml.lm.parameters import trained_parameters
+from rayml.lm.precision import has_sdpa
+from rayml.lm.sentence import MARK, read_sentences
+from rayml.lm.soft_prompt import PROMPT
+from rayml.lm.trials import as_in_peft, fault, same_in_peft, strange
+from rayml.tasks.task import Task
+
+if TYPE_CHECKING:
+    from rayml.config import Config
+    from rayml.lm.encode import Encoder
+
+READ = {False: ("bos_token", "eos_token"), True: ("pad_token", "mask_token", "cls_token", "sep_token")}
+"""Special tokens that stand in rows, of causal and of masked models."""
+
+
+def checked_model(config: "Config", tasks: Sequence[Task]) -> tuple[str, "Encoder"]:
+    """Return where a config's model is loaded from, and how examples are shown to it, once it can learn these tasks.
+
+    Raises:
+        ConfigError, DataError: it cannot, or they do not suit it.
+    """
+    base = resolve_model(config.model.name)
+    encoder = config.encoder(load_tokenizer(base))
+    encoder.check(tasks)
+    check_model(config, base, tasks, encoder.tokenizer)
+    return base, encoder
+
+
+def check_model(config: "Config", base: str, tasks: Sequence[Task] = (), tokenizer: Any = None) -> None:
+    """Raise ConfigError if a resolved model cannot do what a config asks for, with these tasks.
+
+    Args:
+        tokenizer: of the model; None leaves it, and the weights, alone: for a plan its config.json is enough.
+    """
+    bare = load_shape(base)
+    if hasattr(bare, MARK):
+        refuse_label_tokens(config)
+    names = learned_names(bare, config)
+    if not initial_log_inner_lrs(dict.fromkeys(names, torch.empty(0)), 1.0, config.inner.modules, per_weight=False):
+        raise ConfigError(
+            f"inner.modules: {', '.join(config.inner.modules)} matches nothing learned, such as {names[0]}"
+        )
+    refuse_long_rows(config, bare, tasks)
+    if tokenizer is not None:
+        refuse_tokens(tokenizer, bare.get_input_embeddings().num_embeddings, tasks)
+        check_weights(base)
+    config.algorithm.check(tasks)
+    refuse_unable(base, config, writes=any(not task.options for task in tasks))
+
+
+def refuse_unable(base: str, config: "Config", writes: bool) -> None:
+    """Raise ConfigError if a model, with a config's adapters, was tried and does otherwise than rayml relies on.
+
+    Args:
+        writes: whether it is to write texts.
+    """
+    lora = config.lora.shape() if config.mode == "adapters" and config.adapter == "lora" else {}
+    if reason := unable(base, lora, config.soft_tokens, writes, config.model.attention):
+        raise ConfigError(reason)
+
+
+def refuse_mute(config: "Config", tasks: Sequence[Task]) -> None:
+    """Raise ConfigError if texts are to be written for some tasks, and a config's model cannot write them."""
+    if any(not task.options for task in tasks):
+        base = resolve_model(config.model.name)
+        if reason := unable(base, {}, config.soft_tokens, writes=True, attention=config.model.attention):
+            raise ConfigError(reason)
+
+
+def unable(base: str, lora: dict[str, Any], soft_tokens: int, writes: bool, attention: str = "auto") -> str | None:
+    """Return why a model with such adapters cannot be used, or None.
+
+    Args:
+        lora: the adapters' shape; nothing where there are none.
+        attention: `model.attention`.
+    """
+    if read_sentences(base):
+        return (
+            f"model.name: {base!r} is a sentence encoder, and writes no text; use tasks with labels" if writes else None
+        )
+    fused = has_sdpa(base)
+    if attention == "sdpa" and not fused:
+        return f"model.attention: transformers has no sdpa for {base!r}; use model.attention=eager, or auto"
+    attention = ("sdpa" if fused else "eager") if attention == "auto" else attention
+    targets = tuple(lora.get("targets", ()))
+    return fault(base, attention, targets, lora.get("rank", 1), lora.get("alpha", 1.0), soft_tokens, writes)
+
+
+def learned_names(bare: Any, config: "Config") -> list[str]:
+    """Return the names of what a config learns of a model.
+
+    Raises:
+        ConfigError: the model has no such part.
+    """
+    if config.mode == "full":
+        return list(trained_parameters(bare, config.full))
+    if config.soft_tokens:
+        return [PROMPT]
+    linears = find_linears(bare, config.lora.targets, config.lora.last_layers)
+    return [name + part for name in linears for part in (A, B)]
+
+
+def refuse_label_tokens(config: "Config") -> None:
+    """Raise ConfigError where a sentence encoder is asked for what takes tokens of labels, or an output head."""
+    if config.algorithm.readout != "prototypes":
+        raise ConfigError(
+            f"algorithm.readout: {config.model.name} is a sentence encoder, without label tokens; use "
+            "algorithm.readout=prototypes"
+        )
+    if config.mode == "full" or config.adapter != "lora":
+        raise ConfigError(
+            f"mode, adapter: {config.model.name} is a sentence encoder, and has mode=adapters adapter=lora"
+        )
+
+
+def refuse_long_rows(config: "Config", bare: Any, tasks: Sequence[Task]) -> None:
+    longest = config.data.max_tokens + config.soft_tokens
+    if config.algorithm.keeps == "prompt":
+        shown = max((min(config.data.ways, len(task.options) or 1) for task in tasks), default=1) * config.data.shots
+        longest *= shown + 1
+    most = context_tokens(bare)
+    if longest > most and not hasattr(bare, MARK):  # a sentence encoder's texts are cut to what it takes
+        raise ConfigError(
+            f"data.max_tokens: a row may have {longest} tokens, the model takes {most}; lower it or shots"
+        )
+
+
+def refuse_tokens(tokenizer: Any, embeddings: int, tasks: Sequence[Task] = ()) -> None:
+    """Raise ConfigError if a tokenizer gives tokens that a model has no embeddings for, where they would be read."""
+    beyond = {token for token, number in tokenizer.get_vocab().items() if number >= embeddings}
+    read = {name: getattr(tokenizer, name) for name in READ[predicts_masks(tokenizer)]}
+    special = [f"{name} {token!r}" for name, token in read.items() if token in beyond]
+    own = beyond - tokenizer.get_added_vocab().keys()
+    said = f"model.name: the tokenizer has tokens that the model has no embeddings for ({embeddings} there are)"
+    if special or own:
+        raise ConfigError(f"{said}: {', '.join([*special, *sorted(own)][:4])}; resize the embeddings, or take its own")
+    texts = [f"{e.input}{e.target}{''.join(text for _, text in e.parts)}" for task in tasks for e in task.examples]
+    if any(task.kind == "dialogue" for task in tasks):
+        texts.append(str(tokenizer.chat_template or ""))
+    used = sorted(token for token in beyond if any(token in text for text in texts))
+    if used:
+        raise ConfigError(f"{said}, and your tasks, or the chat template, use {', '.join(used[:4])}")
+
+
+def refuse_strange(lm: TaskLM) -> None:
+    """Raise ConfigError if a model that was just loaded sees what it must not: two forwards tell."""
+    if lm.sentences:
+        return  # it looks both ways, and is told where padding is
+    with torch.no_grad():
+        if reason := strange(lm):
+            raise ConfigError(reason)
+
+
+def refuse_unlike_peft(folder: Path, lm: TaskLM, weights: Params, lora: dict[str, Any], base: str) -> None:
+    """Raise RunError if PEFT does not compute, with the adapter that was written to a folder, what these weights do.
+
+    A short inner loop may leave them too small to tell, so one of random weights is tried, too.
+    """
+    weights = {name: weight for name, weight in weights.items() if not is_readout(name)}
+    if (
+        lm.adapter
+        and not lm.sentences
+        and not (same_in_peft(lm, weights, folder) and as_in_peft(lm, base, lora, weights))
+    ):
+        raise RunError(
+            f"{type(lm.module).__name__} with this adapter is another model in PEFT, so it is not written; see "
+            "lora.targets, or keep it by `rayml serve`"
+        )

@@ -1,0 +1,95 @@
+"""From text to tokens, where a special token that a user wrote is text.
+
+A tokenizer takes `<|im_end|>` or `[MASK]` for the special token wherever it stands. In a template it is meant so. In an
+input, a target or a message it is what somebody typed: it must not end a turn, or be the mask. So user text is marked
+where it holds one before it comes into a template, and `tokenize` writes what is marked as text. All other tokens are
+the tokenizer's own, of the whole text at once.
+"""
+
+import copy
+import re
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+from rayml.tasks.task import Example
+
+MARK, BLANK = "\ufdd0", "\ufdd1"
+"""Before a special token that is text; and where a masked prompt's answer stands. Unicode has no such characters, but a
+text may."""
+ESCAPED = {MARK: MARK + "\ufdd2", BLANK: MARK + "\ufdd3"}
+OWN = {escaped: character for character, escaped in ESCAPED.items()}
+MARKED = re.compile(f"{MARK}[\ufdd2\ufdd3]?")
+
+Offsets = list[tuple[int, int]]
+
+
+def marked(tokenizer: Any, text: str) -> str:
+    """Return a user's text, marked where it holds a special token."""
+    return special_tokens(tokenizer).sub(lambda found: ESCAPED.get(found[0], MARK + found[0]), text)
+
+
+def marked_example(tokenizer: Any, example: Example) -> Example:
+    """Return an example with all its texts marked."""
+    target, answers = marked(tokenizer, example.target), example.answers
+    parts = tuple((name, marked(tokenizer, text)) for name, text in example.parts)
+    return replace(example, input=marked(tokenizer, example.input), target=target, parts=parts, answers=answers)
+
+
+def plain(text: str) -> str:
+    """Return a text without its marks."""
+    return MARKED.sub(lambda found: OWN.get(found[0], ""), text)
+
+
+def tokenize(tokenizer: Any, text: str, add_special_tokens: bool = True) -> tuple[list[int], Offsets]:
+    """Return a marked text's tokens, and the characters of the plain text that each stands for.
+
+    Args:
+        add_special_tokens: those that the tokenizer begins and ends a text with.
+    """
+    whole = plain(text)
+    encoding = tokenizer(whole, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
+    tokens, offsets = encoding["input_ids"], encoding["offset_mapping"]
+    typed = {len(plain(text[: found.start()])) for found in MARKED.finditer(text) if found[0] == MARK}
+    if not typed:
+        return tokens, offsets
+    found: list[tuple[int, tuple[int, int]]] = []
+    special = special_ids(tokenizer)
+    for token, (first, end) in zip(tokens, offsets, strict=True):
+        is_typed = token in special and any(first <= index < end for index in typed)
+        spelled = as_text(tokenizer, whole[first:end]) if is_typed else [token]
+        found += [(one, (first, end)) for one in spelled]
+    return [token for token, _ in found], [index for _, index in found]
+
+
+@lru_cache(maxsize=16)
+def special_tokens(tokenizer: Any) -> re.Pattern[str]:
+    """Return a pattern of a tokenizer's special tokens, and of our marks."""
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    names = sorted({*added, *tokenizer.all_special_tokens, *ESCAPED}, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, names)))
+
+
+@lru_cache(maxsize=16)
+def special_ids(tokenizer: Any) -> frozenset[int]:
+    added = [number for number, token in tokenizer.added_tokens_decoder.items() if token.special]
+    return frozenset([*added, *tokenizer.all_special_ids])
+
+
+@lru_cache(maxsize=16)
+def splitting(tokenizer: Any) -> Any:
+    """Return a tokenizer's own copy that knows no special tokens: others use the first at the same time."""
+    found = copy.deepcopy(tokenizer.backend_tokenizer)
+    found.encode_special_tokens = True
+    return found
+
+
+def as_text(tokenizer: Any, text: str) -> list[int]:
+    """Return the tokens that spell a text.
+
+    Some vocabularies have a special token's text as a word of theirs, too: then it is spelled in two pieces.
+    """
+    tokens = splitting(tokenizer).encode(text, add_special_tokens=False).ids
+    if len(text) > 1 and (special_ids(tokenizer) - {tokenizer.unk_token_id}) & set(tokens):
+        return [*as_text(tokenizer, text[:1]), *as_text(tokenizer, text[1:])]
+    return tokens

@@ -1,0 +1,91 @@
+"""Records that are rows by another name: conversations, MetaICL's, Alpaca's, SQuAD's, and tokens with their tags."""
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+from rayml.tasks.formats.conll import TAG, row
+
+Record = dict[str, Any]
+SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
+TAGS = "ner_tags", "tags"
+
+
+def chat(record: Record) -> Record | str:
+    """Return OpenAI's `messages` up to the assistant's last turn."""
+    return conversation(record, record.get("messages"), "role", "content")
+
+
+def sharegpt(record: Record) -> Record | str:
+    """Return ShareGPT's `conversations`, of `from` and `value`, as messages."""
+    found = conversation(record, record.get("conversations"), "from", "value")
+    for message in found["messages"] if isinstance(found, dict) else ():
+        message["role"] = SPEAKERS.get(message["role"], message["role"])
+    return found
+
+
+def conversation(record: Record, turns: Any, who: str, what: str) -> Record | str:
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        return "expected a list of turns"
+    messages = [
+        {"role": turn.get(who, turn.get("role")), "content": turn.get(what, turn.get("content"))} for turn in turns
+    ]
+    while messages and messages[-1]["role"] in ("user", "human"):
+        messages.pop()
+    return {**record, "messages": messages}
+
+
+def metaicl(record: Record) -> Record:
+    """Return a row of MetaICL's data (Min et al. 2022, arXiv 2110.15943)."""
+    return {**record, "target": record.get("output")}
+
+
+def alpaca(record: Record) -> Record:
+    """Return an instruction with its input, where it has one, and what is to be written."""
+    given = [record.get("instruction"), record.get("input")]
+    return {**record, "input": "\n".join(text for text in given if text), "target": record.get("output")}
+
+
+def squad(record: Record) -> Record | str | None:
+    """Return a question of SQuAD's as Hugging Face lays it out; nothing where it has no answer."""
+    answers = record.get("answers")
+    texts = answers.get("text") if isinstance(answers, dict) else None
+    if not isinstance(texts, list):
+        return "expected answers {'text': [...]}"
+    texts = list(dict.fromkeys(texts))
+    given = {"context": record.get("context"), "question": record.get("question")}
+    return {**record, "input": given, "target": texts[0], "answers": texts[1:], "kind": "qa"} if texts else None
+
+
+def tokens(record: Record) -> Record | str:
+    """Return a sentence of tokens, and the spans that their tags mark."""
+    words, tags = record.get("tokens"), next((record[key] for key in TAGS if key in record), None)
+    if not isinstance(words, list) or not isinstance(tags, list) or len(words) != len(tags):
+        return "expected as many tags as tokens"
+    if not all(isinstance(word, str) for word in words):
+        return "its tokens are not text"
+    if not all(isinstance(tag, str) and TAG.fullmatch(tag) for tag in tags):
+        return f"expected tags such as O, B-PER or I-PER, got {tags[:4]}"
+    return {**record, **row(list(zip(words, tags, strict=True)))}
+
+
+READERS: dict[str, Callable[[Record], Record | str | None]] = {
+    "chat": chat,
+    "sharegpt": sharegpt,
+    "metaicl": metaicl,
+    "alpaca": alpaca,
+    "squad-rows": squad,
+    "tokens": tokens,
+}
+
+
+def format_of(keys: Collection[str]) -> str:
+    """Return which of these records with such keys are; "" for rows of one's own."""
+    needed = {
+        "chat": {"messages"},
+        "sharegpt": {"conversations"},
+        "metaicl": {"task", "input", "output"},
+        "alpaca": {"instruction", "output"},
+        "squad-rows": {"context", "question", "answers"},
+        "tokens": {"tokens", next((key for key in TAGS if key in keys), TAGS[0])},
+    }
+    return next((name for name, names in needed.items() if names <= set(keys) and "target" not in keys), "")
