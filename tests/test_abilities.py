@@ -52,10 +52,17 @@ def edited(folder: Path, file="config.json", **changes):
     return folder
 
 
-@pytest.mark.parametrize("kind", [LlamaModel, LlamaForSequenceClassification])
-def test_a_checkpoint_without_its_head_is_refused(tmp_path, kind):
+def test_a_checkpoint_without_a_head_answers_by_prototypes_alone(tmp_path):
+    """Its architecture says that it has none: it is an encoder of sentences."""
+    LlamaModel(LlamaConfig(**BASE)).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"algorithm.readout: .* without label tokens"):
+        check_model(config_of(tmp_path / "run", tmp_path), str(tmp_path), LABELLED, load_tokenizer(str(tmp_path)))
+
+
+def test_a_checkpoint_without_its_head_is_refused(tmp_path):
     """It would be drawn anew at every load."""
-    kind(LlamaConfig(**BASE)).save_pretrained(tmp_path)
+    LlamaForSequenceClassification(LlamaConfig(**BASE)).save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"no weights for lm_head.weight of LlamaForCausalLM"):
         load_base(str(tmp_path), "float32")
@@ -78,7 +85,7 @@ def test_a_weight_of_another_shape_is_refused(tmp_path):
 
 @pytest.mark.parametrize("family", ["roberta", "bert"])
 def test_an_encoder_is_no_causal_model(tmp_path, family):
-    folder = edited(make_model(tmp_path, family), architectures=["RobertaModel"])
+    folder = edited(make_model(tmp_path, family), architectures=["RobertaForCausalLM"])
     with pytest.raises(ConfigError, match="looks at later tokens, as encoders do"):
         refuse_strange(TaskLM(load_base(str(folder), "float32"), None))
     assert "as encoders do" in unable(str(folder), {}, 0, writes=False)

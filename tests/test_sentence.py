@@ -25,6 +25,7 @@ from rayml.experiments.classifiers import missing
 from rayml.experiments.compare_plan import seconds_per_token
 from rayml.experiments.method_runs import plan
 from rayml.experiments.scorer import Queries
+from rayml.lm.abilities import check_model
 from rayml.lm.batch import collate
 from rayml.lm.encode import Encoder, class_numbers
 from rayml.lm.load import load_base, load_tokenizer, resolve_model
@@ -40,7 +41,7 @@ from rayml.serving.settings import Serving
 from rayml.tasks.episodes import Sampler
 from rayml.tasks.prepare import prepare_splits
 from rayml.training import collective, zero
-from rayml.training.driver import check_model, train
+from rayml.training.driver import train
 
 TEXTS = ["I was charged twice", "why?", "The App crashes at START, and the page stays blank. " * 9, "ok"]
 LIBRARY = missing("embedding", "minilm")

@@ -69,7 +69,7 @@ class TaskLM:
 
         A window or chunks of attention would be switched off by it, beyond what a few tokens show.
         """
-        if self.pad is not None or limits(self.module):
+        if self.pad is not None or self.sentences or limits(self.module):
             return False
         rows = torch.tensor([[5, 3, 2, 1, 4], [5, 3, 1, 2, 4]], device=self.device)
         branch = torch.tensor([0, 0, 1, 1, 2], device=self.device)

@@ -17,7 +17,7 @@ from rayml.algorithms.inner_loop import Params
 from rayml.algorithms.prototypes import MEANS, is_readout
 from rayml.errors import RunError
 from rayml.lm.encode import Encoder
-from rayml.lm.lora import layer_number
+from rayml.lm.lora import A, layer_number
 from rayml.lm.soft_prompt import PROMPT
 from rayml.tasks.task import Example
 
@@ -106,12 +106,15 @@ def save_adapter(
         peft.num_transformer_submodules = 1  # type: ignore[attr-defined]  # PEFT sets it at training
         tensors = {PROMPT_KEY: weights[PROMPT]}
     else:
+        is_whole = kind == EMBEDS  # by whole names: a pooler's linears are called as layers' are, and hang on no layer
         layers = sorted({layer_number(name) for name in weights})
         peft = LoraConfig(
             r=lora["rank"],
             lora_alpha=lora["alpha"],
-            target_modules=list(lora["targets"]),
-            layers_to_transform=layers if lora["last_layers"] or kind == EMBEDS else None,
+            target_modules=sorted({name[: -len(A)] for name in weights if name.endswith(A)})
+            if is_whole
+            else list(lora["targets"]),
+            layers_to_transform=layers if lora["last_layers"] and not is_whole else None,
             lora_dropout=0.0,
             bias="none",
             **common,

@@ -122,7 +122,8 @@ def as_in_peft(lm: TaskLM, base: str, lora: dict[str, Any], like: Params | None 
     """
     adapter = random_adapter(lm, like) or {}
     with tempfile.TemporaryDirectory() as folder:
-        save_adapter(Path(folder), adapter, lora if lora.get("targets") else {}, base, lm.pad is not None)
+        kind = "CAUSAL_LM" if lm.pad is None else None
+        save_adapter(Path(folder), adapter, lora if lora.get("targets") else {}, base, kind)
         return same_in_peft(lm, adapter, Path(folder))
 
 
