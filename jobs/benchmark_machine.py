@@ -1,7 +1,13 @@
-"""What a machine can do, and what a piece of work takes of it: FLOPs, bytes, seconds by kind of operation."""
+"""What a machine can do, and what a piece of work takes of it: FLOPs, bytes, seconds by kind of operation.
+
+`python jobs/benchmark_machine.py` prints what a CPU does in both dtypes, and what it would do without bfloat16
+instructions, as most laptops.
+"""
 
 import os
 import platform
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -14,6 +20,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from rayml.lm.precision import decide, look_at
+
+OLDER_CPU = {"ONEDNN_MAX_CPU_ISA": "AVX2"}
+"""Read once, by the first product: so it takes a process of its own. Of torch's other switches, ATEN_CPU_CAPABILITY
+and MKL_ENABLE_INSTRUCTIONS change nothing in a bfloat16 product."""
 KINDS = {
     "matrix products": ("mm", "addmm", "linear"),
     "adapters": ("bmm", "baddbmm"),
@@ -118,3 +129,22 @@ def kind_of(operation: str) -> str:
         if name in parts or (kind == "attention" and any(part in name for part in parts)):
             return kind
     return "the rest"
+
+
+def main() -> None:
+    """Print one line for this CPU as it is, and one for an older one."""
+    print(machine_name(torch.device("cpu")), flush=True)
+    for env in ({}, OLDER_CPU):
+        name = " ".join(f"{key}={value}" for key, value in env.items()) or "as it is"
+        print(f"  {name}: ", end="", flush=True)
+        subprocess.run([sys.executable, __file__, "--rates"], env=os.environ | env, check=True)
+
+
+def print_rates() -> None:
+    device = look_at(torch.device("cpu"), timed=True)
+    rates = ", ".join(f"{dtype} {rate:.3g} GFLOP/s" for dtype, rate in (device.gflops or {}).items())
+    print(f"{rates}; model.dtype=auto takes {decide(('auto', 'auto'), [device]).dtype}")
+
+
+if __name__ == "__main__":
+    print_rates() if sys.argv[1:] == ["--rates"] else main()

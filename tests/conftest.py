@@ -4,11 +4,13 @@ import faulthandler
 import multiprocessing.forkserver
 import os
 import random
+import re
 import shutil
 import socket
 import sys
 import tempfile
 import warnings
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,6 +32,14 @@ from rayml.tasks.task import Example, Task
 
 SPLITS = {"val": 0.0, "test": 0.0, "val_tasks": ["toy-4"], "test_tasks": ["toy-5"]}
 TARGETS = ("q_proj", "v_proj", "o_proj", "down_proj")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Name the commands that bring what skipped tests miss: what stands in `...` in their reasons; else the set-up."""
+    reasons = [report.longrepr[2] for report in terminalreporter.stats.get("skipped", ())]
+    commands = Counter((re.findall("`(.+)`", reason) or ["make test"])[0] for reason in reasons)
+    for command, tests in commands.items():
+        terminalreporter.write_line(f"{tests} skipped; this brings what they need: {command}")
 
 
 @pytest.fixture(scope="session")

