@@ -122,7 +122,7 @@ def compared(lm, adapters, base, lora):
     together = lm.forks or lm.pad is not None
     found["options"] = "differs" if "differs" in alike else SAME if together else "row by row"
     folder = Path(base) / "adapter"
-    save_adapter(folder, adapters[0], lora, base, lm.pad is not None)
+    save_adapter(folder, adapters[0], lora, base, "CAUSAL_LM" if lm.pad is None else None)
     found["PEFT"] = verdict(logits(lm, adapters[0], soft), in_peft(base, lm, folder))
     return found
 
