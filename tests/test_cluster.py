@@ -17,7 +17,7 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.serve.schema import ServeDeploySchema
 from test_plan import write_llama
-from transformers import LlamaConfig
+from transformers import BertConfig, LlamaConfig
 
 from rayml.config import load_config
 from rayml.planning.command import settled_for_plan
@@ -261,8 +261,11 @@ def shaped(tmp_path_factory):
     smollm = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152}
     smollm |= {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}
     LlamaConfig(**smollm).save_pretrained(folder / "smollm2")
+    minilm = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
+    BertConfig(**minilm, architectures=["BertModel"]).save_pretrained(folder / "minilm")
     return {
         "tiny": "tiny",
+        "minilm": str(folder / "minilm"),
         "smollm2-135m-instruct": str(folder / "smollm2"),
         "meta-llama/Llama-3.2-1B": write_llama(folder, "1B"),
         "meta-llama/Llama-3.1-8B": write_llama(folder, "8B"),
