@@ -45,9 +45,9 @@ def parse() -> argparse.Namespace:
         "--model", default="tiny", help="as model.name, or random-30m: a random Llama of 30 M parameters"
     )
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--stage", type=int, default=3, allowed=(1, 2, 3))
-    parser.add_argument("--dtype", default="float32", allowed=("float32", "bfloat16"))
-    parser.add_argument("--offload", default="none", allowed=("none", "optimizer", "all"))
+    parser.add_argument("--stage", type=int, default=3, choices=(1, 2, 3))
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--offload", default="none", choices=("none", "optimizer", "all"))
     parser.add_argument("--rows", type=int, default=8, help="rows of a task, over all workers")
     parser.add_argument("--tokens", type=int, default=64, help="tokens of a row")
     parser.add_argument("--repeats", type=int, default=15)

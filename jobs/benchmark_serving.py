@@ -157,13 +157,13 @@ class Peers:
         rows = max(self.options.rows)
         seen: list[torch.Tensor] = []
 
-        class KeptSupport(Endless):
+        class Recorded(Endless):
             def take(self, logits: torch.Tensor) -> None:
                 seen.append(logits.clone())
                 super().take(logits)
 
         decoder = Decoder(self.model.lm, rows, 1 << 40)
-        decoder.join([self._row(KeptSupport, index, len(self.adapters), 2) for index in range(rows)])
+        decoder.join([self._row(Recorded, index, len(self.adapters), 2) for index in range(rows)])
         names = [f"a{index % len(self.adapters)}" for index in range(rows)]
         with torch.no_grad():
             theirs = self.peft(input_ids=self.prompts.to(self.model.device), adapter_names=names).logits[:, -1]
