@@ -65,9 +65,9 @@ def adaptation_request(model: "MetaModel", task: Task) -> AdaptationRequest:
     if config.data.labels == "letters" and len(task.options) > len(LETTERS):
         raise DataError(f"task {task.name!r} has {len(task.options)} classes; a run with data.labels=letters knows 26")
     algorithm.check([task])
-    encoder = model.encoder.of(task.name, task.kind)
     model.encoder.check([task])
     shown = shown_labels(task, task.options, config.data.labels)
+    encoder = model.encoder.of(task.name, task.kind, shown.values())
     examples = [relabel(example, shown.get(example.target)) for example in task.examples]
     kept = examples if algorithm.keeps != "nothing" else []
     reads_prototypes = bool(task.options) and algorithm.prototypes is not None

@@ -79,6 +79,23 @@ def test_an_episode_survives_its_way_through_a_data_set(encoder):
     assert decode_rows(record["support"]) == encoder.rows(episode.support, is_label=True)
 
 
+def test_labels_end_where_one_begins_another(encoder):
+    pair = tuple(Example(f"text {i}", ["card", "card lost"][i % 2]) for i in range(8))
+    task = Task("t", (*pair, *(Example(f"more {i}", "atm") for i in range(4))), ("card", "card lost", "atm"))
+    end, seen = encoder.tokenizer.eos_token_id, set()
+    for index in range(8):
+        episode = Sampler(2, 2, 1, "words", 0).episode((task,), index)
+        record = encoder.episode(episode)
+        ends = "atm" not in episode.labels
+        seen.add(ends)
+        assert {row.tokens[-1] == end for row in decode_rows(record["support"])} == {ends}
+        assert all((label[-1] == end) == ends for label in record["labels"])
+        assert len(record["labels"]) == 2
+        collate([decode_rows(record["query"])], encoder.pad, [record["labels"]])
+    assert seen == {True, False}
+    assert not Encoder(encoder.tokenizer, "{input}:", 48, "vocabulary").among(["card", "card lost"]).ends_labels
+
+
 def one_at_a_time(lm, fast, encoder, question, options):
     """Log-probability of each option, from full logits of one sequence at a time.
 
@@ -130,7 +147,7 @@ def test_options_score_as_one_sequence_at_a_time(tiny, tokenizer, one_token, att
     ]
     questions = [[OptionQuery(query, encoder, forks) for query in task] for task in rows]
     batch = OptionBatch(lm, encoder.pad, questions)
-    # The first task's options are scored by all of their tokens, the second's by those where they part.
+    # The first task's options are scored to where the longest parts from what ends, the second's to where they part.
     assert len(batch.batch.tokens) == 2 * (3 if one_token or forks else max(2 * 4, 3 * 2))
     with torch.no_grad():
         found = batch.log_probs(fast)
@@ -208,5 +225,6 @@ def test_the_real_model_takes_a_letter_as_one_token_and_normalizes_the_loss_over
     letters = [chr(65 + i) for i in range(26)]
     assert len({tuple(label) for label in encoder.competing(letters)}) == 26
     assert [len(label) for label in encoder.competing(["spam", "not at all spam"])] == [1, 4]
-    assert encoder.competing(["spam", "spam or not"]) == []  # one is the other's beginning: the vocabulary
+    end = encoder.tokenizer.eos_token_id
+    assert [label[-1] for label in encoder.competing(["spam", "spam or not"])] == [end, end]  # one begins the other
     assert Encoder(encoder.tokenizer, "{input}:", 48, "vocabulary").competing(["A", "B"]) == []

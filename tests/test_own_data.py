@@ -169,6 +169,29 @@ PLAIN = {
 }
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"text": ["x", "y"], "label": ["a", "b"]},
+        {"text": {"0": "x", "1": "y"}, "label": {"0": "a", "1": "b"}},
+        {"columns": ["text", "label"], "index": [0, 1], "data": [["x", "a"], ["y", "b"]]},
+        [["x", "a"], ["y", "b"]],
+        {"data": [["x", "a"], ["y", "b"]]},
+        {"train": [["x", "a"], ["y", "b"]], "test": [["z", "a"]]},
+        {"train": [{"text": "x", "label": "a"}, {"text": "y", "label": "b"}], "test": [{"text": "z", "label": "a"}]},
+    ],
+)
+@pytest.mark.parametrize("indent", [None, 1])
+def test_json_of_columns_pairs_and_splits(content, indent, tmp_path):
+    rows, _ = read(tmp_path, "a.json", json.dumps(content, indent=indent))
+    assert [(row.input, row.target) for row in rows] == [("x", "a"), ("y", "b")]
+
+
+def test_a_sentence_with_its_tags_is_no_table(tmp_path):
+    rows, _ = read(tmp_path, "a.json", json.dumps({"tokens": ["New", "York"], "ner_tags": ["B-LOC", "I-LOC"]}))
+    assert [(row.input, row.kind) for row in rows] == [("New York", "ner")]
+
+
 @pytest.mark.parametrize("content", PLAIN.values(), ids=PLAIN)
 def test_json_of_plain_rows(content, tmp_path):
     rows, said = read(tmp_path, "a.json", content)

@@ -134,7 +134,7 @@ class Queries:
         if not episodes[0].labels:
             self.asked = side_of(lm, encoder, episodes, "query", in_context=keeps == "prompt")
             return
-        both = [(encoder.of(e.task, e.kind), e) for e in episodes]
+        both = [(encoder.of(e.task, e.kind, e.labels), e) for e in episodes]
         kept = [
             KeptSupport(own.rows(e.support, is_label=True), class_numbers(e, "support"))
             for own, e in both
@@ -176,7 +176,7 @@ def curves_of(episodes: Sequence[Episode], points: Sequence[Outputs]) -> list[Cu
 
 def side_of(lm: TaskLM, encoder: Encoder, episodes: Sequence[Episode], side: str, in_context: bool = False) -> TaskSide:
     """Return one side of T episodes with nothing left out, as evaluation sees it."""
-    own = [encoder.of(episode.task, episode.kind) for episode in episodes]
+    own = [encoder.of(episode.task, episode.kind, episode.labels) for episode in episodes]
     rows = [
         each.rows(getattr(e, side), bool(e.labels), e.support if in_context else ())
         for each, e in zip(own, episodes, strict=True)

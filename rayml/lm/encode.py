@@ -4,6 +4,7 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from typing import Any
 
 from rayml.errors import DataError
@@ -28,8 +29,9 @@ NO_TEXT = Example("", "")
 class Encoder:
     """How examples are shown to the model.
 
-    A label stands behind one space, and ends where it ends: options are scored against each other. Free text ends
-    with the end-of-sequence token. A dialogue is written by the model's own chat template.
+    A label stands behind one space, and ends where it ends: options are scored against each other. Only where one label
+    begins another ("card", "card lost") each of them ends with the end-of-sequence token, as free text always does. A
+    dialogue is written by the model's own chat template.
     """
 
     tokenizer: Any
@@ -50,14 +52,25 @@ class Encoder:
     labels: LabelScheme = "words"
     soft_tokens: int = 0
     """That every row begins with (`rayml.lm.soft_prompt`), beside the tokens that it may have."""
+    ends_labels: bool = False
+    """Labels, too, end with the end-of-sequence token (`among`)."""
 
-    def of(self, task: str, kind: str) -> "Encoder":
-        """Return the encoder of a task: its templates are its own, or else its kind's, or else the prompt."""
+    def of(self, task: str, kind: str, labels: Iterable[str] = ()) -> "Encoder":
+        """Return the encoder of a task: its templates are its own, or else its kind's, or else the prompt.
+
+        Args:
+            labels: as the model sees them; of an episode, those of its classes.
+        """
         by_task = [prompts for key, prompts in self.templates if key not in KINDS and fnmatchcase(task, key)]
         by_kind = [prompts for key, prompts in self.templates if key == kind]
         own = KINDS[kind].prompt if kind in KINDS and not self.sentences else ""
         prompts = (by_task or by_kind or [(own or self.prompt, *(() if own else self.ensemble))])[0]
-        return replace(self, prompt=prompts[0], ensemble=prompts[1:], kind=kind)
+        return replace(self, prompt=prompts[0], ensemble=prompts[1:], kind=kind).among(labels)
+
+    def among(self, labels: Iterable[str]) -> "Encoder":
+        """Return the encoder of these labels: where one begins another, what tells them apart is that it ends."""
+        ends = self.label_loss == "options" and one_begins_another(labels)
+        return self if ends == self.ends_labels else replace(self, ends_labels=ends)
 
     @property
     def is_masked(self) -> bool:
@@ -108,7 +121,8 @@ class Encoder:
         self, examples: Iterable[Example], options: Sequence[str], shown: Sequence[Example] = ()
     ) -> list[list[TokenRow]]:
         """Return, for every example, a row with each option as its target, all behind the same prompt."""
-        return [self._alike([relabel(example, option) for option in options], shown) for example in examples]
+        own = self.among(options)
+        return [own._alike([relabel(example, option) for option in options], shown) for example in examples]
 
     def ensemble_rows(
         self, examples: Sequence[Example], options: Sequence[str], shown: Sequence[Example] = ()
@@ -179,7 +193,8 @@ class Encoder:
         target = marked(self.tokenizer, example.target.strip())
         if self.is_masked:
             return masked_row(self.tokenizer, prompt, target, is_label, most, keep)
-        return self._softened(encode(self.tokenizer, prompt, f" {target}", not is_label, most, keep))
+        ends = self.ends_labels or not is_label
+        return self._softened(encode(self.tokenizer, prompt, f" {target}", ends, most, keep))
 
     def _softened(self, row: TokenRow) -> TokenRow:
         count = self.soft_tokens
@@ -196,7 +211,9 @@ class Encoder:
 
     def label_tokens(self, labels: Iterable[str], like: Example = NO_TEXT) -> list[list[int]]:
         """Return each label's tokens, as they stand behind the prompt; `like` as in `competing`."""
-        rows = [self.row(relabel(blank(like), label), is_label=True) for label in labels]
+        labels = list(labels)
+        own = self.among(labels)
+        rows = [own.row(relabel(blank(like), label), is_label=True) for label in labels]
         return [row.tokens[row.start :] for row in rows]
 
     def told_apart(self, labels: list[list[int]]) -> list[list[int]]:
@@ -205,7 +222,7 @@ class Encoder:
 
     def episode(self, episode: Episode) -> dict[str, Any]:
         """Return the episode for training, as one row of a data set; `decode_rows` takes the two sides back."""
-        is_label, own = bool(episode.labels), self.of(episode.task, episode.kind)
+        is_label, own = bool(episode.labels), self.of(episode.task, episode.kind, episode.labels)
         rng = random.Random(f"{episode.task}/{episode.index}")
         sides = {
             "support": [own.with_token_dropout(e, is_label, rng) for e in episode.support]
@@ -263,6 +280,12 @@ class Encoder:
                 advice = "rename one, or use data.labels=letters"
                 return f"labels {other!r} and {label!r} are the same tokens to this model; {advice}"
         return ""
+
+
+def one_begins_another(labels: Iterable[str]) -> bool:
+    """Return whether some label is the beginning of another; case is nothing to some tokenizers."""
+    ordered = sorted(label.strip().casefold() for label in labels)  # a beginning stands right before what begins so
+    return any(longer.startswith(label) for label, longer in pairwise(ordered))
 
 
 def blank(example: Example) -> Example:

@@ -18,7 +18,7 @@ from rayml.tasks.formats import conll, documents, records
 from rayml.tasks.formats.text import Found, decoded, lines
 
 FORMATS = (*documents.READERS, "crossfit", "conll", "csv", "jsonl", "parquet", "hf", *records.READERS)
-NAMED = "csv", "jsonl", "json", "parquet", "hf"
+NAMED = "csv", "jsonl", "json", "json-columns", "parquet", "hf"
 """Formats whose columns have names of one's own, which a mapping may name."""
 PLAIN = "jsonl", "parquet", "hf"
 """Formats that nothing has to be said of."""
@@ -116,7 +116,8 @@ def text_records(text: str, file: File, columns: Columns, format: str | None) ->
         laid, key = documents.layout(text, name, file.suffix in (".jsonl", ".ndjson"))
         if laid == "jsonl":
             return laid, "an object a line", documents.objects(text, name)
-        return laid, f"rows in {key!r}" if key else "a list of objects", documents.READERS[laid](text, name, key)
+        why = "lists side by side" if laid == "json-columns" else f"rows in {key!r}" if key else "a list of rows"
+        return laid, why, documents.READERS[laid](text, name, key)
     if format == "conll" or (not format and conll.layout(split)):
         return "conll", "a token and a tag on nearly every line", conll.read(split, name, *of_conll(columns))
     try:

@@ -1,4 +1,5 @@
-"""JSON: an object a line, a list of them, or one document, such as Natural-Instructions, BIG-bench and SQuAD."""
+"""JSON: an object or a pair a line, a list of them, lists side by side, or one document, such as Natural-Instructions,
+BIG-bench and SQuAD."""
 
 import json
 import re
@@ -39,7 +40,7 @@ def layout(text: str, name: str, is_lines: bool) -> tuple[str, str]:
     """
     some = [line for line in lines(text) if line.strip()][:2]
     first = parsed(some[0])
-    if isinstance(first, dict) and (len(some) > 1 or not key_of(first)):
+    if isinstance(first, dict) and (len(some) > 1 or not (key_of(first) or side_by_side(first))):
         return "jsonl", ""
     try:
         document = DECODER.decode(text)
@@ -55,6 +56,8 @@ def layout(text: str, name: str, is_lines: bool) -> tuple[str, str]:
     found = key_of(document) if isinstance(document, dict) else None
     if found:
         return found
+    if isinstance(document, dict) and side_by_side(document):
+        return "json-columns", ""
     if isinstance(document, dict) and not any(isinstance(value, dict | list) for value in document.values()):
         return "json", ""
     keys = f" with the keys {', '.join(map(str, document))[:200]}" if isinstance(document, dict) else ""
@@ -67,16 +70,44 @@ def layout(text: str, name: str, is_lines: bool) -> tuple[str, str]:
 def key_of(document: dict[str, Any]) -> tuple[str, str] | None:
     """Return a document's format and the key of its items, or None for what is no document."""
     found = {key: value for key, value in document.items() if isinstance(value, list)}
+    if found.get("train") and all(is_row(one) for one in found["train"]):  # as of a `datasets.DatasetDict`
+        return "json", "train"
     for key in ("Instances", "Positive Examples"):
         if found.get(key):
             return "natural-instructions", key
     rows = {key: value for key, value in found.items() if value and all(isinstance(one, dict) for one in value)}
+    rows = rows or {key: value for key, value in found.items() if len(document) == 1 and value and is_row(value[0])}
     if "examples" in found:
         return "bigbench", "examples"
     if "data" in rows and any("paragraphs" in one for one in rows["data"]):
         return "squad", "data"
-    is_row = {"messages", "conversations", "target", "input"} & document.keys()
-    return ("json", next(iter(rows))) if len(rows) == 1 and not is_row else None
+    is_one = {"messages", "conversations", "target", "input"} & document.keys()
+    return ("json", next(iter(rows))) if len(rows) == 1 and not is_one else None
+
+
+def is_row(item: Any) -> bool:
+    """Return whether something is a row as an object, or as a pair `[input, target]` of texts and numbers."""
+    is_pair = isinstance(item, list) and len(item) == 2 and not any(isinstance(one, dict | list) for one in item)
+    return is_pair or isinstance(item, dict)
+
+
+def side_by_side(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows of lists of one length, one a column, as pandas and `datasets` write them; none if it is no such.
+
+    pandas has objects of index and value in place of lists, or the names under `columns` and the rows' cells in `data`.
+    """
+    names, data = document.get("columns"), document.get("data")
+    if isinstance(names, list) and isinstance(data, list):
+        is_table = all(isinstance(cells, list) and len(cells) == len(names) for cells in data)
+        return [dict(zip(names, cells, strict=True)) for cells in data] if is_table else []
+    columns = [list(value.values()) if isinstance(value, dict) else value for value in document.values()]
+    if len(columns) < 2 or not all(isinstance(column, list) for column in columns) or len(set(map(len, columns))) > 1:
+        return []
+    if isinstance(document.get("tokens"), list) and all(isinstance(one, str) for one in document["tokens"]):
+        return []  # one sentence, and its tags
+    if document.keys() & {"messages", "conversations"}:
+        return []
+    return [dict(zip(document, cells, strict=True)) for cells in zip(*columns, strict=True)]
 
 
 def objects(text: str, name: str) -> Found:
@@ -91,7 +122,14 @@ def parsed(line: str) -> dict[str, Any] | str:
         record = DECODER.decode(line.strip())
     except ValueError as error:
         return f"not JSON: {error}"
-    return record if isinstance(record, dict) else f"expected a JSON object, got {line[:40]!r}"
+    return record_of(record)
+
+
+def record_of(item: Any) -> dict[str, Any] | str:
+    """Return a row, or what is wrong with it."""
+    if isinstance(item, list) and is_row(item):
+        return {"input": item[0], "target": item[1]}
+    return item if isinstance(item, dict) else f"expected a JSON object, got {json.dumps(item)[:40]!r}"
 
 
 def items(text: str, name: str, key: str) -> Iterator[tuple[str, Any]]:
@@ -120,7 +158,13 @@ def items(text: str, name: str, key: str) -> Iterator[tuple[str, Any]]:
 def rows(text: str, name: str, key: str) -> Found:
     """Yield the objects of a list."""
     for where, item in items(text, name, key):
-        yield where, item if isinstance(item, dict | str) else f"expected a JSON object, got {str(item)[:40]!r}"
+        yield where, item if isinstance(item, str) else record_of(item)
+
+
+def columns(text: str, name: str, key: str) -> Found:
+    """Yield the rows of lists side by side."""
+    for number, row in enumerate(side_by_side(DECODER.decode(text)), 1):
+        yield f"{name}: row {number}", row
 
 
 def natural_instructions(text: str, name: str, key: str) -> Found:
@@ -166,4 +210,10 @@ def squad(text: str, name: str, key: str) -> Found:
             yield where, f"expected paragraphs with context and qas: {type(error).__name__}: {error}"
 
 
-READERS = {"natural-instructions": natural_instructions, "bigbench": bigbench, "squad": squad, "json": rows}
+READERS = {
+    "natural-instructions": natural_instructions,
+    "bigbench": bigbench,
+    "squad": squad,
+    "json": rows,
+    "json-columns": columns,
+}
