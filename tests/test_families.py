@@ -1,20 +1,22 @@
 """Model families against plain forwards, and what is refused: the table in configs/models.md.
 
-`RAYML_WRITE=1 pytest tests/test_families.py` writes the table anew.
+`RAYML_WRITE=1 pytest tests/test_families.py` writes the table anew. `-m cluster` shards each family over two workers.
 """
 
+import json
 import os
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import on_workers
 from families import CAUSAL, MASKED, make_model
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from rayml.lm.abilities import unable
-from rayml.lm.batch import collate
+from rayml.lm.batch import TokenRow, collate
 from rayml.lm.decode import Decoder
 from rayml.lm.encode import Encoder
 from rayml.lm.label_trie import label_trie
@@ -27,6 +29,7 @@ from rayml.lm.precision import has_sdpa
 from rayml.lm.soft_prompt import soft_tokens
 from rayml.lm.trials import Text, random_adapter
 from rayml.tasks.task import Example
+from rayml.training import zero
 
 TABLE = Path(__file__).parents[1] / "configs" / "models.md"
 COLUMNS = "attention", "batch", "packing", "options", "texts", "PEFT", "full"
@@ -196,3 +199,46 @@ def trains_whole(module):
 
 def verdict(found, wanted):
     return SAME if torch.allclose(found.float(), wanted.float(), atol=2e-4, rtol=1e-3) else "differs"
+
+
+# Sharded
+
+
+NOT_SHARDED: set[str] = set()
+
+
+def loss_and_gradients(module, targets):
+    """The losses of two tasks, `[2]`, and what each of their adapters gets, from random rows."""
+    lora = {"targets": targets, "rank": 2, "alpha": 4.0, "last_layers": None}
+    lm = TaskLM(module, hooks(module, lora))
+    torch.manual_seed(0)
+    adapters = side_by_side([random_adapter(lm) for _ in range(2)])
+    adapters = {name: weight.requires_grad_() for name, weight in adapters.items()}
+    rows = [[TokenRow(torch.randint(5, 250, (length,)).tolist(), length - 3) for length in (9, 14)] for _ in range(2)]
+    losses = lm.losses(adapters, collate(rows, pad=1))
+    return [losses.detach(), *torch.autograd.grad(losses.sum(), list(adapters.values()))]
+
+
+def sharded_worker(rank, bases, out):
+    verdicts = {}
+    for family, (base, targets) in bases.items():
+        attention = "sdpa" if has_sdpa(base) else "eager"
+        wanted = loss_and_gradients(load_base(base, "float32", attention), targets)
+        try:
+            found = loss_and_gradients(zero.load(base, "float32", attention, torch.device("cpu"), 0), targets)
+            same = all(verdict(*pair) == SAME for pair in zip(found, wanted, strict=True))
+            verdicts[family] = SAME if same else "differs"
+        except Exception as error:  # the same on both workers
+            verdicts[family] = f"{type(error).__name__}: {error}"[:200]
+    if rank == 0:
+        out.write_text(json.dumps(verdicts))
+
+
+@pytest.mark.cluster
+def test_families_are_the_same_over_two_workers(tmp_path):
+    pytest.importorskip("deepspeed")
+    bases = {family: str(make_model(tmp_path / family, family)) for family in [*CAUSAL, *MASKED]}
+    fitting = {family: (base, what_fits(base, writes=False)[0]) for family, base in bases.items()}
+    on_workers(sharded_worker, 2, {f: pair for f, pair in fitting.items() if pair[1]}, tmp_path / "verdicts.json")
+    verdicts = json.loads((tmp_path / "verdicts.json").read_text())
+    assert {family: found for family, found in verdicts.items() if found != SAME}.keys() == NOT_SHARDED, verdicts

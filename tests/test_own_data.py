@@ -187,6 +187,44 @@ def test_json_of_columns_pairs_and_splits(content, indent, tmp_path):
     assert [(row.input, row.target) for row in rows] == [("x", "a"), ("y", "b")]
 
 
+@pytest.mark.parametrize(
+    "marks",
+    [
+        {"label": [[10, 15, "LOC"], [0, 1, "WHO"]]},
+        {"entities": [{"start": 10, "end": 15, "label": "LOC"}, {"start": 0, "end": 1, "label": "WHO"}]},
+        {"spans": [{"start_offset": 0, "end_offset": 1, "label": "WHO"}, {"start": 10, "end": 15, "label": "LOC"}]},
+    ],
+)
+@pytest.mark.parametrize("more", [0, 1])
+def test_marked_spans_of_annotation_tools_are_read(marks, more, tmp_path):
+    unmarked = [{"text": "nothing here", next(iter(marks)): []}] * more
+    rows, _ = read(tmp_path, "a.jsonl", lines([{"text": "I live in Paris"} | marks, *unmarked]))
+    assert (rows[0].input, rows[0].target, rows[0].kind) == ("I live in Paris", "WHO: I; LOC: Paris", "ner")
+    assert len(rows) == 1 + more
+
+
+def test_a_mark_outside_its_text_is_refused(tmp_path):
+    with pytest.raises(DataError, match="a span of label does not lie within its text of 2 characters"):
+        read(tmp_path, "a.jsonl", lines([{"text": "ab", "label": [[1, 3, "X"]]}]))
+
+
+def test_lines_of_fasttext_are_read(tmp_path):
+    rows, _ = read(tmp_path, "a.txt", "__label__a some text, here\n__label__b __label__c more\n")
+    assert [(row.input, row.target) for row in rows] == [("some text, here", "a"), ("more", "b; c")]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["c'est très cher, déjà payé à l'époque", "Não recebi a encomenda, atenção à entrega", "fått mitt ännu"],
+)
+def test_accents_that_several_encodings_have_are_refused_and_shown(text, tmp_path):
+    with pytest.raises(DataError, match=r"looks like cp1252 \(.*\) or .*--encoding cp1252") as error:
+        read(tmp_path, "a.csv", f'text,label\n"{text}",a\n"{text} ok",b\n'.encode("cp1252"))
+    assert next(word for word in text.split() if not word.isascii()) in str(error.value)
+    rows, _ = read(tmp_path, "a.csv", f'text,label\n"{text}",a\n'.encode("cp1252"), encoding="cp1252")
+    assert rows[0].input == text
+
+
 def test_a_sentence_with_its_tags_is_no_table(tmp_path):
     rows, _ = read(tmp_path, "a.json", json.dumps({"tokens": ["New", "York"], "ner_tags": ["B-LOC", "I-LOC"]}))
     assert [(row.input, row.kind) for row in rows] == [("New York", "ner")]

@@ -17,7 +17,7 @@ from rayml.tasks.formats import columns as tables
 from rayml.tasks.formats import conll, documents, records
 from rayml.tasks.formats.text import Found, decoded, lines
 
-FORMATS = (*documents.READERS, "crossfit", "conll", "csv", "jsonl", "parquet", "hf", *records.READERS)
+FORMATS = (*documents.READERS, "crossfit", "fasttext", "conll", "csv", "jsonl", "parquet", "hf", *records.READERS)
 NAMED = "csv", "jsonl", "json", "json-columns", "parquet", "hf"
 """Formats whose columns have names of one's own, which a mapping may name."""
 PLAIN = "jsonl", "parquet", "hf"
@@ -74,7 +74,9 @@ def as_rows(given: Source, columns: Columns, format: str | None = None) -> Sourc
     is_own = given.format in NAMED and not any(
         name.split(".")[0] in ("input", "target", "messages") for name in columns
     )
-    found = format if format in records.READERS else records.format_of(given.keys) if is_own and not format else ""
+    found = format if format in records.READERS else ""
+    if is_own and not format:
+        found = records.format_of(given.keys, [record for _, record in given.found if isinstance(record, dict)])
     if not found:
         return given
     read = [(where, records.READERS[found](one) if isinstance(one, dict) else one) for where, one in given.found]
@@ -112,12 +114,14 @@ def text_records(text: str, file: File, columns: Columns, format: str | None) ->
     """Return a text's format, how it was told, and its records."""
     name, split = file.path, lines(text)
     is_json = file.suffix in (".jsonl", ".ndjson") or text.lstrip()[:1] in ("{", "[")
-    if is_json and format not in ("csv", "conll", "crossfit"):
+    if is_json and format not in ("csv", "conll", "crossfit", "fasttext"):
         laid, key = documents.layout(text, name, file.suffix in (".jsonl", ".ndjson"))
         if laid == "jsonl":
             return laid, "an object a line", documents.objects(text, name)
         why = "lists side by side" if laid == "json-columns" else f"rows in {key!r}" if key else "a list of rows"
         return laid, why, documents.READERS[laid](text, name, key)
+    if format == "fasttext" or (not format and tables.is_fasttext(split)):
+        return "fasttext", f"a {tables.LABEL} in every line", tables.fasttext(split, name)
     if format == "conll" or (not format and conll.layout(split)):
         return "conll", "a token and a tag on nearly every line", conll.read(split, name, *of_conll(columns))
     try:

@@ -1,4 +1,4 @@
-"""CSV and TSV: with a heading and a mapping of its columns, or CrossFit's two columns without one."""
+"""CSV and TSV: with a heading and a mapping of its columns, or CrossFit's two columns without one; fastText's lines."""
 
 import csv
 import io
@@ -10,9 +10,24 @@ from rayml.tasks.formats.text import Found, lines
 
 CROSSFIT = re.compile(r"(?P<task>.+)_\d+_\d+_(train|dev|test)\.tsv")
 DELIMITERS = ",;|"
+LABEL = "__label__"
 csv.field_size_limit(1 << 30)
 Table = list[tuple[int, list[str]]]
 """Rows with the numbers of the lines, from 1, that they begin in."""
+
+
+def is_fasttext(split: list[str]) -> bool:
+    return any(split) and all(line.startswith(LABEL) for line in split if line.strip())
+
+
+def fasttext(split: list[str], name: str) -> Found:
+    """Yield the lines of fastText's training data (Joulin et al. 2017): labels, each behind its mark, and the text."""
+    for number, line in enumerate(split, 1):
+        words = line.split()
+        labels = [word.removeprefix(LABEL) for word in words if word.startswith(LABEL)]
+        text = " ".join(word for word in words if not word.startswith(LABEL))
+        if words:
+            yield f"{name}:{number}", {"input": text, "target": labels if len(labels) > 1 else labels[0]}
 
 
 def delimiter(text: str) -> str:

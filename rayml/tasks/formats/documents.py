@@ -81,7 +81,7 @@ def key_of(document: dict[str, Any]) -> tuple[str, str] | None:
         return "bigbench", "examples"
     if "data" in rows and any("paragraphs" in one for one in rows["data"]):
         return "squad", "data"
-    is_one = {"messages", "conversations", "target", "input"} & document.keys()
+    is_one = {"messages", "conversations", "target", "input", "text"} & document.keys()
     return ("json", next(iter(rows))) if len(rows) == 1 and not is_one else None
 
 

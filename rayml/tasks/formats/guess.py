@@ -12,14 +12,22 @@ def words(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
-PARTS = ("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"), ("context", "question")
+PARTS = (
+    ("premise", "hypothesis"),
+    ("sentence1", "sentence2"),
+    ("question1", "question2"),
+    ("text1", "text2"),
+    ("text_a", "text_b"),
+    ("context", "question"),
+    ("title", "description"),
+)
 TEXTS = words(
     "input text sentence question prompt instruction utterance query review comment tweet document article content "
-    "message headline title source"
+    "message headline title source src"
 )
 TARGETS = words(
     "target label_text label labels answer answers completion response output intent category class sentiment "
-    "gold_label gold summary highlights translation"
+    "gold_label gold summary highlights translation tgt emotion polarity topic tag tags"
 )
 INPUTS = (*PARTS, *((text,) for text in TEXTS))
 CHOICES = {"choices", "endings", "choice1", "options"}

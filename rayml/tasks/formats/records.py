@@ -1,6 +1,7 @@
-"""Records that are rows by another name: conversations, MetaICL's, Alpaca's, SQuAD's, and tokens with their tags."""
+"""Records that are rows by another name: conversations, MetaICL's, Alpaca's, SQuAD's, tokens with their tags, and texts
+with marked spans."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from rayml.tasks.formats.conll import TAG, row
@@ -8,6 +9,8 @@ from rayml.tasks.formats.conll import TAG, row
 Record = dict[str, Any]
 SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
 TAGS = "ner_tags", "tags"
+MARKED = "entities", "spans", "labels", "label"
+"""Under which annotation tools (doccano, Prodigy, spaCy) write what is marked in a text."""
 
 
 def chat(record: Record) -> Record | str:
@@ -68,6 +71,31 @@ def tokens(record: Record) -> Record | str:
     return {**record, **row(list(zip(words, tags, strict=True)))}
 
 
+def marked(record: Record) -> Record | str:
+    """Return a text, and the spans of it that are marked by their first character and the one behind their last."""
+    text, key = record.get("text"), next((key for key in MARKED if is_marked(record.get(key))), None)
+    marks = [mark_of(one) for one in record[key]] if key else []
+    if not isinstance(text, str):
+        return "'text' is not text"
+    if not all(0 <= first < end <= len(text) for first, end, _ in marks):
+        return f"a span of {key} does not lie within its text of {len(text)} characters"
+    rest = {name: value for name, value in record.items() if name not in MARKED}
+    spans = [{"text": text[first:end], "type": kind} for first, end, kind in sorted(marks)]
+    return {**rest, "input": text, "target": spans, "kind": "ner"}
+
+
+def is_marked(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(mark_of(one) for one in value)
+
+
+def mark_of(one: Any) -> tuple[int, int, str] | None:
+    """Return where a span begins and ends, and its type; None for what is none."""
+    if isinstance(one, dict):
+        one = [one.get("start", one.get("start_offset")), one.get("end", one.get("end_offset")), one.get("label")]
+    is_one = isinstance(one, list) and [type(part) for part in one[:3]] == [int, int, str]
+    return (one[0], one[1], one[2]) if is_one else None
+
+
 READERS: dict[str, Callable[[Record], Record | str | None]] = {
     "chat": chat,
     "sharegpt": sharegpt,
@@ -75,11 +103,14 @@ READERS: dict[str, Callable[[Record], Record | str | None]] = {
     "alpaca": alpaca,
     "squad-rows": squad,
     "tokens": tokens,
+    "marked": marked,
 }
 
 
-def format_of(keys: Collection[str]) -> str:
+def format_of(keys: Collection[str], records: Sequence[Any]) -> str:
     """Return which of these records with such keys are; "" for rows of one's own."""
+    if "target" not in keys and any(is_marked(one.get(key)) for one in records for key in MARKED if "text" in keys):
+        return "marked"
     needed = {
         "chat": {"messages"},
         "sharegpt": {"conversations"},

@@ -29,8 +29,10 @@ ENCODINGS = (
 NARROW = {"gb18030": "gb2312", "cp949": "euc_kr", "cp932": "shift_jis", "big5": "big5", "euc_jp": "euc_jp"}
 """Encodings of East Asia, each with the one of its frequent characters, which text of another rarely falls into."""
 SAMPLE = 1 << 16
-FEWEST_SEEN, CLEAR = 8, 0.02
-"""Distinct characters that an East Asian encoding is told by, and how much less mess the others' text has to hold."""
+LATIN = {"cp1252", "cp1250", "cp1254", "cp1257", "cp1258", "iso8859_2", "iso8859_15"}
+FEWEST_SEEN, CLEAR, CLEAR_LATIN = 8, 0.02, 0.15
+"""Distinct characters that an East Asian encoding is told by, and how much less mess the others' text has to hold; more
+among those that differ in a few accents."""
 HALF_WIDTH = re.compile(r"[\uff61-\uff9f]")
 # Kana, Han and their punctuation, Thai
 UNSPACED = r"[\u0e00-\u0e7f\u3000-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003134f]"
@@ -62,7 +64,7 @@ def decoded(data: bytes, name: str, encoding: str | None = None) -> tuple[str, s
         line = data[: error.start].count(b"\n") + 1
         if b"\0" in data[:SAMPLE] and not found:
             raise DataError(f"{name}: is no text; save it as CSV or JSONL, or unpack it") from None
-        looks = f"looks like {' or '.join(found[:3])}: " if found else ""
+        looks = f"looks like {' or '.join(f'{one} ({sample(data, one)})' for one in found[:3])}: " if found else ""
         raise DataError(
             f"{name}:{line}: not {taken}: {error.reason}; {looks}say what it is: "
             f"rayml data convert {name} rows.jsonl --encoding {found[0] if found else 'NAME'}"
@@ -86,8 +88,8 @@ def likely(data: bytes) -> list[str]:
     matches = [match for match in from_bytes(some, cp_isolation=list(ENCODINGS)) if plausible(match)]
     if not matches:
         return []
-    best = min(match.chaos for match in matches)
-    close = [match for match in matches if match.chaos <= best + CLEAR]
+    best = min(matches, key=lambda match: match.chaos)
+    close = [match for match in matches if match.chaos <= best.chaos + clear_of(best, match)]
     eastern = [match for match in close if match.encoding in NARROW]
     readable = [match for match in close if match.coherence >= max(one.coherence for one in close) - 0.1]
     first = [min(match.could_be_from_charset, key=ENCODINGS.index) for match in eastern or readable]
@@ -95,6 +97,17 @@ def likely(data: bytes) -> list[str]:
     seen = {character for match in eastern for character in str(match) if not character.isascii()}
     few = bool(eastern) and len(seen) < FEWEST_SEEN * len(eastern)
     return [*names, *[name for name in NARROW if name not in names]] if few else names
+
+
+def sample(data: bytes, encoding: str) -> str:
+    """Return the first words that are not ASCII, as an encoding has them."""
+    line = next(line for line in data.splitlines() if not line.isascii())
+    some = [word for word in line.decode(encoding, errors="replace").split() if not word.isascii()]
+    return " ".join(some)[:24]
+
+
+def clear_of(best: CharsetMatch, match: CharsetMatch) -> float:
+    return CLEAR_LATIN if {best.encoding, match.encoding} <= LATIN else CLEAR
 
 
 def plausible(match: CharsetMatch) -> bool:
