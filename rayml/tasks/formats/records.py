@@ -74,7 +74,7 @@ def tokens(record: Record) -> Record | str:
 def marked(record: Record) -> Record | str:
     """Return a text, and the spans of it that are marked by their first character and the one behind their last."""
     text, key = record.get("text"), next((key for key in MARKED if is_marked(record.get(key))), None)
-    marks = [mark_of(one) for one in record[key]] if key else []
+    marks = [mark for mark in map(mark_of, record[key] if key else []) if mark]
     if not isinstance(text, str):
         return "'text' is not text"
     if not all(0 <= first < end <= len(text) for first, end, _ in marks):
