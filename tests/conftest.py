@@ -1,4 +1,4 @@
-"""What tests share: a cache for the tiny model, toy tasks, one local Ray, and gloo processes."""
+"""What tests share: a cache for the tiny model, toy tasks, one local Ray a process, and gloo processes."""
 
 import faulthandler
 import multiprocessing.forkserver
@@ -14,6 +14,11 @@ from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
+# One of two processes (`make test`): each has a core, so that neither waits for the other in the middle of a product.
+PARALLEL = "PYTEST_XDIST_WORKER" in os.environ
+if PARALLEL:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 import torch.multiprocessing
@@ -25,6 +30,7 @@ os.environ |= {"AWS_ACCESS_KEY_ID": "tests", "AWS_SECRET_ACCESS_KEY": "of-rayml"
 
 from rayml.algorithms.inner_loop import InnerLoop, Params
 from rayml.config import Config
+from rayml.lm import precision
 from rayml.lm.load import load_base, load_tokenizer, resolve_model
 from rayml.lm.lora import B, TaskLoRA
 from rayml.lm.model import TaskLM
@@ -32,6 +38,22 @@ from rayml.tasks.task import Example, Task
 
 SPLITS = {"val": 0.0, "test": 0.0, "val_tasks": ["toy-4"], "test_tasks": ["toy-5"]}
 TARGETS = ("q_proj", "v_proj", "o_proj", "down_proj")
+TOGETHER = {"test_storage": "test_train", "test_page": "test_server"}
+"""Files that share a session's long fixture with another: `straight`, `server`."""
+LONGEST = (
+    *("test_train", "test_server", "test_interrupt", "test_train_algorithms", "test_jobs", "test_sweep", "test_wheel"),
+    *("test_full", "test_traffic", "test_families", "test_workers", "test_compare", "test_benchmark", "test_cli"),
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Among several processes, a file is one's at a time, and the longest come first."""
+    if not PARALLEL:
+        return
+    group = {item: TOGETHER.get(item.path.stem, item.path.stem) for item in items}
+    for item, name in group.items():
+        item.add_marker(pytest.mark.xdist_group(name))
+    items.sort(key=lambda item: LONGEST.index(group[item]) if group[item] in LONGEST else len(LONGEST))
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -40,6 +62,14 @@ def pytest_terminal_summary(terminalreporter):
     commands = Counter((re.findall("`(.+)`", reason) or ["make test"])[0] for reason in reasons)
     for command, tests in commands.items():
         terminalreporter.write_line(f"{tests} skipped; this brings what they need: {command}")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _without_bf16():
+    """What is opened runs in float32, as it was made: else a timing would choose, and what is compared be rounded."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(precision, "cpu_bf16", lambda: None)
+        yield
 
 
 @pytest.fixture(scope="session")
