@@ -39,7 +39,8 @@ from rayml.tasks.task import Example, Task
 SPLITS = {"val": 0.0, "test": 0.0, "val_tasks": ["toy-4"], "test_tasks": ["toy-5"]}
 TARGETS = ("q_proj", "v_proj", "o_proj", "down_proj")
 TOGETHER = {"test_storage": "test_train", "test_page": "test_server"}
-"""Files that share a session's long fixture with another: `straight`, `server`."""
+TOGETHER |= dict.fromkeys(("test_faults", "test_traffic", "test_workers"), "test_full")
+"""Files that share what is long to start with another: `straight`, `server`, the process that gloo's are forked from."""
 LONGEST = (
     *("test_train", "test_server", "test_interrupt", "test_train_algorithms", "test_jobs", "test_sweep", "test_wheel"),
     *("test_full", "test_traffic", "test_families", "test_workers", "test_compare", "test_benchmark", "test_cli"),
