@@ -40,13 +40,16 @@ SPLITS = {"val": 0.0, "test": 0.0, "val_tasks": ["toy-4"], "test_tasks": ["toy-5
 TARGETS = ("q_proj", "v_proj", "o_proj", "down_proj")
 TOGETHER = {"test_storage": "test_train", "test_page": "test_server"}
 TOGETHER |= dict.fromkeys(("test_faults", "test_traffic", "test_workers"), "test_full")
-"""Files that share what is long to start with another: `straight`, `server`, the process that gloo's are forked from."""
+TOGETHER |= dict.fromkeys(("test_encode", "test_kinds"), "test_own_data")
+"""Files that share with another what is long to make: `straight`, `server`, what gloo's processes are forked from, and
+the quickstart's model out of its wheel."""
 LONGEST = (
     *("test_train", "test_server", "test_interrupt", "test_train_algorithms", "test_jobs", "test_sweep", "test_wheel"),
     *("test_full", "test_traffic", "test_families", "test_workers", "test_compare", "test_benchmark", "test_cli"),
 )
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     """Among several processes, a file is one's at a time, and the longest come first."""
     if not PARALLEL:

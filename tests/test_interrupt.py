@@ -18,7 +18,7 @@ from rayml.runs.checkpoint import newest_checkpoint, step_of
 from rayml.runs.folder import RunFolder
 
 SECONDS_TO_END = 10
-LONGEST_START = 120
+LONGEST_START = 300
 
 
 class Command:
