@@ -14,10 +14,8 @@ from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
-# One of two processes (`make test`): each has a core, so that neither waits for the other in the middle of a product.
-PARALLEL = "PYTEST_XDIST_WORKER" in os.environ
-if PARALLEL:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+# One of several processes (`make test`) has a core: else they wait for each other in the middle of every product.
+os.environ |= {"OMP_NUM_THREADS": "1"} if "PYTEST_XDIST_WORKER" in os.environ else {}
 
 import pytest
 import torch
@@ -45,14 +43,14 @@ TOGETHER |= dict.fromkeys(("test_encode", "test_kinds"), "test_own_data")
 the quickstart's model out of its wheel."""
 LONGEST = (
     *("test_train", "test_server", "test_interrupt", "test_train_algorithms", "test_jobs", "test_sweep", "test_wheel"),
-    *("test_full", "test_traffic", "test_families", "test_workers", "test_compare", "test_benchmark", "test_cli"),
+    *("test_full", "test_own_data", "test_families", "test_compare", "test_benchmark", "test_abilities", "test_cli"),
 )
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     """Among several processes, a file is one's at a time, and the longest come first."""
-    if not PARALLEL:
+    if "PYTEST_XDIST_WORKER" not in os.environ:
         return
     group = {item: TOGETHER.get(item.path.stem, item.path.stem) for item in items}
     for item, name in group.items():
