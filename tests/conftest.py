@@ -1,4 +1,4 @@
-"""What tests share: a cache for the tiny model, toy tasks, one local Ray, and gloo processes."""
+"""What tests share: a cache for the tiny model, toy tasks, one local Ray a process, and gloo processes."""
 
 import faulthandler
 import multiprocessing.forkserver
@@ -14,6 +14,9 @@ from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
+# One of several processes (`make test`) has a core: else they wait for each other in the middle of every product.
+os.environ |= {"OMP_NUM_THREADS": "1"} if "PYTEST_XDIST_WORKER" in os.environ else {}
+
 import pytest
 import torch
 import torch.multiprocessing
@@ -25,6 +28,7 @@ os.environ |= {"AWS_ACCESS_KEY_ID": "tests", "AWS_SECRET_ACCESS_KEY": "of-rayml"
 
 from rayml.algorithms.inner_loop import InnerLoop, Params
 from rayml.config import Config
+from rayml.lm import precision
 from rayml.lm.load import load_base, load_tokenizer, resolve_model
 from rayml.lm.lora import B, TaskLoRA
 from rayml.lm.model import TaskLM
@@ -32,6 +36,26 @@ from rayml.tasks.task import Example, Task
 
 SPLITS = {"val": 0.0, "test": 0.0, "val_tasks": ["toy-4"], "test_tasks": ["toy-5"]}
 TARGETS = ("q_proj", "v_proj", "o_proj", "down_proj")
+TOGETHER = {"test_storage": "test_train", "test_page": "test_server"}
+TOGETHER |= dict.fromkeys(("test_faults", "test_traffic", "test_workers"), "test_full")
+TOGETHER |= dict.fromkeys(("test_encode", "test_kinds"), "test_own_data")
+"""Files that share with another what is long to make: `straight`, `server`, what gloo's processes are forked from, and
+the quickstart's model out of its wheel."""
+LONGEST = (
+    *("test_train", "test_server", "test_interrupt", "test_train_algorithms", "test_jobs", "test_sweep", "test_wheel"),
+    *("test_full", "test_own_data", "test_families", "test_compare", "test_benchmark", "test_abilities", "test_cli"),
+)
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items):
+    """Among several processes, a file is one's at a time, and the longest come first."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return
+    group = {item: TOGETHER.get(item.path.stem, item.path.stem) for item in items}
+    for item, name in group.items():
+        item.add_marker(pytest.mark.xdist_group(name))
+    items.sort(key=lambda item: LONGEST.index(group[item]) if group[item] in LONGEST else len(LONGEST))
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -40,6 +64,14 @@ def pytest_terminal_summary(terminalreporter):
     commands = Counter((re.findall("`(.+)`", reason) or ["make test"])[0] for reason in reasons)
     for command, tests in commands.items():
         terminalreporter.write_line(f"{tests} skipped; this brings what they need: {command}")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _without_bf16():
+    """What is opened runs in float32, as it was made: else a timing would choose, and what is compared be rounded."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(precision, "cpu_bf16", lambda: None)
+        yield
 
 
 @pytest.fixture(scope="session")

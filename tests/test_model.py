@@ -279,3 +279,19 @@ def test_a_model_that_is_loaded_is_evaluated_as_its_folder_is(run, model):
     assert json.loads((run.path / "evaluation.json").read_text()) == by_folder
     with pytest.raises(ConfigError, match="split: expected test or val"):
         rayml.evaluate(model, split="train")
+
+
+def test_an_evaluation_that_was_cut_off_goes_on_with_the_others_and_comes_to_the_same(model, monkeypatch):
+    whole, keep, done = rayml.evaluate(model, episodes=8), Parts.keep, []
+
+    def cut(parts, part):
+        keep(parts, part)
+        done.extend(part.trained)
+        if len(done) == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Parts, "keep", cut)
+    with pytest.raises(KeyboardInterrupt, match="4 of 8 episodes are kept"):
+        rayml.evaluate(model, episodes=8)
+    assert rayml.evaluate(model, episodes=8) == whole
+    assert len(done) == 8

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import requests
 import torch
-from conftest import SPLITS, make_config
+from conftest import SPLITS, make_config, training_here
 from moto.server import ThreadedMotoServer
 from serving_process import KEYS, Server
 from serving_run import TICKETS, examples, make_run
@@ -210,14 +210,18 @@ def test_train_resume_evaluate_and_adapt_by_uri(s3, tmp_path, straight):
     assert run.latest.read_text() == "checkpoints/step_00000010\n"
     with pytest.raises(RunError, match="holds a run already"):
         train(config)
-    (run.checkpoints / "step_00000010" / "state.safetensors").write_bytes(b"torn")
-    assert [record["step"] for record in run.records()] == list(range(1, 11))
-    run = train(config, resume=True)
     expected = read_checkpoint(newest_checkpoint(straight.checkpoints))
     found = read_checkpoint(newest_checkpoint(run.checkpoints))
     assert found.step == expected.step == 10
     assert all(torch.equal(found.tensors[name], tensor) for name, tensor in expected.tensors.items())
+    (run.checkpoints / "step_00000010" / "state.safetensors").write_bytes(b"torn")
     assert [record["step"] for record in run.records()] == list(range(1, 11))
+    with training_here():  # two workers that resume are in test_train
+        run = train(config, resume=True)
+    assert verify(newest_checkpoint(run.checkpoints)) == 10
+    assert [record["step"] for record in run.records()] == list(range(1, 11))
+    losses = [[record["query_loss"] for record in one.records()] for one in (run, straight)]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-2)
     assert verify(newest_checkpoint(run.best)) in (5, 10)
     events = listed(run.path / "tensorboard", "events*")
     assert len(events) == 2
