@@ -34,7 +34,7 @@ from rayml.lm.model import TaskLM
 from rayml.lm.objective import TaskSide
 from rayml.lm.sentence import INPUT
 from rayml.model import untrained_model
-from rayml.planning.read import read_shape
+from rayml.planning.shape import read_shape
 from rayml.runs.files import as_path
 from rayml.serving.replica import Replica
 from rayml.serving.settings import Serving

@@ -11,8 +11,8 @@ from rayml.experiments.classifiers import check_classifier, missing
 from rayml.experiments.evaluate_command import trained_on
 from rayml.lm.abilities import checked_model
 from rayml.lm.load import MINILM, load_tokenizer, resolve_model
+from rayml.lm.objective import SIDES, side_batch, trained_tokens
 from rayml.lm.sentence import read_sentences
-from rayml.planning.batch import trained_tokens
 from rayml.runs.checkpoint import newest_checkpoint, step_of
 from rayml.runs.files import AnyPath, as_path
 from rayml.runs.folder import RunFolder
@@ -178,4 +178,5 @@ def tokens_per_step(config: Config, tasks: Sequence[Task]) -> int:
     encoder = config.encoder(load_tokenizer(resolve_model(config.model.name)))
     sampler = config.data.sampler(config.seed)
     episodes = [encoder.episode(sampler.episode(tasks, index)) for index in range(COUNTED_EPISODES)]
-    return round(config.tasks_per_step * trained_tokens(config, episodes) / COUNTED_EPISODES)
+    support, query = (side_batch(episodes, side, encoder.pad) for side in SIDES)
+    return round(config.tasks_per_step * trained_tokens(config, support, query) / COUNTED_EPISODES)

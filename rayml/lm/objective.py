@@ -110,6 +110,12 @@ def side_batch(episodes: Sequence[dict[str, Any]], side: str, pad: int, packs: b
     return collate(rows, pad, [episode["labels"] for episode in episodes], packs)
 
 
+def trained_tokens(config: Config, support: TaskBatch, query: TaskBatch) -> int:
+    """Return the tokens, without padding, that an outer step on these episodes runs forward and backward."""
+    passes = config.algorithm.passes(config.inner.steps)
+    return sum(times * side.read_tokens for times, side in zip(passes, (support, query), strict=True))
+
+
 def class_grid(classes: Sequence[Sequence[int]]) -> Tensor:
     """Return the class of every row of T tasks, `[T, K]`, -1 for rows of padding."""
     rows = [torch.tensor(of, dtype=torch.int64) for of in classes]

@@ -16,8 +16,7 @@ import torch
 from rayml.algorithms.task_weights import RecentGains
 from rayml.experiments.scorer import Curve, Queries, side_of
 from rayml.lm.batch import TaskBatch
-from rayml.lm.objective import SIDES, side_batch
-from rayml.planning.batch import trained_tokens
+from rayml.lm.objective import SIDES, side_batch, trained_tokens
 from rayml.runs.checkpoint import newest_checkpoint
 from rayml.runs.files import AnyPath, local_copy
 from rayml.runs.folder import RunFolder
@@ -65,8 +64,9 @@ class Sharded:
         self.heartbeat(self.done + 1)
         task_indices = torch.tensor([self.tasks[episode["task"]] for episode in episodes])
         weights = self.gains.weights()[task_indices].tolist() if self.config.data.weighting == "dynamic" else None
+        sides = [self._sides(episode) for episode in episodes]
         try:
-            found = self.learner.step([self._sides(episode) for episode in episodes], weights)
+            found = self.learner.step(sides, weights)
         except NotFinite as error:
             raise DivergedError([episodes[error.task]["task"]] if error.task is not None else []) from error
         gains = torch.tensor([before - after for before, after in found.task_losses])
@@ -76,7 +76,7 @@ class Sharded:
         )
         means = torch.tensor(found.task_losses).mean(0).tolist()
         losses = {"support_loss": means[0], "query_loss": means[1]}
-        tokens = trained_tokens(self.config, episodes)
+        tokens = sum(trained_tokens(self.config, *both) for both in sides)
         phases = self.learner.timer.record()
         return {"step": self.done, **losses, "gradient_norm": found.gradient_norm, "tokens": tokens, **phases}
 
