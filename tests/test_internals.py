@@ -45,7 +45,7 @@ def test_private_names_stand_in_one_module_for_each_library():
         for line in path.read_text().splitlines()
         if PRIVATE.search(line)
     }
-    assert using == {"rayml/training/ray_internals.py", "rayml/training/deepspeed_internals.py"}
+    assert using == {"rayml/training/ray_internals.py", "rayml/lm/zero.py"}
 
 
 # Ray
@@ -120,9 +120,9 @@ def test_ray_tune_s_results_know_their_trials():
 @pytest.fixture
 def internals(monkeypatch):
     pytest.importorskip("deepspeed")
-    from rayml.training import deepspeed_internals
+    from rayml.lm import zero
 
-    return deepspeed_internals
+    return zero
 
 
 def test_stage_3_remembers_what_it_lets_go_of_behind_a_cache(internals):

@@ -20,7 +20,6 @@ from rayml.adapter import load_adapter
 from rayml.api import evaluate
 from rayml.config import dump_config
 from rayml.errors import ConfigError, DataError, RunError, TrainingError
-from rayml.experiments.scorer import Curve
 from rayml.lm.encode import Encoder
 from rayml.model import load
 from rayml.runs import files
@@ -29,6 +28,7 @@ from rayml.runs.early_stopping import is_best, is_enough, val_score, val_scores
 from rayml.runs.folder import RunFolder
 from rayml.tasks.episodes import Sampler
 from rayml.tasks.prepare import prepare_splits
+from rayml.tasks.statistics import Curve
 from rayml.tasks.task import Example, Task
 from rayml.training import worker
 from rayml.training.driver import check_resources, cpus_each, train

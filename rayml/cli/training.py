@@ -99,7 +99,8 @@ def scaling(
     The bytes are those that real collectives were counted to send; the rates are yours to give, an H100's else.
     Workers get as many tasks each as the config gives one; in mode full under ZeRO they share each task's rows.
     """
-    from rayml.planning.scaling import Machines, scaling as show_scaling
+    from rayml.planning.scaling import Machines
+    from rayml.planning.scaling import scaling as show_scaling
 
     machines = Machines(tflops * 1e12, utilisation, node_gpus, link * 1e9)
     networks = [1e9 * one for one in reversed(numbers(network, float, "--network"))]

@@ -13,19 +13,18 @@ from rayml.compression.quantize import LIBRARY, check_library
 from rayml.compression.student import evenly_spaced, wanted_layers
 from rayml.config import Config
 from rayml.errors import ConfigError, RunError
-from rayml.experiments.evaluate_command import EVALUATION_SEED, held_out_tasks
+from rayml.experiments.evaluate_command import held_out_tasks
 from rayml.lm.load import resolve_model
 from rayml.lm.sentence import read_sentences
 from rayml.progress import Bar, doing, progress
 from rayml.runs.files import as_path, write_whole
 from rayml.runs.folder import RunFolder
+from rayml.tasks.episodes import EVALUATION_SEED
 from rayml.tasks.task import Task
 
 if TYPE_CHECKING:
     from rayml.model import MetaModel
 
-# Episodes that the compressed run is made with have seeds of their own, far from those of training and evaluation.
-SUPPORT_SEED, DISTILLATION_SEED = 4_000_037, 5_000_011
 SUPPORT_EPISODES = 32
 
 

@@ -9,11 +9,10 @@ import numpy as np
 import torch
 
 from rayml.algorithms.inner_loop import expand
-from rayml.experiments.evaluate import trained_curves
-from rayml.experiments.scorer import Curve, Queries
-from rayml.experiments.statistics import by_task, interval
+from rayml.lm.scorer import Queries, trained_curves
 from rayml.model import MetaModel
 from rayml.tasks.episodes import Episode, Sampler
+from rayml.tasks.statistics import Curve, by_task, interval
 from rayml.tasks.task import Task
 
 REPEATS = 7

@@ -5,7 +5,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from rayml.experiments.statistics import resampled
+from rayml.tasks.statistics import resampled
 
 
 def table(summary: dict[str, Any], title: str) -> Table:

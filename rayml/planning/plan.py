@@ -6,7 +6,6 @@ from dataclasses import asdict
 from itertools import product
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -15,6 +14,7 @@ from rayml.errors import ConfigError
 from rayml.planning.memory import ALLOWANCE, Plan, memory, passing
 from rayml.planning.shape import Shape, read_shape
 from rayml.planning.step import episode_rows, largest_pass, tasks_at_once, tokens_per_step, traffic
+from rayml.runs.reports import table as empty_table
 
 GIB = 1024**3
 BAR_CELLS = 28
@@ -192,15 +192,9 @@ def show(found: dict[str, Any], config: Config, out: Console) -> None:
     out.print(_verdict(found), highlight=False, soft_wrap=True)
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(box=SIMPLE_HEAD, padding=(0, 0, 0, 1), title=title, title_justify="left")
-    for number, name in enumerate(columns):
-        table.add_column(name, justify="right" if number and name else "left")
-    return table
-
-
 def _parts(found: dict[str, Any], config: Config) -> Table:
-    table = _table(f"one of {config.fewest_workers} worker(s), at its peak", "part", "GPU", "CPU", "")
+    title = f"one of {config.fewest_workers} worker(s), at its peak"
+    table = empty_table(("part", "GPU", "CPU", ""), left=["part", ""], padding=(0, 0, 0, 1), title=title)
     scale = max(1, *(part["device_bytes"] + part["host_bytes"] for part in found["parts"]))
     for part in found["parts"]:
         device, host = part["device_bytes"], part["host_bytes"]
@@ -213,7 +207,8 @@ def _parts(found: dict[str, Any], config: Config) -> Table:
 
 
 def _shardings(found: dict[str, Any]) -> Table:
-    table = _table("what fits, per worker", "", "GPU", "CPU", "fits")
+    heads = "", "GPU", "CPU", "fits"
+    table = empty_table(heads, left=[""], padding=(0, 0, 0, 1), title="what fits, per worker")
     for row in found["shardings"]:
         fits = {True: "yes", False: "no", None: "?"}[row["fits"]]
         style = "bold" if row["is_config"] else None

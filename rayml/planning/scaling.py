@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, replace
 from math import ceil, log2
 from pathlib import Path
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -19,9 +18,9 @@ from rayml.config import Config
 from rayml.planning.plan import settled_for_plan, size
 from rayml.planning.shape import Shape, read_shape
 from rayml.planning.step import episode_rows, inner_steps, passes, rows_together, shown, traffic
-from rayml.runs.plots import file_pyplot, save_figure
+from rayml.runs.reports import COLOURS, file_pyplot, save_figure
+from rayml.runs.reports import table as empty_table
 
-COLOURS = "#1f6f54", "#b0552f", "#3b6ea5", "#8a5a9e"
 GIGA = 1e9
 
 
@@ -154,9 +153,8 @@ def assumptions(config: Config, machines: Machines) -> str:
 
 def table(found: dict[float, list[ScalingPoint]], config: Config, machines: Machines) -> Table:
     """Return a row for each network and number of workers, with the least and the most of a step, and of tasks."""
-    rows = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title=title(config), title_justify="left")
-    for name in ("GB/s", "GPUs", "tasks", "sent by each", "computing", "sending", "step", "", "tasks/s", ""):
-        rows.add_column(name, justify="right", no_wrap=True)
+    heads = "GB/s", "GPUs", "tasks", "sent by each", "computing", "sending", "step", "", "tasks/s", ""
+    rows = empty_table(heads, no_wrap=True, title=title(config))
     networks = list(found)
     for network, ones in found.items():
         for one in ones:

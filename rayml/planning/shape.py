@@ -1,4 +1,4 @@
-"""The numbers of a model that its memory and traffic follow from: it is built on the meta device, and no weight is read."""
+"""The numbers of a model that its memory and traffic follow from: built on the meta device, no weight is read."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -4,11 +4,11 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from rayml.tasks.overall import normalised
+from rayml.tasks.statistics import normalised
 
 
 def val_score(record: dict[str, Any], when: str = "after") -> float | None:
-    """Return a record's score on meta-val `before` or `after` adapting (`rayml.tasks.overall`): the higher the better.
+    """Return a record's score on meta-val `before` or `after` adapting (`statistics.overall`): the higher the better.
 
     None if there was no validation; less than any other if something was not finite.
     """

@@ -18,11 +18,10 @@ from rayml.config import Config
 from rayml.errors import RunError, TrainingError
 from rayml.lm.batch import TaskBatch
 from rayml.lm.model import TaskLM
+from rayml.lm.zero import TAG, client_optimizer, left_step_out, set_clip_norm
 from rayml.training import collective
-from rayml.training.deepspeed_internals import client_optimizer, left_step_out, set_clip_norm
 from rayml.training.row_sharding import share_loss, share_of
 from rayml.training.step_timer import StepTimer
-from rayml.training.zero import TAG
 
 MANIFEST = "full.json"
 Result = TypeVar("Result")
@@ -61,7 +60,7 @@ class FullLearner:
     Every worker must make the same calls with the same episodes.
 
     Args:
-        engine: what `rayml.training.zero.load_full` returned for the same config.
+        engine: what `rayml.lm.zero.load_full` returned for the same config.
         config: algorithm, inner and outer loop.
     """
 

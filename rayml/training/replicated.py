@@ -16,22 +16,24 @@ from rayml.algorithms.meta_gradient import MetaGradient
 from rayml.algorithms.outer_loop import Learner, initial_log_inner_lrs, outer_schedule
 from rayml.algorithms.task_weights import RecentGains
 from rayml.config import Config
-from rayml.experiments.scorer import Curve, Scorer
+from rayml.lm import zero
 from rayml.lm.batch import TokenRow
 from rayml.lm.encode import Encoder
 from rayml.lm.frozen import KnownStates
 from rayml.lm.initialization import untrained_start
 from rayml.lm.layerwise import rate_factors
-from rayml.lm.load import checkpoint_activations
+from rayml.lm.load import checkpoint_activations, load_base
 from rayml.lm.lora import TaskLoRA
 from rayml.lm.model import TaskLM, hooks, known_states
 from rayml.lm.objective import special_steps, trained_tokens, training_sides
+from rayml.lm.scorer import Scorer
 from rayml.model import start_of
 from rayml.runs.checkpoint import read_newest, write_state
 from rayml.runs.folder import RunFolder
 from rayml.tasks.episodes import relabel
+from rayml.tasks.statistics import Curve
 from rayml.tasks.task import Task
-from rayml.training import collective, local, zero
+from rayml.training import collective
 from rayml.training.job import DivergedError, Job
 from rayml.training.step_timer import StepTimer
 from rayml.training.stragglers import Heartbeat
@@ -266,8 +268,8 @@ def dropping(config: Config, lm: TaskLM, episodes: Sequence[dict[str, Any]]) -> 
 
 def build_lm(config: Config, model: str, device: torch.device) -> TaskLM:
     """Return the model, whole or sharded, with the hooks for the task adapters on it in mode adapters."""
-    engine = {"local": local, "zero": zero}[config.engine]
-    module = engine.load(model, config.model.dtype, config.model.attention, device)
+    kind = config.model.dtype, config.model.attention
+    module = zero.load(model, *kind, device) if config.engine == "zero" else load_base(model, *kind).to(device)
     if config.model.activation_checkpointing:
         checkpoint_activations(module)
     shape = config.lora.shape() if config.mode == "adapters" else {}

@@ -14,14 +14,16 @@ import ray.train
 import torch
 
 from rayml.algorithms.task_weights import RecentGains
-from rayml.experiments.scorer import Curve, Queries, side_of
+from rayml.lm import zero
 from rayml.lm.batch import TaskBatch
 from rayml.lm.objective import SIDES, side_batch, trained_tokens
+from rayml.lm.scorer import Queries, side_of
 from rayml.runs.checkpoint import newest_checkpoint
 from rayml.runs.files import AnyPath, local_copy
 from rayml.runs.folder import RunFolder
 from rayml.tasks.episodes import Episode
-from rayml.training import collective, zero
+from rayml.tasks.statistics import Curve
+from rayml.training import collective
 from rayml.training.full import FullLearner, NotFinite
 from rayml.training.job import DivergedError, Job
 from rayml.training.stragglers import Heartbeat
