@@ -21,8 +21,8 @@ from rayml.errors import ConfigError, DataError, TrainingError
 from rayml.lm import zero
 from rayml.lm.abilities import refuse_strange, refuse_unlike_peft
 from rayml.lm.encode import Encoder
+from rayml.lm.fine_tuning import rate_factors
 from rayml.lm.initialization import untrained_start
-from rayml.lm.layerwise import rate_factors
 from rayml.lm.load import load_base as load_module
 from rayml.lm.load import load_tokenizer, resolve_model
 from rayml.lm.lora import linear_kinds

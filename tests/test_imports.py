@@ -12,8 +12,7 @@ import rayml
 
 HEAVY = {"torch", "transformers", "peft", "deepspeed", "ray"}
 WITH_RAY = {
-    "training": "callbacks driver job progress ray_internals replicated sharded"
-    " stragglers stream submit trackers worker",
+    "training": "driver progress ray_internals replicated sharded stragglers stream submit trackers worker",
     "experiments": "compare sweep sweep_report",
 }
 """The modules of these rooms that may load Ray; the others may not."""

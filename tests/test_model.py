@@ -16,7 +16,7 @@ from rayml import model as model_module
 from rayml.cli import app
 from rayml.errors import ConfigError, DataError, RunError, TrainingError
 from rayml.experiments.evaluate import Parts, evaluate
-from rayml.lm.layerwise import rate_factors
+from rayml.lm.fine_tuning import rate_factors
 from rayml.model import untrained_model
 from rayml.runs.checkpoint import folder_name, read_checkpoint, seal, write_state
 from rayml.runs.folder import RunFolder

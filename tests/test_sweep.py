@@ -168,7 +168,7 @@ def test_the_live_table_survives_being_pickled():
 
 
 def run_sweep(config: Path, *more: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "rayml.cli", "sweep", str(config), *more]
+    command = [sys.executable, "-m", "rayml", "sweep", str(config), *more]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

@@ -18,7 +18,7 @@ from rayml.planning.scaling import Machines, predict, scaling
 from rayml.planning.shape import shape_of
 from rayml.planning.step import Sent, traffic
 from rayml.training import replicated, sharded, zero
-from rayml.training.job import Job
+from rayml.training.stream import Job
 
 COLLECTIVES = {
     "allreduce_": "all-reduce",

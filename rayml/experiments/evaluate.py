@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rayml.experiments.answers import LearnedMethod, Setting, label_answers, text_answers
-from rayml.lm.layerwise import rate_factors
+from rayml.lm.fine_tuning import rate_factors
 from rayml.lm.scorer import Outputs, Scorer, batches, curves_of
 from rayml.runs.files import AnyPath
 from rayml.tasks.episodes import Episode, Sampler

@@ -10,11 +10,10 @@ from torch import Tensor
 from rayml.algorithms.inner_loop import Params, TaskLosses
 from rayml.algorithms.prototypes import Pooling, Read
 from rayml.config import Config
-from rayml.lm.adversarial import adversarial
 from rayml.lm.batch import TaskBatch, TokenRow, collate
 from rayml.lm.encode import decode_rows
+from rayml.lm.fine_tuning import adversarial, gradual_unfreezing
 from rayml.lm.label_trie import Label
-from rayml.lm.layerwise import gradual_unfreezing
 from rayml.lm.model import TaskLM
 
 SIDES = "support", "query"
@@ -93,7 +92,7 @@ def special_steps(support: TaskSide, unfreeze_every: int, epsilon: float = 0.0) 
     """Return what makes of losses of the support those that an inner loop descends.
 
     Args:
-        unfreeze_every: steps after which one more layer learns (`rayml.lm.layerwise`); 0, and all do.
+        unfreeze_every: steps after which one more layer learns (`rayml.lm.fine_tuning`); 0, and all do.
         epsilon: of the adversarial step, in meta-training.
     """
 

@@ -13,15 +13,14 @@ import torch
 
 from rayml.algorithms.inner_loop import InnerLoop, Params
 from rayml.algorithms.meta_gradient import MetaGradient
-from rayml.algorithms.outer_loop import Learner, initial_log_inner_lrs, outer_schedule
-from rayml.algorithms.task_weights import RecentGains
+from rayml.algorithms.outer_loop import Learner, RecentGains, StepTimer, initial_log_inner_lrs, outer_schedule
 from rayml.config import Config
 from rayml.lm import zero
 from rayml.lm.batch import TokenRow
 from rayml.lm.encode import Encoder
+from rayml.lm.fine_tuning import rate_factors
 from rayml.lm.frozen import KnownStates
 from rayml.lm.initialization import untrained_start
-from rayml.lm.layerwise import rate_factors
 from rayml.lm.load import checkpoint_activations, load_base
 from rayml.lm.lora import TaskLoRA
 from rayml.lm.model import TaskLM, hooks, known_states
@@ -34,10 +33,8 @@ from rayml.tasks.episodes import relabel
 from rayml.tasks.statistics import Curve
 from rayml.tasks.task import Task
 from rayml.training import collective
-from rayml.training.job import DivergedError, Job
-from rayml.training.step_timer import StepTimer
 from rayml.training.stragglers import Heartbeat
-from rayml.training.stream import get
+from rayml.training.stream import DivergedError, Job, get
 
 WORTH_KNOWING = 2
 """Times that an example comes back on average, from which on its frozen states are kept."""

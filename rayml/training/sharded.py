@@ -13,7 +13,7 @@ from typing import Any
 import ray.train
 import torch
 
-from rayml.algorithms.task_weights import RecentGains
+from rayml.algorithms.outer_loop import RecentGains
 from rayml.lm import zero
 from rayml.lm.batch import TaskBatch
 from rayml.lm.objective import SIDES, side_batch, trained_tokens
@@ -25,9 +25,8 @@ from rayml.tasks.episodes import Episode
 from rayml.tasks.statistics import Curve
 from rayml.training import collective
 from rayml.training.full import FullLearner, NotFinite
-from rayml.training.job import DivergedError, Job
 from rayml.training.stragglers import Heartbeat
-from rayml.training.stream import get
+from rayml.training.stream import DivergedError, Job, get
 
 
 class Sharded:

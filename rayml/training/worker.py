@@ -19,18 +19,16 @@ import torch.distributed
 
 from rayml.config import Config
 from rayml.lm.precision import device_for, settled, with_dtype
-from rayml.runs.checkpoint import folder_name, keep_only, naming_full_disk, seal
-from rayml.runs.early_stopping import is_best, is_enough, val_scores
+from rayml.runs.checkpoint import folder_name, is_best, is_enough, keep_only, naming_full_disk, seal, val_scores
 from rayml.runs.files import AnyPath, deliver
 from rayml.runs.folder import RunFolder
 from rayml.tasks.episodes import VALIDATION_SEED
 from rayml.tasks.statistics import Curve, Group, groups, overall
 from rayml.training import collective
-from rayml.training.job import DivergedError, Job
 from rayml.training.replicated import Replicated
 from rayml.training.sharded import Sharded
 from rayml.training.stragglers import Heartbeat
-from rayml.training.stream import EncodeEpisode, get, stream_steps
+from rayml.training.stream import DivergedError, EncodeEpisode, Job, get, stream_steps
 from rayml.training.trackers import Tracker, open_trackers
 
 PREEMPTION_SECONDS = 2
