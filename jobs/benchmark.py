@@ -40,12 +40,11 @@ from rayml.algorithms.meta_gradient import first_order
 from rayml.config import Config, load_config
 from rayml.lm.batch import TokenRow, collate, readings
 from rayml.lm.encode import decode_rows
-from rayml.lm.load import DTYPES, load_tokenizer, resolve_model
+from rayml.lm.load import DTYPES, load_base, load_tokenizer, resolve_model
 from rayml.lm.lora import B, TaskLoRA, in_a_layer, layer_number
 from rayml.lm.model import TaskLM
 from rayml.lm.precision import settled_here
 from rayml.tasks.prepare import prepare_splits
-from rayml.training import local
 
 OURS = "rayml"
 APART = {"float32": 1e-3, "bfloat16": 0.1}
@@ -251,7 +250,7 @@ def shared(model: Any) -> Any:
 
 
 def loaded(config: Config, device: torch.device) -> Any:
-    return local.load(resolve_model(config.model.name), config.model.dtype, config.model.attention, device)
+    return load_base(resolve_model(config.model.name), config.model.dtype, config.model.attention).to(device)
 
 
 def random_model(shape: str, config: Config, device: torch.device) -> Any:

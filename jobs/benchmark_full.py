@@ -20,12 +20,11 @@ import torch.multiprocessing
 
 from rayml.algorithms.phased_optimizer import Phase
 from rayml.config import Config
+from rayml.lm import zero
 from rayml.lm.batch import IGNORE, TaskBatch
 from rayml.lm.load import resolve_model
 from rayml.lm.model import TaskLM
-from rayml.training import zero
-from rayml.training.full import FullLearner
-from rayml.training.row_sharding import share_loss, share_of
+from rayml.training.full import FullLearner, share_loss, share_of
 
 
 def main() -> None:

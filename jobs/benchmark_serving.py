@@ -26,7 +26,7 @@ from rayml.algorithms.inner_loop import Params
 from rayml.config import Config, parse_config
 from rayml.lm.decode import Decoder
 from rayml.lm.generate import Generation
-from rayml.lm.load import load_tokenizer, resolve_model
+from rayml.lm.load import load_base, load_tokenizer, resolve_model
 from rayml.lm.lora import TaskLoRA, layer_number
 from rayml.lm.model import TaskLM
 from rayml.lm.peft_files import PREFIX
@@ -34,7 +34,6 @@ from rayml.lm.precision import settled_here
 from rayml.lm.sampling import Sampling
 from rayml.model import MetaModel
 from rayml.tasks.task import Example, Task
-from rayml.training import local
 
 TICKET = "the a card was charged twice this month app crashes when I open it where is my parcel"
 
@@ -111,7 +110,7 @@ def open_session(options: argparse.Namespace) -> MetaModel:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     base = resolve_model(options.model)
     config, precision = settled_here(config, base, device)
-    module = local.load(base, config.model.dtype, config.model.attention, device)
+    module = load_base(base, config.model.dtype, config.model.attention).to(device)
     lm = TaskLM(module, TaskLoRA(module, **config.lora.shape()))
     model = MetaModel(config, lm, config.encoder(load_tokenizer(base)), base, {}, {}, 0, {}, precision)
     start = draw(model, 0)
@@ -140,7 +139,7 @@ class Peers:
             task_type="CAUSAL_LM", r=lora.rank, lora_alpha=int(lora.alpha), target_modules=list(lora.targets),
             layers_to_transform=sorted({layer_number(name) for name in adapters[0]}),
         )  # fmt: skip
-        self.plain, theirs = (local.load(model.base, options.dtype, options.attention, device) for _ in range(2))
+        self.plain, theirs = (load_base(model.base, options.dtype, options.attention).to(device) for _ in range(2))
         self.peft = get_peft_model(theirs, config, "a0")
         for index in range(1, len(adapters)):
             self.peft.add_adapter(f"a{index}", config)

@@ -24,11 +24,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rayml.algorithms.inner_loop import Params
 from rayml.config import Config, load_config
-from rayml.lm.load import resolve_model
+from rayml.lm import zero
+from rayml.lm.load import load_base, resolve_model
 from rayml.lm.lora import TaskLoRA
 from rayml.lm.model import TaskLM
 from rayml.lm.precision import settled_here
-from rayml.training import local, zero
 
 APART = 1e-3
 MIB = 2**20
@@ -89,8 +89,11 @@ def worker(rank: int, options: argparse.Namespace, model: str, port: int) -> Non
     config = settled_here(configured(options, max(options.tasks)), model, device)[0]
     episodes = drawn_episodes(config)
     engines = {}
-    for name, engine in (("whole", local), ("sharded", zero)):
-        module = engine.load(model, config.model.dtype, config.model.attention, device)
+    kind = config.model.dtype, config.model.attention
+    for name, module in (
+        ("whole", load_base(model, *kind).to(device)),
+        ("sharded", zero.load(model, *kind, device)),
+    ):
         lora = TaskLoRA(module, **config.lora.shape())
         engines[name] = TaskLM(module, lora)
     start = {name: weight.to(device) for name, weight in disturbed(lora, config.seed).items()}

@@ -21,7 +21,7 @@ from rayml.lm.abilities import refuse_strange, refuse_unlike_peft, unable
 from rayml.lm.encode import Encoder
 from rayml.lm.generate import texts_behind, write
 from rayml.lm.label_queries import KeptSupport
-from rayml.lm.load import load_tokenizer, resolve_model
+from rayml.lm.load import load_base, load_tokenizer, resolve_model
 from rayml.lm.lora import TaskLoRA
 from rayml.lm.model import TaskLM, hooks
 from rayml.lm.option_scoring import prompts_of, weighted_prompts
@@ -32,7 +32,6 @@ from rayml.lm.soft_prompt import TaskPrompt
 from rayml.runs.files import AnyPath, as_path, local_copy, made_here
 from rayml.tasks.row import Input, is_dialogue, unanswered
 from rayml.tasks.task import Example
-from rayml.training import local
 
 if TYPE_CHECKING:
     from rayml.model import MetaModel
@@ -278,7 +277,7 @@ def base_of(card: AdapterCard, own_model: str | None) -> tuple[TaskLM, str]:
     precision = decide(("auto", "auto"), [look_at(device, widest_linear(base))], card.dtype, sdpa=has_sdpa(base))
     if precision.dtype != card.dtype:
         log.warning("%s: %s", card.name, precision)
-    module = local.load(base, precision.dtype, precision.attention, device)
+    module = load_base(base, precision.dtype, precision.attention).to(device)
     lm = TaskLM(module, hooks(module, card.lora, card.soft_tokens))
     refuse_strange(lm)
     return lm, base

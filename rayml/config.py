@@ -14,8 +14,7 @@ from pydantic import BaseModel, BeforeValidator, Field, PositiveInt, SerializeAs
 from pydantic import model_validator as whole
 
 from rayml.algorithms.base import Algorithm
-from rayml.algorithms.moved import MOVED
-from rayml.algorithms.registry import DEFAULT, REGISTERED, algorithm_class, chosen, default
+from rayml.algorithms.registry import DEFAULT, MOVED, REGISTERED, algorithm_class, chosen, default
 from rayml.errors import ConfigError
 from rayml.sections import (
     Data,

@@ -18,24 +18,25 @@ from rayml.algorithms.inner_loop import Params
 from rayml.algorithms.outer_loop import initial_log_inner_lrs
 from rayml.config import Config
 from rayml.errors import ConfigError, DataError, TrainingError
-from rayml.experiments.scorer import Scorer
+from rayml.lm import zero
 from rayml.lm.abilities import refuse_strange, refuse_unlike_peft
 from rayml.lm.encode import Encoder
+from rayml.lm.fine_tuning import rate_factors
 from rayml.lm.initialization import untrained_start
-from rayml.lm.layerwise import rate_factors
+from rayml.lm.load import load_base as load_module
 from rayml.lm.load import load_tokenizer, resolve_model
 from rayml.lm.lora import linear_kinds
 from rayml.lm.model import TaskLM, hooks
 from rayml.lm.parameters import trained_parameters
 from rayml.lm.peft_files import AdapterCard, encoder_of
 from rayml.lm.precision import Precision, own_device, settled_here
+from rayml.lm.scorer import Scorer
 from rayml.runs.checkpoint import read_checkpoint, step_of
 from rayml.runs.files import AnyPath, local_copy, made_here
 from rayml.runs.folder import RunFolder
 from rayml.tasks.read import Examples, rows_given
 from rayml.tasks.row import Row
 from rayml.tasks.task import Task
-from rayml.training import local, zero
 
 log = logging.getLogger(__name__)
 R = TypeVar("R")
@@ -230,7 +231,7 @@ def load_base(
     config, precision = settled_here(config, base, device, made_in)
     if precision.warning:
         log.warning(precision.warning)
-    module = local.load(base, config.model.dtype, config.model.attention, device)
+    module = load_module(base, config.model.dtype, config.model.attention).to(device)
     shape = config.lora.shape()
     if every_linear:
         shape |= {"targets": linear_kinds(module), "last_layers": None}

@@ -27,7 +27,7 @@ from rayml.lm.load import context_tokens, load_base, load_shape, load_tokenizer
 from rayml.lm.model import TaskLM
 from rayml.lm.sampling import Sampling
 from rayml.lm.trials import small_copy, strange
-from rayml.planning.read import read_shape
+from rayml.planning.shape import read_shape
 from rayml.serving.errors import ApiError
 from rayml.serving.replica import Replica
 from rayml.serving.served import refuse_unservable

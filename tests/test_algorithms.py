@@ -8,10 +8,9 @@ from conftest import meta_gradient
 from torch import nn
 
 from rayml.algorithms.base import Algorithm, Turn
-from rayml.algorithms.outer_loop import initial_log_inner_lrs
+from rayml.algorithms.outer_loop import RecentGains, initial_log_inner_lrs
 from rayml.algorithms.phased_optimizer import PhasedOptimizer, steps_of
 from rayml.algorithms.registry import REGISTERED, chosen
-from rayml.algorithms.task_weights import RecentGains
 
 fomaml, maml = chosen({"name": "fomaml_plus", "start_weight": 0.0}), chosen({"name": "maml", "learn_rates": True})
 reptile, multitask, query_only = (chosen({"name": name}) for name in ("reptile", "multitask", "metaicl"))

@@ -16,7 +16,7 @@ REPOSITORY = Path(__file__).parent.parent
 
 
 def rayml(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "rayml.cli", *arguments], capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-m", "rayml", *arguments], capture_output=True, text=True)
 
 
 def test_it_teaches():

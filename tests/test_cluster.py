@@ -20,9 +20,9 @@ from test_plan import write_llama
 from transformers import BertConfig, LlamaConfig
 
 from rayml.config import load_config
-from rayml.planning.command import settled_for_plan
 from rayml.planning.memory import memory
-from rayml.planning.read import read_shape
+from rayml.planning.plan import settled_for_plan
+from rayml.planning.shape import read_shape
 from rayml.serving.metrics import COUNTERS, GAUGES, HISTOGRAMS
 from rayml.serving.settings import Serving
 

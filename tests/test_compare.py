@@ -21,9 +21,8 @@ from rayml.errors import ConfigError, DataError, RunError
 from rayml.experiments.answers import LearnedMethod, Setting, adapted_weights, choose_setting, label_answers
 from rayml.experiments.compare import code, compare, fingerprint_of
 from rayml.experiments.method_runs import METHODS, MethodRun, Request, plan, tokens_per_step
-from rayml.lm.objective import training_sides
+from rayml.lm.objective import trained_tokens, training_sides
 from rayml.model import untrained_model
-from rayml.planning.batch import trained_tokens
 from rayml.runs.checkpoint import seal, write_state
 from rayml.runs.folder import RunFolder
 from rayml.tasks.prepare import prepare_splits
@@ -176,7 +175,7 @@ def test_the_budget_is_what_really_runs_forward_and_backward(tiny, tokenizer, tm
     start = lm.adapter.untrained_start(0)
     inner_lrs = {key: torch.tensor(0.1) for key in start}
     config.algorithm.meta_gradient(*sides, start, InnerLoop(inner_lrs, config.inner.steps), torch.ones(4))
-    assert sum(ran) == trained_tokens(config, episodes)
+    assert sum(ran) == trained_tokens(config, *(side.batch for side in sides))
 
 
 def values_of(tmp_path, **data):

@@ -8,13 +8,11 @@ import numpy as np
 import pytest
 
 from rayml.compression.measure import compared
-from rayml.experiments.compare_summary import summarize
 from rayml.experiments.evaluate import Answered, Evaluation
-from rayml.experiments.evaluate import summarize as summarize_evaluation
-from rayml.experiments.evaluate_report import table
 from rayml.experiments.metrics import BINS, calibration_error, label_scores, text_scores
-from rayml.experiments.scorer import Curve
-from rayml.experiments.statistics import interval, intervals
+from rayml.experiments.report import scores_table
+from rayml.experiments.summaries import summarize, summarize_evaluation
+from rayml.tasks.statistics import Curve, interval, intervals
 
 
 def test_an_interval_over_equal_values_has_no_width():
@@ -77,7 +75,7 @@ def test_the_headline_of_an_evaluation_is_over_tasks_and_a_task_is_over_its_epis
     assert all(of["after"]["high"] - of["after"]["low"] < 0.01 for of in found["tasks"].values())
     apart = compared(curves(dict.fromkeys(trained, [0.2] * 200)), curves(trained))
     assert apart["difference"] == pytest.approx(over_untrained)
-    caption = table(found, "").caption
+    caption = scores_table(found, "").caption
     assert "3 tasks and their episodes" in str(caption)
 
 

@@ -12,11 +12,18 @@ from serving_run import make_run
 
 from rayml.algorithms.inner_loop import adapt, expand, task_gradients
 from rayml.algorithms.outer_loop import Learner, initial_log_inner_lrs
-from rayml.compression.command import Distillation, compress_run
-from rayml.compression.distill import Mixture, Student, Teacher, also_for, divergence, query_losses
-from rayml.compression.prune import cut_adapters, cut_mlps, gated_mlps
-from rayml.compression.quantize import quantize_base
-from rayml.compression.student import evenly_spaced, write_student
+from rayml.compression.command import Distillation, compress_run, evenly_spaced
+from rayml.compression.distill import (
+    KeptLayers,
+    Mixture,
+    Student,
+    Teacher,
+    also_for,
+    divergence,
+    query_losses,
+    write_student,
+)
+from rayml.compression.shrink import cut_adapters, cut_mlps, gated_mlps, quantize_base
 from rayml.errors import ConfigError, RunError
 from rayml.lm.batch import TaskBatch
 from rayml.lm.label_trie import IGNORE
@@ -153,7 +160,7 @@ def plain_mixture(lm: TaskLM, batch: TaskBatch, soft: torch.Tensor, weights) -> 
 
 
 def test_a_student_gets_closer_to_its_teacher(tiny, tokenizer, tmp_path):
-    write_student(tiny, evenly_spaced(4, 2), tmp_path / "student")
+    write_student(tiny, KeptLayers(evenly_spaced(4, 2)), tmp_path / "student")
     module = load_base(str(tmp_path / "student"), "float32")
     lm = TaskLM(module, TaskLoRA(module, ("q_proj", "v_proj"), 4, 8.0))
     whole = tiny_lm(tiny)

@@ -10,13 +10,13 @@ import torch
 from conftest import make_config, toy_tasks, training_here, write_tasks
 from rich.console import Console
 
+from rayml import model as model_module
 from rayml.config import Config
 from rayml.errors import ConfigError, DataError, RunError
 from rayml.model import load, start_of
 from rayml.runs.folder import RunFolder
 from rayml.tasks.prepare import prepare_splits
 from rayml.training import continual as continuing
-from rayml.training import local
 from rayml.training.continual import FORGETTING, old_run, report_forgetting, shown_anew, with_replay
 from rayml.training.driver import train
 
@@ -71,8 +71,8 @@ def test_a_run_goes_on_from_another_and_resumes_bit_for_bit(old, tmp_path, local
 
     # Cut off while that was measured, it is made up for; both starts are asked on one base.
     (whole.path / FORGETTING).unlink()
-    loaded, load_base = [], local.load
-    monkeypatch.setattr(local, "load", lambda *args: (loaded.append(args), load_base(*args))[1])
+    loaded, load_base = [], model_module.load_module
+    monkeypatch.setattr(model_module, "load_module", lambda *args: (loaded.append(args), load_base(*args))[1])
     train(new_config(tmp_path, old), resume=True)
     assert len(loaded) == 1
     assert json.loads((whole.path / FORGETTING).read_text()) == found

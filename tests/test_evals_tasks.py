@@ -214,7 +214,7 @@ def test_excluded_folders_are_left_out(wheel):
 
 def test_the_command_writes_one_file_that_rayml_reads(wheel, tmp_path):
     wheel(a=rows(8, "Y") + rows(8, "N"), b=rows(8, "да", "yes") + rows(9, "нет", "no"))
-    command = [sys.executable, "-m", "rayml.cli", "data", "evals", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "rayml", "data", "evals", str(tmp_path / "out")]
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
     found = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert found.returncode == 0, found.stderr

@@ -11,11 +11,11 @@ from transformers import AutoModelForCausalLM
 
 from rayml.algorithms.phased_optimizer import Phase, PhasedOptimizer
 from rayml.errors import ConfigError, RunError
+from rayml.lm import zero
 from rayml.lm.batch import TaskBatch
 from rayml.lm.load import load_base
 from rayml.lm.model import TaskLM
 from rayml.lm.parameters import parameter_groups, trained_parameters
-from rayml.training import zero
 from rayml.training.full import MANIFEST, FullLearner, NotFinite
 
 pytest.importorskip("deepspeed")

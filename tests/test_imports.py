@@ -1,5 +1,6 @@
 """The walls between the rooms: what a room's modules load when they are all imported."""
 
+import ast
 import json
 import pkgutil
 import subprocess
@@ -11,9 +12,8 @@ import rayml
 
 HEAVY = {"torch", "transformers", "peft", "deepspeed", "ray"}
 WITH_RAY = {
-    "training": "callbacks driver job progress ray_internals replicated sharded"
-    " stragglers stream submit trackers worker",
-    "experiments": "compare compare_plan method_runs sweep sweep_progress",
+    "training": "driver progress ray_internals replicated sharded stragglers stream submit trackers worker",
+    "experiments": "compare sweep sweep_report",
 }
 """The modules of these rooms that may load Ray; the others may not."""
 MAY_LOAD = {
@@ -38,6 +38,17 @@ MAY_LOAD = {
     "serving": HEAVY,
 }
 """From the least to the most: so one process tells for all of them, one room after another."""
+FLOORS = [
+    {"errors"},
+    {"tasks", "sections", "config", "algorithms"},
+    {"lm", "runs", "interrupt", "progress"},
+    {"adaptation", "adapter", "model"},
+    {"training", "planning"},
+    {"experiments", "compression", "serving"},
+    {"api"},
+    {"cli"},
+]
+"""A module imports from its own floor and those below. (What a function imports in it, it needs then alone.)"""
 CODE = """
 import importlib, json, pkgutil, sys
 with_ray = json.loads(sys.argv[1])
@@ -71,3 +82,17 @@ def test_only_the_sharded_engine_names_deepspeed():
     source = Path(rayml.__path__[0])
     naming = {path.name for path in source.rglob("*.py") if "import deepspeed" in path.read_text()}
     assert naming == {"zero.py"}
+
+
+def test_nothing_climbs():
+    source = Path(rayml.__path__[0])
+    floor = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+    assert floor.keys() == MAY_LOAD.keys()
+    climbs = []
+    for file in source.rglob("*.py"):
+        own = file.relative_to(source).with_suffix("").parts
+        for node in ast.parse(file.read_text()).body if own[0] in floor else ():
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("rayml."):
+                other = node.module.split(".")[1]
+                climbs += [f"{'.'.join(own)} -> {node.module}"] if floor[other] > floor[own[0]] else []
+    assert not climbs

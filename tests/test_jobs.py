@@ -20,8 +20,8 @@ import typer
 import yaml
 from conftest import make_config
 from ray.job_submission import JobStatus
-
 from rayml.cli.cluster import parsed
+
 from rayml.config import dump_config
 from rayml.errors import ConfigError, RunError
 from rayml.runs.folder import RunFolder
@@ -101,7 +101,7 @@ def project(tmp_path) -> Path:
 def test_a_job_needs_the_token_and_goes_on_when_submitted_again(head, tmp_path):
     address, env = head
     folder, shared = project(tmp_path), tmp_path / "shared"
-    submit = [sys.executable, "-m", "rayml.cli", "submit", "--storage", str(shared), address, "train", "config.yaml"]
+    submit = [sys.executable, "-m", "rayml", "submit", "--storage", str(shared), address, "train", "config.yaml"]
     without = {name: value for name, value in env.items() if not name.startswith("RAY_")}
     wrong = without | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "another-token-0123456789abcdefabcd"}
     with ThreadPoolExecutor() as pool:
@@ -116,7 +116,7 @@ def test_a_job_needs_the_token_and_goes_on_when_submitted_again(head, tmp_path):
     assert first.returncode == 0, first.stdout + first.stderr
     assert "step 4/4: query loss" in first.stdout, "the job's logs are shown"
     assert [record["step"] for record in RunFolder(shared / "first").records()] == [1, 2, 3, 4]
-    entrypoint = re.search(r"^job \S+: python -m rayml.cli (train .*)$", first.stdout, re.M)[1].split()
+    entrypoint = re.search(r"^job \S+: python -m rayml (train .*)$", first.stdout, re.M)[1].split()
     assert entrypoint == ["train", "config.yaml", f"run.dir={shared / 'first'}", "--resume"]
 
     # Submitted again, by Ray's own command from a clone of the project, it goes on.
@@ -126,7 +126,7 @@ def test_a_job_needs_the_token_and_goes_on_when_submitted_again(head, tmp_path):
     shutil.copyfile(folder / "config.yaml", clone / "config.yaml")
     job = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--address", address, "--working-dir", "."]
     with ThreadPoolExecutor() as pool:  # beside it, a job that fails
-        evaluate = [sys.executable, "-m", "rayml.cli", "submit", address, "evaluate", str(shared / "third")]
+        evaluate = [sys.executable, "-m", "rayml", "submit", address, "evaluate", str(shared / "third")]
         ends = pool.submit(run, evaluate, env, folder)
         again = run([*job, "--", "python", "jobs/train.py", *entrypoint[1:], "outer.steps=6"], env, clone)
         failing = ends.result()

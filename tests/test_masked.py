@@ -20,7 +20,6 @@ from transformers import (
 from rayml.adapter import load_adapter
 from rayml.algorithms.inner_loop import task_gradients
 from rayml.errors import DataError
-from rayml.experiments.evaluate import trained_curves
 from rayml.lm.batch import collate
 from rayml.lm.encode import Encoder
 from rayml.lm.load import load_base, load_tokenizer, resolve_model
@@ -28,6 +27,7 @@ from rayml.lm.lora import B, TaskLoRA
 from rayml.lm.model import TaskLM
 from rayml.lm.option_scoring import PromptEnsemble, weighted_prompts
 from rayml.lm.sampling import Sampling
+from rayml.lm.scorer import trained_curves
 from rayml.model import load
 from rayml.serving.errors import ApiError
 from rayml.serving.replica import Replica

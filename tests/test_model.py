@@ -11,17 +11,17 @@ from serving_run import TEXTS, TICKETS, examples, make_run
 from typer.testing import CliRunner
 
 import rayml
+from rayml import adapter as adapter_module
+from rayml import model as model_module
 from rayml.cli import app
 from rayml.errors import ConfigError, DataError, RunError, TrainingError
-from rayml.experiments.evaluate import evaluate
-from rayml.experiments.parts import Parts
-from rayml.lm.layerwise import rate_factors
+from rayml.experiments.evaluate import Parts, evaluate
+from rayml.lm.fine_tuning import rate_factors
 from rayml.model import untrained_model
 from rayml.runs.checkpoint import folder_name, read_checkpoint, seal, write_state
 from rayml.runs.folder import RunFolder
 from rayml.tasks.prepare import prepare_splits
 from rayml.tasks.read import read_rows
-from rayml.training import local
 
 OTHERS = [("a b", "x"), ("c d", "y"), ("e f", "x"), ("g", "y"), ("h i", "y")]
 
@@ -140,8 +140,9 @@ def test_an_adaptation_that_diverged_is_an_error_and_not_an_adapter(tmp_path):
 
 
 def test_the_base_is_loaded_once(run, tmp_path, monkeypatch):
-    loads, load = [], local.load
-    monkeypatch.setattr(local, "load", lambda *given: loads.append(given) or load(*given))
+    loads, load = [], adapter_module.load_base
+    for module, name in ((model_module, "load_module"), (adapter_module, "load_base")):
+        monkeypatch.setattr(module, name, lambda *given: loads.append(given) or load(*given))
     model = rayml.load(run)
     found = model.adapt_many({"tickets": TICKETS, "letters": OTHERS})
     for name, adapter in found.items():

@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 from rayml.cli import app
 from rayml.config import Config, parse_config
 from rayml.errors import ConfigError
-from rayml.planning.batch import largest_pass, tokens_per_step
-from rayml.planning.fit import changed, smallest_change
 from rayml.planning.memory import memory
-from rayml.planning.read import read_shape
+from rayml.planning.plan import changed, smallest_change
+from rayml.planning.shape import read_shape
+from rayml.planning.step import largest_pass, tokens_per_step
 
 # hidden, layers, intermediate, heads, key heads, tied, parameters
 LLAMAS = {
@@ -268,6 +268,13 @@ def test_the_command_gives_json_in_bytes(run_plan):
     assert found["device_bytes"] == sum(part["device_bytes"] for part in found["parts"])
     assert found["fits"] is True
     assert [row["overrides"] for row in found["shardings"] if row["is_config"]] == [["engine=local"]]
+
+
+def test_soft_prompts_are_planned(run_plan):
+    """It was refused by `min() arg is an empty sequence`: the first layer has no adapter to begin at."""
+    found = run_plan("adapter=soft_prompt", "soft_prompt.tokens=8")
+    assert found.exit_code == 0, found.output
+    assert "16,384 an adapter" in found.output
 
 
 def test_other_models_are_estimated_and_unknown_ones_refused(tmp_path):

@@ -15,11 +15,11 @@ from rayml.lm.batch import IGNORE, TaskBatch
 from rayml.lm.load import checkpoint_activations
 from rayml.lm.lora import TaskLoRA
 from rayml.lm.model import TaskLM
-from rayml.planning.activations import activation_bytes
-from rayml.planning.batch import largest_pass
-from rayml.planning.fit import changed
-from rayml.planning.memory import memory
-from rayml.planning.read import shape_of
+from rayml.lm.soft_prompt import TaskPrompt, soft_tokens
+from rayml.planning.memory import activation_bytes, memory
+from rayml.planning.plan import changed
+from rayml.planning.shape import shape_of
+from rayml.planning.step import largest_pass
 
 
 class Peak(TorchDispatchMode):
@@ -119,6 +119,21 @@ def test_saved_activations_are_what_the_formula_says(sizes):
     hidden, intermediate, element = sizes[0], sizes[1], getattr(torch, sizes[4]).itemsize
     working = TASKS * ROWS * TOKENS * max(2 * intermediate * element, 5 * hidden * 4)  # not saved, but used
     assert found - working == pytest.approx(measured, rel=0.03)
+
+
+@pytest.mark.parametrize("sizes", [MODELS[0], MODELS[1], MODELS[3]], ids=str)
+def test_soft_prompts_save_what_the_formula_says(sizes):
+    model, config, batch = small_model(sizes)
+    config = changed(config, ["adapter=soft_prompt", "soft_prompt.tokens=8", f"data.max_tokens={TOKENS - 8}"])
+    lm = TaskLM(model, TaskPrompt(model, 8))
+    prompts = {
+        name: w.expand(TASKS, *w.shape).clone().requires_grad_() for name, w in lm.adapter.untrained_start(0).items()
+    }
+    batch.tokens[:, :8] = torch.tensor(soft_tokens(8))
+    measured = saved_bytes(lambda: lm.losses(prompts, batch).sum(), [*model.parameters(), *prompts.values()])
+    found = device(memory(shape_of(model, config), config))["activations"]
+    working = TASKS * ROWS * TOKENS * max(2 * sizes[1] * getattr(torch, sizes[4]).itemsize, 5 * sizes[0] * 4)
+    assert found - working == pytest.approx(measured, rel=0.05)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

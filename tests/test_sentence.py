@@ -22,9 +22,7 @@ from rayml.algorithms.registry import chosen
 from rayml.config import Config
 from rayml.errors import ConfigError
 from rayml.experiments.classifiers import missing
-from rayml.experiments.compare_plan import seconds_per_token
-from rayml.experiments.method_runs import plan
-from rayml.experiments.scorer import Queries
+from rayml.experiments.method_runs import plan, seconds_per_token
 from rayml.lm.abilities import check_model
 from rayml.lm.batch import collate
 from rayml.lm.encode import Encoder, class_numbers
@@ -32,9 +30,10 @@ from rayml.lm.load import load_base, load_tokenizer, resolve_model
 from rayml.lm.lora import TaskLoRA
 from rayml.lm.model import TaskLM
 from rayml.lm.objective import TaskSide
+from rayml.lm.scorer import Queries
 from rayml.lm.sentence import INPUT
 from rayml.model import untrained_model
-from rayml.planning.read import read_shape
+from rayml.planning.shape import read_shape
 from rayml.runs.files import as_path
 from rayml.serving.replica import Replica
 from rayml.serving.settings import Serving

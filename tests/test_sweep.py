@@ -21,8 +21,7 @@ from rayml.config import dump_config, load_config
 from rayml.errors import ConfigError, RunError
 from rayml.experiments.search_space import Range, check_space, parse_space, rounded
 from rayml.experiments.sweep import begin, concurrency, scored
-from rayml.experiments.sweep_progress import TrialTable
-from rayml.experiments.sweep_report import Trial, conclude, plot
+from rayml.experiments.sweep_report import Trial, TrialTable, conclude, plot
 
 
 def test_ranges_are_read():
@@ -171,7 +170,7 @@ def test_the_live_table_survives_being_pickled():
 
 
 def run_sweep(config: Path) -> subprocess.Popen:
-    command = [sys.executable, "-m", "rayml.cli", "sweep", str(config)]
+    command = [sys.executable, "-m", "rayml", "sweep", str(config)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

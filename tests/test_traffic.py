@@ -13,13 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rayml.config import dump_config, load_config
 from rayml.lm.load import load_shape, load_tokenizer
-from rayml.planning import traffic as formula
-from rayml.planning.read import shape_of
-from rayml.planning.scaling import Machines, predict
-from rayml.planning.scaling_report import scaling
-from rayml.planning.traffic import Sent, traffic
+from rayml.planning import step as formula
+from rayml.planning.scaling import Machines, predict, scaling
+from rayml.planning.shape import shape_of
+from rayml.planning.step import Sent, traffic
 from rayml.training import replicated, sharded, zero
-from rayml.training.job import Job
+from rayml.training.stream import Job
 
 COLLECTIVES = {
     "allreduce_": "all-reduce",

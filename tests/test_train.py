@@ -20,21 +20,30 @@ from rayml.adapter import load_adapter
 from rayml.api import evaluate
 from rayml.config import dump_config
 from rayml.errors import ConfigError, DataError, RunError, TrainingError
-from rayml.experiments.scorer import Curve
 from rayml.lm.encode import Encoder
 from rayml.model import load
 from rayml.runs import files
-from rayml.runs.checkpoint import newest_checkpoint, read_checkpoint, read_newest, seal, verify, write_state
-from rayml.runs.early_stopping import is_best, is_enough, val_score, val_scores
+from rayml.runs.checkpoint import (
+    is_best,
+    is_enough,
+    newest_checkpoint,
+    read_checkpoint,
+    read_newest,
+    seal,
+    val_score,
+    val_scores,
+    verify,
+    write_state,
+)
 from rayml.runs.folder import RunFolder
 from rayml.tasks.episodes import Sampler
 from rayml.tasks.prepare import prepare_splits
+from rayml.tasks.statistics import Curve
 from rayml.tasks.task import Example, Task
 from rayml.training import worker
 from rayml.training.driver import check_resources, cpus_each, train
-from rayml.training.job import Job
 from rayml.training.ray_internals import forget_lost
-from rayml.training.stream import EncodeEpisode, share_of_step, stream_steps, worker_index
+from rayml.training.stream import EncodeEpisode, Job, share_of_step, stream_steps, worker_index
 from rayml.training.worker import validate
 
 needs_ray = pytest.mark.ray

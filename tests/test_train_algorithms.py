@@ -20,8 +20,7 @@ from rayml.api import evaluate
 from rayml.errors import DataError, RunError
 from rayml.lm.load import load_base, resolve_model
 from rayml.model import load
-from rayml.runs.checkpoint import newest_checkpoint, verify
-from rayml.runs.early_stopping import is_best, is_enough
+from rayml.runs.checkpoint import is_best, is_enough, newest_checkpoint, verify
 from rayml.runs.folder import RunFolder
 from rayml.training.driver import train
 

@@ -1,6 +1,7 @@
 """The outer loop's state: the shared start, the inner rates, the outer optimizer over both, and the step."""
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -129,3 +130,59 @@ class Learner:
                 moments = {k: v.to("cpu" if k == "step" else param.device) for k, v in saved.items() if v is not None}
                 if moments:
                     self.optimizer.state[param] = moments
+
+
+MEMORY = 0.9
+MOST = 4.0
+"""No task weighs more than this many times, or less than one in this many, before weights are scaled to a mean of 1."""
+
+
+class RecentGains:
+    """A running mean of each task's gain, its support loss before adapting minus its query loss after.
+
+    Args:
+        tasks: how many there are. All start at no gain, and weigh the same.
+    """
+
+    def __init__(self, tasks: int, device: torch.device | None = None):
+        self.gains = torch.zeros(tasks, device=device)
+
+    def weights(self) -> Tensor:
+        """Return a weight for each task, `[tasks]`, 1 on average: a factor e for each nat gained less than the mean."""
+        raw = (self.gains.mean() - self.gains).exp().clamp(1 / MOST, MOST)
+        return raw / raw.mean()
+
+    def update(self, sums: Tensor, counts: Tensor) -> None:
+        """Add the gains of one outer step over all workers: their sum and number by task, `[tasks]` each."""
+        new = MEMORY * self.gains + (1 - MEMORY) * sums / counts.clamp(min=1)
+        self.gains = torch.where(counts > 0, new, self.gains)
+
+
+class StepTimer:
+    """Seconds by phase: each call adds what has passed since the one before to its phase.
+
+    On a GPU it waits for the work that was queued meanwhile.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget all seconds; the next phase begins here."""
+        self.seconds: dict[str, float] = {}
+        self._last = self._now()
+
+    def __call__(self, phase: str) -> None:
+        now = self._now()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
+        self._last = now
+
+    def record(self) -> dict[str, float]:
+        """Return the phases for `metrics.jsonl`."""
+        return {f"{phase}_seconds": seconds for phase, seconds in self.seconds.items()}
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()

@@ -75,7 +75,7 @@ def plan(
     Reads no more of the model than its config.json. `rayml plan configs/llama-1b.yaml engine=zero --gpu-gib 24`
     says what fits on 24 GiB, and the smallest change that would.
     """
-    from rayml.planning.command import plan as make_plan
+    from rayml.planning.plan import plan as make_plan
 
     if not make_plan(rayml.load_config(config, overrides), gpu_gib, target_tokens, as_json, out):
         raise typer.Exit(1)
@@ -100,7 +100,7 @@ def scaling(
     Workers get as many tasks each as the config gives one; in mode full under ZeRO they share each task's rows.
     """
     from rayml.planning.scaling import Machines
-    from rayml.planning.scaling_report import scaling as show_scaling
+    from rayml.planning.scaling import scaling as show_scaling
 
     machines = Machines(tflops * 1e12, utilisation, node_gpus, link * 1e9)
     networks = [1e9 * one for one in reversed(numbers(network, float, "--network"))]

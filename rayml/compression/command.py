@@ -1,32 +1,28 @@
 """What `rayml compress` does, from a run's folder to a run's folder."""
 
 import json
+import re
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 
-from rayml.compression.quantize import LIBRARY, check_library
-from rayml.compression.student import evenly_spaced, wanted_layers
-from rayml.config import Config
+from rayml.algorithms.inner_loop import Params
+from rayml.config import Config, dump_config
 from rayml.errors import ConfigError, RunError
-from rayml.experiments.evaluate_command import EVALUATION_SEED, held_out_tasks
+from rayml.experiments.evaluate_command import held_out_tasks
 from rayml.lm.load import resolve_model
 from rayml.lm.sentence import read_sentences
-from rayml.progress import Bar, doing, progress
+from rayml.progress import doing, progress
+from rayml.runs.checkpoint import folder_name, seal, write_state
 from rayml.runs.files import as_path, write_whole
 from rayml.runs.folder import RunFolder
-from rayml.tasks.task import Task
 
-if TYPE_CHECKING:
-    from rayml.model import MetaModel
-
-# Episodes that the compressed run is made with have seeds of their own, far from those of training and evaluation.
-SUPPORT_SEED, DISTILLATION_SEED = 4_000_037, 5_000_011
-SUPPORT_EPISODES = 32
+LIBRARY = {"int8": "torchao>=0.18", "int4": "bitsandbytes>=0.50"}
+LAYERS = re.compile(r"layers=(\d+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +66,8 @@ def compress_run(
     base = check_run(config, source, distill)
     tasks = held_out_tasks(config, config.data, None, "test")
     with doing(err, "loading libraries and model"):
-        from rayml.compression import methods
-        from rayml.compression.folder import write_run
-        from rayml.compression.report import table
+        from rayml.compression import distill as distilling
+        from rayml.compression import measure, shrink
         from rayml.model import load
 
         model = load(source, checkpoint=checkpoint)
@@ -81,22 +76,22 @@ def compress_run(
     with progress(err) as bar:
         try:
             if quantize:
-                compressed = methods.quantized(model, base, quantize, part)
+                compressed = shrink.quantized(model, base, quantize, part)
             elif prune:
-                compressed = methods.pruned(model, base, prune, part, bar("reading", SUPPORT_EPISODES))
+                compressed = shrink.pruned(model, base, prune, part, bar("reading", shrink.SUPPORT_EPISODES))
             else:
                 done = bar("distilling", distillation.steps)
-                compressed = methods.distilled(model, base, str(distill), distillation, part, done)
+                compressed = distilling.distilled(model, base, str(distill), distillation, part, done)
             model.encoder.tokenizer.save_pretrained(part / "base")
             part.rename(folder)
         finally:
             shutil.rmtree(part, ignore_errors=True)
         small = load(write_run(source, folder, compressed, model.step))
-        summary = measured(model, small, tasks, episodes, bar)
+        summary = measure.measured(model, small, tasks, episodes, bar)
     how = f"{quantize}" if quantize else f"pruned by {prune}" if prune else f"distilled into {distill}"
     record = {"run": str(source.path), "how": how, "steps": distillation.steps if distill else None, **summary}
     write_whole(folder / "compression.json", json.dumps(record, indent=2) + "\n")
-    out.print(table(summary, f"{config.model.name}, {how}"))
+    out.print(measure.table(summary, f"{config.model.name}, {how}"))
     out.print(f"{folder}\nnext: rayml serve {to}", highlight=False, soft_wrap=True)
     return record
 
@@ -105,9 +100,9 @@ def check_ways(quantize: str | None, distill: str | None, prune: float | None, d
     """Raise ConfigError unless one way is asked for, with a value that can be."""
     if sum(way is not None for way in (quantize, distill, prune)) != 1:
         raise ConfigError("give one of --quantize, --distill and --prune; compress the result again for a second")
-    if quantize is not None and quantize not in LIBRARY:
-        raise ConfigError(f"--quantize: expected int8 or int4, got {quantize!r}")
     if quantize is not None:
+        if quantize not in LIBRARY:
+            raise ConfigError(f"--quantize: expected int8 or int4, got {quantize!r}")
         check_library(quantize)
     if prune is not None and not 0 < prune < 1:
         raise ConfigError(f"--prune: expected a share above 0 and below 1, got {prune}")
@@ -116,6 +111,40 @@ def check_ways(quantize: str | None, distill: str | None, prune: float | None, d
             raise ConfigError(f"--{name}: expected a number above 0, got {getattr(distillation, name)}")
     if distill is not None and wanted_layers(distill) is None:
         resolve_model(distill)
+
+
+def check_library(kind: str) -> None:
+    """Raise ConfigError where the library that quantises so is not installed."""
+    name = LIBRARY[kind].partition(">")[0]
+    if find_spec(name) is None:
+        raise ConfigError(f"--quantize {kind}: {name} is not installed; pip install '{LIBRARY[kind]}'")
+
+
+def wanted_layers(student: str) -> int | None:
+    """Return N of `layers=N`; None for a model's name.
+
+    Raises:
+        ConfigError: N is no number above 0.
+    """
+    if not student.startswith("layers="):
+        return None
+    found = LAYERS.fullmatch(student)
+    if not found or not int(found.group(1)):
+        raise ConfigError(f"--distill {student}: expected layers=N with a number above 0, or a model's name or folder")
+    return int(found.group(1))
+
+
+def evenly_spaced(total: int, count: int) -> list[int]:
+    """Return `count` of `total` layers, the last and, of several, the first among them (as in DistilBERT, Sanh et al.
+    2019, arXiv 1910.01108).
+
+    Raises:
+        ConfigError: there are not more than that.
+    """
+    if not 0 < count < total:
+        raise ConfigError(f"--distill layers={count}: the teacher has {total} layers; expected fewer, and at least 1")
+    last = total - 1
+    return [round(last * index / (count - 1)) for index in range(count)] if count > 1 else [last]
 
 
 def check_run(config: Config, source: RunFolder, distill: str | None) -> str:
@@ -141,19 +170,42 @@ def check_run(config: Config, source: RunFolder, distill: str | None) -> str:
     return base
 
 
-def measured(before: "MetaModel", after: "MetaModel", tasks: Sequence[Task], episodes: int, bar: Bar) -> dict[str, Any]:
-    """Return size, speed and score of two sessions."""
-    from rayml.compression import measure
+@dataclass(frozen=True, slots=True)
+class Compressed:
+    """What a compressed base's run has learned."""
 
-    sampler = before.config.data.sampler(EVALUATION_SEED)
-    curves = [
-        measure.scores(model, tasks, sampler, episodes, bar(name, episodes * len(tasks)))
-        for model, name in ((before, "scoring before"), (after, "scoring after"))
-    ]
-    timed = measure.speeds([before, after], sampler.episode(tasks, 0))
-    sizes = [{"weights_bytes": measure.weights_bytes(model.base)} for model in (before, after)]
-    return {
-        "before": sizes[0] | {"bytes_in_dtype": measure.bytes_in_dtype(before)} | timed[0],
-        "after": sizes[1] | timed[1],
-        "score": measure.compared(*curves),
-    }
+    config: Config
+    start: Params
+    inner_lrs: Params
+    untrained: Params
+
+
+def base_folder(folder: Path) -> Path:
+    """Return where a compressed run keeps its base."""
+    return folder / "base"
+
+
+def write_run(source: RunFolder, folder: Path, compressed: Compressed, step: int) -> RunFolder:
+    """Write config, tasks, untrained start and one checkpoint beside a base that lies in `folder / "base"`.
+
+    There is no other checkpoint to choose, so a patience, by which readers would look for the best, is dropped.
+    """
+    config = compressed.config
+    config = config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"name": str(base_folder(folder))}),
+            "run": config.run.model_copy(update={"dir": str(folder)}),
+            "validation": config.validation.model_copy(update={"patience": 0}),
+        }
+    )
+    run = RunFolder(folder)
+    checkpoint = run.checkpoints / folder_name(step)
+    assert isinstance(checkpoint, Path)
+    checkpoint.mkdir(parents=True)
+    start = {f"start/{name}": weight for name, weight in compressed.start.items()}
+    write_state(checkpoint, start | {f"log_rate/{name}": rate.log() for name, rate in compressed.inner_lrs.items()})
+    seal(checkpoint, step, part=0, parts=1)
+    run.write_untrained(compressed.untrained)
+    write_whole(run.tasks, source.tasks.read_text(encoding="utf-8"))
+    write_whole(run.config, dump_config(config))
+    return run

@@ -1,4 +1,4 @@
-"""Size, speed and held-out score of a run, before and after compression, on the same episodes."""
+"""Size, speed and held-out score of a run, before and after compression, on the same episodes, and a table of them."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -7,16 +7,34 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.table import Table
 
 from rayml.algorithms.inner_loop import expand
-from rayml.experiments.evaluate import trained_curves
-from rayml.experiments.scorer import Curve, Queries
-from rayml.experiments.statistics import by_task, interval
+from rayml.lm.scorer import Queries, trained_curves
 from rayml.model import MetaModel
-from rayml.tasks.episodes import Episode, Sampler
+from rayml.progress import Bar
+from rayml.runs.reports import table as empty_table
+from rayml.tasks.episodes import EVALUATION_SEED, Episode
+from rayml.tasks.statistics import Curve, by_task, interval, resampled
 from rayml.tasks.task import Task
 
 REPEATS = 7
+
+
+def measured(before: MetaModel, after: MetaModel, tasks: Sequence[Task], episodes: int, bar: Bar) -> dict[str, Any]:
+    """Return size, speed and score of two sessions."""
+    sampler = before.config.data.sampler(EVALUATION_SEED)
+    curves = [
+        trained_curves(model, tasks, sampler, episodes, bar(name, episodes * len(tasks)))
+        for model, name in ((before, "scoring before"), (after, "scoring after"))
+    ]
+    timed = speeds([before, after], sampler.episode(tasks, 0))
+    sizes = [{"weights_bytes": weights_bytes(model.base)} for model in (before, after)]
+    return {
+        "before": sizes[0] | {"bytes_in_dtype": bytes_in_dtype(before)} | timed[0],
+        "after": sizes[1] | timed[1],
+        "score": compared(*curves),
+    }
 
 
 def weights_bytes(base: str) -> int | None:
@@ -75,17 +93,6 @@ def spread(times: Sequence[float]) -> dict[str, float]:
     return {"median": float(median), "low": float(low), "high": float(high)}
 
 
-def scores(
-    model: MetaModel, tasks: Sequence[Task], sampler: Sampler, episodes: int, done: Callable[[int], None]
-) -> list[Curve]:
-    """Return the curves of `episodes` episodes of each task."""
-    found: list[Curve] = []
-    for task in tasks:
-        found += trained_curves(model, [task], sampler, episodes)
-        done(episodes)
-    return found
-
-
 def compared(before: Sequence[Curve], after: Sequence[Curve]) -> dict[str, Any]:
     """Return both runs' scores before and after adapting, and the paired difference between them after adapting.
 
@@ -101,3 +108,34 @@ def compared(before: Sequence[Curve], after: Sequence[Curve]) -> dict[str, Any]:
         "after": {"before": interval(new[0]), "after": interval(new[-1])},
         "difference": interval(new[-1] - old[-1]),
     }
+
+
+def table(summary: dict[str, Any], title: str) -> Table:
+    """Return a row for each number, in columns before and after compression."""
+    metric, scores = summary["score"]["metric"], summary["score"]
+    caption = f"seconds: median and quartiles, on this machine; scores: {resampled(scores['tasks'])}, both alike"
+    look = {"padding": (0, 1), "title": title, "caption": caption, "caption_justify": "left"}
+    found = empty_table(("", "before", "after"), left=[""], no_wrap=True, **look)
+    sides = [summary[side] for side in ("before", "after")]
+    found.add_row("base's weights on disk", *(megabytes(side["weights_bytes"]) for side in sides))
+    found.add_row("  the first in the run's dtype", megabytes(summary["before"]["bytes_in_dtype"]), "")
+    found.add_row("forward of an episode's queries", *(times(side["forward_seconds"]) for side in sides))
+    found.add_row("adapting to an episode", *(times(side["adapt_seconds"]) for side in sides))
+    for when, name in (("before", "as it stands"), ("after", "after adapting")):
+        found.add_row(f"held-out {metric}, {name}", *(score(scores[side][when]) for side in ("before", "after")))
+    apart = scores["difference"]
+    difference = f"{apart['mean']:+.3f} [{apart['low']:+.3f}, {apart['high']:+.3f}]"
+    found.add_row("  difference after adapting", "", difference)
+    return found
+
+
+def megabytes(count: int | None) -> str:
+    return "not here" if count is None else f"{count / 1e6:.1f} MB"
+
+
+def times(spread: dict[str, float]) -> str:
+    return f"{spread['median']:.3f} s [{spread['low']:.3f}, {spread['high']:.3f}]"
+
+
+def score(interval: dict[str, float]) -> str:
+    return f"{interval['mean']:.3f} ± {(interval['high'] - interval['low']) / 2:.3f}"

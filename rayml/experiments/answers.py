@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from rayml.algorithms.inner_loop import Params, expand
-from rayml.experiments.scorer import Scorer, score_all
 from rayml.lm.generate import texts_behind, write
+from rayml.lm.scorer import Scorer, score_all
 from rayml.tasks.episodes import Episode, Sampler
-from rayml.tasks.overall import groups, overall
+from rayml.tasks.statistics import groups, overall
 from rayml.tasks.task import Task
 
 SPARE_TOKENS = 8
@@ -68,7 +68,7 @@ def choose_setting(
 ) -> Choice[Setting]:
     """Try every factor with every number of steps on the same meta-val episodes.
 
-    The overall score (`rayml.tasks.overall`) is raised. Of equals the fewest steps are taken, then the least rate.
+    The overall score (`rayml.tasks.statistics`) is raised. Of equals the fewest steps are taken, then the least rate.
     `progress` is told after each episode with each factor.
     """
     if not method.takes_steps:

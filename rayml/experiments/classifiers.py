@@ -18,11 +18,11 @@ from torch import Tensor
 from rayml.algorithms.prototypes import logits, prototypes, squared_distances
 from rayml.errors import ConfigError
 from rayml.experiments.answers import Choice, label_answers
-from rayml.experiments.scorer import accuracy
 from rayml.lm.encode import class_numbers
 from rayml.lm.load import resolve_model
+from rayml.lm.scorer import accuracy
 from rayml.tasks.episodes import Episode, Sampler
-from rayml.tasks.overall import groups
+from rayml.tasks.statistics import groups
 from rayml.tasks.task import Task
 
 REQUIREMENTS = {

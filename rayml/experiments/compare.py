@@ -22,22 +22,20 @@ from rayml.config import Config, parse_config
 from rayml.errors import DataError, RunError, TrainingError
 from rayml.experiments.answers import Choice, LearnedMethod, answer, choose_setting
 from rayml.experiments.classifiers import ask, choose_head, classifier_for, versions
-from rayml.experiments.compare_plan import show_plan
-from rayml.experiments.compare_report import print_summary, write_report
-from rayml.experiments.compare_summary import summarize
-from rayml.experiments.evaluate_command import EVALUATION_SEED
-from rayml.experiments.method_runs import MethodRun, Request, plan
+from rayml.experiments.method_runs import MethodRun, Request, plan, show_plan
+from rayml.experiments.report import print_summary, write_report
+from rayml.experiments.summaries import summarize
 from rayml.lm.precision import own_device
 from rayml.model import load, untrained_model
 from rayml.progress import progress
 from rayml.runs.checkpoint import identity
 from rayml.runs.files import AnyPath, as_path, checksum, write_whole
 from rayml.runs.folder import RunFolder, fingerprint
+from rayml.tasks.episodes import EVALUATION_SEED, VALIDATION_SEED
 from rayml.tasks.prepare import prepare_splits
 from rayml.tasks.splits import Splits
 from rayml.tasks.task import Task
 from rayml.training.driver import start_ray, train
-from rayml.training.worker import VALIDATION_SEED
 
 
 def compare(

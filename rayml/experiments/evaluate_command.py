@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +11,13 @@ from rich.console import Console
 from rayml.algorithms.registry import DEFAULT
 from rayml.config import Config, dump_config
 from rayml.errors import ConfigError, DataError, RunError
-from rayml.experiments import evaluate_report as report
+from rayml.experiments import report
 from rayml.interrupt import kept
 from rayml.progress import doing, progress
 from rayml.runs.files import write_whole
 from rayml.runs.folder import RunFolder, fingerprint
 from rayml.sections import Data
+from rayml.tasks.episodes import EVALUATION_SEED
 from rayml.tasks.prepare import prepare_splits, prepare_tasks
 from rayml.tasks.splits import refuse_leaks
 from rayml.tasks.task import Task
@@ -24,8 +26,6 @@ if TYPE_CHECKING:
     from rayml.model import MetaModel
 
 log = logging.getLogger(__name__)
-# Episodes of an evaluation are drawn with their own seeds, far from those of training and validation.
-EVALUATION_SEED = 2_000_003
 
 
 def evaluate_run(
@@ -54,9 +54,32 @@ def evaluate_run(
     shown = config.data.model_copy(update={k: v for k, v in {"ways": ways, "shots": shots}.items() if v})
     tasks = held_out_tasks(config, shown, data, split)
     config.algorithm.check(tasks)
+    model = _ready(run, config, tasks, checkpoint, err)
+    settings = {"ways": shown.ways, "shots": shown.shots, "queries": shown.queries, "episodes": episodes, "seed": seed}
+    summary = {
+        "run": str(model.run.path),
+        "checkpoint": model.checkpoint,
+        "algorithm": config.algorithm.name,
+        "outer_steps": model.step,
+        "inner_steps": config.inner.steps,
+        "tasks_from": data or f"meta-{split}",
+        **settings,
+        **_asked(model, config, tasks, shown, settings, err),
+    }
+    kind = "-data" if data else "" if split == "test" else f"-{split}"
+    written, picture = json_file or model.run.path / f"evaluation{kind}.json", model.run.path / f"adaptation{kind}.png"
+    write_whole(written, json.dumps(summary, indent=2) + "\n")
+    method = "" if config.algorithm.name == DEFAULT else f"{config.algorithm.name}, "
+    title = f"{config.model.name}, {shown.ways}-way {shown.shots}-shot, {method}after {model.step} outer steps"
+    report.plot_adaptation(summary, picture, title)
+    report.print_evaluation(summary, title, out)
+    out.print(f"{written}\n{picture}", highlight=False, soft_wrap=True)
+    return summary
+
+
+def _ready(run: Any, config: Config, tasks: Sequence[Task], checkpoint: str | None, err: Console) -> Any:
+    """Return the model of a run, loaded and able to answer the tasks."""
     with doing(err, "loading libraries and model"):
-        from rayml.experiments.evaluate import evaluate, summarize
-        from rayml.experiments.parts import Parts
         from rayml.lm.abilities import refuse_mute
         from rayml.model import load
 
@@ -67,8 +90,17 @@ def evaluate_run(
     for line in (f"{model.run.path}: {model.checkpoint}", str(model.precision)):
         err.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
     model.encoder.check(tasks)
-    sampler = shown.sampler(EVALUATION_SEED + seed)
-    settings = {"ways": shown.ways, "shots": shown.shots, "queries": shown.queries, "episodes": episodes, "seed": seed}
+    return model
+
+
+def _asked(
+    model: "MetaModel", config: Config, tasks: Sequence[Task], shown: Data, settings: dict[str, int], err: Console
+) -> dict[str, Any]:
+    """Return the scores of all episodes; what was done before an interruption is not done again."""
+    from rayml.experiments.evaluate import Parts, evaluate
+    from rayml.experiments.summaries import summarize_evaluation
+
+    episodes, sampler = settings["episodes"], shown.sampler(EVALUATION_SEED + settings["seed"])
     asked = [model.step, model.precision.dtype, settings, fingerprint(tasks), dump_config(config)]
     total, parts = len(tasks) * episodes, Parts(model.run.path, asked)
     err.print(f"{len(tasks)} tasks x {episodes} episodes, each from two starts: {2 * total} adaptations", style="dim")
@@ -79,31 +111,7 @@ def evaluate_run(
         message = f"{parts.episodes} of {total} episodes are kept; the same command goes on with the others"
         raise kept(end, message) from None
     parts.remove()
-    summary = {
-        "run": str(model.run.path),
-        "checkpoint": model.checkpoint,
-        "algorithm": config.algorithm.name,
-        "outer_steps": model.step,
-        "inner_steps": config.inner.steps,
-        "tasks_from": data or f"meta-{split}",
-        **settings,
-        **summarize(found),
-    }
-    kind = "-data" if data else "" if split == "test" else f"-{split}"
-    written, picture = json_file or model.run.path / f"evaluation{kind}.json", model.run.path / f"adaptation{kind}.png"
-    write_whole(written, json.dumps(summary, indent=2) + "\n")
-    method = "" if config.algorithm.name == DEFAULT else f"{config.algorithm.name}, "
-    title = f"{config.model.name}, {shown.ways}-way {shown.shots}-shot, {method}after {model.step} outer steps"
-    report.plot(summary, picture, title)
-    out.print(report.table(summary, title))
-    answers = report.answers_table(summary)
-    if answers:
-        out.print(answers)
-    for name, found in summary["tasks"].items():
-        if "spans" in found:
-            out.print(f"{name}, spans after adapting:\n{found['spans']}", markup=False, highlight=False)
-    out.print(f"{written}\n{picture}", highlight=False, soft_wrap=True)
-    return summary
+    return summarize_evaluation(found)
 
 
 def held_out_tasks(config: Config, data: Data, paths: list[str] | None, split: str) -> tuple[Task, ...]:

@@ -1,9 +1,13 @@
-"""What takes part in a comparison: methods and seeds, each trained with equal forward-backward tokens."""
+"""What takes part in a comparison: methods and seeds, each trained with equal tokens; and about how long it takes."""
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich.console import Console
+
+from rayml.algorithms.inner_loop import expand, task_gradients
 from rayml.algorithms.methods import BUDGET, METHODS, NOT_RUN, USUAL, Method
 from rayml.config import Config, parse_config
 from rayml.errors import ConfigError, RunError
@@ -11,11 +15,14 @@ from rayml.experiments.classifiers import check_classifier, missing
 from rayml.experiments.evaluate_command import trained_on
 from rayml.lm.abilities import checked_model
 from rayml.lm.load import MINILM, load_tokenizer, resolve_model
+from rayml.lm.objective import SIDES, side_batch, trained_tokens
+from rayml.lm.scorer import side_of
 from rayml.lm.sentence import read_sentences
-from rayml.planning.batch import trained_tokens
+from rayml.model import untrained_model
 from rayml.runs.checkpoint import newest_checkpoint, step_of
 from rayml.runs.files import AnyPath, as_path
 from rayml.runs.folder import RunFolder
+from rayml.runs.reports import table
 from rayml.tasks.prepare import prepare_splits
 from rayml.tasks.splits import Splits, refuse_leaks
 from rayml.tasks.task import Task
@@ -23,6 +30,8 @@ from rayml.tasks.task import Task
 OURS = "outer.steps", "seed", "run.dir", "validation.every"
 """Keys that the comparison sets itself."""
 COUNTED_EPISODES = 64
+START_SECONDS = 30
+"""Of a training run's workers, about."""
 
 
 @dataclass(frozen=True)
@@ -178,4 +187,43 @@ def tokens_per_step(config: Config, tasks: Sequence[Task]) -> int:
     encoder = config.encoder(load_tokenizer(resolve_model(config.model.name)))
     sampler = config.data.sampler(config.seed)
     episodes = [encoder.episode(sampler.episode(tasks, index)) for index in range(COUNTED_EPISODES)]
-    return round(config.tasks_per_step * trained_tokens(config, episodes) / COUNTED_EPISODES)
+    support, query = (side_batch(episodes, side, encoder.pad) for side in SIDES)
+    return round(config.tasks_per_step * trained_tokens(config, support, query) / COUNTED_EPISODES)
+
+
+def show_plan(method_runs: Sequence[MethodRun], base: Config, splits: Splits, request: Request, out: Console) -> None:
+    """Print what would be trained and asked, and about how long it would take."""
+    pace = seconds_per_token(base, splits.train)
+    heads = "method", "seeds", "outer steps", "tokens a step", "tokens", "minutes a run"
+    shown = table(heads, left=["method"], no_wrap=True)
+    hours = 0.0
+    for first in (method_run for method_run in method_runs if method_run.seed == 0 or method_run.is_given):
+        seeds = 1 if first.is_given else sum(method_run.name == first.name for method_run in method_runs)
+        minutes = (first.tokens * pace + START_SECONDS) / 60
+        hours += seeds * minutes / 60 if first.trains else 0
+        counts = first.config.outer.steps, first.tokens_per_step, first.tokens
+        cells = [*map(str, counts)] if first.run else ["-"] * 3
+        shown.add_row(first.name, str(seeds), *cells, f"{minutes:.1f}" if first.trains else "-")
+    out.print(shown)
+    tries = len(request.factors) * len(request.steps)
+    for line in (
+        f"adaptation: {tries} settings tried on {request.val_episodes} meta-val episodes; "
+        f"asked: {request.episodes} episodes of each of {len(splits.test)} meta-test tasks",
+        f"training about {hours:.1f} h on this machine, by one episode that was timed; choosing and asking come on top",
+    ):
+        out.print(line, highlight=False, soft_wrap=True)
+
+
+def seconds_per_token(config: Config, tasks: Sequence[Task]) -> float:
+    """Time the forward and backward of an episode's support here, in one process."""
+    model = untrained_model(config, tasks)
+    episode = config.data.sampler(config.seed).episode(tasks, 0)
+    fast = expand(model.start, 1)
+    seconds = 0.0
+    for _ in range(2):  # the first warms up
+        support = side_of(model.lm, model.encoder, [episode], "support")
+        tokens = support.batch.tokens.numel()
+        began = time.perf_counter()
+        task_gradients(config.algorithm.support_losses(support), fast)
+        seconds = time.perf_counter() - began
+    return seconds / tokens

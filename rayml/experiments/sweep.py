@@ -26,10 +26,9 @@ from rich.console import Console
 from rayml.config import Config, dump_config, parse_config
 from rayml.errors import ConfigError, RunError, TrainingError
 from rayml.experiments.search_space import Range, check_space, parse_space, rounded, trial_config
-from rayml.experiments.sweep_progress import TrialTable
-from rayml.experiments.sweep_report import Trial, conclude
+from rayml.experiments.sweep_report import Trial, TrialTable, conclude
 from rayml.lm.abilities import checked_model
-from rayml.runs.early_stopping import val_score
+from rayml.runs.checkpoint import val_score
 from rayml.runs.files import AnyPath, as_path, write_whole
 from rayml.runs.folder import RunFolder
 from rayml.tasks.prepare import prepare_splits

@@ -1,4 +1,4 @@
-"""What a sweep found: a table, `best.yaml`, `trials.csv` and `trials.json`, and a picture."""
+"""The trials of a sweep, as they go; at the end a table, `best.yaml`, `trials.csv` and `trials.json`, and a picture."""
 
 import csv
 import io
@@ -8,16 +8,17 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from rich.box import SIMPLE_HEAD
+import ray.tune
 from rich.console import Console
+from rich.live import Live
 from rich.table import Table
 
 from rayml.config import Config, dump_config, parse_config, with_values
 from rayml.experiments.search_space import Range
 from rayml.runs.files import AnyPath, write_whole
-from rayml.runs.plots import file_pyplot, save_figure
+from rayml.runs.reports import OURS, THEIRS, file_pyplot, save_figure, table
 
-COLOURS = "viridis"
+MAP = "viridis"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ def conclude(config: Config, space: Sequence[Range], trials: Sequence[Trial], fo
     write_whole(folder / "trials.json", json.dumps([asdict(trial) for trial in ranked], indent=2) + "\n")
     write_csv(ranked, folder / "trials.csv")
     plot(space, trials, folder / "sweep.png", f"meta-val, {config.sweep.metric}")
-    out.print(table(space, ranked))
+    out.print(trials_table(space, ranked))
     for trial in ranked:
         if trial.error:
             out.print(f"{trial.name} failed: {trial.error}", style="red", markup=False, highlight=False, soft_wrap=True)
@@ -83,11 +84,10 @@ def write_csv(trials: Sequence[Trial], path: AnyPath) -> None:
     write_whole(path, text.getvalue())
 
 
-def table(space: Sequence[Range], ranked: Sequence[Trial]) -> Table:
+def trials_table(space: Sequence[Range], ranked: Sequence[Trial]) -> Table:
     """Return a row for each trial, the best first."""
-    found = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title="trials, the best first", title_justify="left")
-    for name in ("trial", *(one.key for one in space), "before", "after", "step", "seconds", "state"):
-        found.add_column(name, justify="right", no_wrap=True)
+    heads = "trial", *(one.key for one in space), "before", "after", "step", "seconds", "state"
+    found = table(heads, no_wrap=True, title="trials, the best first")
     for trial in ranked:
         scores = ["-" if score is None else f"{score:.3f}" for score in (trial.before, trial.after)]
         point = [str(trial.point[one.key]) for one in space]
@@ -109,9 +109,9 @@ def one_key(axis: Any, space: Sequence[Range], scored: Sequence[Trial], failed: 
     (one,) = space
     coordinates = [coordinate(one, trial) for trial in scored]
     for trial, x in zip(scored, coordinates, strict=True):
-        axis.plot(x, trial.score, "o", color="#1f6f54", fillstyle="full" if trial.state == "finished" else "none")
+        axis.plot(x, trial.score, "o", color=OURS, fillstyle="full" if trial.state == "finished" else "none")
     for trial in failed:
-        axis.axvline(coordinate(one, trial), color="#b0552f", linestyle=":")
+        axis.axvline(coordinate(one, trial), color=THEIRS, linestyle=":")
     ticks(axis.xaxis, one)
     axis.set(xlabel=one.key, ylabel=f"{label} (hollow: stopped early; dotted: failed)")
     axis.grid(alpha=0.25)
@@ -125,13 +125,13 @@ def two_keys(axis: Any, space: Sequence[Range], scored: Sequence[Trial], failed:
     low, high = float(scores.min()), float(scores.max())
     if len(set(zip(xs, ys, strict=True))) >= 3 and np.linalg.matrix_rank(np.array([xs, ys, np.ones(len(xs))])) == 3:
         levels = np.linspace(low, max(high, low + 1e-6), 12)
-        axis.tricontourf(xs, ys, scores, levels=levels, cmap=COLOURS, alpha=0.55)
+        axis.tricontourf(xs, ys, scores, levels=levels, cmap=MAP, alpha=0.55)
     for trial, x, y in zip(scored, xs, ys, strict=True):
         edge = "black" if trial.state == "finished" else "white"
-        axis.scatter(x, y, c=[trial.score], s=90, cmap=COLOURS, vmin=low, vmax=high, edgecolors=edge, linewidths=1.5)
+        axis.scatter(x, y, c=[trial.score], s=90, cmap=MAP, vmin=low, vmax=high, edgecolors=edge, linewidths=1.5)
         axis.annotate(f"{trial.score:.2f}", (x, y), xytext=(7, 6), textcoords="offset points", fontsize=8)
     for trial in failed:
-        axis.plot(coordinate(across, trial), coordinate(up, trial), "x", color="#b0552f", markersize=9)
+        axis.plot(coordinate(across, trial), coordinate(up, trial), "x", color=THEIRS, markersize=9)
     ticks(axis.xaxis, across)
     ticks(axis.yaxis, up)
     axis.set(xlim=edges(across), ylim=edges(up))
@@ -151,11 +151,11 @@ def many_keys(axis: Any, space: Sequence[Range], scored: Sequence[Trial], failed
             for one, end in zip(space, ends, strict=True)
         ]
         if trial.score is None:
-            axis.plot(heights, color="#b0552f", linestyle=":")
+            axis.plot(heights, color=THEIRS, linestyle=":")
             continue
         height = (trial.score - low) / span
         style = "-" if trial.state == "finished" else "--"
-        axis.plot([*heights, height], style, color=colormaps[COLOURS](height), alpha=0.8)
+        axis.plot([*heights, height], style, color=colormaps[MAP](height), alpha=0.8)
     for number, (one, end) in enumerate(zip(space, ends, strict=True)):
         for height, value in ((0, min(end)), (1, max(end))):
             axis.annotate(tick(one, value), (number, height), xytext=(3, 3), textcoords="offset points", fontsize=8)
@@ -193,3 +193,67 @@ def ticks(axis: Any, one: Range) -> None:
         axis.set_ticks(range(len(one.values)), [str(value) for value in one.values])
     else:
         axis.set_major_formatter(lambda value, _: tick(one, value))
+
+
+class TrialTable(ray.tune.Callback):
+    """Follows the trials: plain data, since Ray Tune pickles it; the terminal is taken anew in every process."""
+
+    def __init__(self, keys: list[str], steps: int):
+        self.keys, self.steps = keys, steps
+        self.rows: dict[str, dict[str, Any]] = {}
+        self.live: Live | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"live": None}
+
+    def get_state(self) -> dict[str, Any]:
+        return {"rows": self.rows}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self.rows = state["rows"]
+
+    def setup(self, *_: Any, **__: Any) -> None:
+        self.live = Live(console=Console(stderr=True, markup=False), refresh_per_second=2)
+        if self.live.console.is_terminal:
+            self.live.start()
+
+    def on_trial_start(self, iteration, trials, trial, **_) -> None:
+        self._show(trial, "running")
+
+    def on_trial_result(self, iteration, trials, trial, result, **_) -> None:
+        self._show(trial, "running", result)
+
+    def on_trial_complete(self, iteration, trials, trial, **_) -> None:
+        result = trial.last_result or {}
+        self._show(trial, "finished" if result.get("step", 0) >= self.steps else "stopped", result)
+
+    def on_trial_error(self, iteration, trials, trial, **_) -> None:
+        self._show(trial, "failed", trial.last_result)
+
+    def on_experiment_end(self, trials, **_) -> None:
+        if self.live and self.live.is_started:
+            self.live.stop()
+
+    def _show(self, trial: Any, state: str, result: dict[str, Any] | None = None) -> None:
+        row = self.rows.setdefault(trial.trial_id, {"point": trial.config, "result": {}})
+        row |= {"state": state, "result": result or row["result"]}
+        if self.live and self.live.is_started:
+            self.live.update(self.shown())
+        elif self.live:
+            cells = self._cells(list(self.rows).index(trial.trial_id) + 1, row)
+            self.live.console.print("  ".join(cells), highlight=False, soft_wrap=True)
+
+    def shown(self) -> Table:
+        heads = "trial", *self.keys, "step", "before", "after", "state"
+        found = table(heads, left=["state"], no_wrap=True, title="sweep")
+        for number, row in enumerate(self.rows.values(), start=1):
+            found.add_row(*self._cells(number, row))
+        return found
+
+    def _cells(self, number: int, row: dict[str, Any]) -> list[str]:
+        result = row["result"]
+        point = [
+            f"{value:.3g}" if isinstance(value, float) else str(value) for value in map(row["point"].get, self.keys)
+        ]
+        scores = [f"{result[name]:.3f}" if name in result else "-" for name in ("before", "after")]
+        return [str(number), *point, f"{result.get('step', 0)}/{self.steps}", *scores, row["state"]]

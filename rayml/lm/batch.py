@@ -72,6 +72,11 @@ class TaskBatch:
             lengths[row] = len(tokens)
         return (torch.arange(self.tokens.shape[1]) < lengths.unsqueeze(1)).to(self.tokens.device)
 
+    @property
+    def read_tokens(self) -> int:
+        """Of all examples, without padding."""
+        return sum(len(tokens) for _, _, tokens in self.examples)
+
     def take(self, rows: slice) -> "TaskBatch":
         """Return some rows of a batch of one task, of one example each."""
         assert self.position_ids is None

@@ -17,7 +17,7 @@ from rayml.lm.label_trie import IGNORE, token_losses
 from rayml.lm.lora import TaskLoRA, layer_number
 from rayml.lm.sentence import MARK, Sentences
 from rayml.lm.soft_prompt import TaskPrompt
-from rayml.training.deepspeed_internals import is_sharded
+from rayml.lm.zero import is_sharded
 
 
 class TaskLM:

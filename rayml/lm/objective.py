@@ -10,11 +10,10 @@ from torch import Tensor
 from rayml.algorithms.inner_loop import Params, TaskLosses
 from rayml.algorithms.prototypes import Pooling, Read
 from rayml.config import Config
-from rayml.lm.adversarial import adversarial
 from rayml.lm.batch import TaskBatch, TokenRow, collate
 from rayml.lm.encode import decode_rows
+from rayml.lm.fine_tuning import adversarial, gradual_unfreezing
 from rayml.lm.label_trie import Label
-from rayml.lm.layerwise import gradual_unfreezing
 from rayml.lm.model import TaskLM
 
 SIDES = "support", "query"
@@ -93,7 +92,7 @@ def special_steps(support: TaskSide, unfreeze_every: int, epsilon: float = 0.0) 
     """Return what makes of losses of the support those that an inner loop descends.
 
     Args:
-        unfreeze_every: steps after which one more layer learns (`rayml.lm.layerwise`); 0, and all do.
+        unfreeze_every: steps after which one more layer learns (`rayml.lm.fine_tuning`); 0, and all do.
         epsilon: of the adversarial step, in meta-training.
     """
 
@@ -108,6 +107,12 @@ def special_steps(support: TaskSide, unfreeze_every: int, epsilon: float = 0.0) 
 def side_batch(episodes: Sequence[dict[str, Any]], side: str, pad: int, packs: bool = False) -> TaskBatch:
     rows = [decode_rows(episode[side]) for episode in episodes]
     return collate(rows, pad, [episode["labels"] for episode in episodes], packs)
+
+
+def trained_tokens(config: Config, support: TaskBatch, query: TaskBatch) -> int:
+    """Return the tokens, without padding, that an outer step on these episodes runs forward and backward."""
+    passes = config.algorithm.passes(config.inner.steps)
+    return sum(times * side.read_tokens for times, side in zip(passes, (support, query), strict=True))
 
 
 def class_grid(classes: Sequence[Sequence[int]]) -> Tensor:

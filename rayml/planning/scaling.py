@@ -1,18 +1,27 @@
-"""What an outer step would take on more GPUs: arithmetic on counted bytes and FLOPs, and a machine's rates.
+"""`rayml scaling`: what an outer step would take on more GPUs, from counted bytes and FLOPs, and a machine's rates.
 
 Assumed: a ring among all workers, of which each GPU has a network link of its own beyond its node; every worker as fast
 as the others; a share of the peak that matrices get, the same for every size. Left out: attention's own products, the
 head, adapters, data, checkpoints.
 """
 
-from dataclasses import dataclass
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from math import ceil, log2
+from pathlib import Path
 
-from rayml.algorithms.base import batches
+from rich.console import Console
+from rich.table import Table
+
 from rayml.config import Config
-from rayml.planning.batch import episode_rows, inner_steps, passes
-from rayml.planning.shape import Shape
-from rayml.planning.traffic import traffic
+from rayml.planning.plan import settled_for_plan, size
+from rayml.planning.shape import Shape, read_shape
+from rayml.planning.step import episode_rows, inner_steps, passes, rows_together, shown, traffic
+from rayml.runs.reports import COLOURS, file_pyplot, save_figure
+from rayml.runs.reports import table as empty_table
+
+GIGA = 1e9
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +62,14 @@ class ScalingPoint:
         """Return the seconds if all of the shorter hides behind the longer."""
         return max(self.compute_seconds, self.communication_seconds)
 
+    @property
+    def seconds(self) -> tuple[float, float]:
+        return self.fastest, self.slowest
+
+    @property
+    def tasks_per_second(self) -> tuple[float, float]:
+        return self.tasks / self.slowest, self.tasks / self.fastest
+
 
 def predict(shape: Shape, config: Config, workers: int, machines: Machines) -> ScalingPoint:
     """Return an outer step of so many workers, each with as many tasks as the config gives one.
@@ -82,16 +99,105 @@ def worker_flops(shape: Shape, config: Config, workers: int) -> float:
     What is of second order is counted twice, as its backward goes through the inner steps again.
     """
     if config.is_sharded:
-        of_side = dict(zip(("support", "query"), episode_rows(config), strict=True))
-        together = batches(config.algorithm.turns(config.inner.steps))
-        each = [sum(of_side[turn.side] for turn in turns) for turns in together]
-        tokens = config.tasks_per_step * sum(ceil(rows / workers) for rows in each)
+        rows = config.tasks_per_step * sum(ceil(some / workers) for some in rows_together(config))
     else:
-        rows = zip(passes(config), episode_rows(config), strict=True)
-        tokens = config.tasks_per_worker * sum(times * some for times, some in rows)
-    shown = 1 + episode_rows(config)[0] * (config.algorithm.keeps == "prompt")
+        sides = zip(passes(config), episode_rows(config), strict=True)
+        rows = config.tasks_per_worker * sum(times * some for times, some in sides)
     above = (shape.layers - shape.first_layer) / shape.layers
     forwards = 1 + above * config.model.activation_checkpointing
     twice = 1 + (config.algorithm.second_order and inner_steps(config) > 0)
     of_token = shape.layer_parameters * (forwards + above) + shape.trained
-    return 2.0 * twice * of_token * tokens * shown * config.data.max_tokens
+    return 2.0 * twice * of_token * rows * shown(config) * config.data.max_tokens
+
+
+def scaling(
+    config: Config,
+    workers: Sequence[int],
+    networks: Sequence[float],
+    machines: Machines,
+    picture: Path,
+    as_json: bool,
+    out: Console,
+) -> None:
+    """Predict every number of workers on every network; print the table, or JSON, and draw the plot.
+
+    Args:
+        networks: bytes a second that each GPU sends to other nodes.
+
+    Raises:
+        ConfigError: no such model, or nothing of it to adapt or train.
+    """
+    config = settled_for_plan(config, on_gpu=True)
+    shape = read_shape(config)
+    found = {
+        network: [predict(shape, config, count, replace(machines, network_bytes=network)) for count in workers]
+        for network in networks
+    }
+    plot(found, config, machines, picture)
+    if as_json:
+        rows = [{"network_bytes": network} | asdict(one) for network, ones in found.items() for one in ones]
+        print(json.dumps({"machines": asdict(machines), "predictions": rows}, indent=2))
+        return
+    out.print(table(found, config, machines))
+    out.print(f"{picture}\n{assumptions(config, machines)}", highlight=False, soft_wrap=True)
+
+
+def assumptions(config: Config, machines: Machines) -> str:
+    rate = machines.peak_flops * machines.utilisation / 1e12
+    tasks = "the rows of each task are shared" if config.is_sharded else f"{config.tasks_per_worker} task(s) a worker"
+    return (
+        f"Predicted, not measured: {rate:.0f} TFLOP/s a GPU, {machines.node_gpus} to a node at "
+        f"{machines.link_bytes / GIGA:g} GB/s each, {tasks}; least: all is sent while they compute, most: nothing."
+    )
+
+
+def table(found: dict[float, list[ScalingPoint]], config: Config, machines: Machines) -> Table:
+    """Return a row for each network and number of workers, with the least and the most of a step, and of tasks."""
+    heads = "GB/s", "GPUs", "tasks", "sent by each", "computing", "sending", "step", "", "tasks/s", ""
+    rows = empty_table(heads, no_wrap=True, title=title(config))
+    networks = list(found)
+    for network, ones in found.items():
+        for one in ones:
+            is_beyond = one.workers > machines.node_gpus
+            if not is_beyond and network != networks[0]:
+                continue  # the same as on the first
+            beyond, sent = f"{network / GIGA:g}" if is_beyond else "-", size(round(one.sent_bytes))
+            parts = (f"{digits(part)} s" for part in (one.compute_seconds, one.communication_seconds, *one.seconds))
+            rows.add_row(beyond, str(one.workers), str(one.tasks), sent, *parts, *map(digits, one.tasks_per_second))
+        rows.add_section()
+    return rows
+
+
+def digits(number: float) -> str:
+    """Return three digits or more, never an exponent."""
+    return f"{number:,.0f}" if number >= 100 else f"{float(f'{number:.3g}'):f}".rstrip("0").rstrip(".")
+
+
+def title(config: Config) -> str:
+    return f"{config.model.name}, mode {config.mode}, engine {config.engine}"
+
+
+def plot(found: dict[float, list[ScalingPoint]], config: Config, machines: Machines, picture: Path) -> None:
+    """Draw the seconds of a step, and the tasks a second, over the GPUs to a PNG: a band for each network."""
+    pyplot = file_pyplot()
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+    for (network, ones), colour in zip(found.items(), COLOURS * len(found), strict=False):
+        counts = [one.workers for one in ones]
+        bands = [one.seconds for one in ones], [one.tasks_per_second for one in ones]
+        for axis, band in zip((left, right), bands, strict=True):
+            lows, highs = zip(*band, strict=True)
+            axis.fill_between(counts, lows, highs, color=colour, alpha=0.25)
+            axis.plot(counts, highs if axis is left else lows, color=colour, marker="o", markersize=3)
+            axis.plot(counts, lows if axis is left else highs, color=colour, linewidth=0.8, label=f"{network / GIGA:g}")
+    first, *_ = points = next(iter(found.values()))
+    ticks = [one.workers for one in points]
+    ideal = [first.tasks / first.fastest * count / first.workers for count in ticks]
+    right.plot(ticks, ideal, color="black", linestyle=":", label="linear")
+    for axis, label in ((left, "seconds of an outer step"), (right, "tasks a second")):
+        axis.set(xscale="log", yscale="log", xlabel="GPUs", ylabel=label)
+        axis.set_xticks(ticks, [str(tick) for tick in ticks])
+        axis.minorticks_off()
+        axis.grid(alpha=0.25)
+    right.legend(frameon=False, title="GB/s a GPU between nodes")
+    figure.suptitle(f"{title(config)}\n{assumptions(config, machines)}", fontsize=9)
+    save_figure(figure, picture)

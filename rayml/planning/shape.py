@@ -1,6 +1,18 @@
-"""The numbers of a model that its memory follows from."""
+"""The numbers of a model that its memory and traffic follow from: built on the meta device, no weight is read."""
 
 from dataclasses import dataclass
+from typing import Any
+
+from rayml.config import Config
+from rayml.lm.abilities import check_model
+from rayml.lm.load import load_shape, resolve_model
+from rayml.lm.lora import find_linears, in_a_layer, layer_number
+from rayml.lm.parameters import trained_parameters
+from rayml.lm.sentence import MARK
+
+WHOLE_BELOW = 100_000
+"""Elements; what the sharded engines leave whole."""
+MEASURED = {"llama", "mistral", "qwen2"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,15 +61,107 @@ class Shape:
     heads: int
     vocabulary: int
     adapted: tuple[Linear, ...]
-    """Linears with an adapter; none in mode full."""
+    """Linears with an adapter; none in mode full, nor with soft prompts."""
     first_layer: int
     """Where the backward ends: the first layer with anything to learn in it, or below it."""
     is_measured: bool
     """The formula for activations was checked against layers of this kind; for others it is an estimate."""
-
     prompt: int = 0
     """Elements of a soft prompt, where that is what is learned."""
 
     def adapter(self, rank: int) -> int:
         """Return the elements of one adapter: `A [r, in]` and `B [out, r]` of every adapted linear; or of a prompt."""
         return self.prompt + rank * sum(linear.inputs + linear.outputs for linear in self.adapted)
+
+
+def read_shape(config: Config) -> Shape:
+    """Return the shape of the config's model, with what the config adapts or trains of it.
+
+    Raises:
+        ConfigError: there is no such model, no such linear to adapt, or nothing left to train.
+    """
+    base = resolve_model(config.model.name)
+    check_model(config, base)
+    return shape_of(load_shape(base), config)
+
+
+def shape_of(model: Any, config: Config, whole_below: int = WHOLE_BELOW) -> Shape:
+    """Return the shape of a model, on the meta device or any other.
+
+    Args:
+        whole_below: tensors of fewer elements stay whole under ZeRO-3.
+    """
+    text = model.config.get_text_config()
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    layers: dict[int, int] = {}
+    for name in filter(in_a_layer, sizes):
+        layers[layer_number(name)] = layers.get(layer_number(name), 0) + sizes[name]
+    adapted, trained, first = _learned(model, config)
+    large = {name: size for name, size in sizes.items() if size >= whole_below}
+    heads, embeddings = text.num_attention_heads, model.get_input_embeddings()
+    head_width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return Shape(
+        parameters=sum(sizes.values()),
+        small_parameters=sum(sizes.values()) - sum(large.values()),
+        trained=sum(sizes[name] for name in trained),
+        trained_tensors=len(trained),
+        small_trained=tuple(sizes[name] for name in trained if name not in large),
+        **_sharded(model, large, first, trained),
+        layer_parameters=sum(layers.values()),
+        largest_layer=max(layers.values()),
+        embedding=embeddings.weight.numel(),
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        query_width=heads * head_width,
+        key_width=(getattr(text, "num_key_value_heads", None) or heads) * head_width,
+        heads=heads,
+        vocabulary=0 if hasattr(model, MARK) else text.vocab_size,
+        adapted=adapted,
+        first_layer=first,
+        is_measured=text.model_type in MEASURED,
+        prompt=config.soft_tokens * embeddings.embedding_dim,
+    )
+
+
+def _sharded(model: Any, large: dict[str, int], first: int, trained: list[str]) -> dict[str, int]:
+    """Return what a backward needs of the weights that ZeRO-3 shards."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    both = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding, head = (of and names[of.weight] for of in both)  # a sentence encoder has no head
+    of_embedding, of_head = large.get(embedding, 0), large.get(head, 0)
+    is_tied, reaches_embedding = head == embedding, embedding in trained
+    above: dict[int, list[int]] = {}
+    for name, size in large.items():
+        if in_a_layer(name) and layer_number(name) >= first:
+            above.setdefault(layer_number(name), []).append(size)
+    below = of_embedding if reaches_embedding and not is_tied else 0
+    return {
+        "backward_parameters": sum(map(sum, above.values())) + of_head + below,
+        "recomputed_parameters": sum(sum(sizes[:-1]) for sizes in above.values()),
+        "tied_forward": is_tied * of_head,
+        "tied_backward": (is_tied and reaches_embedding) * of_head,
+    }
+
+
+def _learned(model: Any, config: Config) -> tuple[tuple[Linear, ...], list[str], int]:
+    """Return the adapted linears, the names of trained parameters, and the layer where the backward ends."""
+    if config.soft_tokens:
+        return (), [], 0
+    if config.mode == "adapters":
+        linears = find_linears(model, config.lora.targets, config.lora.last_layers)
+        adapted = tuple(
+            Linear(name.rsplit(".", 1)[-1], layer_number(name), linear.in_features, linear.out_features)
+            for name, linear in linears.items()
+        )
+        return adapted, [], min(linear.layer for linear in adapted)
+    trained = list(trained_parameters(model, config.full))
+    return (), trained, min(_reaches(name, model) for name in trained)
+
+
+def _reaches(name: str, model: Any) -> int:
+    """Return the lowest layer that the backward runs through to reach a parameter."""
+    if in_a_layer(name):
+        return layer_number(name)
+    is_embedding = model.get_parameter(name) is model.get_input_embeddings().weight
+    return 0 if is_embedding else model.config.num_hidden_layers

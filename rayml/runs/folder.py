@@ -17,11 +17,10 @@ from typing import Any
 from safetensors.torch import load, save
 from torch import Tensor
 
-from rayml.algorithms.moved import modernized
+from rayml.algorithms.registry import modernized
 from rayml.config import Config, dump_config, parse_config, read_values
 from rayml.errors import ConfigError, RunError, StorageError
-from rayml.runs.checkpoint import is_whole, newest_checkpoint, step_of
-from rayml.runs.early_stopping import is_enough, val_scores
+from rayml.runs.checkpoint import is_enough, is_whole, newest_checkpoint, step_of, val_scores
 from rayml.runs.files import AnyPath, as_path, listed, write_whole
 from rayml.sections import Run
 from rayml.tasks.splits import Splits

@@ -11,6 +11,8 @@ from rayml.tasks.task import Example, Task
 
 LabelScheme = Literal["words", "letters"]
 LETTERS = string.ascii_uppercase
+# Episodes that are not trained on are drawn by seeds of their own, far from any training seed.
+VALIDATION_SEED, EVALUATION_SEED, SUPPORT_SEED, DISTILLATION_SEED = 1_000_003, 2_000_003, 4_000_037, 5_000_011
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,23 +9,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from rayml.config import Config
 from rayml.errors import ConfigError, RunError
-from rayml.experiments.evaluate import trained_curves
-from rayml.experiments.evaluate_command import EVALUATION_SEED
-from rayml.experiments.evaluate_report import bounds
-from rayml.experiments.statistics import by_task, interval
+from rayml.lm.scorer import trained_curves
 from rayml.model import MetaModel, load, start_of
 from rayml.progress import progress
 from rayml.runs.files import write_whole
 from rayml.runs.folder import RunFolder, flat
+from rayml.runs.reports import table
 from rayml.sections import Data
+from rayml.tasks.episodes import EVALUATION_SEED
 from rayml.tasks.prepare import prepare_splits
 from rayml.tasks.splits import Splits, refuse_leaks
+from rayml.tasks.statistics import bounds, by_task, interval
 from rayml.tasks.task import Task
 
 SAME = (
@@ -118,14 +116,11 @@ def report_forgetting(run: RunFolder, old: Old, splits: Splits, out: Console) ->
         done = bar("before and after", sum(2 * len(tasks) * episodes_each(tasks) for tasks, _ in groups.values()))
         found = {name: both(shows, then, now, tasks, done) for name, (tasks, shows) in groups.items()}
     write_whole(run.path / FORGETTING, json.dumps({"continues": str(old.run.path), "scores": found}, indent=2) + "\n")
-    table = Table(
-        box=SIMPLE_HEAD, show_edge=False, padding=(0, 0, 0, 1), title="before and after going on", title_justify="left"
-    )
-    for index, head in enumerate(("meta-test", "before", "after", "change")):
-        table.add_column(head, justify="right" if index else "left")
+    heads, title = ("meta-test", "before", "after", "change"), "before and after going on"
+    shown = table(heads, left=["meta-test"], show_edge=False, padding=(0, 0, 0, 1), title=title)
     for name, ends in found.items():
-        table.add_row(name, bounds(ends["before"]), bounds(ends["after"]), bounds(ends["change"], "+"))
-    out.print(table)
+        shown.add_row(name, bounds(ends["before"]), bounds(ends["after"]), bounds(ends["change"], "+"))
+    out.print(shown)
     return found
 
 

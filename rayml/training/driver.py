@@ -29,13 +29,12 @@ from rayml.runs.folder import RunFolder
 from rayml.runs.remote import Remote
 from rayml.tasks.prepare import prepare_splits
 from rayml.tasks.splits import Splits
-from rayml.training.callbacks import Controlled, NewestCheckpoint, WorkersGone
 from rayml.training.continual import FORGETTING, old_run, report_forgetting, shown_anew, with_replay
 from rayml.training.heartbeat import Heartbeats
-from rayml.training.job import Job
 from rayml.training.progress import Progress
-from rayml.training.ray_internals import DIED, forget_lost
+from rayml.training.ray_internals import DIED, Controlled, NewestCheckpoint, WorkersGone, forget_lost
 from rayml.training.stragglers import START_SECONDS, Watch, end_run
+from rayml.training.stream import Job
 from rayml.training.trackers import check_trackers
 from rayml.training.worker import train_worker
 

@@ -13,30 +13,28 @@ import torch
 
 from rayml.algorithms.inner_loop import InnerLoop, Params
 from rayml.algorithms.meta_gradient import MetaGradient
-from rayml.algorithms.outer_loop import Learner, initial_log_inner_lrs, outer_schedule
-from rayml.algorithms.task_weights import RecentGains
+from rayml.algorithms.outer_loop import Learner, RecentGains, StepTimer, initial_log_inner_lrs, outer_schedule
 from rayml.config import Config
-from rayml.experiments.scorer import Curve, Scorer
+from rayml.lm import zero
 from rayml.lm.batch import TokenRow
 from rayml.lm.encode import Encoder
+from rayml.lm.fine_tuning import rate_factors
 from rayml.lm.frozen import KnownStates
 from rayml.lm.initialization import untrained_start
-from rayml.lm.layerwise import rate_factors
-from rayml.lm.load import checkpoint_activations
+from rayml.lm.load import checkpoint_activations, load_base
 from rayml.lm.lora import TaskLoRA
 from rayml.lm.model import TaskLM, hooks, known_states
-from rayml.lm.objective import special_steps, training_sides
+from rayml.lm.objective import special_steps, trained_tokens, training_sides
+from rayml.lm.scorer import Scorer
 from rayml.model import start_of
-from rayml.planning.batch import trained_tokens
 from rayml.runs.checkpoint import read_newest, write_state
 from rayml.runs.folder import RunFolder
 from rayml.tasks.episodes import relabel
+from rayml.tasks.statistics import Curve
 from rayml.tasks.task import Task
-from rayml.training import collective, local, zero
-from rayml.training.job import DivergedError, Job
-from rayml.training.step_timer import StepTimer
+from rayml.training import collective
 from rayml.training.stragglers import Heartbeat
-from rayml.training.stream import get
+from rayml.training.stream import DivergedError, Job, get
 
 WORTH_KNOWING = 2
 """Times that an example comes back on average, from which on its frozen states are kept."""
@@ -110,8 +108,8 @@ class Replicated:
             DivergedError: a loss or gradient is not finite; on all workers together.
         """
         self.timer.begin()
-        gradient = self._gradient(episodes, self._weights(episodes))
-        record = self._update(gradient, episodes, waited) | self.timer.record()
+        gradient, tokens = self._gradient(episodes, self._weights(episodes))
+        record = self._update(gradient, tokens, episodes, waited) | self.timer.record()
         if not math.isfinite(record["query_loss"] + record["gradient_norm"]):
             losses = zip(episodes, gradient.query_losses.tolist(), strict=True)
             raise DivergedError([episode["task"] for episode, loss in losses if not math.isfinite(loss)])
@@ -123,11 +121,11 @@ class Replicated:
             return torch.ones(len(task_indices), device=self.lm.device)
         return self.gains.weights()[task_indices.to(self.lm.device)]
 
-    def _gradient(self, episodes: list[dict[str, Any]], weights: torch.Tensor) -> MetaGradient:
-        """Return the meta-gradient: of all tasks side by side, or, in mode full, of one after the other."""
+    def _gradient(self, episodes: list[dict[str, Any]], weights: torch.Tensor) -> tuple[MetaGradient, int]:
+        """Return the meta-gradient, of all tasks side by side, or, in mode full, of one after the other; and tokens."""
         config, learner, regularize = self.config, self.learner, self.config.regularize
         together = len(episodes) if self.lm.adapter else 1
-        parts = []
+        parts, tokens = [], 0
         for first in range(0, len(episodes), together):
             some = slice(first, first + together)
             support, query = training_sides(self.lm, episodes[some], self.encoder.pad, config)
@@ -140,10 +138,13 @@ class Replicated:
             )
             with dropping(config, self.lm, episodes[some]):
                 parts.append(config.algorithm.meta_gradient(support, query, learner.start, inner, weights[some]))
+            tokens += trained_tokens(config, support.batch, query.batch)
             self.timer("outer")
-        return joined(parts)
+        return joined(parts), tokens
 
-    def _update(self, gradient: MetaGradient, episodes: list[dict[str, Any]], waited: float) -> dict[str, Any]:
+    def _update(
+        self, gradient: MetaGradient, tokens_here: int, episodes: list[dict[str, Any]], waited: float
+    ) -> dict[str, Any]:
         """Average the meta-gradient over all workers' tasks, in one all-reduce, and take the outer step.
 
         A gradient that is not finite is not applied: every worker sees the same sum, so all refuse it together.
@@ -151,7 +152,7 @@ class Replicated:
         learner, tasks = self.learner, self.config.tasks_per_step
         query = gradient.query_losses
         support = query * 0 if gradient.support_losses is None else gradient.support_losses
-        tokens = torch.tensor(float(trained_tokens(self.config, episodes)), device=query.device)
+        tokens = torch.tensor(float(tokens_here), device=query.device)
         seconds = torch.zeros(self.workers, device=query.device)
         seconds[self.rank] = waited + sum(self.timer.seconds.values())
         tally = self._tally(episodes, support - query)
@@ -264,8 +265,8 @@ def dropping(config: Config, lm: TaskLM, episodes: Sequence[dict[str, Any]]) -> 
 
 def build_lm(config: Config, model: str, device: torch.device) -> TaskLM:
     """Return the model, whole or sharded, with the hooks for the task adapters on it in mode adapters."""
-    engine = {"local": local, "zero": zero}[config.engine]
-    module = engine.load(model, config.model.dtype, config.model.attention, device)
+    kind = config.model.dtype, config.model.attention
+    module = zero.load(model, *kind, device) if config.engine == "zero" else load_base(model, *kind).to(device)
     if config.model.activation_checkpointing:
         checkpoint_activations(module)
     shape = config.lora.shape() if config.mode == "adapters" else {}

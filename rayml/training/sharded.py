@@ -13,20 +13,20 @@ from typing import Any
 import ray.train
 import torch
 
-from rayml.algorithms.task_weights import RecentGains
-from rayml.experiments.scorer import Curve, Queries, side_of
+from rayml.algorithms.outer_loop import RecentGains
+from rayml.lm import zero
 from rayml.lm.batch import TaskBatch
-from rayml.lm.objective import SIDES, side_batch
-from rayml.planning.batch import trained_tokens
+from rayml.lm.objective import SIDES, side_batch, trained_tokens
+from rayml.lm.scorer import Queries, side_of
 from rayml.runs.checkpoint import newest_checkpoint
 from rayml.runs.files import AnyPath, local_copy
 from rayml.runs.folder import RunFolder
 from rayml.tasks.episodes import Episode
-from rayml.training import collective, zero
+from rayml.tasks.statistics import Curve
+from rayml.training import collective
 from rayml.training.full import FullLearner, NotFinite
-from rayml.training.job import DivergedError, Job
 from rayml.training.stragglers import Heartbeat
-from rayml.training.stream import get
+from rayml.training.stream import DivergedError, Job, get
 
 
 class Sharded:
@@ -65,8 +65,9 @@ class Sharded:
         self.heartbeat(self.done + 1)
         task_indices = torch.tensor([self.tasks[episode["task"]] for episode in episodes])
         weights = self.gains.weights()[task_indices].tolist() if self.config.data.weighting == "dynamic" else None
+        sides = [self._sides(episode) for episode in episodes]
         try:
-            found = self.learner.step([self._sides(episode) for episode in episodes], weights)
+            found = self.learner.step(sides, weights)
         except NotFinite as error:
             raise DivergedError([episodes[error.task]["task"]] if error.task is not None else []) from error
         gains = torch.tensor([before - after for before, after in found.task_losses])
@@ -76,7 +77,7 @@ class Sharded:
         )
         means = torch.tensor(found.task_losses).mean(0).tolist()
         losses = {"support_loss": means[0], "query_loss": means[1]}
-        tokens = trained_tokens(self.config, episodes)
+        tokens = sum(trained_tokens(self.config, *both) for both in sides)
         phases = self.learner.timer.record()
         return {"step": self.done, **losses, "gradient_norm": found.gradient_norm, "tokens": tokens, **phases}
 

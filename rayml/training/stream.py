@@ -6,12 +6,14 @@ belongs to nor, where it must be equal, every row; a stream per worker keeps bot
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import ray
 import ray.data
 
+from rayml.config import Config
 from rayml.tasks.episodes import Sampler
 
 STEPS_AHEAD = 64
@@ -79,3 +81,27 @@ def stream_steps(
             assert ready is not None
             for batch in ready.iter_batches(batch_size=len(share), batch_format="pyarrow"):
                 yield batch.to_pylist()  # type: ignore[union-attr]  # an Arrow table, as asked for
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the driver hands to every worker. Tasks and tokenizer stay in Ray's object store."""
+
+    config: Config
+    model: str
+    """Resolved by the driver."""
+    encoder: ray.ObjectRef
+    train: ray.ObjectRef
+    val: ray.ObjectRef | None
+    heartbeats: Any
+    """The actor that knows how far every worker is."""
+    replayed: frozenset[str] = frozenset()
+    """Names of the old run's tasks, where this one continues another."""
+
+
+class DivergedError(Exception):
+    """A loss or gradient is not finite: raised on all workers together, with this one's tasks of such a loss."""
+
+    def __init__(self, tasks: list[str]):
+        super().__init__(tasks)
+        self.tasks = tasks

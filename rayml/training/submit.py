@@ -112,7 +112,7 @@ def prepare(command: Command, folder: Path, name: str | None, storage: str | Non
     Raises:
         ConfigError: its config is bad, or it needs what would not be there.
     """
-    entry = ["python", "-m", "rayml.cli", *command.words]
+    entry = ["python", "-m", "rayml", *command.words]
     config = checked_config(command, folder) if command.config else None
     # `train` and `sweep` write to run.dir, `compare` to its --out.
     output = command.out or (config.run.dir if config else None)

@@ -18,23 +18,19 @@ import ray.train.torch
 import torch.distributed
 
 from rayml.config import Config
-from rayml.experiments.scorer import Curve
 from rayml.lm.precision import device_for, settled, with_dtype
-from rayml.runs.checkpoint import folder_name, keep_only, naming_full_disk, seal
-from rayml.runs.early_stopping import is_best, is_enough, val_scores
+from rayml.runs.checkpoint import folder_name, is_best, is_enough, keep_only, naming_full_disk, seal, val_scores
 from rayml.runs.files import AnyPath, deliver
 from rayml.runs.folder import RunFolder
-from rayml.tasks.overall import Group, groups, overall
+from rayml.tasks.episodes import VALIDATION_SEED
+from rayml.tasks.statistics import Curve, Group, groups, overall
 from rayml.training import collective
-from rayml.training.job import DivergedError, Job
 from rayml.training.replicated import Replicated
 from rayml.training.sharded import Sharded
 from rayml.training.stragglers import Heartbeat
-from rayml.training.stream import EncodeEpisode, get, stream_steps
+from rayml.training.stream import DivergedError, EncodeEpisode, Job, get, stream_steps
 from rayml.training.trackers import Tracker, open_trackers
 
-# Episodes of validation have seeds of their own, far from any training seed.
-VALIDATION_SEED = 1_000_003
 PREEMPTION_SECONDS = 2
 """Between questions whether nodes are about to be taken away, and to object storage."""
 Learning = Replicated | Sharded
@@ -136,7 +132,7 @@ def due(step: int, every: int, last: int) -> bool:
 
 def validate(config: Config, job: Job, learning: Learning) -> dict[str, float]:
     """Return the scores before and after adapting, over the same meta-val episodes every time: the accuracy over label
-    tasks, the loss over those of text, and the overall score (`rayml.tasks.overall`).
+    tasks, the loss over those of text, and the overall score (`rayml.tasks.statistics`).
 
     Each worker takes its share. All make the same calls, as a sharded model asks of them: so label tasks come first,
     and free text after them.

@@ -1,4 +1,4 @@
-"""A comparison to read: `report.md`, the same as one HTML file, plots, and the numbers as JSON."""
+"""What experiments show: an evaluation's tables and curves; a comparison's `report.md`, HTML, plots and numbers."""
 
 import base64
 import json
@@ -9,19 +9,112 @@ from importlib.metadata import version
 from typing import Any
 
 from markdown_it import MarkdownIt
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from rayml.config import Config
-from rayml.experiments.evaluate_report import bounds
 from rayml.runs.files import AnyPath, write_whole
-from rayml.runs.plots import file_pyplot, save_figure
+from rayml.runs.reports import COLOURS, OURS, THEIRS, file_pyplot, save_figure, table
+from rayml.tasks.statistics import bounds, resampled
 
+COLUMNS = "before", "after adapting", "untrained, after", "difference"
 PACKAGES = "rayml", "torch", "transformers", "ray"
-COLOURS = "#1f6f54", "#b0552f", "#3b6ea5", "#8a5a9e", "#b8860b", "#4d4d4d", "#c2417c", "#2f8f9d", "#7a8b2a", "#a0522d"
 STYLE = """body{font:16px/1.5 sans-serif;max-width:70em;margin:2em auto;padding:0 1em}img{max-width:100%}
 table{border-collapse:collapse;display:block;overflow-x:auto}td,th{padding:.2em .7em;border-bottom:1px solid #ddd}"""
+
+
+# Of an evaluation
+
+
+def scores_table(summary: dict[str, Any], title: str) -> Table:
+    """Return one row a task and one for all: score and half the width of its 95 % interval."""
+    caption = f"accuracy or loss on queries; of all: {resampled(len(summary['tasks']))}"
+    look = {"padding": (0, 0, 0, 1), "title": title, "caption": caption, "caption_justify": "left"}
+    found = table(("held-out task", *COLUMNS), left=["held-out task"], **look)
+    found.columns[0].no_wrap = True
+    for name, scores in summary["tasks"].items():
+        found.add_row(Text(name), *_cells(scores))  # brackets in it are no markup
+    found.add_section()
+    found.add_row("all", *_cells(summary["overall"]), style="bold")
+    return found
+
+
+def answers_table(summary: dict[str, Any]) -> Table | None:
+    """Return the scores of what was written, a row for each task and metric; None where all tasks have plain labels."""
+    rows = [
+        (name, found["kind"], metric, ends)
+        for name, found in summary["tasks"].items()
+        for metric, ends in found["answers"].items()
+        if found["metric"] == "loss" or found["kind"] in ("pair", "relation")
+    ]
+    if not rows:
+        return None
+    left, look = ("held-out task", "kind", "metric"), {"padding": (0, 0, 0, 1), "caption_justify": "left"}
+    caption = "answers, from the meta-trained start"
+    found = table((*left, "before", "after adapting", "gain"), left=left, no_wrap=True, caption=caption, **look)
+    last = ""
+    for name, kind, metric, ends in rows:
+        first = name != last
+        cells = [_half_width(ends["before"]), _half_width(ends["after"]), bounds(ends["gain"], "+")]
+        found.add_row(Text(name if first else ""), kind if first else "", metric.replace("_", " "), *cells)
+        last = name
+    return found
+
+
+def _half_width(of: dict[str, float]) -> str:
+    return f"{of['mean']:.2f} ± {(of['high'] - of['low']) / 2:.2f}"
+
+
+def _cells(scores: dict[str, Any]) -> list[str]:
+    return [
+        *(_half_width(scores[key]) for key in ("before", "after", "untrained_after")),
+        bounds(scores["over_untrained"], "+"),
+    ]
+
+
+def print_evaluation(summary: dict[str, Any], title: str, out: Console) -> None:
+    out.print(scores_table(summary, title))
+    answers = answers_table(summary)
+    if answers:
+        out.print(answers)
+    for name, found in summary["tasks"].items():
+        if "spans" in found:
+            out.print(f"{name}, spans after adapting:\n{found['spans']}", markup=False, highlight=False)
+
+
+def plot_adaptation(summary: dict[str, Any], path: AnyPath, title: str) -> None:
+    """Draw the adaptation curves of all tasks together, and of each, to a PNG."""
+    pyplot = file_pyplot()
+    panels = {"all held-out tasks": summary["overall"], **(summary["tasks"] if len(summary["tasks"]) > 1 else {})}
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, axes = pyplot.subplots(
+        rows, columns, figsize=(4.2 * columns, 3.4 * rows), sharex=True, squeeze=False, layout="constrained"
+    )
+    for axis, (name, scores) in zip(axes.flat, panels.items(), strict=False):
+        for key, label, colour in (
+            ("curve", "meta-trained start", OURS),
+            ("untrained_curve", "untrained start", THEIRS),
+        ):
+            points = scores[key]
+            steps = range(len(points))
+            axis.plot(steps, [point["mean"] for point in points], color=colour, marker="o", label=label)
+            axis.fill_between(
+                steps, [p["low"] for p in points], [p["high"] for p in points], color=colour, alpha=0.18, linewidth=0
+            )
+        axis.set(title=name, xlabel="inner steps", ylabel=f"query {scores['metric']}", xticks=list(steps))
+        axis.grid(alpha=0.25)
+        if scores["metric"] == "accuracy":
+            axis.set_ylim(0, 1)
+    for axis in list(axes.flat)[len(panels) :]:
+        axis.remove()
+    axes.flat[0].legend(frameon=False, loc="lower right")
+    figure.suptitle(title)
+    save_figure(figure, path)
+
+
+# Of a comparison
 
 
 def write_report(
@@ -93,21 +186,13 @@ def is_label(found: dict[str, Any]) -> bool:
 def score_columns(found: dict[str, Any], baseline: str) -> list[list[str]]:
     """Return a heading and a row for each method, the best first."""
     main, others = found["metric"], [key for key in found["methods"][0]["metrics"] if key != found["metric"]]
-    heads = [
-        "method",
-        main.replace("_", " "),
-        f"over {baseline}",
-        "worst task",
-        *(key.replace("_", " ") for key in others),
-    ]
+    named = [key.replace("_", " ") for key in (main, *others)]
+    heads = ["method", named[0], f"over {baseline}", "worst task", *named[1:]]
     heads += ["calibration error"] * is_label(found) + ["by seed"]
     rows = []
     for row in sorted(found["methods"], key=lambda row: -row["main"]["mean"]):
-        cells = [
-            row["method"],
-            bounds(row["main"]),
-            bounds(row["over_baseline"], sign="+") if row["over_baseline"] else "",
-        ]
+        over = bounds(row["over_baseline"], sign="+") if row["over_baseline"] else ""
+        cells = [row["method"], bounds(row["main"]), over]
         cells += [f"{row['worst']['score']:.2f}", *(f"{row['metrics'][key]:.2f}" for key in others)]
         cells += [f"{row['calibration_error']:.2f}"] if is_label(found) else []
         rows.append([*cells, " ".join(f"{score:.2f}" for score in row["seeds"])])
@@ -115,14 +200,7 @@ def score_columns(found: dict[str, Any], baseline: str) -> list[list[str]]:
 
 
 def cost_columns(found: dict[str, Any]) -> list[list[str]]:
-    heads = [
-        "method",
-        "outer steps",
-        "training tokens",
-        "training seconds",
-        "seconds a task",
-        "adaptation",
-    ]
+    heads = ["method", "outer steps", "training tokens", "training seconds", "seconds a task", "adaptation"]
     rows = []
     for row in found["methods"]:
         settings = map(described, row["settings"])
@@ -167,9 +245,9 @@ def plot_scores(found: dict[str, Any], baseline: str, path: AnyPath) -> None:
     for index, row in enumerate(rows):
         for axis, interval in ((left, row["main"]), (right, row["over_baseline"])):
             if interval:
-                axis.plot([interval["low"], interval["high"]], [index, index], color="#1f6f54", linewidth=6, alpha=0.3)
-                axis.plot(interval["mean"], index, "o", color="#1f6f54")
-        left.plot(row["seeds"], [index] * len(row["seeds"]), "|", color="#b0552f", markersize=10)
+                axis.plot([interval["low"], interval["high"]], [index, index], color=OURS, linewidth=6, alpha=0.3)
+                axis.plot(interval["mean"], index, "o", color=OURS)
+        left.plot(row["seeds"], [index] * len(row["seeds"]), "|", color=THEIRS, markersize=10)
     left.set_yticks(range(len(rows)), [row["method"] for row in rows])
     left.set_xlabel(f"{found['metric'].replace('_', ' ')} (a tick for each seed)")
     right.set_xlabel(f"over {baseline}")
@@ -200,11 +278,9 @@ def print_summary(summary: dict[str, Any], folder: AnyPath, out: Console) -> Non
     for found in summary["kinds"].values():
         heads, *rows = score_columns(found, summary["baseline"])
         title = f"{len(found['tasks'])} meta-test tasks, {found['episodes']} episodes each"
-        table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title=title, title_justify="left")
-        for head in heads:
-            table.add_column(head, justify="left" if head == "method" else "right")
+        shown = table(heads, left=["method"], title=title)
         for row in rows:
-            table.add_row(*row)
-        out.print(table)
+            shown.add_row(*row)
+        out.print(shown)
     for name in ("report.md", "report.html", "compare.json", "results/"):
         out.print(str(folder / name), highlight=False, soft_wrap=True)

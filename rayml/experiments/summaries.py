@@ -1,4 +1,4 @@
-"""From what every method answered to the numbers of the report. Nothing else goes in."""
+"""From what was answered to the numbers of `compare.json` and `evaluation.json`. Nothing else goes in."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 
 from rayml.algorithms.methods import BASELINE
-from rayml.experiments.metrics import calibration_error, metrics_of, scores
-from rayml.experiments.statistics import interval
+from rayml.experiments.evaluate import Answered, Evaluation
+from rayml.experiments.metrics import calibration_error, metrics_of, scores, span_report
+from rayml.tasks.statistics import Curve, by_task, interval, intervals
 
 Result = dict[str, Any]
 
@@ -52,7 +53,7 @@ def summarize_kind(groups: dict[str, list[Result]], kind: str, baseline: str) ->
     rows = []
     for name, group in groups.items():
         after = tables[name][main]
-        by_task = after.mean((0, 2))
+        of_tasks = after.mean((0, 2))
         rows.append(
             {
                 "method": name,
@@ -60,8 +61,8 @@ def summarize_kind(groups: dict[str, list[Result]], kind: str, baseline: str) ->
                 "over_baseline": interval(after - tables[baseline][main]) if name != baseline else None,
                 "metrics": {key: float(values.mean()) for key, values in tables[name].items()},
                 "calibration_error": calibration(group) if chosen else None,
-                "worst": {"task": tasks[int(by_task.argmin())], "score": float(by_task.min())},
-                "tasks": dict(zip(tasks, by_task.tolist(), strict=True)),
+                "worst": {"task": tasks[int(of_tasks.argmin())], "score": float(of_tasks.min())},
+                "tasks": dict(zip(tasks, of_tasks.tolist(), strict=True)),
                 "seeds": after.mean((1, 2)).tolist(),
                 "curve": np.mean(
                     [np.mean([e["curve"] for e in r["episodes"]], axis=0) for r in group], axis=0
@@ -97,3 +98,71 @@ def calibration(group: Sequence[Result]) -> float:
 
 def mean_of(group: Sequence[Result], key: str) -> float:
     return float(np.mean([result[key] for result in group]))
+
+
+# Of an evaluation
+
+
+def summarize_evaluation(evaluation: Evaluation) -> dict[str, Any]:
+    """Return what `evaluation.json` holds, each number with a 95 % interval: of a task over its episodes, overall over
+    tasks and episodes.
+
+    "overall" is the accuracy over label tasks, or the loss where there is none; "overall_loss" is the loss over free
+    text where there are both.
+    """
+    groups = {name: _only(evaluation, task=name) for name in dict.fromkeys(c.task for c in evaluation.trained)}
+    by_kind = [
+        both_starts(part) for part in (_only(evaluation, is_accuracy=kind) for kind in (True, False)) if part.trained
+    ]
+    return {
+        "overall": by_kind[0],
+        "overall_loss": by_kind[1] if len(by_kind) > 1 else None,
+        "tasks": {
+            name: both_starts(group) | answer_summary([a for a in evaluation.answered if a.task == name])
+            for name, group in groups.items()
+        },
+    }
+
+
+def answer_summary(answered: Sequence[Answered]) -> dict[str, Any]:
+    """Return one task's kind and the scores of its answers by its kind's metrics; of spans, also seqeval's report."""
+    kind = answered[0].kind
+    before, after = ([scores(kind, getattr(a, when)) for a in answered] for when in ("before", "after"))
+    found: dict[str, Any] = {"kind": kind, "answers": {}}
+    for name in before[0]:
+        ends = [np.array([of[name] for of in each]) for each in (before, after)]
+        scored = intervals(np.stack([*ends, ends[1] - ends[0]]))
+        found["answers"][name] = dict(zip(("before", "after", "gain"), scored, strict=True))
+    if kind == "ner":
+        found["spans"] = span_report([query for a in answered for query in a.after])
+    return found
+
+
+def _only(evaluation: Evaluation, **wanted: Any) -> Evaluation:
+    """Return the curves whose attributes have the wanted values."""
+
+    def keep(curve: Curve) -> bool:
+        return all(getattr(curve, name) == value for name, value in wanted.items())
+
+    return Evaluation(list(filter(keep, evaluation.trained)), list(filter(keep, evaluation.untrained)), [])
+
+
+def both_starts(evaluation: Evaluation) -> dict[str, Any]:
+    """Return before, after and the curves, from both starts, and the paired differences."""
+    trained, untrained = by_task(evaluation.trained), by_task(evaluation.untrained)
+    points, tasks, episodes = trained.shape
+    differences = trained[-1] - trained[0], trained[-1] - untrained[-1]
+    found = intervals(np.stack([*trained, *untrained, *differences]))
+    curve, untrained_curve, (gain, over_untrained) = found[:points], found[points : 2 * points], found[2 * points :]
+    return {
+        "metric": "accuracy" if evaluation.trained[0].is_accuracy else "loss",
+        "episodes": tasks * episodes,
+        "before": curve[0],
+        "after": curve[-1],
+        "untrained_before": untrained_curve[0],
+        "untrained_after": untrained_curve[-1],
+        "gain": gain,
+        "over_untrained": over_untrained,
+        "curve": curve,
+        "untrained_curve": untrained_curve,
+    }

@@ -1,23 +1,32 @@
-"""What `rayml plan` does: the shape, the arithmetic, and a table or JSON of it."""
+"""`rayml plan`: what a worker's memory goes to, which ways to shard fit a GPU, and the smallest change that would."""
 
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from itertools import product
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from rayml.config import Config
-from rayml.planning.batch import episode_rows, largest_pass, tasks_at_once, tokens_per_step
-from rayml.planning.fit import alternatives, changed_value, smallest_change
+from rayml.config import Config, parse_config
+from rayml.errors import ConfigError
 from rayml.planning.memory import ALLOWANCE, Plan, memory, passing
-from rayml.planning.read import read_shape
-from rayml.planning.shape import Shape
-from rayml.planning.traffic import traffic
+from rayml.planning.shape import Shape, read_shape
+from rayml.planning.step import episode_rows, largest_pass, tasks_at_once, tokens_per_step, traffic
+from rayml.runs.reports import table as empty_table
 
 GIB = 1024**3
 BAR_CELLS = 28
+CHECKPOINTING = ("model.activation_checkpointing=true",)
+MOST_WORKERS = 1024
+ENGINES: list[tuple[str, ...]] = [("engine=local",), ("engine=zero", "zero.stage=3")]
+# From fast to slow: what is offloaded has to come back in every step.
+ZERO = [
+    ("engine=zero", f"zero.stage={stage}", f"zero.offload={offload}")
+    for offload, stages in (("none", (1, 2, 3)), ("optimizer", (1, 2, 3)), ("all", (3,)))
+    for stage in stages
+]
 
 
 def plan(config: Config, gpu_gib: float | None, target_tokens: int, as_json: bool, out: Console) -> bool:
@@ -32,8 +41,7 @@ def plan(config: Config, gpu_gib: float | None, target_tokens: int, as_json: boo
     """
     gpu_bytes = int(gpu_gib * GIB) if gpu_gib else own_gpu_bytes(config)
     config = settled_for_plan(config, bool(gpu_bytes))
-    shape = read_shape(config)
-    found = report(shape, config, target_tokens, gpu_bytes)
+    found = report(read_shape(config), config, target_tokens, gpu_bytes)
     if as_json:
         print(json.dumps(found, indent=2))
     else:
@@ -62,6 +70,60 @@ def own_gpu_bytes(config: Config) -> int | None:
     return torch.cuda.get_device_properties(0).total_memory
 
 
+# What would fit
+
+
+def changed(config: Config, overrides: Sequence[str]) -> Config | None:
+    """Return the config with more overrides, or None where together they are no config that could be run."""
+    try:
+        return parse_config(config.model_dump(mode="json"), "plan", overrides)
+    except ConfigError:
+        return None
+
+
+def shardings(config: Config) -> list[tuple[str, ...]]:
+    """Return the ways that the config's mode can be held, as overrides."""
+    return ENGINES if config.mode == "adapters" else [("engine=local", "zero.offload=none"), *ZERO]
+
+
+def alternatives(shape: Shape, config: Config, target_tokens: int) -> Iterator[tuple[tuple[str, ...], Plan]]:
+    """Yield each way to shard, as overrides, with its plan."""
+    for overrides in shardings(config):
+        candidate = changed(config, overrides)
+        if candidate:
+            yield overrides, memory(shape, candidate, target_tokens)
+
+
+def smallest_change(shape: Shape, config: Config, target_tokens: int, gpu_bytes: int) -> list[str] | None:
+    """Return the overrides of the first change that fits, or None.
+
+    Tried in this order: on the same workers another sharding, checkpointing, or both; then the same on twice as many,
+    and so on. With more workers than tasks, there are as many tasks as workers.
+    """
+    workers = config.fewest_workers
+    while workers <= max(config.fewest_workers, MOST_WORKERS):
+        on_these = [f"workers={workers}", f"tasks_per_step={-(-config.tasks_per_step // workers) * workers}"]
+        for checkpointing, sharding in product(((), CHECKPOINTING), [(), *shardings(config)]):
+            overrides = [*on_these, *sharding, *checkpointing]
+            candidate = changed(config, overrides)
+            if candidate and memory(shape, candidate, target_tokens).fits(gpu_bytes):
+                return [override for override in overrides if changes(config, override)]
+        workers *= 2
+    return None
+
+
+def changes(config: Config, override: str) -> bool:
+    """Say whether an override's value differs from the config's."""
+    key, _, text = override.partition("=")
+    value: object = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return str(value).lower() != text
+
+
+# The report
+
+
 def report(shape: Shape, config: Config, target_tokens: int, gpu_bytes: int | None) -> dict[str, Any]:
     """Return everything that is printed, in bytes, tokens and counts."""
     found = memory(shape, config, target_tokens)
@@ -69,18 +131,23 @@ def report(shape: Shape, config: Config, target_tokens: int, gpu_bytes: int | No
         sum(part.device_bytes for part in passing(shape, config, target_tokens, checkpointing))
         for checkpointing in (False, True)
     )
-    fits = found.fits(gpu_bytes) if gpu_bytes else None
     support, query = episode_rows(config)
+    is_beyond = gpu_bytes is not None and not found.fits(gpu_bytes)
     return {
         "model": {**asdict(shape), "adapted": len(shape.adapted), "adapter": shape.adapter(config.lora.rank)},
         "parts": [asdict(part) for part in found.parts],
-        "device_bytes": found.device_bytes,
-        "host_bytes": found.host_bytes,
+        **_sizes(found, gpu_bytes),
         "passing_bytes": {"without_checkpointing": whole, "with_checkpointing": checkpointed},
         "gpu_bytes": gpu_bytes,
-        "fits": fits,
-        "smallest_change": smallest_change(shape, config, target_tokens, gpu_bytes or 0) if fits is False else None,
-        "shardings": [_row(config, *way, gpu_bytes) for way in alternatives(shape, config, target_tokens)],
+        "smallest_change": smallest_change(shape, config, target_tokens, gpu_bytes or 0) if is_beyond else None,
+        "shardings": [
+            {
+                "overrides": list(overrides),
+                "is_config": not any(changes(config, override) for override in overrides),
+                **_sizes(way, gpu_bytes),
+            }
+            for overrides, way in alternatives(shape, config, target_tokens)
+        ],
         "batch": {
             "support_rows": support,
             "query_rows": query,
@@ -96,21 +163,15 @@ def report(shape: Shape, config: Config, target_tokens: int, gpu_bytes: int | No
     }
 
 
-def _row(config: Config, overrides: tuple[str, ...], found: Plan, gpu_bytes: int | None) -> dict[str, Any]:
-    return {
-        "overrides": list(overrides),
-        "is_config": not any(changed_value(config, override) for override in overrides),
-        "device_bytes": found.device_bytes,
-        "host_bytes": found.host_bytes,
-        "fits": found.fits(gpu_bytes) if gpu_bytes else None,
-    }
+def _sizes(found: Plan, gpu_bytes: int | None) -> dict[str, Any]:
+    fits = found.fits(gpu_bytes) if gpu_bytes else None
+    return {"device_bytes": found.device_bytes, "host_bytes": found.host_bytes, "fits": fits}
 
 
 def show(found: dict[str, Any], config: Config, out: Console) -> None:
     """Print a report for people."""
     model, batch = found["model"], found["batch"]
-    learned = model["adapter"] if config.mode == "adapters" else model["trained"]
-    what = "an adapter" if config.mode == "adapters" else "trained"
+    learned, what = (model["adapter"], "an adapter") if config.mode == "adapters" else (model["trained"], "trained")
     out.print(f"{config.model.name}: {model['parameters']:,} parameters, {learned:,} {what}", highlight=False)
     out.print(_parts(found, config))
     largest = batch["largest_pass"]
@@ -120,8 +181,10 @@ def show(found: dict[str, Any], config: Config, out: Console) -> None:
         f"a pass: {batch['tasks_at_once']} task(s), {largest['rows']:,} rows of {largest['row_tokens']} tokens",
         f"the worst case: every task has {config.data.ways} classes, every row data.max_tokens; data is not read",
         _checkpointing(found["passing_bytes"], config),
-        *_traffic(found["traffic"]),
     ]
+    parts = [f"{one['name']} {size(one['bytes_by_each'])}" for one in found["traffic"] if one["bytes_by_each"]]
+    if parts:
+        lines.append(f"a worker sends in an outer step: {', '.join(parts)}")
     if not model["is_measured"]:
         lines.append("activations are an estimate: the formula is for Llama's layers, and this model has others")
     out.print("\n".join(lines), highlight=False)
@@ -130,12 +193,8 @@ def show(found: dict[str, Any], config: Config, out: Console) -> None:
 
 
 def _parts(found: dict[str, Any], config: Config) -> Table:
-    table = Table(box=SIMPLE_HEAD, padding=(0, 0, 0, 1), title=f"one of {config.fewest_workers} worker(s), at its peak")
-    table.title_justify = "left"
-    table.add_column("part")
-    table.add_column("GPU", justify="right")
-    table.add_column("CPU", justify="right")
-    table.add_column("")
+    title = f"one of {config.fewest_workers} worker(s), at its peak"
+    table = empty_table(("part", "GPU", "CPU", ""), left=["part", ""], padding=(0, 0, 0, 1), title=title)
     scale = max(1, *(part["device_bytes"] + part["host_bytes"] for part in found["parts"]))
     for part in found["parts"]:
         device, host = part["device_bytes"], part["host_bytes"]
@@ -148,23 +207,13 @@ def _parts(found: dict[str, Any], config: Config) -> Table:
 
 
 def _shardings(found: dict[str, Any]) -> Table:
-    table = Table(box=SIMPLE_HEAD, padding=(0, 0, 0, 1), title="what fits, per worker")
-    table.title_justify = "left"
-    table.add_column("")
-    table.add_column("GPU", justify="right")
-    table.add_column("CPU", justify="right")
-    table.add_column("fits", justify="right")
+    heads = "", "GPU", "CPU", "fits"
+    table = empty_table(heads, left=[""], padding=(0, 0, 0, 1), title="what fits, per worker")
     for row in found["shardings"]:
         fits = {True: "yes", False: "no", None: "?"}[row["fits"]]
         style = "bold" if row["is_config"] else None
         table.add_row(" ".join(row["overrides"]), size(row["device_bytes"]), size(row["host_bytes"]), fits, style=style)
     return table
-
-
-def _traffic(traffic: list[dict[str, Any]]) -> list[str]:
-    """Say what a worker sends to the others; nothing, if it is alone."""
-    parts = [f"{one['name']} {size(one['bytes_by_each'])}" for one in traffic if one["bytes_by_each"]]
-    return [f"a worker sends in an outer step: {', '.join(parts)}"] if parts else []
 
 
 def _checkpointing(passing_bytes: dict[str, int], config: Config) -> str:

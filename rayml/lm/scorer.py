@@ -1,8 +1,9 @@
 """Adaptation curves: the query score before adapting to a task's support, and after every step."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,18 +14,12 @@ from rayml.lm.label_queries import AskedTasks, KeptSupport
 from rayml.lm.model import TaskLM
 from rayml.lm.objective import TaskSide, special_steps
 from rayml.lm.option_scoring import prompts_of, weighted_prompts
-from rayml.tasks.episodes import Episode
+from rayml.tasks.episodes import Episode, Sampler
+from rayml.tasks.statistics import Curve
+from rayml.tasks.task import Task
 
-
-@dataclass(frozen=True, slots=True)
-class Curve:
-    """One episode's query scores after 0, 1, ..., k inner steps."""
-
-    task: str
-    index: int
-    is_accuracy: bool
-    """Accuracy for a label task (higher is better), else mean loss per target token (lower is better)."""
-    scores: list[float]
+if TYPE_CHECKING:
+    from rayml.model import MetaModel
 
 
 Outputs = list[torch.Tensor]
@@ -172,6 +167,29 @@ def curves_of(episodes: Sequence[Episode], points: Sequence[Outputs]) -> list[Cu
     """Return the curve of each episode from what was made of their queries after each number of steps."""
     scores = zip(*(score_all(episodes, outputs) for outputs in points), strict=True)
     return [Curve(e.task, e.index, bool(e.labels), list(s)) for e, s in zip(episodes, scores, strict=True)]
+
+
+def trained_curves(
+    model: "MetaModel",
+    tasks: Sequence[Task],
+    sampler: Sampler,
+    episodes: int,
+    progress: Callable[[int], None] = lambda _: None,
+) -> list[Curve]:
+    """Return the curves of the same episodes from the trained start alone; `progress` is told how many were adapted."""
+    scorer, found = model.scorer(), []
+    for batch in batches(model, tasks, sampler, episodes):
+        found += scorer.curves(batch, model.start, model.inner_lrs)
+        progress(len(batch))
+    return found
+
+
+def batches(model: "MetaModel", tasks: Sequence[Task], sampler: Sampler, episodes: int) -> Iterator[list[Episode]]:
+    """Yield `episodes` episodes of each task, as many at a time as a worker adapts side by side."""
+    at_a_time = model.config.tasks_per_worker if model.lm.adapter else 1
+    for task in tasks:
+        for first in range(0, episodes, at_a_time):
+            yield [sampler.episode([task], index) for index in range(first, min(first + at_a_time, episodes))]
 
 
 def side_of(lm: TaskLM, encoder: Encoder, episodes: Sequence[Episode], side: str, in_context: bool = False) -> TaskSide:

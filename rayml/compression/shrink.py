@@ -1,7 +1,14 @@
-"""Prune the intermediate neurons of gated MLPs, as many in every layer, so that a stock model is left.
+"""The same base with less of it: fewer bits a weight, or fewer neurons in every MLP.
 
-A neuron's importance is the length of its outputs over support texts times the length of its column in `down_proj`:
-Wanda's product of input and weight (Sun et al. 2023, arXiv 2306.11695), over a whole column and not for each weight.
+Quantised are the weights of a base's linears: 8 bits a weight by torchao, 4 by bitsandbytes. Activations, adapters and
+their gradients stay as they are. The embedding, and the output head, which is often the same tensor, keep their
+precision: labels are told apart there. torchao's packed 4-bit formats want CUDA or XPU to be made; bitsandbytes' NF4 in
+blocks of 64 (QLoRA, Dettmers et al. 2023, arXiv 2305.14314) is made and run on CPU and GPU alike. Both keep the
+quantised weights as safetensors, and say in `config.json` how to load them.
+
+Pruned are the intermediate neurons of gated MLPs, as many in every layer, so that a stock model is left. A neuron's
+importance is the length of its outputs over support texts times the length of its column in `down_proj`: Wanda's
+product of input and weight (Sun et al. 2023, arXiv 2306.11695), over a whole column and not for each weight.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,16 +19,61 @@ import torch
 from torch import Tensor, nn
 
 from rayml.algorithms.inner_loop import Params, expand
+from rayml.compression.command import Compressed, base_folder
 from rayml.errors import ConfigError
-from rayml.lm.batch import TaskBatch
+from rayml.lm.batch import TaskBatch, collate
+from rayml.lm.encode import decode_rows
 from rayml.lm.frozen import decoder_layers
 from rayml.lm.label_trie import IGNORE
-from rayml.lm.load import load_base
+from rayml.lm.load import DTYPES, load_base
 from rayml.lm.lora import A, B
 from rayml.lm.model import TaskLM
+from rayml.model import MetaModel
+from rayml.tasks.episodes import SUPPORT_SEED
+from rayml.tasks.prepare import prepare_splits
 
+SUPPORT_EPISODES = 32
 KeptSupport = dict[str, Tensor]
 """The neurons that stay, `[kept]` in order, of each MLP, by its full name."""
+
+
+def quantized(model: MetaModel, base: str, kind: str, folder: Path) -> Compressed:
+    """Quantise the base; what was learned stays as it is."""
+    quantize_base(base, model.config.model.dtype, kind, base_folder(folder))
+    return Compressed(model.config, model.start, model.inner_lrs, model.untrained)
+
+
+def quantize_base(base: str, dtype: str, kind: str, folder: Path) -> None:
+    """Write the base of a resolved model quantised; what is not quantised is kept in `dtype`."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        base, dtype=DTYPES[dtype], use_safetensors=True, quantization_config=quantization(kind, dtype)
+    )
+    model.save_pretrained(folder)
+
+
+def quantization(kind: str, dtype: str) -> Any:
+    """Return the transformers config of int8 or int4."""
+    from transformers import BitsAndBytesConfig, TorchAoConfig
+
+    if kind == "int4":
+        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=DTYPES[dtype])
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    return TorchAoConfig(Int8WeightOnlyConfig())
+
+
+def pruned(model: MetaModel, base: str, fraction: float, folder: Path, progress: Callable[[], None]) -> Compressed:
+    """Prune the base's MLPs by what meta-train texts make of them; adapters are cut with them."""
+    config, encoder, pad = model.config, model.encoder, model.encoder.pad
+    sampler, tasks = config.data.sampler(SUPPORT_SEED), prepare_splits(config.data).train
+    episodes = [encoder.episode(sampler.episode(tasks, index)) for index in range(SUPPORT_EPISODES)]
+    batches = [collate([decode_rows(e["support"])], pad).to(model.device) for e in episodes]
+    kept = choose(model.lm, batches, model.start, fraction, progress)
+    prune_base(base, config.model.dtype, kept, base_folder(folder))
+    learned = (cut_adapters(part, kept) for part in (model.start, model.inner_lrs, model.untrained))
+    return Compressed(config, *learned)
 
 
 def gated_mlps(model: Any) -> dict[str, Any]:
