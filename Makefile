@@ -12,7 +12,7 @@ quickstart: $(READY)  ## meta-train a real model, measure it on tasks never seen
 	@$(BIN)/rayml quickstart
 
 test: $(TESTABLE)  ## the whole suite, in two processes: while one waits for Ray, the other computes
-	$(BIN)/pytest -q -n 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 test-older-cpu: $(TESTABLE)  ## what must not change, on this CPU held to AVX2, as most laptops' is: half a minute
 	ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/pytest -q tests/test_golden.py tests/test_meta.py tests/test_algorithms.py

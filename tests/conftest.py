@@ -47,15 +47,29 @@ LONGEST = (
 )
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def group(nodeid: str) -> str:
+    """Return the file whose process a test is run in."""
+    file = Path(nodeid.partition("::")[0]).stem
+    return TOGETHER.get(file, file)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Among several processes, a file is one's at a time. (xdist's own groups do nothing with pytest 9.)"""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Files(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return group(nodeid)
+
+    return Files(config, log)
+
+
 def pytest_collection_modifyitems(items):
-    """Among several processes, a file is one's at a time, and the longest come first."""
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        return
-    group = {item: TOGETHER.get(item.path.stem, item.path.stem) for item in items}
-    for item, name in group.items():
-        item.add_marker(pytest.mark.xdist_group(name))
-    items.sort(key=lambda item: LONGEST.index(group[item]) if group[item] in LONGEST else len(LONGEST))
+    """Among several processes, the longest files come first, so that none is left alone with one of them."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        places = {name: place for place, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: places.get(group(item.nodeid), len(LONGEST)))
 
 
 def pytest_terminal_summary(terminalreporter):
