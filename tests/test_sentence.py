@@ -24,12 +24,11 @@ from rayml.errors import ConfigError
 from rayml.experiments.classifiers import missing
 from rayml.experiments.method_runs import plan, seconds_per_token
 from rayml.lm.abilities import check_model
-from rayml.lm.batch import collate
+from rayml.lm.batch import TaskSide, collate
 from rayml.lm.encode import Encoder, class_numbers
 from rayml.lm.load import load_base, load_tokenizer, resolve_model
 from rayml.lm.lora import TaskLoRA
 from rayml.lm.model import TaskLM
-from rayml.lm.objective import TaskSide
 from rayml.lm.scorer import Queries
 from rayml.lm.sentence import INPUT
 from rayml.model import untrained_model
