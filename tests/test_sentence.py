@@ -23,6 +23,7 @@ from rayml.config import Config
 from rayml.errors import ConfigError
 from rayml.experiments.classifiers import missing
 from rayml.experiments.method_runs import plan, seconds_per_token
+from rayml.lm import zero
 from rayml.lm.abilities import check_model
 from rayml.lm.batch import TaskSide, collate
 from rayml.lm.encode import Encoder, class_numbers
@@ -38,7 +39,7 @@ from rayml.serving.replica import Replica
 from rayml.serving.settings import Serving
 from rayml.tasks.episodes import Sampler
 from rayml.tasks.prepare import prepare_splits
-from rayml.training import collective, zero
+from rayml.training import collective
 from rayml.training.driver import train
 
 TEXTS = ["I was charged twice", "why?", "The App crashes at START, and the page stays blank. " * 9, "ok"]
