@@ -8,9 +8,10 @@ import torch
 
 from rayml.algorithms.inner_loop import InnerLoop, Params
 from rayml.errors import DataError
-from rayml.lm.batch import TokenRow
-from rayml.lm.objective import TaskSide, special_steps
+from rayml.lm.batch import TaskSide
+from rayml.lm.fine_tuning import special_steps
 from rayml.lm.peft_files import AdapterCard
+from rayml.lm.rows import TokenRow
 from rayml.tasks.episodes import LETTERS, relabel, shown_labels
 from rayml.tasks.row import Row
 from rayml.tasks.table import LABELS, build_tasks

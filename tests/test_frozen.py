@@ -5,12 +5,13 @@ import torch
 from conftest import TARGETS, perturbed_start, toy_tasks
 
 from rayml.algorithms.inner_loop import expand, task_gradients
-from rayml.lm.batch import TokenRow, collate
+from rayml.lm.batch import collate
 from rayml.lm.encode import Encoder
 from rayml.lm.frozen import BLOCK_TOKENS, blocks
 from rayml.lm.load import load_base
 from rayml.lm.lora import TaskLoRA
 from rayml.lm.model import TaskLM, known_states
+from rayml.lm.rows import TokenRow
 
 
 @pytest.fixture

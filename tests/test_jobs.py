@@ -12,20 +12,21 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
+from zipfile import ZipFile
 
 import psutil
 import pytest
 import requests
 import typer
-import yaml
 from conftest import make_config
+from ray._private.runtime_env.packaging import create_package
 from ray.job_submission import JobStatus
-from rayml.cli.cluster import parsed
 
+from rayml.cli.deploy import parsed
 from rayml.config import dump_config
 from rayml.errors import ConfigError, RunError
 from rayml.runs.folder import RunFolder
-from rayml.training.submit import MOST_BYTES, files_of, prepare, refuse_second_job, stage
+from rayml.training.submit import EXCLUDED, MOST_BYTES, files_of, prepare, refuse_large, refuse_second_job
 
 ROOT = Path(__file__).parents[1]
 TOKEN = "a-token-of-the-tests-0123456789abcdef"
@@ -207,9 +208,12 @@ def test_only_what_is_needed_is_uploaded(tmp_path):
         (folder / name).write_text("x")
     (folder / "code" / "x.py").write_text("x")
     assert [file.as_posix() for file in files_of(folder)] == ["code/x.py", "config.yaml"]
-    stage(folder, tmp_path / "staged")
-    assert yaml.safe_load((tmp_path / "staged" / "config.yaml").read_text())["outer"]["steps"] == 4
+    refuse_large(folder)
+    packed = tmp_path / "packed.zip"  # as Ray's client packs it
+    create_package(str(folder), packed, include_gitignore=False, excludes=EXCLUDED)
+    names = [name for name in ZipFile(packed).namelist() if not name.endswith("/")]
+    assert sorted(names) == ["code/x.py", "config.yaml"]
     with (folder / "code" / "weights.bin").open("wb") as file:
         file.truncate(MOST_BYTES + 1)
     with pytest.raises(ConfigError, match=r"the largest: code/weights.bin \(90 MiB\)"):
-        stage(folder, tmp_path / "staged")
+        refuse_large(folder)

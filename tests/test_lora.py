@@ -13,11 +13,12 @@ from torch import nn
 from rayml.algorithms.inner_loop import adapt, task_gradients
 from rayml.algorithms.registry import chosen
 from rayml.errors import ConfigError
-from rayml.lm.batch import IGNORE, TaskBatch, TokenRow, collate
+from rayml.lm.batch import IGNORE, TaskBatch, collate
 from rayml.lm.initialization import principal_start
 from rayml.lm.load import checkpoint_activations, load_base
 from rayml.lm.lora import MixedUpdate, TaskLoRA, find_linears
 from rayml.lm.model import TaskLM
+from rayml.lm.rows import TokenRow
 
 RATE = 0.3
 

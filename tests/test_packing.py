@@ -9,9 +9,10 @@ from conftest import perturbed_start, tiny_lm
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rayml.algorithms.inner_loop import task_gradients
-from rayml.lm.batch import TokenRow, collate
+from rayml.lm.batch import collate
 from rayml.lm.lora import TaskLoRA
 from rayml.lm.model import TaskLM
+from rayml.lm.rows import TokenRow
 
 
 def ragged_rows(tasks: int, rng: random.Random) -> list[list[TokenRow]]:

@@ -23,13 +23,13 @@ from rayml.config import Config
 from rayml.errors import ConfigError
 from rayml.experiments.classifiers import missing
 from rayml.experiments.method_runs import plan, seconds_per_token
+from rayml.lm import zero
 from rayml.lm.abilities import check_model
-from rayml.lm.batch import collate
+from rayml.lm.batch import TaskSide, collate
 from rayml.lm.encode import Encoder, class_numbers
 from rayml.lm.load import load_base, load_tokenizer, resolve_model
 from rayml.lm.lora import TaskLoRA
 from rayml.lm.model import TaskLM
-from rayml.lm.objective import TaskSide
 from rayml.lm.scorer import Queries
 from rayml.lm.sentence import INPUT
 from rayml.model import untrained_model
@@ -39,7 +39,7 @@ from rayml.serving.replica import Replica
 from rayml.serving.settings import Serving
 from rayml.tasks.episodes import Sampler
 from rayml.tasks.prepare import prepare_splits
-from rayml.training import collective, zero
+from rayml.training import collective
 from rayml.training.driver import train
 
 TEXTS = ["I was charged twice", "why?", "The App crashes at START, and the page stays blank. " * 9, "ok"]

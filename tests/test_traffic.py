@@ -17,7 +17,8 @@ from rayml.planning import step as formula
 from rayml.planning.scaling import Machines, predict, scaling
 from rayml.planning.shape import shape_of
 from rayml.planning.step import Sent, traffic
-from rayml.training import replicated, sharded, zero
+from rayml.lm import zero
+from rayml.training import replicated, sharded
 from rayml.training.stream import Job
 
 COLLECTIVES = {

@@ -9,11 +9,12 @@ from conftest import TARGETS, meta_gradient, on_workers, perturbed_start, tiny_l
 from test_lora import random_rows
 
 from rayml.algorithms.registry import chosen
+from rayml.lm import zero
 from rayml.lm.batch import collate
 from rayml.lm.load import checkpoint_activations
 from rayml.lm.lora import TaskLoRA
 from rayml.lm.model import TaskLM
-from rayml.training import collective, zero
+from rayml.training import collective
 
 pytestmark = pytest.mark.workers
 TASKS, STEPS = 4, 2

@@ -100,6 +100,7 @@ def _asked(
     from rayml.experiments.evaluate import Parts, evaluate
     from rayml.experiments.summaries import summarize_evaluation
 
+    assert model.run, "it was asked for"
     episodes, sampler = settings["episodes"], shown.sampler(EVALUATION_SEED + settings["seed"])
     asked = [model.step, model.precision.dtype, settings, fingerprint(tasks), dump_config(config)]
     total, parts = len(tasks) * episodes, Parts(model.run.path, asked)

@@ -30,7 +30,7 @@ table{border-collapse:collapse;display:block;overflow-x:auto}td,th{padding:.2em 
 def scores_table(summary: dict[str, Any], title: str) -> Table:
     """Return one row a task and one for all: score and half the width of its 95 % interval."""
     caption = f"accuracy or loss on queries; of all: {resampled(len(summary['tasks']))}"
-    look = {"padding": (0, 0, 0, 1), "title": title, "caption": caption, "caption_justify": "left"}
+    look: dict[str, Any] = {"padding": (0, 0, 0, 1), "title": title, "caption": caption, "caption_justify": "left"}
     found = table(("held-out task", *COLUMNS), left=["held-out task"], **look)
     found.columns[0].no_wrap = True
     for name, scores in summary["tasks"].items():
@@ -50,7 +50,8 @@ def answers_table(summary: dict[str, Any]) -> Table | None:
     ]
     if not rows:
         return None
-    left, look = ("held-out task", "kind", "metric"), {"padding": (0, 0, 0, 1), "caption_justify": "left"}
+    left = "held-out task", "kind", "metric"
+    look: dict[str, Any] = {"padding": (0, 0, 0, 1), "caption_justify": "left"}
     caption = "answers, from the meta-trained start"
     found = table((*left, "before", "after adapting", "gain"), left=left, no_wrap=True, caption=caption, **look)
     last = ""

@@ -16,10 +16,10 @@ from rayml.algorithms.prototypes import is_readout
 from rayml.errors import ConfigError, RunError
 from rayml.lm.load import check_weights, context_tokens, load_shape, load_tokenizer, resolve_model
 from rayml.lm.lora import A, B, find_linears
-from rayml.lm.masked import predicts_masks
 from rayml.lm.model import TaskLM
 from rayml.lm.parameters import trained_parameters
 from rayml.lm.precision import has_sdpa
+from rayml.lm.rows import predicts_masks
 from rayml.lm.sentence import MARK, read_sentences
 from rayml.lm.soft_prompt import PROMPT
 from rayml.lm.trials import as_in_peft, fault, same_in_peft, strange

@@ -1,37 +1,32 @@
-"""From text to the tensors of T tasks.
+"""From rows to the tensors of T tasks, and what an algorithm differentiates: the two sides of T episodes.
 
-A row is a prompt and its target, tokenised together: tokenising the parts alone can give other tokens at the seam.
 Rows are padded on the right, where causal attention never looks, so no attention mask is needed. Where that would be
 much padding, rows of a task are laid one behind the other, and see nothing of each other.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import ceil
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from rayml.errors import DataError
+from rayml.algorithms.inner_loop import Params
+from rayml.algorithms.prototypes import Pooling, Read
+from rayml.config import Config
 from rayml.lm.label_trie import IGNORE, Label, LabelTrie, label_trie
-from rayml.lm.tokens import plain, tokenize
+from rayml.lm.rows import TokenRow, decode_rows
 
+if TYPE_CHECKING:
+    from rayml.lm.model import TaskLM
+
+SIDES = "support", "query"
 ATTENTION_TOKENS = 1500
 """In a row, about, at which attention takes as long as everything else: longer rows save padding, and cost that."""
 WIDTHS = 1.0, 1.5, 2, 3, 4, 6, 8
 """Lengths that packed rows are tried with, in longest examples."""
-
-
-@dataclass(frozen=True, slots=True)
-class TokenRow:
-    """One tokenised example: `tokens[start:]` is the target."""
-
-    tokens: list[int]
-    start: int
-    loss_masked: tuple[int, ...] = ()
-    """Places behind `start` that are read, and not predicted: what others say between the assistant's turns."""
-    suffix: tuple[int, ...] = ()
-    """What a masked model reads behind the mask, which is the last token before `start`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,42 +91,6 @@ class TaskBatch:
         is_first = targets & ~goes_on
         is_label = (self.allowed != IGNORE).any(1)
         return targets.masked_scatter(targets, is_first[targets] | ~is_label)
-
-
-def encode(
-    tokenizer, prompt: str, target: str, end: bool, max_tokens: int, keep: Callable[[int], bool] | None = None
-) -> TokenRow:
-    """Tokenise `prompt + target`, once, and cut the *prompt* from the left to fit `max_tokens`.
-
-    Args:
-        tokenizer: a fast Hugging Face tokenizer.
-        prompt: marked where users wrote special tokens, as is `target` (`rayml.lm.tokens`).
-        end: add the end-of-sequence token to the target (free text, so that generation learns to stop).
-        keep: whether to keep the token of the prompt that begins at this character; all, if None.
-
-    Raises:
-        DataError: the target has no token, or leaves no room for the prompt.
-    """
-    tokens, offsets = tokenize(tokenizer, prompt + target)
-    prompt, target = plain(prompt), plain(target)
-    start = next((i for i, (_, stop) in enumerate(offsets) if stop > len(prompt)), len(tokens))
-    if not target.strip() or start == len(tokens):
-        raise DataError(f"target {target!r} has no token (input: {prompt[:60]!r})")
-    if keep is not None:
-        # A token of no width, such as the beginning of the sequence, is no part of the text.
-        kept = [i for i, (a, b) in enumerate(offsets) if i >= start or a == b or keep(a)]
-        tokens, start = [tokens[i] for i in kept], start - (len(tokens) - len(kept))
-    if end:
-        tokens = [*tokens, tokenizer.eos_token_id]
-    start = max(start, 1)  # the first token has nothing to be predicted from
-    cut = max(0, len(tokens) - max_tokens)
-    if start - cut < 1:
-        raise DataError(
-            f"target {target[:60]!r} has {len(tokens) - start} tokens, which leaves no room for its input within "
-            f"data.max_tokens={max_tokens}; raise it or shorten the target"
-        )
-    first = tokens[:1] if cut and tokens[0] == tokenizer.bos_token_id else []  # models lean on it
-    return TokenRow(first + tokens[cut + len(first) :], start - cut)
 
 
 def collate(
@@ -252,3 +211,92 @@ def allowed_grid(allowed: Sequence[Sequence[int]]) -> Tensor | None:
     most = max(map(len, allowed), default=0)
     filled = [[*some, *[IGNORE] * (most - len(some))] for some in allowed]
     return torch.tensor(filled, dtype=torch.int64) if most else None
+
+
+# The two sides of T episodes
+
+
+class TaskSide:
+    """The supports, or the queries, of T tasks, as an algorithm sees them (`rayml.algorithms.base.Side`).
+
+    Args:
+        tasks: each task's rows.
+        labels: of each task, the tokens of those that its targets compete with; none for the whole vocabulary.
+        row_classes: the class of each row; none for free text.
+        smoothing: of the labels, in meta-training.
+        packs: several examples may share a row, where losses are asked for.
+    """
+
+    def __init__(
+        self,
+        lm: "TaskLM",
+        tasks: Sequence[Sequence[TokenRow]],
+        labels: Sequence[Sequence[Label]],
+        row_classes: Sequence[Sequence[int]],
+        pad: int,
+        *,
+        smoothing: float = 0.0,
+        packs: bool = True,
+    ):
+        self.lm, self.tasks, self.labels, self.row_classes, self.pad = lm, tasks, labels, row_classes, pad
+        self.smoothing, self.packs = smoothing, packs and lm.packs
+
+    @cached_property
+    def batch(self) -> TaskBatch:
+        return collate(self.tasks, self.pad, self.labels, self.packs).to(self.lm.device)
+
+    @cached_property
+    def classes(self) -> Tensor:
+        both = zip(self.tasks, self.row_classes, strict=True)
+        return class_grid([classes or [-1] * len(rows) for rows, classes in both]).to(self.lm.device)
+
+    @cached_property
+    def label_tokens(self) -> Tensor:
+        """`[T, C]`: the first token of each class's label, by the rows themselves; -1 where there is no such class."""
+        found = []
+        for rows, classes in zip(self.tasks, self.row_classes, strict=True):
+            first = {number: row.tokens[row.start] for row, number in zip(rows, classes, strict=bool(classes))}
+            found.append([first.get(number, -1) for number in range(max(first, default=0) + 1)])
+        return class_grid(found).to(self.lm.device)
+
+    def losses(self, weights: Params) -> Tensor:
+        return self.lm.losses(weights, self.batch, self.smoothing)
+
+    def states(self, weights: Params, pooling: Pooling = "last") -> Tensor:
+        return self.lm.states(weights, self.batch, pooling)
+
+    def read(self, weights: Params, pooling: Pooling = "last", label_tokens: Tensor | None = None) -> Read:
+        return self.lm.read(weights, self.batch, pooling, label_tokens, self.smoothing)
+
+
+def training_sides(
+    lm: "TaskLM", episodes: Sequence[dict[str, Any]], pad: int, config: Config
+) -> tuple[TaskSide, TaskSide]:
+    """Return the supports and the queries of episodes that `Encoder.episode` made."""
+    regularize, labels = config.regularize, [episode["labels"] for episode in episodes]
+
+    def side(name: str, packs: bool) -> TaskSide:
+        rows = [decode_rows(episode[name]) for episode in episodes]
+        classes = [episode[name]["classes"] for episode in episodes]
+        return TaskSide(lm, rows, labels, classes, pad, smoothing=regularize.label_smoothing, packs=packs)
+
+    # The worst step is one for each example, and so is a mask.
+    apart = regularize.adversarial > 0, regularize.lora_dropout > 0
+    return side("support", not any(apart)), side("query", not apart[1])
+
+
+def side_batch(episodes: Sequence[dict[str, Any]], side: str, pad: int, packs: bool = False) -> TaskBatch:
+    rows = [decode_rows(episode[side]) for episode in episodes]
+    return collate(rows, pad, [episode["labels"] for episode in episodes], packs)
+
+
+def trained_tokens(config: Config, support: TaskBatch, query: TaskBatch) -> int:
+    """Return the tokens, without padding, that an outer step on these episodes runs forward and backward."""
+    passes = config.algorithm.passes(config.inner.steps)
+    return sum(times * side.read_tokens for times, side in zip(passes, (support, query), strict=True))
+
+
+def class_grid(classes: Sequence[Sequence[int]]) -> Tensor:
+    """Return the class of every row of T tasks, `[T, K]`, -1 for rows of padding."""
+    rows = [torch.tensor(of, dtype=torch.int64) for of in classes]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)

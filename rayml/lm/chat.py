@@ -6,7 +6,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from rayml.errors import DataError
-from rayml.lm.batch import TokenRow
+from rayml.lm.rows import TokenRow
 from rayml.lm.tokens import marked, plain, tokenize
 from rayml.tasks.kinds import CHAT
 

@@ -8,10 +8,9 @@ from itertools import pairwise
 from typing import Any
 
 from rayml.errors import DataError
-from rayml.lm.batch import TokenRow, encode
 from rayml.lm.chat import chat_prompt, chat_row
 from rayml.lm.label_trie import can_tell_apart
-from rayml.lm.masked import masked_row, predicts_masks
+from rayml.lm.rows import TokenRow, encode, masked_row, predicts_masks
 from rayml.lm.sentence import Sentences, sentence_row, sentences_of
 from rayml.lm.soft_prompt import soft_tokens
 from rayml.lm.tokens import BLANK, marked, marked_example, plain
@@ -74,7 +73,7 @@ class Encoder:
 
     @property
     def is_masked(self) -> bool:
-        """Whether labels are predicted at a mask (`rayml.lm.masked`)."""
+        """Whether labels are predicted at a mask (`rayml.lm.rows`)."""
         return predicts_masks(self.tokenizer)
 
     @property
@@ -301,12 +300,3 @@ def class_numbers(episode: Episode, side: str) -> list[int]:
     """Return the index of each example's label among the episode's labels; nothing for free text."""
     labels = {label: position for position, label in enumerate(episode.labels)}
     return [labels[example.target] for example in getattr(episode, side) if labels]
-
-
-def decode_rows(side: dict[str, Any]) -> list[TokenRow]:
-    """Return the rows of one side of a record that `Encoder.episode` made."""
-    columns = side["tokens"], side["starts"], side["loss_masked"], side["suffixes"]
-    return [
-        TokenRow(list(tokens), start, tuple(gaps), tuple(end))
-        for tokens, start, gaps, end in zip(*columns, strict=True)
-    ]

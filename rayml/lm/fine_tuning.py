@@ -7,13 +7,14 @@ That is the fast gradient method (Miyato et al. 2017, arXiv 1605.07725): `e + ep
 at the embeddings e. Here the step's length is a share of the row's own, so that it means the same for every model.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rayml.algorithms.inner_loop import Params, TaskLosses
-from rayml.lm.batch import TaskBatch
+from rayml.lm.batch import TaskBatch, TaskSide
 from rayml.lm.lora import in_a_layer, layer_number
 from rayml.lm.model import TaskLM
 
@@ -97,3 +98,19 @@ class Shift:
             self.embeddings = output.detach()
             self.value = torch.zeros_like(output, requires_grad=True)
         return output + self.value
+
+
+def special_steps(support: TaskSide, unfreeze_every: int, epsilon: float = 0.0) -> Callable[[TaskLosses], TaskLosses]:
+    """Return what makes of losses of the support those that an inner loop descends.
+
+    Args:
+        unfreeze_every: steps after which one more layer learns (`rayml.lm.fine_tuning`); 0, and all do.
+        epsilon: of the adversarial step, in meta-training.
+    """
+
+    def special(losses: TaskLosses) -> TaskLosses:
+        if epsilon:
+            losses = adversarial(losses, support.lm, support.batch, epsilon)
+        return gradual_unfreezing(losses, support.lm.module, unfreeze_every) if unfreeze_every else losses
+
+    return special

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rayml.lm.batch import TaskBatch, TokenRow
+from rayml.lm.batch import TaskBatch
+from rayml.lm.rows import TokenRow
 
 BLOCK_TOKENS = 2048
 """Of examples that go through the layers together, when all of them do."""

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from rayml.algorithms.inner_loop import Params
 from rayml.algorithms.prototypes import Pooling, Read
-from rayml.lm.batch import TaskBatch, TokenRow, collate
+from rayml.lm.batch import TaskBatch, class_grid, collate
 from rayml.lm.model import TaskLM
-from rayml.lm.objective import class_grid
 from rayml.lm.option_scoring import PromptEnsemble, WeightedPrompts
+from rayml.lm.rows import TokenRow
 
 
 class KeptSupport:

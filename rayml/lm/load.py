@@ -36,7 +36,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from transformers.utils import logging as transformers_logging
 
 from rayml.errors import ConfigError
-from rayml.lm.masked import mark_masked
+from rayml.lm.rows import mark_masked
 from rayml.lm.sentence import MARK, mark_sentences, read_sentences
 
 SMOLLM2 = "smollm2-135m-instruct"

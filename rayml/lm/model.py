@@ -11,10 +11,11 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 
 from rayml.algorithms.inner_loop import Params
 from rayml.algorithms.prototypes import Pooling, Read, label_log_probs
-from rayml.lm.batch import TaskBatch, TokenRow, collate
+from rayml.lm.batch import TaskBatch, collate
 from rayml.lm.frozen import FrozenLayers, KnownStates, blocks
 from rayml.lm.label_trie import IGNORE, token_losses
 from rayml.lm.lora import TaskLoRA, layer_number
+from rayml.lm.rows import TokenRow
 from rayml.lm.sentence import MARK, Sentences
 from rayml.lm.soft_prompt import TaskPrompt
 from rayml.lm.zero import is_sharded

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from rayml.algorithms.inner_loop import Params
-from rayml.lm.batch import TokenRow, allowed_grid, collate
+from rayml.lm.batch import allowed_grid, collate
 from rayml.lm.encode import Encoder
 from rayml.lm.label_trie import label_trie, token_losses
 from rayml.lm.model import TaskLM, additive
+from rayml.lm.rows import TokenRow
 from rayml.tasks.task import Example
 
 

@@ -16,7 +16,7 @@ from transformers import AutoConfig
 from transformers.utils import cached_file
 
 from rayml.errors import ConfigError
-from rayml.lm.batch import TokenRow
+from rayml.lm.rows import TokenRow
 
 MARK = "rayml_sentences"
 INPUT = "{{ input }}"

@@ -16,15 +16,15 @@ from rayml.algorithms.meta_gradient import MetaGradient
 from rayml.algorithms.outer_loop import Learner, RecentGains, StepTimer, initial_log_inner_lrs, outer_schedule
 from rayml.config import Config
 from rayml.lm import zero
-from rayml.lm.batch import TokenRow
+from rayml.lm.batch import trained_tokens, training_sides
 from rayml.lm.encode import Encoder
-from rayml.lm.fine_tuning import rate_factors
+from rayml.lm.fine_tuning import rate_factors, special_steps
 from rayml.lm.frozen import KnownStates
 from rayml.lm.initialization import untrained_start
 from rayml.lm.load import checkpoint_activations, load_base
 from rayml.lm.lora import TaskLoRA
 from rayml.lm.model import TaskLM, hooks, known_states
-from rayml.lm.objective import special_steps, trained_tokens, training_sides
+from rayml.lm.rows import TokenRow
 from rayml.lm.scorer import Scorer
 from rayml.model import start_of
 from rayml.runs.checkpoint import read_newest, write_state

@@ -4,8 +4,6 @@ import asyncio
 import os
 import re
 import shlex
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +20,8 @@ from rayml.errors import ConfigError, RaymlError, RunError
 
 LEFT_OUT = {".git", "runs", "data", "node_modules", "__pycache__", "wandb", "mlruns", "build", "dist"}
 """Folders that are not uploaded, wherever they are; neither are hidden ones, such as .venv."""
+EXCLUDED = [".*", "*.egg-info", *sorted(LEFT_OUT)]
+"""The same, as Ray's packing has it."""
 MOST_BYTES = 90 * 2**20
 """Of an upload: a dashboard takes 100 MiB, and the packing is not counted here."""
 REFUSALS = RayError, RuntimeError, OSError, ValueError
@@ -79,25 +79,27 @@ def submit(
         RunError: the cluster does not answer, or refuses; another job works in the same place; the job failed.
     """
     asked = prepare(command, folder, name, storage)
-    with answering(address), tempfile.TemporaryDirectory() as staged:
+    with answering(address):
         client = JobSubmissionClient(address)  # with Ray's token auth on, by RAY_AUTH_TOKEN
         refuse_second_job(client, asked.output)
-        stage(folder, Path(staged))
-        job = send(client, asked, staged, env)
+        refuse_large(folder)
+        job = send(client, asked, folder, env)
     out.print(f"job {job}: {shlex.join(asked.entrypoint)}", highlight=False, soft_wrap=True)
     if follow:
         watch(client, address, job, stop_on_interrupt, out)
 
 
-def send(client: JobSubmissionClient, asked: Submission, staged: str, env: dict[str, str]) -> str:
+def send(client: JobSubmissionClient, asked: Submission, folder: Path, env: dict[str, str]) -> str:
     """Submit, and return the job's id; a head that has just started may not take jobs at once."""
     deadline = time.monotonic() + START_SECONDS
+    os.environ["RAY_RUNTIME_ENV_IGNORE_GITIGNORE"] = "1"  # what is checked here is what is uploaded
+    uploaded = {"working_dir": str(folder), "excludes": EXCLUDED, "env_vars": env}
     while True:
         try:
             return client.submit_job(
                 entrypoint=shlex.join(asked.entrypoint),
                 submission_id=f"{asked.name}-{time.strftime('%Y%m%d-%H%M%S')}",
-                runtime_env={"working_dir": staged, "env_vars": env},
+                runtime_env=uploaded,
                 metadata={"rayml_output": asked.output} if asked.output else {},
             )
         except RuntimeError as error:
@@ -175,12 +177,8 @@ def is_left_out(part: str) -> bool:
     return part.startswith(".") or part in LEFT_OUT or part.endswith(".egg-info")
 
 
-def stage(folder: Path, staged: Path) -> None:
-    """Copy what is uploaded.
-
-    Raises:
-        ConfigError: it is more than the cluster takes.
-    """
+def refuse_large(folder: Path) -> None:
+    """Raise ConfigError where what is uploaded is more than the cluster takes."""
     files = {file: (folder / file).stat().st_size for file in files_of(folder)}
     if sum(files.values()) > MOST_BYTES:
         largest = sorted(files, key=lambda file: -files[file])[:3]
@@ -189,9 +187,6 @@ def stage(folder: Path, staged: Path) -> None:
             f"{folder}: {sum(files.values()) / 2**20:.0f} MiB to upload, {MOST_BYTES // 2**20} at most; the largest: "
             f"{named}. Move them into data/ or runs/, or give --working-dir a smaller folder"
         )
-    for file in files:
-        (staged / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(folder / file, staged / file)
 
 
 @contextmanager

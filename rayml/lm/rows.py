@@ -1,0 +1,117 @@
+"""From text to a row of tokens: a prompt and its target, of a causal or a masked language model.
+
+Both are tokenised together: tokenising the parts alone can give other tokens at the seam.
+
+A masked model predicts a label word at the mask of a cloze prompt (PET, Schick and Schütze 2021, arXiv 2001.07676).
+What is read last before the target is the mask, and it predicts the target: so rows, losses, scores and adapters are
+those of causal models. What is different: the mask has something behind it, padding must not be seen, and a target is
+one token.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from rayml.errors import DataError
+from rayml.lm.tokens import plain, tokenize
+
+MARK = "rayml_predicts_masks"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRow:
+    """One tokenised example: `tokens[start:]` is the target."""
+
+    tokens: list[int]
+    start: int
+    loss_masked: tuple[int, ...] = ()
+    """Places behind `start` that are read, and not predicted: what others say between the assistant's turns."""
+    suffix: tuple[int, ...] = ()
+    """What a masked model reads behind the mask, which is the last token before `start`."""
+
+
+def encode(
+    tokenizer, prompt: str, target: str, end: bool, max_tokens: int, keep: Callable[[int], bool] | None = None
+) -> TokenRow:
+    """Tokenise `prompt + target`, once, and cut the *prompt* from the left to fit `max_tokens`.
+
+    Args:
+        tokenizer: a fast Hugging Face tokenizer.
+        prompt: marked where users wrote special tokens, as is `target` (`rayml.lm.tokens`).
+        end: add the end-of-sequence token to the target (free text, so that generation learns to stop).
+        keep: whether to keep the token of the prompt that begins at this character; all, if None.
+
+    Raises:
+        DataError: the target has no token, or leaves no room for the prompt.
+    """
+    tokens, offsets = tokenize(tokenizer, prompt + target)
+    prompt, target = plain(prompt), plain(target)
+    start = next((i for i, (_, stop) in enumerate(offsets) if stop > len(prompt)), len(tokens))
+    if not target.strip() or start == len(tokens):
+        raise DataError(f"target {target!r} has no token (input: {prompt[:60]!r})")
+    if keep is not None:
+        # A token of no width, such as the beginning of the sequence, is no part of the text.
+        kept = [i for i, (a, b) in enumerate(offsets) if i >= start or a == b or keep(a)]
+        tokens, start = [tokens[i] for i in kept], start - (len(tokens) - len(kept))
+    if end:
+        tokens = [*tokens, tokenizer.eos_token_id]
+    start = max(start, 1)  # the first token has nothing to be predicted from
+    cut = max(0, len(tokens) - max_tokens)
+    if start - cut < 1:
+        raise DataError(
+            f"target {target[:60]!r} has {len(tokens) - start} tokens, which leaves no room for its input within "
+            f"data.max_tokens={max_tokens}; raise it or shorten the target"
+        )
+    first = tokens[:1] if cut and tokens[0] == tokenizer.bos_token_id else []  # models lean on it
+    return TokenRow(first + tokens[cut + len(first) :], start - cut)
+
+
+def mark_masked(tokenizer: Any) -> None:
+    """Note that a tokenizer belongs to a masked model: some causal ones have a mask token, too."""
+    tokenizer.init_kwargs[MARK] = True
+
+
+def predicts_masks(tokenizer: Any) -> bool:
+    return bool(getattr(tokenizer, "init_kwargs", {}).get(MARK))
+
+
+def masked_row(
+    tokenizer: Any, prompt: str, target: str, is_label: bool, max_tokens: int, keep: Callable[[int], bool] | None = None
+) -> TokenRow:
+    """Return the row of a prompt that holds the mask, of which the last counts; a long one loses its beginning.
+
+    Args:
+        prompt: marked where users wrote special tokens, as is `target` (`rayml.lm.tokens`).
+        keep: whether to keep the token that begins at this character of the prompt.
+
+    Raises:
+        DataError: the target is no label, or has not one token; or there is no room.
+    """
+    if not is_label:
+        raise DataError(f"a masked model chooses among labels and writes no text (target: {target[:40]!r})")
+    word, _ = tokenize(tokenizer, f" {target.strip()}", add_special_tokens=False)
+    if len(word) != 1:
+        raise DataError(
+            f"label {plain(target)!r} has {len(word)} tokens, and a mask stands for one; rename it, or use "
+            "data.labels=letters"
+        )
+    tokens, offsets = tokenize(tokenizer, prompt)
+    if keep is not None:
+        kept = [i for i, (a, b) in enumerate(offsets) if a == b or tokens[i] == tokenizer.mask_token_id or keep(a)]
+        tokens = [tokens[i] for i in kept]
+    mask = len(tokens) - 1 - tokens[::-1].index(tokenizer.mask_token_id)
+    first = int(tokens[0] == tokenizer.cls_token_id)
+    cut = max(0, len(tokens) - max_tokens)
+    if first + cut >= mask:
+        raise DataError(f"what stands behind the mask leaves no room for the input within data.max_tokens={max_tokens}")
+    read = [*tokens[:first], *tokens[first + cut : mask + 1]]
+    return TokenRow([*read, *word], len(read), suffix=tuple(tokens[mask + 1 :]))
+
+
+def decode_rows(side: dict[str, Any]) -> list[TokenRow]:
+    """Return the rows of one side of a record that `Encoder.episode` made."""
+    columns = side["tokens"], side["starts"], side["loss_masked"], side["suffixes"]
+    return [
+        TokenRow(list(tokens), start, tuple(gaps), tuple(end))
+        for tokens, start, gaps, end in zip(*columns, strict=True)
+    ]
