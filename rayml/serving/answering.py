@@ -48,7 +48,7 @@ class Answering:
 
         async def once() -> Any:
             handle = self.handle.options(stream=True, session_id=session(owner, adapter))
-            told = handle.respond.remote(owner, adapter, kind, body)
+            told: Any = handle.respond.remote(owner, adapter, kind, body)
             first = raised(await anext(told))
             if first is not None:
                 return first

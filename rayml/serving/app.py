@@ -71,14 +71,25 @@ class ServedAnswerer(Answerer):
         await self.check_engine()
 
     async def classify(self, *request: Any) -> Any:
-        return await refused_or(super().classify(*request))
+        try:
+            return await super().classify(*request)
+        except Exception as error:
+            return self._refusal(error)
 
     async def respond(self, *request: Any) -> AsyncIterator[Any]:
         try:
             async for told in super().respond(*request):
                 yield told
-        except ApiError as refusal:
-            yield refusal
+        except Exception as error:
+            yield self._refusal(error)
+
+    def _refusal(self, error: Exception) -> ApiError:
+        """Return what goes back as a value; where the engine is gone, another replica has to answer."""
+        if self.engine.errored:
+            return ApiError(503, "the engine was lost; send the request again", code="replica_lost")
+        if isinstance(error, ApiError):
+            return error
+        raise error
 
     def __del__(self) -> None:
         if hasattr(self, "versions"):  # it was opened

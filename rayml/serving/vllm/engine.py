@@ -107,10 +107,12 @@ def engine_args(serving: Serving, config: Config, base: str, dtype: str, context
         "generation_config": "vllm",  # not the sampling that the base's authors liked: greedy, as everywhere here
         "override_generation_config": {"temperature": 0.0, "max_new_tokens": serving.limits.max_tokens},
         "worker_extension_cls": "rayml.serving.vllm.worker.Extension",
+        "language_model_only": True,  # so that no picture's address in a request is ever fetched
         "seed": serving.seed or 0,
         "disable_log_stats": True,
     }
     found |= {} if on_gpu else {"enforce_eager": True, "block_size": CPU_BLOCK}
+    found |= {"distributed_executor_backend": "mp"} if gpus > 1 else {}  # Ray gave this replica all of its cards
     return found | answerers.vllm
 
 

@@ -46,8 +46,7 @@ async def _of_one_prompt(ask: Ask, query: OptionQuery) -> Tensor:
 async def _ask_all(ask: Ask, wanted: dict[Tokens, set[int]], heads: set[Tokens]) -> dict[Tokens, dict[int, float]]:
     """Return the log-probabilities behind every prefix; prompts first, so that what follows finds them in the cache."""
     told: dict[Tokens, dict[int, float]] = {}
-    for prefixes in (heads, wanted.keys() - heads):
-        prefixes = list(prefixes)
+    for prefixes in (list(heads), list(wanted.keys() - heads)):
         found = await asyncio.gather(*(_in_parts(ask, prefix, sorted(wanted[prefix])) for prefix in prefixes))
         told |= dict(zip(prefixes, found, strict=True))
     return told

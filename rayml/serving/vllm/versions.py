@@ -122,14 +122,13 @@ class Versions:
         return Version(self.adapter_of(card), f"{owner}/{adapter}/{version}", number, folder, rank, size)
 
     async def _make_room(self) -> None:
-        """Delete the copies that were asked longest ago, but none that is being asked."""
-        free = [(key, version) for key, version in self._held.items() if version.number not in self._used]
-        over = sum(version.size for version in self._held.values()) - self.most_bytes
-        for key, version in free[:-1]:  # not the newest
-            if over <= 0:
+        """Delete the copies that were asked longest ago, but none that is being asked, nor the newest."""
+        while sum(version.size for version in self._held.values()) > self.most_bytes:
+            # Others go on while one is deleted: what is in use is looked at again for each.
+            unused = [key for key in list(self._held)[:-1] if self._held[key].number not in self._used]
+            if not unused:
                 break
-            over -= version.size
-            del self._held[key]
+            version = self._held.pop(unused[0])
             await self.drop(version)
             await asyncio.to_thread(shutil.rmtree, version.folder)
             self.observe("evictions", 1)
