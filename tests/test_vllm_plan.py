@@ -162,7 +162,7 @@ def test_what_is_being_asked_is_never_deleted(run, adapter, tmp_path):
     ids = [store.publish("me", manifest_of(f"a{n}", n), adapter).id for n in range(12)]
     config, base = run.read_config(), resolve_model("tiny")
     observed: list[str] = []
-    learned = load_adapter(adapter)
+    learned, copies = load_adapter(adapter), tmp_path / "copies"
 
     async def drop(version):
         assert version.folder.exists()
@@ -172,13 +172,7 @@ def test_what_is_being_asked_is_never_deleted(run, adapter, tmp_path):
         fits = fits_of(config, base, load_shape(base), Adapters())
         size = sum(file.stat().st_size for file in adapter.iterdir())
         versions = Versions(
-            store,
-            fits,
-            lambda card: learned,
-            tmp_path / "copies",
-            2 * size,
-            drop,
-            lambda name, _: observed.append(name),
+            store, fits, lambda card: learned, copies, 2 * size, drop, lambda name, _: observed.append(name)
         )
         names = set()
 
