@@ -15,11 +15,13 @@ import requests
 from serve.client import Client
 
 KEYS = "first-key-of-the-tests", "other-key-of-the-tests"
-START_SECONDS = 400
 
 
 class Server:
     """`rayml serve` in a process of its own; killed with all that it started."""
+
+    deployment = "Model"
+    start_seconds = 400
 
     def __init__(self, run: Path | str, *settings: str, port: int | None = None, logs: Path | None = None):
         self.port, self.metrics_port = port or free_port(), free_port()
@@ -30,7 +32,7 @@ class Server:
         env = os.environ | {"RAYML_API_KEYS": ",".join(KEYS), "RAY_AUTH_MODE": "disabled"}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log, env=env)
-        wait_for(lambda: "Ctrl-C" in self.log.read_text() or self.process.poll() is not None, START_SECONDS)
+        wait_for(lambda: "Ctrl-C" in self.log.read_text() or self.process.poll() is not None, self.start_seconds)
         assert self.process.poll() is None, self.log.read_text()
 
     def client(self, key: str = KEYS[0], **more) -> Client:
@@ -40,7 +42,7 @@ class Server:
         found = []
         for process in psutil.Process(self.process.pid).children(recursive=True):
             try:
-                if "ServeReplica:rayml:Model" in " ".join(process.cmdline()):
+                if f"ServeReplica:rayml:{self.deployment}" in " ".join(process.cmdline()):
                     found.append(process)
             except psutil.Error:  # it ended meanwhile
                 continue

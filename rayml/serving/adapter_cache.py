@@ -12,10 +12,10 @@ from pathlib import Path
 from rayml.adapter import Adapter
 from rayml.algorithms.inner_loop import Params
 from rayml.errors import RunError
-from rayml.lm.peft_files import AdapterCard
+from rayml.lm.peft_files import WEIGHTS, AdapterCard
 from rayml.serving.adapter_files import Fits, read_adapter
 from rayml.serving.errors import ApiError
-from rayml.serving.store import AdapterStore
+from rayml.serving.store import AdapterStore, Manifest
 
 log = logging.getLogger(__name__)
 Key = tuple[str, str]
@@ -78,27 +78,41 @@ class AdapterCache:
         return loaded
 
     def _read(self, owner: str, adapter: str) -> Adapter:
-        try:
-            with tempfile.TemporaryDirectory() as folder:
-                self._fetch(owner, adapter, Path(folder))
-                weights, card = read_adapter(Path(folder), self.fits)
-        except RunError as error:
-            log.error("adapter %s of %s refused: %s", adapter, owner, error)
-            self.observe("refused", 1)
-            raise ApiError(422, f"adapter {adapter} was refused: {error}", "model", "adapter_refused") from None
+        with tempfile.TemporaryDirectory() as folder:
+            weights, card, _ = fetched(self.store, owner, adapter, Path(folder), self.fits, self.observe)
         return self.adapter_of(weights, card)
 
-    def _fetch(self, owner: str, adapter: str, folder: Path) -> None:
-        for pause in (0.2, 1.0, None):
-            manifest = self.store.find(owner, adapter)
-            if manifest is None:
-                raise ApiError(404, f"no adapter {adapter}", "model", "model_not_found")
-            try:
-                return self.store.fetch(owner, manifest, folder, self.fits.most_bytes)
-            except RunError:  # it may be being published by two at this moment
-                if pause is None:
-                    raise
-                time.sleep(pause)
+
+def fetched(
+    store: AdapterStore, owner: str, adapter: str, folder: Path, fits: Fits, observe: Callable[[str, float], None]
+) -> tuple[Params, AdapterCard, str]:
+    """Copy an adapter's files into a folder and check them; return its weights, its card, and its weights' SHA-256.
+
+    Raises:
+        ApiError: 404, there is none; 422, it was refused, and why.
+    """
+    try:
+        manifest = _fetch(store, owner, adapter, folder, fits.most_bytes)
+        return *read_adapter(folder, fits), manifest.files[WEIGHTS]
+    except RunError as error:
+        log.error("adapter %s of %s refused: %s", adapter, owner, error)
+        observe("refused", 1)
+        raise ApiError(422, f"adapter {adapter} was refused: {error}", "model", "adapter_refused") from None
+
+
+def _fetch(store: AdapterStore, owner: str, adapter: str, folder: Path, most_bytes: int) -> Manifest:
+    for pause in (0.2, 1.0, None):
+        manifest = store.find(owner, adapter)
+        if manifest is None:
+            raise ApiError(404, f"no adapter {adapter}", "model", "model_not_found")
+        try:
+            store.fetch(owner, manifest, folder, most_bytes)
+            return manifest
+        except RunError:  # it may be being published by two at this moment
+            if pause is None:
+                raise
+            time.sleep(pause)
+    raise AssertionError("unreachable")
 
 
 def forget_task(tasks: dict, key: Key, task: asyncio.Task) -> None:

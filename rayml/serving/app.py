@@ -12,6 +12,7 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig, BackpressureConfig, RequestRouterConfig
 
 from rayml.config import dump_config
+from rayml.lm.load import resolve_model
 from rayml.runs.checkpoint import step_of
 from rayml.runs.files import AnyPath, listed
 from rayml.runs.folder import RunFolder
@@ -20,8 +21,10 @@ from rayml.serving.gateway import Gateway
 from rayml.serving.metrics import Metrics
 from rayml.serving.replica import Replica
 from rayml.serving.served import refuse_unservable, servable
-from rayml.serving.settings import Replicas, Serving, api_keys
+from rayml.serving.settings import Scaled, Serving, api_keys
 from rayml.serving.store import AdapterStore
+from rayml.serving.vllm.answerer import Answerer
+from rayml.serving.vllm.engine import refuse_without_vllm, with_gpus
 from rayml.training.driver import WORKER_ENV
 
 HEALTH_SECONDS = 30.0
@@ -34,6 +37,9 @@ class ServedReplica(Replica):
 
     def __init__(self, serving: Serving):
         torch.set_num_threads(max(1, int(serving.replicas.cpus or 1)))
+        share = serving.replicas.gpus or 0
+        if 0 < share < 1 and torch.cuda.is_available():
+            torch.cuda.set_per_process_memory_fraction(share)
         super().__init__(serving, Metrics().observe)
 
     async def check_health(self) -> None:
@@ -55,6 +61,41 @@ class ServedReplica(Replica):
             yield refusal
 
 
+class ServedAnswerer(Answerer):
+    """A replica of vLLM, as Serve runs it."""
+
+    def __init__(self, serving: Serving, name: str):
+        super().__init__(serving, name, Metrics().observe)
+
+    async def check_health(self) -> None:
+        await self.check_engine()
+
+    async def classify(self, *request: Any) -> Any:
+        try:
+            return await super().classify(*request)
+        except Exception as error:
+            return self._refusal(error)
+
+    async def respond(self, *request: Any) -> AsyncIterator[Any]:
+        try:
+            async for told in super().respond(*request):
+                yield told
+        except Exception as error:
+            yield self._refusal(error)
+
+    def _refusal(self, error: Exception) -> ApiError:
+        """Return what goes back as a value; where the engine is gone, another replica has to answer."""
+        if self.engine.errored:
+            return ApiError(503, "the engine was lost; send the request again", code="replica_lost")
+        if isinstance(error, ApiError):
+            return error
+        raise error
+
+    def __del__(self) -> None:
+        if hasattr(self, "versions"):  # it was opened
+            self.close()
+
+
 async def refused_or(answer: Awaitable[Any]) -> Any:
     try:
         return await answer
@@ -71,6 +112,9 @@ def build(args: Serving) -> serve.Application:
     run = RunFolder(args.run)
     config, checkpoint = servable(run, args.checkpoint)
     refuse_unservable(run, config)
+    if args.engine == "vllm":
+        refuse_without_vllm(config, resolve_model(config.model.name))
+        args = with_gpus(args, ray.cluster_resources().get("GPU", 0) if ray.is_initialized() else 0)
     store = args.store or str(run.path / "adapters")
     store = store if "://" in store else str(Path(store).absolute())
     serving = args.model_copy(update={"run": str(run.path), "store": store})
@@ -82,17 +126,8 @@ def build(args: Serving) -> serve.Application:
     fingerprint = hashlib.sha256("\n".join(content).encode()).hexdigest()
     base = args.name or config.model.name.rstrip("/").rsplit("/", 1)[-1]
     replicas = args.replicas
-    model = serve.deployment(
-        name="Model",
-        ray_actor_options=resources(replicas),
-        max_ongoing_requests=replicas.ongoing_requests,
-        max_queued_requests=replicas.queued_requests,
-        graceful_shutdown_timeout_s=replicas.drain_seconds,
-        health_check_timeout_s=2 * HEALTH_SECONDS,
-        # An adapter's requests go to one replica, so that others need not load it; to the next, when that one is full.
-        request_router_config=RequestRouterConfig(request_router_class=ROUTER),
-        **scaling(replicas),
-    )(ServedReplica)
+    model = deployed("Model", ServedReplica, replicas).bind(serving)
+    answerers = deployed("Answerer", ServedAnswerer, args.answerers).bind(serving, base)
     gateway = serve.deployment(
         name="Gateway",
         num_replicas=replicas.gateways,
@@ -103,17 +138,33 @@ def build(args: Serving) -> serve.Application:
         graceful_shutdown_timeout_s=replicas.drain_seconds,
     )(Gateway)
     digests = frozenset(hashlib.sha256(key.encode()).hexdigest() for key in keys)  # the cluster's state keeps no key
-    return gateway.bind(model.bind(serving), serving, base, fingerprint, store, digests)
+    answerer = answerers if args.engine == "vllm" else None
+    return gateway.bind(model, serving, base, fingerprint, store, digests, answerer)
 
 
-def resources(replicas: Replicas) -> dict[str, Any]:
+def deployed(name: str, kind: type, scaled: Scaled) -> Any:
+    """Return the deployment of a kind of replicas."""
+    return serve.deployment(
+        name=name,
+        ray_actor_options=resources(scaled),
+        max_ongoing_requests=scaled.ongoing_requests,
+        max_queued_requests=scaled.queued_requests,
+        graceful_shutdown_timeout_s=scaled.drain_seconds,
+        health_check_timeout_s=2 * HEALTH_SECONDS,
+        # An adapter's requests go to one replica, so that others need not load it; to the next, when that one is full.
+        request_router_config=RequestRouterConfig(request_router_class=ROUTER),
+        **scaling(scaled),
+    )(kind)
+
+
+def resources(replicas: Scaled) -> dict[str, Any]:
     gpus = replicas.gpus
     if gpus is None:
         gpus = 1.0 if ray.is_initialized() and ray.cluster_resources().get("GPU", 0) else 0.0
     return {"num_cpus": replicas.cpus or 1, "num_gpus": gpus, "runtime_env": {"env_vars": WORKER_ENV}}
 
 
-def scaling(replicas: Replicas) -> dict[str, Any]:
+def scaling(replicas: Scaled) -> dict[str, Any]:
     if replicas.min >= replicas.max:
         return {"num_replicas": replicas.min}
     return {

@@ -28,8 +28,9 @@ from rayml.runs.folder import RunFolder
 from rayml.serving.adapter_files import FILES, read_adapter
 from rayml.serving.app import build
 from rayml.serving.served import fits_of, refuse_unlike_peft, refuse_unservable, servable
-from rayml.serving.settings import Adapters, Serving, api_keys, check_host
+from rayml.serving.settings import Adapters, Scaled, Serving, api_keys, check_host
 from rayml.serving.store import NAME, AdapterStore, Manifest, adapter_id, owner_of
+from rayml.serving.vllm.engine import refuse_without_vllm
 from rayml.training.driver import WORKER_ENV, processors
 
 APPLICATION = "rayml"
@@ -64,10 +65,10 @@ def serve_forever(
     config, served = servable(folder, serving.checkpoint)
     refuse_unservable(folder, config)
     own = not os.environ.get("RAY_ADDRESS")
-    if own and not serving.replicas.cpus:
-        share = max(1, processors() // max(serving.replicas.min, serving.replicas.max))
-        replicas = serving.replicas.model_copy(update={"cpus": share})
-        serving = serving.model_copy(update={"replicas": replicas})
+    if serving.engine == "vllm":
+        refuse_without_vllm(config, resolve_model(config.model.name))
+    if own:
+        serving = with_cpus(serving, processors())
     err = Console(stderr=True, markup=False)
     with doing(err, "starting Ray"):
         start_cluster(serving, metrics_port)
@@ -115,12 +116,30 @@ def listening() -> tuple[str, int]:
     return client.http_config.host or "127.0.0.1", client.http_config.port
 
 
+def kinds(serving: Serving) -> dict[str, Scaled]:
+    """Return the kinds of replicas that run a model, by their settings' names."""
+    return {"replicas": serving.replicas} | ({"answerers": serving.answerers} if serving.engine == "vllm" else {})
+
+
+def most_of(scaled: Scaled) -> int:
+    return max(scaled.min, scaled.max)
+
+
+def with_cpus(serving: Serving, processors: int) -> Serving:
+    """Return the settings with an equal share of a machine's processors for every replica, where they say nothing."""
+    share = max(1, processors // sum(map(most_of, kinds(serving).values())))
+    changed = {
+        name: scaled.model_copy(update={"cpus": scaled.cpus or share}) for name, scaled in kinds(serving).items()
+    }
+    return serving.model_copy(update=changed)
+
+
 def start_cluster(serving: Serving, metrics_port: int | None) -> None:
     """Start Ray here, with room for all replicas, or join the cluster that RAY_ADDRESS names."""
     own: dict[str, Any] = {}
     if not os.environ.get("RAY_ADDRESS"):
-        most = max(serving.replicas.min, serving.replicas.max)
-        cpus = max(processors(), math.ceil(most * (serving.replicas.cpus or 1)))
+        needed = sum(most_of(scaled) * (scaled.cpus or 1) for scaled in kinds(serving).values())
+        cpus = max(processors(), math.ceil(needed))
         own = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
         if metrics_port:
             own["_metrics_export_port"] = metrics_port

@@ -20,9 +20,10 @@ from starlette.exceptions import HTTPException
 
 from rayml.lm.sampling import Sampling
 from rayml.serving import playground
+from rayml.serving.answering import Answering
 from rayml.serving.answers import ResponseBodies
 from rayml.serving.errors import ApiError
-from rayml.serving.http import as_api_error, chained, refusal, session, takes, translated, until_error
+from rayml.serving.http import as_api_error, chained, model_of, refusal, session, takes, translated, until_error
 from rayml.serving.metrics import Metrics
 from rayml.serving.schema import (
     AdapterRequest,
@@ -56,6 +57,7 @@ class Gateway:
         fingerprint: of the run; a part of every adapter's id.
         store: where adapters are kept.
         keys: SHA-256 of the API keys; none, and none is asked for.
+        answerers: the replicas of vLLM; None, where those of the model answer.
     """
 
     def __init__(
@@ -66,7 +68,10 @@ class Gateway:
         fingerprint: str,
         store: str,
         keys: frozenset[str],
+        answerers: DeploymentHandle | None = None,
     ):
+        again_seconds = serving.answerers.again_seconds
+        self.answering = Answering(answerers, again_seconds) if answerers else None
         self.model, self.serving, self.limits = model, serving, serving.limits
         self.base, self.fingerprint, self.keys = base, fingerprint, keys
         self.store = AdapterStore(store)
@@ -107,6 +112,8 @@ class Gateway:
     async def _check(self) -> str | None:
         try:
             await asyncio.wait_for(self.model.check.remote(10.0), 15)
+            if self.answering:
+                await asyncio.wait_for(self.answering.check(10.0), 15)
         except Exception as error:
             return type(error).__name__
         return None
@@ -154,6 +161,7 @@ class Gateway:
             content += [asked.kind] if asked.kind else []
             adapter = adapter_id(asked.name, content)
             manifest, new = await self._ask("learn", owner, adapter, asked)
+            self._known.pop((owner, asked.name), None)  # the newest of that name is this one now
             return JSONResponse(describe(manifest, self.base), 201 if new else 200)
 
         return await self._answer(request, "adapters", work)
@@ -214,7 +222,8 @@ class Gateway:
             self._check_count("input", len(asked.inputs), self.limits.inputs)
             self._check_count("options", len(asked.options or [""]), self.limits.options)
             adapter = await self._adapter(owner, asked.model)
-            found = await self._ask("classify", owner, adapter, asked)
+            found = await self.answering.classify(owner, adapter, asked) if self.answering else None
+            found = found or await self._ask("classify", owner, adapter, asked)
             answers = [{"index": index} | answer for index, answer in enumerate(found["answers"])]
             usage = {"prompt_tokens": found["tokens"], "total_tokens": found["tokens"]}
             return JSONResponse({"object": "list", "model": asked.model, "data": answers, "usage": usage})
@@ -226,6 +235,8 @@ class Gateway:
         """Write on. An adapter takes the prompt for an input of its task."""
 
         async def work(owner: str) -> Response:
+            if forwarded := await self._forward(owner, request, "completions"):
+                return forwarded
             asked: CompletionRequest = await self._body(request, CompletionRequest)
             self._check_count("prompt", len(asked.prompts), self.limits.inputs)
             sampling = self._sampling(asked, asked.max_tokens or self._some_tokens(), asked.logprobs)
@@ -239,6 +250,8 @@ class Gateway:
         """Answer a conversation. An adapter takes it for an input of its task."""
 
         async def work(owner: str) -> Response:
+            if forwarded := await self._forward(owner, request, "chat"):
+                return forwarded
             asked: ChatRequest = await self._body(request, ChatRequest)
             most = asked.max_completion_tokens or asked.max_tokens or self._some_tokens()
             sampling = self._sampling(asked, most, asked.top_logprobs if asked.logprobs else None)
@@ -246,6 +259,14 @@ class Gateway:
             return await self._write(owner, asked, [asked.messages], sampling, shape)
 
         return await self._answer(request, "chat", work)
+
+    async def _forward(self, owner: str, request: Request, kind: str) -> Response | None:
+        """Return what vLLM answers, which reads the body by itself; None, where the replicas of the model have to."""
+        if not self.answering:
+            return None
+        body = await self._read(request)
+        adapter = await self._adapter(owner, model_of(body))
+        return await self.answering.respond(owner, adapter, kind, body)
 
     async def _write(
         self, owner: str, asked: Sampled, prompts: list[Any], sampling: Sampling, shape: ResponseBodies
@@ -299,13 +320,18 @@ class Gateway:
         return manifest
 
     async def _body(self, request: Request, kind: type[Body]) -> Any:
-        """Read a body, as far as it may go."""
-        body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > self.limits.body_bytes:
-                raise ApiError(413, f"the body is longer than {self.limits.body_bytes} bytes", code="body_too_long")
-        return parse(kind, bytes(body))
+        return parse(kind, await self._read(request))
+
+    async def _read(self, request: Request) -> bytes:
+        """Read a body, as far as it may go; once."""
+        if not hasattr(request.state, "body"):
+            body = bytearray()
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > self.limits.body_bytes:
+                    raise ApiError(413, f"the body is longer than {self.limits.body_bytes} bytes", code="body_too_long")
+            request.state.body = bytes(body)
+        return request.state.body
 
     async def _ask(self, method: str, owner: str, adapter: str | None, *arguments: Any) -> Any:
         handle = self.model.options(session_id=session(owner, adapter))

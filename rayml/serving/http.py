@@ -3,6 +3,7 @@
 A module of its own, since Serve pickles an ingress class while its module is still being read.
 """
 
+import json
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -34,6 +35,21 @@ def inlined(schema: Any, definitions: dict[str, Any]) -> Any:
     if "$ref" in schema:
         return inlined(definitions[schema["$ref"].rsplit("/", 1)[-1]], definitions)
     return {key: inlined(part, definitions) for key, part in schema.items() if key != "$defs"}
+
+
+def model_of(body: bytes) -> str:
+    """Return the `model` that a body asks for, whatever else is in it.
+
+    Raises:
+        ApiError: 400, it is no JSON object, or names no model.
+    """
+    try:
+        values = json.loads(body)
+    except (ValueError, RecursionError):
+        raise ApiError(400, "the body is no JSON") from None
+    if not isinstance(values, dict) or not isinstance(values.get("model"), str):
+        raise ApiError(400, "model: a text is missing", "model", "missing")
+    return values["model"]
 
 
 def session(owner: str, adapter: str | None) -> str:

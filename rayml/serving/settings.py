@@ -74,8 +74,8 @@ class Adapters(Section):
     """How often expired adapters are deleted from the store."""
 
 
-class Replicas(Section):
-    """How many replicas of the model there are, and what each gets."""
+class Scaled(Section):
+    """How many replicas there are of a kind, and what each gets."""
 
     min: PositiveInt = 1
     """Fewest replicas."""
@@ -97,10 +97,45 @@ class Replicas(Section):
     """Ray's GPUs for a replica; else 1 where the cluster has any."""
     drain_seconds: PositiveFloat = 30
     """How long a replica that is taken away may finish what it has begun."""
+
+
+class Replicas(Scaled):
+    """The replicas of our own model. With engine=vllm they learn, and answer what vLLM cannot."""
+
     gateways: PositiveInt = 1
     """Replicas of the gateway, which need no model."""
     stuck_seconds: PositiveFloat = 600
     """A replica is given up when one step of its model takes longer than this, or its model does not run at all."""
+
+
+class Answerers(Scaled):
+    """The replicas of vLLM, where engine=vllm."""
+
+    target_ongoing_requests: PositiveFloat = 64
+    """Requests a replica that autoscaling aims at."""
+    ongoing_requests: PositiveInt = 512
+    """Requests that a replica takes at a time; vLLM batches among these."""
+    queued_requests: PositiveInt = 1024
+    """Requests that wait for a replica behind one gateway, before the answer is 429."""
+    rows: PositiveInt = 64
+    """Texts that are written, or queries that are classified, side by side (vLLM's `max_num_seqs`)."""
+    loras: PositiveInt = 16
+    """Adapters among them (`max_loras`): others wait a step. Each takes the room of the largest rank."""
+    held_loras: PositiveInt = 256
+    """Adapters in the memory of a replica (`max_cpu_loras`); others are read from its disk again."""
+    lora_rank: PositiveInt | None = None
+    """Largest rank (`max_lora_rank`); the run's, if none is given. vLLM rounds up, and a rank too large costs speed."""
+    memory_share: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of a GPU's memory that vLLM takes, weights and all (`gpu_memory_utilization`); else `gpus` where that is a
+    part of a card, else 0.9."""
+    cache_bytes: PositiveInt | None = None
+    """Memory for keys and values (`kv_cache_memory_bytes`); else what the share leaves, and 1 GiB on a CPU."""
+    tools: str | None = None
+    """How calls of tools are read from what the base writes: a parser of vLLM, such as `hermes` or `llama3_json`."""
+    vllm: dict[str, Any] = {}  # noqa: RUF012 (pydantic copies it)
+    """Further arguments of vLLM's engine, by its own names (`AsyncEngineArgs`): `{quantization: fp8}`."""
+    again_seconds: NotNegativeFloat = 120
+    """How long a request is sent anew when the answerer that had it was lost, before the answer is 503."""
 
 
 class Serving(Section):
@@ -118,6 +153,10 @@ class Serving(Section):
     batching: Batching = Batching()
     adapters: Adapters = Adapters()
     replicas: Replicas = Replicas()
+    engine: Literal["local", "vllm"] = "local"
+    """What answers. `local`: the replicas that learn. `vllm`: replicas of vLLM beside them, for many requests at a
+    time; it needs the extra `vllm`."""
+    answerers: Answerers = Answerers()
     seed: NotNegativeInt | None = None
     """Seed of requests that give none; None draws one."""
 

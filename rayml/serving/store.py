@@ -2,8 +2,7 @@
 
     ROOT/OWNER/ID/{adapter_config.json, adapter_model.safetensors, rayml.json, manifest.json}
 
-The manifest is written last and in one piece: an adapter is there when its manifest is. The folder of an owner is
-what vLLM takes for `dynamic_lora_loading_path`.
+The manifest is written last and in one piece: an adapter is there when its manifest is.
 """
 
 import contextlib

@@ -1,0 +1,135 @@
+"""The adapters that an answerer has on its disk, each version under a name of its own.
+
+vLLM tells adapters, and prompts in its prefix cache, apart by names: what changed must never come under an old one. It
+also reads an adapter again after dropping it from memory, so no file of one that is being asked is ever deleted.
+"""
+
+import asyncio
+import contextlib
+import shutil
+from collections import Counter, OrderedDict
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from rayml.adapter import Adapter
+from rayml.algorithms.base import Algorithm
+from rayml.lm.lora import A
+from rayml.lm.peft_files import AdapterCard
+from rayml.serving.adapter_cache import Key, fetched, forget_task
+from rayml.serving.adapter_files import Fits
+from rayml.serving.store import AdapterStore
+
+
+@dataclass(frozen=True)
+class Version:
+    """An adapter as vLLM knows it."""
+
+    adapter: Adapter
+    """Without weights: how it is asked, and its labels."""
+    name: str
+    number: int
+    """vLLM's `lora_int_id`."""
+    folder: Path
+    rank: int
+    size: int
+    """Bytes on disk."""
+
+    def unanswered(self, most_rank: int) -> str:
+        """Return why vLLM cannot answer with it; "" where it can."""
+        algorithm, card = self.adapter.algorithm, self.adapter.card
+        if self.rank > most_rank:
+            return f"its rank is {self.rank}, and answerers.lora_rank makes room for {most_rank}"
+        if type(algorithm).answer is not Algorithm.answer or algorithm.keeps_states:
+            return f"{algorithm.name} answers from hidden states"
+        return "its options are scored by what they make of the input" if card.scoring == "channel" else ""
+
+
+class Versions:
+    """Args:
+    adapter_of: makes of a card what an adapter is asked by.
+    folder: of this replica alone.
+    most_bytes: of all copies together; those in use stay whatever their size.
+    drop: tells vLLM that an adapter is gone.
+    """
+
+    def __init__(
+        self,
+        store: AdapterStore,
+        fits: Fits,
+        adapter_of: Callable[[AdapterCard], Adapter],
+        folder: Path,
+        most_bytes: int,
+        drop: Callable[[Version], Awaitable[Any]],
+        observe: Callable[[str, float], None],
+    ):
+        self.store, self.fits, self.adapter_of, self.folder = store, fits, adapter_of, folder
+        self.most_bytes, self.drop, self.observe = most_bytes, drop, observe
+        self._held: OrderedDict[Key, Version] = OrderedDict()
+        self._used: Counter[int] = Counter()
+        self._loading: dict[Key, asyncio.Task[Version]] = {}
+        self._numbers = count(1)
+
+    @contextlib.asynccontextmanager
+    async def use(self, owner: str, adapter: str) -> AsyncIterator[Version]:
+        """Hold an adapter on the disk for as long as it is asked.
+
+        Raises:
+            ApiError: 404, there is none; or it was refused, and why.
+        """
+        key = owner, adapter
+        version = await self._get(key)
+        while self._held.get(key) is not version:  # it made room for another in between
+            version = await self._get(key)
+        self._used[version.number] += 1
+        try:
+            yield version
+        finally:
+            self._used[version.number] -= 1
+            if not self._used[version.number]:
+                del self._used[version.number]
+
+    async def _get(self, key: Key) -> Version:
+        if key not in self._held:
+            if key not in self._loading:
+                self._loading[key] = asyncio.create_task(self._load(key))
+                self._loading[key].add_done_callback(lambda task: forget_task(self._loading, key, task))
+            return await asyncio.shield(self._loading[key])
+        self._held.move_to_end(key)
+        return self._held[key]
+
+    async def _load(self, key: Key) -> Version:
+        number = next(self._numbers)
+        version = await asyncio.to_thread(self._read, key, number)
+        self._held[key] = version
+        self.observe("loads", 1)
+        await self._make_room()
+        return version
+
+    def _read(self, key: Key, number: int) -> Version:
+        owner, adapter = key
+        folder = self.folder / str(number)
+        folder.mkdir(parents=True)
+        try:
+            weights, card, version = fetched(self.store, owner, adapter, folder, self.fits, self.observe)
+        except BaseException:
+            shutil.rmtree(folder)
+            raise
+        rank = max(weight.shape[0] for name, weight in weights.items() if name.endswith(A))
+        size = sum(file.stat().st_size for file in folder.iterdir())
+        return Version(self.adapter_of(card), f"{owner}/{adapter}/{version}", number, folder, rank, size)
+
+    async def _make_room(self) -> None:
+        """Delete the copies that were asked longest ago, but none that is being asked, nor the newest."""
+        while sum(version.size for version in self._held.values()) > self.most_bytes:
+            # Others go on while one is deleted: what is in use is looked at again for each.
+            unused = [key for key in list(self._held)[:-1] if self._held[key].number not in self._used]
+            if not unused:
+                break
+            version = self._held.pop(unused[0])
+            await self.drop(version)
+            await asyncio.to_thread(shutil.rmtree, version.folder)
+            self.observe("evictions", 1)
+        self.observe("cached_adapters", len(self._held))

@@ -1,0 +1,23 @@
+"""What is put right in vLLM's worker processes, which read this module for their `worker_extension_cls`."""
+
+from typing import Any
+
+from vllm.v1.sample.sampler import Sampler
+
+from rayml.serving.vllm.mixing import with_top_tokens
+from rayml.serving.vllm.parent import end_with_answerer
+
+
+class Extension:
+    """Adds nothing to the worker."""
+
+
+_forward = Sampler.forward
+
+
+def _mixed(self: Any, logits: Any, sampling_metadata: Any, *more: Any, **named: Any) -> Any:
+    return _forward(self, logits, with_top_tokens(logits, sampling_metadata), *more, **named)
+
+
+Sampler.forward = _mixed
+end_with_answerer()
