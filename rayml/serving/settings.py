@@ -47,14 +47,13 @@ class Batching(Section):
     """Texts that are generated side by side."""
     cache_tokens: PositiveInt = 65_536
     """Most tokens in the cache of keys and values: rows times the longest of them."""
-    prompt_tokens: PositiveInt = 8192
-    """Tokens of new prompts that are read in one forward, between two tokens of the others; one prompt always is."""
+    turn_tokens: PositiveInt | None = None
+    """Tokens that each kind of work may run at a time, so that others wait no longer: of queries, of new prompts (longer
+    ones are read in parts), of examples to learn. Else 256 on a CPU, 8192 on a GPU."""
     queries: PositiveInt = 32
     """Queries that are classified in one forward."""
     adaptations: PositiveInt = 8
-    """Adapters that are learned in one batched inner loop."""
-    adaptation_tokens: PositiveInt = 8192
-    """Most tokens of such a loop, rows times the longest of them; one adapter always is."""
+    """Adapters that are learned in one batched inner loop, where they fit into `turn_tokens` together."""
     adaptation_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Share of the model's time that adaptations may take while queries wait."""
 
