@@ -150,18 +150,16 @@ def support_side(model: "MetaModel", requests: Sequence[AdaptationRequest]) -> T
     return TaskSide(model.lm, rows, labels, classes, model.encoder.pad)
 
 
-def splits(model: "MetaModel", request: AdaptationRequest) -> bool:
+def splits(model: "MetaModel") -> bool:
     """Return whether the losses of a task are a sum over its examples: not where prototypes compare them."""
     algorithm = model.config.algorithm
     return type(algorithm).support_losses is Algorithm.support_losses and not algorithm.prototypes
 
 
-def in_parts(
-    model: "MetaModel", requests: Sequence[AdaptationRequest], most_tokens: int | None
-) -> list[TaskSide]:
+def in_parts(model: "MetaModel", requests: Sequence[AdaptationRequest], most_tokens: int | None) -> list[TaskSide]:
     """Return the support in parts of no more than so many tokens, one example at least, where it can be split."""
     request = requests[0]
-    if most_tokens is None or len(requests) > 1 or not splits(model, request):
+    if most_tokens is None or len(requests) > 1 or not splits(model):
         return [support_side(model, requests)]
     size = max(1, most_tokens // max(len(row.tokens) for row in request.rows))
     starts = range(0, len(request.rows), size)

@@ -235,7 +235,7 @@ def has_sdpa(base: str) -> bool:
 
 @contextmanager
 def fused_attention(module: Any, tokens: int) -> Iterator[None]:
-    """Let long rows have fused attention inside the block, where a model was loaded with eager attention for short ones.
+    """Let long rows have fused attention inside the block, where a model was loaded with eager for short ones.
 
     Eager attention writes every score, `[heads, L, L]` in float32: 2,000 tokens took four times as long.
     """

@@ -15,7 +15,7 @@ from rayml.errors import RunError
 from rayml.lm.peft_files import AdapterCard
 from rayml.serving.adapter_files import Fits, read_adapter
 from rayml.serving.errors import ApiError
-from rayml.serving.store import AdapterStore
+from rayml.serving.store import AdapterStore, DamagedError, damaged
 
 log = logging.getLogger(__name__)
 Key = tuple[str, str]
@@ -48,7 +48,7 @@ class AdapterCache:
         """Return an adapter, read from the store beside the hot path where it is not held.
 
         Raises:
-            ApiError: 404, there is none; 422, it was refused, and why.
+            ApiError: 404, there is none; 422, it was refused, and why; 500, it is damaged.
         """
         key = owner, adapter
         if key in self._held:
@@ -82,6 +82,8 @@ class AdapterCache:
             with tempfile.TemporaryDirectory() as folder:
                 self._fetch(owner, adapter, Path(folder))
                 weights, card = read_adapter(Path(folder), self.fits)
+        except DamagedError as error:
+            raise damaged(owner, adapter, error) from None
         except RunError as error:
             log.error("adapter %s of %s refused: %s", adapter, owner, error)
             self.observe("refused", 1)
@@ -95,7 +97,7 @@ class AdapterCache:
                 raise ApiError(404, f"no adapter {adapter}", "model", "model_not_found")
             try:
                 return self.store.fetch(owner, manifest, folder, self.fits.most_bytes)
-            except RunError:  # it may be being published by two at this moment
+            except DamagedError:  # it may be being published by two at this moment
                 if pause is None:
                     raise
                 time.sleep(pause)

@@ -1,5 +1,6 @@
 """What `rayml serve` and `rayml publish` do."""
 
+import contextlib
 import json
 import logging
 import math
@@ -10,12 +11,13 @@ import tempfile
 import threading
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray import serve
+from ray._private import ray_constants
 from ray.serve.context import _get_global_client
 from rich.console import Console
 
@@ -27,6 +29,7 @@ from rayml.progress import doing
 from rayml.runs.folder import RunFolder
 from rayml.serving.adapter_files import FILES, read_adapter
 from rayml.serving.app import build
+from rayml.serving.ports import end_orphans, mark_session, refuse_taken
 from rayml.serving.served import fits_of, refuse_unlike_peft, refuse_unservable, servable
 from rayml.serving.settings import Adapters, Serving, api_keys, check_host
 from rayml.serving.store import NAME, AdapterStore, Manifest, adapter_id, owner_of
@@ -69,6 +72,10 @@ def serve_forever(
         replicas = serving.replicas.model_copy(update={"cpus": share})
         serving = serving.model_copy(update={"replicas": replicas})
     err = Console(stderr=True, markup=False)
+    if own:
+        end_orphans()
+        refuse_taken(host, {"--port": port})
+        refuse_taken("0.0.0.0", {"--metrics-port": metrics_port})
     with doing(err, "starting Ray"):
         start_cluster(serving, metrics_port)
     stop = threading.Event()
@@ -124,7 +131,26 @@ def start_cluster(serving: Serving, metrics_port: int | None) -> None:
         own = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
         if metrics_port:
             own["_metrics_export_port"] = metrics_port
-    ray.init(logging_level=logging.ERROR, log_to_driver=False, runtime_env={"env_vars": WORKER_ENV}, **own)
+    with listening_here() if own else contextlib.nullcontext():
+        context = ray.init(
+            logging_level=logging.ERROR, log_to_driver=False, runtime_env={"env_vars": WORKER_ENV}, **own
+        )
+    if own:
+        mark_session(Path(context["session_dir"]))
+
+
+@contextlib.contextmanager
+def listening_here() -> Iterator[None]:
+    """Let a Ray that starts inside the block listen on 127.0.0.1, as it does by itself on other systems than Linux.
+
+    All its processes take that for the address of this machine.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def publish_adapter(source: Path, run_path: str, name: str | None, store: str | None, out: Console) -> None:

@@ -22,12 +22,15 @@ from rayml.lm.queries import first_batch, log_probs
 from rayml.model import MetaModel
 from rayml.serving.errors import ApiError, busy
 from rayml.serving.lessons import Lessons
+from rayml.serving.memory import give_memory_back
 from rayml.serving.settings import Batching, Limits
 from rayml.serving.work import Adaptation, Waiting, Writing, settle
 from rayml.serving.writer import Writer
 
 log = logging.getLogger(__name__)
 Observe = Callable[[str, float], None]
+IDLE_SECONDS = 1.0
+"""After which memory that nobody uses any more is given back."""
 TURN_TOKENS = 256, 8192
 """What a turn reads on a CPU, and on a GPU: some tenths of a second."""
 
@@ -105,12 +108,7 @@ class Engine:
             self._changed.notify()
 
     def _run(self) -> None:
-        while True:
-            with self._changed:
-                while self._open and not self._pings and not self._has_queries() and not self._has_adaptations():
-                    self._changed.wait()
-                if not self._open:
-                    return
+        while self._wait():
             self._turn_began = time.monotonic()
             try:
                 self._turn()
@@ -118,6 +116,16 @@ class Engine:
                 log.exception("a turn failed")
                 self._fail_all(error)
             self._turn_began = None
+
+    def _wait(self) -> bool:
+        """Wait until there is something to do; False: the end."""
+        seconds: float | None = IDLE_SECONDS
+        with self._changed:
+            while self._open and not self._pings and not self._has_queries() and not self._has_adaptations():
+                if not self._changed.wait(seconds):
+                    give_memory_back()
+                    seconds = None
+            return self._open
 
     def _fail_all(self, error: Exception) -> None:
         for future in (*self._pings, *(asked.answer for asked in self._queries)):

@@ -24,9 +24,7 @@ class Loop:
 class Lessons:
     """What waits to be learned, and one loop under way for each owner: nobody waits for another's lessons to end."""
 
-    def __init__(
-        self, model: MetaModel, batching: Batching, turn_tokens: int, observe: Callable[[str, float], None]
-    ):
+    def __init__(self, model: MetaModel, batching: Batching, turn_tokens: int, observe: Callable[[str, float], None]):
         self.model, self.batching, self.turn_tokens, self.observe = model, batching, turn_tokens, observe
         self.waiting: deque[Adaptation] = deque()
         self._loops: dict[str, Loop] = {}
