@@ -118,10 +118,8 @@ def settle_owners(store: AdapterStore, keys: Mapping[str, str]) -> None:
             for manifest in every(store, owner_of(key)):
                 store.move(owner_of(key), manifest.id, owner)
     if keys and PUBLIC not in keys.values() and store.count(PUBLIC):
-        log.warning(
-            "%d adapters were made without a key, and no key sees them; `rayml store move %s %s NAME` gives them to one",
-            store.count(PUBLIC), store.root, PUBLIC,
-        )  # fmt: skip
+        gives = f"`rayml store move {store.root} {PUBLIC} NAME` gives them to one"
+        log.warning("%d adapters were made without a key, and no key sees them; %s", store.count(PUBLIC), gives)
 
 
 def resources(replicas: Replicas) -> dict[str, Any]:

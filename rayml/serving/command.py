@@ -11,13 +11,12 @@ import tempfile
 import threading
 import time
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray import serve
-from ray._private import ray_constants
 from ray.serve.context import _get_global_client
 from rich.console import Console
 
@@ -34,6 +33,7 @@ from rayml.serving.served import fits_of, refuse_unlike_peft, refuse_unservable,
 from rayml.serving.settings import Adapters, Serving, api_keys, check_host
 from rayml.serving.store import NAME, AdapterStore, Manifest, adapter_id, owner_of
 from rayml.training.driver import WORKER_ENV, processors
+from rayml.training.ray_internals import listening_here
 
 APPLICATION = "rayml"
 EXAMPLE = {
@@ -139,21 +139,9 @@ def start_cluster(serving: Serving, metrics_port: int | None) -> None:
         mark_session(Path(context["session_dir"]))
 
 
-@contextlib.contextmanager
-def listening_here() -> Iterator[None]:
-    """Let a Ray that starts inside the block listen on 127.0.0.1, as it does by itself on other systems than Linux.
-
-    All its processes take that for the address of this machine.
-    """
-    before = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    try:
-        yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
-
-
-def publish_adapter(source: Path, run_path: str, name: str | None, store: str | None, out: Console) -> None:
+def publish_adapter(
+    source: Path, run_path: str, name: str | None, store: str | None, out: Console, owner: str | None = None
+) -> None:
     """Check an adapter's folder, or zip, against a run's base, and put it into a server's store.
 
     Raises:
@@ -186,7 +174,7 @@ def publish_adapter(source: Path, run_path: str, name: str | None, store: str | 
             seconds=0,
         )
         there = AdapterStore(store or str(run.path / "adapters"))
-        there.publish(owner_of(os.environ.get("RAYML_API_KEY")), manifest, Path(folder))
+        there.publish(owner or owner_of(os.environ.get("RAYML_API_KEY")), manifest, Path(folder))
     kind = f"labels {', '.join(card.labels.values())}" if card.labels else "no labels of its own"
     out.print(f"published {manifest.id} ({kind}) in {there.root}", highlight=False, soft_wrap=True)
 

@@ -85,7 +85,7 @@ def _is_taken(host: str, port: int) -> bool:
 def _by_whom(port: int) -> str:
     with contextlib.suppress(psutil.Error):
         for connection in psutil.net_connections("tcp"):
-            if connection.laddr and connection.laddr.port == port and connection.pid:
-                if connection.status == psutil.CONN_LISTEN:
-                    return f" by process {connection.pid} ({psutil.Process(connection.pid).name()})"
+            is_here = connection.laddr and connection.laddr.port == port and connection.status == psutil.CONN_LISTEN
+            if is_here and connection.pid:
+                return f" by process {connection.pid} ({psutil.Process(connection.pid).name()})"
     return ""

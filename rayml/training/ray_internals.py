@@ -3,15 +3,18 @@
 pyproject.toml bounds Ray to what this was tested with; `tests/test_internals.py` says what a newer one broke.
 """
 
+import contextlib
 import json
+from collections.abc import Iterator
 from typing import Any
 
+from ray._private import ray_constants
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
 from rayml.runs.files import AnyPath
 
-__all__ = ["DIED", "ControllerCallback", "WorkerGroupCallback", "forget_lost", "trial_settings"]
+__all__ = ["DIED", "ControllerCallback", "WorkerGroupCallback", "forget_lost", "listening_here", "trial_settings"]
 
 # It runs in the controller's process: what is imported here costs each run's start.
 DIED = WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
@@ -36,3 +39,17 @@ def forget_lost(checkpoints: AnyPath) -> None:
         forgets = True
     if forgets:
         memory.unlink()
+
+
+@contextlib.contextmanager
+def listening_here() -> Iterator[None]:
+    """Let a Ray that starts inside the block listen on 127.0.0.1, as it does by itself on other systems than Linux.
+
+    All its processes take that for the address of this machine.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
