@@ -10,12 +10,15 @@ from serving_run import TEXTS, TICKETS, ask, learn, make_run, request, write
 
 from rayml.adaptation import adapt_requests
 from rayml.lm.decode import Decoder
+from rayml.lm.generate import Generation
 from rayml.lm.precision import fused_attention
 from rayml.lm.sampling import Sampling
 from rayml.serving.errors import ApiError
+from rayml.serving.queries import queries_of
 from rayml.serving.replica import Replica
+from rayml.serving.schema import ClassifyRequest
 from rayml.serving.settings import Serving
-from rayml.serving.work import Adaptation
+from rayml.serving.work import Adaptation, Waiting, Writing
 
 LONG = "word " * 300
 """1,500 tokens of the tiny model."""
@@ -48,27 +51,33 @@ def test_a_long_prompt_read_in_parts_says_what_it_says_in_one(replica, run):
     whole.engine.close()
 
 
-def test_short_queries_and_texts_overtake_a_long_prompt(replica):
-    ended = []
+def test_short_queries_and_texts_overtake_a_long_prompt(run):
+    replica, turns, ended = replica_of(run), 0, {}
+    engine, tokenizer = replica.engine, replica.model.encoder.tokenizer
+    engine.close()  # its turns are taken here
 
-    async def all_at_once():
-        async def one(name, work):
-            await work
-            ended.append(name)
+    def writing(name, prompt):
+        def receive(piece):
+            if piece.finish_reason:
+                ended[name] = turns
 
-        async def text(prompt):
-            return [piece async for piece in replica.write("public", None, [prompt], Sampling(3))]
+        tokens = tokenizer(prompt)["input_ids"]
+        return Writing(tokenizer, tokens, None, Sampling(3), replica.ends).send_to(receive)
 
-        from rayml.serving.schema import ClassifyRequest
-
-        long = asyncio.create_task(one("long", text(LONG)))
-        await asyncio.sleep(0.01)
-        asked = ClassifyRequest(model="m", input="x", options=["yes", "no"])
-        await asyncio.gather(one("classify", replica.classify("public", None, asked)), one("short", text("abc")), long)
-
-    asyncio.run(all_at_once())
-    assert ended[-1] == "long"
-    assert set(ended[:2]) == {"classify", "short"}
+    engine.writer.waiting.extend([writing("long", LONG), writing("longer", LONG * 2)])
+    (query,) = queries_of(replica.bare, ["x"], ["yes", "no"], 4096, truncate=False)
+    asked = Waiting(query[0])
+    asked.answer.add_done_callback(lambda _: ended.setdefault("classify", turns))
+    while engine._has_queries():
+        turns += 1
+        if turns == 2:
+            engine._queries.append(asked)
+            engine.writer.waiting.append(writing("short", "abc"))
+        engine._turn()
+    assert ended["classify"] == 2
+    assert ended["short"] <= 5
+    assert ended["long"] == pytest.approx(1500 / 64, abs=4)
+    assert ended["longer"] == pytest.approx(4500 / 64, abs=6)
 
 
 def test_no_turn_reads_more_than_its_budget(replica, monkeypatch):
@@ -197,8 +206,6 @@ def test_long_rows_have_fused_attention_and_short_ones_what_they_were_loaded_wit
 
 def test_the_cache_of_a_text_that_ended_is_given_back(replica):
     decoder = Decoder(replica.model.lm, most_rows=2, cache_tokens=0)
-    from rayml.lm.generate import Generation
-
     row = Generation(replica.model.encoder.tokenizer, [5] * 200, None, Sampling(2))
     decoder.join([row])
     assert decoder.cache.layers[0].keys is not None
@@ -211,8 +218,6 @@ def test_answers_do_not_depend_on_who_else_reads_a_long_prompt(replica):
     alone = ask(replica, manifest.id, TEXTS)
 
     async def beside():
-        from rayml.serving.schema import ClassifyRequest
-
         async def text():
             return [piece async for piece in replica.write("public", None, [LONG], Sampling(2))]
 
