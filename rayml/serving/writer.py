@@ -117,17 +117,18 @@ class Writer:
 
     def _read_on(self) -> None:
         """Read the next part of the long prompt whose turn it is."""
-        reader = self.reader or self._next_reader()
-        self.reader = None
+        self.reader = reader = self.reader or self._next_reader()
         if reader is None or self._has_left(reader):
+            self.reader = None
             return
         most = self.turn_tokens if self.long.reads_in_parts else len(reader.row.tokens)
         try:
-            if not self.long.read_on(reader, most):
-                self.reader = reader
+            if self.long.read_on(reader, most):
+                self.reader = None
         except Exception as error:
             log.exception("reading a prompt failed")
             self._lose([reader.row], error)
+            self.reader = None
         self._send(self.long)
 
     def _has_left(self, reader: PromptReader) -> bool:
