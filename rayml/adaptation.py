@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from rayml.algorithms.inner_loop import InnerLoop, Params
+from rayml.algorithms.base import Algorithm
+from rayml.algorithms.inner_loop import Params, TaskLosses, adapt_in_parts
 from rayml.errors import DataError
 from rayml.lm.batch import TaskSide
 from rayml.lm.fine_tuning import special_steps
@@ -102,34 +103,73 @@ Losses = list[float]
 
 
 def adapt_requests(
-    model: "MetaModel", requests: Sequence[AdaptationRequest], steps: Sequence[int]
-) -> Generator[None, None, list[tuple[Params, Losses]]]:
-    """Adapt to T tasks side by side, each by its own number of inner steps; yields after every step.
+    model: "MetaModel", requests: Sequence[AdaptationRequest], steps: Sequence[int], most_tokens: int | None = None
+) -> Generator[int, None, list[tuple[Params, Losses]]]:
+    """Adapt to T tasks side by side, each by its own number of inner steps; yields the steps taken so far.
+
+    Args:
+        most_tokens: of the examples that run at a time, where there is one task and its losses are a sum over
+            examples; then there are several yields for each step. None: all of them.
 
     Returns:
         each task's weights, `[...]`, with what its answers need of its support (`Algorithm.kept`), and its support
         losses before every step and after the last.
     """
-    rows, labels, classes = zip(*((one.rows, one.labels, one.classes) for one in requests), strict=True)
-    support = TaskSide(model.lm, rows, labels, classes, model.encoder.pad)
-    losses = model.config.algorithm.support_losses(support)
-    special = special_steps(support, model.config.inner.unfreeze_every)
-    inner = InnerLoop(model.inner_lrs, max(steps), special=special)
+    algorithm, every = model.config.algorithm, model.config.inner.unfreeze_every
+    support = support_side(model, requests)
+    sides = in_parts(model, requests, most_tokens)
+    whole = float(sum(side.batch.counted().sum() for side in sides))
+    shares = [float(side.batch.counted().sum()) / whole if len(sides) > 1 else 1.0 for side in sides]
+    parts = [scaled(algorithm.support_losses(side), share) for side, share in zip(sides, shares, strict=True)]
+    special = [special_steps(side, every)(losses) for side, losses in zip(sides, parts, strict=True)]
     descended: list[torch.Tensor] = []
     found: dict[int, Params] = {}
     fast: Params = {}
-    for step, adapted in enumerate(inner.adapt(losses, model.start, len(requests))):
-        if adapted.support_losses is not None:
-            descended.append(adapted.support_losses)
-        fast = adapted.fast
-        found |= {t: {n: w[t].clone() for n, w in fast.items()} for t, last in enumerate(steps) if last == step}
-        yield
+    taken = -1
+    for adapted in adapt_in_parts(special, model.start, model.inner_lrs, max(steps), len(requests)):
+        if adapted is not None:
+            taken += 1
+            if adapted.support_losses is not None:
+                descended.append(adapted.support_losses)
+            fast = adapted.fast
+            found |= {t: {n: w[t].clone() for n, w in fast.items()} for t, last in enumerate(steps) if last == taken}
+        yield taken
     with torch.no_grad():
-        descended.append(losses(fast))
+        after = parts[0](fast)
+        for losses in parts[1:]:
+            yield taken
+            after = after + losses(fast)
+        descended.append(after)
         own = {name: torch.stack([found[t][name] for t in range(len(steps))]) for name in fast}
-        kept = model.config.algorithm.kept(support, own)
+        kept = algorithm.kept(support, own)
     curves = torch.stack(descended, dim=1).tolist()
     return [(found[t] | kept[t], curves[t][: last + 1]) for t, last in enumerate(steps)]
+
+
+def support_side(model: "MetaModel", requests: Sequence[AdaptationRequest]) -> TaskSide:
+    rows, labels, classes = zip(*((one.rows, one.labels, one.classes) for one in requests), strict=True)
+    return TaskSide(model.lm, rows, labels, classes, model.encoder.pad)
+
+
+def splits(model: "MetaModel") -> bool:
+    """Return whether the losses of a task are a sum over its examples: not where prototypes compare them."""
+    algorithm = model.config.algorithm
+    return type(algorithm).support_losses is Algorithm.support_losses and not algorithm.prototypes
+
+
+def in_parts(model: "MetaModel", requests: Sequence[AdaptationRequest], most_tokens: int | None) -> list[TaskSide]:
+    """Return the support in parts of no more than so many tokens, one example at least, where it can be split."""
+    request = requests[0]
+    if most_tokens is None or len(requests) > 1 or not splits(model):
+        return [support_side(model, requests)]
+    size = max(1, most_tokens // max(len(row.tokens) for row in request.rows))
+    starts = range(0, len(request.rows), size)
+    some = [(request.rows[n : n + size], request.classes[n : n + size]) for n in starts]
+    return [support_side(model, [replace(request, rows=rows, classes=classes)]) for rows, classes in some]
+
+
+def scaled(losses: TaskLosses, share: float) -> TaskLosses:
+    return losses if share == 1 else lambda weights: share * losses(weights)
 
 
 def inner_steps(model: "MetaModel", steps: int | None) -> int:

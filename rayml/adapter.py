@@ -21,7 +21,7 @@ from rayml.lm.abilities import refuse_strange, refuse_unlike_peft, unable
 from rayml.lm.encode import Encoder
 from rayml.lm.generate import texts_behind, write
 from rayml.lm.label_queries import KeptSupport
-from rayml.lm.load import load_base, load_tokenizer, resolve_model
+from rayml.lm.load import load_base, load_tokenizer, public_name, resolve_model
 from rayml.lm.lora import TaskLoRA
 from rayml.lm.model import TaskLM, hooks
 from rayml.lm.option_scoring import prompts_of, weighted_prompts
@@ -314,6 +314,6 @@ def write_weights(folder: Path, lm: TaskLM, encoder: Encoder, weights: Params, l
     if lm.adapter:
         # PEFT has no kind for masked models, and wraps any model then.
         kind = EMBEDS if encoder.sentences else None if encoder.is_masked else "CAUSAL_LM"
-        save_adapter(folder, weights, lora, base, kind)
+        save_adapter(folder, weights, lora, public_name(base), kind)
     else:
         save_model(folder, lm.module, weights, encoder.tokenizer)

@@ -40,6 +40,7 @@ class Adapter:
     loss_before: float | None
     loss_after: float | None
     seconds: float
+    status: str = "ready"
 
 
 @dataclass(frozen=True)
@@ -70,11 +71,24 @@ class Client:
         options: Sequence[str] | None = None,
         steps: int | None = None,
         ttl_seconds: float | None = None,
+        background: bool = False,
     ) -> Adapter:
-        """Learn a task from (input, target) pairs. The same again gives the same adapter, and costs nothing."""
+        """Learn a task from (input, target) pairs. The same again gives the same adapter, and costs nothing.
+
+        Args:
+            background: ask now and then whether it is learned, in place of one long request.
+        """
         body = {"examples": [{"input": text, "target": target} for text, target in examples], "name": name}
         more = {"options": options and list(options), "steps": steps, "ttl_seconds": ttl_seconds}
-        return _adapter(self._post("/v1/adapters", body | {k: v for k, v in more.items() if v is not None}))
+        body |= {k: v for k, v in more.items() if v is not None} | ({"background": True} if background else {})
+        found = self._post("/v1/adapters", body)
+        while found["status"] == "learning":
+            time.sleep(0.5)
+            found = self._request("GET", f"/v1/adapters/{found['id']}").json()
+        if found["status"] == "failed":
+            error = found["error"]
+            raise ApiError(422, error["message"], error["param"], error["code"])
+        return _adapter(found)
 
     def adapters(self) -> list[Adapter]:
         found: list[Adapter] = []

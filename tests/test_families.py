@@ -164,7 +164,11 @@ def writes_as_whole(lm, adapters):
     prompts = [[*soft, *range(20, 20 + length)] for length in (23, 5)]
     rows = [Text(torch.tensor([prompt]), adapter) for prompt, adapter in zip(prompts, adapters, strict=True)]
     decoder = Decoder(lm, most_rows=2, cache_tokens=0)
-    decoder.join(rows[:1])
+    if decoder.reads_in_parts:
+        reader = decoder.reader(rows[0])
+        assert [decoder.read_on(reader, 9) for _ in range(-(-len(prompts[0]) // 9))][-1]
+    else:
+        decoder.join(rows[:1])
     decoder.step()
     decoder.join(rows[1:])
     for _ in range(10):

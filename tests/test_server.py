@@ -1,14 +1,18 @@
 """The real server: `rayml serve` with several replicas, over HTTP, through our client and OpenAI's."""
 
+import contextlib
+import re
+import socket
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
+import psutil
 import pytest
 import requests
 from rich.console import Console
-from serving_process import KEYS, wait_for
+from serving_process import KEYS, free_port, wait_for
 from serving_run import TICKETS, examples, make_run
 
 from rayml.errors import ConfigError, RunError
@@ -122,6 +126,82 @@ def test_bad_requests_name_the_field(server, path, body, status, field):
 
 
 @pytest.mark.serve
+def test_what_others_have_and_this_server_has_not_is_said(server):
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEYS[0])
+    for call in (
+        lambda: client.embeddings.create(model="tiny", input="x"),
+        lambda: client.responses.create(model="tiny", input="x"),
+    ):
+        with pytest.raises(openai.NotFoundError, match="it has /v1/chat/completions") as refused:
+            call()
+        assert refused.value.code == "no_such_route"
+    adapter = server.client().learn(TICKETS, name="for-delete")
+    assert client.models.delete(adapter.model).deleted
+    with pytest.raises(openai.PermissionDeniedError, match="cannot be deleted"):
+        client.models.delete("tiny")
+    codes = [
+        post(server, "/v1/classify", {"model": m, "input": "x"}).json()["error"]["code"] for m in ("no", "tiny:no")
+    ]
+    assert codes == ["model_not_found"] * 2
+
+
+@pytest.mark.serve
+def test_a_lesson_in_the_background_is_asked_for_until_it_is_learned(server):
+    begun = requests.post(
+        f"{server.url}/v1/adapters",
+        json={"examples": examples(), "name": "later", "steps": 20},
+        headers={"Authorization": f"Bearer {KEYS[0]}", "Prefer": "respond-async"},
+        timeout=60,
+    )
+    assert (begun.status_code, begun.json()["status"]) == (202, "learning")
+    assert begun.headers["Location"] == f"/v1/adapters/{begun.json()['id']}"
+    learned = server.client().learn(TICKETS, name="later", steps=20, background=True)
+    assert (learned.id, learned.status, learned.steps) == (begun.json()["id"], "ready", 20)
+    with pytest.raises(ApiError, match="same label"):
+        server.client().learn([("a", "x"), ("b", "x")], background=True)
+
+
+@pytest.mark.serve
+def test_a_damaged_file_is_the_server_s_fault(server):
+    adapter = server.client().learn(TICKETS, name="damaged")
+    (path,) = (server.log.parent / "run" / "adapters").glob(f"*/{adapter.id}/rayml.json")
+    path.write_bytes(path.read_bytes() + b" ")
+    with pytest.raises(ApiError) as refused:
+        server.client(tries=1).download(adapter.id, "never.zip")
+    assert (refused.value.status, refused.value.code) == (500, "adapter_damaged")
+    server.client().delete(adapter.id)
+
+
+@pytest.mark.serve
+def test_a_body_that_does_not_come_is_not_waited_for(server):
+    with socket.create_connection(("127.0.0.1", server.port), 30) as slow:
+        slow.sendall(
+            f"POST /v1/classify HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEYS[0]}\r\n"
+            "Content-Length: 100\r\n\r\n{".encode()
+        )
+        assert b" 408 " in slow.recv(4096).split(b"\r\n")[0]
+
+
+@pytest.mark.serve
+def test_the_server_and_its_ray_listen_on_this_machine_alone(server):
+    processes = [psutil.Process(server.process.pid)]
+    listening = set()
+    for process in [*processes, *processes[0].children(recursive=True)]:
+        with contextlib.suppress(psutil.Error):
+            listening |= {one.laddr for one in process.net_connections() if one.status == psutil.CONN_LISTEN}
+    assert {server.port, server.metrics_port} <= {port for _, port in listening}
+    assert {address.removeprefix("::ffff:") for address, _ in listening} == {"127.0.0.1"}
+
+
+@pytest.mark.serve
+def test_the_docs_ask_nobody_else_for_anything(server):
+    page = requests.get(f"{server.url}/docs", timeout=30)
+    assert "POST /v1/adapters" in page.text
+    assert "://" not in page.text
+    assert "default-src 'none'" in page.headers["Content-Security-Policy"]
+
+
+@pytest.mark.serve
 def test_a_hundred_adapters_are_never_mixed_up_while_a_replica_dies(server):
     """Every adapter has labels of its own. All that was acknowledged answers, whoever died."""
     client = server.client(tries=60)
@@ -181,6 +261,11 @@ def test_prometheus_finds_what_happened(server):
     # fewer batches: so the queries are counted.
     wait_for(lambda: server.metric("rayml_classify_batch_sum") > 200, 30)
     assert server.metric("rayml_cached_adapters") > 10
+    lines = requests.get(f"http://127.0.0.1:{server.metrics_port}/metrics", timeout=10).text.splitlines()
+    (line, *_) = [line for line in lines if line.startswith("ray_rayml_adaptations_total{")]
+    assert 'application="rayml"' in line
+    assert 'deployment="Model"' in line
+    assert re.search('replica="[^"]+"', line)
 
 
 @pytest.mark.serve
@@ -226,6 +311,21 @@ def test_what_has_begun_ends_before_the_server_does(server):
         ended = pool.submit(server.stop)
         assert len(first + "".join(stream)) == 600
         assert ended.result() == 0
+
+
+def test_a_taken_port_is_named_before_ray_starts(run, monkeypatch):
+    from rayml.serving import command
+
+    monkeypatch.setattr(command, "start_cluster", lambda *_: pytest.fail("Ray was started"))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for ports in ((port, None), (free_port(), port)):
+            with pytest.raises(ConfigError, match=f"port {port} is taken by process"):
+                command.serve_forever(
+                    str(run.path), [], "127.0.0.1", ports[0], None, None, ports[1], False, None, Console(quiet=True)
+                )
 
 
 def test_what_cannot_be_served_is_refused_before_ray_starts(run, monkeypatch, tmp_path):

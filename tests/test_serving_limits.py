@@ -66,9 +66,9 @@ def test_a_full_queue_says_so_and_recovers(run):
 def test_a_key_has_no_more_adapters_than_it_may(run, tmp_path):
     settings = {"run": str(run.path), "store": str(tmp_path / "few"), "limits": {"adapters_per_key": 2}}
     replica = Replica(Serving.model_validate(settings))
-    learn(replica, request(name="one", ttl_seconds=0.01))
+    learn(replica, request(name="one", ttl_seconds=1))
     learn(replica, request(name="two"))
-    time.sleep(0.05)
+    time.sleep(1)
     learn(replica, request(name="three"))  # the first has expired
     with pytest.raises(ApiError, match="2 adapters") as refused:
         learn(replica, request(name="four"))
@@ -130,15 +130,16 @@ def test_a_long_step_is_no_illness_until_it_is_too_long(run):
 
 
 def test_lessons_share_a_loop_as_long_as_they_are_small(run):
-    replica = Replica(Serving.model_validate({"run": str(run.path), "batching": {"adaptation_tokens": 200}}))
+    replica = Replica(Serving.model_validate({"run": str(run.path), "batching": {"turn_tokens": 200}}))
     small, large = (replica._adaptation_request(request([(f"t{n}", f"l{n % 2}") for n in range(k)])) for k in (4, 40))
     replica.engine.close()
+    lessons = replica.engine.lessons
     rows = len(small.rows) * max(len(row.tokens) for row in small.rows)
     assert 1 < 200 // rows < 6
     for requests, together in (([small] * 6, 200 // rows), ([small, large], 1), ([large, small], 1)):
-        replica.engine._adaptations.extend(Adaptation(one, 1) for one in requests)
-        assert len(replica.engine._next_adaptations()) == together
-        replica.engine._adaptations.clear()
+        lessons.waiting.extend(Adaptation(one, 1) for one in requests)
+        assert len(lessons._next("")) == together
+        lessons.waiting.clear()
 
 
 @pytest.mark.parametrize("algorithm", ["metaicl", "protonet", "proto_maml"])

@@ -37,7 +37,7 @@ from rayml.serving.schema import (
     plain,
 )
 from rayml.serving.settings import Serving, api_keys, check_host
-from rayml.serving.store import AdapterStore, adapter_id, owner_of
+from rayml.serving.store import AdapterStore, DamagedError, adapter_id, owner_of
 from rayml.tasks.task import Example
 
 
@@ -87,8 +87,10 @@ def test_damaged_files_are_not_believed(store, learned, tmp_path):
     whole = store.publish("public", manifest_of("t"), learned)
     with store.fs.open_output_stream(f"{store.path}/public/{whole.id}/rayml.json") as file:
         file.write(b"{}")
-    with pytest.raises(RunError, match="checksum"):
+    with pytest.raises(DamagedError, match="checksum"):
         store.fetch("public", whole, tmp_path)
+    with pytest.raises(DamagedError, match="checksum"):
+        store.verified("public", whole, "rayml.json")
     with pytest.raises(RunError, match="no file"):
         store.read("public", whole.id, "../../secret")
 
@@ -135,6 +137,20 @@ def test_the_least_recently_used_leave_and_come_back(replica, learned, tmp_path)
     names = [name for name, _ in seen]
     assert (names.count("loads"), names.count("evictions")) == (4, 2)
     assert seen[-1] == ("cached_bytes", 2 * size)
+
+
+def test_a_damaged_adapter_is_the_server_s_fault_and_named_in_its_log(replica, learned, tmp_path, caplog):
+    store = AdapterStore(str(tmp_path / "store"))
+    made = store.publish("public", manifest_of("t"), learned)
+    path = tmp_path / "store" / "public" / made.id / "adapter_model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    cache = AdapterCache(store, fits(replica), 1 << 30, replica._adapter_of, lambda *_: None)
+    with pytest.raises(ApiError, match="damaged") as refused:
+        asyncio.run(cache.get("public", made.id))
+    assert (refused.value.status, refused.value.code) == (500, "adapter_damaged")
+    assert f"adapter {made.id} of public is damaged" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -191,7 +207,7 @@ def test_keys_come_from_a_file_and_the_environment(tmp_path, monkeypatch):
     file = tmp_path / "keys"
     file.write_text("# team a\n" + "a" * 20 + "\n\n" + "b" * 20 + "\n")
     monkeypatch.setenv("RAYML_API_KEYS", "c" * 20)
-    assert api_keys(str(file)) == {"a" * 20, "b" * 20, "c" * 20}
+    assert api_keys(str(file)) == {key: owner_of(key) for key in ("a" * 20, "b" * 20, "c" * 20)}
     monkeypatch.setenv("RAYML_API_KEYS", "short")
     with pytest.raises(ConfigError, match="16 characters"):
         api_keys(None)
@@ -201,6 +217,52 @@ def test_keys_come_from_a_file_and_the_environment(tmp_path, monkeypatch):
         api_keys(str(file))
     with pytest.raises(ConfigError, match="cannot be read"):
         api_keys(str(tmp_path / "none"))
+
+
+def test_names_own_adapters_so_that_a_key_can_be_changed(tmp_path, monkeypatch):
+    monkeypatch.delenv("RAYML_API_KEYS", raising=False)
+    file = tmp_path / "keys"
+    file.write_text(f"desk: {'a' * 20}\ndesk: {'b' * 20}\nlab:\t{'c' * 20}\nodd:{'d' * 20}\n")
+    odd = "odd:" + "d" * 20  # no space behind the name: a key of its own
+    assert api_keys(str(file)) == {"a" * 20: "desk", "b" * 20: "desk", "c" * 20: "lab", odd: owner_of(odd)}
+    file.write_text(f"{owner_of('x' * 20)}: {'a' * 20}\n")
+    with pytest.raises(ConfigError, match="made of another key"):
+        api_keys(str(file))
+
+
+def test_a_key_that_gets_a_name_keeps_its_adapters(store, learned, caplog):
+    from rayml.serving.app import settle_owners
+
+    key = "k" * 20
+    made = store.publish(owner_of(key), manifest_of("mine"), learned)
+    store.publish("public", manifest_of("before-keys"), learned)
+    settle_owners(store, {key: owner_of(key)})
+    assert store.find(owner_of(key), made.id)
+    settle_owners(store, {key: "desk"})
+    assert store.find("desk", made.id) == made
+    assert store.find(owner_of(key), made.id) is None
+    assert "1 adapters were made without a key" in caplog.text
+    assert f"rayml store move {store.root} public NAME" in caplog.text
+
+
+def test_rayml_store_lists_moves_and_deletes(store, learned):
+    from typer.testing import CliRunner
+
+    from rayml.cli import app
+
+    def told(*words):
+        result = CliRunner().invoke(app, ["store", *words])
+        return result.output if result.exit_code == 0 else f"refused: {result.exception}"
+
+    made = store.publish("public", manifest_of("t"), learned)
+    assert made.id in told("list", store.root)
+    assert "public -> desk" in told("move", store.root, "public", "desk", "t")
+    assert store.find("desk", "t") == made
+    assert store.owners() == ["desk"]
+    assert "has no adapter 'none'" in told("delete", store.root, "desk", "none")
+    assert "refused" in told("move", store.root, "desk", "../x")
+    assert "deleted" in told("delete", store.root, "desk", made.id)
+    assert store.owners() == []
 
 
 def test_others_are_let_in_by_a_key_alone():

@@ -3,7 +3,7 @@
 Shapes: a shared start holds tensors `[...]`; fast weights hold one copy a task, `[T, ...]`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -66,11 +66,28 @@ def adapt(support_losses: TaskLosses, start: Params, inner_lrs: Params, steps: i
         steps: number of inner steps, 0 or more.
         tasks: T.
     """
+    for adapted in adapt_in_parts([support_losses], start, inner_lrs, steps, tasks):
+        if adapted is not None:
+            yield adapted
+
+
+def adapt_in_parts(
+    parts: Sequence[TaskLosses], start: Params, inner_lrs: Params, steps: int, tasks: int
+) -> Iterator[Adapted | None]:
+    """Yield what `adapt` yields for losses that are the sum of `parts`, and None after each part that others follow.
+
+    Only one part's graph is in memory at a time, and others may use the model in between.
+    """
     fast = expand(start, tasks)
     total = {name: torch.zeros_like(fast[name]) for name in inner_lrs}
     yield Adapted(fast, total, None, {})
     for _ in range(steps):
-        losses, gradients = task_gradients(support_losses, fast, inner_lrs)
+        losses, gradients = task_gradients(parts[0], fast, inner_lrs)
+        for part in parts[1:]:
+            yield None
+            more_losses, more = task_gradients(part, fast, inner_lrs)
+            losses = losses + more_losses
+            gradients = {name: gradient + more[name] for name, gradient in gradients.items()}
         total = {name: total[name] + gradient for name, gradient in gradients.items()}
         fast = fast | {name: fast[name] - inner_lrs[name] * gradient for name, gradient in gradients.items()}
         yield Adapted(fast, total, losses, gradients)

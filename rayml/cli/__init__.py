@@ -6,7 +6,7 @@ from rayml.cli import training  # each adds its commands, in the order of `--hel
 from rayml.cli import learning
 
 # isort: split
-from rayml.cli import data, deploy, quickstart
+from rayml.cli import data, deploy, quickstart, store
 from rayml.cli.app import app, main
 
-__all__ = ["app", "data", "deploy", "learning", "main", "quickstart", "training"]
+__all__ = ["app", "data", "deploy", "learning", "main", "quickstart", "store", "training"]

@@ -128,7 +128,9 @@ def serve_run(
     host: Annotated[str, typer.Option(help="Where to listen; beyond this machine an API key is needed.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Where to listen.", min=1, max=65535)] = 8000,
     store: Annotated[str | None, typer.Option(help="Where adapters are kept; else RUN/adapters.")] = None,
-    keys_file: Annotated[Path | None, typer.Option(help="API keys, one a line; RAYML_API_KEYS adds to them.")] = None,
+    keys_file: Annotated[
+        Path | None, typer.Option(help="API keys, one a line, as `name: key`; RAYML_API_KEYS adds to them.")
+    ] = None,
     metrics_port: Annotated[int | None, typer.Option(help="Where Prometheus finds the metrics.")] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Listen beyond this machine without a key.")] = False,
     keys: Annotated[bool, typer.Option("--keys", help="Print every setting with its default and meaning.")] = False,
@@ -158,11 +160,12 @@ def publish(
     run: Annotated[str, typer.Option(help="The run folder that is served.", metavar="RUN")],
     name: Annotated[str | None, typer.Option(help="The adapter's name; else the folder's.")] = None,
     store: Annotated[str | None, typer.Option(help="The server's store; else RUN/adapters.")] = None,
+    owner: Annotated[str | None, typer.Option(help="The name of the key that it is for.")] = None,
 ) -> None:
     """Put an adapter that was learned elsewhere into a server's store, once it is seen to fit the run's base.
 
-    It belongs to the API key in RAYML_API_KEY; without, to servers that ask for none.
+    It belongs to --owner, or to the key without a name in RAYML_API_KEY; else to servers that ask for no key.
     """
     from rayml.serving.command import publish_adapter
 
-    publish_adapter(adapter, run, name, store, out)
+    publish_adapter(adapter, run, name, store, out, owner)

@@ -4,7 +4,8 @@ transformers' own continuous batching was looked at first: it shares the keys an
 adapter, draws for a whole batch from one generator (so a request's seed would mean nothing), and keeps the logits to
 itself. So the loop is ours, and the rest is transformers': the model's forward, its masks, and the cache that its
 config asks for, be it of keys and values, of a sliding window, of chunks, or of a recurrent layer's state. Rows end in
-the same column, as in a batch padded on the left, which every model that generates is made for.
+the same column, as in a batch padded on the left, which every model that generates is made for. A long prompt may be
+read in parts, with steps of the others in between.
 """
 
 import inspect
@@ -20,6 +21,7 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerM
 from rayml.algorithms.inner_loop import Params
 from rayml.lm.lora import side_by_side
 from rayml.lm.model import TaskLM
+from rayml.lm.precision import fused_attention
 
 
 class DecodingRow(Protocol):
@@ -34,6 +36,13 @@ class DecodingRow(Protocol):
 
     def take(self, logits: Tensor) -> None:
         """Append a token to `tokens`, chosen by its logits `[V]` in fp32. A row that appends none has to leave."""
+
+
+class PromptReader:
+    """A row whose prompt is read in parts, before it joins others: its own cache, and how far it is."""
+
+    def __init__(self, row: DecodingRow, cache: DynamicCache):
+        self.row, self.cache, self.tokens_read = row, cache, 0
 
 
 class Decoder:
@@ -61,7 +70,11 @@ class Decoder:
         longest = max(row.most_tokens for row in rows)
         return len(rows) == 1 or (len(rows) <= self.most_rows and len(rows) * longest <= self.cache_tokens)
 
-    @torch.no_grad()
+    @property
+    def reads_in_parts(self) -> bool:
+        """Whether a prompt can be read in parts: recurrent layers take one whole, or a token at a time."""
+        return self._attends and not self._is_recurrent
+
     def join(self, rows: Sequence[DecodingRow]) -> None:
         """Read the prompts of new rows, and take the first token of each."""
         read = []
@@ -69,10 +82,34 @@ class Decoder:
             cache = self._empty_cache()
             self._forward(together, [row.tokens for row in together], cache)
             read.append((together, cache))
-        self._forget()
         for together, cache in read:
-            self.cache = joined(self.cache, cache) if self._cached else cache
-            self._cached += together
+            self._add(together, cache)
+
+    def reader(self, row: DecodingRow) -> PromptReader:
+        """Return what reads a row's prompt in parts; nothing is read yet."""
+        return PromptReader(row, self._empty_cache())
+
+    def read_on(self, reader: PromptReader, most_tokens: int) -> bool:
+        """Read the next tokens of a prompt; at its end the row takes its first token, and joins.
+
+        Returns:
+            whether it has.
+        """
+        row, begin = reader.row, reader.tokens_read
+        end = min(begin + most_tokens, len(row.tokens))
+        logits = self._logits([row], [row.tokens[begin:end]], [end], reader.cache)
+        reader.tokens_read = end
+        if end < len(row.tokens):
+            return False
+        row.take(logits[0])
+        self._add([row], reader.cache)
+        return True
+
+    @torch.no_grad()
+    def _add(self, rows: Sequence[DecodingRow], cache: DynamicCache) -> None:
+        self._forget()
+        self.cache = joined(self.cache, cache) if self._cached else cache
+        self._cached += rows
         self.active = list(self._cached)
 
     def _read_together(self, rows: Sequence[DecodingRow]) -> Iterator[list[DecodingRow]]:
@@ -83,15 +120,16 @@ class Decoder:
         for _, alike in groupby(sorted(rows, key=lambda row: len(row.tokens)), lambda row: len(row.tokens)):
             yield list(alike)
 
-    @torch.no_grad()
     def step(self) -> None:
         """Take one more token of every row."""
         self._forget()
         self._forward(self.active, [row.tokens[-1:] for row in self.active], self.cache)
 
     def leave(self, row: DecodingRow) -> None:
-        """End a row."""
+        """End a row. With the last one the cache's memory is given back."""
         self.active.remove(row)
+        if not self.active:
+            self._forget()
 
     def _empty_cache(self) -> DynamicCache:
         return DynamicCache(config=self.lm.module.config)
@@ -110,10 +148,18 @@ class Decoder:
 
     def _forward(self, rows: Sequence[DecodingRow], new: Sequence[Sequence[int]], cache: DynamicCache) -> None:
         """Run each row's last tokens, which are not in the cache yet, and let each take one more."""
+        for row, scores in zip(rows, self._logits(rows, new, [len(row.tokens) for row in rows], cache), strict=True):
+            row.take(scores)
+
+    @torch.no_grad()
+    def _logits(
+        self, rows: Sequence[DecodingRow], new: Sequence[Sequence[int]], ends: Sequence[int], cache: DynamicCache
+    ) -> Tensor:
+        """Run `new` tokens of each row, which end where `ends` says, and return the logits at the last, `[n, V]`."""
         device, width = self.lm.device, max(map(len, new))
         tokens = torch.tensor([[*[0] * (width - len(some)), *some] for some in new], device=device)
-        lengths = torch.tensor([len(row.tokens) for row in rows], device=device).unsqueeze(1)
-        columns = torch.arange(int(lengths.max()), device=device)
+        lengths = torch.tensor(ends, device=device).unsqueeze(1)
+        columns = torch.arange(max(ends), device=device)
         positions = columns - (len(columns) - lengths)  # [n, columns], negative where a shorter row has padding
         inputs: dict[str, Any] = {"use_cache": True}
         inputs["cache_params" if "cache_params" in self._takes else "past_key_values"] = cache
@@ -121,10 +167,9 @@ class Decoder:
             inputs["position_ids"] = positions[:, -width:].clamp(min=0)
         if self._attends and (positions < 0).any():
             inputs["attention_mask"] = (positions >= 0).long()
-        ends = torch.arange(1, len(rows) + 1, device=device) * width - 1
-        logits = self.lm.logits_at(ends, self._adapters(rows), tokens, **inputs)
-        for row, scores in zip(rows, logits.float(), strict=True):
-            row.take(scores)
+        last = torch.arange(1, len(rows) + 1, device=device) * width - 1
+        with fused_attention(self.lm.module, len(columns)):
+            return self.lm.logits_at(last, self._adapters(rows), tokens, **inputs).float()
 
     def _adapters(self, rows: Sequence[DecodingRow]) -> Params | None:
         """Return the adapters of the rows, `[n, ...]`, or `[1, ...]` where all have the same."""

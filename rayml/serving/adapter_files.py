@@ -52,7 +52,7 @@ class Fits:
     """What an adapter has to fit."""
 
     names: tuple[str, ...]
-    """Names of the base: of the run's config, and where it was loaded from."""
+    """Names of the base: of the run's config, where it was loaded from, and on the Hub."""
     linears: Mapping[str, tuple[int, int]]
     """`(out, in)` of every linear that may be adapted."""
     scale: float

@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from rayml.serving.metrics import Metrics
 from rayml.serving.replica import Replica
 from rayml.serving.served import refuse_unservable, servable
 from rayml.serving.settings import Scaled, Serving, api_keys
-from rayml.serving.store import AdapterStore
+from rayml.serving.store import PUBLIC, AdapterStore, every, owner_of
 from rayml.serving.vllm.answerer import Answerer
 from rayml.serving.vllm.engine import refuse_without_vllm, with_gpus
 from rayml.training.driver import WORKER_ENV
@@ -49,6 +49,9 @@ class ServedReplica(Replica):
 
     async def learn(self, *request: Any) -> Any:
         return await refused_or(super().learn(*request))
+
+    async def begin(self, *request: Any) -> Any:
+        return await refused_or(super().begin(*request))
 
     async def classify(self, *request: Any) -> Any:
         return await refused_or(super().classify(*request))
@@ -137,9 +140,22 @@ def build(args: Serving) -> serve.Application:
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=args.limits.retry_after_seconds),
         graceful_shutdown_timeout_s=replicas.drain_seconds,
     )(Gateway)
-    digests = frozenset(hashlib.sha256(key.encode()).hexdigest() for key in keys)  # the cluster's state keeps no key
+    # The cluster's state keeps no key.
+    settle_owners(AdapterStore(store), keys)
+    digests = {hashlib.sha256(key.encode()).hexdigest(): owner for key, owner in keys.items()}
     answerer = answerers if args.engine == "vllm" else None
     return gateway.bind(model, serving, base, fingerprint, store, digests, answerer)
+
+
+def settle_owners(store: AdapterStore, keys: Mapping[str, str]) -> None:
+    """Give a key's adapters to the name that it has got since; say whose adapters no key sees."""
+    for key, owner in keys.items():
+        if owner != owner_of(key):
+            for manifest in every(store, owner_of(key)):
+                store.move(owner_of(key), manifest.id, owner)
+    if keys and PUBLIC not in keys.values() and store.count(PUBLIC):
+        gives = f"`rayml store move {store.root} {PUBLIC} NAME` gives them to one"
+        log.warning("%d adapters were made without a key, and no key sees them; %s", store.count(PUBLIC), gives)
 
 
 def deployed(name: str, kind: type, scaled: Scaled) -> Any:

@@ -1,5 +1,6 @@
 """What `rayml serve` and `rayml publish` do."""
 
+import contextlib
 import json
 import logging
 import math
@@ -27,11 +28,13 @@ from rayml.progress import doing
 from rayml.runs.folder import RunFolder
 from rayml.serving.adapter_files import FILES, read_adapter
 from rayml.serving.app import build
+from rayml.serving.ports import end_orphans, mark_session, refuse_taken
 from rayml.serving.served import fits_of, refuse_unlike_peft, refuse_unservable, servable
 from rayml.serving.settings import Adapters, Scaled, Serving, api_keys, check_host
 from rayml.serving.store import NAME, AdapterStore, Manifest, adapter_id, owner_of
 from rayml.serving.vllm.engine import refuse_without_vllm
 from rayml.training.driver import WORKER_ENV, processors
+from rayml.training.ray_internals import listening_here
 
 APPLICATION = "rayml"
 EXAMPLE = {
@@ -70,6 +73,10 @@ def serve_forever(
     if own:
         serving = with_cpus(serving, processors())
     err = Console(stderr=True, markup=False)
+    if own:
+        end_orphans()
+        refuse_taken(host, {"--port": port})
+        refuse_taken("0.0.0.0", {"--metrics-port": metrics_port})
     with doing(err, "starting Ray"):
         start_cluster(serving, metrics_port)
     stop = threading.Event()
@@ -143,10 +150,17 @@ def start_cluster(serving: Serving, metrics_port: int | None) -> None:
         own = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
         if metrics_port:
             own["_metrics_export_port"] = metrics_port
-    ray.init(logging_level=logging.ERROR, log_to_driver=False, runtime_env={"env_vars": WORKER_ENV}, **own)
+    with listening_here() if own else contextlib.nullcontext():
+        context = ray.init(
+            logging_level=logging.ERROR, log_to_driver=False, runtime_env={"env_vars": WORKER_ENV}, **own
+        )
+    if own:
+        mark_session(Path(context["session_dir"]))
 
 
-def publish_adapter(source: Path, run_path: str, name: str | None, store: str | None, out: Console) -> None:
+def publish_adapter(
+    source: Path, run_path: str, name: str | None, store: str | None, out: Console, owner: str | None = None
+) -> None:
     """Check an adapter's folder, or zip, against a run's base, and put it into a server's store.
 
     Raises:
@@ -179,7 +193,7 @@ def publish_adapter(source: Path, run_path: str, name: str | None, store: str | 
             seconds=0,
         )
         there = AdapterStore(store or str(run.path / "adapters"))
-        there.publish(owner_of(os.environ.get("RAYML_API_KEY")), manifest, Path(folder))
+        there.publish(owner or owner_of(os.environ.get("RAYML_API_KEY")), manifest, Path(folder))
     kind = f"labels {', '.join(card.labels.values())}" if card.labels else "no labels of its own"
     out.print(f"published {manifest.id} ({kind}) in {there.root}", highlight=False, soft_wrap=True)
 

@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 import zipfile
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -19,7 +19,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
 from rayml.lm.sampling import Sampling
-from rayml.serving import playground
+from rayml.serving import docs, playground
 from rayml.serving.answering import Answering
 from rayml.serving.answers import ResponseBodies
 from rayml.serving.errors import ApiError
@@ -34,12 +34,16 @@ from rayml.serving.schema import (
     Sampled,
     parse,
 )
-from rayml.serving.settings import Serving, describe
-from rayml.serving.store import AdapterStore, Manifest, adapter_id, owner_of
+from rayml.serving.settings import Serving, describe, learning
+from rayml.serving.store import AdapterStore, DamagedError, Manifest, adapter_id, damaged, owner_of
 
 log = logging.getLogger("ray.serve")
-app = FastAPI(title="rayml", description="Learn a task from a few examples, and ask it by name.", redoc_url=None)
+ABOUT = "Learn a task from a few examples, and ask it by name."
+app = FastAPI(title="rayml", description=ABOUT, docs_url=None, redoc_url=None)
 Work = Callable[[str], Awaitable[Response]]
+NOT_FOUND = "model_not_found"
+COMPLETION_TOKENS = 64
+"""Of a completion, where nobody says how many."""
 
 
 @app.exception_handler(HTTPException)
@@ -56,7 +60,7 @@ class Gateway:
         base: what clients call the bare model.
         fingerprint: of the run; a part of every adapter's id.
         store: where adapters are kept.
-        keys: SHA-256 of the API keys; none, and none is asked for.
+        keys: the owner of each API key, by the key's SHA-256; none, and none is asked for.
         answerers: the replicas of vLLM; None, where those of the model answer.
     """
 
@@ -67,7 +71,7 @@ class Gateway:
         base: str,
         fingerprint: str,
         store: str,
-        keys: frozenset[str],
+        keys: Mapping[str, str],
         answerers: DeploymentHandle | None = None,
     ):
         again_seconds = serving.answerers.again_seconds
@@ -93,6 +97,11 @@ class Gateway:
     async def page(self) -> Response:
         """The playground."""
         return playground.answer()
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs(self) -> Response:
+        """The API, for people."""
+        return docs.page(app.openapi())
 
     @app.get("/healthz")
     async def healthz(self) -> Response:
@@ -139,6 +148,30 @@ class Gateway:
 
         return await self._answer(request, "models", work)
 
+    @app.delete("/v1/models/{model}")
+    async def delete_model(self, request: Request, model: str) -> Response:
+        """Forget an adapter, as OpenAI's clients delete a model that they tuned."""
+
+        async def work(owner: str) -> Response:
+            adapter = await self._adapter(owner, model)
+            if adapter is None:
+                raise ApiError(403, "the base is served for all, and cannot be deleted; adapters can", "model")
+            await self._forget(owner, await self._find(owner, adapter))
+            return JSONResponse({"id": model, "object": "model", "deleted": True})
+
+        return await self._answer(request, "models", work)
+
+    @app.post("/v1/embeddings", include_in_schema=False)
+    @app.post("/v1/responses", include_in_schema=False)
+    async def not_here(self, request: Request) -> Response:
+        """Say what there is in the place of what other servers have."""
+
+        async def work(owner: str) -> Response:
+            there = "/v1/chat/completions, /v1/completions, /v1/classify and /v1/adapters"
+            raise ApiError(404, f"this server has no {request.url.path}; it has {there}", code="no_such_route")
+
+        return await self._answer(request, "none", work)
+
     def _model(self, manifest: Manifest | None) -> dict[str, Any]:
         if manifest is None:
             return {"id": self.base, "object": "model", "created": self.created, "owned_by": "rayml"}
@@ -147,7 +180,7 @@ class Gateway:
 
     @app.post("/v1/adapters", status_code=201, openapi_extra=takes(AdapterRequest))
     async def create(self, request: Request) -> Response:
-        """Learn an adapter from a few examples. 201; or 200, if the same was learned before."""
+        """Learn an adapter from a few examples. 201; 200, if the same was learned before; 202, in the background."""
 
         async def work(owner: str) -> Response:
             asked: AdapterRequest = await self._body(request, AdapterRequest)
@@ -160,6 +193,8 @@ class Gateway:
             content = [self.fingerprint, asked.name, asked.pairs, asked.options, asked.steps]
             content += [asked.kind] if asked.kind else []
             adapter = adapter_id(asked.name, content)
+            if asked.background or "respond-async" in request.headers.get("prefer", ""):
+                return await self._begin(owner, adapter, asked)
             manifest, new = await self._ask("learn", owner, adapter, asked)
             self._known.pop((owner, asked.name), None)  # the newest of that name is this one now
             return JSONResponse(describe(manifest, self.base), 201 if new else 200)
@@ -179,12 +214,36 @@ class Gateway:
 
     @app.get("/v1/adapters/{adapter}")
     async def adapter(self, request: Request, adapter: str) -> Response:
-        """One adapter, by its id or its name."""
+        """One adapter, by its id or its name; of one that is being learned, how far it is."""
 
         async def work(owner: str) -> Response:
-            return JSONResponse(describe(await self._find(owner, adapter), self.base))
+            manifest = await asyncio.to_thread(self.store.find, owner, adapter)
+            if manifest is None and (lesson := await self._lesson(owner, adapter)):
+                return JSONResponse(lesson)
+            return JSONResponse(describe(manifest or await self._find(owner, adapter), self.base))
 
         return await self._answer(request, "adapters", work)
+
+    async def _begin(self, owner: str, adapter: str, asked: AdapterRequest) -> Response:
+        """Let an adapter be learned while nobody waits for it."""
+        manifest = await asyncio.to_thread(self.store.find, owner, adapter)
+        if manifest:
+            return JSONResponse(describe(manifest, self.base))
+        await self._ask("begin", owner, adapter, asked)
+        headers = {"Location": f"/v1/adapters/{adapter}", "Preference-Applied": "respond-async"}
+        return JSONResponse(learning(adapter, self.base), 202, headers | {"Retry-After": "1"})
+
+    async def _lesson(self, owner: str, adapter: str) -> dict[str, Any] | None:
+        """Return how far a lesson in the background is. One whose replica was lost is begun again."""
+        noted = await asyncio.to_thread(self.store.begun, owner, adapter)
+        if noted is None:
+            return None
+        if (failed := json.loads(noted)).get("error"):
+            return learning(adapter, self.base) | {"status": "failed"} | failed
+        progress = await self._ask("progress", owner, adapter)
+        if progress is None:
+            await self._ask("begin", owner, adapter, parse(AdapterRequest, noted))
+        return learning(adapter, self.base) | (progress or {})
 
     @app.delete("/v1/adapters/{adapter}")
     async def delete(self, request: Request, adapter: str) -> Response:
@@ -192,11 +251,14 @@ class Gateway:
 
         async def work(owner: str) -> Response:
             manifest = await self._find(owner, adapter)
-            await asyncio.to_thread(self.store.delete, owner, manifest.id)
-            self._known = {key: known for key, known in self._known.items() if known[1] != manifest.id}
+            await self._forget(owner, manifest)
             return JSONResponse({"id": manifest.id, "object": "adapter", "deleted": True})
 
         return await self._answer(request, "adapters", work)
+
+    async def _forget(self, owner: str, manifest: Manifest) -> None:
+        await asyncio.to_thread(self.store.delete, owner, manifest.id)
+        self._known = {key: known for key, known in self._known.items() if known[1] != manifest.id}
 
     @app.get("/v1/adapters/{adapter}/download")
     async def download(self, request: Request, adapter: str) -> Response:
@@ -204,14 +266,22 @@ class Gateway:
 
         async def work(owner: str) -> Response:
             manifest = await self._find(owner, adapter)
-            packed = io.BytesIO()
-            with zipfile.ZipFile(packed, "w") as file:
-                for name in manifest.files:
-                    file.writestr(name, await asyncio.to_thread(self.store.read, owner, manifest.id, name))
+            packed = await asyncio.to_thread(self._packed, owner, manifest)
             headers = {"Content-Disposition": f'attachment; filename="{manifest.id}.zip"'}
-            return Response(packed.getvalue(), media_type="application/zip", headers=headers)
+            return Response(packed, media_type="application/zip", headers=headers)
 
         return await self._answer(request, "download", work)
+
+    def _packed(self, owner: str, manifest: Manifest) -> bytes:
+        """Return an adapter's files in a zip, each as it was published."""
+        packed = io.BytesIO()
+        try:
+            with zipfile.ZipFile(packed, "w") as file:
+                for name in manifest.files:
+                    file.writestr(name, self.store.verified(owner, manifest, name))
+        except DamagedError as error:
+            raise damaged(owner, manifest.id, error) from None
+        return packed.getvalue()
 
     @app.post("/v1/classify", openapi_extra=takes(ClassifyRequest))
     async def classify(self, request: Request) -> Response:
@@ -239,7 +309,7 @@ class Gateway:
                 return forwarded
             asked: CompletionRequest = await self._body(request, CompletionRequest)
             self._check_count("prompt", len(asked.prompts), self.limits.inputs)
-            sampling = self._sampling(asked, asked.max_tokens or self._some_tokens(), asked.logprobs)
+            sampling = self._sampling(asked, asked.max_tokens, asked.logprobs)
             shape = ResponseBodies(asked.model, chat=False, logprobs=asked.logprobs is not None)
             return await self._write(owner, asked, list(asked.prompts), sampling, shape)
 
@@ -253,7 +323,7 @@ class Gateway:
             if forwarded := await self._forward(owner, request, "chat"):
                 return forwarded
             asked: ChatRequest = await self._body(request, ChatRequest)
-            most = asked.max_completion_tokens or asked.max_tokens or self._some_tokens()
+            most = asked.max_completion_tokens or asked.max_tokens
             sampling = self._sampling(asked, most, asked.top_logprobs if asked.logprobs else None)
             shape = ResponseBodies(asked.model, chat=True, logprobs=asked.logprobs)
             return await self._write(owner, asked, [asked.messages], sampling, shape)
@@ -282,16 +352,17 @@ class Gateway:
         events = until_error(shape.events(chained(first, written), usage))
         return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
-    def _some_tokens(self) -> int:
-        return min(64, self.limits.max_tokens)
-
-    def _sampling(self, asked: Sampled, max_tokens: int, logprobs: int | None) -> Sampling:
-        if max_tokens > self.limits.max_tokens:
-            raise ApiError(422, f"max_tokens: at most {self.limits.max_tokens}", "max_tokens")
+    def _sampling(self, asked: Sampled, max_tokens: int | None, logprobs: int | None) -> Sampling:
+        """Return how to sample: a text as long as OpenAI's where nobody says, a chat's answer as long as may be."""
+        most = self.limits.max_tokens
+        if max_tokens is not None and max_tokens > most:
+            raise ApiError(422, f"max_tokens: at most {most}", "max_tokens")
         if len(asked.stops) > 4:
             raise ApiError(422, "stop: at most 4", "stop")
         seed = self.serving.seed if asked.seed is None else asked.seed
-        return Sampling(max_tokens, asked.temperature, asked.top_p, seed, asked.stops, logprobs)
+        unasked = most if isinstance(asked, ChatRequest) else min(COMPLETION_TOKENS, most)
+        shrinks = max_tokens is None
+        return Sampling(max_tokens or unasked, asked.temperature, asked.top_p, seed, asked.stops, logprobs, shrinks)
 
     def _check_count(self, field: str, count: int, most: int) -> None:
         if not 1 <= count <= most:
@@ -301,7 +372,9 @@ class Gateway:
         """Return the id of the adapter that `model` names; None for the base."""
         base, colon, reference = model.partition(":")
         if base != self.base:
-            raise ApiError(404, f"no model {model[:120]!r}; there is {self.base!r}, and {self.base}:ADAPTER", "model")
+            raise ApiError(
+                404, f"no model {model[:120]!r}; there is {self.base!r}, and {self.base}:ADAPTER", "model", NOT_FOUND
+            )
         if not colon:
             return None
         known = self._known.get((owner, reference))
@@ -316,22 +389,31 @@ class Gateway:
     async def _find(self, owner: str, reference: str) -> Manifest:
         manifest = await asyncio.to_thread(self.store.find, owner, reference)
         if manifest is None:
-            raise ApiError(404, f"no adapter {reference[:120]!r}", "model", "model_not_found")
+            raise ApiError(404, f"no adapter {reference[:120]!r}", "model", NOT_FOUND)
         return manifest
 
     async def _body(self, request: Request, kind: type[Body]) -> Any:
         return parse(kind, await self._read(request))
 
     async def _read(self, request: Request) -> bytes:
-        """Read a body, as far as it may go; once."""
+        """Read a body, as far as it may go, for as long as it may take; once."""
         if not hasattr(request.state, "body"):
-            body = bytearray()
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > self.limits.body_bytes:
-                    raise ApiError(413, f"the body is longer than {self.limits.body_bytes} bytes", code="body_too_long")
-            request.state.body = bytes(body)
+            request.state.body = await self._read_once(request)
         return request.state.body
+
+    async def _read_once(self, request: Request) -> bytes:
+        body = bytearray()
+        try:
+            async with asyncio.timeout(self.limits.body_seconds):
+                async for chunk in request.stream():
+                    body += chunk
+                    if len(body) > self.limits.body_bytes:
+                        most = self.limits.body_bytes
+                        raise ApiError(413, f"the body is longer than {most} bytes", code="body_too_long")
+        except TimeoutError:
+            seconds = self.limits.body_seconds
+            raise ApiError(408, f"the body was not whole after {seconds:g} s", code="timeout") from None
+        return bytes(body)
 
     async def _ask(self, method: str, owner: str, adapter: str | None, *arguments: Any) -> Any:
         handle = self.model.options(session_id=session(owner, adapter))
@@ -348,10 +430,10 @@ class Gateway:
             return owner_of(None)
         kind, _, key = request.headers.get("authorization", "").partition(" ")
         digest = hashlib.sha256(key.encode()).hexdigest()
-        known = [hmac.compare_digest(digest, one) for one in self.keys]  # all of them: time tells nothing
-        if kind.lower() != "bearer" or not any(known):
+        owners = [owner for one, owner in self.keys.items() if hmac.compare_digest(digest, one)]  # time tells nothing
+        if kind.lower() != "bearer" or not owners:
             raise ApiError(401, "send one of this server's keys: Authorization: Bearer KEY", code="invalid_api_key")
-        return owner_of(key)
+        return owners[0]
 
     async def _answer(self, request: Request, route: str, work: Work) -> Response:
         """Do the work of a request for whoever's key it carries; count it, and write one line without anyone's text."""

@@ -1,6 +1,6 @@
 """What Prometheus is told, through Ray's metrics API; Ray adds the application, the deployment and the replica."""
 
-from ray.util.metrics import Counter, Gauge, Histogram
+from ray.serve.metrics import Counter, Gauge, Histogram
 
 SECONDS: list[float] = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30]
 ROWS: list[float] = [1, 2, 4, 8, 16, 32, 64, 128]

@@ -10,6 +10,7 @@ from rayml.lm.queries import Query
 from rayml.serving.errors import ApiError
 from rayml.tasks.episodes import relabel
 from rayml.tasks.row import unanswered
+from rayml.tasks.templates import names, unseen
 
 Given = str | dict[str, str]
 """An input as clients send it: a text, or fields by their names."""
@@ -22,6 +23,9 @@ Cut = list[tuple[Query, bool]]
 def queries_of(adapter: Adapter, inputs: Sequence[Given], labels: list[str], context: int, truncate: bool) -> Cut:
     """Return what is asked about each input.
 
+    Args:
+        context: tokens of all that is asked about one input, which is read in one piece.
+
     Raises:
         ApiError: 400, a text is too long, and not to be truncated; 422, a label that cannot be scored.
     """
@@ -30,6 +34,7 @@ def queries_of(adapter: Adapter, inputs: Sequence[Given], labels: list[str], con
     most = min(encoder.max_tokens * (len(shown) + 1) + encoder.soft_tokens, context)
     found = []
     for number, given in enumerate(inputs):
+        refuse_unseen(encoder.prompt, given, f"input.{number}")
         try:
             like = relabel(unanswered(given), max(labels, key=len))
             tokens = len(unlimited(encoder).row(like, is_label=True, shown=shown).tokens)
@@ -42,10 +47,19 @@ def queries_of(adapter: Adapter, inputs: Sequence[Given], labels: list[str], con
                 raise ApiError(422, f"input.{number}: {error}", f"input.{number}") from None
             message = f"options: one of them has no token, or is too long beside input.{number}"
             raise ApiError(422, message, "options") from None
-        if query.longest > context:
-            raise too_long(number, query.longest, context)
+        read = sum(len(tree.tokens) for option_query in query.option_queries for tree in option_query.trees)
+        if read > context:
+            raise too_long(number, read, context)
         found.append((query, is_long))
     return found
+
+
+def refuse_unseen(prompt: str, given: object, field: str) -> None:
+    """Raise ApiError if an input has fields that an adapter's prompt never shows."""
+    unknown = unseen(prompt, given) if isinstance(given, dict) else []
+    if unknown:
+        known = ", ".join(sorted(names(prompt)))
+        raise ApiError(422, f"{field}: the adapter reads no {unknown[0][:60]!r}; it reads {known}", field)
 
 
 def ending(given: Given, most: int) -> Given:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import json
 import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -10,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rayml.adaptation import AdaptationRequest, adaptation_request, inner_steps
+from rayml.adaptation import AdaptationRequest, adaptation_request, inner_steps, splits
 from rayml.adapter import Adapter, chosen
 from rayml.algorithms.inner_loop import Params
 from rayml.errors import DataError, TrainingError
@@ -29,7 +30,7 @@ from rayml.serving.engine import Engine, Observe
 from rayml.serving.errors import ApiError, busy
 from rayml.serving.labels import choices, label_piece
 from rayml.serving.queries import Given, queries_of, unlimited
-from rayml.serving.schema import AdapterRequest, ClassifyRequest, Message, plain, turns_of
+from rayml.serving.schema import AdapterRequest, ClassifyRequest, Message, is_blank, plain, turns_of
 from rayml.serving.served import fits_of, servable
 from rayml.serving.settings import Serving
 from rayml.serving.store import AdapterStore, Manifest
@@ -56,6 +57,8 @@ class Replica:
         self.adapter_cache = AdapterCache(self.store, fits, serving.adapters.cached_bytes, self._adapter_of, observe)
         self.engine = Engine(self.model, serving.batching, serving.limits, observe)
         self._learning: dict[tuple[str, str], asyncio.Task[Manifest]] = {}
+        self._adaptations: dict[tuple[str, str], Adaptation] = {}
+        self._background: set[asyncio.Task[None]] = set()
         self._unfinished = 0
         # Each holds one of the requests that Serve lets in at a time; the other half is for queries.
         self.most_unfinished = min(serving.limits.waiting_adaptations, max(1, serving.replicas.ongoing_requests // 2))
@@ -82,8 +85,7 @@ class Replica:
         Raises:
             ApiError: 422, examples that cannot be learned from; 429, too many adapters, or too many being learned.
         """
-        if self._unfinished >= self.most_unfinished:
-            raise busy(f"{self._unfinished} adaptations are under way in this replica, as many as may be")
+        self._refuse_more()
         self._unfinished += 1
         try:
             found = await asyncio.to_thread(self.store.find, owner, adapter)
@@ -100,6 +102,38 @@ class Replica:
         finally:
             self._unfinished -= 1
 
+    def _refuse_more(self) -> None:
+        if self._unfinished >= self.most_unfinished:
+            raise busy(f"{self._unfinished} adaptations are under way in this replica, as many as may be")
+
+    async def begin(self, owner: str, adapter: str, request: AdapterRequest) -> None:
+        """Learn an adapter in the background. The store knows of it: whoever asks for it can have it begun again.
+
+        Raises:
+            ApiError: as `learn`.
+        """
+        if (owner, adapter) in self._learning:
+            return
+        self._refuse_more()
+        await asyncio.to_thread(self._adaptation_request, request)
+        await asyncio.to_thread(self.store.begin, owner, adapter, request.model_dump_json().encode())
+        task = asyncio.create_task(self._learn_unwatched(owner, adapter, request))
+        self._background.add(task)  # asyncio itself does not hold it
+        task.add_done_callback(self._background.discard)
+
+    async def _learn_unwatched(self, owner: str, adapter: str, request: AdapterRequest) -> None:
+        try:
+            await self.learn(owner, adapter, request)
+        except ApiError as error:
+            await asyncio.to_thread(self.store.begin, owner, adapter, json.dumps(error.body()).encode())
+
+    async def progress(self, owner: str, adapter: str) -> dict[str, int] | None:
+        """Return how far a lesson is; None, if this replica has no such lesson."""
+        one = self._adaptations.get((owner, adapter))
+        if one:
+            return {"steps": one.steps, "steps_taken": one.steps_taken}
+        return {} if (owner, adapter) in self._learning else None
+
     def _prolong(self, owner: str, manifest: Manifest, ttl_seconds: float | None) -> Manifest:
         """Let an adapter live as long as the most generous of those who asked for it said."""
         if manifest.expires_at is None:
@@ -111,9 +145,13 @@ class Replica:
         began = time.perf_counter()
         await asyncio.to_thread(self._make_room, owner)
         prepared = await asyncio.to_thread(self._adaptation_request, request)
-        adaptation = Adaptation(prepared, inner_steps(self.model, request.steps))
+        adaptation = Adaptation(prepared, inner_steps(self.model, request.steps), owner)
         self.engine.adapt(adaptation)
-        weights, losses = await asyncio.wrap_future(adaptation.learned)
+        self._adaptations[owner, adapter_id] = adaptation
+        try:
+            weights, losses = await asyncio.wrap_future(adaptation.learned)
+        finally:
+            del self._adaptations[owner, adapter_id]
         try:
             refuse_diverged(request.name, weights)
         except TrainingError as error:
@@ -165,7 +203,19 @@ class Replica:
         except DataError as error:
             raise ApiError(422, f"examples: {error}", "examples") from None
         self._check_lengths(self.model.encoder.of(task.name, task.kind), task, prepared.card.labels)
+        self._check_sizes(task, prepared)
         return prepared
+
+    def _check_sizes(self, task: Task, prepared: AdaptationRequest) -> None:
+        limits = self.serving.limits
+        if len(task.options) > limits.options:
+            raise ApiError(422, f"examples: {len(task.options)} labels; at most {limits.options}", "examples")
+        tokens = len(prepared.rows) * max(len(row.tokens) for row in prepared.rows)
+        if tokens > limits.whole_tokens and not splits(self.model):
+            message = (
+                f"examples: {tokens} tokens; {self.model.config.algorithm.name} reads them in one piece, and at most"
+            )
+            raise ApiError(422, f"{message} {limits.whole_tokens}", "examples")
 
     def _check_lengths(self, encoder: Encoder, task: Task, labels: dict[str, str]) -> None:
         shown = {option: label for label, option in labels.items()}
@@ -198,7 +248,8 @@ class Replica:
     ) -> tuple[list[dict[str, Any]], int]:
         """Score `labels`, each with what the model sees of it, for every input."""
         seen = list(labels.values())
-        cut = await asyncio.to_thread(queries_of, adapter, inputs, seen, self.context, truncate)
+        most = min(self.context, self.serving.limits.whole_tokens)
+        cut = await asyncio.to_thread(queries_of, adapter, inputs, seen, most, truncate)
         asked = [Waiting(query) for query, _ in cut]
         self.engine.classify(asked)
         found = await asyncio.gather(*(asyncio.wrap_future(one.answer) for one in asked))
@@ -222,7 +273,11 @@ class Replica:
         """
         loaded = await self._adapter(owner, adapter)
         if loaded.labels:
-            for written in await self._write_labels(loaded, [plain(prompt) for prompt in prompts], sampling):
+            inputs = [plain(prompt) for prompt in prompts]
+            if any(isinstance(given, str) and is_blank(given) for given in inputs):
+                field = "messages" if isinstance(prompts[0], list) else "prompt"
+                raise ApiError(400, f"{field}: is empty", field)
+            for written in await self._write_labels(loaded, inputs, sampling):
                 yield written
             return
         arrived: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue()
@@ -235,8 +290,10 @@ class Replica:
                 with contextlib.suppress(RuntimeError):  # the loop is gone with the replica
                     loop.call_soon_threadsafe(arrived.put_nowait, (index, piece))
 
-            tokens = await asyncio.to_thread(self._prompt_tokens, loaded, prompt, sampling.max_tokens, index)
-            writing = Writing(self.model.encoder.tokenizer, tokens, loaded.weights, sampling, self.ends)
+            tokens = await asyncio.to_thread(self._prompt_tokens, loaded, prompt, sampling, index)
+            most = min(sampling.max_tokens, self.context - len(tokens))
+            own = dataclasses.replace(sampling, max_tokens=most)
+            writing = Writing(self.model.encoder.tokenizer, tokens, loaded.weights, own, self.ends)
             writings.append(writing.send_to(receive))
         try:
             self.engine.write(writings)
@@ -262,31 +319,44 @@ class Replica:
         # The tokens of all texts stand with the first: they are summed in the end.
         return [(index, piece, 0 if index else tokens) for index, piece in enumerate(pieces)]
 
-    def _prompt_tokens(self, adapter: Adapter, prompt: Given | list[Message], max_tokens: int, index: int) -> list[int]:
-        tokenizer = self.model.encoder.tokenizer
-        most = self.context - max_tokens
+    def _prompt_tokens(
+        self, adapter: Adapter, prompt: Given | list[Message], sampling: Sampling, index: int
+    ) -> list[int]:
         if self.mute:
             raise ApiError(400, f"{self.mute}; ask /v1/classify", "model")
+        field = "messages" if isinstance(prompt, list) else "prompt"
         try:
-            if adapter is not self.bare:
-                is_dialogue = adapter.card.kind == "dialogue"
-                given = turns_of(prompt) if is_dialogue and isinstance(prompt, list) else plain(prompt)
-                tokens = unlimited(adapter.encoder).asked(unanswered(given), adapter.shown)
-            elif not isinstance(prompt, list):
-                tokens, _ = tokenize(tokenizer, marked(tokenizer, str(prompt)))
-            elif own_template(tokenizer):
-                tokens = chat_prompt(tokenizer, turns_of(prompt))
-            else:
-                raise ApiError(400, "this base has no chat template; use /v1/completions", "messages")
+            tokens = self._shown(adapter, prompt, field)
         except DataError as error:
-            raise ApiError(400, str(error), "messages" if isinstance(prompt, list) else "prompt") from None
+            raise ApiError(400, str(error), field) from None
         if not tokens:
             raise ApiError(400, f"prompt {index} is empty", "prompt")
-        if len(tokens) > most:
-            asked = f"prompt {index} has {len(tokens)} tokens and max_tokens={max_tokens}"
-            message = f"{asked}; together at most {self.context}, the context"
+        if len(tokens) + (1 if sampling.shrinks else sampling.max_tokens) > self.context:
+            room = "" if sampling.shrinks else f" and max_tokens={sampling.max_tokens}"
+            message = f"prompt {index} has {len(tokens)} tokens{room}; together at most {self.context}, the context"
+            raise ApiError(400, message, "prompt", "context_length_exceeded")
+        whole = self.serving.limits.whole_tokens
+        if len(tokens) > whole and not self.engine.writer.long.reads_in_parts:
+            message = (
+                f"prompt {index} has {len(tokens)} tokens; this model reads a prompt in one piece, and at most {whole}"
+            )
             raise ApiError(400, message, "prompt", "context_length_exceeded")
         return tokens
+
+    def _shown(self, adapter: Adapter, prompt: Given | list[Message], field: str) -> list[int]:
+        """Return a prompt's tokens, as an adapter shows it, or the base's chat template; a text as it is."""
+        tokenizer = self.model.encoder.tokenizer
+        if adapter is not self.bare:
+            is_dialogue = adapter.card.kind == "dialogue"
+            given = turns_of(prompt) if is_dialogue and isinstance(prompt, list) else plain(prompt)
+            if isinstance(given, str) and is_blank(given):
+                raise ApiError(400, f"{field}: is empty", field)
+            return unlimited(adapter.encoder).asked(unanswered(given), adapter.shown)
+        if not isinstance(prompt, list):
+            return tokenize(tokenizer, marked(tokenizer, str(prompt)))[0]
+        if own_template(tokenizer):
+            return chat_prompt(tokenizer, turns_of(prompt))
+        raise ApiError(400, "this base has no chat template; use /v1/completions", "messages")
 
     async def _adapter(self, owner: str, adapter: str | None) -> Adapter:
         return await self.adapter_cache.get(owner, adapter) if adapter else self.bare

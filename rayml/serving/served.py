@@ -8,7 +8,7 @@ from rayml.algorithms.prototypes import is_readout
 from rayml.config import Config
 from rayml.errors import RunError
 from rayml.lm.abilities import refuse_unable
-from rayml.lm.load import resolve_model
+from rayml.lm.load import public_name, resolve_model
 from rayml.lm.lora import all_linears, linear_kinds
 from rayml.lm.model import TaskLM, hooks
 from rayml.lm.sentence import MARK, read_sentences
@@ -51,7 +51,7 @@ def fits_of(config: Config, base: str, module: Any, limits: Adapters) -> Fits:
     width, head = module.get_input_embeddings().embedding_dim, module.get_output_embeddings()
     sentences = getattr(module, MARK, None)
     return Fits(
-        (config.model.name, base),
+        (config.model.name, base, public_name(base)),
         linears,
         scale,
         limits.most_rank,

@@ -1,6 +1,8 @@
 """Settings of a server. The text under a key is its documentation: `rayml serve --keys` prints it."""
 
 import os
+import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -8,6 +10,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from rayml.errors import ConfigError
 from rayml.sections import NotNegativeFloat, NotNegativeInt, Section
+from rayml.serving.store import NAME, owner_of
 
 MIB = 1 << 20
 
@@ -22,11 +25,16 @@ class Limits(Section):
     inputs: PositiveInt = 64
     """Texts in one request to classify or to complete: 422."""
     options: PositiveInt = 64
-    """Options in one request to classify: 422."""
+    """Labels that an answer is chosen among: 422."""
     max_tokens: PositiveInt = 1024
     """Tokens that a request may generate: 422."""
     context_tokens: PositiveInt = 8192
     """Tokens of a prompt and its answer together, where the model's own context is longer: 400."""
+    whole_tokens: PositiveInt = 4096
+    """Tokens of what is read in one piece, while all others wait: an input to classify with all that is asked about it,
+    a prompt of a model with recurrent layers (400), a lesson by prototypes (422)."""
+    body_seconds: PositiveFloat = 30
+    """How long a client may take to send its request: 408."""
     steps: PositiveInt = 20
     """Inner steps of an adapter: 422."""
     adapters_per_key: PositiveInt = 10_000
@@ -47,14 +55,13 @@ class Batching(Section):
     """Texts that are generated side by side."""
     cache_tokens: PositiveInt = 65_536
     """Most tokens in the cache of keys and values: rows times the longest of them."""
-    prompt_tokens: PositiveInt = 8192
-    """Tokens of new prompts that are read in one forward, between two tokens of the others; one prompt always is."""
+    turn_tokens: PositiveInt | None = None
+    """Tokens that each kind of work may run at a time, so that others wait no longer: of queries, of new prompts
+    (longer ones are read in parts), of examples to learn. Else 256 on a CPU, 8192 on a GPU."""
     queries: PositiveInt = 32
     """Queries that are classified in one forward."""
     adaptations: PositiveInt = 8
-    """Adapters that are learned in one batched inner loop."""
-    adaptation_tokens: PositiveInt = 8192
-    """Most tokens of such a loop, rows times the longest of them; one adapter always is."""
+    """Adapters that are learned in one batched inner loop, where they fit into `turn_tokens` together."""
     adaptation_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Share of the model's time that adaptations may take while queries wait."""
 
@@ -148,7 +155,8 @@ class Serving(Section):
     name: str | None = None
     """What the base is called in `model`; else the last part of the run's model.name."""
     keys_file: str | None = None
-    """API keys, one a line; RAYML_API_KEYS adds to them. Each key sees its own adapters. None: no key is asked for."""
+    """API keys, one a line, each as `name: key`, or a key alone; RAYML_API_KEYS adds to them. A name owns adapters:
+    keys of one name see the same ones. None: no key is asked for."""
     limits: Limits = Limits()
     batching: Batching = Batching()
     adapters: Adapters = Adapters()
@@ -161,29 +169,42 @@ class Serving(Section):
     """Seed of requests that give none; None draws one."""
 
 
-def api_keys(keys_file: str | None) -> frozenset[str]:
-    """Return the API keys of a file and of RAYML_API_KEYS (separated by commas).
+NAMED_KEY = re.compile(rf"({NAME.pattern}):\s+(\S+)")
+HASH = re.compile("[0-9a-f]{16}")
+
+
+def api_keys(keys_file: str | None) -> dict[str, str]:
+    """Return the API keys of a file and of RAYML_API_KEYS (separated by commas), each with the owner of its adapters.
 
     Raises:
         ConfigError: the file cannot be read, or holds no key; or a key is shorter than 16 characters.
     """
-    keys = [key.strip() for key in os.environ.get("RAYML_API_KEYS", "").split(",")]
+    lines = os.environ.get("RAYML_API_KEYS", "").split(",")
     if keys_file:
         try:
-            lines = Path(keys_file).expanduser().read_text(encoding="utf-8").splitlines()
+            found = Path(keys_file).expanduser().read_text(encoding="utf-8").splitlines()
         except (OSError, ValueError) as error:
             raise ConfigError(f"keys_file: {keys_file}: cannot be read: {error}") from error
-        found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+        found = [line for line in found if line.strip() and not line.startswith("#")]
         if not found:
             raise ConfigError(f"keys_file: {keys_file}: holds no key")
-        keys += found
-    short = [key for key in keys if 0 < len(key) < 16]
+        lines += found
+    keys = dict(owned_key(line.strip()) for line in lines if line.strip())
+    short = [key for key in keys if len(key) < 16]
     if short:
         raise ConfigError(f"keys: {len(short)} shorter than 16 characters; `openssl rand -hex 24` makes a good one")
-    return frozenset(key for key in keys if key)
+    return keys
 
 
-def check_host(host: str, keys: frozenset[str], insecure: bool) -> None:
+def owned_key(line: str) -> tuple[str, str]:
+    """Return a key and its owner: the name before it, or, of a key alone, what is made of the key."""
+    named = NAMED_KEY.fullmatch(line)
+    if named and HASH.fullmatch(named[1]):
+        raise ConfigError(f"keys: {named[1]!r} is no name: it may be what is made of another key")
+    return (named[2], named[1]) if named else (line, owner_of(line))
+
+
+def check_host(host: str, keys: Collection[str], insecure: bool) -> None:
     """Raise ConfigError where everyone who reaches this machine could use the server."""
     if host not in ("127.0.0.1", "localhost", "::1") and not keys and not insecure:
         raise ConfigError(
@@ -199,6 +220,7 @@ def describe(manifest: Any, base: str) -> dict[str, Any]:
         "object": "adapter",
         "model": f"{base}:{manifest.id}",
         "name": manifest.name,
+        "status": "ready",
         "created": int(manifest.created_at),
         "expires_at": manifest.expires_at and int(manifest.expires_at),
         "examples": manifest.examples,
@@ -207,3 +229,9 @@ def describe(manifest: Any, base: str) -> dict[str, Any]:
         "loss_after": manifest.loss_after,
         "seconds": round(manifest.seconds, 3),
     }
+
+
+def learning(adapter: str, base: str) -> dict[str, Any]:
+    """Return an adapter that is being learned, as the API shows it."""
+    name = adapter.rpartition(".")[0]
+    return {"id": adapter, "object": "adapter", "model": f"{base}:{adapter}", "name": name, "status": "learning"}

@@ -2,7 +2,8 @@
 
     ROOT/OWNER/ID/{adapter_config.json, adapter_model.safetensors, rayml.json, manifest.json}
 
-The manifest is written last and in one piece: an adapter is there when its manifest is.
+The manifest is written last and in one piece: an adapter is there when its manifest is. Before that, a lesson that is
+learned in the background has its request there, `lesson.json`.
 """
 
 import contextlib
@@ -10,8 +11,10 @@ import hashlib
 import json
 import logging
 import re
+import tempfile
 import time
 import uuid
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,8 +25,10 @@ from pydantic import BaseModel, ConfigDict
 from rayml.errors import ConfigError, RunError
 from rayml.runs.files import filesystem
 from rayml.serving.adapter_files import FILES
+from rayml.serving.errors import ApiError
 
 MANIFEST = "manifest.json"
+LESSON = "lesson.json"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}\.[0-9a-f]{16}")
 PUBLIC = "public"
@@ -31,6 +36,10 @@ UNNAMED = "adapter"
 """What an id begins with that was given no name: those are asked for by their ids alone."""
 ORPHAN_SECONDS = 3600
 log = logging.getLogger(__name__)
+
+
+class DamagedError(RunError):
+    """Files of an adapter are not what was published: nobody's fault who asks for it."""
 
 
 class Manifest(BaseModel):
@@ -62,8 +71,14 @@ def adapter_id(name: str, content: Any) -> str:
 
 
 def owner_of(api_key: str | None) -> str:
-    """Return whose adapters a key sees; without keys, all are everyone's."""
+    """Return whose adapters a key without a name sees; without keys, all are everyone's."""
     return hashlib.sha256(api_key.encode()).hexdigest()[:16] if api_key else PUBLIC
+
+
+def damaged(owner: str, adapter: str, error: DamagedError) -> ApiError:
+    """Log that an adapter's files are damaged, and return what the client is told: it is the server's fault."""
+    log.error("adapter %s of %s is damaged in the store: %s", adapter, owner, error)
+    return ApiError(500, f"adapter {adapter} is damaged in the server's store", "model", "adapter_damaged")
 
 
 class AdapterStore:
@@ -101,6 +116,8 @@ class AdapterStore:
             self._write_whole(f"{there}/{MANIFEST}", whole.model_dump_json().encode())
             now = self._checksums(owner, manifest.id, present)
             if now == sums:
+                with contextlib.suppress(FileNotFoundError):  # most were not learned in the background
+                    self.fs.delete_file(f"{there}/{LESSON}")
                 return whole
             sums = now
 
@@ -148,17 +165,22 @@ class AdapterStore:
         """Copy an adapter's files into a local folder.
 
         Raises:
-            RunError: a file is gone, is not what was published, or is larger than `most_bytes`.
+            DamagedError: a file is gone, or is not what was published.
+            RunError: one is larger than `most_bytes`.
             OSError: the storage does not answer.
         """
-        for name, checksum in manifest.files.items():
+        for name in manifest.files:
             size = self.fs.get_file_info(f"{self.path}/{owner}/{manifest.id}/{name}").size or 0
             if size > most_bytes:
                 raise RunError(f"{name} has {size} bytes; at most {most_bytes}")
-            data = self.read(owner, manifest.id, name)
-            if hashlib.sha256(data).hexdigest() != checksum:
-                raise RunError(f"{name} is not what was published (its checksum differs)")
-            (folder / name).write_bytes(data)
+            (folder / name).write_bytes(self.verified(owner, manifest, name))
+
+    def verified(self, owner: str, manifest: Manifest, name: str) -> bytes:
+        """Return a file of an adapter, as it was published; raises as `fetch` does."""
+        data = self.read(owner, manifest.id, name)
+        if hashlib.sha256(data).hexdigest() != manifest.files[name]:
+            raise DamagedError(f"{name} is not what was published (its checksum differs)")
+        return data
 
     def read(self, owner: str, adapter: str, name: str) -> bytes:
         if name not in FILES:
@@ -167,7 +189,44 @@ class AdapterStore:
             with self.fs.open_input_stream(f"{self.path}/{owner}/{adapter}/{name}") as file:
                 return file.read()
         except FileNotFoundError:
-            raise RunError(f"{name} is gone") from None
+            raise DamagedError(f"{name} is gone") from None
+
+    def begin(self, owner: str, adapter: str, request: bytes) -> None:
+        """Note what is to be learned in the background, so that whoever asks for it can go on with it."""
+        there = f"{self.path}/{owner}/{adapter}"
+        self.fs.create_dir(there, recursive=True)
+        self._write_whole(f"{there}/{LESSON}", request)
+
+    def begun(self, owner: str, adapter: str) -> bytes | None:
+        """Return what `begin` noted; None, if there is no such lesson."""
+        if not ID.fullmatch(adapter):
+            return None
+        try:
+            with self.fs.open_input_stream(f"{self.path}/{owner}/{adapter}/{LESSON}") as file:
+                return file.read()
+        except FileNotFoundError:
+            return None
+
+    def owners(self) -> list[str]:
+        """Return who has adapters here."""
+        found = self.fs.get_file_info(fs.FileSelector(self.path))
+        return sorted(
+            info.base_name for info in found if info.type == fs.FileType.Directory and self._ids(info.base_name)
+        )
+
+    def move(self, owner: str, adapter: str, to: str) -> None:
+        """Give an adapter to another owner, who has it before the first loses it.
+
+        Raises:
+            DamagedError: its files are not what was published.
+        """
+        manifest = self._manifest(owner, adapter)
+        if manifest is None:
+            raise RunError(f"{owner} has no adapter {adapter}")
+        with tempfile.TemporaryDirectory() as folder:
+            self.fetch(owner, manifest, Path(folder))
+            self.publish(to, manifest, Path(folder))
+        self.delete(owner, adapter)
 
     def delete(self, owner: str, adapter: str) -> None:
         """Take an adapter away: the manifest first, so that nobody finds half of one."""
@@ -179,8 +238,7 @@ class AdapterStore:
 
     def sweep(self) -> None:
         """Delete what has expired."""
-        owners = [info.base_name for info in self.fs.get_file_info(fs.FileSelector(self.path))]
-        for owner in owners:
+        for owner in self.owners():
             for adapter in self._ids(owner):
                 manifest = self._manifest(owner, adapter)
                 if manifest.expired if manifest else self._is_orphan(owner, adapter):
@@ -212,3 +270,11 @@ class AdapterStore:
         with self.fs.open_output_stream(part) as file:
             file.write(data)
         self.fs.move(part, path)
+
+
+def every(store: AdapterStore, owner: str) -> Iterator[Manifest]:
+    """Yield all adapters of an owner."""
+    after: str | None = ""
+    while after is not None:
+        found, after = store.page(owner, after)
+        yield from found

@@ -1,7 +1,9 @@
 """What waits for the model: queries to classify, texts to write, adapters to learn."""
 
+import contextlib
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from typing import Any
 
 from torch import Tensor
 
@@ -38,8 +40,22 @@ class Writing(Generation):
 
 
 class Adaptation:
-    """A request to adapt; its result are the weights, and the losses on the way."""
+    """A request to adapt; its result are the weights, and the losses on the way.
 
-    def __init__(self, request: AdaptationRequest, steps: int):
-        self.request, self.steps = request, steps
+    Args:
+        owner: whose turn it takes.
+    """
+
+    def __init__(self, request: AdaptationRequest, steps: int, owner: str = ""):
+        self.request, self.steps, self.owner = request, steps, owner
+        self.steps_taken = 0
         self.learned: Future[tuple[Params, Losses]] = Future()
+
+
+def settle(future: Future, result: Any) -> None:
+    """Give a result, or an error, to whoever still waits for it."""
+    with contextlib.suppress(InvalidStateError):  # cancelled: nobody does
+        if isinstance(result, Exception):
+            future.set_exception(result)
+        else:
+            future.set_result(result)

@@ -4,9 +4,10 @@ A template may come with an adapter that a stranger made. So it is parsed first,
 let through: variables, `if`, one `for` over the input's parts, and a few filters. It takes no longer than its text.
 """
 
+from collections.abc import Iterable
 from functools import lru_cache
 
-from jinja2 import StrictUndefined, Template, TemplateError, nodes
+from jinja2 import StrictUndefined, Template, TemplateError, meta, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from rayml.errors import ConfigError, DataError
@@ -63,6 +64,18 @@ def _refuse_programs(tree: nodes.Template) -> None:
                 raise TemplateError("`for` goes over `parts` alone, and once")
     if not uses_input:
         raise TemplateError("shows nothing of the input; `{{ input }}` does")
+
+
+@lru_cache(maxsize=4096)
+def names(template: str) -> frozenset[str]:
+    """Return what a template asks for."""
+    return frozenset(meta.find_undeclared_variables(ENVIRONMENT.parse(template.replace("{input}", "{{ input }}"))))
+
+
+def unseen(template: str, fields: Iterable[str]) -> list[str]:
+    """Return those of an input's fields that a template never shows."""
+    asked = names(template)
+    return [] if asked & {"input", "parts"} else [field for field in fields if field not in asked]
 
 
 def render(template: str, example: Example, mask: str = "") -> str:

@@ -3,12 +3,15 @@
 pyproject.toml bounds Ray to what this was tested with; `tests/test_internals.py` says what a newer one broke.
 """
 
+import contextlib
 import json
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import ray
 import ray.train
+from ray._private import ray_constants
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
@@ -39,6 +42,20 @@ def forget_lost(checkpoints: AnyPath) -> None:
         forgets = True
     if forgets:
         memory.unlink()
+
+
+@contextlib.contextmanager
+def listening_here() -> Iterator[None]:
+    """Let a Ray that starts inside the block listen on 127.0.0.1, as it does by itself on other systems than Linux.
+
+    All its processes take that for the address of this machine.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 # What Ray Train's controller tells of a run

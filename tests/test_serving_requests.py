@@ -1,0 +1,101 @@
+"""Requests as clients send them: what is taken, what is refused, and what the refusal names."""
+
+import json
+
+import pytest
+
+from rayml.serving.errors import ApiError
+from rayml.serving.schema import AdapterRequest, Body, ChatRequest, ClassifyRequest, CompletionRequest, parse
+from rayml.tasks.templates import unseen
+
+USER = {"role": "user", "content": "x"}
+ASKED = {"model": "m", "input": "x"}
+CHAT = {"model": "m", "messages": [USER]}
+TEXT = {"model": "m", "prompt": "x"}
+LESSON = {"examples": [{"input": "a", "target": "b"}]}
+BODIES: dict[type[Body], dict] = {ClassifyRequest: ASKED, ChatRequest: CHAT, CompletionRequest: TEXT}
+BODIES[AdapterRequest] = LESSON
+
+
+def parsed(kind: type[Body], changes: dict):
+    return parse(kind, json.dumps(BODIES[kind] | changes).encode())
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "field", "says"),
+    [
+        (ClassifyRequest, {"options": ["a", "a"]}, "options", "stands twice"),
+        (ClassifyRequest, {"options": ["a", " a"]}, "options", "stands twice"),
+        (ClassifyRequest, {"options": ["a"]}, "options", "at least 2"),
+        (ClassifyRequest, {"options": []}, "options", "at least 2"),
+        (AdapterRequest, {"options": ["a", "a"]}, "options", "stands twice"),
+        (ClassifyRequest, {"input": ""}, "input", "empty"),
+        (ClassifyRequest, {"input": "\u200b \ufeff"}, "input", "empty"),
+        (ClassifyRequest, {"input": ["x", "\u2060"]}, "input.1", "empty"),
+        (ClassifyRequest, {"input": {"premise": "", "hypothesis": " "}}, "input", "no text"),
+        (ClassifyRequest, {"truncate": "yes"}, "truncate", "boolean"),
+        (ClassifyRequest, {"truncate": 1}, "truncate", "boolean"),
+        (AdapterRequest, {"steps": "3"}, "steps", "integer"),
+        (AdapterRequest, {"steps": True}, "steps", "integer"),
+        (AdapterRequest, {"ttl_seconds": 1e-9}, "ttl_seconds", "greater than or equal to 1"),
+        (AdapterRequest, {"strict": True}, "strict", "strict: unknown field; there are examples"),
+        (AdapterRequest, {"str": 1}, "str", "unknown field"),
+        (AdapterRequest, {"examples": [{"input": "a", "target": "b", "list[x": 1}]}, "examples.0.list[x", "unknown"),
+        (CompletionRequest, {"temperature": "1"}, "temperature", "number"),
+        (CompletionRequest, {"n": True}, "n", "integer"),
+        (CompletionRequest, {"echo": True}, "echo", "False"),
+        (ChatRequest, {"response_format": {"type": "json_object"}}, "response_format.type", "'text'"),
+        (ChatRequest, {"store": True}, "store", "False"),
+        (ChatRequest, {"logit_bias": {"1": 2}}, "logit_bias", "at most 0"),
+        (ChatRequest, {"tools": [{"type": "function"}]}, "tools", "at most 0"),
+        (ChatRequest, {"messages": [{"role": "user", "content": None}]}, "messages.0", "content"),
+        (ChatRequest, {"messages": [{"role": "user", "content": [{"type": "text", "txt": "x"}]}]},
+         "messages.0.content.0.text", "required"),
+    ],
+)  # fmt: skip
+def test_what_would_succeed_wrongly_is_refused_by_name(kind, changes, field, says):
+    with pytest.raises(ApiError, match=f"(?i){says}") as refused:
+        parsed(kind, changes)
+    assert (refused.value.status, refused.value.param) == (400, field)
+
+
+@pytest.mark.parametrize("body", [b'{"model": "m", "input": "x", "input": "y"}', b'{"model": "m", "input": {"input": "x", "input": "y"}}'])  # fmt: skip  # noqa: E501
+def test_a_key_that_stands_twice_is_refused(body):
+    with pytest.raises(ApiError, match="input: stands twice") as refused:
+        parse(ClassifyRequest, body)
+    assert refused.value.code == "duplicate_key"
+
+
+def test_what_asks_for_nothing_is_taken():
+    """What OpenAI's clients and others send along with every request."""
+    both = {
+        "temperature": None, "top_p": None, "stop": None, "max_tokens": None, "n": 1, "presence_penalty": 0.0,
+        "frequency_penalty": 0, "logit_bias": {}, "store": False, "metadata": {"team": "a"}, "service_tier": "auto",
+        "user": None, "seed": None, "stream_options": None,
+    }  # fmt: skip
+    chat = {
+        "response_format": {"type": "text"}, "tools": [], "tool_choice": "none", "parallel_tool_calls": True,
+        "functions": None, "function_call": None, "modalities": ["text"], "logprobs": None, "top_logprobs": None,
+    }  # fmt: skip
+    assert parsed(CompletionRequest, both | {"best_of": 1, "echo": False, "suffix": None}).temperature == 0
+    assert parsed(ChatRequest, both | chat).temperature == 0
+    assert parsed(AdapterRequest, {"options": None, "steps": None}).steps is None
+
+
+def test_an_answer_of_openai_s_comes_back_as_a_message():
+    answer = {
+        "role": "assistant",
+        "content": None,
+        "refusal": None,
+        "tool_calls": None,
+        "annotations": [],
+        "audio": None,
+    }
+    (_, said, _) = parsed(ChatRequest, {"messages": [USER, answer, USER]}).messages
+    assert said.text == ""
+
+
+def test_fields_that_a_prompt_never_shows_are_known():
+    assert unseen("{{ premise }} {{ hypothesis }}", ["premise", "hypothesis", "hypotesis"]) == ["hypotesis"]
+    assert unseen("{% for name, text in parts %}{{ text }}{% endfor %}", ["anything"]) == []
+    assert unseen("{input}", ["anything"]) == []
