@@ -64,13 +64,16 @@ def evaluate_run(
         model = load(run, checkpoint=checkpoint) if isinstance(run, RunFolder) else run
     if model.run is None:
         raise RunError("an untrained start is evaluated beside a run's; give a run")
-    for line in (f"{model.run.path}: {model.checkpoint}", str(model.precision)):
+    for line in (f"{model.run.start or model.run.path}: {model.checkpoint}", str(model.precision)):
         err.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
     model.encoder.check(tasks)
+    outputs = model.run.outputs
+    if isinstance(outputs, Path):
+        outputs.mkdir(parents=True, exist_ok=True)
     sampler = shown.sampler(EVALUATION_SEED + seed)
     settings = {"ways": shown.ways, "shots": shown.shots, "queries": shown.queries, "episodes": episodes, "seed": seed}
     asked = [model.step, model.precision.dtype, settings, fingerprint(tasks), dump_config(config)]
-    total, parts = len(tasks) * episodes, Parts(model.run.path, asked)
+    total, parts = len(tasks) * episodes, Parts(outputs, asked)
     err.print(f"{len(tasks)} tasks x {episodes} episodes, each from two starts: {2 * total} adaptations", style="dim")
     try:
         with progress(err) as bar:
@@ -80,7 +83,7 @@ def evaluate_run(
         raise kept(end, message) from None
     parts.remove()
     summary = {
-        "run": str(model.run.path),
+        "run": model.run.start or str(model.run.path),
         "checkpoint": model.checkpoint,
         "algorithm": config.algorithm.name,
         "outer_steps": model.step,
@@ -90,7 +93,7 @@ def evaluate_run(
         **summarize(found),
     }
     kind = "-data" if data else "" if split == "test" else f"-{split}"
-    written, picture = json_file or model.run.path / f"evaluation{kind}.json", model.run.path / f"adaptation{kind}.png"
+    written, picture = json_file or outputs / f"evaluation{kind}.json", outputs / f"adaptation{kind}.png"
     write_whole(written, json.dumps(summary, indent=2) + "\n")
     method = "" if config.algorithm.name == DEFAULT else f"{config.algorithm.name}, "
     title = f"{config.model.name}, {shown.ways}-way {shown.shots}-shot, {method}after {model.step} outer steps"

@@ -24,6 +24,7 @@ from rayml.runs.checkpoint import is_whole, newest_checkpoint, step_of
 from rayml.runs.early_stopping import is_enough, val_scores
 from rayml.runs.files import AnyPath, as_path, listed, write_whole
 from rayml.sections import Run
+from rayml.starts import folder_of, start_named
 from rayml.tasks.splits import Splits
 from rayml.tasks.task import Task
 
@@ -45,11 +46,18 @@ class RunFolder:
     """The paths of a run, and the little that is written to them."""
 
     def __init__(self, path: str | AnyPath):
-        self.path = as_path(path)
+        self.start = start_named(path)
+        """The name of a start that comes with rayml, or of a bare base; None for a run."""
+        self.path = as_path(folder_of(self.start) if self.start else path)
         self.config, self.metrics = self.path / "config.yaml", self.path / "metrics.jsonl"
         self.checkpoints, self.latest = self.path / "checkpoints", self.path / "latest"
         self.tasks, self.best, self.model = (self.path / name for name in ("tasks.json", "best", "model"))
         self.stop, self.precision = self.path / "stop", self.path / "precision.json"
+
+    @property
+    def outputs(self) -> AnyPath:
+        """Where what is made of it goes, such as an evaluation: into the run, but for a start into runs/NAME here."""
+        return Path("runs", Path(self.start).name).absolute() if self.start else self.path
 
     @property
     def is_local(self) -> bool:
@@ -194,6 +202,8 @@ class RunFolder:
 
     def told(self, folder: AnyPath) -> str:
         """Return in words which checkpoint a folder is, of those that `trained` returns."""
+        if self.start:
+            return f"the start {self.start}, {step_of(folder)} outer steps" if step_of(folder) else "untrained"
         which = "the best on meta-val" if folder.parent.name == self.best.name else "the newest"
         return f"step {step_of(folder)}, {which}"
 

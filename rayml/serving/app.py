@@ -71,9 +71,9 @@ def build(args: Serving) -> serve.Application:
     run = RunFolder(args.run)
     config, checkpoint = servable(run, args.checkpoint)
     refuse_unservable(run, config)
-    store = args.store or str(run.path / "adapters")
+    store = args.store or str(run.outputs / "adapters")
     store = store if "://" in store else str(Path(store).absolute())
-    serving = args.model_copy(update={"run": str(run.path), "store": store})
+    serving = args.model_copy(update={"run": run.start or str(run.path), "store": store})
     AdapterStore(store)
     keys = api_keys(args.keys_file)
     if not keys:
