@@ -51,10 +51,14 @@ def evaluate_run(
     if split not in ("test", "val"):
         raise ConfigError(f"split: expected test or val, got {split!r}")
     config = run.trained(checkpoint)[0] if isinstance(run, RunFolder) else run.config
+    folder = run if isinstance(run, RunFolder) else run.run
+    if folder and folder.start and not data:
+        raise DataError(f"{folder.start}: comes without tasks to be tested on; give --data")
     shown = config.data.model_copy(update={k: v for k, v in {"ways": ways, "shots": shots}.items() if v})
-    tasks = held_out_tasks(config, shown, data, split)
+    tasks = held_out_tasks(config, shown, data, split, bool(folder and folder.start))
     config.algorithm.check(tasks)
     with doing(err, "loading libraries and model"):
+        from rayml.experiments.beside import encoder_beside
         from rayml.experiments.evaluate import evaluate, summarize
         from rayml.experiments.parts import Parts
         from rayml.lm.abilities import refuse_mute
@@ -78,6 +82,7 @@ def evaluate_run(
     try:
         with progress(err) as bar:
             found = evaluate(model, tasks, sampler, episodes, parts, bar("adapting", total))
+            beside = encoder_beside(found, tasks, sampler, episodes, bar("a sentence encoder beside it", total))
     except KeyboardInterrupt as end:
         message = f"{parts.episodes} of {total} episodes are kept; the same command goes on with the others"
         raise kept(end, message) from None
@@ -91,6 +96,7 @@ def evaluate_run(
         "tasks_from": data or f"meta-{split}",
         **settings,
         **summarize(found),
+        "beside": beside,
     }
     kind = "-data" if data else "" if split == "test" else f"-{split}"
     written, picture = json_file or outputs / f"evaluation{kind}.json", outputs / f"adaptation{kind}.png"
@@ -99,6 +105,8 @@ def evaluate_run(
     title = f"{config.model.name}, {shown.ways}-way {shown.shots}-shot, {method}after {model.step} outer steps"
     report.plot(summary, picture, title)
     out.print(report.table(summary, title))
+    if beside:
+        out.print(report.beside_table(beside))
     answers = report.answers_table(summary)
     if answers:
         out.print(answers)
@@ -109,15 +117,20 @@ def evaluate_run(
     return summary
 
 
-def held_out_tasks(config: Config, data: Data, paths: list[str] | None, split: str) -> tuple[Task, ...]:
+def held_out_tasks(
+    config: Config, data: Data, paths: list[str] | None, split: str, is_start: bool = False
+) -> tuple[Task, ...]:
     """Return the tasks of `paths`, or else of the run's own split; `data` says what an episode takes.
+
+    Args:
+        is_start: it comes with rayml, and what it was trained on does not.
 
     Raises:
         DataError: there are none, they are too small for an episode, or they hold a text of meta-train.
     """
     if paths:
         tasks = prepare_tasks(data.model_copy(update={"path": tuple(paths), "drop_small_classes": True}))
-        refuse_leaks("--data", trained_on(config), tasks)
+        refuse_leaks("--data", () if is_start else trained_on(config), tasks)
     else:
         tasks = getattr(prepare_splits(config.data), split)
         data.sampler(seed=0).check(tasks)
