@@ -6,13 +6,13 @@ Topics are WordNet's definitions, by what they are kinds of. Everything is drawn
 """
 
 import argparse
-import hashlib
 import json
 import random
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ FEWEST = 12  # of a class; and of a word's kinds, for it to be a class
 ASSISTANT = ("alerts", "audio_recording", "date_time", "naptime", "news", "parrot", "personal", "volume", "weather")
 ASSISTANT += ("wikipedia",)
 SLOTS = {
-    "name": "bedroom lamp, kitchen light, front door, garage door, ceiling fan, living room tv, thermostat, coffee maker",
+    "name": "bedroom lamp, kitchen light, front door, garage door, ceiling fan, living room tv, thermostat, kettle",
     "area": "kitchen, living room, bedroom, bathroom, office, garage, hallway, basement",
     "floor": "first floor, ground floor, upstairs, basement",
     "location": "Paris, London, New York, Tokyo, Berlin, Madrid, Chicago, Sydney, Rome, Cairo",
@@ -119,7 +119,9 @@ def said(template: str, rules: dict[str, str], values: dict[str, list[str]], rng
     """Return one sentence of a template: one of `(a|b)`, maybe `[c]`, a `<rule>`'s own, one value of a `{list}`."""
     while found := re.search(r"<([\w]+)>", template):
         template = template[: found.start()] + f"({rules[found[1]]})" + template[found.end() :]
-    template = re.sub(r"\{(\w+)(?::\w+)?\}", lambda slot: rng.choice(values.get(slot[1]) or ["{" + slot[1] + "}"]), template)
+    template = re.sub(
+        r"\{(\w+)(?::\w+)?\}", lambda slot: rng.choice(values.get(slot[1]) or ["{" + slot[1] + "}"]), template
+    )
     while found := re.search(r"\(([^()\[\]]*)\)|\[([^()\[\]]*)\]", template):
         options = (found[1] if found[1] is not None else found[2]).split("|")
         chosen = rng.choice(options) if found[1] is not None or rng.random() < 0.5 else ""
@@ -170,7 +172,7 @@ def read_synsets(path: Path) -> tuple[dict[str, str], dict[str, str], dict[str, 
         words[fields[0]] = fields[4].replace("_", " ")
         glosses[fields[0]] = gloss.split('; "')[0].strip()
         pointers = fields[5 + 2 * count :]
-        for symbol, to in zip(pointers, pointers[1:], strict=False):
+        for symbol, to in pairwise(pointers):
             if symbol in ("~", "~i"):
                 kinds[fields[0]].append(to)
     return words, glosses, dict(kinds)
@@ -187,10 +189,6 @@ def descendants(kinds: dict[str, list[str]]) -> Callable[[str], set[str]]:
         return known[synset]
 
     return below
-
-
-def stable(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Readouts in files: beside an adapter for PEFT and the server, in checkpoints of runs from before, and in mixed runs."""
+"""Readouts in files: beside an adapter, for PEFT and the server; in checkpoints from before; and of mixed runs."""
 
 import json
 
@@ -42,7 +42,9 @@ def test_peft_loads_a_folder_with_a_readout(learned, tiny):
     peft = PeftModel.from_pretrained(load_base(tiny, "float32", "sdpa"), str(learned)).eval()
     adapter.lm.adapter.begin(side_by_side([adapter.weights]))
     with torch.no_grad():
-        torch.testing.assert_close(adapter.lm.module(tokens).logits, peft(input_ids=tokens).logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            adapter.lm.module(tokens).logits, peft(input_ids=tokens).logits, atol=1e-5, rtol=1e-5
+        )
     assert not any("readout" in name for name in load_file(learned / WEIGHTS))
 
 

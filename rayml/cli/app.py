@@ -50,7 +50,8 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[key=value]...", help="Such as `inner.lr=0.3 workers=2`.")
 ]
 RunPath = Annotated[
-    str, typer.Argument(metavar="RUN", help="A run folder that `rayml train` made, or its URI; or a start, as `minilm`.")
+    str,
+    typer.Argument(metavar="RUN", help="A run folder that `rayml train` made, or its URI; or a start, as `minilm`."),
 ]
 Checkpoint = Annotated[
     str | None,

@@ -27,8 +27,8 @@ def adapt(
 ) -> None:
     """Learn one new task from a few examples: writes a stock PEFT folder that also vLLM and LoRAX load.
 
-    Labels are your own: what the model sees of them is kept in the folder. Without a RUN it takes one of the starts that
-    come with rayml, and says which.
+    Labels are your own: what the model sees of them is kept in the folder. Without a RUN it takes one of the starts
+    that come with rayml, and says which.
     """
     from rayml.adapter import new_folder
     from rayml.runs.folder import RunFolder
