@@ -25,7 +25,8 @@ FEWEST = 12  # of a class; and of a word's kinds, for it to be a class
 ASSISTANT = ("alerts", "audio_recording", "date_time", "naptime", "news", "parrot", "personal", "volume", "weather")
 ASSISTANT += ("wikipedia",)
 SLOTS = {
-    "name": "bedroom lamp, kitchen light, front door, garage door, ceiling fan, living room tv, thermostat, kettle",
+    "name": "bedroom lamp, kitchen light, front door, garage door, ceiling fan, living room tv, "
+    "thermostat, coffee maker",
     "area": "kitchen, living room, bedroom, bathroom, office, garage, hallway, basement",
     "floor": "first floor, ground floor, upstairs, basement",
     "location": "Paris, London, New York, Tokyo, Berlin, Madrid, Chicago, Sydney, Rome, Cairo",

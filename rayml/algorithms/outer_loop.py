@@ -129,8 +129,8 @@ class Learner:
         lacking = sorted(f"start/{name}" for name in self.start if f"start/{name}" not in tensors)
         if lacking:
             raise RunError(
-                f"the checkpoint has no {', '.join(lacking[:3])}: it is of a run from before that was learned, and cannot "
-                "be gone on with; begin a new run with what it learned (--continue RUN, another run.dir)"
+                f"the checkpoint has no {', '.join(lacking[:3])}: it is of a run from before that was learned, and "
+                "cannot be gone on with; begin a new run with what it learned (--continue RUN, another run.dir)"
             )
         self.step = step
         for kind, params in (("start", self.start), ("log_rate", self.log_inner_lrs)):
