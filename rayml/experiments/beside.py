@@ -5,6 +5,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
 
 from rayml.experiments.classifiers import Embedding, missing
 from rayml.experiments.evaluate import Evaluation
@@ -49,3 +52,20 @@ def paired(ours: Sequence[Curve], theirs: Sequence[Curve]) -> dict[str, Any]:
     """Return the other's score, and ours at the end less it, of the same episodes."""
     end, other = by_task(ours)[-1], by_task(theirs)[-1]
     return dict(zip(("accuracy", "ours_less_it"), intervals(np.stack([other, end - other])), strict=True))
+
+
+def table(beside: dict[str, Any]) -> Table:
+    """Return a row a task, and one for all, of what `encoder_beside` returned."""
+    caption = "without any training, on the same episodes; the difference is of ours after adapting"
+    found = Table(box=SIMPLE_HEAD, padding=(0, 0, 0, 1), caption=caption)
+    found.caption_justify = "left"
+    found.add_column("held-out task", no_wrap=True)
+    for name in (beside["encoder"], "difference"):
+        found.add_column(name, no_wrap=True, justify="right")
+    rows = [*beside["tasks"].items(), ("all", beside["overall"])]
+    for name, scores in rows if len(rows) > 2 else rows[:1]:
+        score, less = scores["accuracy"], scores["ours_less_it"]
+        half = (score["high"] - score["low"]) / 2
+        ends = "{mean:+.2f} [{low:+.2f}, {high:+.2f}]".format(**less)
+        found.add_row(Text(name), f"{score['mean']:.2f} ± {half:.2f}", ends)
+    return found

@@ -58,7 +58,7 @@ def evaluate_run(
     tasks = held_out_tasks(config, shown, data, split, bool(folder and folder.start))
     config.algorithm.check(tasks)
     with doing(err, "loading libraries and model"):
-        from rayml.experiments.beside import encoder_beside
+        from rayml.experiments import beside as rival
         from rayml.experiments.evaluate import evaluate, summarize
         from rayml.experiments.parts import Parts
         from rayml.lm.abilities import refuse_mute
@@ -82,7 +82,7 @@ def evaluate_run(
     try:
         with progress(err) as bar:
             found = evaluate(model, tasks, sampler, episodes, parts, bar("adapting", total))
-            beside = encoder_beside(found, tasks, sampler, episodes, bar("a sentence encoder beside it", total))
+            beside = rival.encoder_beside(found, tasks, sampler, episodes, bar("a sentence encoder beside it", total))
     except KeyboardInterrupt as end:
         message = f"{parts.episodes} of {total} episodes are kept; the same command goes on with the others"
         raise kept(end, message) from None
@@ -106,7 +106,7 @@ def evaluate_run(
     report.plot(summary, picture, title)
     out.print(report.table(summary, title))
     if beside:
-        out.print(report.beside_table(beside))
+        out.print(rival.table(beside))
     answers = report.answers_table(summary)
     if answers:
         out.print(answers)

@@ -28,19 +28,6 @@ def table(summary: dict[str, Any], title: str) -> Table:
     return found
 
 
-def beside_table(beside: dict[str, Any]) -> Table:
-    """Return what an untrained sentence encoder has on the same episodes: a row a task, and one for all."""
-    caption = "without any training, on the same episodes; the difference is of ours after adapting"
-    found = Table(box=SIMPLE_HEAD, padding=(0, 0, 0, 1), caption=caption)
-    found.caption_justify = "left"
-    for name in ("held-out task", beside["encoder"], "difference"):
-        found.add_column(name, no_wrap=True, justify="right" if name != "held-out task" else "left")
-    rows = [*beside["tasks"].items(), ("all", beside["overall"])]
-    for name, scores in rows if len(rows) > 2 else rows[:1]:
-        found.add_row(Text(name), _half_width(scores["accuracy"]), bounds(scores["ours_less_it"], "+"))
-    return found
-
-
 def answers_table(summary: dict[str, Any]) -> Table | None:
     """Return the scores of what was written, a row for each task and metric; None where all tasks have plain labels."""
     rows = [
