@@ -100,7 +100,7 @@ def write_run(folder: Path, own: Path | None, name: str) -> None:
     tasks: dict[str, Any] = {"fingerprint": "", "train": {"": [""] if is_encoder else []}, "val": {}, "test": {}}
     run.tasks.write_text(json.dumps(tasks), encoding="utf-8")
     run.write_untrained(untrained)
-    checkpoint = run.checkpoints / folder_name(step)
+    checkpoint = folder / run.checkpoints.name / folder_name(step)
     checkpoint.mkdir(parents=True)
     write_state(checkpoint, state)
     seal(checkpoint, step, part=0, parts=1)
