@@ -22,7 +22,18 @@ from rayml.tasks.task import normalized
 Pair = tuple[str, str]  # text, label
 MOST = 60  # texts of a class
 FEWEST = 12  # of a class; and of a word's kinds, for it to be a class
-ASSISTANT = "alerts audio_recording date_time naptime news parrot personal volume weather wikipedia".split()
+ASSISTANT = (
+    "alerts",
+    "audio_recording",
+    "date_time",
+    "naptime",
+    "news",
+    "parrot",
+    "personal",
+    "volume",
+    "weather",
+    "wikipedia",
+)
 SLOTS = {
     "name": "bedroom lamp, kitchen light, front door, garage door, ceiling fan, living room tv, "
     "thermostat, coffee maker",

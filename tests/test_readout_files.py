@@ -11,7 +11,7 @@ from serving_run import TICKETS, make_run
 
 from rayml.adapter import load_adapter
 from rayml.algorithms.prototypes import MEANS, SCALE
-from rayml.errors import RunError, TrainingError
+from rayml.errors import RunError
 from rayml.lm.load import load_base
 from rayml.lm.lora import side_by_side
 from rayml.lm.peft_files import READOUT, WEIGHTS
@@ -92,7 +92,8 @@ def test_labels_and_free_text_are_learned_together(tmp_path, local_mode):
     assert 0 <= last["val_accuracy_after"] <= 1
     assert last["val_loss_after"] > 0
     model = load(run)
-    assert model.adapt([("say 7 1", "71"), ("say 7 2", "72")], name="say").predict("say 7 3").label is None
+    texts = [{"input": f"say 7 {n}", "target": f"7{n}", "kind": "text"} for n in (1, 2)]
+    assert model.adapt(texts, name="say").predict("say 7 3").label is None
     rows = [{"input": text, "target": label, "options": ["billing", "bug", "delivery"]} for text, label in TICKETS]
     assert model.adapt(rows).predict("lost parcel").label in ("billing", "bug", "delivery")
 
@@ -108,5 +109,5 @@ def test_a_protonet_run_from_before_its_scale_was_learned(tmp_path, local_mode):
     (folder / "manifest_0.json").unlink()
     seal(folder, 2, part=0, parts=1)
     assert load(run).adapt(TICKETS).predict("lost parcel").label
-    with pytest.raises(TrainingError, match=r"no start/readout.scale.*--continue RUN"):
+    with pytest.raises(RunError, match=r"no start/readout.scale.*--continue RUN"):
         train(make_config(tmp_path, **changes | {"outer": {"steps": 3}}), resume=True)
