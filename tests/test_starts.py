@@ -117,9 +117,6 @@ def test_it_is_evaluated_on_other_tasks_into_this_folder(mine, tmp_path):
 def test_training_goes_on_from_it(mine, tmp_path, local_mode):
     outer = {"steps": 1, "lr": 1e-9, "lr_of_inner_lr": 1e-9}
     changed = {"run": {"dir": str(tmp_path / "run"), "continues": "mine"}, "outer": outer}
-        "run": {"dir": str(tmp_path / "run"), "continues": "mine"},
-        "outer": {"steps": 1, "lr": 1e-9, "lr_of_inner_lr": 1e-9},
-    }
     run = train(make_config(tmp_path, lora=SHAPE, algorithm=READS, **changed))
     now = load(run).start
     for name, weight in now.items():
