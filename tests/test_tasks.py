@@ -7,7 +7,8 @@ from collections import Counter
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import toy_tasks
+from conftest import make_config, toy_tasks
+from pydantic import ValidationError
 
 from rayml.errors import DataError
 from rayml.sections import Data
@@ -52,6 +53,23 @@ def test_an_episode_is_a_function_of_seed_and_index():
     assert LETTERS.episode(tasks, 5) != LETTERS.episode(tasks, 6)
     other_seed = Sampler(ways=3, shots=2, queries=3, labels="letters", seed=8)
     assert LETTERS.episode(tasks, 5) != other_seed.episode(tasks, 5)
+
+
+def test_episodes_to_train_on_are_of_all_sizes_and_others_of_one(tmp_path):
+    tasks = toy_tasks(classes=10)
+    data = {"ways": 8, "fewest_ways": 2, "shots": 4, "fewest_shots": 1, "labels": "words"}
+    config = make_config(tmp_path, data=data).data
+    drawn = [config.training_sampler(0).episode(tasks, index) for index in range(400)]
+    sizes = [(len(e.labels), len(e.support) // len(e.labels), len(e.query) // len(e.labels)) for e in drawn]
+    assert {ways for ways, _, _ in sizes} == set(range(2, 9))
+    assert {shots for _, shots, _ in sizes} == set(range(1, 5))
+    assert {queries for _, _, queries in sizes} == {config.queries}
+    # Each doubling as likely: from 2 to 4 ways as often as from 4 to 8.
+    assert 0.4 < sum(ways < 4 or (ways == 4 and index % 2) for index, (ways, _, _) in enumerate(sizes)) / 400 < 0.6
+    fixed = config.sampler(0).episode(tasks, 3)
+    assert (len(fixed.labels), len(fixed.support)) == (8, 32)
+    with pytest.raises(ValidationError, match=r"data.fewest_ways: 9 is more than data.ways=8"):
+        make_config(tmp_path, data=data | {"fewest_ways": 9})
 
 
 def test_an_episode_does_not_depend_on_what_was_drawn_before():

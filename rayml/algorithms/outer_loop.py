@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rayml.algorithms.inner_loop import Params
 from rayml.algorithms.prototypes import is_readout
+from rayml.errors import RunError
 
 OPTIMIZERS: dict[str, Any] = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 
@@ -121,7 +122,17 @@ class Learner:
         return tensors
 
     def load(self, tensors: dict[str, Tensor], step: int) -> None:
-        """Take over what `state` returned after `step` steps."""
+        """Take over what `state` returned after `step` steps.
+
+        Raises:
+            RunError: it is of something else that was learned.
+        """
+        lacking = sorted(f"start/{name}" for name in self.start if f"start/{name}" not in tensors)
+        if lacking:
+            raise RunError(
+                f"the checkpoint has no {', '.join(lacking[:3])}: it is of a run from before that was learned, and "
+                "cannot be gone on with; begin a new run with what it learned (--continue RUN, another run.dir)"
+            )
         self.step = step
         for kind, params in (("start", self.start), ("log_rate", self.log_inner_lrs)):
             for name, param in params.items():

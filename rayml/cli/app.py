@@ -49,7 +49,10 @@ ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="One YAML
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[key=value]...", help="Such as `inner.lr=0.3 workers=2`.")
 ]
-RunPath = Annotated[str, typer.Argument(metavar="RUN", help="A run folder that `rayml train` made, or its URI.")]
+RunPath = Annotated[
+    str,
+    typer.Argument(metavar="RUN", help="A run folder that `rayml train` made, or its URI; or a start, as `minilm`."),
+]
 Checkpoint = Annotated[
     str | None,
     typer.Option(help="`best` by meta-val, or `newest`; else the best where there were validations."),

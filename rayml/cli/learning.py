@@ -14,31 +14,38 @@ from rayml.tasks.formats.text import comma_separated
 if TYPE_CHECKING:
     from rayml.adapter import Adapter
 
+STARTS = "A run folder that `rayml train` made, or its URI; or a start: `minilm`, `smollm2-135m`, or a model's folder."
+
 
 @app.command()
 def adapt(
-    run: RunPath,
     examples: Annotated[Path, typer.Option(help="Rows of input and target, in any format that `data.path` takes.")],
     out_dir: Annotated[str, typer.Option("--out", help="The adapter's folder; must not exist.", metavar="DIR")],
+    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help=STARTS)] = None,
     name: Annotated[str | None, typer.Option(help="The adapter's name; else the folder's.")] = None,
     checkpoint: Checkpoint = None,
 ) -> None:
     """Learn one new task from a few examples: writes a stock PEFT folder that also vLLM and LoRAX load.
 
-    Labels are your own: what the model sees of them is kept in the folder.
+    Labels are your own: what the model sees of them is kept in the folder. Without a RUN it takes one of the starts
+    that come with rayml, and says which.
     """
-    from rayml.runs.folder import RunFolder
-
-    folder = RunFolder(run)
-    folder.trained(checkpoint)  # refuse early what is no finished run
     from rayml.adapter import new_folder
+    from rayml.runs.folder import RunFolder
     from rayml.tasks.read import read_rows
 
     to = new_folder(out_dir)
     rows = read_rows([str(examples)])
+    if run is None:
+        from rayml.starts.choice import start_for
+
+        run, why = start_for(rows)
+        err.print(f"{run}: {why}", style="dim", markup=False, highlight=False, soft_wrap=True)
+    folder = RunFolder(run)
+    folder.trained(checkpoint)  # refuse early what is no finished run
     with doing(err, "loading libraries and model"):
         model = rayml.load(folder, checkpoint=checkpoint)
-    for line in (f"{folder.path}: {model.checkpoint}", str(model.precision)):
+    for line in (f"{folder.start or folder.path}: {model.checkpoint}", str(model.precision)):
         err.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
     adapter = model.adapt(rows, name=name or to.name)
     adapter.save(to)

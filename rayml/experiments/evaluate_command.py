@@ -51,13 +51,20 @@ def evaluate_run(
     if split not in ("test", "val"):
         raise ConfigError(f"split: expected test or val, got {split!r}")
     config = run.trained(checkpoint)[0] if isinstance(run, RunFolder) else run.config
+    folder = run if isinstance(run, RunFolder) else run.run
+    start = folder.start if folder else None
+    if start and not data:
+        raise DataError(f"{start}: comes without tasks to be tested on; give --data")
     shown = config.data.model_copy(update={k: v for k, v in {"ways": ways, "shots": shots}.items() if v})
-    tasks = held_out_tasks(config, shown, data, split)
+    tasks = held_out_tasks(config, shown, data, split, bool(start))
     config.algorithm.check(tasks)
     model = _ready(run, config, tasks, checkpoint, err)
+    outputs = model.run.outputs
+    if isinstance(outputs, Path):
+        outputs.mkdir(parents=True, exist_ok=True)
     settings = {"ways": shown.ways, "shots": shown.shots, "queries": shown.queries, "episodes": episodes, "seed": seed}
     summary = {
-        "run": str(model.run.path),
+        "run": model.run.start or str(model.run.path),
         "checkpoint": model.checkpoint,
         "algorithm": config.algorithm.name,
         "outer_steps": model.step,
@@ -67,7 +74,7 @@ def evaluate_run(
         **_asked(model, config, tasks, shown, settings, err),
     }
     kind = "-data" if data else "" if split == "test" else f"-{split}"
-    written, picture = json_file or model.run.path / f"evaluation{kind}.json", model.run.path / f"adaptation{kind}.png"
+    written, picture = json_file or outputs / f"evaluation{kind}.json", outputs / f"adaptation{kind}.png"
     write_whole(written, json.dumps(summary, indent=2) + "\n")
     method = "" if config.algorithm.name == DEFAULT else f"{config.algorithm.name}, "
     title = f"{config.model.name}, {shown.ways}-way {shown.shots}-shot, {method}after {model.step} outer steps"
@@ -87,7 +94,7 @@ def _ready(run: Any, config: Config, tasks: Sequence[Task], checkpoint: str | No
         model = load(run, checkpoint=checkpoint) if isinstance(run, RunFolder) else run
     if model.run is None:
         raise RunError("an untrained start is evaluated beside a run's; give a run")
-    for line in (f"{model.run.path}: {model.checkpoint}", str(model.precision)):
+    for line in (f"{model.run.start or model.run.path}: {model.checkpoint}", str(model.precision)):
         err.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
     model.encoder.check(tasks)
     return model
@@ -97,33 +104,40 @@ def _asked(
     model: "MetaModel", config: Config, tasks: Sequence[Task], shown: Data, settings: dict[str, int], err: Console
 ) -> dict[str, Any]:
     """Return the scores of all episodes; what was done before an interruption is not done again."""
+    from rayml.experiments.beside import encoder_beside
     from rayml.experiments.evaluate import Parts, evaluate
     from rayml.experiments.summaries import summarize_evaluation
 
     assert model.run, "it was asked for"
     episodes, sampler = settings["episodes"], shown.sampler(EVALUATION_SEED + settings["seed"])
     asked = [model.step, model.precision.dtype, settings, fingerprint(tasks), dump_config(config)]
-    total, parts = len(tasks) * episodes, Parts(model.run.path, asked)
+    total, parts = len(tasks) * episodes, Parts(model.run.outputs, asked)
     err.print(f"{len(tasks)} tasks x {episodes} episodes, each from two starts: {2 * total} adaptations", style="dim")
     try:
         with progress(err) as bar:
             found = evaluate(model, tasks, sampler, episodes, parts, bar("adapting", total))
+            beside = encoder_beside(found, tasks, sampler, episodes, bar("a sentence encoder beside it", total))
     except KeyboardInterrupt as end:
         message = f"{parts.episodes} of {total} episodes are kept; the same command goes on with the others"
         raise kept(end, message) from None
     parts.remove()
-    return summarize_evaluation(found)
+    return summarize_evaluation(found) | {"beside": beside}
 
 
-def held_out_tasks(config: Config, data: Data, paths: list[str] | None, split: str) -> tuple[Task, ...]:
+def held_out_tasks(
+    config: Config, data: Data, paths: list[str] | None, split: str, is_start: bool = False
+) -> tuple[Task, ...]:
     """Return the tasks of `paths`, or else of the run's own split; `data` says what an episode takes.
+
+    Args:
+        is_start: it comes with rayml, and what it was trained on does not.
 
     Raises:
         DataError: there are none, they are too small for an episode, or they hold a text of meta-train.
     """
     if paths:
         tasks = prepare_tasks(data.model_copy(update={"path": tuple(paths), "drop_small_classes": True}))
-        refuse_leaks("--data", trained_on(config), tasks)
+        refuse_leaks("--data", () if is_start else trained_on(config), tasks)
     else:
         tasks = getattr(prepare_splits(config.data), split)
         data.sampler(seed=0).check(tasks)

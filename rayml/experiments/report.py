@@ -76,12 +76,28 @@ def _cells(scores: dict[str, Any]) -> list[str]:
 
 def print_evaluation(summary: dict[str, Any], title: str, out: Console) -> None:
     out.print(scores_table(summary, title))
+    if summary["beside"]:
+        out.print(beside_table(summary["beside"]))
     answers = answers_table(summary)
     if answers:
         out.print(answers)
     for name, found in summary["tasks"].items():
         if "spans" in found:
             out.print(f"{name}, spans after adapting:\n{found['spans']}", markup=False, highlight=False)
+
+
+def beside_table(beside: dict[str, Any]) -> Table:
+    """Return a row a task, and one for all, of what `rayml.experiments.beside` found."""
+    caption = "without any training, on the same episodes; the difference is of ours after adapting"
+    columns = "held-out task", beside["encoder"], "difference"
+    found = table(columns, left=columns[:1], padding=(0, 0, 0, 1), caption=caption, caption_justify="left")
+    rows = [*beside["tasks"].items(), ("all", beside["overall"])]
+    for name, scores in rows if len(rows) > 2 else rows[:1]:
+        score, less = scores["accuracy"], scores["ours_less_it"]
+        half = (score["high"] - score["low"]) / 2
+        ends = "{mean:+.2f} [{low:+.2f}, {high:+.2f}]".format(**less)
+        found.add_row(Text(name), f"{score['mean']:.2f} ± {half:.2f}", ends)
+    return found
 
 
 def plot_adaptation(summary: dict[str, Any], path: AnyPath, title: str) -> None:

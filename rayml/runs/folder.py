@@ -23,6 +23,7 @@ from rayml.errors import ConfigError, RunError, StorageError
 from rayml.runs.checkpoint import is_enough, is_whole, newest_checkpoint, step_of, val_scores
 from rayml.runs.files import AnyPath, as_path, listed, write_whole
 from rayml.sections import Run
+from rayml.starts import folder_of, shipped, start_named
 from rayml.tasks.splits import Splits
 from rayml.tasks.task import Task
 
@@ -44,11 +45,18 @@ class RunFolder:
     """The paths of a run, and the little that is written to them."""
 
     def __init__(self, path: str | AnyPath):
-        self.path = as_path(path)
+        self.start = start_named(path)
+        """The name of a start that comes with rayml, or of a bare base; None for a run."""
+        self.path = as_path(folder_of(self.start) if self.start else path)
         self.config, self.metrics = self.path / "config.yaml", self.path / "metrics.jsonl"
         self.checkpoints, self.latest = self.path / "checkpoints", self.path / "latest"
         self.tasks, self.best, self.model = (self.path / name for name in ("tasks.json", "best", "model"))
         self.stop, self.precision = self.path / "stop", self.path / "precision.json"
+
+    @property
+    def outputs(self) -> AnyPath:
+        """Where what is made of it goes, such as an evaluation: into the run, but for a start into runs/NAME here."""
+        return Path("runs", Path(self.start).name).absolute() if self.start else self.path
 
     @property
     def is_local(self) -> bool:
@@ -181,7 +189,10 @@ class RunFolder:
         if which not in (None, "best", "newest"):
             raise ConfigError(f"checkpoint: expected best or newest, got {which!r}")
         if not self.config.exists():
-            raise RunError(f"{self.path}: no run here (there is no config.yaml in it)")
+            raise RunError(
+                f"{self.path}: no run here (there is no config.yaml in it), and no start of this name: "
+                f"{', '.join(shipped())}, or the folder of a model"
+            )
         config = self.read_config()
         folder = newest_checkpoint(self.best) if which != "newest" else None
         if folder is None and which != "best":  # there was no meta-val task, or no validation yet
@@ -193,6 +204,8 @@ class RunFolder:
 
     def told(self, folder: AnyPath) -> str:
         """Return in words which checkpoint a folder is, of those that `trained` returns."""
+        if self.start:
+            return f"the start {self.start}, {step_of(folder)} outer steps" if step_of(folder) else "untrained"
         which = "the best on meta-val" if folder.parent.name == self.best.name else "the newest"
         return f"step {step_of(folder)}, {which}"
 

@@ -118,9 +118,9 @@ def build(args: Serving) -> serve.Application:
     if args.engine == "vllm":
         refuse_without_vllm(config, resolve_model(config.model.name))
         args = with_gpus(args, ray.cluster_resources().get("GPU", 0) if ray.is_initialized() else 0)
-    store = args.store or str(run.path / "adapters")
+    store = args.store or str(run.outputs / "adapters")
     store = store if "://" in store else str(Path(store).absolute())
-    serving = args.model_copy(update={"run": str(run.path), "store": store})
+    serving = args.model_copy(update={"run": run.start or str(run.path), "store": store})
     AdapterStore(store)
     keys = api_keys(args.keys_file)
     if not keys:

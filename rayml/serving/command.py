@@ -192,7 +192,7 @@ def publish_adapter(
             loss_after=None,
             seconds=0,
         )
-        there = AdapterStore(store or str(run.path / "adapters"))
+        there = AdapterStore(store or str(run.outputs / "adapters"))
         there.publish(owner or owner_of(os.environ.get("RAYML_API_KEY")), manifest, Path(folder))
     kind = f"labels {', '.join(card.labels.values())}" if card.labels else "no labels of its own"
     out.print(f"published {manifest.id} ({kind}) in {there.root}", highlight=False, soft_wrap=True)

@@ -52,7 +52,7 @@ class Replica:
         self.context = min(context_tokens(self.model.lm.module), serving.limits.context_tokens)
         base = dataclasses.replace(self.model.encoder, max_tokens=self.context, soft_tokens=0)
         self.bare = self.model.adapter(None, AdapterCard("", "", "", "{input}", 0), encoder=base)
-        self.store = AdapterStore(serving.store or str(run.path / "adapters"))
+        self.store = AdapterStore(serving.store or str(run.outputs / "adapters"))
         fits = fits_of(self.model.config, self.model.base, self.model.lm.module, serving.adapters)
         self.adapter_cache = AdapterCache(self.store, fits, serving.adapters.cached_bytes, self._adapter_of, observe)
         self.engine = Engine(self.model, serving.batching, serving.limits, observe)

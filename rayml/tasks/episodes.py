@@ -1,5 +1,6 @@
 """Episodes: a pure function of (seed, index) and the tasks, whatever the number of workers."""
 
+import math
 import random
 import string
 from collections.abc import Sequence
@@ -46,6 +47,9 @@ class Sampler:
     """Names of tasks that have a share of their own together."""
     replay: float = 0.0
     """That share."""
+    fewest_ways: int | None = None
+    fewest_shots: int | None = None
+    """Episodes have from so many classes, or shots, up to `ways`, or `shots`; None: always those."""
 
     def episode(self, tasks: Sequence[Task], index: int) -> Episode:
         """Return episode `index`: a task by its classes to the power of `sampling_exponent`, then some of these.
@@ -55,11 +59,12 @@ class Sampler:
         """
         rng = random.Random(f"{self.seed}/{index}")  # a str seed is hashed by SHA-512: the same on every machine
         (task,) = rng.choices(tasks, self._weights(tasks))
-        chosen = rng.sample(list(task.classes), min(self.ways, len(task.classes)))
-        drawn = {name: rng.sample(task.classes[name], self.shots + self.queries) for name in chosen}
+        ways, shots = drawn_size(rng, self.fewest_ways, self.ways), drawn_size(rng, self.fewest_shots, self.shots)
+        chosen = rng.sample(list(task.classes), min(ways, len(task.classes)))
+        drawn = {name: rng.sample(task.classes[name], shots + self.queries) for name in chosen}
         shown = shown_labels(task, chosen, self.labels)
-        support = [(name, example) for name in chosen for example in drawn[name][: self.shots]]
-        query = [(name, example) for name in chosen for example in drawn[name][self.shots :]]
+        support = [(name, example) for name in chosen for example in drawn[name][:shots]]
+        query = [(name, example) for name in chosen for example in drawn[name][shots:]]
         return Episode(
             index=index,
             task=task.name,
@@ -97,6 +102,11 @@ class Sampler:
         crowded = [task.name for task in tasks if self.labels == "letters" and min(self.ways, len(task.options)) > 26]
         if crowded:
             raise DataError(f"data.labels=letters has 26 letters; lower data.ways for {', '.join(crowded)}")
+
+
+def drawn_size(rng: random.Random, fewest: int | None, most: int) -> int:
+    """Return a number from `fewest` to `most`, each doubling as likely as the next: few and many are both practised."""
+    return most if fewest is None else round(math.exp(rng.uniform(math.log(fewest), math.log(most))))
 
 
 def shown_labels(task: Task, chosen: Sequence[str], scheme: LabelScheme) -> dict[str, str]:

@@ -73,8 +73,10 @@ def old_run(config: Config) -> Old | None:
     if by_weight != (config.algorithm.learned_rates == "weight"):
         differs.append("algorithm.name")
     if differs:
-        raise ConfigError(f"run.continues: {run.path} has another start; {', '.join(differs)} must be as there")
-    return Old(run, then, prepare_splits(then.data))
+        named = run.start or run.path
+        raise ConfigError(f"run.continues: {named} has another start; {', '.join(differs)} must be as there")
+    # A start that comes with rayml comes without its tasks: there is nothing to replay, nor to forget.
+    return Old(run, then, Splits((), (), ()) if run.start else prepare_splits(then.data))
 
 
 def with_replay(splits: Splits, old: Old, share: float) -> tuple[Splits, frozenset[str]]:

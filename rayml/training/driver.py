@@ -27,6 +27,7 @@ from rayml.runs.checkpoint import newest_checkpoint, step_of
 from rayml.runs.files import AnyPath, as_path, remove
 from rayml.runs.folder import RunFolder
 from rayml.runs.remote import Remote
+from rayml.starts import start_named
 from rayml.tasks.prepare import prepare_splits
 from rayml.tasks.splits import Splits
 from rayml.training.continual import FORGETTING, old_run, report_forgetting, shown_anew, with_replay
@@ -86,7 +87,7 @@ def train(config: Config, resume: bool = False, at_once: int = 1) -> RunFolder:
         if config.mode == "full":
             remove(run.model)
             load(run).save(run.model)
-    if old and (trains or not (run.path / FORGETTING).exists()):  # it may have been cut off there
+    if old and not old.run.start and (trains or not (run.path / FORGETTING).exists()):  # it may have been cut off there
         report_forgetting(run, old, splits, Console(stderr=True, markup=False))
     return run
 
@@ -116,8 +117,10 @@ def with_absolute_paths(config: Config) -> Config:
     data = config.data.model_copy(update={"path": tuple(map(absolute, config.data.path))})
     name = os.path.abspath(config.model.name) if os.path.isdir(config.model.name) else config.model.name
     model = config.model.model_copy(update={"name": name})
-    paths = {"dir": config.run.dir} | ({"continues": config.run.continues} if config.run.continues else {})
-    run = config.run.model_copy(update={key: str(as_path(path)) for key, path in paths.items()})
+    paths = {"dir": str(as_path(config.run.dir))}
+    if config.run.continues:
+        paths["continues"] = start_named(config.run.continues) or str(as_path(config.run.continues))
+    run = config.run.model_copy(update=paths)
     return config.model_copy(update={"data": data, "model": model, "run": run})
 
 

@@ -70,7 +70,7 @@ def meta_train(job: Job, run: RunFolder, learning: Learning, log: "StepLog | Non
     """Take the outer steps that are left; returns as `train_worker` does."""
     config = job.config
     scores: list[float] = collective.from_first_worker(val_scores(run.records()) if log else None)
-    sampler = replace(config.data.sampler(config.seed), replayed=job.replayed, replay=config.data.replay)
+    sampler = replace(config.data.training_sampler(config.seed), replayed=job.replayed, replay=config.data.replay)
     steps = stream_steps(
         EncodeEpisode(job.train, job.encoder, sampler),
         first=learning.done * config.tasks_per_step,

@@ -1,0 +1,157 @@
+"""Starts by name, so that a task is learned before anything was trained: `rayml adapt minilm`.
+
+Some come with rayml, each in a folder here: `config.yaml`, `start.safetensors` (adapters in 16 bits, the readout, inner
+rates; not there where nothing was learned), and a model card. Any other base has its own, untrained one, which answers
+by prototypes. What is asked for becomes a run folder in rayml's cache; all that takes a run takes it.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rayml.errors import ConfigError, RunError
+
+if TYPE_CHECKING:
+    from rayml.config import Config
+
+HERE = Path(__file__).parent
+LEARNED = "start.safetensors"
+BARE = "smollm2-135m-instruct", "tiny", "tiny-masked"
+"""Models that have names, and no start of ours."""
+NO_DATA = "none: this start comes without tasks"
+"""`data.path` of a start that was not trained here."""
+ONE_WORD = "{input}\nThe above text in one word:"
+"""What a causal model is asked, so that its last state says what a text is about (Jiang et al. 2023, arXiv
+2307.16645)."""
+FORMAT = "1"
+"""Of the run folders in the cache."""
+
+
+def shipped() -> tuple[str, ...]:
+    """Return the names of the starts that come with rayml."""
+    return tuple(sorted(file.parent.name for file in HERE.glob("*/config.yaml")))
+
+
+def start_named(name: object) -> str | None:
+    """Return the start that this names, or the absolute path of a bare base; None, if it is neither, but a run."""
+    folder = Path(name).expanduser() if isinstance(name, str) and "://" not in name else None
+    if folder is None or (folder / "config.yaml").exists():
+        return None
+    if name in (*shipped(), *BARE):
+        return str(name)
+    return str(folder.resolve()) if (folder / "config.json").exists() else None
+
+
+def folder_of(name: str) -> Path:
+    """Return the run folder of a start, made first if it is not there, and whole if it is there at all.
+
+    Args:
+        name: as `start_named` returned it.
+
+    Raises:
+        ConfigError: its base is not installed.
+        RunError: it cannot be written.
+    """
+    from rayml.lm.load import cache_folder
+
+    own = HERE / name if name in shipped() else None
+    content = [file.read_bytes() for file in sorted(own.iterdir()) if file.suffix != ".md"] if own else []
+    digest = hashlib.sha256(b"\0".join([FORMAT.encode(), name.encode(), *content])).hexdigest()[:12]
+    folder = cache_folder() / "starts" / f"{re.sub(r'[^A-Za-z0-9_.-]', '-', Path(name).name)}-{digest}"
+    if not folder.is_dir():
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            work = Path(tempfile.mkdtemp(dir=folder.parent))
+        except OSError as error:
+            raise RunError(f"{name}: no place for it in {folder.parent} ({error}); set RAYML_CACHE") from error
+        try:
+            write_run(work, own, name)
+            work.rename(folder)
+        except OSError:  # another process was first
+            if not folder.is_dir():
+                raise
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    return folder
+
+
+def write_run(folder: Path, own: Path | None, name: str) -> None:
+    """Write the run folder of a start that comes with rayml, `own`, or else of a bare base."""
+    from safetensors.torch import load_file
+
+    from rayml.config import dump_config, load_config
+    from rayml.runs.checkpoint import folder_name, seal, write_state
+    from rayml.runs.folder import RunFolder
+
+    config = load_config(own / "config.yaml") if own else bare_config(name)
+    untrained, state, is_encoder = untrained_state(config)
+    step = 0
+    if own and (own / LEARNED).exists():
+        state |= {key: weight.float() for key, weight in load_file(own / LEARNED).items()}
+        step = config.outer.steps
+    run = RunFolder(folder)
+    run.config.write_text(dump_config(config), encoding="utf-8")
+    # A sentence encoder knows labels alone; else rows tell, as they do in `data.path`.
+    tasks: dict[str, Any] = {"fingerprint": "", "train": {"": [""] if is_encoder else []}, "val": {}, "test": {}}
+    run.tasks.write_text(json.dumps(tasks), encoding="utf-8")
+    run.write_untrained(untrained)
+    checkpoint = folder / run.checkpoints.name / folder_name(step)
+    checkpoint.mkdir(parents=True)
+    write_state(checkpoint, state)
+    seal(checkpoint, step, part=0, parts=1)
+
+
+def untrained_state(config: "Config") -> tuple[dict[str, Any], dict[str, Any], bool]:
+    """Return where training would begin, what a checkpoint of it holds, and whether the base is a sentence encoder.
+
+    No weight of the base is read.
+    """
+    from rayml.algorithms.outer_loop import initial_log_inner_lrs
+    from rayml.lm.load import load_shape, resolve_model
+    from rayml.lm.model import hooks
+    from rayml.lm.sentence import MARK
+
+    bare = load_shape(resolve_model(config.model.name))
+    adapter = hooks(bare, config.lora.shape(), 0)
+    assert adapter is not None
+    readout = config.algorithm.prototypes
+    untrained = adapter.untrained_start(config.seed) | (readout.start() if readout else {})
+    rates = initial_log_inner_lrs(untrained, config.inner.lr, config.inner.modules, per_weight=False)
+    state = {f"start/{n}": w for n, w in untrained.items()} | {f"log_rate/{n}": rate for n, rate in rates.items()}
+    return untrained, state, hasattr(bare, MARK)
+
+
+def bare_config(name: str) -> "Config":
+    """Return the config of a base's untrained start: prototypes, of states that a one-word prompt sums up."""
+    from rayml.config import parse_config
+    from rayml.lm.load import load_shape, resolve_model
+    from rayml.lm.lora import linear_kinds
+    from rayml.lm.sentence import MARK
+
+    bare = load_shape(resolve_model(name))
+    kinds = linear_kinds(bare)
+    if not kinds:
+        raise ConfigError(f"{name}: has no linear layers for adapters; train one with adapter=soft_prompt")
+    is_encoder = hasattr(bare, MARK)
+    values = {
+        "model": {"name": name},
+        "algorithm": {"name": "proto_maml", "readout": "prototypes" if is_encoder else "both"},
+        "data": {"path": NO_DATA} | ({} if is_encoder else {"prompt": ONE_WORD}),
+        "lora": {"targets": kinds, "start": "random"},
+        "run": {"dir": "none"},
+    }
+    return parse_config(values, name)
+
+
+def learned_part(state: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield what is shipped of a checkpoint: the adapters in 16 bits, the readout and the logarithms of rates whole."""
+    import torch
+
+    for name, weight in state.items():
+        if name.startswith(("start/", "log_rate/")):
+            yield name, weight.to(torch.float16) if name.startswith("start/") and weight.dim() == 2 else weight

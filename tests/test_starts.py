@@ -1,0 +1,153 @@
+"""Starts by name: a task is learned, asked, evaluated and gone on from before anything was trained."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import make_config, toy_tasks, write_tasks
+from safetensors.torch import save_file
+
+from rayml import starts
+from rayml.adapter import load_adapter
+from rayml.api import evaluate
+from rayml.config import dump_config
+from rayml.errors import ConfigError, DataError, RunError
+from rayml.lm.lora import B
+from rayml.model import load
+from rayml.runs.folder import RunFolder
+from rayml.starts import LEARNED, folder_of, learned_part, shipped, start_named, untrained_state
+from rayml.starts.choice import start_for
+from rayml.tasks.read import rows_given
+from rayml.training.driver import train
+
+TICKETS = [(f"{word} {word} {n}", word) for word in ("bill", "ship", "crash") for n in range(3)]
+SHAPE = {"rank": 4, "start": "random"}
+READS = {"name": "proto_maml"}
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch, tiny):
+    """A cache of its own for run folders; the tiny model stays where it is."""
+    monkeypatch.setenv("RAYML_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def mine(cache, tmp_path, monkeypatch) -> dict[str, torch.Tensor]:
+    """A start of 7 outer steps that comes with rayml, by the name of `mine`; returns what it has learned."""
+    config = make_config(tmp_path, lora=SHAPE, algorithm=READS, outer={"steps": 7})
+    _, state, _ = untrained_state(config)
+    draw = torch.Generator().manual_seed(1)
+    learned = {
+        name: 0.05 * torch.randn(weight.shape, generator=draw) if name.endswith(B) else weight + 0.25
+        for name, weight in state.items()
+    }
+    folder = tmp_path / "starts" / "mine"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(dump_config(config))
+    save_file(dict(learned_part(learned)), folder / LEARNED)
+    monkeypatch.setattr(starts, "HERE", folder.parent)
+    return learned
+
+
+def test_a_start_is_what_was_shipped_to_half_precision(mine):
+    model = load("mine")
+    assert (model.step, model.checkpoint) == (7, "the start mine, 7 outer steps")
+    assert model.inner_lrs.keys() == {name for name in model.start if not name.startswith("readout.")}
+    for name, weight in model.start.items():
+        torch.testing.assert_close(weight, mine[f"start/{name}"], rtol=1e-3, atol=1e-6)
+    for name, rate in model.inner_lrs.items():
+        assert rate.log() == pytest.approx(float(mine[f"log_rate/{name}"]), abs=1e-6)
+    # It is no start of zeros that it is compared with, but where its training began.
+    assert not any(model.untrained[name].any() for name in model.untrained if name.endswith(B))
+
+
+def test_a_task_is_learned_and_comes_back(mine, tmp_path):
+    adapter = load("mine").adapt(TICKETS, name="tickets")
+    adapter.save(tmp_path / "tickets")
+    back = load_adapter(tmp_path / "tickets")
+    assert back.labels == ("bill", "crash", "ship")
+    assert back.predict("ship ship 7").probabilities == pytest.approx(adapter.predict("ship ship 7").probabilities)
+
+
+def test_a_bare_base_learns_by_prototypes(cache):
+    model = load("tiny")
+    assert model.config.algorithm.readout == "both"
+    assert model.adapt(TICKETS).predict("bill bill 7").label in ("bill", "ship", "crash")
+    # Targets that come back are labels; others are text.
+    assert not model.adapt([("one", "uno dos"), ("two", "tres")]).labels
+
+
+def test_a_folder_of_a_model_is_a_start_too(cache, tiny):
+    assert load(tiny).adapt(TICKETS).card.model == tiny
+
+
+def test_what_it_is_made_of_decides_where_it_is_kept(mine, cache):
+    first = folder_of("mine")
+    assert folder_of("mine") == first
+    (starts.HERE / "mine" / LEARNED).unlink()
+    assert folder_of("mine") != first
+    assert load("mine").checkpoint == "untrained"
+    assert not [left for left in first.parent.iterdir() if left.name.startswith("tmp")]
+
+
+def test_a_run_folder_comes_before_a_start_of_its_name(mine, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.yaml").write_text("{}")
+    assert start_named("mine") is None
+    assert RunFolder("mine").path == tmp_path / "mine"
+
+
+def test_what_is_neither_is_refused_as_a_run(cache):
+    with pytest.raises(RunError, match=r"no run here.*minilm, smollm2-135m"):
+        load("runs/quickstrat")
+
+
+def test_it_is_evaluated_on_other_tasks_into_this_folder(mine, tmp_path):
+    path = write_tasks(tmp_path / "other.jsonl", toy_tasks(tasks=2, seed=5))
+    found = evaluate("mine", data=str(path), ways=3, shots=2, episodes=2)
+    assert found["run"] == "mine"
+    assert (tmp_path / "runs" / "mine" / "evaluation-data.json").exists()
+    with pytest.raises(DataError, match="give --data"):
+        evaluate("mine", episodes=2)
+
+
+@pytest.mark.ray
+def test_training_goes_on_from_it(mine, tmp_path, local_mode):
+    outer = {"steps": 1, "lr": 1e-9, "lr_of_inner_lr": 1e-9}
+    changed = {"run": {"dir": str(tmp_path / "run"), "continues": "mine"}, "outer": outer}
+    run = train(make_config(tmp_path, lora=SHAPE, algorithm=READS, **changed))
+    now = load(run).start
+    for name, weight in now.items():
+        torch.testing.assert_close(weight, mine[f"start/{name}"], rtol=1e-3, atol=1e-4)
+    changed["run"]["dir"] = str(tmp_path / "other")
+    with pytest.raises(ConfigError, match=r"mine has another start; lora.rank must be as there"):
+        train(make_config(tmp_path, lora=SHAPE | {"rank": 2}, algorithm=READS, **changed))
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_what_is_shipped_loads_and_says_where_it_comes_from(name):
+    folder = starts.HERE / name
+    _, state, _ = untrained_state(RunFolder(name).read_config())
+    if (folder / LEARNED).exists():
+        from safetensors.torch import load_file
+
+        learned = load_file(folder / LEARNED)
+        assert {key: tuple(of.shape) for key, of in learned.items()} == {k: tuple(of.shape) for k, of in state.items()}
+        assert (folder / LEARNED).stat().st_size < 4e6
+    card = (folder / "README.md").read_text()
+    assert all(head in card for head in ("## Trained on", "## Numbers", "## Licence"))
+
+
+def test_without_a_name_the_task_decides(monkeypatch):
+    labels = rows_given(TICKETS)
+    assert start_for(labels)[0] in ("minilm", "smollm2-135m")
+    monkeypatch.setattr("rayml.starts.choice.find_spec", lambda name: None)
+    assert start_for(labels) == ("smollm2-135m", start_for(labels)[1])
+    assert "pip install" in start_for(labels)[1]
+    monkeypatch.setattr("rayml.starts.choice.find_spec", lambda name: "there")
+    assert start_for(labels)[0] == "minilm"
+    assert start_for(rows_given([("one", "uno"), ("two", "dos")]))[0] == "smollm2-135m"
+    assert start_for([replace(row, kind="pair") for row in labels])[0] == "minilm"
+    assert start_for(rows_given([({"a": "x", "b": "y"}, "same"), ({"a": "x", "b": "z"}, "same")]))[0] == "smollm2-135m"
