@@ -12,12 +12,12 @@ from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rayml.config import dump_config, load_config
+from rayml.lm import zero
 from rayml.lm.load import load_shape, load_tokenizer
 from rayml.planning import step as formula
 from rayml.planning.scaling import Machines, predict, scaling
 from rayml.planning.shape import shape_of
 from rayml.planning.step import Sent, traffic
-from rayml.lm import zero
 from rayml.training import replicated, sharded
 from rayml.training.stream import Job
 
