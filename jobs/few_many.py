@@ -15,12 +15,12 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-from rayml.lm.objective import TaskSide
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 import rayml
 from rayml.algorithms.prototypes import prototypes, squared_distances
+from rayml.lm.batch import TaskSide
 from rayml.model import MetaModel
 from rayml.tasks.episodes import Episode
 from rayml.tasks.read import read_rows

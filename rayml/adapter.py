@@ -20,14 +20,13 @@ from rayml.errors import ConfigError, RunError
 from rayml.lm.abilities import refuse_strange, refuse_unlike_peft, unable
 from rayml.lm.encode import Encoder
 from rayml.lm.generate import texts_behind, write
-from rayml.lm.label_queries import KeptSupport
 from rayml.lm.load import load_base, load_tokenizer, public_name, resolve_model
 from rayml.lm.lora import TaskLoRA
 from rayml.lm.model import TaskLM, hooks
 from rayml.lm.option_scoring import prompts_of, weighted_prompts
 from rayml.lm.peft_files import EMBEDS, AdapterCard, encoder_of, load_learned, save_adapter, save_model, write_card
 from rayml.lm.precision import decide, has_sdpa, look_at, widest_linear
-from rayml.lm.queries import Query, first_batch, log_probs
+from rayml.lm.queries import KeptSupport, Query, first_batch, log_probs
 from rayml.lm.soft_prompt import TaskPrompt
 from rayml.runs.files import AnyPath, as_path, local_copy, made_here
 from rayml.tasks.row import Input, is_dialogue, unanswered

@@ -15,6 +15,7 @@ from families import CAUSAL, MASKED, make_model
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
+from rayml.lm import zero
 from rayml.lm.abilities import unable
 from rayml.lm.batch import TokenRow, collate
 from rayml.lm.decode import Decoder
@@ -29,7 +30,6 @@ from rayml.lm.precision import has_sdpa
 from rayml.lm.soft_prompt import soft_tokens
 from rayml.lm.trials import Text, random_adapter
 from rayml.tasks.task import Example
-from rayml.training import zero
 
 TABLE = Path(__file__).parents[1] / "configs" / "models.md"
 COLUMNS = "attention", "batch", "packing", "options", "texts", "PEFT", "full"

@@ -17,7 +17,7 @@ from rayml.algorithms.inner_loop import Params
 from rayml.algorithms.prototypes import Pooling, Read
 from rayml.config import Config
 from rayml.lm.label_trie import IGNORE, Label, LabelTrie, label_trie
-from rayml.lm.rows import TokenRow, decode_rows
+from rayml.lm.rows import TokenRow
 
 if TYPE_CHECKING:
     from rayml.lm.model import TaskLM
@@ -283,6 +283,15 @@ def training_sides(
     # The worst step is one for each example, and so is a mask.
     apart = regularize.adversarial > 0, regularize.lora_dropout > 0
     return side("support", not any(apart)), side("query", not apart[1])
+
+
+def decode_rows(side: dict[str, Any]) -> list[TokenRow]:
+    """Return the rows of one side of a record that `Encoder.episode` made."""
+    columns = side["tokens"], side["starts"], side["loss_masked"], side["suffixes"]
+    return [
+        TokenRow(list(tokens), start, tuple(gaps), tuple(end))
+        for tokens, start, gaps, end in zip(*columns, strict=True)
+    ]
 
 
 def side_batch(episodes: Sequence[dict[str, Any]], side: str, pad: int, packs: bool = False) -> TaskBatch:

@@ -106,12 +106,3 @@ def masked_row(
         raise DataError(f"what stands behind the mask leaves no room for the input within data.max_tokens={max_tokens}")
     read = [*tokens[:first], *tokens[first + cut : mask + 1]]
     return TokenRow([*read, *word], len(read), suffix=tuple(tokens[mask + 1 :]))
-
-
-def decode_rows(side: dict[str, Any]) -> list[TokenRow]:
-    """Return the rows of one side of a record that `Encoder.episode` made."""
-    columns = side["tokens"], side["starts"], side["loss_masked"], side["suffixes"]
-    return [
-        TokenRow(list(tokens), start, tuple(gaps), tuple(end))
-        for tokens, start, gaps, end in zip(*columns, strict=True)
-    ]

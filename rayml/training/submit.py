@@ -20,8 +20,8 @@ from rayml.errors import ConfigError, RaymlError, RunError
 
 LEFT_OUT = {".git", "runs", "data", "node_modules", "__pycache__", "wandb", "mlruns", "build", "dist"}
 """Folders that are not uploaded, wherever they are; neither are hidden ones, such as .venv."""
-EXCLUDED = [".*", "*.egg-info", *sorted(LEFT_OUT)]
-"""The same, as Ray's packing has it."""
+EXCLUDED = [".?*", "*.egg-info", *sorted(LEFT_OUT)]
+"""The same, as Ray's packing has it: of "." itself nothing would be left."""
 MOST_BYTES = 90 * 2**20
 """Of an upload: a dashboard takes 100 MiB, and the packing is not counted here."""
 REFUSALS = RayError, RuntimeError, OSError, ValueError

@@ -6,7 +6,7 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -68,10 +68,43 @@ def agreed_precision(job: Job, run: RunFolder, device: torch.device, heartbeat: 
 
 def meta_train(job: Job, run: RunFolder, learning: Learning, log: "StepLog | None") -> str | None:
     """Take the outer steps that are left; returns as `train_worker` does."""
-    config = job.config
+    config, notices = job.config, Notices(run)
     scores: list[float] = collective.from_first_worker(val_scores(run.records()) if log else None)
+    ended, checkpoint_seconds = time.perf_counter(), 0.0
+    for episodes in steps_left(job, learning):
+        step, began = learning.done + 1, time.perf_counter()
+        validates = bool(job.val) and due(step, config.validation.every, config.outer.steps)
+        try:
+            record = learning.step(episodes, waited=began - ended)
+            record |= {"data_seconds": began - ended, "step_seconds": time.perf_counter() - ended}
+            record |= {"checkpoint_seconds": checkpoint_seconds} | gpu_peak()  # waited for, before this step
+            record |= validate(config, job, learning) if validates else {}
+        except DivergedError as error:
+            return stop_reason(step, error.tasks)
+        scores += val_scores([record])
+        if log:
+            log.write(record)
+        stop, leaving = notices.read()
+        is_last = stop or (validates and is_enough(scores, config.validation.patience))
+        saving = time.perf_counter()
+        if validates and is_best(scores):
+            keep_best(run, learning)
+        if is_last or leaving or due(step, config.run.checkpoint_every, config.outer.steps):
+            if log:
+                log.flush()
+            report(run, learning, record)
+        if is_last:
+            break
+        ended = time.perf_counter()
+        checkpoint_seconds = ended - saving
+    return None
+
+
+def steps_left(job: Job, learning: Learning) -> Iterator[list[dict[str, Any]]]:
+    """Return the stream of this worker's episodes, step by step."""
+    config = job.config
     sampler = replace(config.data.training_sampler(config.seed), replayed=job.replayed, replay=config.data.replay)
-    steps = stream_steps(
+    return stream_steps(
         EncodeEpisode(job.train, job.encoder, sampler),
         first=learning.done * config.tasks_per_step,
         steps=config.outer.steps - learning.done,
@@ -79,42 +112,11 @@ def meta_train(job: Job, run: RunFolder, learning: Learning, log: "StepLog | Non
         rank=learning.rank,
         workers=learning.workers,
     )
-    notices = Notices(run)
-    ended, checkpoint_seconds = time.perf_counter(), 0.0
-    for episodes in steps:
-        began = time.perf_counter()
-        validates = False
-        try:
-            record = learning.step(episodes, waited=began - ended)
-            now = time.perf_counter()
-            record |= {"data_seconds": began - ended, "step_seconds": now - ended}
-            record |= {"checkpoint_seconds": checkpoint_seconds}  # waited for, before this step
-            if torch.cuda.is_initialized():
-                record["gpu_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30  # so far, on this worker
-            validates = bool(job.val) and due(learning.done, config.validation.every, config.outer.steps)
-            if validates:
-                record |= validate(config, job, learning)
-                record["validation_seconds"] = time.perf_counter() - now
-                scores += val_scores([record])
-        except DivergedError as error:
-            return stop_reason(learning.done + (not validates), error.tasks)
-        if log:
-            log.write(record)
-        enough = validates and is_enough(scores, config.validation.patience)
-        stop, leaving = notices.read()
-        enough |= stop
-        saving = time.perf_counter()
-        if validates and is_best(scores):
-            keep_best(run, learning)
-        if enough or leaving or due(learning.done, config.run.checkpoint_every, config.outer.steps):
-            if log:
-                log.flush()
-            report(run, learning, record)
-        if enough:
-            break
-        ended = time.perf_counter()
-        checkpoint_seconds = ended - saving
-    return None
+
+
+def gpu_peak() -> dict[str, float]:
+    """Return the most memory so far, on this worker."""
+    return {"gpu_peak_gib": torch.cuda.max_memory_allocated() / 2**30} if torch.cuda.is_initialized() else {}
 
 
 def stop_reason(step: int, tasks: list[str]) -> str:
@@ -137,14 +139,15 @@ def validate(config: Config, job: Job, learning: Learning) -> dict[str, float]:
     Each worker takes its share. All make the same calls, as a sharded model asks of them: so label tasks come first,
     and free text after them.
     """
-    tasks = get(job.val)
+    tasks, began = get(job.val), time.perf_counter()
     means: dict[str, dict[str, float]] = {"before": {}, "after": {}}
     for group in groups(tasks, config.validation.episodes):
         curves = validation_curves(config, group, learning)
         for end, when in ((0, "before"), (-1, "after")):
             means[when][group.metric] = mean(curve.scores[end] for curve in curves)
     by_kind = {f"val_{metric}_{when}": value for when, of in means.items() for metric, value in of.items()}
-    return by_kind | {f"val_score_{when}": overall(of, tasks) for when, of in means.items()}
+    by_kind |= {f"val_score_{when}": overall(of, tasks) for when, of in means.items()}
+    return by_kind | {"validation_seconds": time.perf_counter() - began}
 
 
 def validation_curves(config: Config, group: Group, learning: Learning) -> list[Curve]:
