@@ -42,7 +42,6 @@ from rayml.tasks.row import Row, unanswered
 from rayml.tasks.table import FREE_TEXT
 from rayml.tasks.task import Example, Task
 
-
 log = logging.getLogger(__name__)
 
 
@@ -137,8 +136,10 @@ class Replica:
         try:
             await self._found_or_learned(owner, adapter, request)
         except Exception as error:
-            log.exception("a lesson in the background failed")
-            await asyncio.to_thread(self.store.begin, owner, adapter, json.dumps(as_api_error(error).body()).encode())
+            known = as_api_error(error)
+            if known.status == 500:  # others quote the client
+                log.exception("a lesson in the background failed")
+            await asyncio.to_thread(self.store.begin, owner, adapter, json.dumps(known.body()).encode())
         finally:
             self._unfinished -= 1
 

@@ -16,8 +16,8 @@ class Writer:
     """Writes texts, a token of each in a turn.
 
     A turn reads new prompts of no more than `turn_tokens`, and as much of one long prompt, so that nobody waits for
-    longer than that. Short prompts overtake the long one. Texts with long prompts lie in a cache of their own, since all
-    rows of a cache are as wide as the longest.
+    longer than that. Short prompts overtake the long one. Texts with long prompts lie in a cache of their own, since
+    all rows of a cache are as wide as the longest.
     """
 
     def __init__(self, lm: TaskLM, batching: Batching, turn_tokens: int, observe: Callable[[str, float], None]):
