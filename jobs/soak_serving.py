@@ -26,8 +26,8 @@ from typing import Any
 import psutil
 import requests
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-from serve.client import Adapter, ApiError, Client
+sys.path.append(str(Path(__file__).resolve().parents[1] / "serve"))
+from client import Adapter, ApiError, Client
 
 TICKETS = [
     ("I was charged twice", "billing"), ("please refund my order", "billing"), ("the app crashes at start", "bug"),

@@ -62,7 +62,7 @@ class Replica:
         self.engine = Engine(self.model, serving.batching, serving.limits, observe)
         self._learning: dict[tuple[str, str], asyncio.Task[Manifest]] = {}
         self._adaptations: dict[tuple[str, str], Adaptation] = {}
-        self._background: set[asyncio.Task[None]] = set()
+        self._background: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._unfinished = 0
         # Each holds one of the requests that Serve lets in at a time; the other half is for queries.
         self.most_unfinished = min(serving.limits.waiting_adaptations, max(1, serving.replicas.ongoing_requests // 2))
@@ -119,7 +119,8 @@ class Replica:
         Raises:
             ApiError: as `learn`.
         """
-        if (owner, adapter) in self._learning:
+        key = owner, adapter
+        if key in self._learning or key in self._background:
             return
         self._take_place()
         try:
@@ -128,9 +129,8 @@ class Replica:
         except BaseException:
             self._unfinished -= 1
             raise
-        task = asyncio.create_task(self._learn_unwatched(owner, adapter, request))
-        self._background.add(task)  # asyncio itself does not hold it
-        task.add_done_callback(self._background.discard)
+        self._background[key] = asyncio.create_task(self._learn_unwatched(owner, adapter, request))
+        self._background[key].add_done_callback(lambda task: forget_task(self._background, key, task))
 
     async def _learn_unwatched(self, owner: str, adapter: str, request: AdapterRequest) -> None:
         try:
@@ -148,7 +148,7 @@ class Replica:
         one = self._adaptations.get((owner, adapter))
         if one:
             return {"steps": one.steps, "steps_taken": one.steps_taken}
-        return {} if (owner, adapter) in self._learning else None
+        return {} if (owner, adapter) in self._learning | self._background else None
 
     def _prolong(self, owner: str, manifest: Manifest, ttl_seconds: float | None) -> Manifest:
         """Let an adapter live as long as the most generous of those who asked for it said."""
