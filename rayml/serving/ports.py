@@ -44,7 +44,9 @@ def end_orphans() -> int:
 def _is_orphan(process: psutil.Process) -> bool:
     try:
         session = SESSION.search(" ".join(process.cmdline()))
-        return bool(session) and process.uids() == psutil.Process().uids() and _server_is_gone(Path(session[1]))
+        if session is None or process.uids() != psutil.Process().uids():
+            return False
+        return _server_is_gone(Path(session[1]))
     except psutil.Error:  # it ended meanwhile, or is not ours to look at
         return False
 
