@@ -15,7 +15,7 @@ import requests
 from serve.client import Client
 
 KEYS = "first-key-of-the-tests", "other-key-of-the-tests"
-START_SECONDS = 180
+START_SECONDS = 600
 
 
 class Server:

@@ -27,8 +27,8 @@ def identity(process: psutil.Process) -> list[float]:
     return [process.pid, process.create_time()]
 
 
-def end_orphans() -> int:
-    """End what is left of servers of ours that were killed: processes of their Rays. Returns how many there were."""
+def end_orphans() -> None:
+    """End what is left of servers of ours that were killed: processes of their Rays."""
     orphans = [process for process in psutil.process_iter() if _is_orphan(process)]
     for process in orphans:
         with contextlib.suppress(psutil.Error):
@@ -38,7 +38,6 @@ def end_orphans() -> int:
         with contextlib.suppress(psutil.Error):
             process.kill()
     psutil.wait_procs(alive, SECONDS_TO_END)
-    return len(orphans)
 
 
 def _is_orphan(process: psutil.Process) -> bool:
