@@ -26,8 +26,8 @@ from typing import Any
 import psutil
 import requests
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-from serve.client import Adapter, ApiError, Client
+sys.path.append(str(Path(__file__).resolve().parents[1] / "serve"))
+from client import Adapter, ApiError, Client
 
 TICKETS = [
     ("I was charged twice", "billing"), ("please refund my order", "billing"), ("the app crashes at start", "bug"),
@@ -98,7 +98,7 @@ class Soak:
         self.timed("write behind 7,900 words", lambda: client.complete(self.base, prompt, max_tokens=4))
 
     def leave(self, _client: Client, rng: random.Random) -> None:
-        body = {"model": self.base, "prompt": f"{rng.random()} " + "word " * 4000, "stream": True}
+        body: Any = {"model": self.base, "prompt": f"{rng.random()} " + "word " * 4000, "stream": True}
         with contextlib.suppress(requests.RequestException):  # that is to leave
             requests.post(f"{self.url}/v1/completions", json=body, stream=True, timeout=(5, 1 + rng.random())).close()
 
@@ -162,7 +162,13 @@ def soak(soak: Soak, server: int, seconds: float) -> dict[str, Any]:
         soak.classify(client, random.Random(0))
     idle = soak.seconds.pop("classify")
     memory = [resident(server)]
-    work = [(soak.classify, 0.5), (soak.classify, 0.5), (soak.write, 0.5), (soak.write, 1), (soak.learn, 4)]
+    work: list[tuple[Any, float]] = [
+        (soak.classify, 0.5),
+        (soak.classify, 0.5),
+        (soak.write, 0.5),
+        (soak.write, 1),
+        (soak.learn, 4),
+    ]
     work += [(soak.learn_much, 20), (soak.read_long, 5), (soak.leave, 3)]
     threads = [
         threading.Thread(target=soak.repeat, args=(kind, pause, seed)) for seed, (kind, pause) in enumerate(work)

@@ -267,7 +267,7 @@ def refuse_diverged(name: str, weights: Params) -> None:
         raise TrainingError(f"{name}: the adaptation diverged: its numbers are not finite; take fewer steps")
 
 
-def returned(loop: Generator[None, None, R]) -> R:
+def returned(loop: Generator[Any, None, R]) -> R:
     """Run a loop to its end, and return what it returns."""
     while True:
         try:

@@ -78,7 +78,8 @@ class Client:
         Args:
             background: ask now and then whether it is learned, in place of one long request.
         """
-        body = {"examples": [{"input": text, "target": target} for text, target in examples], "name": name}
+        pairs = [{"input": text, "target": target} for text, target in examples]
+        body: dict[str, Any] = {"examples": pairs, "name": name}
         more = {"options": options and list(options), "steps": steps, "ttl_seconds": ttl_seconds}
         body |= {k: v for k, v in more.items() if v is not None} | ({"background": True} if background else {})
         found = self._post("/v1/adapters", body)

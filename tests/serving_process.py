@@ -21,7 +21,7 @@ class Server:
     """`rayml serve` in a process of its own; killed with all that it started."""
 
     deployment = "Model"
-    start_seconds = 400
+    start_seconds = 600
 
     def __init__(self, run: Path | str, *settings: str, port: int | None = None, logs: Path | None = None):
         self.port, self.metrics_port = port or free_port(), free_port()

@@ -151,11 +151,11 @@ def start_cluster(serving: Serving, metrics_port: int | None) -> None:
         if metrics_port:
             own["_metrics_export_port"] = metrics_port
     with listening_here() if own else contextlib.nullcontext():
-        context = ray.init(
+        context: Any = ray.init(
             logging_level=logging.ERROR, log_to_driver=False, runtime_env={"env_vars": WORKER_ENV}, **own
         )
     if own:
-        mark_session(Path(context["session_dir"]))
+        mark_session(Path(context.address_info["session_dir"]))
 
 
 def publish_adapter(

@@ -128,7 +128,8 @@ class Engine:
             return self._open
 
     def _fail_all(self, error: Exception) -> None:
-        for future in (*self._pings, *(asked.answer for asked in self._queries)):
+        waiting: list[Future] = [*self._pings, *(asked.answer for asked in self._queries)]
+        for future in waiting:
             settle(future, error)
         self._pings.clear()
         self._queries.clear()

@@ -1,5 +1,7 @@
 """What Prometheus is told, through Ray's metrics API; Ray adds the application, the deployment and the replica."""
 
+from typing import Any
+
 from ray.serve.metrics import Counter, Gauge, Histogram
 
 SECONDS: list[float] = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30]
@@ -28,7 +30,7 @@ class Metrics:
         self._histograms = {
             name: Histogram(f"rayml_{name}", text, boundaries=bounds) for name, (text, bounds) in HISTOGRAMS.items()
         }
-        tags = ("route", "method", "status")
+        tags: Any = ("route", "method", "status")
         self._requests = Counter("rayml_requests_total", "Requests answered", tag_keys=tags)
         self._latency = Histogram(
             "rayml_request_seconds", "To the answer's first byte", boundaries=SECONDS, tag_keys=("route",)

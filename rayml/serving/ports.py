@@ -27,8 +27,8 @@ def identity(process: psutil.Process) -> list[float]:
     return [process.pid, process.create_time()]
 
 
-def end_orphans() -> int:
-    """End what is left of servers of ours that were killed: processes of their Rays. Returns how many there were."""
+def end_orphans() -> None:
+    """End what is left of servers of ours that were killed: processes of their Rays."""
     orphans = [process for process in psutil.process_iter() if _is_orphan(process)]
     for process in orphans:
         with contextlib.suppress(psutil.Error):
@@ -38,13 +38,14 @@ def end_orphans() -> int:
         with contextlib.suppress(psutil.Error):
             process.kill()
     psutil.wait_procs(alive, SECONDS_TO_END)
-    return len(orphans)
 
 
 def _is_orphan(process: psutil.Process) -> bool:
     try:
         session = SESSION.search(" ".join(process.cmdline()))
-        return bool(session) and process.uids() == psutil.Process().uids() and _server_is_gone(Path(session[1]))
+        if session is None or process.uids() != psutil.Process().uids():
+            return False
+        return _server_is_gone(Path(session[1]))
     except psutil.Error:  # it ended meanwhile, or is not ours to look at
         return False
 

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+import logging
 import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -28,6 +29,7 @@ from rayml.runs.folder import RunFolder
 from rayml.serving.adapter_cache import AdapterCache, forget_task
 from rayml.serving.engine import Engine, Observe
 from rayml.serving.errors import ApiError, busy
+from rayml.serving.http import as_api_error
 from rayml.serving.labels import choices, label_piece
 from rayml.serving.queries import Given, queries_of, unlimited
 from rayml.serving.schema import AdapterRequest, ClassifyRequest, Message, is_blank, plain, turns_of
@@ -39,6 +41,8 @@ from rayml.tasks.episodes import relabel
 from rayml.tasks.row import Row, unanswered
 from rayml.tasks.table import FREE_TEXT
 from rayml.tasks.task import Example, Task
+
+log = logging.getLogger(__name__)
 
 
 class Replica:
@@ -58,7 +62,7 @@ class Replica:
         self.engine = Engine(self.model, serving.batching, serving.limits, observe)
         self._learning: dict[tuple[str, str], asyncio.Task[Manifest]] = {}
         self._adaptations: dict[tuple[str, str], Adaptation] = {}
-        self._background: set[asyncio.Task[None]] = set()
+        self._background: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._unfinished = 0
         # Each holds one of the requests that Serve lets in at a time; the other half is for queries.
         self.most_unfinished = min(serving.limits.waiting_adaptations, max(1, serving.replicas.ongoing_requests // 2))
@@ -85,26 +89,29 @@ class Replica:
         Raises:
             ApiError: 422, examples that cannot be learned from; 429, too many adapters, or too many being learned.
         """
-        self._refuse_more()
-        self._unfinished += 1
+        self._take_place()
         try:
-            found = await asyncio.to_thread(self.store.find, owner, adapter)
-            if found is None:
-                key = owner, adapter
-                new = key not in self._learning
-                if new:
-                    self._learning[key] = asyncio.create_task(self._learn(owner, adapter, request))
-                    self._learning[key].add_done_callback(lambda task: forget_task(self._learning, key, task))
-                found = await asyncio.shield(self._learning[key])
-                if new:
-                    return found, True
-            return await asyncio.to_thread(self._prolong, owner, found, request.ttl_seconds), False
+            return await self._found_or_learned(owner, adapter, request)
         finally:
             self._unfinished -= 1
 
-    def _refuse_more(self) -> None:
+    def _take_place(self) -> None:
         if self._unfinished >= self.most_unfinished:
             raise busy(f"{self._unfinished} adaptations are under way in this replica, as many as may be")
+        self._unfinished += 1
+
+    async def _found_or_learned(self, owner: str, adapter: str, request: AdapterRequest) -> tuple[Manifest, bool]:
+        found = await asyncio.to_thread(self.store.find, owner, adapter)
+        if found is None:
+            key = owner, adapter
+            new = key not in self._learning
+            if new:
+                self._learning[key] = asyncio.create_task(self._learn(owner, adapter, request))
+                self._learning[key].add_done_callback(lambda task: forget_task(self._learning, key, task))
+            found = await asyncio.shield(self._learning[key])
+            if new:
+                return found, True
+        return await asyncio.to_thread(self._prolong, owner, found, request.ttl_seconds), False
 
     async def begin(self, owner: str, adapter: str, request: AdapterRequest) -> None:
         """Learn an adapter in the background. The store knows of it: whoever asks for it can have it begun again.
@@ -112,27 +119,36 @@ class Replica:
         Raises:
             ApiError: as `learn`.
         """
-        if (owner, adapter) in self._learning:
+        key = owner, adapter
+        if key in self._learning or key in self._background:
             return
-        self._refuse_more()
-        await asyncio.to_thread(self._adaptation_request, request)
-        await asyncio.to_thread(self.store.begin, owner, adapter, request.model_dump_json().encode())
-        task = asyncio.create_task(self._learn_unwatched(owner, adapter, request))
-        self._background.add(task)  # asyncio itself does not hold it
-        task.add_done_callback(self._background.discard)
+        self._take_place()
+        try:
+            await asyncio.to_thread(self._adaptation_request, request)
+            await asyncio.to_thread(self.store.begin, owner, adapter, request.model_dump_json().encode())
+        except BaseException:
+            self._unfinished -= 1
+            raise
+        self._background[key] = asyncio.create_task(self._learn_unwatched(owner, adapter, request))
+        self._background[key].add_done_callback(lambda task: forget_task(self._background, key, task))
 
     async def _learn_unwatched(self, owner: str, adapter: str, request: AdapterRequest) -> None:
         try:
-            await self.learn(owner, adapter, request)
-        except ApiError as error:
-            await asyncio.to_thread(self.store.begin, owner, adapter, json.dumps(error.body()).encode())
+            await self._found_or_learned(owner, adapter, request)
+        except Exception as error:
+            known = as_api_error(error)
+            if known.status == 500:  # others quote the client
+                log.exception("a lesson in the background failed")
+            await asyncio.to_thread(self.store.begin, owner, adapter, json.dumps(known.body()).encode())
+        finally:
+            self._unfinished -= 1
 
     async def progress(self, owner: str, adapter: str) -> dict[str, int] | None:
         """Return how far a lesson is; None, if this replica has no such lesson."""
         one = self._adaptations.get((owner, adapter))
         if one:
             return {"steps": one.steps, "steps_taken": one.steps_taken}
-        return {} if (owner, adapter) in self._learning else None
+        return {} if (owner, adapter) in self._learning | self._background else None
 
     def _prolong(self, owner: str, manifest: Manifest, ttl_seconds: float | None) -> Manifest:
         """Let an adapter live as long as the most generous of those who asked for it said."""

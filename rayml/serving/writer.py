@@ -10,15 +10,14 @@ from rayml.serving.settings import Batching
 from rayml.serving.work import Writing
 
 log = logging.getLogger(__name__)
-SHORT_TEXT = 1024
-"""Tokens of a prompt and its text that are decoded beside others: all rows of a cache are as wide as the longest."""
 
 
 class Writer:
     """Writes texts, a token of each in a turn.
 
     A turn reads new prompts of no more than `turn_tokens`, and as much of one long prompt, so that nobody waits for
-    longer than that. Short prompts overtake the long one; texts with long prompts lie in a cache of their own.
+    longer than that. Short prompts overtake the long one. Texts with long prompts lie in a cache of their own, since
+    all rows of a cache are as wide as the longest.
     """
 
     def __init__(self, lm: TaskLM, batching: Batching, turn_tokens: int, observe: Callable[[str, float], None]):
@@ -79,7 +78,7 @@ class Writer:
                 decoder.leave(writing)
 
     def _is_long(self, writing: Writing) -> bool:
-        return writing.prompt_tokens > self.turn_tokens or writing.most_tokens > SHORT_TEXT
+        return writing.prompt_tokens > self.turn_tokens
 
     def _join(self) -> None:
         """Read the short prompts that are next, as many as a turn bears."""
