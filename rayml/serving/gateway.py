@@ -235,9 +235,10 @@ class Gateway:
         """Write on. An adapter takes the prompt for an input of its task."""
 
         async def work(owner: str) -> Response:
-            if forwarded := await self._forward(owner, request, "completions"):
+            body = await self._read(request)
+            if forwarded := await self._forward(owner, body, "completions"):
                 return forwarded
-            asked: CompletionRequest = await self._body(request, CompletionRequest)
+            asked: CompletionRequest = parse(CompletionRequest, body)
             self._check_count("prompt", len(asked.prompts), self.limits.inputs)
             sampling = self._sampling(asked, asked.max_tokens or self._some_tokens(), asked.logprobs)
             shape = ResponseBodies(asked.model, chat=False, logprobs=asked.logprobs is not None)
@@ -250,9 +251,10 @@ class Gateway:
         """Answer a conversation. An adapter takes it for an input of its task."""
 
         async def work(owner: str) -> Response:
-            if forwarded := await self._forward(owner, request, "chat"):
+            body = await self._read(request)
+            if forwarded := await self._forward(owner, body, "chat"):
                 return forwarded
-            asked: ChatRequest = await self._body(request, ChatRequest)
+            asked: ChatRequest = parse(ChatRequest, body)
             most = asked.max_completion_tokens or asked.max_tokens or self._some_tokens()
             sampling = self._sampling(asked, most, asked.top_logprobs if asked.logprobs else None)
             shape = ResponseBodies(asked.model, chat=True, logprobs=asked.logprobs)
@@ -260,11 +262,10 @@ class Gateway:
 
         return await self._answer(request, "chat", work)
 
-    async def _forward(self, owner: str, request: Request, kind: str) -> Response | None:
+    async def _forward(self, owner: str, body: bytes, kind: str) -> Response | None:
         """Return what vLLM answers, which reads the body by itself; None, where the replicas of the model have to."""
         if not self.answering:
             return None
-        body = await self._read(request)
         adapter = await self._adapter(owner, model_of(body))
         return await self.answering.respond(owner, adapter, kind, body)
 
@@ -323,15 +324,13 @@ class Gateway:
         return parse(kind, await self._read(request))
 
     async def _read(self, request: Request) -> bytes:
-        """Read a body, as far as it may go; once."""
-        if not hasattr(request.state, "body"):
-            body = bytearray()
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > self.limits.body_bytes:
-                    raise ApiError(413, f"the body is longer than {self.limits.body_bytes} bytes", code="body_too_long")
-            request.state.body = bytes(body)
-        return request.state.body
+        """Read a body, as far as it may go."""
+        body = bytearray()
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > self.limits.body_bytes:
+                raise ApiError(413, f"the body is longer than {self.limits.body_bytes} bytes", code="body_too_long")
+        return bytes(body)
 
     async def _ask(self, method: str, owner: str, adapter: str | None, *arguments: Any) -> Any:
         handle = self.model.options(session_id=session(owner, adapter))
