@@ -2,18 +2,26 @@
 
 import asyncio
 import shutil
+import subprocess
+import sys
+import time
 from dataclasses import dataclass
 
+import psutil
 import pytest
 import torch
 from conftest import make_config
+from ray.exceptions import ActorDiedError
+from serving_process import wait_for
 from serving_run import change_card, examples, make_run, manifest_of
 
 from rayml import load, load_adapter
 from rayml.errors import ConfigError
 from rayml.lm.load import load_shape, resolve_model
+from rayml.serving import answering
 from rayml.serving.app import resources
 from rayml.serving.command import with_cpus
+from rayml.serving.errors import ApiError
 from rayml.serving.served import fits_of
 from rayml.serving.settings import Adapters, Serving
 from rayml.serving.store import AdapterStore
@@ -190,3 +198,45 @@ def test_what_is_being_asked_is_never_deleted(run, adapter, tmp_path):
 
     asyncio.run(all_at_once())
     assert observed.count("evictions") > 9
+
+
+def test_a_lost_request_is_sent_again_and_a_refused_one_is_not(monkeypatch):
+    monkeypatch.setattr(answering, "PAUSE_SECONDS", 0)
+    told: list[int] = []
+
+    def ask(error, seconds):
+        async def once():
+            told.append(1)
+            if len(told) < 4:
+                raise error
+            return "answer"
+
+        told.clear()
+        return asyncio.run(answering.Answering(None, seconds)._until_answered(once))
+
+    lost = ActorDiedError()
+    assert ask(lost, 60) == "answer"
+    assert ask(ApiError(503, "the engine was lost", code=answering.LOST), 60) == "answer"
+    with pytest.raises(ApiError, match="send the request again"):
+        ask(lost, 0)
+    with pytest.raises(ApiError, match="too long"):
+        ask(ApiError(400, "too long"), 60)
+    assert len(told) == 1
+
+
+CHILD = "from rayml.serving.vllm.parent import end_with_answerer as end; import time; end(); time.sleep(60)"
+PARENT = f"""
+import os, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", {CHILD!r}], env=os.environ | {{"RAYML_ANSWERER": str(os.getpid())}})
+print(child.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_the_engine_s_process_ends_with_the_replica_that_was_killed():
+    with subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True) as replica:
+        engine_process = psutil.Process(int(replica.stdout.readline()))
+        time.sleep(1)
+        assert engine_process.is_running()
+        replica.kill()
+    wait_for(lambda: not engine_process.is_running() or engine_process.status() == psutil.STATUS_ZOMBIE, 20)

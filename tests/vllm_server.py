@@ -40,7 +40,7 @@ class VllmServer(Server):
     """`rayml serve RUN engine=vllm`."""
 
     deployment = "Answerer"
-    start_seconds = 600
+    start_seconds = 900
 
     def __init__(self, run: Path | str, *settings: str, **more):
         path = [str(BESIDE), os.environ.get("PYTHONPATH", "")]

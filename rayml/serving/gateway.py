@@ -305,9 +305,10 @@ class Gateway:
         """Write on. An adapter takes the prompt for an input of its task."""
 
         async def work(owner: str) -> Response:
-            if forwarded := await self._forward(owner, request, "completions"):
+            body = await self._read(request)
+            if forwarded := await self._forward(owner, body, "completions"):
                 return forwarded
-            asked: CompletionRequest = await self._body(request, CompletionRequest)
+            asked: CompletionRequest = parse(CompletionRequest, body)
             self._check_count("prompt", len(asked.prompts), self.limits.inputs)
             sampling = self._sampling(asked, asked.max_tokens, asked.logprobs)
             shape = ResponseBodies(asked.model, chat=False, logprobs=asked.logprobs is not None)
@@ -320,9 +321,10 @@ class Gateway:
         """Answer a conversation. An adapter takes it for an input of its task."""
 
         async def work(owner: str) -> Response:
-            if forwarded := await self._forward(owner, request, "chat"):
+            body = await self._read(request)
+            if forwarded := await self._forward(owner, body, "chat"):
                 return forwarded
-            asked: ChatRequest = await self._body(request, ChatRequest)
+            asked: ChatRequest = parse(ChatRequest, body)
             most = asked.max_completion_tokens or asked.max_tokens
             sampling = self._sampling(asked, most, asked.top_logprobs if asked.logprobs else None)
             shape = ResponseBodies(asked.model, chat=True, logprobs=asked.logprobs)
@@ -330,11 +332,10 @@ class Gateway:
 
         return await self._answer(request, "chat", work)
 
-    async def _forward(self, owner: str, request: Request, kind: str) -> Response | None:
+    async def _forward(self, owner: str, body: bytes, kind: str) -> Response | None:
         """Return what vLLM answers, which reads the body by itself; None, where the replicas of the model have to."""
         if not self.answering:
             return None
-        body = await self._read(request)
         adapter = await self._adapter(owner, model_of(body))
         return await self.answering.respond(owner, adapter, kind, body)
 
@@ -396,12 +397,7 @@ class Gateway:
         return parse(kind, await self._read(request))
 
     async def _read(self, request: Request) -> bytes:
-        """Read a body, as far as it may go, for as long as it may take; once."""
-        if not hasattr(request.state, "body"):
-            request.state.body = await self._read_once(request)
-        return request.state.body
-
-    async def _read_once(self, request: Request) -> bytes:
+        """Read a body, as far as it may go, for as long as it may take."""
         body = bytearray()
         try:
             async with asyncio.timeout(self.limits.body_seconds):
