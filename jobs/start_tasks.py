@@ -22,6 +22,7 @@ from rayml.tasks.task import normalized
 Pair = tuple[str, str]  # text, label
 MOST = 60  # texts of a class
 FEWEST = 12  # of a class; and of a word's kinds, for it to be a class
+MANY = 8  # kinds of a word, for it to be a task: topics would else outnumber all other tasks
 ASSISTANT = (
     "alerts",
     "audio_recording",
@@ -59,6 +60,8 @@ def main() -> None:
     with (asked.out / "start.jsonl").open("w", encoding="utf-8") as file:
         for name, pairs in tasks.items():
             kept = drawn(pairs, name)
+            if name.startswith("topics/") and len({label for _, label in kept}) < MANY:
+                continue
             counts[name] = len(kept)
             for text, label in kept:
                 file.write(json.dumps({"task": name, "input": text, "target": label}, ensure_ascii=False) + "\n")
@@ -153,7 +156,7 @@ def filled(text: str, rng: random.Random) -> str:
 def topics(folder: Path) -> dict[str, list[Pair]]:
     """Return tasks of WordNet's definitions: of what is below a word, which kind of it something is.
 
-    A word is a task where at least three of its kinds have enough below them.
+    A word may be a task where some of its kinds have enough below them.
     """
     tasks: dict[str, list[Pair]] = {}
     for part in ("noun", "verb"):
@@ -161,7 +164,7 @@ def topics(folder: Path) -> dict[str, list[Pair]]:
         below = descendants(kinds)
         for synset in sorted(kinds):
             classes = {kind: sorted(below(kind)) for kind in kinds[synset] if len(below(kind)) >= FEWEST}
-            if len(classes) >= 3:
+            if len(classes) >= MANY:
                 name = f"topics/{words[synset]}-{synset}"
                 tasks[name] = [
                     (glosses[one], words[kind])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import make_config, toy_tasks, write_tasks
 from safetensors.torch import save_file
+from serving_run import ask, learn, request
 
 from rayml import starts
 from rayml.adapter import load_adapter
@@ -15,6 +16,8 @@ from rayml.errors import ConfigError, DataError, RunError
 from rayml.lm.lora import B
 from rayml.model import load
 from rayml.runs.folder import RunFolder
+from rayml.serving.replica import Replica
+from rayml.serving.settings import Serving
 from rayml.starts import LEARNED, folder_of, learned_part, shipped, start_named, untrained_state
 from rayml.starts.choice import start_for
 from rayml.tasks.read import rows_given
@@ -111,6 +114,14 @@ def test_it_is_evaluated_on_other_tasks_into_this_folder(mine, tmp_path):
     assert (tmp_path / "runs" / "mine" / "evaluation-data.json").exists()
     with pytest.raises(DataError, match="give --data"):
         evaluate("mine", episodes=2)
+
+
+def test_it_is_served_and_its_adapters_stay_in_this_folder(mine, tmp_path):
+    replica = Replica(Serving(run="mine"))
+    (manifest,) = learn(replica, request())
+    (answer,) = ask(replica, manifest.id, ["lost parcel"])
+    assert sum(answer["probabilities"].values()) == pytest.approx(1)
+    assert list((tmp_path / "runs" / "mine" / "adapters").rglob("readout.safetensors"))
 
 
 @pytest.mark.ray

@@ -120,9 +120,11 @@ def evaluate(
             continue
         prepared, at = scorer.prepare(batch), range(scorer.steps + 1)
         points = list(scorer.outputs(prepared, model.start, model.inner_lrs, at))
+        # Before the first outer step the two starts are one.
+        other = list(scorer.outputs(prepared, model.untrained, inner_lrs, at)) if model.step else points
         part = Evaluation(
             curves_of(batch, points),
-            curves_of(batch, list(scorer.outputs(prepared, model.untrained, inner_lrs, at))),
+            curves_of(batch, other),
             list(answered(model, scorer, batch, points)),
         )
         parts.keep(part)
