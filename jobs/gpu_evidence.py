@@ -15,10 +15,9 @@ import tempfile
 from pathlib import Path
 
 from gpu_report import write_report
-from gpu_steps import STEPS
-from gpu_steps.bench import write_line
+from gpu_steps import SHAPES, STEPS
+from gpu_steps.lines import write_line
 from gpu_steps.schedule import run_all
-from gpu_steps.sizes import SIZES
 
 
 def main() -> None:
@@ -40,7 +39,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=8)
     parser.add_argument("--out", type=Path, default=Path("runs/gpu-evidence"), metavar="DIR")
-    parser.add_argument("--shape", choices=SIZES, default="llama", help="1B and 8B parameters; or tiny")
+    parser.add_argument("--shape", choices=SHAPES, default="llama", help="1B and 8B parameters; or tiny")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--steps", type=lambda text: text.split(","), default=names, help=", ".join(names))
     parser.add_argument("--model", help="of the run through Ray Train, a folder; else a tiny random one")

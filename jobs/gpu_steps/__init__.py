@@ -1,6 +1,7 @@
 """What is measured on a GPU: a module for each idea, with `run(bench, *arguments)`, here in order of worth.
 
-`jobs/gpu_evidence.py` runs each step in a process of its own; `jobs/gpu_report.py` reads what they wrote.
+`jobs/gpu_evidence.py` runs each step in a process of its own; `jobs/gpu_report.py` reads what they wrote. Neither
+imports torch, nor rayml.
 """
 
 from typing import NamedTuple
@@ -14,6 +15,7 @@ class Step(NamedTuple):
     arguments: tuple[str, ...] = ()
 
 
+SHAPES = "llama", "tiny"
 STEPS = [
     Step("numerics", 45, "numerics"),
     Step("machine", 15, "machine"),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from gpu_steps import STEPS
+from gpu_steps import SHAPES, STEPS
 from gpu_steps.bench import Bench
 from gpu_steps.sizes import SIZES
 
@@ -16,7 +16,7 @@ from gpu_steps.sizes import SIZES
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("step", choices=[step.name for step in STEPS])
-    parser.add_argument("--shape", choices=SIZES, required=True)
+    parser.add_argument("--shape", choices=SHAPES, required=True)
     parser.add_argument("--device", choices=("cuda", "cpu"), required=True)
     parser.add_argument("--file", type=Path, required=True)
     parser.add_argument("--scratch", type=Path, required=True)

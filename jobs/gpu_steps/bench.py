@@ -1,7 +1,6 @@
 """What every step is given: what to measure and where, and a file that keeps each number as soon as there is one."""
 
 import gc
-import json
 import time
 import traceback
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from gpu_steps.lines import write_line
 from gpu_steps.sizes import Size
 
 
@@ -48,19 +48,3 @@ class Bench:
 
 def first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), "")[:300]
-
-
-def write_line(file: Path, values: dict[str, Any]) -> None:
-    with file.open("a") as out:
-        out.write(json.dumps(values) + "\n")
-
-
-def read_lines(file: Path) -> list[dict[str, Any]]:
-    """Return the whole lines; what was killed may have left half a one."""
-    found = []
-    for line in file.read_text().splitlines():
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return found

@@ -62,7 +62,7 @@ def run(bench: Bench) -> None:
         case.measure("int8 base", wanted)
     with bench.attempt("compiled layers"):
         fresh = case_of(bench)
-        compile_layers(fresh.lm.module)
+        compile_layers(fresh.lm.module, "inductor" if bench.device.type == "cuda" else "aot_eager")
         seconds = timed(fresh.gradient, bench.device)
         bench.record("compiling", seconds=seconds)
         fresh.measure("compiled layers", wanted)
@@ -113,10 +113,10 @@ def quantized(model: Any) -> None:
     quantize_(model, Int8WeightOnlyConfig(), lambda one, _: isinstance(one, torch.nn.Linear) and one is not head)
 
 
-def compile_layers(model: Any) -> None:
+def compile_layers(model: Any, backend: str) -> None:
     """Compile each decoder layer; each has adapters of its own, and so a graph of its own."""
     import torch._dynamo
 
     torch._dynamo.config.recompile_limit = 256
     for layer in model.model.layers:
-        layer.compile(dynamic=False)
+        layer.compile(dynamic=False, backend=backend)

@@ -1,17 +1,20 @@
 """Plots of tasks a second and of memory, over the number of tasks."""
 
+from importlib.util import find_spec
 from pathlib import Path
-
-import matplotlib
-
-matplotlib.use("agg")
-import matplotlib.pyplot as plt
 
 from gpu_steps.found import GIB, Lines, of, tasks_per_second
 
 
 def draw(lines: Lines, folder: Path) -> list[tuple[str, str]]:
     """Write them; return their files and titles."""
+    if find_spec("matplotlib") is None:  # a bare machine brings numbers home, and is done
+        return []
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
     cases = sorted(of(lines, "meta-gradient"), key=lambda case: case["tasks"])
     if not cases:
         return []

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gpu_steps import Step
-from gpu_steps.bench import write_line
+from gpu_steps.lines import write_line
 
 JOBS = Path(__file__).parents[1]
 OFFLINE = {"HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0", "DS_BUILD_OPS": "0", "PYTHONUNBUFFERED": "1"}

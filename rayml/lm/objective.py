@@ -54,6 +54,10 @@ class TaskSide:
         both = zip(self.tasks, self.row_classes, strict=True)
         return class_grid([classes or [-1] * len(rows) for rows, classes in both]).to(self.lm.device)
 
+    @property
+    def ways(self) -> int:
+        return 1 + max((number for classes in self.row_classes for number in classes), default=0)
+
     @cached_property
     def label_tokens(self) -> Tensor:
         """`[T, C]`: the first token of each class's label, by the rows themselves; -1 where there is no such class."""

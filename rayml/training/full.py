@@ -98,7 +98,8 @@ class FullLearner:
             task_losses.append(self._train(support, query, weights[self._task], len(episodes) if last else 0))
         self._task = None
         self.outer_step += 1
-        (squared_norm,) = collective.sum_over_workers([torch.tensor(self.optimizer.squared_norm)])
+        squared_norm = torch.tensor(self.optimizer.squared_norm, device=self.lm.device)  # NCCL sums on GPUs alone
+        (squared_norm,) = collective.sum_over_workers([squared_norm])
         return OuterStep(task_losses, math.sqrt(float(squared_norm)))
 
     def _train(self, support: TaskBatch, query: TaskBatch, weight: float, tasks: int) -> tuple[float, float]:

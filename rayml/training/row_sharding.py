@@ -48,7 +48,7 @@ def share_loss(lm: TaskLM, share: Share, smoothing: float = 0.0) -> Tensor:
     """Return this worker's part of the loss; the mean over the workers is the task's own (`TaskLM.losses`)."""
     batch = share.batch
     logits, positions = lm.target_logits(None, batch)
-    losses = token_losses(logits, batch.targets.flatten()[positions], batch.allowed, smoothing)
+    losses = token_losses(logits, batch.scored.targets, batch.allowed, smoothing, known=batch.scored.among)
     return (share.scale[positions // batch.tokens.shape[1]] * losses).sum()
 
 
