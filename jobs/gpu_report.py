@@ -8,8 +8,8 @@ Goals stand beside what was measured. What was not measured, failed or ran over 
 import argparse
 from pathlib import Path
 
-from gpu_steps.lines import read_lines
 from gpu_steps.goals import goals
+from gpu_steps.lines import read_lines
 from gpu_steps.plots import draw
 from gpu_steps.tables import tables
 

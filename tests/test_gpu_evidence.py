@@ -1,4 +1,4 @@
-"""The measurements for a GPU run here, tiny and on the CPU: every step, each in a process of its own; and their report."""
+"""What is measured on a GPU runs here, tiny and on the CPU, every step in a process of its own; and its report."""
 
 import json
 import os
@@ -68,7 +68,8 @@ def test_a_report_of_what_a_killed_process_left(reports, tmp_path):
         "ratio": {"PEFT loop": [8, 8, 8], "higher": [10, 10, 10]}, "flops": {"rayml": 2e14},
         "peak_bytes": {"rayml": 2**30, "PEFT loop": 2**30, "higher": 4 * 2**30},
     }  # fmt: skip
-    rates = {"step": "machine", "name": "rates", "dtype": "bfloat16", "device": "a card", "matmul_flops": 8e14, "copy_bytes": 4e12}
+    rates = {"step": "machine", "name": "rates", "dtype": "bfloat16", "device": "a card"}
+    rates |= {"matmul_flops": 8e14, "copy_bytes": 4e12}
     over = {"step": "tasks", "name": "end", "ended": "over time", "seconds": 9.0, "limit": 9.0}
     text = "\n".join(map(json.dumps, (rates, case, over)))
     (tmp_path / "evidence.jsonl").write_text(text + '\n{"step": "writing", "na')

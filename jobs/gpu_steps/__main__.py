@@ -20,12 +20,14 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), required=True)
     parser.add_argument("--file", type=Path, required=True)
     parser.add_argument("--scratch", type=Path, required=True)
+    parser.add_argument("--ready", type=Path, required=True, help="is written when it is its turn to wait")
     parser.add_argument("--model")
     parser.add_argument("--data", type=Path)
     options = parser.parse_args()
     step = next(step for step in STEPS if step.name == options.step)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     module = importlib.import_module(f"gpu_steps.{step.module}")
+    options.ready.touch()
     sys.stdin.readline()  # until here it has touched no device
     device = torch.device("cuda", 0) if options.device == "cuda" else torch.device("cpu")
     size = SIZES[options.shape]

@@ -61,6 +61,11 @@ def spread(seconds: Sequence[float]) -> str:
     return f"{statistics.median(seconds):.3g} [{min(seconds):.3g}, {max(seconds):.3g}]"
 
 
+def ratio(values: Sequence[float]) -> str:
+    """Return a median of ratios, and the lower and upper value beside it."""
+    return "{:.2f} [{:.2f}, {:.2f}]".format(*values)
+
+
 def table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     body = [f"| {' | '.join(map(str, row))} |" for row in rows]
     if not body:

@@ -50,10 +50,9 @@ def run(bench: Bench) -> None:
             step()
             seconds = [timed(step, bench.device) for _ in range(size.repeats)]
             found = plan(planned)
-            bench.record(
-                "outer step", **case, seconds=seconds, tokens=tokens, tokens_per_second=tokens / statistics.median(seconds),
-                peak_bytes=peak(held, step, bench.device), **found,
-            )  # fmt: skip
+            most, rate = peak(held, step, bench.device), tokens / statistics.median(seconds)
+            numbers = {"seconds": seconds, "tokens": tokens, "tokens_per_second": rate, "peak_bytes": most}
+            bench.record("outer step", **case, **numbers, **found)
         if not checkpointing:
             with bench.attempt("outer step's FLOPs", **case):
                 bench.record("outer step's FLOPs", **case, flops=measured_flops(step))

@@ -56,6 +56,10 @@ def write_toy(file: Path, tasks: int = 4, examples: int = 40) -> None:
     for task in range(tasks):
         one, other = draw.sample(words, 2)
         for index in range(examples):
-            row = {"task": f"toy-{task}", "input": f"{task}-{index} {one if index % 2 else other}", "target": "ab"[index % 2]}
+            row = {
+                "task": f"toy-{task}",
+                "input": f"{task}-{index} {one if index % 2 else other}",
+                "target": "ab"[index % 2],
+            }
             lines.append(json.dumps(row) + "\n")
     file.write_text("".join(lines))

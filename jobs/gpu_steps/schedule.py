@@ -30,6 +30,7 @@ def run_all(steps: Sequence[Step], options: argparse.Namespace, file: Path, scra
         try:
             for index, step in enumerate(steps):
                 processes += [begin(later) for later in steps[index + 1 : index + 2]]
+                wait_until_ready(processes[index], ready_file(scratch, step), end)
                 left = end - time.monotonic()
                 limit = max(1.0, left * step.seconds / sum(later.seconds for later in steps[index:]))
                 began = time.monotonic()
@@ -44,7 +45,7 @@ def run_all(steps: Sequence[Step], options: argparse.Namespace, file: Path, scra
 
 def start(step: Step, options: argparse.Namespace, file: Path, scratch: Path, log: int) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "gpu_steps", step.name, f"--shape={options.shape}", f"--device={options.device}"]
-    command += [f"--file={file}", f"--scratch={scratch}"]
+    command += [f"--file={file}", f"--scratch={scratch}", f"--ready={ready_file(scratch, step)}"]
     command += [f"--model={options.model}"] if options.model else []
     command += [f"--data={options.data}"] if options.data else []
     paths = [str(JOBS), str(JOBS.parent), os.environ.get("PYTHONPATH", "")]
@@ -54,6 +55,16 @@ def start(step: Step, options: argparse.Namespace, file: Path, scratch: Path, lo
     return subprocess.Popen(
         command, env=env, stdin=subprocess.PIPE, stdout=log, stderr=log, text=True, start_new_session=True
     )
+
+
+def ready_file(scratch: Path, step: Step) -> Path:
+    """Return what a step writes when it has imported all it needs: on a fresh machine that may take half a minute."""
+    return scratch / f"{step.name}.ready"
+
+
+def wait_until_ready(process: "subprocess.Popen[str]", file: Path, end: float) -> None:
+    while process.poll() is None and not file.exists() and time.monotonic() < end:
+        time.sleep(0.05)
 
 
 def let_run(process: "subprocess.Popen[str]", seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""How large everything is that is measured, and the models for it: random weights, made here, as there is no network."""
+"""How large everything is that is measured, and the models for it: random weights, as there is no network."""
 
 import shutil
 from dataclasses import dataclass

@@ -2,16 +2,23 @@
 
 import statistics
 from collections.abc import Iterator
+from typing import Any
 
-from gpu_steps.found import Lines, failures, forward_tokens, gib, matmul_rate, mfu, of, spread, table
+from gpu_steps.found import OURS, Lines, failures, forward_tokens, gib, matmul_rate, mfu, of, ratio, spread, table
 from gpu_steps.found import tasks_per_second as rate
 
 
 def tables(lines: Lines) -> list[str]:
     """Return what was measured, in paragraphs of Markdown."""
-    parts = [part for make in (machine, numerics, tasks, adaptation, large, full, run, writing, faster) for part in make(lines)]
+    parts = [
+        part
+        for make in (machine, numerics, tasks, adaptation, large, full, run, writing, faster)
+        for part in make(lines)
+    ]
     failed = "\n".join(f"- {what}" for what in failures(lines)) or "nothing"
-    ends = [(line["step"], line["ended"], f"{line['seconds']:.0f}", f"{line['limit']:.0f}") for line in of(lines, "end")]
+    ends = [
+        (line["step"], line["ended"], f"{line['seconds']:.0f}", f"{line['limit']:.0f}") for line in of(lines, "end")
+    ]
     return [*parts, "## What failed, or ran over its time", failed, table(("step", "", "seconds", "at most"), ends)]
 
 
@@ -37,7 +44,13 @@ def numerics(lines: Lines) -> Iterator[str]:
     yield "## Numerics: how far from one task at a time in fp32"
     checks = [line for line in lines if "is_equal" in line]
     rows = [
-        (line["name"], line["dtype"], f"{line['apart']:.1e}", f"{line['most']:.0e}", "yes" if line["is_equal"] else "**no**")
+        (
+            line["name"],
+            line["dtype"],
+            f"{line['apart']:.1e}",
+            f"{line['most']:.0e}",
+            "yes" if line["is_equal"] else "**no**",
+        )
         for line in checks
     ]
     yield table(("way", "dtype", "apart", "at most", "equal"), rows)
@@ -49,9 +62,9 @@ def tasks(lines: Lines) -> Iterator[str]:
     for case in of(lines, "meta-gradient"):
         share = mfu(case, lines)
         for way, seconds in case["seconds"].items():
-            ratio = "{:.2f} [{:.2f}, {:.2f}]".format(*case["ratio"][way]) if way in case["ratio"] else ""
-            of_rate = f"{share:.0%}" if share and not ratio else ""
-            rows.append((case["layers"], case["tasks"], way, spread(seconds), f"{rate(case, way):.3g}", ratio,
+            beside = ratio(case["ratio"][way]) if way in case["ratio"] else ""
+            of_rate = f"{share:.0%}" if share and way == OURS else ""
+            rows.append((case["layers"], case["tasks"], way, spread(seconds), f"{rate(case, way):.3g}", beside,
                          gib(case["peak_bytes"][way]), of_rate, f"{forward_tokens(case):.0f}"))  # fmt: skip
     heads = "layers with adapters", "tasks", "way", "seconds", "tasks a second", "rayml is faster"
     yield table((*heads, "GiB beyond the model", "of the matmul rate", "tokens a forward"), rows)
@@ -63,7 +76,12 @@ def tasks(lines: Lines) -> Iterator[str]:
 def adaptation(lines: Lines) -> Iterator[str]:
     yield "## From examples to an adapter"
     rows = [
-        (case["examples"], case["clients"], f"{case['seconds']:.3g}", "{:.2f} [{:.2f}, {:.2f}]".format(*case["in_turn_over_together"]))
+        (
+            case["examples"],
+            case["clients"],
+            f"{case['seconds']:.3g}",
+            ratio(case["in_turn_over_together"]),
+        )
         for case in of(lines, "adaptation")
     ]
     yield table(("examples", "tasks at once", "seconds", "one after the other, times that"), rows)
@@ -77,17 +95,22 @@ def large(lines: Lines) -> Iterator[str]:
     for case in of(lines, "outer step"):
         typical = statistics.median(case["seconds"])
         share = f"{flops[case['model']] / typical / top:.0%}" if case["model"] in flops and top else ""
-        rows.append((case["model"], case["tasks"], "yes" if case["checkpointing"] else "no", spread(case["seconds"]),
-                     f"{case['tokens_per_second']:.0f}", share, gib(case["peak_bytes"]), gib(case["planned_bytes"])))  # fmt: skip
+        checkpointing = "yes" if case["checkpointing"] else "no"
+        speed = spread(case["seconds"]), f"{case['tokens_per_second']:.0f}", share
+        rows.append((case["model"], case["tasks"], checkpointing, *speed, *map(gib, sizes(case))))
     heads = "model", "tasks", "checkpointing", "seconds", "tokens a second", "of the matmul rate"
     yield table((*heads, "GiB", "`rayml plan`, GiB"), rows)
+
+
+def sizes(case: dict[str, Any]) -> tuple[int, int]:
+    return case["peak_bytes"], case["planned_bytes"]
 
 
 def full(lines: Lines) -> Iterator[str]:
     yield "## Mode full beside a plain AdamW step"
     rows = [
         (case["stage"], case["offload"], *(f"{case['seconds'][name]:.3g}" for name in ("plain", "adapt", "query")),
-         *("{median:.2f} [{quartile_1:.2f}, {quartile_3:.2f}]".format(**case[k]) for k in ("adapt_over_plain", "query_over_plain")),
+         *(ratio(tuple(case[k].values())) for k in ("adapt_over_plain", "query_over_plain")),
          gib(case["peak_bytes_of_both"]))
         for case in of(lines, "full")
     ]  # fmt: skip
@@ -112,8 +135,8 @@ def run(lines: Lines) -> Iterator[str]:
 def writing(lines: Lines) -> Iterator[str]:
     yield "## Writing"
     rows = [
-        (case["rows"], case["distinct"], *(f"{case['tokens_per_second'][way]:.0f}" for way in ("generate", "base", "mixed", "peft")),
-         *("{:.2f} [{:.2f}, {:.2f}]".format(*case[f"mixed_over_{way}"]) for way in ("base", "generate", "peft")))
+        (case["rows"], case["distinct"], *(f"{found:.0f}" for found in case["tokens_per_second"].values()),
+         *(ratio(case[f"mixed_over_{way}"]) for way in ("base", "generate", "peft")))
         for case in of(lines, "writing")
     ]  # fmt: skip
     heads = "rows", "adapters", "generate", "base", "mixed", "PEFT", "mixed / base", "mixed / generate", "mixed / PEFT"
