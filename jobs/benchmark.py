@@ -62,6 +62,10 @@ SHAPES: dict[str, dict[str, Any]] = {
         "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8,
         "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 8192,
     },
+    "llama-tiny": {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 512,
+    },
 }  # fmt: skip
 
 

@@ -122,7 +122,7 @@ def measure(options: argparse.Namespace, path: str, device: torch.device) -> dic
 def full_config(options: argparse.Namespace) -> Config:
     return Config.model_validate(
         {
-            "model": {"name": options.model, "dtype": options.dtype},
+            "model": {"name": options.model, "dtype": options.dtype, "attention": "sdpa"},
             "data": {"path": "none.jsonl"},
             "run": {"dir": "none"},
             "mode": "full",

@@ -40,6 +40,10 @@ class Side(Protocol):
         """`[T, K]`: each row's class, from 0; -1 for rows of padding."""
 
     @property
+    def ways(self) -> int:
+        """C: the most classes that one of the tasks has; at least 1."""
+
+    @property
     def label_tokens(self) -> "Tensor":
         """`[T, C]`: the first token of each class's label; -1 where a task has no such class."""
 

@@ -120,11 +120,14 @@ class PhasedOptimizer(Optimizer):
         """Step on the mean meta-gradient, and put the gradients back: with offloading they are the engine's buffers."""
         shards = [shard for shard, _ in self._shards()]
         gradients = [shard.grad for shard in shards]
+        norms = []
         for shard in shards:
             shard.grad = None  # where nothing was collected, nothing is learned
             if shard in self.meta_gradients:
                 shard.grad = self.meta_gradients[shard].div_(self._tasks)
-                self.squared_norm += float(torch.linalg.vector_norm(shard.grad, dtype=torch.float64)) ** 2
+                norms.append(torch.linalg.vector_norm(shard.grad, dtype=torch.float64))
+        if norms:
+            self.squared_norm += float(torch.stack(norms).square().sum())  # waits for the device, once
         self.outer.param_groups, self.outer.state = self.param_groups, self.state
         self.outer.step()
         for shard, gradient in zip(shards, gradients, strict=True):

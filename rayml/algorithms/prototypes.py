@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rayml.algorithms.inner_loop import Params, TaskLosses
 
@@ -49,6 +49,8 @@ class Examples(Protocol):
 
     @property
     def classes(self) -> Tensor: ...
+    @property
+    def ways(self) -> int: ...
     @property
     def label_tokens(self) -> Tensor: ...
     def states(self, weights: Params, pooling: Pooling = "last") -> Tensor: ...
@@ -94,7 +96,7 @@ class Readout(NamedTuple):
 
         def losses(weights: Params) -> Tensor:
             read = support.read(weights, self.pooling)
-            found = prototypes(read.states, support.classes)
+            found = prototypes(read.states, support.classes, support.ways)
             distances = leave_one_out(squared_distances(read.states, found), support.classes, found.counts)
             counted = found.counts.gather(1, support.classes.clamp(min=0)) > 1
             left_out = support.classes.masked_fill(~counted, -1)
@@ -112,7 +114,7 @@ class Readout(NamedTuple):
         tokens = support.label_tokens if self.labels else None
 
         def losses(weights: Params) -> Tensor:
-            found = prototypes(support.states(weights, self.pooling), support.classes)
+            found = prototypes(support.states(weights, self.pooling), support.classes, support.ways)
             read = query.read(weights, self.pooling, tokens)
             distances = squared_distances(read.states, found)
             scores = logits(distances, found.counts, weights, read.label_log_probs)
@@ -144,7 +146,7 @@ def prototypes(states: Tensor, classes: Tensor, ways: int | None = None) -> Prot
         ways: C; as many as there are, if None.
     """
     ways = max(1, int(classes.max()) + 1) if ways is None else ways
-    members = nn.functional.one_hot(classes + 1, ways + 1)[..., 1:].to(states)  # [T, K, C]
+    members = (classes.unsqueeze(-1) == torch.arange(ways, device=classes.device)).to(states)  # [T, K, C]
     counts = members.sum(1)
     return Prototypes(members.mT @ states / counts.clamp(min=1).unsqueeze(-1), counts)
 

@@ -102,10 +102,10 @@ def divergence(student: Tensor, teacher: Tensor, allowed: Tensor | None, tempera
 
 def query_losses(lm: TaskLM, batch: TaskBatch, teacher: Tensor, mixture: Mixture, weights: Params) -> Tensor:
     """Return each task's mixed loss, `[T]`, of a student under its tasks' weights."""
-    logits, positions = lm.target_logits(weights, batch)
+    logits, _ = lm.target_logits(weights, batch)
     soft = divergence(logits, teacher.to(logits.device), batch.allowed, mixture.temperature)
-    hard = token_losses(logits, batch.targets.flatten()[positions], batch.allowed)
-    return mean_by_task((1 - mixture.hard) * soft + mixture.hard * hard, positions, batch)
+    hard = token_losses(logits, batch.scored.targets, batch.allowed, known=batch.scored.among)
+    return mean_by_task((1 - mixture.hard) * soft + mixture.hard * hard, batch)
 
 
 def also_for(base: Params, gradients: Params, losses: TaskLosses) -> TaskLosses:

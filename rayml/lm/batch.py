@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import ceil
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rayml.algorithms.inner_loop import Params
 from rayml.algorithms.prototypes import Pooling, Read
 from rayml.config import Config
-from rayml.lm.label_trie import IGNORE, Label, LabelTrie, label_trie
+from rayml.lm.label_trie import IGNORE, Among, Label, LabelTrie, among, label_trie
 from rayml.lm.rows import TokenRow
 
 if TYPE_CHECKING:
@@ -29,7 +29,22 @@ WIDTHS = 1.0, 1.5, 2, 3, 4, 6, 8
 """Lengths that packed rows are tried with, in longest examples."""
 
 
-@dataclass(frozen=True, slots=True)
+class Scored(NamedTuple):
+    """The M targets of a batch, in order, and what their losses are a mean over: found once, and not in every forward,
+    as on a GPU each look at how many there are would wait for all that was queued before."""
+
+    positions: Tensor
+    """`[M]`, in the flattened tokens."""
+    targets: Tensor
+    """`[M]`"""
+    task: Tensor
+    """`[M]`: whose each is."""
+    counts: Tensor
+    """`[T]`: what each task's loss is divided by."""
+    among: Among
+
+
+@dataclass(frozen=True)
 class TaskBatch:
     """K rows of each of T tasks, side by side.
 
@@ -57,9 +72,35 @@ class TaskBatch:
         parts = self.allowed, self.position_ids, self.prompts
         allowed, position_ids, prompts = (None if part is None else part.to(device) for part in parts)
         tokens, targets = self.tokens.to(device), self.targets.to(device)
-        return TaskBatch(tokens, targets, self.tasks, allowed, position_ids, examples=self.examples, prompts=prompts)
+        moved = TaskBatch(tokens, targets, self.tasks, allowed, position_ids, examples=self.examples, prompts=prompts)
+        at, wanted, task, counts = (part.to(device) for part in self.scored[:4])
+        vars(moved)["scored"] = Scored(at, wanted, task, counts, Among(*(part.to(device) for part in self.scored.among)))
+        return moved
 
-    @property
+    @cached_property
+    def scored(self) -> Scored:
+        """The targets; found on the host, where `to` is what brings the batch to a device."""
+        targets = self.targets.flatten()
+        positions = (targets != IGNORE).nonzero().squeeze(1)
+        task = positions // (len(targets) // self.tasks)
+        counts = self.counted().view(self.tasks, -1).sum(1).clamp(min=1)
+        return Scored(positions, targets[positions], task, counts, among(self.allowed, len(positions)))
+
+    @cached_property
+    def read_at(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Where logits are wanted of targets and of what follows each prompt, once each; and which are whose."""
+        assert self.prompts is not None
+        ends = self.prompts[..., 1]
+        places, found = torch.cat([self.scored.positions, ends.flatten()]).unique(return_inverse=True)
+        targets = len(self.scored.positions)
+        return places, found[:targets], found[targets:].view_as(ends)
+
+    @cached_property
+    def longest_prompt(self) -> int:
+        assert self.prompts is not None
+        return int((self.prompts[..., 1] - self.prompts[..., 0]).max()) + 1
+
+    @cached_property
     def seen(self) -> Tensor:
         """Where tokens are no padding, `[T * K, L]` bool, of one example a row; a row of padding has one that is."""
         lengths = torch.ones(len(self.tokens), dtype=torch.int64)
@@ -153,15 +194,15 @@ class Reading:
 
 def readings(task: Sequence[TokenRow], labels: Sequence[Label]) -> list[Reading]:
     """Return what is read of a task's rows, whose targets compete with its labels, or with the whole vocabulary."""
-    among = label_trie(labels) if labels else None
-    return [reading(row, among, number) for number, row in enumerate(task)]
+    trie = label_trie(labels) if labels else None
+    return [reading(row, trie, number) for number, row in enumerate(task)]
 
 
-def reading(row: TokenRow, among: LabelTrie | None, number: int) -> Reading:
+def reading(row: TokenRow, trie: LabelTrie | None, number: int) -> Reading:
     """Return a row up to the last token that a target is predicted from; all of it, where it has no target."""
     target, first = row.tokens[row.start :], row.start - 1
-    if among:
-        allowed = among.allowed(target)
+    if trie:
+        allowed = trie.allowed(target)
         target = target[: len(allowed)]
     else:
         target = [IGNORE if position in row.loss_masked else token for position, token in enumerate(target, row.start)]
@@ -249,6 +290,10 @@ class TaskSide:
     def classes(self) -> Tensor:
         both = zip(self.tasks, self.row_classes, strict=True)
         return class_grid([classes or [-1] * len(rows) for rows, classes in both]).to(self.lm.device)
+
+    @property
+    def ways(self) -> int:
+        return 1 + max((number for classes in self.row_classes for number in classes), default=0)
 
     @cached_property
     def label_tokens(self) -> Tensor:

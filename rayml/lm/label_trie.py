@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -62,8 +63,26 @@ def _label_trie(labels: tuple[tuple[int, ...], ...]) -> LabelTrie:
     return LabelTrie(labels)
 
 
+class Among(NamedTuple):
+    """Which of M targets are chosen among some tokens, and which among the whole vocabulary: their numbers."""
+
+    some: Tensor
+    all: Tensor
+
+
+def among(allowed: Tensor | None, targets: int) -> Among:
+    """Return it of what M targets are chosen among, as `token_losses` takes it. On a GPU it waits for the device."""
+    has_some = torch.zeros(targets, dtype=torch.bool) if allowed is None else (allowed != IGNORE).any(1)
+    return Among(has_some.nonzero().squeeze(1), (~has_some).nonzero().squeeze(1))
+
+
 def token_losses(
-    logits: Tensor, targets: Tensor, allowed: Tensor | None, smoothing: float = 0.0, rows: Tensor | None = None
+    logits: Tensor,
+    targets: Tensor,
+    allowed: Tensor | None,
+    smoothing: float = 0.0,
+    rows: Tensor | None = None,
+    known: Among | None = None,
 ) -> Tensor:
     """Return `[M]` in fp32: minus the log-probability of each target among its choices.
 
@@ -74,16 +93,17 @@ def token_losses(
             the whole vocabulary.
         smoothing: share of the target's weight that is spread evenly over the choices.
         rows: `[M]`, the row of each target's logits; as they stand, if None.
+        known: what `among` returns; found here, if None.
     """
-    few = torch.zeros_like(targets, dtype=torch.bool) if allowed is None else (allowed != IGNORE).any(1)
-    if allowed is not None and few.all():
-        return _among(logits, targets, allowed, smoothing, rows)
-    if allowed is None or not few.any():
+    some, all_ = known or among(allowed, len(targets))
+    if allowed is None or not len(some):
         return _among_all(logits, targets, smoothing, rows)
+    if not len(all_):
+        return _among(logits, targets, allowed, smoothing, rows)
     own = torch.arange(len(targets), device=targets.device) if rows is None else rows
     losses = torch.zeros(len(targets), device=logits.device)
-    losses[few] = _among(logits, targets[few], allowed[few], smoothing, own[few])
-    losses[~few] = _among_all(logits, targets[~few], smoothing, own[~few])
+    losses[some] = _among(logits, targets[some], allowed[some], smoothing, own[some])
+    losses[all_] = _among_all(logits, targets[all_], smoothing, own[all_])
     return losses
 
 

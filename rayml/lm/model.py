@@ -177,7 +177,7 @@ class TaskLM:
 
         `weights` are the tasks' `[T, ...]`; None for those of the bare model.
         """
-        positions = (batch.targets.flatten() != IGNORE).nonzero().squeeze(1)
+        positions = batch.scored.positions
         return self.logits_at(positions, weights, batch.tokens, self.slot(batch), **position_inputs(batch)), positions
 
     def states(self, weights: Params | None, batch: TaskBatch, pooling: Pooling = "last") -> Tensor:
@@ -191,7 +191,7 @@ class TaskLM:
         hidden: list[Tensor] = []
         ends = batch.prompts[..., 1].flatten()
         self.logits_at(ends, weights, batch.tokens, self.slot(batch), hidden, **position_inputs(batch))
-        return pooled(hidden[0], batch.prompts, pooling)
+        return pooled(hidden[0], batch, pooling)
 
     def vectors(self, weights: Params | None, batch: TaskBatch) -> Tensor:
         """Return what a sentence encoder makes of each text, `[T, K, D]` in fp32."""
@@ -211,18 +211,15 @@ class TaskLM:
         if self.sentences:
             states = self.states(weights, batch)
             return Read(states.new_zeros(batch.tasks), states, None)
-        assert batch.prompts is not None
-        targets, hidden = batch.targets.flatten(), list[Tensor]()
-        positions, ends = (targets != IGNORE).nonzero().squeeze(1), batch.prompts[..., 1]
-        position_ids, found = torch.cat([positions, ends.flatten()]).unique(return_inverse=True)
-        of_targets, of_ends = found[: len(positions)], found[len(positions) :].view_as(ends)
-        logits = self.logits_at(position_ids, weights, batch.tokens, self.slot(batch), hidden, **position_inputs(batch))
-        losses = token_losses(logits, targets[positions], batch.allowed, smoothing, of_targets)
+        scored, hidden = batch.scored, list[Tensor]()
+        places, of_targets, of_ends = batch.read_at
+        logits = self.logits_at(places, weights, batch.tokens, self.slot(batch), hidden, **position_inputs(batch))
+        losses = token_losses(logits, scored.targets, batch.allowed, smoothing, of_targets, scored.among)
         by_label = None
         if label_tokens is not None:
             at_labels = logits[of_ends.unsqueeze(2), label_tokens.clamp(min=0).unsqueeze(1)]
             by_label = label_log_probs(at_labels, label_tokens)
-        return Read(mean_by_task(losses, positions, batch), pooled(hidden[0], batch.prompts, pooling), by_label)
+        return Read(mean_by_task(losses, batch), pooled(hidden[0], batch, pooling), by_label)
 
     @torch.no_grad()
     def target_inputs(self, batch: TaskBatch) -> Params:
@@ -256,9 +253,10 @@ class TaskLM:
         Args:
             smoothing: share of the target's weight that is spread evenly over the choices.
         """
-        logits, positions = self.target_logits(weights, batch)
-        losses = token_losses(logits, batch.targets.flatten()[positions], batch.allowed, smoothing)
-        return mean_by_task(losses, positions, batch)
+        logits, _ = self.target_logits(weights, batch)
+        scored = batch.scored
+        losses = token_losses(logits, scored.targets, batch.allowed, smoothing, known=scored.among)
+        return mean_by_task(losses, batch)
 
 
 def known_states(
@@ -290,24 +288,23 @@ def known_states(
     return KnownStates(unique, torch.cat([next(split[index % workers]) for index in range(len(parts))]))
 
 
-def mean_by_task(losses: Tensor, positions: Tensor, batch: TaskBatch) -> Tensor:
-    """Return each task's mean, `[T]`, of the target tokens' losses `[M]` at `positions` `[M]`."""
-    task = positions // (batch.tokens.numel() // batch.tasks)
-    total = torch.zeros(batch.tasks, device=losses.device).index_add(0, task, losses)
-    return total / batch.counted().view(batch.tasks, -1).sum(1).clamp(min=1)
+def mean_by_task(losses: Tensor, batch: TaskBatch) -> Tensor:
+    """Return each task's mean, `[T]`, of the target tokens' losses `[M]`."""
+    total = torch.zeros(batch.tasks, device=losses.device).index_add(0, batch.scored.task, losses)
+    return total / batch.scored.counts
 
 
-def pooled(hidden: Tensor, prompts: Tensor, pooling: Pooling) -> Tensor:
+def pooled(hidden: Tensor, batch: TaskBatch, pooling: Pooling) -> Tensor:
     """Return a vector of unit length, in fp32, for each prompt, `[T, K, D]`: of its last token, or its tokens' mean.
 
     Args:
         hidden: `[N, L, D]`.
-        prompts: `[T, K, 2]`, as in `TaskBatch`.
     """
-    flat, (begin, end) = hidden.flatten(0, 1), prompts.unbind(-1)
+    assert batch.prompts is not None
+    flat, (begin, end) = hidden.flatten(0, 1), batch.prompts.unbind(-1)
     if pooling == "last":
         return nn.functional.normalize(flat[end].float(), dim=-1)
-    position_ids = begin.unsqueeze(-1) + torch.arange(int((end - begin).max()) + 1, device=begin.device)
+    position_ids = begin.unsqueeze(-1) + torch.arange(batch.longest_prompt, device=begin.device)
     inside = position_ids <= end.unsqueeze(-1)
     total = (flat[position_ids.where(inside, begin.unsqueeze(-1))] * inside.unsqueeze(-1)).float().sum(2)
     return nn.functional.normalize(total, dim=-1)

@@ -98,7 +98,8 @@ class FullLearner:
             task_losses.append(self._train(support, query, weights[self._task], len(episodes) if last else 0))
         self._task = None
         self.outer_step += 1
-        (squared_norm,) = collective.sum_over_workers([torch.tensor(self.optimizer.squared_norm)])
+        squared_norm = torch.tensor(self.optimizer.squared_norm, device=self.lm.device)  # NCCL sums on GPUs alone
+        (squared_norm,) = collective.sum_over_workers([squared_norm])
         return OuterStep(task_losses, math.sqrt(float(squared_norm)))
 
     def _train(self, support: TaskBatch, query: TaskBatch, weight: float, tasks: int) -> tuple[float, float]:
@@ -233,7 +234,7 @@ def share_loss(lm: TaskLM, share: Share, smoothing: float = 0.0) -> Tensor:
     """Return this worker's part of the loss; the mean over the workers is the task's own (`TaskLM.losses`)."""
     batch = share.batch
     logits, positions = lm.target_logits(None, batch)
-    losses = token_losses(logits, batch.targets.flatten()[positions], batch.allowed, smoothing)
+    losses = token_losses(logits, batch.scored.targets, batch.allowed, smoothing, known=batch.scored.among)
     return (share.scale[positions // batch.tokens.shape[1]] * losses).sum()
 
 
