@@ -13,14 +13,13 @@ import pytest
 import torch
 import transformers.masking_utils
 from conftest import TARGETS, make_config, perturbed_start, tiny_lm
-from rayml.lm.objective import TaskSide
 from test_packing import ragged_rows
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, LlamaForCausalLM
 
 from rayml.algorithms.inner_loop import InnerLoop, adapt
 from rayml.algorithms.registry import REGISTERED
-from rayml.lm.batch import TokenRow, collate
+from rayml.lm.batch import TaskSide, TokenRow, collate
 from rayml.lm.lora import TaskLoRA
 from rayml.lm.model import TaskLM
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from benchmark import disturbed, random_episodes, random_model
 from benchmark_machine import measured_flops, peak_bytes, timed
-from rayml.lm.objective import TaskSide
+from rayml.lm.batch import TaskSide
 from rayml.planning.read import read_shape
 
 from gpu_steps.bench import Bench
