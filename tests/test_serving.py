@@ -207,10 +207,12 @@ def test_what_a_client_leaves_is_not_written_on(replica):
 
 
 def test_adaptations_take_no_more_than_their_share_while_queries_wait(run):
-    replica = Replica(Serving.model_validate({"run": str(run.path), "batching": {"adaptation_share": 0.25}}))
+    replica = Replica(
+        Serving.model_validate({"run": str(run.path), "batching": {"adaptation_share": 0.25, "turn_tokens": 4096}})
+    )
     engine, seconds = replica.engine, {"learn": 0.0, "answer": 0.0}
-    many = request([(f"text {n} " * 10, f"label{n % 3}") for n in range(20)])
-    adaptation = Adaptation(replica._adaptation_request(many), steps=3)
+    many = request([(f"text {n} " * 10, f"label{n % 3}") for n in range(40)])
+    adaptation = Adaptation(replica._adaptation_request(many), steps=10)
 
     def timed(name, work):
         def run():
