@@ -18,7 +18,7 @@ from rayml.adapter import Adapter
 from rayml.algorithms.base import Algorithm
 from rayml.lm.lora import A
 from rayml.lm.peft_files import AdapterCard
-from rayml.serving.adapter_cache import Key, fetched, forget_task
+from rayml.serving.adapter_cache import Key, fetched
 from rayml.serving.adapter_files import Fits
 from rayml.serving.store import AdapterStore
 
@@ -68,7 +68,7 @@ class Versions:
         self.store, self.fits, self.adapter_of, self.folder = store, fits, adapter_of, folder
         self.most_bytes, self.drop, self.observe = most_bytes, drop, observe
         self._held: OrderedDict[Key, Version] = OrderedDict()
-        self._used: Counter[int] = Counter()
+        self._used: Counter[Key] = Counter()
         self._loading: dict[Key, asyncio.Task[Version]] = {}
         self._numbers = count(1)
 
@@ -80,29 +80,28 @@ class Versions:
             ApiError: 404, there is none; or it was refused, and why.
         """
         key = owner, adapter
-        version = await self._get(key)
-        while self._held.get(key) is not version:  # it made room for another in between
-            version = await self._get(key)
-        self._used[version.number] += 1
+        self._used[key] += 1  # before it is loaded, so that no other drives it out meanwhile
         try:
-            yield version
+            yield await self._get(key)
         finally:
-            self._used[version.number] -= 1
-            if not self._used[version.number]:
-                del self._used[version.number]
+            self._used[key] -= 1
+            if not self._used[key]:
+                del self._used[key]
 
     async def _get(self, key: Key) -> Version:
-        if key not in self._held:
-            if key not in self._loading:
-                self._loading[key] = asyncio.create_task(self._load(key))
-                self._loading[key].add_done_callback(lambda task: forget_task(self._loading, key, task))
-            return await asyncio.shield(self._loading[key])
-        self._held.move_to_end(key)
-        return self._held[key]
+        if key in self._held:
+            self._held.move_to_end(key)
+            return self._held[key]
+        if key not in self._loading:
+            self._loading[key] = asyncio.create_task(self._load(key))
+            self._loading[key].add_done_callback(look_at)
+        return await asyncio.shield(self._loading[key])
 
     async def _load(self, key: Key) -> Version:
-        number = next(self._numbers)
-        version = await asyncio.to_thread(self._read, key, number)
+        try:
+            version = await asyncio.to_thread(self._read, key, next(self._numbers))
+        finally:
+            del self._loading[key]  # in one breath with the next line: it is being loaded, or held, or neither
         self._held[key] = version
         self.observe("loads", 1)
         await self._make_room()
@@ -122,10 +121,10 @@ class Versions:
         return Version(self.adapter_of(card), f"{owner}/{adapter}/{version}", number, folder, rank, size)
 
     async def _make_room(self) -> None:
-        """Delete the copies that were asked longest ago, but none that is being asked, nor the newest."""
+        """Delete the copies that were asked longest ago, but none that is being asked."""
         while sum(version.size for version in self._held.values()) > self.most_bytes:
             # Others go on while one is deleted: what is in use is looked at again for each.
-            unused = [key for key in list(self._held)[:-1] if self._held[key].number not in self._used]
+            unused = [key for key in self._held if key not in self._used]
             if not unused:
                 break
             version = self._held.pop(unused[0])
@@ -133,3 +132,9 @@ class Versions:
             await asyncio.to_thread(shutil.rmtree, version.folder)
             self.observe("evictions", 1)
         self.observe("cached_adapters", len(self._held))
+
+
+def look_at(task: asyncio.Task) -> None:
+    """Look at a task's error: asyncio logs what nobody saw, and it may quote clients."""
+    if not task.cancelled():
+        task.exception()
