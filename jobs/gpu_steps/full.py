@@ -1,6 +1,6 @@
 """Mode full under one ZeRO stage: its inner and query steps beside a plain AdamW step of the same engine."""
 
-from types import SimpleNamespace
+from argparse import Namespace
 
 import torch
 import torch.distributed as dist
@@ -13,7 +13,7 @@ from gpu_steps.sizes import folder
 
 def run(bench: Bench, stage: str, offload: str) -> None:
     size = bench.size
-    options = SimpleNamespace(
+    options = Namespace(
         model=size.model, stage=int(stage), dtype=size.dtype, offload=offload, rows=size.ways * size.shots,
         tokens=size.tokens, repeats=max(3, size.repeats), json=None, workers=1,
     )  # fmt: skip

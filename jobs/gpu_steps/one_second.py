@@ -1,6 +1,6 @@
 """Seconds from examples to an adapter: for one task alone, and for several that come at once."""
 
-from types import SimpleNamespace
+from argparse import Namespace
 
 from benchmark_serving import learning, open_session
 
@@ -10,7 +10,7 @@ from gpu_steps.sizes import folder
 
 def run(bench: Bench) -> None:
     size = bench.size
-    options = SimpleNamespace(
+    options = Namespace(
         model=folder(bench.scratch, size.model, size.dtype, bench.device), dtype=size.dtype, attention="sdpa",
         rank=16, last_layers=None, steps=3, repeats=size.repeats,
     )  # fmt: skip

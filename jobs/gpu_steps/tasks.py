@@ -1,6 +1,6 @@
 """Tasks a second, and the memory for them: many side by side beside what people would write instead."""
 
-from types import SimpleNamespace
+from argparse import Namespace
 
 from benchmark import measure
 from benchmark_peers import peers
@@ -26,6 +26,6 @@ def run(bench: Bench) -> None:
         case = {"layers": layers or "all"}
         with bench.attempt("meta-gradient", tasks=tasks, **case):
             config = config_of(size, path, tasks, layers)
-            options = SimpleNamespace(shape=size.model, repeats=size.repeats)
+            options = Namespace(shape=size.model, repeats=size.repeats)
             found = measure(config, options, chosen, bench.device)
             bench.record("meta-gradient", **case, failed_ways=found.pop("failed"), **found)

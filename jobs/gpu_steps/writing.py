@@ -1,6 +1,6 @@
 """Tokens a second of texts that are written side by side, each under an adapter of its own, beside the bare base."""
 
-from types import SimpleNamespace
+from argparse import Namespace
 
 from benchmark_serving import Peers, draw, open_session
 
@@ -10,7 +10,7 @@ from gpu_steps.sizes import folder
 
 def run(bench: Bench) -> None:
     size = bench.size
-    options = SimpleNamespace(
+    options = Namespace(
         model=folder(bench.scratch, size.model, size.dtype, bench.device), dtype=size.dtype, attention="sdpa",
         rank=16, last_layers=None, rows=list(size.rows), prompt=32, tokens=16, repeats=3,
     )  # fmt: skip
