@@ -126,6 +126,7 @@ def full_config(options: argparse.Namespace) -> Config:
             "data": {"path": "none.jsonl"},
             "run": {"dir": "none"},
             "mode": "full",
+            "engine": "zero",
             "inner": {"lr": 1e-4},
             "outer": {"lr": 1e-5},
             "zero": {"stage": options.stage, "offload": options.offload},

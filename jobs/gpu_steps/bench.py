@@ -37,7 +37,7 @@ class Bench:
         began = time.perf_counter()
         try:
             yield
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a benchmark that finds unequal work leaves so
             traceback.print_exc()
             self.record(name, **case, failed=f"{type(error).__name__}: {first_line(error)}")
         print(f"{self.step}: {name} {case or ''} {time.perf_counter() - began:.1f} s", flush=True)
@@ -46,5 +46,5 @@ class Bench:
             torch.cuda.empty_cache()
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), "")[:300]

@@ -3,11 +3,12 @@
 import os
 import platform
 import subprocess
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
-from benchmark_machine import Machine, fastest, timed
+from benchmark_machine import Machine, fastest
 
 from gpu_steps.bench import Bench
 from rayml.lm.load import DTYPES
@@ -82,6 +83,6 @@ def host_copies(device: torch.device) -> dict[str, float]:
     for pinned in (True, False):
         block = torch.empty(2**28, dtype=torch.uint8, pin_memory=pinned)
         there = torch.empty_like(block, device=device)
-        seconds = min(timed(lambda block=block, there=there: there.copy_(block), device) for _ in range(4))
+        seconds = fastest(partial(there.copy_, block), device, times=4)
         found["pinned" if pinned else "not pinned"] = block.nbytes / seconds
     return found

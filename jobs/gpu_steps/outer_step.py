@@ -41,11 +41,11 @@ def run(bench: Bench) -> None:
         with bench.attempt("outer step", **case):
 
             def step() -> Any:
-                sides = [
+                support, query = (
                     TaskSide(lm, tasks, episodes.labels, [()] * len(tasks), 0)
                     for tasks in (episodes.support, episodes.query)
-                ]
-                return outer_step(config, learner, *sides, bench.device)
+                )
+                return outer_step(config, learner, support, query, bench.device)
 
             step()
             seconds = [timed(step, bench.device) for _ in range(size.repeats)]

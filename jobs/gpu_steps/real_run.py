@@ -29,7 +29,7 @@ def run(bench: Bench) -> None:
         began = time.perf_counter()
         model = rayml.train(config, changes)
         trained = time.perf_counter() - began
-        folder = str(model.run.path)
+        folder = changes["run.dir"]
         steps = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
         bench.record("run", model=model.config.model.name, train_seconds=trained, precision=str(model.precision),
                      device=str(model.device), steps=len(steps), last_steps=steps[-10:])  # fmt: skip

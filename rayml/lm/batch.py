@@ -43,6 +43,12 @@ class Scored(NamedTuple):
     """`[T]`: what each task's loss is divided by."""
     among: Among
 
+    def to(self, device: torch.device) -> "Scored":
+        positions, targets, task, counts, some, whole = (
+            part.to(device) for part in (self.positions, self.targets, self.task, self.counts, *self.among)
+        )
+        return Scored(positions, targets, task, counts, Among(some, whole))
+
 
 @dataclass(frozen=True)
 class TaskBatch:
@@ -73,8 +79,7 @@ class TaskBatch:
         allowed, position_ids, prompts = (None if part is None else part.to(device) for part in parts)
         tokens, targets = self.tokens.to(device), self.targets.to(device)
         moved = TaskBatch(tokens, targets, self.tasks, allowed, position_ids, examples=self.examples, prompts=prompts)
-        at, wanted, task, counts = (part.to(device) for part in self.scored[:4])
-        vars(moved)["scored"] = Scored(at, wanted, task, counts, Among(*(part.to(device) for part in self.scored.among)))
+        vars(moved)["scored"] = self.scored.to(device)
         return moved
 
     @cached_property
