@@ -90,8 +90,8 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
                     asked = [adapters[row % many] if many else None for row in range(rows)]
                     result["texts"].append(await texts(replica, answerer, asked, many, options))
                 if 0 < many <= rows:
-                    asked = [labelled[row % many] for row in range(rows)]
-                    result["queries"].append(await queries(replica, answerer, asked, many, options.repeats))
+                    of = [labelled[row % many] for row in range(rows)]
+                    result["queries"].append(await queries(replica, answerer, of, many, options.repeats))
         answerer.close()
     print(table(result))
     if options.json:

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from benchmark import disturbed, random_episodes, random_model
 from benchmark_machine import measured_flops, peak_bytes, timed
-from rayml.lm.batch import TaskSide
 from rayml.planning.read import read_shape
 
 from gpu_steps.bench import Bench
@@ -15,6 +14,7 @@ from gpu_steps.sizes import config_of, folder
 from rayml.algorithms.inner_loop import InnerLoop
 from rayml.algorithms.outer_loop import Learner
 from rayml.config import Config
+from rayml.lm.batch import TaskSide
 from rayml.lm.load import checkpoint_activations
 from rayml.lm.lora import TaskLoRA
 from rayml.lm.model import TaskLM

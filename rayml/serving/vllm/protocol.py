@@ -142,8 +142,8 @@ class Protocol:
 
     def _check(self, request: Any) -> None:
         prompts = getattr(request, "prompt", None)
-        many = isinstance(prompts, list) and bool(prompts) and not isinstance(prompts[0], int)
-        texts = (len(prompts) if many else 1) * (request.n or 1)
+        given = prompts if isinstance(prompts, list) and prompts and not isinstance(prompts[0], int) else [prompts]
+        texts = len(given) * (request.n or 1)
         if texts > self.limits.inputs:
             raise ApiError(422, f"prompt, n: {texts} texts asked for; at most {self.limits.inputs}", "n")
         most = max(getattr(request, "max_completion_tokens", None) or 0, request.max_tokens or 0)
