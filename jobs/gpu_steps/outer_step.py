@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from benchmark import disturbed, random_episodes, random_model
 from benchmark_machine import measured_flops, peak_bytes, timed
-from rayml.planning.read import read_shape
 
 from gpu_steps.bench import Bench
 from gpu_steps.sizes import config_of, folder
@@ -19,6 +18,7 @@ from rayml.lm.load import checkpoint_activations
 from rayml.lm.lora import TaskLoRA
 from rayml.lm.model import TaskLM
 from rayml.planning.memory import memory
+from rayml.planning.shape import read_shape
 from rayml.training.replicated import build_learner
 
 
