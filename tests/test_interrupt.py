@@ -103,5 +103,5 @@ def test_an_evaluation_keeps_what_it_has_done(tmp_path):
     with command(tmp_path, *asked, "--episodes", "4000") as evaluation:
         evaluation.wait_for(lambda: part.exists() and part.read_text().count("\n") > 5)
         last = evaluation.end(signal.SIGINT)
-    done = 2 * (part.read_text().count("\n") - 1)
+    done = 4 * (part.read_text().count("\n") - 1)
     assert last == f"stopped: {done} of 4000 episodes are kept; the same command goes on with the others"
