@@ -71,6 +71,7 @@ class Versions:
         self._used: Counter[Key] = Counter()
         self._loading: dict[Key, asyncio.Task[Version]] = {}
         self._numbers = count(1)
+        self._cleaning: asyncio.Task[None] | None = None
 
     @contextlib.asynccontextmanager
     async def use(self, owner: str, adapter: str) -> AsyncIterator[Version]:
@@ -87,6 +88,7 @@ class Versions:
             self._used[key] -= 1
             if not self._used[key]:
                 del self._used[key]
+                self._cleaning = asyncio.create_task(self._make_room())  # whoever asked need not wait for it
 
     async def _get(self, key: Key) -> Version:
         if key in self._held:
@@ -104,7 +106,6 @@ class Versions:
             del self._loading[key]  # in one breath with the next line: it is being loaded, or held, or neither
         self._held[key] = version
         self.observe("loads", 1)
-        await self._make_room()
         return version
 
     def _read(self, key: Key, number: int) -> Version:
