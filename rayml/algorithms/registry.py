@@ -9,6 +9,8 @@ from rayml.algorithms.base import Algorithm
 from rayml.errors import ConfigError
 
 DEFAULT = "fomaml_plus"
+UNTRAINED = "proto_maml"
+"""What a base adapts and answers by before any training."""
 REGISTERED = {
     "fomaml": "rayml.algorithms.fomaml:Fomaml",
     "fomaml_plus": "rayml.algorithms.fomaml:FomamlPlus",

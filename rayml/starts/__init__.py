@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rayml.algorithms.registry import UNTRAINED
 from rayml.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ def bare_config(name: str) -> "Config":
     is_encoder = hasattr(bare, MARK)
     values = {
         "model": {"name": name},
-        "algorithm": {"name": "proto_maml", "readout": "prototypes" if is_encoder else "both"},
+        "algorithm": {"name": UNTRAINED, "readout": "prototypes" if is_encoder else "both"},
         "data": {"path": NO_DATA} | ({} if is_encoder else {"prompt": ONE_WORD}),
         "lora": {"targets": kinds, "start": "random"},
         "run": {"dir": "none"},
