@@ -89,9 +89,8 @@ class Watch:
             if alone >= START_SECONDS + patience:
                 with suppress(ray.exceptions.RayError):
                     self._tell(f"no room for the workers since {alone:.0f} s; the cluster has {resources()}")
-            if alone >= START_SECONDS + self.longest_wait:
-                self.found_no_room = True
-                end_run(self.heartbeats)
+            self.found_no_room = alone >= START_SECONDS + self.longest_wait
+            if self.found_no_room and end_run(self.heartbeats):
                 return
 
     def _name(self, straggler: Straggler) -> None:
@@ -103,11 +102,19 @@ class Watch:
         self.console.print(message, style="yellow", highlight=False, soft_wrap=True)
 
 
-def end_run(heartbeats: Any) -> None:
-    """Kill the controller, and with it whatever it started: it has no other way out while it looks for room."""
-    controller = ray.get(heartbeats.controlling.remote(), timeout=1)
-    if controller is not None:
-        ray.kill(controller)
+def end_run(heartbeats: Any) -> bool:
+    """Kill the controller, and with it whatever it started: it has no other way out while it looks for room.
+
+    Returns whether there was one: on a busy machine it may not have begun yet.
+    """
+    try:
+        controller = ray.get(heartbeats.controlling.remote(), timeout=1)
+    except ray.exceptions.GetTimeoutError:
+        return False
+    if controller is None:
+        return False
+    ray.kill(controller)
+    return True
 
 
 def resources() -> str:
