@@ -118,6 +118,9 @@ def full(lines: Lines) -> Iterator[str]:
     yield table((*heads, "both engines, GiB"), rows)
 
 
+SCORES = "before", "after", "untrained_after"
+
+
 def run(lines: Lines) -> Iterator[str]:
     yield "## A run through Ray Train"
     for line in of(lines, "run"):
@@ -127,8 +130,10 @@ def run(lines: Lines) -> Iterator[str]:
             f"{line['train_seconds']:.0f} s, {steps:.3g} s each."
         )
     for line in of(lines, "evaluation"):
-        rows = [(name, *(f"{one[key]:.2f}" if key in one else "" for key in ("before", "after", "untrained_after")))
-                for name, one in (*line["tasks"].items(), ("all", line["overall"]))]  # fmt: skip
+        rows = [
+            (name, *("{mean:.2f} [{low:.2f}, {high:.2f}]".format(**one[key]) for key in SCORES))
+            for name, one in (*line["tasks"].items(), ("all", line["overall"]))
+        ]
         yield table(("held-out task", "before", "after adapting", "untrained, after"), rows)
 
 
