@@ -136,10 +136,12 @@ def adapt_requests(
         yield taken
     with torch.no_grad():
         after = parts[0](fast)
-        for losses in parts[1:]:
-            yield taken
+    for losses in parts[1:]:
+        yield taken  # outside of the block: others learn in between
+        with torch.no_grad():
             after = after + losses(fast)
-        descended.append(after)
+    descended.append(after)
+    with torch.no_grad():
         own = {name: torch.stack([found[t][name] for t in range(len(steps))]) for name in fast}
         kept = algorithm.kept(support, own)
     curves = torch.stack(descended, dim=1).tolist()

@@ -274,7 +274,7 @@ def test_soft_prompts_are_planned(run_plan):
     """It was refused by `min() arg is an empty sequence`: the first layer has no adapter to begin at."""
     found = run_plan("adapter=soft_prompt", "soft_prompt.tokens=8")
     assert found.exit_code == 0, found.output
-    assert "16,384 an adapter" in found.output
+    assert "16,384 an adapter" in " ".join(found.output.split())  # a long path breaks the line
 
 
 def test_other_models_are_estimated_and_unknown_ones_refused(tmp_path):

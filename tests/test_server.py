@@ -184,13 +184,16 @@ def test_a_body_that_does_not_come_is_not_waited_for(server):
 
 @pytest.mark.serve
 def test_the_server_and_its_ray_listen_on_this_machine_alone(server):
-    processes = [psutil.Process(server.process.pid)]
-    listening = set()
-    for process in [*processes, *processes[0].children(recursive=True)]:
+    """But for the port that Ray Serve opens in every replica, on all interfaces: serve/README.md says so."""
+    here, replicas = set(), set()
+    ours = psutil.Process(server.process.pid)
+    for process in [ours, *ours.children(recursive=True)]:
         with contextlib.suppress(psutil.Error):
-            listening |= {one.laddr for one in process.net_connections() if one.status == psutil.CONN_LISTEN}
-    assert {server.port, server.metrics_port} <= {port for _, port in listening}
-    assert {address.removeprefix("::ffff:") for address, _ in listening} == {"127.0.0.1"}
+            found = here if "ServeReplica" not in " ".join(process.cmdline()) else replicas
+            found |= {one.laddr for one in process.net_connections() if one.status == psutil.CONN_LISTEN}
+    assert {server.port, server.metrics_port} <= {port for _, port in here}
+    assert {address.removeprefix("::ffff:") for address, _ in here} == {"127.0.0.1"}
+    assert {address.removeprefix("::ffff:") for address, _ in replicas} <= {"127.0.0.1", "::"}
 
 
 @pytest.mark.serve

@@ -125,6 +125,7 @@ def test_a_lesson_in_parts_learns_what_it_learns_in_one(replica):
         while True:
             try:
                 next(loop)
+                assert torch.is_grad_enabled(), "others learn in between"
                 yields += 1
             except StopIteration as end:
                 return end.value[0], yields
