@@ -93,10 +93,7 @@ def beside_table(beside: dict[str, Any]) -> Table:
     found = table(columns, left=columns[:1], padding=(0, 0, 0, 1), caption=caption, caption_justify="left")
     rows = [*beside["tasks"].items(), ("all", beside["overall"])]
     for name, scores in rows if len(rows) > 2 else rows[:1]:
-        score, less = scores["accuracy"], scores["ours_less_it"]
-        half = (score["high"] - score["low"]) / 2
-        ends = "{mean:+.2f} [{low:+.2f}, {high:+.2f}]".format(**less)
-        found.add_row(Text(name), f"{score['mean']:.2f} ± {half:.2f}", ends)
+        found.add_row(Text(name), _half_width(scores["accuracy"]), bounds(scores["ours_less_it"], "+"))
     return found
 
 
