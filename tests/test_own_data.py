@@ -208,6 +208,21 @@ def test_a_mark_outside_its_text_is_refused(tmp_path):
         read(tmp_path, "a.jsonl", lines([{"text": "ab", "label": [[1, 3, "X"]]}]))
 
 
+@pytest.mark.parametrize(
+    ("decided", "target", "kind"),
+    [
+        ({"label": "BUG"}, "BUG", ""),
+        ({"options": [{"id": "BUG", "text": "a bug"}], "accept": ["BUG"]}, "BUG", ""),
+        ({"accept": ["BUG", "UI"], "config": {"choice_style": "multiple"}}, "BUG; UI", "multilabel"),
+        ({"spans": [{"start": 4, "end": 11, "label": "WHAT"}]}, "WHAT: crashes", "ner"),
+    ],
+)
+def test_what_an_annotator_rejected_is_no_example(decided, target, kind, tmp_path):
+    task = {"text": "app crashes", "_input_hash": 1, "_task_hash": 2} | decided
+    rows, _ = read(tmp_path, "a.jsonl", lines(task | {"answer": answer} for answer in ("accept", "reject", "ignore")))
+    assert [(row.input, row.target, row.kind, row.options) for row in rows] == [("app crashes", target, kind, ())]
+
+
 def test_lines_of_fasttext_are_read(tmp_path):
     rows, _ = read(tmp_path, "a.txt", "__label__a some text, here\n__label__b __label__c more\n")
     assert [(row.input, row.target) for row in rows] == [("some text, here", "a"), ("more", "b; c")]

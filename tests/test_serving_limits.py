@@ -131,7 +131,7 @@ def test_a_long_step_is_no_illness_until_it_is_too_long(run):
 
 def test_lessons_share_a_loop_as_long_as_they_are_small(run):
     replica = Replica(Serving.model_validate({"run": str(run.path), "batching": {"turn_tokens": 200}}))
-    small, large = (replica._adaptation_request(request([(f"t{n}", f"l{n % 2}") for n in range(k)])) for k in (4, 40))
+    small, large = (replica.learner.prepared(request([(f"t{n}", f"l{n % 2}") for n in range(k)])) for k in (4, 40))
     replica.engine.close()
     lessons = replica.engine.lessons
     rows = len(small.rows) * max(len(row.tokens) for row in small.rows)

@@ -118,7 +118,7 @@ def test_a_client_that_leaves_ends_the_reading_of_its_prompt(run):
 
 def test_a_lesson_in_parts_learns_what_it_learns_in_one(replica):
     """Of different lengths, so that the parts' losses do not count alike."""
-    asked = replica._adaptation_request(request([(f"text {n} " * (1 + n % 5), f"label{n % 3}") for n in range(12)]))
+    asked = replica.learner.prepared(request([(f"text {n} " * (1 + n % 5), f"label{n % 3}") for n in range(12)]))
 
     def learned(most_tokens):
         loop, yields = adapt_requests(replica.model, [asked], [3], most_tokens), 0
@@ -140,7 +140,7 @@ def test_a_lesson_in_parts_learns_what_it_learns_in_one(replica):
 
 def test_lessons_of_owners_take_turns(run):
     replica = replica_of(run)
-    prepared = replica._adaptation_request(request())
+    prepared = replica.learner.prepared(request())
     replica.engine.close()
     lessons, order = replica.engine.lessons, []
     for owner, count in (("many", 8), ("one", 1)):

@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from serving_process import KEYS, wait_for
 from serving_run import TICKETS, change_card, examples, make_run
+from transformers import AutoModelForCausalLM
 from vllm_server import NEEDED, VllmServer, tiny_for_vllm
 
 import rayml
@@ -99,7 +100,6 @@ def test_an_adapter_learned_is_asked_at_once_and_a_new_version_is_not_the_old(se
         assert seconds < 5  # a second on a machine that is not busy
 
 
-@pytest.mark.xfail(reason="not yet: log-probabilities 0.1 to 0.6 off, cause unknown", strict=False)
 def test_twenty_adapters_in_flight_are_never_mixed_up(server, model):
     """Adapters make room for others all the time: vLLM holds three of them, the disk six."""
     client = server.client()
@@ -126,8 +126,7 @@ def test_twenty_adapters_in_flight_are_never_mixed_up(server, model):
         assert one.result() == pytest.approx(written[0].result(), abs=1e-3)
 
 
-@pytest.mark.xfail(reason="not yet: the random model's tool call was cut off before its end", strict=False)
-def test_openai_s_own_client_gets_what_vllm_has(server):
+def test_openai_s_own_client_gets_what_vllm_has(server, model):
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEYS[0])
     two = client.completions.create(model="base", prompt=["hello", "you"], max_tokens=5, n=2, temperature=1, seed=1)
     assert [choice.index for choice in two.choices] == [0, 1, 2, 3]
@@ -143,6 +142,7 @@ def test_openai_s_own_client_gets_what_vllm_has(server):
     assert pieces[-1].usage.completion_tokens == 8
     asked = [{"role": "user", "content": "hi"}]
     schema = {"type": "object", "properties": {"kind": {"enum": ["bug", "billing"]}}, "required": ["kind"]}
+    schema["additionalProperties"] = False  # a random model would write them without end
     chat = client.chat.completions.create(
         model="base",
         messages=asked,
@@ -151,10 +151,15 @@ def test_openai_s_own_client_gets_what_vllm_has(server):
     )
     assert json.loads(chat.choices[0].message.content)["kind"] in {"bug", "billing"}
     tool = {"type": "function", "function": {"name": "look", "parameters": schema}}
+    choice = {"type": "function", "function": {"name": "look"}}  # by "required" it would call without end
+    tokenizer = model.encoder.tokenizer  # the grammar lets white space go on for ever, and so does a random model
+    blanks = {str(token): -100 for token in range(len(tokenizer)) if not tokenizer.decode([token]).strip()}
     called = client.chat.completions.create(
-        model="base", messages=asked, max_tokens=120, tools=[tool], tool_choice="required"
+        model="base", messages=asked, max_tokens=120, tools=[tool], tool_choice=choice, logit_bias=blanks
     )
-    assert called.choices[0].message.tool_calls is not None
+    assert called.choices[0].message.tool_calls, called
+    (call,) = called.choices[0].message.tool_calls
+    assert json.loads(call.function.arguments)["kind"] in {"bug", "billing"}
     with pytest.raises(openai.NotFoundError, match="no model"):
         client.completions.create(model="gpt-4", prompt="x")
     with pytest.raises(openai.BadRequestError, match="temperature"):
@@ -167,15 +172,14 @@ def test_openai_s_own_client_gets_what_vllm_has(server):
         client.completions.create(model="base", prompt="x " * 9000)
 
 
-@pytest.mark.xfail(reason="not yet: log-probabilities 0.1 to 0.6 off, cause unknown", strict=False)
-def test_an_evaluation_harness_gets_log_probabilities_of_what_it_sends(server, model):
+def test_an_evaluation_harness_gets_log_probabilities_of_what_it_sends(server, run):
     """What lm-eval's `local-completions` asks: tokens, echoed with their log-probabilities."""
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEYS[0])
-    rows = [[5, 6, 7, 8], [9, 8, 7]]
+    rows, base = [[5, 6, 7, 8], [9, 8, 7]], AutoModelForCausalLM.from_pretrained(run.read_config().model.name)
     found = client.completions.create(model="base", prompt=rows, max_tokens=1, echo=True, logprobs=1, temperature=0)
     for tokens, choice in zip(rows, found.choices, strict=True):
         with torch.no_grad():
-            logs = model.lm.module(torch.tensor([tokens])).logits[0].float().log_softmax(-1)
+            logs = base(torch.tensor([tokens])).logits[0].float().log_softmax(-1)
         expected = [float(logs[place, token]) for place, token in enumerate(tokens[1:])]
         assert choice.logprobs.token_logprobs[0] is None
         assert choice.logprobs.token_logprobs[1 : len(tokens)] == pytest.approx(expected, abs=2e-3)
@@ -208,7 +212,6 @@ def test_a_key_sees_its_own_adapters_alone(server, published):
         server.client("wrong-key-of-nobody").complete("base", "x")
 
 
-@pytest.mark.xfail(reason="not yet: one greedy text, three answers", strict=False)
 def test_a_killed_answerer_loses_no_request(server, model):
     client = server.client(tries=1)
     pairs = {n: [(f"red {n}", f"yes-{n}"), (f"blue {n}", f"no-{n}")] for n in range(4)}

@@ -27,7 +27,7 @@ from rayml.serving.settings import Adapters, Serving
 from rayml.serving.store import AdapterStore
 from rayml.serving.vllm import engine, scoring
 from rayml.serving.vllm.engine import engine_args, lora_rank, refuse_without_vllm, with_gpus
-from rayml.serving.vllm.mixing import with_top_tokens
+from rayml.serving.vllm.mixing import with_top_tokens, without_strangers
 from rayml.serving.vllm.scoring import option_log_probs
 from rayml.serving.vllm.versions import Versions
 from rayml.tasks.row import unanswered
@@ -63,14 +63,14 @@ def test_the_plan_s_figures_reach_vllm(run):
     config = run.read_config()
 
     def args(on_gpu=True, gpus=1, **answerers):
-        return engine_args(with_gpus(vllm(**answerers), gpus), config, "base", "bfloat16", 512, on_gpu)
+        return engine_args(with_gpus(vllm(**answerers), gpus), config, "base", ["q_proj"], "bfloat16", 512, on_gpu)
 
     shared = args()
     assert shared["gpu_memory_utilization"] == with_gpus(vllm(), 1).answerers.gpus
     assert args(gpus=2)["gpu_memory_utilization"] == 0.9
     assert args(memory_share=0.4)["gpu_memory_utilization"] == 0.4
     assert args(gpus=2)["tensor_parallel_size"] == 1
-    assert engine_args(vllm(gpus=4), config, "b", "float32", 512, True)["tensor_parallel_size"] == 4
+    assert engine_args(vllm(gpus=4), config, "b", [], "float32", 512, True)["tensor_parallel_size"] == 4
     assert shared["kv_cache_memory_bytes"] is None
     assert args(on_gpu=False, gpus=0)["kv_cache_memory_bytes"] == 1 << 30
     assert args(cache_bytes=7)["kv_cache_memory_bytes"] == 7
@@ -162,6 +162,15 @@ def test_top_tokens_are_named_where_others_name_theirs():
     assert with_top_tokens(logits, Asked({1: [3]}, 2)).logprob_token_ids == {0: [1, 2], 1: [3]}
     for alone in (Asked(None, 2), Asked({1: [3]}, None)):
         assert with_top_tokens(logits, alone) is alone
+
+
+def test_rows_of_the_base_get_nothing_of_the_last_adapter():
+    def shrink(inputs, weights, buffer, indices, scaling):  # as vLLM's own
+        buffer[:] = scaling * torch.einsum("bi,boi->bo", inputs, weights[indices])
+
+    inputs, weights, buffer = torch.ones(3, 4), torch.arange(16.0).reshape(2, 2, 4), torch.zeros(3, 2)
+    without_strangers(shrink)(inputs, weights, buffer, torch.tensor([1, -1, 0]), 0.5)
+    assert buffer.tolist() == [[19, 27], [0, 0], [3, 11]]
 
 
 def test_what_is_being_asked_is_never_deleted(run, adapter, tmp_path):

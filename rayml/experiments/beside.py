@@ -18,16 +18,20 @@ HEAD = "nearest centroid"
 
 
 def encoder_beside(
-    found: Evaluation, tasks: Sequence[Task], sampler: Sampler, episodes: int, progress: Callable[[int], None]
+    found: Evaluation, tasks: Sequence[Task], sampler: Sampler, episodes: int, bar: Callable[[str, int], Any]
 ) -> dict[str, Any] | None:
     """Return MiniLM's accuracy on the label tasks of an evaluation, and ours after adapting less it, paired.
 
     Both are told of each task, and `overall`, with 95 % intervals. None where MiniLM is not installed, or there are no
     labels.
+
+    Args:
+        bar: opens a bar of that name and length, and returns what moves it on.
     """
     labelled = [task for task in tasks if task.options]
     if not labelled or missing("embedding", MINILM):
         return None
+    progress = bar("a sentence encoder beside it", len(labelled) * episodes)
     encoder = Embedding(resolve_model(MINILM), torch.device("cpu"), seed=0)
     curves = []
     for task in labelled:

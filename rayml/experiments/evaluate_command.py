@@ -116,7 +116,7 @@ def _asked(
     try:
         with progress(err) as bar:
             found = evaluate(model, tasks, sampler, episodes, parts, bar("adapting", total))
-            beside = encoder_beside(found, tasks, sampler, episodes, bar("a sentence encoder beside it", total))
+            beside = encoder_beside(found, tasks, sampler, episodes, bar)
     except KeyboardInterrupt as end:
         message = f"{parts.episodes} of {total} episodes are kept; the same command goes on with the others"
         raise kept(end, message) from None

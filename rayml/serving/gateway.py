@@ -1,8 +1,6 @@
 """The gateway: HTTP to the replicas of the model. It knows keys, limits and adapters' names, and needs no model."""
 
 import asyncio
-import hashlib
-import hmac
 import io
 import json
 import logging
@@ -23,8 +21,20 @@ from rayml.serving import docs, playground
 from rayml.serving.answering import Answering
 from rayml.serving.answers import ResponseBodies
 from rayml.serving.errors import ApiError
-from rayml.serving.http import as_api_error, chained, model_of, refusal, session, takes, translated, until_error
+from rayml.serving.http import (
+    as_api_error,
+    chained,
+    model_of,
+    owner_of_request,
+    read_body,
+    refusal,
+    session,
+    takes,
+    translated,
+    until_error,
+)
 from rayml.serving.metrics import Metrics
+from rayml.serving.names import Names
 from rayml.serving.schema import (
     AdapterRequest,
     Body,
@@ -35,13 +45,12 @@ from rayml.serving.schema import (
     parse,
 )
 from rayml.serving.settings import Serving, describe, learning
-from rayml.serving.store import AdapterStore, DamagedError, Manifest, adapter_id, damaged, owner_of
+from rayml.serving.store import AdapterStore, DamagedError, Manifest, adapter_id, damaged
 
 log = logging.getLogger("ray.serve")
 ABOUT = "Learn a task from a few examples, and ask it by name."
 app = FastAPI(title="rayml", description=ABOUT, docs_url=None, redoc_url=None)
 Work = Callable[[str], Awaitable[Response]]
-NOT_FOUND = "model_not_found"
 COMPLETION_TOKENS = 64
 """Of a completion, where nobody says how many."""
 
@@ -79,9 +88,8 @@ class Gateway:
         self.model, self.serving, self.limits = model, serving, serving.limits
         self.base, self.fingerprint, self.keys = base, fingerprint, keys
         self.store = AdapterStore(store)
+        self.names = Names(base, self.store, serving.adapters.known_seconds)
         self.metrics = Metrics()
-        self.created = int(time.time())
-        self._known: dict[tuple[str, str], tuple[float, str]] = {}
         self._ready: tuple[float, asyncio.Future[str | None]] | None = None
         threading.Thread(target=self._sweep, daemon=True).start()
 
@@ -133,7 +141,10 @@ class Gateway:
 
         async def work(owner: str) -> Response:
             found, last = await asyncio.to_thread(self.store.page, owner, after)
-            entries = [*([] if after else [self._model(None)]), *(self._model(manifest) for manifest in found)]
+            entries = [
+                *([] if after else [self.names.entry(None)]),
+                *(self.names.entry(manifest) for manifest in found),
+            ]
             return JSONResponse({"object": "list", "data": entries, "has_more": bool(last), "last_id": last})
 
         return await self._answer(request, "models", work)
@@ -143,8 +154,8 @@ class Gateway:
         """The base, or an adapter."""
 
         async def work(owner: str) -> Response:
-            adapter = await self._adapter(owner, model)
-            return JSONResponse(self._model(await self._find(owner, adapter) if adapter else None))
+            adapter = await self.names.adapter(owner, model)
+            return JSONResponse(self.names.entry(await self.names.find(owner, adapter) if adapter else None))
 
         return await self._answer(request, "models", work)
 
@@ -153,10 +164,10 @@ class Gateway:
         """Forget an adapter, as OpenAI's clients delete a model that they tuned."""
 
         async def work(owner: str) -> Response:
-            adapter = await self._adapter(owner, model)
+            adapter = await self.names.adapter(owner, model)
             if adapter is None:
                 raise ApiError(403, "the base is served for all, and cannot be deleted; adapters can", "model")
-            await self._forget(owner, await self._find(owner, adapter))
+            await self.names.forget(owner, await self.names.find(owner, adapter))
             return JSONResponse({"id": model, "object": "model", "deleted": True})
 
         return await self._answer(request, "models", work)
@@ -171,12 +182,6 @@ class Gateway:
             raise ApiError(404, f"this server has no {request.url.path}; it has {there}", code="no_such_route")
 
         return await self._answer(request, "none", work)
-
-    def _model(self, manifest: Manifest | None) -> dict[str, Any]:
-        if manifest is None:
-            return {"id": self.base, "object": "model", "created": self.created, "owned_by": "rayml"}
-        name, created = f"{self.base}:{manifest.id}", int(manifest.created_at)
-        return {"id": name, "object": "model", "created": created, "owned_by": "rayml", "parent": self.base}
 
     @app.post("/v1/adapters", status_code=201, openapi_extra=takes(AdapterRequest))
     async def create(self, request: Request) -> Response:
@@ -196,7 +201,7 @@ class Gateway:
             if asked.background or "respond-async" in request.headers.get("prefer", ""):
                 return await self._begin(owner, adapter, asked)
             manifest, new = await self._ask("learn", owner, adapter, asked)
-            self._known.pop((owner, asked.name), None)  # the newest of that name is this one now
+            self.names.renewed(owner, asked.name)
             return JSONResponse(describe(manifest, self.base), 201 if new else 200)
 
         return await self._answer(request, "adapters", work)
@@ -220,7 +225,7 @@ class Gateway:
             manifest = await asyncio.to_thread(self.store.find, owner, adapter)
             if manifest is None and (lesson := await self._lesson(owner, adapter)):
                 return JSONResponse(lesson)
-            return JSONResponse(describe(manifest or await self._find(owner, adapter), self.base))
+            return JSONResponse(describe(manifest or await self.names.find(owner, adapter), self.base))
 
         return await self._answer(request, "adapters", work)
 
@@ -250,22 +255,18 @@ class Gateway:
         """Forget an adapter."""
 
         async def work(owner: str) -> Response:
-            manifest = await self._find(owner, adapter)
-            await self._forget(owner, manifest)
+            manifest = await self.names.find(owner, adapter)
+            await self.names.forget(owner, manifest)
             return JSONResponse({"id": manifest.id, "object": "adapter", "deleted": True})
 
         return await self._answer(request, "adapters", work)
-
-    async def _forget(self, owner: str, manifest: Manifest) -> None:
-        await asyncio.to_thread(self.store.delete, owner, manifest.id)
-        self._known = {key: known for key, known in self._known.items() if known[1] != manifest.id}
 
     @app.get("/v1/adapters/{adapter}/download")
     async def download(self, request: Request, adapter: str) -> Response:
         """The adapter's PEFT files, as a zip."""
 
         async def work(owner: str) -> Response:
-            manifest = await self._find(owner, adapter)
+            manifest = await self.names.find(owner, adapter)
             packed = await asyncio.to_thread(self._packed, owner, manifest)
             headers = {"Content-Disposition": f'attachment; filename="{manifest.id}.zip"'}
             return Response(packed, media_type="application/zip", headers=headers)
@@ -291,7 +292,7 @@ class Gateway:
             asked: ClassifyRequest = await self._body(request, ClassifyRequest)
             self._check_count("input", len(asked.inputs), self.limits.inputs)
             self._check_count("options", len(asked.options or [""]), self.limits.options)
-            adapter = await self._adapter(owner, asked.model)
+            adapter = await self.names.adapter(owner, asked.model)
             found = await self.answering.classify(owner, adapter, asked) if self.answering else None
             found = found or await self._ask("classify", owner, adapter, asked)
             answers = [{"index": index} | answer for index, answer in enumerate(found["answers"])]
@@ -305,7 +306,7 @@ class Gateway:
         """Write on. An adapter takes the prompt for an input of its task."""
 
         async def work(owner: str) -> Response:
-            body = await self._read(request)
+            body = await read_body(request, self.limits)
             if forwarded := await self._forward(owner, body, "completions"):
                 return forwarded
             asked: CompletionRequest = parse(CompletionRequest, body)
@@ -321,7 +322,7 @@ class Gateway:
         """Answer a conversation. An adapter takes it for an input of its task."""
 
         async def work(owner: str) -> Response:
-            body = await self._read(request)
+            body = await read_body(request, self.limits)
             if forwarded := await self._forward(owner, body, "chat"):
                 return forwarded
             asked: ChatRequest = parse(ChatRequest, body)
@@ -336,13 +337,13 @@ class Gateway:
         """Return what vLLM answers, which reads the body by itself; None, where the replicas of the model have to."""
         if not self.answering:
             return None
-        adapter = await self._adapter(owner, model_of(body))
+        adapter = await self.names.adapter(owner, model_of(body))
         return await self.answering.respond(owner, adapter, kind, body)
 
     async def _write(
         self, owner: str, asked: Sampled, prompts: list[Any], sampling: Sampling, shape: ResponseBodies
     ) -> Response:
-        adapter = await self._adapter(owner, asked.model)
+        adapter = await self.names.adapter(owner, asked.model)
         handle = self.model.options(stream=True, session_id=session(owner, adapter))
         written = translated(handle.write.remote(owner, adapter, prompts, sampling))
         # The first piece is waited for, so that what is wrong with the request still has a status of its own.
@@ -369,47 +370,8 @@ class Gateway:
         if not 1 <= count <= most:
             raise ApiError(422, f"{field}: {count} given; 1 to {most} are taken", field)
 
-    async def _adapter(self, owner: str, model: str) -> str | None:
-        """Return the id of the adapter that `model` names; None for the base."""
-        base, colon, reference = model.partition(":")
-        if base != self.base:
-            raise ApiError(
-                404, f"no model {model[:120]!r}; there is {self.base!r}, and {self.base}:ADAPTER", "model", NOT_FOUND
-            )
-        if not colon:
-            return None
-        known = self._known.get((owner, reference))
-        if known and time.monotonic() < known[0]:
-            return known[1]
-        manifest = await self._find(owner, reference)
-        if len(self._known) > 100_000:
-            self._known.clear()
-        self._known[owner, reference] = time.monotonic() + self.serving.adapters.known_seconds, manifest.id
-        return manifest.id
-
-    async def _find(self, owner: str, reference: str) -> Manifest:
-        manifest = await asyncio.to_thread(self.store.find, owner, reference)
-        if manifest is None:
-            raise ApiError(404, f"no adapter {reference[:120]!r}", "model", NOT_FOUND)
-        return manifest
-
     async def _body(self, request: Request, kind: type[Body]) -> Any:
-        return parse(kind, await self._read(request))
-
-    async def _read(self, request: Request) -> bytes:
-        """Read a body, as far as it may go, for as long as it may take."""
-        body = bytearray()
-        try:
-            async with asyncio.timeout(self.limits.body_seconds):
-                async for chunk in request.stream():
-                    body += chunk
-                    if len(body) > self.limits.body_bytes:
-                        most = self.limits.body_bytes
-                        raise ApiError(413, f"the body is longer than {most} bytes", code="body_too_long")
-        except TimeoutError:
-            seconds = self.limits.body_seconds
-            raise ApiError(408, f"the body was not whole after {seconds:g} s", code="timeout") from None
-        return bytes(body)
+        return parse(kind, await read_body(request, self.limits))
 
     async def _ask(self, method: str, owner: str, adapter: str | None, *arguments: Any) -> Any:
         handle = self.model.options(session_id=session(owner, adapter))
@@ -421,21 +383,11 @@ class Gateway:
             raise answer
         return answer
 
-    def _owner(self, request: Request) -> str:
-        if not self.keys:
-            return owner_of(None)
-        kind, _, key = request.headers.get("authorization", "").partition(" ")
-        digest = hashlib.sha256(key.encode()).hexdigest()
-        owners = [owner for one, owner in self.keys.items() if hmac.compare_digest(digest, one)]  # time tells nothing
-        if kind.lower() != "bearer" or not owners:
-            raise ApiError(401, "send one of this server's keys: Authorization: Bearer KEY", code="invalid_api_key")
-        return owners[0]
-
     async def _answer(self, request: Request, route: str, work: Work) -> Response:
         """Do the work of a request for whoever's key it carries; count it, and write one line without anyone's text."""
         began = time.perf_counter()
         try:
-            response = await work(self._owner(request))
+            response = await work(owner_of_request(request, self.keys))
         except Exception as error:
             known = as_api_error(error)
             if known.status == 500:

@@ -1,13 +1,16 @@
-"""What the gateway needs of HTTP: refusals, streams, and what /docs shows.
+"""What the gateway needs of HTTP: keys, bodies, refusals, streams, and what /docs shows.
 
 A module of its own, since Serve pickles an ingress class while its module is still being read.
 """
 
+import asyncio
+import hashlib
+import hmac
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
-from fastapi import Response
+from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
@@ -15,6 +18,8 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from rayml.serving.answers import Written, event
 from rayml.serving.errors import ApiError, busy
 from rayml.serving.schema import Body
+from rayml.serving.settings import Limits
+from rayml.serving.store import owner_of
 
 LOST = RayError, DeploymentUnavailableError, ReplicaUnavailableError
 
@@ -50,6 +55,43 @@ def model_of(body: bytes) -> str:
     if not isinstance(values, dict) or not isinstance(values.get("model"), str):
         raise ApiError(400, "model: a text is missing", "model", "missing")
     return values["model"]
+
+
+def owner_of_request(request: Request, keys: Mapping[str, str]) -> str:
+    """Return whose key a request carries.
+
+    Args:
+        keys: the owner of each key, by the key's SHA-256; none, and all are one owner.
+
+    Raises:
+        ApiError: 401, none of these keys.
+    """
+    if not keys:
+        return owner_of(None)
+    kind, _, key = request.headers.get("authorization", "").partition(" ")
+    digest = hashlib.sha256(key.encode()).hexdigest()
+    owners = [owner for one, owner in keys.items() if hmac.compare_digest(digest, one)]  # time tells nothing
+    if kind.lower() != "bearer" or not owners:
+        raise ApiError(401, "send one of this server's keys: Authorization: Bearer KEY", code="invalid_api_key")
+    return owners[0]
+
+
+async def read_body(request: Request, limits: Limits) -> bytes:
+    """Read a body, as far as it may go, for as long as it may take.
+
+    Raises:
+        ApiError: 413, it is too long; 408, too slow.
+    """
+    body = bytearray()
+    try:
+        async with asyncio.timeout(limits.body_seconds):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > limits.body_bytes:
+                    raise ApiError(413, f"the body is longer than {limits.body_bytes} bytes", code="body_too_long")
+    except TimeoutError:
+        raise ApiError(408, f"the body was not whole after {limits.body_seconds:g} s", code="timeout") from None
+    return bytes(body)
 
 
 def session(owner: str, adapter: str | None) -> str:

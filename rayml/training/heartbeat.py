@@ -2,7 +2,6 @@
 
 import time
 from dataclasses import dataclass
-from typing import Any
 
 # It runs in a process of its own: what is imported here costs each run's start.
 
@@ -24,15 +23,16 @@ class Heartbeats:
     """The outer step in which each worker came to wait for the others, and when."""
 
     def __init__(self) -> None:
-        self.controller: Any = None
+        self.controller: bytes | None = None
         self.notes: list[tuple[str, str | None]] = []
         self.end()
 
-    def controlled_by(self, controller: Any) -> None:
+    def controlled_by(self, controller: bytes) -> None:
+        """Keep the handle of Ray Train's controller, pickled: to unpickle it would take all of Ray Train in here."""
         self.controller = controller
 
-    def controlling(self) -> Any:
-        """Return the actor that is Ray Train's controller; None before it has started."""
+    def controlling(self) -> bytes | None:
+        """Return the handle of Ray Train's controller, pickled; None before it has started."""
         return self.controller
 
     def begin(self, workers: list[str]) -> None:

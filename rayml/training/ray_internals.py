@@ -68,7 +68,7 @@ class Controlled(ControllerCallback):
         self.heartbeats = heartbeats
 
     def after_controller_start(self, train_run_context) -> None:
-        self.heartbeats.controlled_by.remote(ray.get_runtime_context().current_actor)
+        self.heartbeats.controlled_by.remote(ray.cloudpickle.dumps(ray.get_runtime_context().current_actor))
 
 
 class WorkersGone(WorkerGroupCallback):

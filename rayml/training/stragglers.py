@@ -113,7 +113,7 @@ def end_run(heartbeats: Any) -> bool:
         return False
     if controller is None:
         return False
-    ray.kill(controller)
+    ray.kill(ray.cloudpickle.loads(controller))
     return True
 
 

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from rayml.adapter import Adapter, chosen
 from rayml.lm.load import context_tokens, load_shape, load_tokenizer, resolve_model
+from rayml.lm.lora import linear_kinds
 from rayml.lm.model import TaskLM
 from rayml.lm.peft_files import AdapterCard, encoder_of
 from rayml.lm.precision import own_device, settled_here
@@ -61,7 +62,7 @@ class Answerer:
         self.context = min(context_tokens(shape), serving.limits.context_tokens)
         self.most_rank = lora_rank(config, serving.answerers)
         prepare_environment(max(1, int(serving.answerers.cpus or 1)), on_gpu)
-        self.engine = open_engine(engine_args(serving, config, base, dtype, self.context, on_gpu))
+        self.engine = open_engine(engine_args(serving, config, base, linear_kinds(shape), dtype, self.context, on_gpu))
         from rayml.serving.vllm.protocol import Protocol
 
         self.protocol = Protocol(self.engine, serving, name, base)

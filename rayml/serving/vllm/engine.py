@@ -82,11 +82,15 @@ def with_gpus(serving: Serving, gpus: float) -> Serving:
     return serving.model_copy(update=changed)
 
 
-def engine_args(serving: Serving, config: Config, base: str, dtype: str, context: int, on_gpu: bool) -> dict[str, Any]:
+def engine_args(
+    serving: Serving, config: Config, base: str, kinds: list[str], dtype: str, context: int, on_gpu: bool
+) -> dict[str, Any]:
     """Return the arguments of vLLM's `AsyncEngineArgs`.
 
     Args:
         base: where the run's base lies.
+        kinds: the last parts of the names of the linears that adapters may have. Never the output head: vLLM cannot
+            tell the log-probabilities of a prompt behind an adapted one.
         dtype: that our own replicas run it in on such a machine.
         context: tokens of a prompt and its answer.
     """
@@ -101,6 +105,7 @@ def engine_args(serving: Serving, config: Config, base: str, dtype: str, context
         "max_loras": answerers.loras,
         "max_cpu_loras": max(answerers.held_loras, answerers.loras),
         "max_lora_rank": lora_rank(config, answerers),
+        "lora_target_modules": kinds,
         "gpu_memory_utilization": answerers.memory_share or (gpus if 0 < gpus < 1 else 0.9),
         "kv_cache_memory_bytes": answerers.cache_bytes or (None if on_gpu else GIB),
         "tensor_parallel_size": max(1, int(gpus)),

@@ -11,6 +11,8 @@ SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": 
 TAGS = "ner_tags", "tags"
 MARKED = "entities", "spans", "labels", "label"
 """Under which annotation tools (doccano, Prodigy, spaCy) write what is marked in a text."""
+DECISIONS = "accept", "reject", "ignore"
+"""Of Prodigy's annotators."""
 
 
 def chat(record: Record) -> Record | str:
@@ -84,6 +86,26 @@ def marked(record: Record) -> Record | str:
     return {**rest, "input": text, "target": spans, "kind": "ner"}
 
 
+def prodigy(record: Record) -> Record | str | None:
+    """Return what an annotator accepted of one of Prodigy's tasks; nothing of what was rejected or ignored."""
+    if record.get("answer", "accept") != "accept":
+        return None
+    if "spans" in record:
+        return marked(record)
+    picked = record.get("accept")
+    if isinstance(picked, list):
+        several = (record.get("config") or {}).get("choice_style") == "multiple"
+        label: Any = picked if several or len(picked) != 1 else picked[0]
+    else:
+        label = record.get("label")
+    rest = {name: value for name, value in record.items() if name not in ("options", "answer", "label")}
+    return {**rest, "input": record.get("text"), "target": label}
+
+
+def is_decided(record: Any) -> bool:
+    return isinstance(record, dict) and record.get("answer") in DECISIONS
+
+
 def is_marked(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(mark_of(one) for one in value)
 
@@ -104,11 +126,14 @@ READERS: dict[str, Callable[[Record], Record | str | None]] = {
     "squad-rows": squad,
     "tokens": tokens,
     "marked": marked,
+    "prodigy": prodigy,
 }
 
 
 def format_of(keys: Collection[str], records: Sequence[Any]) -> str:
     """Return which of these records with such keys are; "" for rows of one's own."""
+    if {"text", "answer"} <= set(keys) and records and all(map(is_decided, records)):
+        return "prodigy"
     if "target" not in keys and any(is_marked(one.get(key)) for one in records for key in MARKED if "text" in keys):
         return "marked"
     needed = {
