@@ -27,7 +27,7 @@ from rayml.lm.model import TaskLM, hooks
 from rayml.lm.option_scoring import PromptEnsemble, weighted_prompts
 from rayml.lm.peft_files import save_adapter
 from rayml.lm.precision import has_sdpa
-from rayml.lm.soft_prompt import soft_tokens
+from rayml.lm.rows import soft_tokens
 from rayml.lm.trials import Text, random_adapter
 from rayml.tasks.task import Example
 

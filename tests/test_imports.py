@@ -97,3 +97,10 @@ def test_nothing_climbs():
                 other = node.module.split(".")[1]
                 climbs += [f"{'.'.join(own)} -> {node.module}"] if floor[other] > floor[own[0]] else []
     assert not climbs
+
+
+def test_the_workers_that_make_episodes_load_no_torch():
+    """They are processes of their own, and torch would cost each of them a second."""
+    code = "import sys, rayml.training.stream, rayml.lm.encode; from transformers import PreTrainedTokenizerFast as _; "
+    code += "print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split()[-1] == "False"

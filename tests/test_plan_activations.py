@@ -15,7 +15,8 @@ from rayml.lm.batch import IGNORE, TaskBatch
 from rayml.lm.load import checkpoint_activations
 from rayml.lm.lora import TaskLoRA
 from rayml.lm.model import TaskLM
-from rayml.lm.soft_prompt import TaskPrompt, soft_tokens
+from rayml.lm.rows import soft_tokens
+from rayml.lm.soft_prompt import TaskPrompt
 from rayml.planning.memory import activation_bytes, memory
 from rayml.planning.plan import changed
 from rayml.planning.shape import shape_of

@@ -12,7 +12,8 @@ from torch import nn
 from rayml.algorithms.inner_loop import InnerLoop, expand
 from rayml.lm.batch import collate, training_sides
 from rayml.lm.encode import Encoder
-from rayml.lm.label_trie import IGNORE, token_losses
+from rayml.lm.label_losses import token_losses
+from rayml.lm.label_trie import IGNORE
 from rayml.lm.load import load_base
 from rayml.lm.lora import keep_mask, mixed
 from rayml.lm.model import TaskLM

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from rayml.algorithms.inner_loop import Params
 from rayml.algorithms.prototypes import Pooling, Read
 from rayml.config import Config
-from rayml.lm.label_trie import IGNORE, Among, Label, LabelTrie, among, label_trie
+from rayml.lm.label_losses import Among, among
+from rayml.lm.label_trie import IGNORE, Label, LabelTrie, label_trie
 from rayml.lm.rows import TokenRow
 
 if TYPE_CHECKING:

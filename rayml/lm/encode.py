@@ -10,9 +10,8 @@ from typing import Any
 from rayml.errors import DataError
 from rayml.lm.chat import chat_prompt, chat_row
 from rayml.lm.label_trie import can_tell_apart
-from rayml.lm.rows import TokenRow, encode, masked_row, predicts_masks
+from rayml.lm.rows import TokenRow, encode, masked_row, predicts_masks, soft_tokens
 from rayml.lm.sentence import Sentences, sentence_row, sentences_of
-from rayml.lm.soft_prompt import soft_tokens
 from rayml.lm.tokens import BLANK, marked, marked_example, plain
 from rayml.tasks.episodes import Episode, LabelScheme, relabel
 from rayml.tasks.kinds import KINDS

@@ -1,4 +1,4 @@
-"""A label's probability among the labels that it competes with, and the losses that follow from it.
+"""What a label competes with, token by token.
 
 A label is written token by token, and at each one competes with the labels that begin as it does: its probability is
 the product of these choices (as in GENRE's constrained decoding, De Cao et al. 2021, arXiv 2010.00904), and those of
@@ -9,10 +9,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
-from typing import NamedTuple
-
-import torch
-from torch import Tensor, nn
 
 IGNORE = -100
 
@@ -61,64 +57,3 @@ class LabelTrie:
 @lru_cache(maxsize=1024)
 def _label_trie(labels: tuple[tuple[int, ...], ...]) -> LabelTrie:
     return LabelTrie(labels)
-
-
-class Among(NamedTuple):
-    """Which of M targets are chosen among some tokens, and which among the whole vocabulary: their numbers."""
-
-    some: Tensor
-    all: Tensor
-
-
-def among(allowed: Tensor | None, targets: int) -> Among:
-    """Return it of what M targets are chosen among, as `token_losses` takes it. On a GPU it waits for the device."""
-    has_some = torch.zeros(targets, dtype=torch.bool) if allowed is None else (allowed != IGNORE).any(1)
-    return Among(has_some.nonzero().squeeze(1), (~has_some).nonzero().squeeze(1))
-
-
-def token_losses(
-    logits: Tensor,
-    targets: Tensor,
-    allowed: Tensor | None,
-    smoothing: float = 0.0,
-    rows: Tensor | None = None,
-    known: Among | None = None,
-) -> Tensor:
-    """Return `[M]` in fp32: minus the log-probability of each target among its choices.
-
-    Args:
-        logits: `[N, V]`, of the whole vocabulary.
-        targets: `[M]`.
-        allowed: `[M, S]`, each target's own and its rivals, filled up with IGNORE; None, or a row of IGNORE, stands for
-            the whole vocabulary.
-        smoothing: share of the target's weight that is spread evenly over the choices.
-        rows: `[M]`, the row of each target's logits; as they stand, if None.
-        known: what `among` returns; found here, if None.
-    """
-    some, all_ = known or among(allowed, len(targets))
-    if allowed is None or not len(some):
-        return _among_all(logits, targets, smoothing, rows)
-    if not len(all_):
-        return _among(logits, targets, allowed, smoothing, rows)
-    own = torch.arange(len(targets), device=targets.device) if rows is None else rows
-    losses = torch.zeros(len(targets), device=logits.device)
-    losses[some] = _among(logits, targets[some], allowed[some], smoothing, own[some])
-    losses[all_] = _among_all(logits, targets[all_], smoothing, own[all_])
-    return losses
-
-
-def _among_all(logits: Tensor, targets: Tensor, smoothing: float, rows: Tensor | None) -> Tensor:
-    if rows is not None:
-        logits = logits[rows]
-    return nn.functional.cross_entropy(logits.float(), targets, reduction="none", label_smoothing=smoothing)
-
-
-def _among(logits: Tensor, targets: Tensor, allowed: Tensor, smoothing: float, rows: Tensor | None) -> Tensor:
-    possible, ids = allowed != IGNORE, allowed.clamp(min=0)
-    found = (logits.gather(1, ids) if rows is None else logits[rows.unsqueeze(1), ids]).float()
-    log_probs = found.masked_fill(~possible, -torch.inf).log_softmax(-1)
-    chosen = log_probs.gather(1, (allowed == targets.unsqueeze(1)).int().argmax(1, keepdim=True)).squeeze(1)
-    if not smoothing:
-        return -chosen
-    uniform = log_probs.masked_fill(~possible, 0).sum(1) / possible.sum(1)
-    return -(1 - smoothing) * chosen - smoothing * uniform

@@ -13,8 +13,10 @@ from rayml.algorithms.inner_loop import Params
 from rayml.algorithms.prototypes import Pooling, Read, label_log_probs
 from rayml.lm.batch import TaskBatch, collate
 from rayml.lm.frozen import FrozenLayers, KnownStates, blocks
-from rayml.lm.label_trie import IGNORE, token_losses
+from rayml.lm.label_losses import token_losses
+from rayml.lm.label_trie import IGNORE
 from rayml.lm.lora import TaskLoRA, layer_number
+from rayml.lm.pooling import pool
 from rayml.lm.rows import TokenRow
 from rayml.lm.sentence import MARK, Sentences
 from rayml.lm.soft_prompt import TaskPrompt
@@ -197,7 +199,7 @@ class TaskLM:
         """Return what a sentence encoder makes of each text, `[T, K, D]` in fp32."""
         assert self.sentences is not None
         hidden = self._embed(weights, batch, self.slot(batch))
-        return self.sentences.pool(hidden, batch.seen).unflatten(0, (batch.tasks, -1))
+        return pool(self.sentences, hidden, batch.seen).unflatten(0, (batch.tasks, -1))
 
     def read(
         self,

@@ -10,7 +10,8 @@ from torch import Tensor
 from rayml.algorithms.inner_loop import Params
 from rayml.lm.batch import allowed_grid, collate
 from rayml.lm.encode import Encoder
-from rayml.lm.label_trie import label_trie, token_losses
+from rayml.lm.label_losses import token_losses
+from rayml.lm.label_trie import label_trie
 from rayml.lm.model import TaskLM, additive
 from rayml.lm.rows import TokenRow
 from rayml.tasks.task import Example

@@ -16,6 +16,13 @@ from rayml.errors import DataError
 from rayml.lm.tokens import plain, tokenize
 
 MARK = "rayml_predicts_masks"
+SOFT = 1 << 40
+"""The first soft token: beyond any vocabulary."""
+
+
+def soft_tokens(count: int) -> list[int]:
+    """Return what stands in a row for so many learned embeddings."""
+    return list(range(SOFT, SOFT + count))
 
 
 @dataclass(frozen=True, slots=True)

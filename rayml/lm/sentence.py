@@ -10,9 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from transformers import AutoConfig
 from transformers.utils import cached_file
 
 from rayml.errors import ConfigError
@@ -46,30 +43,6 @@ class Sentences:
     """Longest text; None: as the tokenizer says. Longer ones lose their end."""
     lower_case: bool = False
 
-    def pool(self, states: Tensor, seen: Tensor) -> Tensor:
-        """Return the vectors `[N, D]` of hidden states `[N, L, D]`, in fp32, where tokens are `seen` `[N, L]`."""
-        states, mask = states.float(), seen.unsqueeze(-1).float()
-        vectors = torch.cat([pooled(how, states, mask) for how in self.poolings], dim=-1)
-        return nn.functional.normalize(vectors, dim=-1) if self.is_unit else vectors
-
-
-def pooled(how: str, states: Tensor, mask: Tensor) -> Tensor:
-    """Return one pooling, `[N, D]`, of states `[N, L, D]` with a mask `[N, L, 1]` of zeros behind each text."""
-    count = mask.sum(1)
-    match how:
-        case "cls":
-            return states[:, 0]
-        case "lasttoken":
-            return states[torch.arange(len(states), device=states.device), count.squeeze(1).long() - 1]
-        case "max":
-            return states.masked_fill(mask == 0, -torch.inf).amax(1)
-        case "weightedmean":
-            weights = mask * torch.arange(1, states.shape[1] + 1, device=states.device).view(1, -1, 1)
-            return (states * weights).sum(1) / weights.sum(1)
-        case "mean_sqrt_len_tokens":
-            return (states * mask).sum(1) / count.sqrt()
-    return (states * mask).sum(1) / count
-
 
 def read_sentences(path: str) -> Sentences | None:
     """Return how a resolved model's sentences are read and pooled; None where it is no sentence encoder.
@@ -82,6 +55,8 @@ def read_sentences(path: str) -> Sentences | None:
     """
     modules = _json(path, "modules.json")
     if modules is None:
+        from transformers import AutoConfig  # it takes torch in
+
         kinds = getattr(AutoConfig.from_pretrained(path), "architectures", None) or []
         headless = [kind for kind in kinds if kind.endswith("Model") and not kind.endswith("HeadModel")]
         return Sentences() if headless else None

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from rayml.algorithms.inner_loop import Params
+from rayml.lm.rows import SOFT
 
-SOFT = 1 << 40
-"""The first soft token: beyond any vocabulary."""
 PROMPT = "prompt"
 
 
@@ -72,7 +71,3 @@ class TaskPrompt:
     @torch.no_grad()
     def looked_up(self, tokens: Tensor) -> Tensor:
         return self.embeddings(tokens.to(next(self.embeddings.parameters()).device)).float().cpu()
-
-
-def soft_tokens(count: int) -> list[int]:
-    return list(range(SOFT, SOFT + count))

@@ -17,7 +17,8 @@ from rayml.lm.load import auto_model, load_shape, read_config
 from rayml.lm.lora import in_a_layer, layer_number, linear_kinds, side_by_side
 from rayml.lm.model import TaskLM, hooks
 from rayml.lm.peft_files import peft_logits, save_adapter
-from rayml.lm.soft_prompt import TaskPrompt, soft_tokens
+from rayml.lm.rows import soft_tokens
+from rayml.lm.soft_prompt import TaskPrompt
 
 FEW, MOST = 20_000_000, 400_000_000
 """Parameters of a small copy: it is as deep as the first allows, and none is made that has more than the last."""

@@ -19,7 +19,8 @@ from rayml.algorithms.phased_optimizer import IDLE, Phase, PhasedOptimizer, step
 from rayml.config import Config
 from rayml.errors import RunError, TrainingError
 from rayml.lm.batch import TaskBatch
-from rayml.lm.label_trie import IGNORE, token_losses
+from rayml.lm.label_losses import token_losses
+from rayml.lm.label_trie import IGNORE
 from rayml.lm.model import TaskLM
 from rayml.lm.zero import TAG, client_optimizer, left_step_out, set_clip_norm
 from rayml.training import collective
