@@ -79,8 +79,11 @@ class Config(Section):
     tasks_per_step: PositiveInt = 4
     """Episodes in an outer step, over all workers."""
     workers: PositiveInt | Annotated[tuple[PositiveInt, PositiveInt], Field(strict=False)] = 1
-    """Ray Train workers. Each adapts tasks_per_step / workers tasks side by side. `[2, 8]`: as many as there is room
-    for, from two to eight, also when nodes are lost or come back."""
+    """Ray Train workers. Each adapts tasks_per_step / workers tasks. `[2, 8]`: as many as there is room for, from two
+    to eight, also when nodes are lost or come back."""
+    tasks_at_once: PositiveInt | None = None
+    """Tasks that a worker adapts side by side, in one forward; null: all of its own. Fewer take less memory and more
+    time, and come to the same meta-gradient. `rayml plan` says how many fit."""
     engine: Literal["local", "zero"] = "local"
     """`local`: the whole model on every worker. `zero`: DeepSpeed ZeRO, the model sharded over the workers."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -149,8 +152,15 @@ class Config(Section):
 
     @property
     def tasks_per_worker(self) -> int:
-        """The most that one worker adapts side by side."""
+        """The most that one worker adapts in an outer step."""
         return -(-self.tasks_per_step // self.fewest_workers)
+
+    @property
+    def tasks_together(self) -> int:
+        """The most that one worker adapts side by side; mode full takes them one by one."""
+        if self.mode == "full":
+            return 1
+        return min(self.tasks_at_once or self.tasks_per_worker, self.tasks_per_worker)
 
 
 def impossible(config: Config) -> list[str]:

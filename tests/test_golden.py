@@ -24,9 +24,9 @@ WAYS = {
 }
 
 
-def losses(folder: Path, way: str) -> list[list[float]]:
+def losses(folder: Path, way: str, **more) -> list[list[float]]:
     """Return both losses of each outer step, and its gradient's norm."""
-    changes = WAYS[way]
+    changes = WAYS[way] | more
     config = make_config(folder, **changes | {"outer": {"steps": 20, "optimizer": "sgd"} | changes["outer"]})
     write_tasks(folder / "toy.jsonl", tuple(map(ragged, toy_tasks())))
     names = "support_loss", "query_loss", "gradient_norm"
@@ -40,10 +40,10 @@ def ragged(task: Task) -> Task:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("way", WAYS)
-def test_the_losses_of_twenty_outer_steps_are_those_written_down(way, tmp_path, local_mode):
+@pytest.mark.parametrize(("way", "more"), [*((way, {}) for way in WAYS), ("adapters", {"tasks_at_once": 1})])
+def test_the_losses_of_twenty_outer_steps_are_those_written_down(way, more, tmp_path, local_mode):
     """Processors round differently, and that grows: seen, 3e-5 in the first ten steps, and 0.0013 in the last ten."""
-    found, golden = losses(tmp_path, way), json.loads(FILE.read_text())[way]
+    found, golden = losses(tmp_path, way, **more), json.loads(FILE.read_text())[way]
     assert len(found) == len(golden) == 20
     assert found[:10] == [pytest.approx(record, rel=2e-4) for record in golden[:10]]
     assert found[10:] == [pytest.approx(record, rel=5e-3) for record in golden[10:]]

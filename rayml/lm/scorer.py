@@ -187,7 +187,7 @@ def trained_curves(
 
 def batches(model: "MetaModel", tasks: Sequence[Task], sampler: Sampler, episodes: int) -> Iterator[list[Episode]]:
     """Yield `episodes` episodes of each task, as many at a time as a worker adapts side by side."""
-    at_a_time = model.config.tasks_per_worker if model.lm.adapter else 1
+    at_a_time = model.config.tasks_together
     for task in tasks:
         for first in range(0, episodes, at_a_time):
             yield [sampler.episode([task], index) for index in range(first, min(first + at_a_time, episodes))]

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from rayml.config import Config
 from rayml.planning.shape import Linear, Shape
-from rayml.planning.step import BUCKET, DTYPE_BYTES, FP32_BYTES, Pass, inner_steps, largest_pass, tasks_at_once
+from rayml.planning.step import BUCKET, DTYPE_BYTES, FP32_BYTES, Pass, inner_steps, largest_pass
 
 GATHERED = 1_000_000_000
 """Parameters that ZeRO-3 has gathered at a time, at most: DeepSpeed's stage3_max_live_parameters, which it uses up."""
@@ -88,7 +88,7 @@ def passing(shape: Shape, config: Config, target_tokens: int, checkpointing: boo
 def _adapters(shape: Shape, config: Config) -> list[MemoryPart]:
     """Adapters in fp32, whole on every worker; the frozen base in its dtype, whole or sharded."""
     start = FP32_BYTES * shape.adapter(config.lora.rank)
-    tasks, steps = tasks_at_once(config), inner_steps(config)
+    tasks, steps = config.tasks_together, inner_steps(config)
     moments = 2 if config.outer.optimizer == "adamw" else 0
     rates = 1 if config.algorithm.learned_rates == "weight" else 0  # one rate a weight, learned as the start is
     # Fast weights and the sum of the inner gradients; exact MAML keeps those of every step.

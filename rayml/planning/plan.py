@@ -13,7 +13,7 @@ from rayml.config import Config, parse_config
 from rayml.errors import ConfigError
 from rayml.planning.memory import ALLOWANCE, Plan, memory, passing
 from rayml.planning.shape import Shape, read_shape
-from rayml.planning.step import episode_rows, largest_pass, tasks_at_once, tokens_per_step, traffic
+from rayml.planning.step import episode_rows, largest_pass, tokens_per_step, traffic
 from rayml.runs.reports import table as empty_table
 
 GIB = 1024**3
@@ -97,19 +97,26 @@ def alternatives(shape: Shape, config: Config, target_tokens: int) -> Iterator[t
 def smallest_change(shape: Shape, config: Config, target_tokens: int, gpu_bytes: int) -> list[str] | None:
     """Return the overrides of the first change that fits, or None.
 
-    Tried in this order: on the same workers another sharding, checkpointing, or both; then the same on twice as many,
-    and so on. With more workers than tasks, there are as many tasks as workers.
+    Tried in this order: on the same workers fewer tasks side by side, then another sharding, checkpointing, or both,
+    with as many or fewer; then the same on twice as many, and so on. With more workers than tasks, there are as many
+    tasks as workers.
     """
     workers = config.fewest_workers
     while workers <= max(config.fewest_workers, MOST_WORKERS):
         on_these = [f"workers={workers}", f"tasks_per_step={-(-config.tasks_per_step // workers) * workers}"]
-        for checkpointing, sharding in product(((), CHECKPOINTING), [(), *shardings(config)]):
-            overrides = [*on_these, *sharding, *checkpointing]
+        for checkpointing, sharding, fewer in product(((), CHECKPOINTING), [(), *shardings(config)], halves(config)):
+            overrides = [*on_these, *sharding, *checkpointing, *fewer]
             candidate = changed(config, overrides)
             if candidate and memory(shape, candidate, target_tokens).fits(gpu_bytes):
                 return [override for override in overrides if changes(config, override)]
         workers *= 2
     return None
+
+
+def halves(config: Config) -> list[tuple[str, ...]]:
+    """Return ways to adapt fewer tasks side by side, as overrides: as it is, half of them, and so on to one."""
+    some = [config.tasks_together >> times for times in range(1, config.tasks_together.bit_length())]
+    return [(), *((f"tasks_at_once={tasks}",) for tasks in some)]
 
 
 def changes(config: Config, override: str) -> bool:
@@ -151,7 +158,7 @@ def report(shape: Shape, config: Config, target_tokens: int, gpu_bytes: int | No
         "batch": {
             "support_rows": support,
             "query_rows": query,
-            "tasks_at_once": tasks_at_once(config),
+            "tasks_at_once": config.tasks_together,
             "largest_pass": asdict(largest_pass(config, target_tokens)),
         },
         "traffic": [

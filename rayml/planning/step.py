@@ -60,11 +60,6 @@ def shown(config: Config) -> int:
     return 1 + episode_rows(config)[0] * (config.algorithm.keeps == "prompt")
 
 
-def tasks_at_once(config: Config) -> int:
-    """Return the tasks that a worker adapts side by side; mode full takes them one by one."""
-    return config.tasks_per_worker if config.mode == "adapters" else 1
-
-
 def largest_pass(config: Config, target_tokens: int) -> Pass:
     """Return one worker's largest pass, with every row as long as `data.max_tokens` allows.
 
@@ -77,7 +72,7 @@ def largest_pass(config: Config, target_tokens: int) -> Pass:
         rows = sum(sides)
     if config.is_sharded:
         rows = ceil(rows / config.fewest_workers)
-    rows *= tasks_at_once(config)
+    rows *= config.tasks_together
     length = shown(config) * (config.data.max_tokens + config.soft_tokens)
     return Pass(rows, length, rows * target_tokens if algorithm.by_tokens else 0)
 

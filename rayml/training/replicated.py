@@ -122,9 +122,9 @@ class Replicated:
         return self.gains.weights()[task_indices.to(self.lm.device)]
 
     def _gradient(self, episodes: list[dict[str, Any]], weights: torch.Tensor) -> tuple[MetaGradient, int]:
-        """Return the meta-gradient, of all tasks side by side, or, in mode full, of one after the other; and tokens."""
+        """Return the meta-gradient, of some tasks side by side after the other, and tokens."""
         config, learner, regularize = self.config, self.learner, self.config.regularize
-        together = len(episodes) if self.lm.adapter else 1
+        together = config.tasks_together
         parts, tokens = [], 0
         for first in range(0, len(episodes), together):
             some = slice(first, first + together)
@@ -198,7 +198,9 @@ class Replicated:
         """Return the scores of this worker's episodes before and after adapting."""
         config = self.config
         scorer = Scorer(self.lm, self.encoder, config.algorithm, config.inner.steps, config.inner.unfreeze_every)
-        together = len(episodes) if self.lm.adapter else 1
+        together = len(episodes)
+        if config.mode == "full" or (config.tasks_at_once and config.engine == "local"):
+            together = config.tasks_together  # sharded workers gather layers together: all take as many forwards
         return [
             curve
             for first in range(0, len(episodes), together)
