@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import on_workers
+from conftest import make_config, on_workers
 from families import CAUSAL, MASKED, make_model
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
+from rayml.errors import ConfigError
 from rayml.lm import zero
-from rayml.lm.abilities import unable
+from rayml.lm.abilities import NOT_SHARDED, check_model, unable
 from rayml.lm.batch import TokenRow, collate
 from rayml.lm.decode import Decoder
 from rayml.lm.encode import Encoder
@@ -208,13 +209,10 @@ def verdict(found, wanted):
 # Sharded
 
 
-NOT_SHARDED: set[str] = set()
-
-
 def loss_and_gradients(module, targets):
     """The losses of two tasks, `[2]`, and what each of their adapters gets, from random rows."""
     lora = {"targets": targets, "rank": 2, "alpha": 4.0, "last_layers": None}
-    lm = TaskLM(module, hooks(module, lora))
+    lm = TaskLM(module, hooks(module, lora, 0))
     torch.manual_seed(0)
     adapters = side_by_side([random_adapter(lm) for _ in range(2)])
     adapters = {name: weight.requires_grad_() for name, weight in adapters.items()}
@@ -238,6 +236,14 @@ def sharded_worker(rank, bases, out):
         out.write_text(json.dumps(verdicts))
 
 
+@pytest.mark.parametrize("family", sorted(NOT_SHARDED))
+def test_a_family_that_is_not_the_same_over_two_workers_is_refused(family, tmp_path):
+    base = str(make_model(tmp_path, family))
+    config = make_config(tmp_path, model={"name": base}, engine="zero", zero={"stage": 3}, workers=2)
+    with pytest.raises(ConfigError, match=f"engine: {family} .* use engine=local"):
+        check_model(config, base)
+
+
 @pytest.mark.cluster
 def test_families_are_the_same_over_two_workers(tmp_path):
     pytest.importorskip("deepspeed")
@@ -245,4 +251,5 @@ def test_families_are_the_same_over_two_workers(tmp_path):
     fitting = {family: (base, what_fits(base, writes=False)[0]) for family, base in bases.items()}
     on_workers(sharded_worker, 2, {f: pair for f, pair in fitting.items() if pair[1]}, tmp_path / "verdicts.json")
     verdicts = json.loads((tmp_path / "verdicts.json").read_text())
-    assert {family: found for family, found in verdicts.items() if found != SAME}.keys() == NOT_SHARDED, verdicts
+    others = {family: found for family, found in verdicts.items() if found != SAME}
+    assert others.keys() == NOT_SHARDED, others

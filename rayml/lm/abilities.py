@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 READ = {False: ("bos_token", "eos_token"), True: ("pad_token", "mask_token", "cls_token", "sep_token")}
 """Special tokens that stand in rows, of causal and of masked models."""
+NOT_SHARDED = {"recurrent_gemma", "rwkv"}
+"""Kinds of models whose code does not bear sharded weights: tests/test_families.py tries all over two workers."""
 
 
 def checked_model(config: "Config", tasks: Sequence[Task]) -> tuple[str, "Encoder"]:
@@ -55,6 +57,9 @@ def check_model(config: "Config", base: str, tasks: Sequence[Task] = (), tokeniz
     bare = load_shape(base)
     if hasattr(bare, MARK):
         refuse_label_tokens(config)
+    kind = bare.config.model_type
+    if config.engine == "zero" and kind in NOT_SHARDED:
+        raise ConfigError(f"engine: {kind} computes something else with sharded weights; use engine=local")
     names = learned_names(bare, config)
     if not initial_log_inner_lrs(dict.fromkeys(names, torch.empty(0)), 1.0, config.inner.modules, per_weight=False):
         raise ConfigError(
