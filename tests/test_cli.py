@@ -46,6 +46,7 @@ def test_a_mistake_is_one_message_and_no_traceback(tmp_path):
     assert "did you mean inner" in found.stderr
     assert "Traceback" not in found.stderr
     assert rayml("evaluate", str(tmp_path)).returncode == 1
+    assert "there is no rayml.json in it" in rayml("predict", str(tmp_path), "--input", "x").stderr
 
 
 def test_data_check_reports_and_passes(tmp_path):

@@ -8,6 +8,7 @@ import typer
 
 import rayml
 from rayml.cli.app import Checkpoint, Json, RunPath, app, err, out, print_keys
+from rayml.errors import RunError
 from rayml.progress import doing
 from rayml.tasks.formats.text import comma_separated
 
@@ -102,6 +103,8 @@ def predict(
 ) -> None:
     """Answer with a learned task: the most probable of its labels, or generated text."""
     chosen = comma_separated(options) if options else None
+    if "://" not in adapter and not (Path(adapter).expanduser() / "rayml.json").exists():
+        raise RunError(f"{adapter}: no adapter that `rayml adapt` wrote: there is no rayml.json in it")
     with doing(err, "loading libraries and model"):
         learned = rayml.load_adapter(adapter)
     answer = learned.predict(given(text), chosen)
