@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import rayml
-from rayml.cli.app import Checkpoint, Json, RunPath, app, err, out, print_keys
+from rayml.cli.app import Checkpoint, Json, RunPath, app, err, found_run, out, print_keys
 from rayml.errors import RunError
 from rayml.progress import doing
 from rayml.tasks.formats.text import comma_separated
@@ -22,7 +22,7 @@ STARTS = "A run folder that `rayml train` made, or its URI; or a start: `minilm`
 def adapt(
     examples: Annotated[Path, typer.Option(help="Rows of input and target, in any format that `data.path` takes.")],
     out_dir: Annotated[str, typer.Option("--out", help="The adapter's folder; must not exist.", metavar="DIR")],
-    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help=STARTS)] = None,
+    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help=STARTS, callback=found_run)] = None,
     name: Annotated[str | None, typer.Option(help="The adapter's name; else the folder's.")] = None,
     checkpoint: Checkpoint = None,
 ) -> None:

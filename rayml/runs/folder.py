@@ -23,7 +23,7 @@ from rayml.errors import ConfigError, RunError, StorageError
 from rayml.runs.checkpoint import is_enough, is_whole, newest_checkpoint, step_of, val_scores
 from rayml.runs.files import AnyPath, as_path, listed, write_whole
 from rayml.sections import Run
-from rayml.starts import folder_of, shipped, start_named
+from rayml.starts import folder_of, start_named
 from rayml.tasks.splits import Splits
 from rayml.tasks.task import Task
 
@@ -189,10 +189,7 @@ class RunFolder:
         if which not in (None, "best", "newest"):
             raise ConfigError(f"checkpoint: expected best or newest, got {which!r}")
         if not self.config.exists():
-            raise RunError(
-                f"{self.path}: no run here (there is no config.yaml in it), and no start of this name: "
-                f"{', '.join(shipped())}, or the folder of a model"
-            )
+            raise no_run(self.path)
         config = self.read_config()
         folder = newest_checkpoint(self.best) if which != "newest" else None
         if folder is None and which != "best":  # there was no meta-val task, or no validation yet

@@ -48,6 +48,20 @@ def start_named(name: object) -> str | None:
     return str(folder.resolve()) if (folder / "config.json").exists() else None
 
 
+def no_run(name: object) -> RunError:
+    """Return the error of a name that is neither a run's nor a start's."""
+    return RunError(
+        f"{name}: no run here (there is no config.yaml in it), and no start of this name: {', '.join(shipped())}, or "
+        "the folder of a model"
+    )
+
+
+def refuse_no_run(name: str) -> None:
+    """Raise RunError if there is nothing of this name, before any library is loaded. A URI is not looked at."""
+    if "://" not in name and not start_named(name) and not (Path(name).expanduser() / "config.yaml").exists():
+        raise no_run(name)
+
+
 def folder_of(name: str) -> Path:
     """Return the run folder of a start, made first if it is not there, and whole if it is there at all.
 
