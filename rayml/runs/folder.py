@@ -23,7 +23,7 @@ from rayml.errors import ConfigError, RunError, StorageError
 from rayml.runs.checkpoint import is_enough, is_whole, newest_checkpoint, step_of, val_scores
 from rayml.runs.files import AnyPath, as_path, listed, write_whole
 from rayml.sections import Run
-from rayml.starts import folder_of, start_named
+from rayml.starts import folder_of, no_run, start_named
 from rayml.tasks.splits import Splits
 from rayml.tasks.task import Task
 
