@@ -7,6 +7,9 @@ from torch import Tensor, nn
 
 from rayml.lm.label_trie import IGNORE
 
+MOST_LOGITS = 1 << 26
+"""At a time, of free text: 256 MiB in float32. More are computed in parts, and anew in the backward."""
+
 
 class Among(NamedTuple):
     """Which of M targets are chosen among some tokens, and which among the whole vocabulary: their numbers."""

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from rayml.algorithms.inner_loop import Params
 from rayml.algorithms.prototypes import Pooling, Read, label_log_probs
 from rayml.lm.batch import TaskBatch, collate
 from rayml.lm.frozen import FrozenLayers, KnownStates, blocks
-from rayml.lm.label_losses import token_losses
+from rayml.lm.label_losses import MOST_LOGITS, token_losses
 from rayml.lm.label_trie import IGNORE
 from rayml.lm.lora import TaskLoRA, layer_number
 from rayml.lm.pooling import pool
@@ -84,6 +85,20 @@ class TaskLM:
             position_ids=position_ids,
             attention_mask=additive(seen, self.module.dtype).expand(2, 1, 5, 5),
         )
+
+    @cached_property
+    @torch.no_grad()
+    def plain_head(self) -> bool:
+        """Whether logits are what the output layer makes of hidden states, and nothing is done to them: tried, too."""
+        if self.sentences or self.adapter is None or is_sharded(next(self.module.parameters())):
+            return False  # mode full calls the model under other weights than its own
+        hidden: list[Tensor] = []
+        rows = torch.tensor([[5, 3, 4]], device=self.device)
+        wanted = self.logits_at(torch.arange(3, device=self.device), None, rows, hidden=hidden)
+        return torch.equal(self._head(hidden[0].flatten(0, 1)), wanted)
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        return getattr(self.module, "module", self.module).get_output_embeddings()(hidden)
 
     @torch.no_grad()
     def _reads_as_alone(self, tokens: list[int], rows: Tensor, **inputs: Any) -> bool:
@@ -255,10 +270,27 @@ class TaskLM:
         Args:
             smoothing: share of the target's weight that is spread evenly over the choices.
         """
-        logits, _ = self.target_logits(weights, batch)
         scored = batch.scored
+        at_a_time = max(1, MOST_LOGITS // self.module.config.get_text_config().vocab_size)
+        if not self.sentences and len(scored.among.all) > at_a_time and self.plain_head:
+            return mean_by_task(self._losses_in_parts(weights, batch, smoothing, at_a_time), batch)
+        logits, _ = self.target_logits(weights, batch)
         losses = token_losses(logits, scored.targets, batch.allowed, smoothing, known=scored.among)
         return mean_by_task(losses, batch)
+
+    def _losses_in_parts(self, weights: Params | None, batch: TaskBatch, smoothing: float, at_a_time: int) -> Tensor:
+        """Return the target tokens' losses `[M]`, of the logits of so many at a time."""
+        scored, hidden = batch.scored, list[Tensor]()
+        self.logits_at(scored.positions[:1], weights, batch.tokens, self.slot(batch), hidden, **position_inputs(batch))
+        states = hidden[0].flatten(0, 1)
+
+        def part(first: int) -> Tensor:
+            some = slice(first, first + at_a_time)
+            allowed = None if batch.allowed is None else batch.allowed[some]
+            return token_losses(self._head(states[scored.positions[some]]), scored.targets[some], allowed, smoothing)
+
+        parts = range(0, len(scored.positions), at_a_time)
+        return torch.cat([checkpoint(part, first, use_reentrant=False) for first in parts])
 
 
 def known_states(

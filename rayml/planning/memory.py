@@ -18,6 +18,7 @@ A test counts what autograd really saves.
 from dataclasses import dataclass
 
 from rayml.config import Config
+from rayml.lm.label_losses import MOST_LOGITS
 from rayml.planning.shape import Linear, Shape
 from rayml.planning.step import BUCKET, DTYPE_BYTES, FP32_BYTES, Pass, inner_steps, largest_pass
 
@@ -189,10 +190,13 @@ def activation_bytes(shape: Shape, config: Config, batch: Pass, checkpointing: b
 def logits_bytes(shape: Shape, config: Config, batch: Pass) -> int:
     """Return the bytes of the logits of free text: fp32, log-softmax and gradient, beside the model's own.
 
-    Labels, which compete with each other alone, take less. Only where a target stands are there any.
+    Labels, which compete with each other alone, take less. Only where a target stands are there any, and adapters on a
+    base that is not sharded need some of them at a time.
     """
     copy = 0 if config.model.dtype == "float32" else DTYPE_BYTES[config.model.dtype]
-    return batch.scored_tokens * shape.vocabulary * (3 * FP32_BYTES + copy)
+    logits = batch.scored_tokens * shape.vocabulary
+    in_parts = config.mode == "adapters" and config.engine == "local"
+    return (min(logits, MOST_LOGITS) if in_parts else logits) * (3 * FP32_BYTES + copy)
 
 
 def _layer_bytes(shape: Shape, config: Config, batch: Pass, number: int) -> int:
