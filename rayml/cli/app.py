@@ -13,7 +13,6 @@ from typer.core import TyperGroup
 
 from rayml.errors import RaymlError
 from rayml.interrupt import heed, status
-from rayml.starts import refuse_no_run
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -50,22 +49,9 @@ ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="One YAML
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[key=value]...", help="Such as `inner.lr=0.3 workers=2`.")
 ]
-
-
-def found_run(name: str | None) -> str | None:
-    """Return the name of a run or a start that is there."""
-    if name:
-        refuse_no_run(name)
-    return name
-
-
 RunPath = Annotated[
     str,
-    typer.Argument(
-        metavar="RUN",
-        help="A run folder that `rayml train` made, or its URI; or a start, as `minilm`.",
-        callback=found_run,
-    ),
+    typer.Argument(metavar="RUN", help="A run folder that `rayml train` made, or its URI; or a start, as `minilm`."),
 ]
 Checkpoint = Annotated[
     str | None,

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import rayml
-from rayml.cli.app import Checkpoint, Json, RunPath, app, err, found_run, out, print_keys
+from rayml.cli.app import Checkpoint, Json, RunPath, app, err, out, print_keys
 from rayml.errors import RunError
 from rayml.progress import doing
+from rayml.starts import refuse_no_run
 from rayml.tasks.formats.text import comma_separated
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ STARTS = "A run folder that `rayml train` made, or its URI; or a start: `minilm`
 def adapt(
     examples: Annotated[Path, typer.Option(help="Rows of input and target, in any format that `data.path` takes.")],
     out_dir: Annotated[str, typer.Option("--out", help="The adapter's folder; must not exist.", metavar="DIR")],
-    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help=STARTS, callback=found_run)] = None,
+    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help=STARTS)] = None,
     name: Annotated[str | None, typer.Option(help="The adapter's name; else the folder's.")] = None,
     checkpoint: Checkpoint = None,
 ) -> None:
@@ -42,6 +43,7 @@ def adapt(
 
         run, why = start_for(rows)
         err.print(f"{run}: {why}", style="dim", markup=False, highlight=False, soft_wrap=True)
+    refuse_no_run(run)
     folder = RunFolder(run)
     folder.trained(checkpoint)  # refuse early what is no finished run
     with doing(err, "loading libraries and model"):
@@ -79,6 +81,7 @@ def export(
     """
     from rayml.adapter import new_folder
 
+    refuse_no_run(run)
     new_folder(out_dir)
     model = rayml.load(run, checkpoint=checkpoint)
     to = model.save(out_dir)
@@ -158,6 +161,7 @@ def serve_run(
         return
     if run is None:
         raise typer.BadParameter("give a RUN folder, or --keys")
+    refuse_no_run(run)
     with doing(err, "loading libraries"):
         from rayml.serving.command import serve_forever
 

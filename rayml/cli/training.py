@@ -10,6 +10,7 @@ import typer
 import rayml
 from rayml.algorithms.methods import UNUSUAL, USUAL
 from rayml.cli.app import Checkpoint, ConfigPath, Json, Overrides, RunPath, app, out, print_keys
+from rayml.starts import refuse_no_run
 
 
 @app.command()
@@ -124,6 +125,7 @@ def evaluate(
 
     Prints a table, and writes `evaluation.json` and `adaptation.png` into the run folder.
     """
+    refuse_no_run(run)
     rayml.evaluate(
         run,
         data=data,
