@@ -64,13 +64,21 @@ def write(path: Path, rows: int, tasks: int) -> None:
 
 def trained(folder: Path, steps: int, workers: int) -> dict[str, Any]:
     """Run `rayml train`, and look at its processes twice a second."""
-    settings = [
-        f"data.path={folder / 'rows.jsonl'}", "model.name=tiny", f"run.dir={folder / 'run'}", f"outer.steps={steps}",
-        f"workers={workers}", "validation.every=0", "lora.targets=[q_proj]", "data.ways=4", "data.shots=2",
-    ]  # fmt: skip
+    config = {
+        "model": {"name": "tiny"},
+        "data": {"path": str(folder / "rows.jsonl"), "ways": 4, "shots": 2, "queries": 2},
+        "lora": {"targets": ["q_proj"]},
+        "outer": {"steps": steps},
+        "validation": {"every": 0},
+        "workers": workers,
+        "run": {"dir": str(folder / "run")},
+    }
+    (folder / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
     began, most = time.monotonic(), Counter[str]()
     metrics, first = folder / "run" / "metrics.jsonl", None
-    process = subprocess.Popen([sys.executable, "-m", "rayml", "train", *settings], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rayml", "train", str(folder / "config.yaml")], stdout=subprocess.DEVNULL
+    )
     while process.poll() is None:
         for one in family(process.pid):
             with_kind = kind_of(one)
