@@ -81,9 +81,8 @@ def trained(folder: Path, steps: int, workers: int) -> dict[str, Any]:
     )
     while process.poll() is None:
         for one in family(process.pid):
-            with_kind = kind_of(one)
-            if with_kind:
-                most[with_kind] = max(most[with_kind], own_bytes(one))
+            if kind := kind_of(one):
+                most[kind] = max(most[kind], own_bytes(one))
         if first is None and metrics.exists() and metrics.read_text():
             first = time.monotonic() - began
         time.sleep(0.5)
@@ -109,10 +108,10 @@ def family(process: int) -> list[psutil.Process]:
 
 def kind_of(process: psutil.Process) -> str | None:
     try:
-        name = process.cmdline()[0]
-    except (psutil.Error, IndexError):
+        name, *more = process.cmdline()
+    except (psutil.Error, ValueError):  # it has ended
         return None
-    is_driver = "rayml" in process.cmdline()[1:4]
+    is_driver = "rayml" in more[:3]
     return next((kind for start, kind in KINDS.items() if start in name and (kind != "driver" or is_driver)), None)
 
 

@@ -25,7 +25,9 @@ from torch import Tensor
 
 import rayml
 from rayml.algorithms.prototypes import prototypes, squared_distances
+from rayml.experiments.classifiers import classifier_for
 from rayml.lm.batch import TaskSide
+from rayml.lm.load import MINILM
 from rayml.lm.scorer import accuracy
 from rayml.model import MetaModel
 from rayml.tasks.episodes import Episode
@@ -55,7 +57,8 @@ def main() -> None:
     asked = parser.parse_args()
     tasks = [data_set(path) for path in asked.data]
     models = {name: rayml.load(name) for name in filter(None, asked.starts.replace("none", "").split(","))}
-    encoder = Encoder(rayml.load("minilm"))
+    encoder = Encoder(rayml.load(MINILM))
+    setfit = classifier_for("setfit", MINILM, torch.device("cpu"), seed=0) if asked.setfit else None
     everything: dict[str, Scores] = {}
     for shots in map(int, asked.shots.split(",")):
         scores = everything[f"{shots} shots"] = defaultdict(lambda: defaultdict(list))
@@ -64,7 +67,8 @@ def main() -> None:
             for draw in range(asked.draws):
                 episode = drawn(task, asked.ways, shots, asked.most, draw)
                 found = encoder.scores(episode) | {n: of_start(m, episode, asked.steps) for n, m in models.items()}
-                found |= {"setfit": of_setfit(episode)} if asked.setfit else {}
+                if setfit:
+                    found["setfit"] = accuracy(episode, setfit.log_probs(episode, setfit.heads[0]))
                 for name, score in found.items():
                     scores[name][task.name].append(score)
             means = ", ".join(f"{name} {fmean(of[task.name]):.3f}" for name, of in scores.items())
@@ -133,13 +137,6 @@ def of_start(model: MetaModel, episode: Episode, steps: int | None) -> float:
     adapter = model.adapt([(e.input, e.target) for e in episode.support], name=episode.task, steps=steps)
     answers = adapter.predict([example.input for example in episode.query])
     return fmean(answer.label == e.target for answer, e in zip(answers, episode.query, strict=True))
-
-
-def of_setfit(episode: Episode) -> float:
-    from rayml.experiments.classifiers import classifier_for
-
-    classifier = classifier_for("setfit", "minilm", torch.device("cpu"), seed=0)
-    return accuracy(episode, classifier.log_probs(episode, classifier.heads[0]))
 
 
 def table(scores: Scores, starts: list[str]) -> str:

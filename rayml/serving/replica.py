@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import dataclasses
-import logging
 from collections.abc import AsyncIterator, Sequence
 from functools import cached_property
 from typing import Any
@@ -34,8 +33,6 @@ from rayml.serving.store import AdapterStore, Manifest
 from rayml.serving.work import Adaptation, Waiting, Writing
 from rayml.tasks.row import unanswered
 from rayml.tasks.task import Example, Task
-
-log = logging.getLogger(__name__)
 
 
 class Replica:
