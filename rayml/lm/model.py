@@ -13,7 +13,7 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 from rayml.algorithms.inner_loop import Params
 from rayml.algorithms.prototypes import Pooling, Read, label_log_probs
 from rayml.lm.batch import TaskBatch, collate
-from rayml.lm.frozen import FrozenLayers, KnownStates, blocks
+from rayml.lm.frozen import FrozenLayers, Gather, KnownStates, alone, blocks, in_shares
 from rayml.lm.label_losses import MOST_LOGITS, token_losses
 from rayml.lm.label_trie import IGNORE
 from rayml.lm.lora import TaskLoRA, layer_number
@@ -238,17 +238,26 @@ class TaskLM:
             by_label = label_log_probs(at_labels, label_tokens)
         return Read(mean_by_task(losses, batch), pooled(hidden[0], batch, pooling), by_label)
 
+    def target_positions(self, batch: TaskBatch) -> Tensor:
+        """Return where the flattened tokens of a batch are targets, `[M]`; of sentences, all tokens."""
+        where = batch.seen if self.sentences else batch.targets != IGNORE
+        return where.flatten().nonzero().squeeze(1)
+
     @torch.no_grad()
     def target_inputs(self, batch: TaskBatch) -> Params:
-        """Return what each adapted linear of the bare base sees, `[M, in]` in fp32: at the target positions, or, of
-        sentences, everywhere."""
-        where = batch.seen if self.sentences else batch.targets != IGNORE
-        positions = where.flatten().nonzero().squeeze(1)
+        """Return what each adapted linear of the bare base sees at the target positions, `[M, in]` in fp32.
+
+        Linears that read the same have the same tensor.
+        """
+        positions = self.target_positions(batch)
         seen: Params = {}
+        last: list[Tensor] = []
 
         def keep(name: str):
             def hook(_linear: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-                seen[name] = inputs[0].flatten(0, 1)[positions].float()
+                if not last or inputs[0] is not last[0]:  # queries, keys and values see the same
+                    last[:] = inputs[0], inputs[0].flatten(0, 1)[positions].float()
+                seen[name] = last[1]
 
             return hook
 
@@ -298,28 +307,24 @@ def known_states(
     rows: Sequence[TokenRow],
     pad: int,
     share: slice = slice(None),
-    gather: Callable[[Tensor], list[Tensor]] = lambda part: [part],
+    gather: Gather = alone,
     progress: Callable[[int], None] = lambda done: None,
 ) -> KnownStates:
     """Run rows through the frozen layers once.
 
     Args:
-        share: which blocks of rows this worker runs; the same rows make the same blocks for any number of workers.
-        gather: from this worker's states, `[n, D]`, to those of all workers, by rank.
+        share, gather: as of `rayml.lm.frozen.in_shares`.
         progress: is told the share of the rows that is done, in per cent.
     """
     unique, parts = blocks(rows)
-    mine = parts[share]
-    found = []
-    for index, block in enumerate(mine):
-        progress(100 * index // len(mine))
-        found.append(lm.frozen_states(block, pad))
-    width = lm.module.get_input_embeddings().embedding_dim
-    gathered = gather(torch.cat(found) if found else torch.empty(0, width, dtype=lm.module.dtype, device=lm.device))
-    workers = share.step or 1
-    sizes = [[sum(len(row.tokens) for row in block) for block in parts[rank::workers]] for rank in range(workers)]
-    split = [iter(part.split(size)) for part, size in zip(gathered, sizes, strict=True)]
-    return KnownStates(unique, torch.cat([next(split[index % workers]) for index in range(len(parts))]))
+    done = iter(range(len(parts[share])))
+
+    def run(block: Sequence[TokenRow]) -> Tensor:
+        progress(100 * next(done) // len(parts[share]))
+        return lm.frozen_states(block, pad)
+
+    sizes = [sum(len(row.tokens) for row in block) for block in parts]
+    return KnownStates(unique, in_shares(parts, run, sizes, share, gather))
 
 
 def mean_by_task(losses: Tensor, batch: TaskBatch) -> Tensor:

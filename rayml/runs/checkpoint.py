@@ -43,6 +43,11 @@ def step_of(folder: AnyPath) -> int:
     return int(folder.name.removeprefix("step_"))
 
 
+def newest_step(checkpoints: AnyPath) -> int:
+    """Return the outer step of a run's newest checkpoint, which may turn out to be damaged; 0 if there is none."""
+    return max(map(step_of, listed(checkpoints, "step_*")), default=0)
+
+
 def write_state(folder: Path, tensors: dict[str, Tensor]) -> None:
     """Write what is whole on this worker."""
     (folder / STATE).write_bytes(save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}))

@@ -33,7 +33,14 @@ from rayml.tasks.splits import Splits
 from rayml.training.continual import FORGETTING, old_run, report_forgetting, shown_anew, with_replay
 from rayml.training.heartbeat import Heartbeats
 from rayml.training.progress import Progress
-from rayml.training.ray_internals import DIED, Controlled, NewestCheckpoint, WorkersGone, forget_lost
+from rayml.training.ray_internals import (
+    DIED,
+    Controlled,
+    NewestCheckpoint,
+    WorkersGone,
+    forget_lost,
+    without_idle_actors,
+)
 from rayml.training.stragglers import START_SECONDS, Watch, end_run
 from rayml.training.stream import Job
 from rayml.training.trackers import check_trackers
@@ -82,8 +89,8 @@ def train(config: Config, resume: bool = False, at_once: int = 1) -> RunFolder:
         Console(stderr=True, markup=False).print(warned, style="yellow", highlight=False, soft_wrap=True)
     trains = not run.is_over(config)
     if trains:
-        with own_ray(config):
-            fit(config, run, splits, model, encoder, at_once, replayed)
+        with own_ray(config) as ray_is_ours:
+            fit(config, run, splits, model, encoder, at_once, replayed, ray_is_ours)
         if config.mode == "full":
             remove(run.model)
             load(run).save(run.model)
@@ -93,14 +100,14 @@ def train(config: Config, resume: bool = False, at_once: int = 1) -> RunFolder:
 
 
 @contextmanager
-def own_ray(config: Config, at_once: int = 1) -> Iterator[None]:
-    """Start Ray where none runs, for `at_once` runs beside each other, and end it."""
+def own_ray(config: Config, at_once: int = 1) -> Iterator[bool]:
+    """Start Ray where none runs, for `at_once` runs beside each other, and end it; yield whether it did."""
     starts = not ray.is_initialized()
     if starts:
         with doing(Console(stderr=True, markup=False), "starting Ray"):
             start_ray(config, at_once)
     try:
-        yield
+        yield starts and not os.environ.get("RAY_ADDRESS")
     finally:
         if starts:
             ray.shutdown()
@@ -143,6 +150,8 @@ def start_ray(config: Config, at_once: int = 1) -> None:
         # Nobody takes this machine away; and a run's end is seen at once.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
+        # Ray's first processes would know nothing of the environment below, and so never get any work.
+        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     ray.init(logging_level=logging.ERROR, log_to_driver=False, runtime_env={"env_vars": WORKER_ENV}, **own)
     heed_again()
     if not own:
@@ -199,8 +208,12 @@ def fit(
     encoder: Encoder,
     at_once: int,
     replayed: frozenset[str] = frozenset(),
+    ray_is_ours: bool = False,
 ) -> None:
     """Run Ray Train to its end.
+
+    Args:
+        ray_is_ours: Ray ends with this run.
 
     Raises:
         TrainingError: training stopped by itself, or its workers failed more than `run.max_failures` times.
@@ -208,33 +221,13 @@ def fit(
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     longest_wait = config.run.longest_wait
-    if sum(node["Alive"] for node in ray.nodes()) > 1:
-        # Ray Data's actors for the whole cluster stay where it runs first. With a worker's node they would be lost.
-        began = ray.remote(num_cpus=0)(run_data).options(scheduling_strategy=here).remote()
-        try:
-            ray.get(began, timeout=START_SECONDS + longest_wait)
-        except ray.exceptions.GetTimeoutError as error:
-            raise no_room(run, longest_wait) from error
+    keep_data_here(here, run, longest_wait)
     forget_lost(run.checkpoints)
     validates = splits.val and config.validation.every
     heartbeats: Any = ray.remote(num_cpus=0, max_restarts=-1)(Heartbeats).options(scheduling_strategy=here).remote()
     val = ray.put(splits.val) if validates else None
     job = Job(config, model, ray.put(encoder), ray.put(splits.train), val, heartbeats, replayed)
-    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(longest_wait)  # for a process that does not answer
-    os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(longest_wait)  # for Ray Train's own barriers
-    trainer = TorchTrainer(  # mypy sees the signatures of Train v1, which v2 stands in for
-        train_worker,  # type: ignore[arg-type]
-        train_loop_config={"job": job},
-        torch_config=TorchConfig(timeout_s=math.ceil(longest_wait)),
-        scaling_config=scaling(config, at_once),
-        run_config=ray.train.RunConfig(
-            **storage(run.path),
-            name=run.checkpoints.name,
-            failure_config=ray.train.FailureConfig(max_failures=config.run.max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.run.keep_checkpoints),
-            callbacks=[NewestCheckpoint(run.latest), Controlled(heartbeats), WorkersGone(heartbeats)],  # type: ignore[list-item]
-        ),
-    )
+    trainer = without_idle_actors(build_trainer(job, run, at_once), ray_is_ours)
     console = Console(stderr=True, markup=False)
     with Progress(run, config.outer.steps, console, heartbeats), Watch(heartbeats, longest_wait, console) as watch:
         try:
@@ -248,6 +241,38 @@ def fit(
             raise TrainingError(f"{run.path}: {root_cause(error)}{named}") from error
     if stopped:
         raise TrainingError(f"{run.path}: {stopped}")
+
+
+def keep_data_here(here: NodeAffinitySchedulingStrategy, run: RunFolder, longest_wait: float) -> None:
+    """Have Ray Data's actors for the whole cluster on this node: they stay where it runs first, and with a worker's
+    node they would be lost."""
+    if sum(node["Alive"] for node in ray.nodes()) > 1:
+        began = ray.remote(num_cpus=0)(run_data).options(scheduling_strategy=here).remote()
+        try:
+            ray.get(began, timeout=START_SECONDS + longest_wait)
+        except ray.exceptions.GetTimeoutError as error:
+            raise no_room(run, longest_wait) from error
+
+
+def build_trainer(job: Job, run: RunFolder, at_once: int) -> TorchTrainer:
+    """Return Ray Train's trainer of a job, whose checkpoints lie in the run's folder."""
+    config, heartbeats = job.config, job.heartbeats
+    longest_wait = config.run.longest_wait
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(longest_wait)  # for a process that does not answer
+    os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(longest_wait)  # for Ray Train's own barriers
+    return TorchTrainer(  # mypy sees the signatures of Train v1, which v2 stands in for
+        train_worker,  # type: ignore[arg-type]
+        train_loop_config={"job": job},
+        torch_config=TorchConfig(timeout_s=math.ceil(longest_wait)),
+        scaling_config=scaling(config, at_once),
+        run_config=ray.train.RunConfig(
+            **storage(run.path),
+            name=run.checkpoints.name,
+            failure_config=ray.train.FailureConfig(max_failures=config.run.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.run.keep_checkpoints),
+            callbacks=[NewestCheckpoint(run.latest), Controlled(heartbeats), WorkersGone(heartbeats)],  # type: ignore[list-item]
+        ),
+    )
 
 
 def finished(trainer: TorchTrainer, run: RunFolder, heartbeats: Any, console: Console) -> str | None:

@@ -12,6 +12,8 @@ from typing import Any
 import ray
 import ray.train
 from ray._private import ray_constants
+from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
@@ -56,6 +58,17 @@ def listening_here() -> Iterator[None]:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def without_idle_actors(trainer: Any, ray_is_ours: bool) -> Any:
+    """Return a trainer that starts no process for what this run has no use for: each costs seconds of a core.
+
+    Workers stream their own data. A Ray that ends with the run need not be cleared up behind it.
+    """
+    idle = (DatasetsCallback, PlacementGroupCleanerCallback) if ray_is_ours else DatasetsCallback
+    usual = trainer._create_default_callbacks
+    trainer._create_default_callbacks = lambda: [one for one in usual() if not isinstance(one, idle)]
+    return trainer
 
 
 # What Ray Train's controller tells of a run

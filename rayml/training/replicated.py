@@ -19,7 +19,7 @@ from rayml.lm import zero
 from rayml.lm.batch import trained_tokens, training_sides
 from rayml.lm.encode import Encoder
 from rayml.lm.fine_tuning import rate_factors, special_steps
-from rayml.lm.frozen import KnownStates
+from rayml.lm.frozen import KnownStates, alone
 from rayml.lm.initialization import untrained_start
 from rayml.lm.load import checkpoint_activations, load_base
 from rayml.lm.lora import TaskLoRA
@@ -279,7 +279,10 @@ def build_lm(config: Config, model: str, device: torch.device) -> TaskLM:
 
 def agreed_start(job: Job, lm: TaskLM) -> Params:
     """Return the start at step 0, the same on every worker: adapters come from the first, by its own arithmetic."""
-    start = untrained_start(job.config, lm, get(job.encoder), get(job.train))
+    share, gather = slice(None), alone
+    if not zero.is_sharded(next(lm.module.parameters())):  # its forwards, all workers take together
+        share, gather = slice(collective.rank(), None, collective.world_size()), collective.join_from_workers
+    start = untrained_start(job.config, lm, get(job.encoder), get(job.train), share, gather)
     return collective.tensors_from_first_worker(start) if lm.adapter else start
 
 

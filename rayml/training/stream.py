@@ -49,7 +49,9 @@ def worker_index(row: int, first: int, per_step: int, share: range) -> int:
 def stream_steps(
     encode: EncodeEpisode, *, first: int, steps: int, per_step: int, rank: int, workers: int
 ) -> Iterator[list[dict[str, Any]]]:
-    """Yield this worker's episodes of each step, as `rayml.lm.encode.Encoder.episode` made them.
+    """Return this worker's episodes of each step, as `rayml.lm.encode.Encoder.episode` made them.
+
+    The first ones are begun at once, not when they are asked for: meanwhile the model loads.
 
     Args:
         first: index of the first episode of the first step.
@@ -73,14 +75,20 @@ def stream_steps(
 
     # A part at a time: while its consumer holds an execution back, Ray Data's scheduling thread spins, and takes the
     # interpreter lock from the training that it feeds (three times slower, on two cores).
-    with ThreadPoolExecutor(1) as ahead:
-        part = ahead.submit(build, 0)
-        for done in range(0, steps, STEPS_AHEAD):
-            ready = part.result()
-            part = ahead.submit(build, done + STEPS_AHEAD)
-            assert ready is not None
-            for batch in ready.iter_batches(batch_size=len(share), batch_format="pyarrow"):
-                yield batch.to_pylist()  # type: ignore[union-attr]  # an Arrow table, as asked for
+    ahead = ThreadPoolExecutor(1)
+    begun = ahead.submit(build, 0)
+
+    def parts() -> Iterator[list[dict[str, Any]]]:
+        part = begun
+        with ahead:
+            for done in range(0, steps, STEPS_AHEAD):
+                ready = part.result()
+                part = ahead.submit(build, done + STEPS_AHEAD)
+                assert ready is not None
+                for batch in ready.iter_batches(batch_size=len(share), batch_format="pyarrow"):
+                    yield batch.to_pylist()  # type: ignore[union-attr]  # an Arrow table, as asked for
+
+    return parts()
 
 
 @dataclass(frozen=True)

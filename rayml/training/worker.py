@@ -19,7 +19,16 @@ import torch.distributed
 
 from rayml.config import Config
 from rayml.lm.precision import device_for, settled, with_dtype
-from rayml.runs.checkpoint import folder_name, is_best, is_enough, keep_only, naming_full_disk, seal, val_scores
+from rayml.runs.checkpoint import (
+    folder_name,
+    is_best,
+    is_enough,
+    keep_only,
+    naming_full_disk,
+    newest_step,
+    seal,
+    val_scores,
+)
 from rayml.runs.files import AnyPath, deliver
 from rayml.runs.folder import RunFolder
 from rayml.tasks.episodes import VALIDATION_SEED
@@ -45,12 +54,16 @@ def train_worker(settings: dict[str, Any]) -> str | None:
     heartbeat = Heartbeat(job.heartbeats, job.config.run.longest_wait)
     job = replace(job, config=agreed_precision(job, run, device, heartbeat))
     config = job.config
+    likely = collective.from_first_worker(newest_step(run.checkpoints) if collective.rank() == 0 else None)
+    steps = steps_left(job, likely)  # its first episodes are made while the model loads
     heartbeat.doing("loading the model")
     learning: Learning = (Sharded if config.is_sharded else Replicated)(job, device, heartbeat)
     learning.begin(run)
+    if learning.done != likely:
+        steps = steps_left(job, learning.done)
     heartbeat.doing("first outer step")
     with StepLog(config, run, learning.done) if collective.rank() == 0 else nullcontext() as log:
-        return meta_train(job, run, learning, log)
+        return meta_train(job, run, learning, steps, log)
 
 
 def agreed_precision(job: Job, run: RunFolder, device: torch.device, heartbeat: Heartbeat) -> Config:
@@ -66,12 +79,14 @@ def agreed_precision(job: Job, run: RunFolder, device: torch.device, heartbeat: 
     return config
 
 
-def meta_train(job: Job, run: RunFolder, learning: Learning, log: "StepLog | None") -> str | None:
+def meta_train(
+    job: Job, run: RunFolder, learning: Learning, steps: Iterator[list[dict[str, Any]]], log: "StepLog | None"
+) -> str | None:
     """Take the outer steps that are left; returns as `train_worker` does."""
     config, notices = job.config, Notices(run)
     scores: list[float] = collective.from_first_worker(val_scores(run.records()) if log else None)
     ended, checkpoint_seconds = time.perf_counter(), 0.0
-    for episodes in steps_left(job, learning):
+    for episodes in steps:
         step, began = learning.done + 1, time.perf_counter()
         validates = bool(job.val) and due(step, config.validation.every, config.outer.steps)
         try:
@@ -100,17 +115,19 @@ def meta_train(job: Job, run: RunFolder, learning: Learning, log: "StepLog | Non
     return None
 
 
-def steps_left(job: Job, learning: Learning) -> Iterator[list[dict[str, Any]]]:
-    """Return the stream of this worker's episodes, step by step."""
+def steps_left(job: Job, done: int) -> Iterator[list[dict[str, Any]]]:
+    """Return the stream of this worker's episodes, step by step, behind the `done` outer steps."""
     config = job.config
+    # Every worker of a sharded model takes part in all tasks.
+    rank, workers = (0, 1) if config.is_sharded else (collective.rank(), collective.world_size())
     sampler = replace(config.data.training_sampler(config.seed), replayed=job.replayed, replay=config.data.replay)
     return stream_steps(
         EncodeEpisode(job.train, job.encoder, sampler),
-        first=learning.done * config.tasks_per_step,
-        steps=config.outer.steps - learning.done,
+        first=done * config.tasks_per_step,
+        steps=config.outer.steps - done,
         per_step=config.tasks_per_step,
-        rank=learning.rank,
-        workers=learning.workers,
+        rank=rank,
+        workers=workers,
     )
 
 
