@@ -20,7 +20,7 @@ USUAL_DEVIATION = 3**-0.5
 """Of `A x` in each row, for inputs x of unit mean square, under the usual uniform start."""
 LEAST_SHARE = 1e-3
 """A direction counts as varied from this share of the inputs' length on."""
-MOST_ROWS = 1024
+MOST_ROWS = 512
 # Episodes that the start is taken from have seeds of their own, far from any training seed.
 START_SEED = 3_000_017
 START_EPISODES = 16
