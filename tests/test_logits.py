@@ -46,6 +46,21 @@ def test_logits_in_parts_are_those_of_all_at_once(tiny, parts, monkeypatch):
         torch.testing.assert_close(others[name], gradient, rtol=1e-4, atol=1e-6)
 
 
+def test_what_is_chosen_among_few_tokens_has_the_losses_and_gradients_of_the_whole_vocabulary(tiny, parts):
+    lm = tiny_lm(tiny)
+    rows = ragged_rows(3, random.Random(0))
+    labels = [[row.tokens[row.start :] for row in task] for task in rows]
+    batch = collate(rows, 1, labels, packs=True)
+    assert len(batch.scored.choices.tokens) < lm.module.config.vocab_size / 2
+    fast = {name: weight.expand(3, *weight.shape) for name, weight in perturbed_start(lm).items()}
+    found, gradients = task_gradients(partial(lm.losses, batch=batch, smoothing=0.1), fast)
+    lm.narrow_head = None
+    losses, others = task_gradients(partial(lm.losses, batch=batch, smoothing=0.1), fast)
+    torch.testing.assert_close(found, losses, rtol=1e-5, atol=1e-6)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(others[name], gradient, rtol=1e-4, atol=1e-6)
+
+
 def test_labels_need_few_logits_and_are_read_at_once(tiny, parts, monkeypatch):
     lm = tiny_lm(tiny)
     monkeypatch.setattr(model_module, "MOST_LOGITS", 5 * lm.module.config.vocab_size)
@@ -58,4 +73,6 @@ def test_labels_need_few_logits_and_are_read_at_once(tiny, parts, monkeypatch):
 @pytest.mark.parametrize(("family", "expected"), [("llama", True), ("gemma2", False), ("cohere2", False)])
 def test_what_is_done_to_logits_behind_the_output_layer_is_seen(family, expected, tmp_path):
     module = load_base(str(make_model(tmp_path, family)), "float32", "eager")
-    assert TaskLM(module, TaskLoRA(module, ["q_proj"], 2, 4.0)).plain_head is expected
+    lm = TaskLM(module, TaskLoRA(module, ["q_proj"], 2, 4.0))
+    assert lm.plain_head is expected
+    assert (lm.narrow_head is not None) is expected

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rayml.algorithms.inner_loop import Params
 from rayml.algorithms.prototypes import Pooling, Read
 from rayml.config import Config
-from rayml.lm.label_losses import Among, among
+from rayml.lm.label_losses import Among, Choices, among, choices
 from rayml.lm.label_trie import IGNORE, Label, LabelTrie, label_trie
 from rayml.lm.rows import TokenRow
 
@@ -43,12 +43,15 @@ class Scored(NamedTuple):
     counts: Tensor
     """`[T]`: what each task's loss is divided by."""
     among: Among
+    choices: Choices | None
+    """Of targets that are all chosen among some tokens."""
 
     def to(self, device: torch.device) -> "Scored":
         positions, targets, task, counts, some, whole = (
             part.to(device) for part in (self.positions, self.targets, self.task, self.counts, *self.among)
         )
-        return Scored(positions, targets, task, counts, Among(some, whole))
+        few = self.choices and self.choices.to(device)
+        return Scored(positions, targets, task, counts, Among(some, whole), few)
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,8 @@ class TaskBatch:
         positions = (targets != IGNORE).nonzero().squeeze(1)
         task = positions // (len(targets) // self.tasks)
         counts = self.counted().view(self.tasks, -1).sum(1).clamp(min=1)
-        return Scored(positions, targets[positions], task, counts, among(self.allowed, len(positions)))
+        found, allowed = targets[positions], self.allowed
+        return Scored(positions, found, task, counts, among(allowed, len(found)), choices(found, allowed))
 
     @cached_property
     def read_at(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -286,7 +290,9 @@ class TaskSide:
         packs: bool = True,
     ):
         self.lm, self.tasks, self.labels, self.row_classes, self.pad = lm, tasks, labels, row_classes, pad
-        self.smoothing, self.packs = smoothing, packs and lm.packs
+        self.smoothing = smoothing
+        # What the model can is tried here, before anything is dropped out.
+        self.packs, _ = packs and lm.packs, lm.narrow_head
 
     @cached_property
     def batch(self) -> TaskBatch:

@@ -24,6 +24,31 @@ def among(allowed: Tensor | None, targets: int) -> Among:
     return Among(has_some.nonzero().squeeze(1), (~has_some).nonzero().squeeze(1))
 
 
+class Choices(NamedTuple):
+    """U tokens that M targets are chosen among, with targets and choices as columns of the logits of these alone."""
+
+    tokens: Tensor
+    """`[U]`, of the vocabulary."""
+    targets: Tensor
+    """`[M]`"""
+    allowed: Tensor
+    """`[M, S]`, filled up with IGNORE."""
+
+    def to(self, device: torch.device) -> "Choices":
+        return Choices(*(part.to(device) for part in self))
+
+
+def choices(targets: Tensor, allowed: Tensor | None) -> Choices | None:
+    """Return the choices of M targets, as `token_losses` takes them; None, where one is chosen among the whole
+    vocabulary. On a GPU it waits for the device."""
+    found = among(allowed, len(targets))
+    if allowed is None or len(found.all) or not len(found.some):
+        return None
+    tokens = allowed[allowed != IGNORE].unique()
+    columns = torch.searchsorted(tokens, allowed.clamp(min=0)).masked_fill(allowed == IGNORE, IGNORE)
+    return Choices(tokens, torch.searchsorted(tokens, targets), columns)
+
+
 def token_losses(
     logits: Tensor,
     targets: Tensor,

@@ -97,6 +97,12 @@ class TaskLM:
         wanted = self.logits_at(torch.arange(3, device=self.device), None, rows, hidden=hidden)
         return torch.equal(self._head(hidden[0].flatten(0, 1)), wanted)
 
+    @cached_property
+    def narrow_head(self) -> nn.Linear | None:
+        """The output layer, if some of its rows alone make the logits of some tokens."""
+        head = getattr(self.module, "module", self.module).get_output_embeddings() if self.plain_head else None
+        return head if type(head) is nn.Linear else None
+
     def _head(self, hidden: Tensor) -> Tensor:
         return getattr(self.module, "module", self.module).get_output_embeddings()(hidden)
 
@@ -148,6 +154,24 @@ class TaskLM:
             return self._forward(weights, frozen, {"input_ids": tokens} | seen | inputs).logits
         finally:
             self._positions = self._hidden = None
+
+    def chosen_logits_at(
+        self,
+        positions: Tensor,
+        tokens: Tensor,
+        weights: Params | None,
+        read: Tensor,
+        frozen: list[Tensor] | None = None,
+        **inputs: Any,
+    ) -> Tensor:
+        """Return the logits of the `tokens` `[U]` alone at some positions of `read` `[N, L]`, `[M, U]`, as `logits_at`
+        does: of a label's few tokens, a small part of the vocabulary's work. For models with a `narrow_head`.
+        """
+        head, hidden = self.narrow_head, list[Tensor]()
+        assert head is not None
+        self.logits_at(positions[:1], weights, read, frozen, hidden, **inputs)
+        bias = None if head.bias is None else head.bias[tokens]
+        return nn.functional.linear(hidden[0].flatten(0, 1)[positions], head.weight[tokens], bias)
 
     def _forward(self, weights: Params | None, frozen: list[Tensor] | None, inputs: dict[str, Any]) -> Any:
         if self.adapter is None and weights is not None:
@@ -283,8 +307,14 @@ class TaskLM:
         at_a_time = max(1, MOST_LOGITS // self.module.config.get_text_config().vocab_size)
         if not self.sentences and len(scored.among.all) > at_a_time and self.plain_head:
             return mean_by_task(self._losses_in_parts(weights, batch, smoothing, at_a_time), batch)
-        logits, _ = self.target_logits(weights, batch)
-        losses = token_losses(logits, scored.targets, batch.allowed, smoothing, known=scored.among)
+        few = scored.choices
+        if few and not self.sentences and self.narrow_head:
+            at = scored.positions, few.tokens, weights, batch.tokens, self.slot(batch)
+            logits = self.chosen_logits_at(*at, **position_inputs(batch))
+            losses = token_losses(logits, few.targets, few.allowed, smoothing, known=scored.among)
+        else:
+            logits, _ = self.target_logits(weights, batch)
+            losses = token_losses(logits, scored.targets, batch.allowed, smoothing, known=scored.among)
         return mean_by_task(losses, batch)
 
     def _losses_in_parts(self, weights: Params | None, batch: TaskBatch, smoothing: float, at_a_time: int) -> Tensor:
