@@ -4,6 +4,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 
+from rayml.lm.batch import ATTENTION_TOKENS
 from rayml.lm.decode import Decoder, PromptReader
 from rayml.lm.model import TaskLM
 from rayml.serving.settings import Batching
@@ -120,15 +121,22 @@ class Writer:
         if reader is None or self._has_left(reader):
             self.reader = None
             return
-        most = self.turn_tokens if self.long.reads_in_parts else len(reader.row.tokens)
         try:
-            if self.long.read_on(reader, most):
+            if self.long.read_on(reader, self._part(reader)):
                 self.reader = None
         except Exception as error:
             log.exception("reading a prompt failed")
             self._lose([reader.row], error)
             self.reader = None
         self._send(self.long)
+
+    def _part(self, reader: PromptReader) -> int:
+        """Return how many tokens of a long prompt are read next: on a CPU, the fewer the more it attends to."""
+        if not self.long.reads_in_parts:
+            return len(reader.row.tokens)
+        if self.lm.device.type != "cpu":
+            return self.turn_tokens
+        return max(1, int(self.turn_tokens / (1 + reader.tokens_read / ATTENTION_TOKENS)))
 
     def _has_left(self, reader: PromptReader) -> bool:
         return isinstance(reader.row, Writing) and reader.row.cancelled
