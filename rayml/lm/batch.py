@@ -291,8 +291,7 @@ class TaskSide:
     ):
         self.lm, self.tasks, self.labels, self.row_classes, self.pad = lm, tasks, labels, row_classes, pad
         self.smoothing = smoothing
-        # What the model can is tried here, before anything is dropped out.
-        self.packs, _ = packs and lm.packs, lm.narrow_head
+        self.packs, _ = packs and lm.packs, lm.narrow_head  # tried before anything is dropped out
 
     @cached_property
     def batch(self) -> TaskBatch:

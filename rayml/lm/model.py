@@ -50,6 +50,11 @@ class TaskLM:
         if self.sentences is None:
             module.get_output_embeddings().register_forward_pre_hook(self._at_targets)
 
+    def try_out(self) -> None:
+        """Try now what the model can do, and not when that is first asked: all workers are here, whose shards it takes,
+        and no other thread runs the model."""
+        _ = self.packs, self.forks, self.narrow_head
+
     @cached_property
     def packs(self) -> bool:
         """Whether examples may share a row, seeing nothing of each other: tried with a few tokens.

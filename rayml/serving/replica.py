@@ -44,7 +44,7 @@ class Replica:
         servable(run, serving.checkpoint)
         self.model = load(run, checkpoint=serving.checkpoint, every_linear=True)
         # What is tried by a forward is tried now: from here on the engine's thread alone may run the model.
-        _ = self.model.lm.packs, self.model.lm.forks
+        self.model.lm.try_out()
         self.context = min(context_tokens(self.model.lm.module), serving.limits.context_tokens)
         base = dataclasses.replace(self.model.encoder, max_tokens=self.context, soft_tokens=0)
         self.bare = self.model.adapter(None, AdapterCard("", "", "", "{input}", 0), encoder=base)

@@ -273,11 +273,7 @@ def build_lm(config: Config, model: str, device: torch.device) -> TaskLM:
         checkpoint_activations(module)
     shape = config.lora.shape() if config.mode == "adapters" else {}
     lm = TaskLM(module, hooks(module, shape, config.soft_tokens))
-    _ = (
-        lm.packs,
-        lm.forks,
-        lm.narrow_head,
-    )  # tried here, where every worker takes part: sharded weights are gathered from all
+    lm.try_out()
     return lm
 
 
