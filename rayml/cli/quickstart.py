@@ -14,7 +14,7 @@ from rayml.cli.training import evaluate, train
 
 CONFIG, TICKETS = Path("configs/quickstart.yaml"), Path("configs/examples/support-tickets.jsonl")
 TASKS = Path("data/quickstart")
-EPISODES = 6
+EPISODES = 8
 QUESTION = "my parcel has not arrived"
 AT_ONCE = "adapters/tickets"
 
