@@ -123,7 +123,7 @@ def server(tmp_path_factory):
         "limits.retry_after_seconds=1",
         "limits.adapters_per_key=150",
         "adapters.known_seconds=0.2",
-        "limits.body_seconds=8",  # longer than a busy machine takes to hand a whole body on
+        "limits.body_seconds=20",  # longer than a busy machine takes to hand a whole body on
     )
     yield server
     if server.process.poll() is None and server.stop():
