@@ -7,7 +7,7 @@ from conftest import TARGETS, perturbed_start, toy_tasks
 from rayml.algorithms.inner_loop import expand, task_gradients
 from rayml.lm.batch import collate
 from rayml.lm.encode import Encoder
-from rayml.lm.frozen import BLOCK_TOKENS, blocks
+from rayml.lm.frozen import BLOCK_TOKENS, Share, blocks
 from rayml.lm.load import load_base
 from rayml.lm.lora import TaskLoRA
 from rayml.lm.model import TaskLM, known_states
@@ -63,18 +63,25 @@ def test_a_batch_with_an_unknown_example_is_run_as_a_whole(lm, rows, tokenizer):
     assert lm.slot(collate([rows[:9]], tokenizer.eos_token_id)) == []
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("workers", [1, 2, 3, 9])
 def test_workers_share_the_work_and_find_the_same(lm, tokenizer, workers, monkeypatch):
     monkeypatch.setattr("rayml.lm.frozen.BLOCK_TOKENS", 40)
     rows = [TokenRow([5 + n % 7] * (4 + n % 5) + [9], 4 + n % 5) for n in range(23)]
     alone = known_states(lm, rows, tokenizer.eos_token_id)
     parts = []
-    for rank in range(workers):
+    for rank in range(workers):  # of nine, some have nothing to do
         share = blocks(rows)[1][rank::workers]
-        parts.append(torch.cat([lm.frozen_states(block, tokenizer.eos_token_id) for block in share]))
-    together = known_states(lm, rows, tokenizer.eos_token_id, slice(0, None, workers), lambda _: parts)
-    assert torch.equal(together.states, alone.states)
-    assert together.first == alone.first
+        done = [lm.frozen_states(block, tokenizer.eos_token_id) for block in share]
+        parts.append(torch.cat([alone.states[:0], *done]))
+    for rank in range(workers):
+
+        def gather(mine, rank=rank):
+            assert torch.equal(mine, parts[rank])
+            return parts
+
+        together = known_states(lm, rows, tokenizer.eos_token_id, Share(rank, workers, gather))
+        assert torch.equal(together.states, alone.states)
+        assert together.first == alone.first
 
 
 def test_blocks_hold_each_row_once_whatever_their_order(rows):

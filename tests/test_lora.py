@@ -14,6 +14,7 @@ from rayml.algorithms.inner_loop import adapt, task_gradients
 from rayml.algorithms.registry import chosen
 from rayml.errors import ConfigError
 from rayml.lm.batch import IGNORE, TaskBatch, collate
+from rayml.lm.frozen import Share
 from rayml.lm.initialization import alike, principal_start
 from rayml.lm.load import checkpoint_activations, load_base
 from rayml.lm.lora import MixedUpdate, TaskLoRA, find_linears
@@ -202,7 +203,7 @@ def test_workers_that_divide_the_batches_find_the_same_start(lm, workers):
         assert torch.equal(part, parts[0])
         return parts
 
-    shared = principal_start(lm, batches, 0, slice(0, None, workers), gather)
+    shared = principal_start(lm, batches, 0, Share(0, workers, gather))
     for name, weight in principal_start(lm, batches, 0).items():
         assert torch.equal(shared[name], weight)
     assert next([name for name in names if name.endswith(("q_proj", "v_proj"))] for names in alike(full)) == [

@@ -6,7 +6,7 @@ layers, every forward after the first runs 10. And where examples come back in l
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,6 @@ from rayml.lm.batch import TaskBatch
 from rayml.lm.rows import TokenRow
 
 P = TypeVar("P")
-Gather = Callable[[Tensor], list[Tensor]]
 BLOCK_TOKENS = 2048
 """Of examples that go through the layers together, when all of them do."""
 
@@ -104,20 +103,28 @@ def alone(part: Tensor) -> list[Tensor]:
     return [part]
 
 
-def in_shares(
-    parts: Sequence[P], run: Callable[[P], Tensor], sizes: Sequence[int], share: slice, gather: Gather
-) -> Tensor:
-    """Return what `run` makes of the parts, `[size, D]` each, one behind the other; each worker runs a share of them.
+class Share(NamedTuple):
+    """A worker's share of parts that all workers divide: `rank`, `rank + workers` and so on."""
 
-    Args:
-        share: `rank::workers`; the same parts are the same for any number of workers.
-        gather: from this worker's states, `[n, D]`, to those of all workers, by rank.
-    """
-    workers = share.step or 1
-    mine = [run(part) for part in parts[share]] or [run(parts[0])[:0]]
-    gathered = gather(torch.cat(mine))
-    split = [iter(of.split(list(sizes[rank::workers]))) for rank, of in enumerate(gathered)]
-    return torch.cat([next(split[index % workers]) for index in range(len(parts))])
+    rank: int = 0
+    workers: int = 1
+    gather: Callable[[Tensor], list[Tensor]] = alone
+    """From this worker's `[n, D]`, n may be 0, to those of all workers, by rank."""
+
+    def of(self, parts: Sequence[P]) -> Sequence[P]:
+        return parts[self.rank :: self.workers]
+
+    def joined(self, mine: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Return what all workers made of the parts, one behind the other, from what this one made of its share.
+
+        Args:
+            sizes: rows of each part.
+        """
+        split = [iter(of.split(list(sizes[rank :: self.workers]))) for rank, of in enumerate(self.gather(mine))]
+        return torch.cat([next(split[index % self.workers]) for index in range(len(sizes))])
+
+
+ALONE = Share()
 
 
 def blocks(rows: Sequence[TokenRow]) -> tuple[list[TokenRow], list[list[TokenRow]]]:

@@ -9,7 +9,7 @@ from rayml.algorithms.inner_loop import Params
 from rayml.config import Config
 from rayml.lm.batch import TaskBatch, collate, decode_rows
 from rayml.lm.encode import Encoder
-from rayml.lm.frozen import Gather, alone, in_shares
+from rayml.lm.frozen import ALONE, Share
 from rayml.lm.lora import A, TaskLoRA
 from rayml.lm.model import TaskLM
 from rayml.lm.parameters import trained_parameters
@@ -27,25 +27,18 @@ START_EPISODES = 16
 
 
 def untrained_start(
-    config: Config,
-    lm: TaskLM,
-    encoder: Encoder,
-    tasks: Sequence[Task],
-    share: slice = slice(None),
-    gather: Gather = alone,
+    config: Config, lm: TaskLM, encoder: Encoder, tasks: Sequence[Task], share: Share = ALONE
 ) -> Params:
     """Return where meta-training on these tasks begins, in fp32: for one seed the same for any number of workers.
 
     Args:
-        share, gather: as of `rayml.lm.frozen.in_shares`, where the workers divide the work.
+        share: this worker's, where the workers divide the work.
     """
     readout = config.algorithm.prototypes
-    return adapter_start(config, lm, encoder, tasks, share, gather) | (readout.start() if readout else {})
+    return adapter_start(config, lm, encoder, tasks, share) | (readout.start() if readout else {})
 
 
-def adapter_start(
-    config: Config, lm: TaskLM, encoder: Encoder, tasks: Sequence[Task], share: slice, gather: Gather
-) -> Params:
+def adapter_start(config: Config, lm: TaskLM, encoder: Encoder, tasks: Sequence[Task], share: Share) -> Params:
     """Return what `untrained_start` does of the adapter, or, in mode full, of the model."""
     if lm.adapter is None:
         return {name: p.detach().float().clone() for name, p in trained_parameters(lm.module, config.full).items()}
@@ -58,12 +51,10 @@ def adapter_start(
         tokens = [token for e in episodes for row in e["support"]["tokens"] for token in row]
         return lm.adapter.start_from(tokens, config.seed)
     batches = [collate([decode_rows(e[side])], pad).to(lm.device) for e in episodes for side in ("support", "query")]
-    return principal_start(lm, batches, config.seed, share, gather)
+    return principal_start(lm, batches, config.seed, share)
 
 
-def principal_start(
-    lm: TaskLM, batches: Sequence[TaskBatch], seed: int, share: slice = slice(None), gather: Gather = alone
-) -> Params:
+def principal_start(lm: TaskLM, batches: Sequence[TaskBatch], seed: int, share: Share = ALONE) -> Params:
     """Return a start whose `A` reads what varies between examples, with `B` zero as usual.
 
     The rows of A are the leading principal directions of what a linear sees at the target positions, each scaled to
@@ -72,19 +63,18 @@ def principal_start(
 
     Args:
         batches: a few dozen rows or more in all; where fewer than r directions vary, the other rows stay random.
-        share, gather: as of `rayml.lm.frozen.in_shares`, where the workers divide the batches.
+        share: this worker's, of the batches.
     """
     assert isinstance(lm.adapter, TaskLoRA)
     start = lm.adapter.untrained_start(seed)
     sizes = [len(lm.target_positions(batch)) for batch in batches]
-    before = list(accumulate(sizes, initial=0))
-    numbers = [number for number in range(len(batches)) if before[number] < MOST_ROWS]
-    if len(numbers) < (share.step or 1):
-        share, gather = slice(None), alone
-    seen = {number: lm.target_inputs(batches[number]) for number in numbers[share]}
-    for names in alike(list(seen.values())):
-        parts = (lambda number, name=names[0]: seen[number][name]), [sizes[number] for number in numbers]
-        inputs = in_shares(numbers, *parts, share, gather)[:MOST_ROWS].cpu()
+    enough = sum(before < MOST_ROWS for before in accumulate(sizes[:-1], initial=0))
+    batches, sizes = batches[:enough], sizes[:enough]
+    if len(batches) < share.workers:
+        share = ALONE
+    seen = [lm.target_inputs(batch) for batch in share.of(batches)]
+    for names in alike(seen):
+        inputs = share.joined(torch.cat([part[names[0]] for part in seen]), sizes)[:MOST_ROWS].cpu()
         _, deviations, directions = torch.linalg.svd(inputs - inputs.mean(0), full_matrices=False)
         deviations = deviations / len(inputs) ** 0.5
         # Where all examples end alike, the first layer sees no variation at all: nothing there to scale up.

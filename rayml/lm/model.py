@@ -13,7 +13,7 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 from rayml.algorithms.inner_loop import Params
 from rayml.algorithms.prototypes import Pooling, Read, label_log_probs
 from rayml.lm.batch import TaskBatch, collate
-from rayml.lm.frozen import FrozenLayers, Gather, KnownStates, alone, blocks, in_shares
+from rayml.lm.frozen import ALONE, FrozenLayers, KnownStates, Share, blocks
 from rayml.lm.label_losses import MOST_LOGITS, token_losses
 from rayml.lm.label_trie import IGNORE
 from rayml.lm.lora import TaskLoRA, layer_number
@@ -341,25 +341,23 @@ def known_states(
     lm: TaskLM,
     rows: Sequence[TokenRow],
     pad: int,
-    share: slice = slice(None),
-    gather: Gather = alone,
+    share: Share = ALONE,
     progress: Callable[[int], None] = lambda done: None,
 ) -> KnownStates:
     """Run rows through the frozen layers once.
 
     Args:
-        share, gather: as of `rayml.lm.frozen.in_shares`.
+        share: this worker's, of the blocks of rows; the same rows make the same blocks for any number of workers.
         progress: is told the share of the rows that is done, in per cent.
     """
     unique, parts = blocks(rows)
-    done = iter(range(len(parts[share])))
-
-    def run(block: Sequence[TokenRow]) -> Tensor:
-        progress(100 * next(done) // len(parts[share]))
-        return lm.frozen_states(block, pad)
-
-    sizes = [sum(len(row.tokens) for row in block) for block in parts]
-    return KnownStates(unique, in_shares(parts, run, sizes, share, gather))
+    mine, found = share.of(parts), []
+    for index, block in enumerate(mine):
+        progress(100 * index // len(mine))
+        found.append(lm.frozen_states(block, pad))
+    width = lm.module.get_input_embeddings().embedding_dim
+    states = torch.cat(found) if found else torch.empty(0, width, dtype=lm.module.dtype, device=lm.device)
+    return KnownStates(unique, share.joined(states, [sum(len(row.tokens) for row in block) for block in parts]))
 
 
 def mean_by_task(losses: Tensor, batch: TaskBatch) -> Tensor:

@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rayml.lm.frozen import Share
+
 
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
@@ -36,6 +38,11 @@ def join_from_workers(part: Tensor) -> list[Tensor]:
     found = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(found, padded)
     return [whole[:size] for whole, size in zip(found, sizes, strict=True)]
+
+
+def share() -> Share:
+    """Return this worker's share of what all workers divide."""
+    return Share(rank(), world_size(), join_from_workers)
 
 
 def from_first_worker(value: Any) -> Any:

@@ -19,7 +19,7 @@ from rayml.lm import zero
 from rayml.lm.batch import trained_tokens, training_sides
 from rayml.lm.encode import Encoder
 from rayml.lm.fine_tuning import rate_factors, special_steps
-from rayml.lm.frozen import KnownStates, alone
+from rayml.lm.frozen import ALONE, KnownStates
 from rayml.lm.initialization import untrained_start
 from rayml.lm.load import checkpoint_activations, load_base
 from rayml.lm.lora import TaskLoRA
@@ -70,12 +70,11 @@ class Replicated:
         width, size = self.lm.module.get_input_embeddings().weight.shape[1], self.lm.module.dtype.itemsize
         if sum(len(row.tokens) for row in rows) * width * size > MOST_KNOWN_BYTES:
             return None
-        share = slice(self.rank, None, self.workers)
 
         def tell(percent: int) -> None:
             self.heartbeat.doing(f"reading {len(rows)} training examples with the frozen layers, once: {percent} %")
 
-        return known_states(self.lm, rows, self.encoder.pad, share, collective.join_from_workers, tell)
+        return known_states(self.lm, rows, self.encoder.pad, collective.share(), tell)
 
     def begin(self, run: RunFolder) -> None:
         """Go on from the newest whole checkpoint, or keep the untrained start to compare with."""
@@ -279,10 +278,9 @@ def build_lm(config: Config, model: str, device: torch.device) -> TaskLM:
 
 def agreed_start(job: Job, lm: TaskLM) -> Params:
     """Return the start at step 0, the same on every worker: adapters come from the first, by its own arithmetic."""
-    share, gather = slice(None), alone
-    if not zero.is_sharded(next(lm.module.parameters())):  # its forwards, all workers take together
-        share, gather = slice(collective.rank(), None, collective.world_size()), collective.join_from_workers
-    start = untrained_start(job.config, lm, get(job.encoder), get(job.train), share, gather)
+    # All workers take the forwards of a sharded model together.
+    share = ALONE if zero.is_sharded(next(lm.module.parameters())) else collective.share()
+    start = untrained_start(job.config, lm, get(job.encoder), get(job.train), share)
     return collective.tensors_from_first_worker(start) if lm.adapter else start
 
 
