@@ -35,8 +35,11 @@ def test_peers_come_to_the_same_meta_gradient_and_one_that_does_not_is_left_out(
     assert case["failed"].keys() == {"nearly", "broken"}
     assert case["seconds"].keys() == {"rayml", "PEFT loop", "torch.func"}
     assert min(case["peak_bytes"].values()) > 0
-    # Padding to the longest of all tasks, without the rows of the output layer that no label needs.
-    assert case["flops"]["rayml"] > 0.95 * case["flops"]["PEFT loop"] > 0
+    ours, loop = case["flops"]["rayml"], case["flops"]["PEFT loop"]
+    if labels == "vocabulary":
+        assert ours >= loop > 0, "padding to the longest of all tasks"
+    else:
+        assert loop > ours > 0.95 * loop, "without the rows of the output layer that no label needs"
 
 
 def test_a_report_of_random_weights_over_an_axis(benchmark, tmp_path, monkeypatch, capsys):

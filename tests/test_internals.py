@@ -69,6 +69,20 @@ def test_ray_train_calls_back(callback, hook):
     assert parameters[0] == parameters[1], f"Ray's {callback}.{hook} takes others"
 
 
+def test_ray_train_starts_no_actor_that_has_nothing_to_do():
+    from ray.train.torch import TorchTrainer
+
+    from rayml.training.ray_internals import without_idle_actors
+
+    def kinds(trainer):
+        return {type(one).__name__ for one in trainer._create_default_callbacks()}
+
+    usual = kinds(TorchTrainer(print))
+    idle = {"DatasetsCallback", "PlacementGroupCleanerCallback"}
+    assert usual - kinds(without_idle_actors(TorchTrainer(print), ray_is_ours=True)) == idle
+    assert usual - kinds(without_idle_actors(TorchTrainer(print), ray_is_ours=False)) == {"DatasetsCallback"}
+
+
 def test_ray_train_s_errors_of_workers_that_died_are_raised():
     from rayml.training.ray_internals import DIED
 
@@ -105,6 +119,9 @@ def test_ray_s_variables_are_still_read():
     ours = set(re.findall(r'"((?:RAY_TRAIN|RAY_AIR|TUNE)_[A-Z_]+)"', source))
     assert len(ours) >= 6
     assert ours <= known, f"Ray does not know {', '.join(sorted(ours - known))}"
+    (prestart,) = re.findall(r'"RAY_(prestart\w+)"', source)
+    raylet = Path(ray.air.constants.__file__).parents[1] / "core" / "src" / "ray" / "raylet" / "raylet"
+    assert prestart.encode() in raylet.read_bytes(), f"Ray does not know {prestart}"
 
 
 def test_ray_tune_s_results_know_their_trials():

@@ -46,8 +46,14 @@ def test_logits_in_parts_are_those_of_all_at_once(tiny, parts, monkeypatch):
         torch.testing.assert_close(others[name], gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_what_is_chosen_among_few_tokens_has_the_losses_and_gradients_of_the_whole_vocabulary(tiny, parts):
-    lm = tiny_lm(tiny)
+def test_what_is_chosen_among_few_tokens_has_the_losses_and_gradients_of_the_whole_vocabulary(tiny, monkeypatch):
+    lm, widths, whole = tiny_lm(tiny), [], model_module.token_losses
+
+    def noted(logits, *more, **named):
+        widths.append(logits.shape[1])
+        return whole(logits, *more, **named)
+
+    monkeypatch.setattr(model_module, "token_losses", noted)
     rows = ragged_rows(3, random.Random(0))
     labels = [[row.tokens[row.start :] for row in task] for task in rows]
     batch = collate(rows, 1, labels, packs=True)
@@ -56,6 +62,7 @@ def test_what_is_chosen_among_few_tokens_has_the_losses_and_gradients_of_the_who
     found, gradients = task_gradients(partial(lm.losses, batch=batch, smoothing=0.1), fast)
     lm.narrow_head = None
     losses, others = task_gradients(partial(lm.losses, batch=batch, smoothing=0.1), fast)
+    assert widths == [len(batch.scored.choices.tokens), lm.module.config.vocab_size]
     torch.testing.assert_close(found, losses, rtol=1e-5, atol=1e-6)
     for name, gradient in gradients.items():
         torch.testing.assert_close(others[name], gradient, rtol=1e-4, atol=1e-6)

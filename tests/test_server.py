@@ -26,7 +26,7 @@ def run(tmp_path_factory):
 
 def post(server, path, body, key=KEYS[0]):
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    return requests.post(server.url + path, json=body, headers=headers, timeout=180)
+    return requests.post(server.url + path, json=body, headers=headers, timeout=60)
 
 
 @pytest.mark.serve
@@ -151,7 +151,7 @@ def test_a_lesson_in_the_background_is_asked_for_until_it_is_learned(server):
         f"{server.url}/v1/adapters",
         json={"examples": examples(), "name": "later", "steps": 20},
         headers={"Authorization": f"Bearer {KEYS[0]}", "Prefer": "respond-async"},
-        timeout=180,
+        timeout=60,
     )
     assert (begun.status_code, begun.json()["status"]) == (202, "learning")
     assert begun.headers["Location"] == f"/v1/adapters/{begun.json()['id']}"
@@ -263,9 +263,7 @@ def test_prometheus_finds_what_happened(server):
     # Of the dead replica's there are none, and the others tell theirs now and then. The more queries in a batch, the
     # fewer batches: so the queries are counted.
     wait_for(lambda: server.metric("rayml_classify_batch_sum") > 200, 30)
-    # Ray forgets a gauge that is not told again for a while; on a slow machine that is before we come here.
-    server.client().learn(TICKETS, name="told")
-    wait_for(lambda: server.metric("rayml_cached_adapters") > 0, 60)
+    assert server.metric("rayml_cached_adapters") > 10
     lines = requests.get(f"http://127.0.0.1:{server.metrics_port}/metrics", timeout=10).text.splitlines()
     (line, *_) = [line for line in lines if line.startswith("ray_rayml_adaptations_total{")]
     assert 'application="rayml"' in line

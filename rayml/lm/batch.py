@@ -290,8 +290,7 @@ class TaskSide:
         packs: bool = True,
     ):
         self.lm, self.tasks, self.labels, self.row_classes, self.pad = lm, tasks, labels, row_classes, pad
-        self.smoothing = smoothing
-        self.packs, _ = packs and lm.packs, lm.narrow_head  # tried before anything is dropped out
+        self.smoothing, self.packs = smoothing, packs and lm.packs
 
     @cached_property
     def batch(self) -> TaskBatch:

@@ -76,7 +76,7 @@ class TaskLoRA:
     def begin(self, adapters: Params | None) -> None:
         """Apply these adapters, `[T, ...]` each, in the forward that comes."""
         self.adapters = adapters
-        self._forwards += 1
+        self._forwards += adapters is not None  # of the bare model there is nothing to drop
 
     def _hook(self, name: str, number: int):
         scale = self.alpha / self.rank

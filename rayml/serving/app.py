@@ -40,9 +40,11 @@ class ServedReplica(Replica):
         share = serving.replicas.gpus or 0
         if 0 < share < 1 and torch.cuda.is_available():
             torch.cuda.set_per_process_memory_fraction(share)
-        super().__init__(serving, Metrics().observe)
+        self.metrics = Metrics()
+        super().__init__(serving, self.metrics.observe)
 
     async def check_health(self) -> None:
+        self.metrics.show_again()
         await self.check(HEALTH_SECONDS)
 
     # Refusals go back as values: Serve writes what is raised into its log, and their messages quote the client.
@@ -68,9 +70,11 @@ class ServedAnswerer(Answerer):
     """A replica of vLLM, as Serve runs it."""
 
     def __init__(self, serving: Serving, name: str):
-        super().__init__(serving, name, Metrics().observe)
+        self.metrics = Metrics()
+        super().__init__(serving, name, self.metrics.observe)
 
     async def check_health(self) -> None:
+        self.metrics.show_again()
         await self.check_engine()
 
     async def classify(self, *request: Any) -> Any:

@@ -27,6 +27,7 @@ class Metrics:
     def __init__(self) -> None:
         self._counters = {name: Counter(f"rayml_{name}_total", text) for name, text in COUNTERS.items()}
         self._gauges = {name: Gauge(f"rayml_{name}", text) for name, text in GAUGES.items()}
+        self._shown: dict[str, float] = {}
         self._histograms = {
             name: Histogram(f"rayml_{name}", text, boundaries=bounds) for name, (text, bounds) in HISTOGRAMS.items()
         }
@@ -40,9 +41,15 @@ class Metrics:
         if name in self._counters:
             self._counters[name].inc(value)
         elif name in self._gauges:
+            self._shown[name] = value
             self._gauges[name].set(value)
         else:
             self._histograms[name].observe(value)
+
+    def show_again(self) -> None:
+        """Set the gauges to what they show: Ray forgets those that are not set for half a minute."""
+        for name, value in self._shown.items():
+            self._gauges[name].set(value)
 
     def request(self, route: str, method: str, status: int, seconds: float) -> None:
         self._requests.inc(1, tags={"route": route, "method": method, "status": str(status)})
