@@ -17,7 +17,8 @@ from rayml.config import Config, dump_config
 from rayml.runs.checkpoint import newest_checkpoint, step_of
 from rayml.runs.folder import RunFolder
 
-SECONDS_TO_END = 10
+SECONDS_TO_END = 30
+"""Ten on a quiet machine; what is waited for in vain takes minutes."""
 LONGEST_START = 300
 
 

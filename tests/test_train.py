@@ -21,6 +21,7 @@ from rayml.api import evaluate
 from rayml.config import dump_config
 from rayml.errors import ConfigError, DataError, RunError, TrainingError
 from rayml.lm.encode import Encoder
+from rayml.lm.frozen import Share
 from rayml.model import load
 from rayml.runs import files
 from rayml.runs.checkpoint import (
@@ -91,8 +92,8 @@ def test_the_stream_of_ray_data_equals_a_plain_loop(tokenizer, monkeypatch):
 class Recorder:
     """What scores episodes: what it was asked, and an accuracy or a loss that tells the episode."""
 
-    def __init__(self, rank, workers):
-        self.rank, self.workers, self.asked = rank, workers, []
+    def __init__(self):
+        self.asked = []
 
     def score(self, episodes):
         self.asked.append([bool(episode.labels) for episode in episodes])
@@ -107,7 +108,8 @@ def test_all_workers_score_tasks_of_one_kind_at_a_time_and_every_task_counts_the
     config = make_config(tmp_path, tasks_per_step=4, validation={"episodes": 16})
     asked = []
     for rank in range(2):
-        learning = Recorder(rank, 2)
+        monkeypatch.setattr(worker, "share_of_tasks", lambda _, rank=rank: Share(rank, 2))
+        learning = Recorder()
         record = validate(config, Job(config, "", None, None, tasks, None), learning)
         asked.append(learning.asked)
     assert asked[0] == asked[1] == [[True] * 2] + [[False] * 2] * 3

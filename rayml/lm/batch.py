@@ -43,15 +43,13 @@ class Scored(NamedTuple):
     counts: Tensor
     """`[T]`: what each task's loss is divided by."""
     among: Among
-    choices: Choices | None
-    """Of targets that are all chosen among some tokens."""
+    choices: Choices
 
     def to(self, device: torch.device) -> "Scored":
         positions, targets, task, counts, some, whole = (
             part.to(device) for part in (self.positions, self.targets, self.task, self.counts, *self.among)
         )
-        few = self.choices and self.choices.to(device)
-        return Scored(positions, targets, task, counts, Among(some, whole), few)
+        return Scored(positions, targets, task, counts, Among(some, whole), self.choices.to(device))
 
 
 @dataclass(frozen=True)

@@ -25,25 +25,23 @@ def among(allowed: Tensor | None, targets: int) -> Among:
 
 
 class Choices(NamedTuple):
-    """U tokens that M targets are chosen among, with targets and choices as columns of the logits of these alone."""
+    """What M targets are chosen among, for logits of `tokens` alone: their columns, or the whole vocabulary."""
 
-    tokens: Tensor
-    """`[U]`, of the vocabulary."""
+    tokens: Tensor | None
+    """`[U]`, of the vocabulary; None for all of it."""
     targets: Tensor
     """`[M]`"""
-    allowed: Tensor
-    """`[M, S]`, filled up with IGNORE."""
+    allowed: Tensor | None
+    """`[M, S]`, as `token_losses` takes it."""
 
     def to(self, device: torch.device) -> "Choices":
-        return Choices(*(part.to(device) for part in self))
+        return Choices(*(None if part is None else part.to(device) for part in self))  # type: ignore[arg-type]
 
 
-def choices(targets: Tensor, allowed: Tensor | None) -> Choices | None:
-    """Return the choices of M targets, as `token_losses` takes them; None, where one is chosen among the whole
-    vocabulary. On a GPU it waits for the device."""
-    found = among(allowed, len(targets))
-    if allowed is None or len(found.all) or not len(found.some):
-        return None
+def choices(targets: Tensor, allowed: Tensor | None) -> Choices:
+    """Return the choices of M targets; the whole vocabulary, where one is chosen among that. On a GPU it waits."""
+    if allowed is None or not (allowed != IGNORE).any(1).all():
+        return Choices(None, targets, allowed)
     tokens = allowed[allowed != IGNORE].unique()
     columns = torch.searchsorted(tokens, allowed.clamp(min=0)).masked_fill(allowed == IGNORE, IGNORE)
     return Choices(tokens, torch.searchsorted(tokens, targets), columns)

@@ -14,7 +14,7 @@ from rayml.algorithms.inner_loop import Params
 from rayml.algorithms.prototypes import Pooling, Read, label_log_probs
 from rayml.lm.batch import TaskBatch, collate
 from rayml.lm.frozen import ALONE, FrozenLayers, KnownStates, Share, blocks
-from rayml.lm.label_losses import MOST_LOGITS, token_losses
+from rayml.lm.label_losses import MOST_LOGITS, Choices, token_losses
 from rayml.lm.label_trie import IGNORE
 from rayml.lm.lora import TaskLoRA, layer_number
 from rayml.lm.pooling import pool
@@ -141,6 +141,7 @@ class TaskLM:
         tokens: Tensor,
         frozen: list[Tensor] | None = None,
         hidden: list[Tensor] | None = None,
+        only: Tensor | None = None,
         **inputs: Any,
     ) -> Tensor:
         """Return the logits at some positions of the flattened `tokens` `[N, L]`, `[M]` to `[M, V]`.
@@ -151,32 +152,22 @@ class TaskLM:
             frozen: where the output of the layers below the first adapted one is kept for the next call with the
                 same tokens; None forgets it.
             hidden: is given what the output layer would see everywhere, `[N, L, D]`.
+            only: tokens `[U]` whose logits are wanted, `[M, U]`: of a label's few, a small part of the vocabulary's
+                work. For models with a `narrow_head`.
             inputs: what else the model takes, such as a cache of keys and values.
         """
+        if only is not None:
+            head, states = self.narrow_head, [] if hidden is None else hidden
+            assert head is not None
+            self.logits_at(positions[:1], weights, tokens, frozen, states, **inputs)
+            bias = None if head.bias is None else head.bias[only]
+            return nn.functional.linear(states[0].flatten(0, 1)[positions], head.weight[only], bias)
         self._positions, self._hidden = positions, hidden
         seen = {"use_cache": False} if self.pad is None else {"attention_mask": (tokens != self.pad).long()}
         try:
             return self._forward(weights, frozen, {"input_ids": tokens} | seen | inputs).logits
         finally:
             self._positions = self._hidden = None
-
-    def chosen_logits_at(
-        self,
-        positions: Tensor,
-        tokens: Tensor,
-        weights: Params | None,
-        read: Tensor,
-        frozen: list[Tensor] | None = None,
-        **inputs: Any,
-    ) -> Tensor:
-        """Return the logits of the `tokens` `[U]` alone at some positions of `read` `[N, L]`, `[M, U]`, as `logits_at`
-        does: of a label's few tokens, a small part of the vocabulary's work. For models with a `narrow_head`.
-        """
-        head, hidden = self.narrow_head, list[Tensor]()
-        assert head is not None
-        self.logits_at(positions[:1], weights, read, frozen, hidden, **inputs)
-        bias = None if head.bias is None else head.bias[tokens]
-        return nn.functional.linear(hidden[0].flatten(0, 1)[positions], head.weight[tokens], bias)
 
     def _forward(self, weights: Params | None, frozen: list[Tensor] | None, inputs: dict[str, Any]) -> Any:
         if self.adapter is None and weights is not None:
@@ -312,14 +303,10 @@ class TaskLM:
         at_a_time = max(1, MOST_LOGITS // self.module.config.get_text_config().vocab_size)
         if not self.sentences and len(scored.among.all) > at_a_time and self.plain_head:
             return mean_by_task(self._losses_in_parts(weights, batch, smoothing, at_a_time), batch)
-        few = scored.choices
-        if few and not self.sentences and self.narrow_head:
-            at = scored.positions, few.tokens, weights, batch.tokens, self.slot(batch)
-            logits = self.chosen_logits_at(*at, **position_inputs(batch))
-            losses = token_losses(logits, few.targets, few.allowed, smoothing, known=scored.among)
-        else:
-            logits, _ = self.target_logits(weights, batch)
-            losses = token_losses(logits, scored.targets, batch.allowed, smoothing, known=scored.among)
+        chosen = scored.choices if self.narrow_head else Choices(None, scored.targets, batch.allowed)
+        read = batch.tokens, self.slot(batch), None, chosen.tokens
+        logits = self.logits_at(scored.positions, weights, *read, **position_inputs(batch))
+        losses = token_losses(logits, chosen.targets, chosen.allowed, smoothing, known=scored.among)
         return mean_by_task(losses, batch)
 
     def _losses_in_parts(self, weights: Params | None, batch: TaskBatch, smoothing: float, at_a_time: int) -> Tensor:

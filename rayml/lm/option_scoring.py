@@ -10,7 +10,7 @@ from torch import Tensor
 from rayml.algorithms.inner_loop import Params
 from rayml.lm.batch import allowed_grid, collate
 from rayml.lm.encode import Encoder
-from rayml.lm.label_losses import choices, token_losses
+from rayml.lm.label_losses import Choices, choices, token_losses
 from rayml.lm.label_trie import label_trie
 from rayml.lm.model import TaskLM, additive
 from rayml.lm.rows import TokenRow
@@ -117,15 +117,10 @@ class OptionBatch:
         """
         device = self.lm.device
         options = [option for query in queries for option in query.options]
-        self.allowed = allowed_grid([among for query in queries for of in query.allowed for among in of])
-        self.targets = torch.tensor([token for option in options for token in option])
-        few = choices(self.targets, self.allowed) if self.lm.narrow_head else None
-        self.tokens = few and few.tokens.to(device)
-        """The only ones whose logits are wanted; None for all."""
-        if few:
-            self.targets, self.allowed = few.targets, few.allowed
-        self.targets = self.targets.to(device)
-        self.allowed = None if self.allowed is None else self.allowed.to(device)
+        allowed = allowed_grid([among for query in queries for of in query.allowed for among in of])
+        targets = torch.tensor([token for option in options for token in option])
+        found = choices(targets, allowed) if self.lm.narrow_head else Choices(None, targets, allowed)
+        self.choices = found.to(device)
         numbers = [number for number, option in enumerate(options) for _ in option]
         self.option_of = torch.tensor(numbers, device=device)
         self.divisors = torch.tensor([each for query in queries for each in query.divisors], device=device)
@@ -157,11 +152,9 @@ class OptionBatch:
         """Return, for each task, `[queries, options]`: log-probability of the options, normalized over them."""
         batch = self.batch
         slot = batch.frozen if self.inputs else self.lm.slot(batch)  # what is forked sees otherwise than alone
-        if self.tokens is None:
-            logits = self.lm.logits_at(self.positions, weights, batch.tokens, slot, None, **self.inputs)
-        else:
-            logits = self.lm.chosen_logits_at(self.positions, self.tokens, weights, batch.tokens, slot, **self.inputs)
-        losses = token_losses(logits, self.targets, self.allowed, rows=self.position_of)
+        chosen = self.choices
+        logits = self.lm.logits_at(self.positions, weights, batch.tokens, slot, None, chosen.tokens, **self.inputs)
+        losses = token_losses(logits, chosen.targets, chosen.allowed, rows=self.position_of)
         scores = torch.zeros(len(self.divisors), device=losses.device).index_add(0, self.option_of, -losses)
         per_task = (scores / self.divisors).split([queries * options for queries, options in self.shape])
         return [

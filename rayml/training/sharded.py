@@ -31,8 +31,6 @@ from rayml.training.stream import DivergedError, Job, get
 class Sharded:
     """The state of one worker, and the three things it does: take a step, score episodes, write a checkpoint."""
 
-    rank, workers = 0, 1  # every worker streams all episodes of a step
-
     def __init__(self, job: Job, device: torch.device, heartbeat: Heartbeat):
         self.config, self.device, self.heartbeat = job.config, device, heartbeat
         self.parts = collective.world_size()

@@ -18,6 +18,7 @@ import ray.train.torch
 import torch.distributed
 
 from rayml.config import Config
+from rayml.lm.frozen import ALONE, Share
 from rayml.lm.precision import device_for, settled, with_dtype
 from rayml.runs.checkpoint import (
     folder_name,
@@ -118,17 +119,21 @@ def meta_train(
 def steps_left(job: Job, done: int) -> Iterator[list[dict[str, Any]]]:
     """Return the stream of this worker's episodes, step by step, behind the `done` outer steps."""
     config = job.config
-    # Every worker of a sharded model takes part in all tasks.
-    rank, workers = (0, 1) if config.is_sharded else (collective.rank(), collective.world_size())
+    share = share_of_tasks(config)
     sampler = replace(config.data.training_sampler(config.seed), replayed=job.replayed, replay=config.data.replay)
     return stream_steps(
         EncodeEpisode(job.train, job.encoder, sampler),
         first=done * config.tasks_per_step,
         steps=config.outer.steps - done,
         per_step=config.tasks_per_step,
-        rank=rank,
-        workers=workers,
+        rank=share.rank,
+        workers=share.workers,
     )
+
+
+def share_of_tasks(config: Config) -> Share:
+    """Return this worker's share of a step's tasks: all of them, where the model is sharded over the workers."""
+    return ALONE if config.is_sharded else collective.share()
 
 
 def gpu_peak() -> dict[str, float]:
@@ -169,14 +174,15 @@ def validate(config: Config, job: Job, learning: Learning) -> dict[str, float]:
 
 def validation_curves(config: Config, group: Group, learning: Learning) -> list[Curve]:
     """Return the scores before and after adapting of a group's episodes, made a whole number of steps' worth."""
-    share = math.ceil(config.tasks_per_step / learning.workers)
+    rank, workers, _ = share_of_tasks(config)
+    at_a_time = math.ceil(config.tasks_per_step / workers)
     episodes = math.ceil(group.episodes / config.tasks_per_step) * config.tasks_per_step
     sampler = config.data.sampler(VALIDATION_SEED)
     curves: list[Curve] = []
-    for batch in range(math.ceil(episodes / (share * learning.workers))):
-        first = (batch * learning.workers + learning.rank) * share
-        curves += learning.score([sampler.episode(group.tasks, first + i) for i in range(share)])
-    if learning.workers > 1:
+    for batch in range(math.ceil(episodes / (at_a_time * workers))):
+        first = (batch * workers + rank) * at_a_time
+        curves += learning.score([sampler.episode(group.tasks, first + i) for i in range(at_a_time)])
+    if workers > 1:
         curves = [curve for part in collective.gather_from_workers(curves) for curve in part]
     # With another number of workers the last round may score a few more.
     return [curve for curve in curves if curve.index < episodes]
