@@ -39,7 +39,8 @@ from rayml.algorithms.inner_loop import InnerLoop, Params
 from rayml.algorithms.meta_gradient import first_order
 from rayml.config import Config, load_config
 from rayml.lm.batch import collate, decode_rows, readings
-from rayml.lm.load import DTYPES, load_base, load_tokenizer, resolve_model
+from rayml.lm.catalog import resolve_model
+from rayml.lm.load import DTYPES, load_base, load_tokenizer
 from rayml.lm.lora import B, TaskLoRA, in_a_layer, layer_number
 from rayml.lm.model import TaskLM
 from rayml.lm.precision import settled_here

@@ -22,7 +22,7 @@ from rayml.algorithms.phased_optimizer import Phase
 from rayml.config import Config
 from rayml.lm import zero
 from rayml.lm.batch import IGNORE, TaskBatch
-from rayml.lm.load import resolve_model
+from rayml.lm.catalog import resolve_model
 from rayml.lm.model import TaskLM
 from rayml.training.full import FullLearner, share_loss, share_of
 

@@ -24,9 +24,10 @@ from peft import LoraConfig, get_peft_model
 from rayml.adaptation import adapt_requests, adaptation_request
 from rayml.algorithms.inner_loop import Params
 from rayml.config import Config, parse_config
+from rayml.lm.catalog import resolve_model
 from rayml.lm.decode import Decoder
 from rayml.lm.generate import Generation
-from rayml.lm.load import load_base, load_tokenizer, resolve_model
+from rayml.lm.load import load_base, load_tokenizer
 from rayml.lm.lora import TaskLoRA, layer_number
 from rayml.lm.model import TaskLM
 from rayml.lm.peft_files import PREFIX

@@ -25,7 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rayml.algorithms.inner_loop import Params
 from rayml.config import Config, load_config
 from rayml.lm import zero
-from rayml.lm.load import load_base, resolve_model
+from rayml.lm.catalog import resolve_model
+from rayml.lm.load import load_base
 from rayml.lm.lora import TaskLoRA
 from rayml.lm.model import TaskLM
 from rayml.lm.precision import settled_here

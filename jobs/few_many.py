@@ -27,7 +27,7 @@ import rayml
 from rayml.algorithms.prototypes import prototypes, squared_distances
 from rayml.experiments.classifiers import classifier_for
 from rayml.lm.batch import TaskSide
-from rayml.lm.load import MINILM
+from rayml.lm.catalog import MINILM
 from rayml.lm.scorer import accuracy
 from rayml.model import MetaModel
 from rayml.tasks.episodes import Episode

@@ -18,9 +18,10 @@ from rayml.algorithms.prototypes import MEANS, is_readout
 from rayml.algorithms.registry import algorithm_of
 from rayml.errors import ConfigError, RunError
 from rayml.lm.abilities import refuse_strange, refuse_unlike_peft, unable
+from rayml.lm.catalog import public_name, resolve_model
 from rayml.lm.encode import Encoder
 from rayml.lm.generate import texts_behind, write
-from rayml.lm.load import load_base, load_tokenizer, public_name, resolve_model
+from rayml.lm.load import load_base, load_tokenizer
 from rayml.lm.lora import TaskLoRA
 from rayml.lm.model import TaskLM, hooks
 from rayml.lm.option_scoring import prompts_of, weighted_prompts

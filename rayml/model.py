@@ -20,11 +20,12 @@ from rayml.config import Config
 from rayml.errors import ConfigError, DataError, TrainingError
 from rayml.lm import zero
 from rayml.lm.abilities import refuse_strange, refuse_unlike_peft
+from rayml.lm.catalog import resolve_model
 from rayml.lm.encode import Encoder
 from rayml.lm.fine_tuning import rate_factors
 from rayml.lm.initialization import untrained_start
 from rayml.lm.load import load_base as load_module
-from rayml.lm.load import load_tokenizer, resolve_model
+from rayml.lm.load import load_tokenizer
 from rayml.lm.lora import linear_kinds
 from rayml.lm.model import TaskLM, hooks
 from rayml.lm.parameters import trained_parameters

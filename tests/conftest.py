@@ -29,7 +29,8 @@ os.environ |= {"AWS_ACCESS_KEY_ID": "tests", "AWS_SECRET_ACCESS_KEY": "of-rayml"
 from rayml.algorithms.inner_loop import InnerLoop, Params
 from rayml.config import Config
 from rayml.lm import precision
-from rayml.lm.load import load_base, load_tokenizer, resolve_model
+from rayml.lm.catalog import resolve_model
+from rayml.lm.load import load_base, load_tokenizer
 from rayml.lm.lora import B, TaskLoRA
 from rayml.lm.model import TaskLM
 from rayml.tasks.task import Example, Task

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, BertConfig, BertModel, LlamaConfig, LlamaModel
 
-from rayml.lm.load import resolve_model
+from rayml.lm.catalog import resolve_model
 
 BERT_TARGETS = ["query", "value", "dense"]
 

@@ -10,7 +10,8 @@ import torch
 from conftest import make_config, perturbed_start
 from safetensors.torch import load_file, save_file
 
-from rayml.lm.load import load_base, resolve_model
+from rayml.lm.catalog import resolve_model
+from rayml.lm.load import load_base
 from rayml.lm.lora import TaskLoRA
 from rayml.lm.model import TaskLM
 from rayml.model import load

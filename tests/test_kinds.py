@@ -10,9 +10,10 @@ from transformers import AutoModelForCausalLM
 from rayml.errors import DataError
 from rayml.experiments.metrics import scores, span_report
 from rayml.lm.batch import collate
+from rayml.lm.catalog import resolve_model
 from rayml.lm.encode import Encoder
 from rayml.lm.label_trie import IGNORE
-from rayml.lm.load import load_tokenizer, resolve_model
+from rayml.lm.load import load_tokenizer
 from rayml.lm.model import TaskLM
 from rayml.tasks.kinds import listed, spans, written
 from rayml.tasks.prepare import prepare_tasks

@@ -21,8 +21,9 @@ from rayml.adapter import load_adapter
 from rayml.algorithms.inner_loop import task_gradients
 from rayml.errors import DataError
 from rayml.lm.batch import collate
+from rayml.lm.catalog import resolve_model
 from rayml.lm.encode import Encoder
-from rayml.lm.load import load_base, load_tokenizer, resolve_model
+from rayml.lm.load import load_base, load_tokenizer
 from rayml.lm.lora import B, TaskLoRA
 from rayml.lm.model import TaskLM
 from rayml.lm.option_scoring import PromptEnsemble, weighted_prompts

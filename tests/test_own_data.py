@@ -18,8 +18,9 @@ from typer.testing import CliRunner
 from rayml.cli import app
 from rayml.config import load_config
 from rayml.errors import ConfigError, DataError
+from rayml.lm.catalog import resolve_model
 from rayml.lm.encode import Encoder
-from rayml.lm.load import load_tokenizer, resolve_model
+from rayml.lm.load import load_tokenizer
 from rayml.lm.tokens import special_ids
 from rayml.tasks.check import check_data
 from rayml.tasks.convert import mapped, record_of, write

@@ -104,7 +104,7 @@ def test_hooks_without_adapters_are_the_bare_base(tiny):
 
 
 def test_an_adapter_names_its_base_as_others_load_it(tmp_path):
-    from rayml.lm.load import MINILM, SMOLLM2, cache_folder, public_name, resolve_model
+    from rayml.lm.catalog import MINILM, SMOLLM2, cache_folder, public_name, resolve_model
 
     assert public_name(str(cache_folder() / SMOLLM2)) == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert public_name("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"

@@ -26,8 +26,9 @@ from rayml.experiments.method_runs import plan, seconds_per_token
 from rayml.lm import zero
 from rayml.lm.abilities import check_model
 from rayml.lm.batch import TaskSide, collate
+from rayml.lm.catalog import resolve_model
 from rayml.lm.encode import Encoder, class_numbers
-from rayml.lm.load import load_base, load_tokenizer, resolve_model
+from rayml.lm.load import load_base, load_tokenizer
 from rayml.lm.lora import TaskLoRA
 from rayml.lm.model import TaskLM
 from rayml.lm.scorer import Queries

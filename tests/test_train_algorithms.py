@@ -18,7 +18,8 @@ from rayml.adapter import load_adapter
 from rayml.algorithms.registry import REGISTERED
 from rayml.api import evaluate
 from rayml.errors import DataError, RunError
-from rayml.lm.load import load_base, resolve_model
+from rayml.lm.catalog import resolve_model
+from rayml.lm.load import load_base
 from rayml.model import load
 from rayml.runs.checkpoint import is_best, is_enough, newest_checkpoint, verify
 from rayml.runs.folder import RunFolder

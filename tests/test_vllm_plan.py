@@ -17,7 +17,8 @@ from serving_run import change_card, examples, make_run, manifest_of
 
 from rayml import load, load_adapter
 from rayml.errors import ConfigError
-from rayml.lm.load import load_shape, resolve_model
+from rayml.lm.catalog import resolve_model
+from rayml.lm.load import load_shape
 from rayml.serving import answering
 from rayml.serving.app import resources
 from rayml.serving.command import with_cpus

@@ -10,7 +10,7 @@ import torch
 from serving_process import Server
 from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 
-from rayml.lm.load import resolve_model
+from rayml.lm.catalog import resolve_model
 
 BESIDE = Path(sys.prefix) / "vllm"
 """Where `make .venv/.vllm` puts vLLM: on nobody's path but these servers'."""

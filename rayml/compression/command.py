@@ -14,7 +14,7 @@ from rayml.algorithms.inner_loop import Params
 from rayml.config import Config, dump_config
 from rayml.errors import ConfigError, RunError
 from rayml.experiments.evaluate_command import held_out_tasks
-from rayml.lm.load import resolve_model
+from rayml.lm.catalog import resolve_model
 from rayml.lm.sentence import read_sentences
 from rayml.progress import doing, progress
 from rayml.runs.checkpoint import folder_name, seal, write_state

@@ -28,11 +28,12 @@ from rayml.compression.command import Compressed, Distillation, base_folder, eve
 from rayml.config import Config
 from rayml.errors import ConfigError
 from rayml.lm.batch import TaskBatch, side_batch
+from rayml.lm.catalog import resolve_model
 from rayml.lm.frozen import decoder_layers
 from rayml.lm.initialization import untrained_start
 from rayml.lm.label_losses import token_losses
 from rayml.lm.label_trie import IGNORE
-from rayml.lm.load import DTYPES, load_base, load_tokenizer, resolve_model
+from rayml.lm.load import DTYPES, load_base, load_tokenizer
 from rayml.lm.lora import LAYER, in_a_layer, layer_number
 from rayml.lm.model import TaskLM, hooks, mean_by_task
 from rayml.model import MetaModel

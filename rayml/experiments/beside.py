@@ -8,7 +8,7 @@ import torch
 
 from rayml.experiments.classifiers import Embedding, missing
 from rayml.experiments.evaluate import Evaluation
-from rayml.lm.load import MINILM, resolve_model
+from rayml.lm.catalog import MINILM, resolve_model
 from rayml.lm.scorer import accuracy
 from rayml.tasks.episodes import Sampler
 from rayml.tasks.statistics import Curve, by_task, intervals

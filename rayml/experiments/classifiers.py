@@ -18,8 +18,8 @@ from torch import Tensor
 from rayml.algorithms.prototypes import logits, prototypes, squared_distances
 from rayml.errors import ConfigError
 from rayml.experiments.answers import Choice, label_answers
+from rayml.lm.catalog import resolve_model
 from rayml.lm.encode import class_numbers
-from rayml.lm.load import resolve_model
 from rayml.lm.scorer import accuracy
 from rayml.tasks.episodes import Episode, Sampler
 from rayml.tasks.statistics import groups

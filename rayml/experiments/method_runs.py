@@ -15,7 +15,8 @@ from rayml.experiments.classifiers import check_classifier, missing
 from rayml.experiments.evaluate_command import trained_on
 from rayml.lm.abilities import checked_model
 from rayml.lm.batch import SIDES, side_batch, trained_tokens
-from rayml.lm.load import MINILM, load_tokenizer, resolve_model
+from rayml.lm.catalog import MINILM, resolve_model
+from rayml.lm.load import load_tokenizer
 from rayml.lm.scorer import side_of
 from rayml.lm.sentence import read_sentences
 from rayml.model import untrained_model

@@ -14,7 +14,8 @@ from rayml.algorithms.inner_loop import Params
 from rayml.algorithms.outer_loop import initial_log_inner_lrs
 from rayml.algorithms.prototypes import is_readout
 from rayml.errors import ConfigError, RunError
-from rayml.lm.load import check_weights, context_tokens, load_shape, load_tokenizer, resolve_model
+from rayml.lm.catalog import resolve_model
+from rayml.lm.load import check_weights, context_tokens, load_shape, load_tokenizer
 from rayml.lm.lora import A, B, find_linears
 from rayml.lm.model import TaskLM
 from rayml.lm.parameters import trained_parameters

@@ -53,7 +53,7 @@ def settled_for_plan(config: Config, on_gpu: bool) -> Config:
     """Return the config with the dtype and attention that it would have here, or on a GPU that may be elsewhere."""
     import torch
 
-    from rayml.lm.load import resolve_model
+    from rayml.lm.catalog import resolve_model
     from rayml.lm.precision import RECENT_GPU, device_for, settled
 
     base = resolve_model(config.model.name)

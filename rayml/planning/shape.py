@@ -5,7 +5,8 @@ from typing import Any
 
 from rayml.config import Config
 from rayml.lm.abilities import check_model
-from rayml.lm.load import load_shape, resolve_model
+from rayml.lm.catalog import resolve_model
+from rayml.lm.load import load_shape
 from rayml.lm.lora import find_linears, in_a_layer, layer_number
 from rayml.lm.parameters import trained_parameters
 from rayml.lm.sentence import MARK

@@ -12,7 +12,7 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig, BackpressureConfig, RequestRouterConfig
 
 from rayml.config import dump_config
-from rayml.lm.load import resolve_model
+from rayml.lm.catalog import resolve_model
 from rayml.runs.checkpoint import step_of
 from rayml.runs.files import AnyPath, listed
 from rayml.runs.folder import RunFolder

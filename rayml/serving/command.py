@@ -22,7 +22,8 @@ from rich.console import Console
 
 from rayml.config import Config, parse_section
 from rayml.errors import ConfigError, RunError
-from rayml.lm.load import load_shape, resolve_model
+from rayml.lm.catalog import resolve_model
+from rayml.lm.load import load_shape
 from rayml.lm.precision import Precision, own_device, settled_here
 from rayml.progress import doing
 from rayml.runs.folder import RunFolder

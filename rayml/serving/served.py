@@ -8,7 +8,7 @@ from rayml.algorithms.prototypes import is_readout
 from rayml.config import Config
 from rayml.errors import RunError
 from rayml.lm.abilities import refuse_unable
-from rayml.lm.load import public_name, resolve_model
+from rayml.lm.catalog import public_name, resolve_model
 from rayml.lm.lora import all_linears, linear_kinds
 from rayml.lm.model import TaskLM, hooks
 from rayml.lm.sentence import MARK, read_sentences

@@ -72,7 +72,7 @@ def folder_of(name: str) -> Path:
         ConfigError: its base is not installed.
         RunError: it cannot be written.
     """
-    from rayml.lm.load import cache_folder
+    from rayml.lm.catalog import cache_folder
 
     own = HERE / name if name in shipped() else None
     content = [file.read_bytes() for file in sorted(own.iterdir()) if file.suffix != ".md"] if own else []
@@ -127,7 +127,8 @@ def untrained_state(config: "Config") -> tuple[dict[str, Any], dict[str, Any], b
     No weight of the base is read.
     """
     from rayml.algorithms.outer_loop import initial_log_inner_lrs
-    from rayml.lm.load import load_shape, resolve_model
+    from rayml.lm.catalog import resolve_model
+    from rayml.lm.load import load_shape
     from rayml.lm.model import hooks
     from rayml.lm.sentence import MARK
 
@@ -144,7 +145,8 @@ def untrained_state(config: "Config") -> tuple[dict[str, Any], dict[str, Any], b
 def bare_config(name: str) -> "Config":
     """Return the config of a base's untrained start: prototypes, of states that a one-word prompt sums up."""
     from rayml.config import parse_config
-    from rayml.lm.load import load_shape, resolve_model
+    from rayml.lm.catalog import resolve_model
+    from rayml.lm.load import load_shape
     from rayml.lm.lora import linear_kinds
     from rayml.lm.sentence import MARK
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from rayml.adapter import Adapter, chosen
-from rayml.lm.load import context_tokens, load_shape, load_tokenizer, resolve_model
+from rayml.lm.catalog import resolve_model
+from rayml.lm.load import context_tokens, load_shape, load_tokenizer
 from rayml.lm.lora import linear_kinds
 from rayml.lm.model import TaskLM
 from rayml.lm.peft_files import AdapterCard, encoder_of
