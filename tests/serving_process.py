@@ -29,9 +29,14 @@ class Server:
         self.log = (logs or run.parent) / f"serve-{self.port}.log"
         command = [Path(sys.executable).with_name("rayml"), "serve", run, *settings]
         command += ["--port", str(self.port), "--metrics-port", str(self.metrics_port)]
+        self.command = list(map(str, command))
+        self.start()
+
+    def start(self) -> None:
+        """Start it, or start it again by the same command, and wait until it answers."""
         env = os.environ | {"RAYML_API_KEYS": ",".join(KEYS), "RAY_AUTH_MODE": "disabled"}
         with self.log.open("w") as log:
-            self.process = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log, env=env)
+            self.process = subprocess.Popen(self.command, stdout=log, stderr=log, env=env)
         wait_for(lambda: "Ctrl-C" in self.log.read_text() or self.process.poll() is not None, self.start_seconds)
         assert self.process.poll() is None, self.log.read_text()
 
@@ -54,12 +59,12 @@ class Server:
         return Path(next(found[1] for found in (re.search(r"--session[-_]dir=(\S+)", c) for c in commands) if found))
 
     def metric(self, name: str) -> float:
-        text = requests.get(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=10).text
+        text = requests.get(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=60).text
         return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if re.match(rf"ray_{name}[{{ ]", line))
 
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(90)
+        return self.process.wait(180)
 
 
 def free_port() -> int:
@@ -68,7 +73,7 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def wait_for(holds, seconds: float = 60):
+def wait_for(holds, seconds: float = 180):
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if holds():

@@ -49,7 +49,7 @@ class Command:
         """Send a signal to all of the group, as a terminal does; return what was printed."""
         began = time.monotonic()
         os.killpg(self.process.pid, number)
-        self.process.wait(timeout=60)
+        self.process.wait(timeout=180)
         took, printed = time.monotonic() - began, self.errors.read_text()
         assert self.process.returncode == 128 + number, printed
         assert took < SECONDS_TO_END, printed

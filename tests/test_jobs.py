@@ -78,7 +78,7 @@ def wait_for(address, process, log):
     deadline, found = time.monotonic() + PATIENCE_SECONDS, None
     while time.monotonic() < deadline:
         with suppress(requests.ConnectionError):
-            found = requests.get(f"{address}/api/jobs/", headers={"Authorization": f"Bearer {TOKEN}"}, timeout=10)
+            found = requests.get(f"{address}/api/jobs/", headers={"Authorization": f"Bearer {TOKEN}"}, timeout=60)
             if found.ok:
                 return
         assert process.poll() is None, Path(log.name).read_text()

@@ -46,7 +46,8 @@ def test_logits_in_parts_are_those_of_all_at_once(tiny, parts, monkeypatch):
         torch.testing.assert_close(others[name], gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_what_is_chosen_among_few_tokens_has_the_losses_and_gradients_of_the_whole_vocabulary(tiny, monkeypatch):
+@pytest.mark.parametrize("reads", [False, True])
+def test_what_is_chosen_among_few_tokens_has_the_losses_and_gradients_of_the_whole_vocabulary(tiny, monkeypatch, reads):
     lm, widths, whole = tiny_lm(tiny), [], model_module.token_losses
 
     def noted(logits, *more, **named):
@@ -59,9 +60,17 @@ def test_what_is_chosen_among_few_tokens_has_the_losses_and_gradients_of_the_who
     batch = collate(rows, 1, labels, packs=True)
     assert len(batch.scored.choices.tokens) < lm.module.config.vocab_size / 2
     fast = {name: weight.expand(3, *weight.shape) for name, weight in perturbed_start(lm).items()}
-    found, gradients = task_gradients(partial(lm.losses, batch=batch, smoothing=0.1), fast)
+    first = torch.tensor([[of[0] for of in task[:5]] for task in labels])
+
+    def read(weights):
+        """Losses, and what prototypes and label tokens make of the same forward."""
+        found = lm.read(weights, batch, "last", first, 0.1)
+        return found.losses + found.states.square().sum((1, 2)) + found.label_log_probs[..., 1].sum(1)
+
+    losses_of = read if reads else partial(lm.losses, batch=batch, smoothing=0.1)
+    found, gradients = task_gradients(losses_of, fast)
     lm.narrow_head = None
-    losses, others = task_gradients(partial(lm.losses, batch=batch, smoothing=0.1), fast)
+    losses, others = task_gradients(losses_of, fast)
     assert widths == [len(batch.scored.choices.tokens), lm.module.config.vocab_size]
     torch.testing.assert_close(found, losses, rtol=1e-5, atol=1e-6)
     for name, gradient in gradients.items():

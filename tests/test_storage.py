@@ -35,7 +35,7 @@ def s3():
     server.start()
     host, port = server.get_host_and_port()
     address = f"http://{host}:{port}"
-    requests.put(f"{address}/bucket", timeout=10).raise_for_status()
+    requests.put(f"{address}/bucket", timeout=60).raise_for_status()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", address)
         yield address
@@ -108,7 +108,7 @@ def test_a_growing_file_is_written_now_and_then_and_loses_no_line(s3, monkeypatc
     with file.open("a") as growing:
         growing.write("1\n")  # there is no such bucket
         assert "tried again later" in caplog.text
-        requests.put(f"{s3}/not-yet", timeout=10).raise_for_status()
+        requests.put(f"{s3}/not-yet", timeout=60).raise_for_status()
         growing.write("2\n")
         assert not file.exists()
         growing.flush()
@@ -144,7 +144,7 @@ class Silence(BaseHTTPRequestHandler):
             return
         headers = {name: value for name, value in self.headers.items() if name != "Host"}
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        found = requests.request(self.command, self.server.behind + self.path, headers=headers, data=body, timeout=10)
+        found = requests.request(self.command, self.server.behind + self.path, headers=headers, data=body, timeout=60)
         self.send_response(found.status_code)
         for name in ("ETag", "Last-Modified", "Content-Type", "Content-Range"):
             if name in found.headers:

@@ -1,6 +1,9 @@
 """The real server with vLLM behind it: every request over HTTP, two answerers, one learner."""
 
 import json
+import os
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,8 +14,8 @@ import torch
 from rich.console import Console
 from serving_process import KEYS, wait_for
 from serving_run import TICKETS, change_card, examples, make_run
-from transformers import AutoModelForCausalLM
-from vllm_server import NEEDED, VllmServer, tiny_for_vllm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from vllm_server import BESIDE, NEEDED, VllmServer, tiny_for_vllm
 
 import rayml
 from rayml.serving.command import publish_adapter
@@ -183,6 +186,47 @@ def test_an_evaluation_harness_gets_log_probabilities_of_what_it_sends(server, r
         expected = [float(logs[place, token]) for place, token in enumerate(tokens[1:])]
         assert choice.logprobs.token_logprobs[0] is None
         assert choice.logprobs.token_logprobs[1 : len(tokens)] == pytest.approx(expected, abs=2e-3)
+
+
+HARNESS_TASK = """
+task: ten_items
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{input}}}} is"
+doc_to_choice: [bug, billing]
+doc_to_target: target
+metric_list: [{{metric: acc}}]
+"""
+
+
+@pytest.mark.skipif(not (BESIDE / "lm_eval").is_dir(), reason="lm-eval is not there: `make .venv/.vllm`")
+def test_lm_eval_itself_scores_ten_items(server, run, tmp_path):
+    """The harness over HTTP, beside a plain forward of the same items."""
+    base = run.read_config().model.name
+    items = [{"input": "x" * count, "target": "bug"} for count in range(1, 11)]
+    (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, items)))
+    (tmp_path / "ten.yaml").write_text(HARNESS_TASK.format(data=tmp_path / "items.jsonl"))
+    asked = f"model=base,base_url={server.url}/v1/completions,tokenizer={base},num_concurrent=4"
+    command = [sys.executable, "-m", "lm_eval", "run", "--model", "local-completions", "--model_args", asked]
+    command += ["--tasks", "ten_items", "--include_path", tmp_path, "--output_path", tmp_path / "out", "--log_samples"]
+    env = os.environ | {"PYTHONPATH": str(BESIDE), "OPENAI_API_KEY": KEYS[0], "HF_HOME": str(tmp_path)}
+    done = subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    (samples,) = (tmp_path / "out").rglob("samples_*.jsonl")
+    found = sorted((json.loads(line) for line in samples.read_text().splitlines()), key=lambda one: one["doc_id"])
+    assert len(found) == len(items)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    for item, one in zip(items, found, strict=True):
+        for word, (answer, *_) in zip(("bug", "billing"), one["filtered_resps"], strict=True):
+            prompt, whole = (
+                tokenizer(text).input_ids for text in (f"{item['input']} is", f"{item['input']} is {word}")
+            )
+            with torch.no_grad():
+                logs = model(torch.tensor([whole])).logits[0].float().log_softmax(-1)
+            expected = sum(float(logs[place - 1, whole[place]]) for place in range(len(prompt), len(whole)))
+            assert float(answer) == pytest.approx(expected, abs=1e-2)
 
 
 def test_an_adapter_writes_as_it_was_trained_to(server, published):

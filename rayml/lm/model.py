@@ -160,8 +160,7 @@ class TaskLM:
             head, states = self.narrow_head, [] if hidden is None else hidden
             assert head is not None
             self.logits_at(positions[:1], weights, tokens, frozen, states, **inputs)
-            bias = None if head.bias is None else head.bias[only]
-            return nn.functional.linear(states[0].flatten(0, 1)[positions], head.weight[only], bias)
+            return narrow_logits(head, states[0].flatten(0, 1)[positions], only)
         self._positions, self._hidden = positions, hidden
         seen = {"use_cache": False} if self.pad is None else {"attention_mask": (tokens != self.pad).long()}
         try:
@@ -249,13 +248,23 @@ class TaskLM:
             states = self.states(weights, batch)
             return Read(states.new_zeros(batch.tasks), states, None)
         scored, hidden = batch.scored, list[Tensor]()
-        places, of_targets, of_ends = batch.read_at
-        logits = self.logits_at(places, weights, batch.tokens, self.slot(batch), hidden, **position_inputs(batch))
-        losses = token_losses(logits, scored.targets, batch.allowed, smoothing, of_targets, scored.among)
-        by_label = None
-        if label_tokens is not None:
-            at_labels = logits[of_ends.unsqueeze(2), label_tokens.clamp(min=0).unsqueeze(1)]
-            by_label = label_log_probs(at_labels, label_tokens)
+        read = weights, batch.tokens, self.slot(batch), hidden
+        labels = label_tokens if label_tokens is None else label_tokens.clamp(min=0)
+        at_labels = None
+        if self.narrow_head:
+            chosen = scored.choices
+            logits = self.logits_at(scored.positions, *read, chosen.tokens, **position_inputs(batch))
+            losses = token_losses(logits, chosen.targets, chosen.allowed, smoothing, known=scored.among)
+            if labels is not None:
+                assert batch.prompts is not None
+                at_labels = narrow_logits(self.narrow_head, hidden[0].flatten(0, 1)[batch.prompts[..., 1]], labels)
+        else:
+            places, of_targets, of_ends = batch.read_at
+            logits = self.logits_at(places, *read, **position_inputs(batch))
+            losses = token_losses(logits, scored.targets, batch.allowed, smoothing, of_targets, scored.among)
+            if labels is not None:
+                at_labels = logits[of_ends.unsqueeze(2), labels.unsqueeze(1)]
+        by_label = None if at_labels is None or label_tokens is None else label_log_probs(at_labels, label_tokens)
         return Read(mean_by_task(losses, batch), pooled(hidden[0], batch, pooling), by_label)
 
     def target_positions(self, batch: TaskBatch) -> Tensor:
@@ -345,6 +354,13 @@ def known_states(
     width = lm.module.get_input_embeddings().embedding_dim
     states = torch.cat(found) if found else torch.empty(0, width, dtype=lm.module.dtype, device=lm.device)
     return KnownStates(unique, share.joined(states, [sum(len(row.tokens) for row in block) for block in parts]))
+
+
+def narrow_logits(head: nn.Linear, states: Tensor, tokens: Tensor) -> Tensor:
+    """Return the logits of some tokens alone: of states `[M, D]` and tokens `[U]`, `[M, U]`; or of T tasks' `[T, K, D]`
+    and each one's own `[T, C]`, `[T, K, C]`."""
+    logits = states @ head.weight[tokens].mT
+    return logits if head.bias is None else logits + head.bias[tokens].unsqueeze(-2)
 
 
 def mean_by_task(losses: Tensor, batch: TaskBatch) -> Tensor:
