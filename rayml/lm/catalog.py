@@ -107,7 +107,7 @@ def _convert_smollm2(folder: Path) -> None:
 
 @contextmanager
 def _reading_gguf_once() -> Iterator[None]:
-    """Keep what transformers would read three times from a GGUF, and build for each module: 6 s in place of 17."""
+    """Keep what transformers would read three times from a GGUF, and the map of names, built for each tensor."""
     try:
         import gguf
     except ImportError:  # transformers says what to install
