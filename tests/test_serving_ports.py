@@ -14,14 +14,18 @@ from rayml.errors import ConfigError
 from rayml.serving.ports import MARK, end_orphans, identity, mark_session, refuse_taken
 
 
-@pytest.fixture
-def sleeper(tmp_path):
-    """Start processes that look like a Ray's: its session folder stands in their command."""
+@pytest.fixture(params=["named", "renamed"])
+def sleeper(request):
+    """Start processes that look like a Ray's: its session folder stands in their command, or they log into it."""
     started = []
 
     def start(session):
-        command = [sys.executable, "-c", "import time; time.sleep(60)", f"--session-dir={session}"]
-        started.append(subprocess.Popen(command))
+        (session / "logs").mkdir()
+        code = "-c", "import time; time.sleep(60)"
+        named = [sys.executable, *code, f"--session-dir={session}"]
+        with (session / "logs" / "agent.out").open("w") as log:
+            renamed = {"args": ["ray::DashboardAgent", *code], "executable": sys.executable, "stdout": log}
+            started.append(subprocess.Popen(**renamed if request.param == "renamed" else {"args": named}))
         return started[-1]
 
     yield start

@@ -42,12 +42,18 @@ def end_orphans() -> None:
 
 def _is_orphan(process: psutil.Process) -> bool:
     try:
-        session = SESSION.search(" ".join(process.cmdline()))
-        if session is None or process.uids() != psutil.Process().uids():
+        if process.uids() != psutil.Process().uids():
             return False
-        return _server_is_gone(Path(session[1]))
+        return any(map(_server_is_gone, _sessions(process)))
     except psutil.Error:  # it ended meanwhile, or is not ours to look at
         return False
+
+
+def _sessions(process: psutil.Process) -> set[Path]:
+    """Return the session folders that a process names in its command, or, where Ray changed that, logs into."""
+    command = " ".join(process.cmdline())
+    named = [command, *(file.path for file in process.open_files())] if command.startswith("ray::") else [command]
+    return {Path(found[1]) for found in map(SESSION.search, named) if found}
 
 
 def _server_is_gone(session: Path) -> bool:
