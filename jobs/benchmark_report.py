@@ -5,10 +5,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("agg")
-import matplotlib.pyplot as plt
+from rayml.runs.reports import file_pyplot
 
 GIB = 2**30
 OURS, LOOP = "rayml", "PEFT loop"
@@ -88,7 +85,7 @@ def axes(cases: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 def draw_axis(cases: list[dict[str, Any]], key: str, file: Path) -> None:
     """Draw speed, memory, and where the time goes, over the values of one key."""
-    some = axes(cases)[key]
+    plt, some = file_pyplot(), axes(cases)[key]
     values = [case["changed"][0].partition("=")[2] for case in some]
     figure, (speed, memory, split) = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
     for way in some[0]["seconds"]:

@@ -80,3 +80,9 @@ def test_a_report_of_what_a_killed_process_left(reports, tmp_path):
     assert "On one a card: 32 tasks a second (m, 16 at once, where a PEFT loop does 4)." in report
     assert "- tasks: over time after 9 of 9 s" in report
     assert "torch.func: no memory" in report
+
+
+def test_the_steps_are_imported_where_there_is_no_matplotlib():
+    modules = ", ".join(f"gpu_steps.{file.stem}" for file in (JOBS / "gpu_steps").glob("[!_]*.py"))
+    code = f"import sys; sys.modules['matplotlib'] = None; sys.path.append({str(JOBS)!r}); import {modules}"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=JOBS.parent)
