@@ -1,5 +1,7 @@
 """What the frozen layers make of an example that comes back is looked up, and changes no number."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import TARGETS, perturbed_start, toy_tasks
@@ -7,11 +9,12 @@ from conftest import TARGETS, perturbed_start, toy_tasks
 from rayml.algorithms.inner_loop import expand, task_gradients
 from rayml.lm.batch import collate
 from rayml.lm.encode import Encoder
-from rayml.lm.frozen import BLOCK_TOKENS, Share, blocks
+from rayml.lm.frozen import BLOCK_TOKENS, Share, blocks, in_file, known_states
 from rayml.lm.load import load_base
 from rayml.lm.lora import TaskLoRA
-from rayml.lm.model import TaskLM, known_states
+from rayml.lm.model import TaskLM
 from rayml.lm.rows import TokenRow
+from rayml.training import replicated
 
 
 @pytest.fixture
@@ -68,20 +71,38 @@ def test_workers_share_the_work_and_find_the_same(lm, tokenizer, workers, monkey
     monkeypatch.setattr("rayml.lm.frozen.BLOCK_TOKENS", 40)
     rows = [TokenRow([5 + n % 7] * (4 + n % 5) + [9], 4 + n % 5) for n in range(23)]
     alone = known_states(lm, rows, tokenizer.eos_token_id)
-    parts = []
-    for rank in range(workers):  # of nine, some have nothing to do
-        share = blocks(rows)[1][rank::workers]
-        done = [lm.frozen_states(block, tokenizer.eos_token_id) for block in share]
-        parts.append(torch.cat([alone.states[:0], *done]))
+    parts = [lm.frozen_states(block, tokenizer.eos_token_id) for block in blocks(rows)[1]]
+    assert len(parts) > workers or workers == 9
+    parts += [alone.states[:0]] * (-len(parts) % workers)  # in the last turn, some have nothing to do
     for rank in range(workers):
+        turns = iter(range(0, len(parts), workers))
 
-        def gather(mine, rank=rank):
-            assert torch.equal(mine, parts[rank])
-            return parts
+        def gather(mine, rank=rank, turns=turns):
+            of_all = parts[(first := next(turns)) : first + workers]
+            assert torch.equal(mine, of_all[rank])
+            return of_all
 
         together = known_states(lm, rows, tokenizer.eos_token_id, Share(rank, workers, gather))
         assert torch.equal(together.states, alone.states)
         assert together.first == alone.first
+        assert next(turns, None) is None
+
+
+def test_states_in_a_file_are_those_in_memory_and_leave_nothing_behind(lm, rows, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    batch = collate([rows[:9], rows[3:11]], tokenizer.eos_token_id, packs=True)
+    inside = known_states(lm, rows, tokenizer.eos_token_id)
+    monkeypatch.setattr(replicated, "MOST_IN_MEMORY", 1000)
+    room = replicated.room_for_states
+    outside = known_states(lm, rows, tokenizer.eos_token_id, room=room)
+    mapped = Path("/proc/self/maps").read_text() if Path("/proc/self/maps").exists() else str(tmp_path)
+    assert str(tmp_path) in mapped
+    assert list(tmp_path.iterdir()) == []
+    assert torch.equal(outside.of(batch), inside.of(batch))
+    monkeypatch.setattr(replicated, "MOST_IN_FILE", 2000)
+    assert known_states(lm, rows, tokenizer.eos_token_id, room=room) is None
+    with pytest.raises(OSError, match=r"space|large"):
+        in_file(inside.states[:0], (2**50, 2**8))
 
 
 def test_blocks_hold_each_row_once_whatever_their_order(rows):

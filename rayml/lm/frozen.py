@@ -4,15 +4,21 @@ So it is computed once for each batch, however many inner steps and scorings fol
 layers, every forward after the first runs 10. And where examples come back in later episodes, once for all of training.
 """
 
+import math
+import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from rayml.lm.batch import TaskBatch
 from rayml.lm.rows import TokenRow
+
+if TYPE_CHECKING:
+    from rayml.lm.model import TaskLM
 
 P = TypeVar("P")
 BLOCK_TOKENS = 2048
@@ -95,7 +101,7 @@ class KnownStates:
             if first is None:
                 return None
             index[row, begin : begin + len(tokens)] = torch.arange(first, first + len(tokens))
-        return self.states[index.to(self.states.device)]
+        return self.states[index.to(self.states.device)].to(batch.tokens.device)
 
 
 def alone(part: Tensor) -> list[Tensor]:
@@ -125,6 +131,52 @@ class Share(NamedTuple):
 
 
 ALONE = Share()
+
+
+def known_states(
+    lm: "TaskLM",
+    rows: Sequence[TokenRow],
+    pad: int,
+    share: Share = ALONE,
+    progress: Callable[[int], None] = lambda done: None,
+    room: Callable[[Tensor, tuple[int, int]], Tensor | None] = Tensor.new_empty,
+) -> KnownStates | None:
+    """Run rows through the frozen layers once; return None, if there is no room for what they make of them.
+
+    Args:
+        share: this worker's, of the blocks of rows; the same rows make the same blocks for any number of workers.
+        progress: is told the share of the rows that is done, in per cent.
+        room: makes a tensor `[tokens, D]` for the states, like one `[0, D]`; where the model lies, if not given.
+    """
+    unique, parts = blocks(rows)
+    sizes = [sum(len(row.tokens) for row in block) for block in parts]
+    width = lm.module.get_input_embeddings().embedding_dim
+    nothing = torch.empty(0, width, dtype=lm.module.dtype, device=lm.device)
+    states = room(nothing, (sum(sizes), width))
+    if states is None:
+        return None
+    left = states
+    for first in range(0, len(parts), share.workers):  # a block each at a time
+        progress(100 * first // len(parts))
+        turn = slice(first, first + share.workers)
+        mine = share.of(parts[turn])
+        found = share.joined(lm.frozen_states(mine[0], pad) if mine else nothing, sizes[turn])
+        left[: len(found)], left = found, left[len(found) :]
+    return KnownStates(unique, states)
+
+
+def in_file(like: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Return a tensor of a shape in a file in the system's folder for such. The file goes with the process, and what is
+    read of it lies in memory as long as there is some.
+
+    Raises:
+        OSError: there is no room.
+    """
+    size = math.prod(shape)
+    with tempfile.NamedTemporaryFile(prefix="rayml-states-") as file:
+        if hasattr(os, "posix_fallocate"):  # not on macOS; a disk that is full later would end the process
+            os.posix_fallocate(file.fileno(), 0, size * like.element_size())
+        return torch.from_file(file.name, shared=True, size=size, dtype=like.dtype).view(shape)
 
 
 def blocks(rows: Sequence[TokenRow]) -> tuple[list[TokenRow], list[list[TokenRow]]]:

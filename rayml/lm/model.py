@@ -1,6 +1,6 @@
 """A causal language model under the weights that its tasks have learned: T adapters side by side, or all of its own."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
@@ -13,7 +13,7 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 from rayml.algorithms.inner_loop import Params
 from rayml.algorithms.prototypes import Pooling, Read, label_log_probs
 from rayml.lm.batch import TaskBatch, collate
-from rayml.lm.frozen import ALONE, FrozenLayers, KnownStates, Share, blocks
+from rayml.lm.frozen import FrozenLayers, KnownStates
 from rayml.lm.label_losses import MOST_LOGITS, Choices, token_losses
 from rayml.lm.label_trie import IGNORE
 from rayml.lm.lora import TaskLoRA, layer_number
@@ -312,7 +312,9 @@ class TaskLM:
         at_a_time = max(1, MOST_LOGITS // self.module.config.get_text_config().vocab_size)
         if not self.sentences and len(scored.among.all) > at_a_time and self.plain_head:
             return mean_by_task(self._losses_in_parts(weights, batch, smoothing, at_a_time), batch)
-        chosen = scored.choices if self.narrow_head else Choices(None, scored.targets, batch.allowed)
+        chosen = scored.choices
+        if chosen.tokens is not None and not self.narrow_head:
+            chosen = Choices(None, scored.targets, batch.allowed)
         read = batch.tokens, self.slot(batch), None, chosen.tokens
         logits = self.logits_at(scored.positions, weights, *read, **position_inputs(batch))
         losses = token_losses(logits, chosen.targets, chosen.allowed, smoothing, known=scored.among)
@@ -331,29 +333,6 @@ class TaskLM:
 
         parts = range(0, len(scored.positions), at_a_time)
         return torch.cat([checkpoint(part, first, use_reentrant=False) for first in parts])
-
-
-def known_states(
-    lm: TaskLM,
-    rows: Sequence[TokenRow],
-    pad: int,
-    share: Share = ALONE,
-    progress: Callable[[int], None] = lambda done: None,
-) -> KnownStates:
-    """Run rows through the frozen layers once.
-
-    Args:
-        share: this worker's, of the blocks of rows; the same rows make the same blocks for any number of workers.
-        progress: is told the share of the rows that is done, in per cent.
-    """
-    unique, parts = blocks(rows)
-    mine, found = share.of(parts), []
-    for index, block in enumerate(mine):
-        progress(100 * index // len(mine))
-        found.append(lm.frozen_states(block, pad))
-    width = lm.module.get_input_embeddings().embedding_dim
-    states = torch.cat(found) if found else torch.empty(0, width, dtype=lm.module.dtype, device=lm.device)
-    return KnownStates(unique, share.joined(states, [sum(len(row.tokens) for row in block) for block in parts]))
 
 
 def narrow_logits(head: nn.Linear, states: Tensor, tokens: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ Every worker adapts its own tasks; their meta-gradients meet in one all-reduce a
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,11 @@ from rayml.lm import zero
 from rayml.lm.batch import trained_tokens, training_sides
 from rayml.lm.encode import Encoder
 from rayml.lm.fine_tuning import rate_factors, special_steps
-from rayml.lm.frozen import ALONE, KnownStates
+from rayml.lm.frozen import ALONE, KnownStates, in_file, known_states
 from rayml.lm.initialization import untrained_start
 from rayml.lm.load import checkpoint_activations, load_base
 from rayml.lm.lora import TaskLoRA
-from rayml.lm.model import TaskLM, hooks, known_states
+from rayml.lm.model import TaskLM, hooks
 from rayml.lm.rows import TokenRow
 from rayml.lm.scorer import Scorer
 from rayml.model import start_of
@@ -38,8 +38,20 @@ from rayml.training.stream import DivergedError, Job, get
 
 WORTH_KNOWING = 2
 """Times that an example comes back on average, from which on its frozen states are kept."""
-MOST_KNOWN_BYTES = 2 * 2**30
-"""On each worker, for those states."""
+MOST_IN_MEMORY, MOST_IN_FILE = 2 * 2**30, 16 * 2**30
+"""Bytes on each worker, for those states."""
+
+
+def room_for_states(like: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor | None:
+    """Return a tensor of a shape, in a file where it is large; None, where that is too large for one of the workers."""
+    size = math.prod(shape) * like.element_size()
+    if size <= MOST_IN_MEMORY:
+        return like.new_empty(shape)
+    found = None
+    if size <= MOST_IN_FILE:
+        with suppress(OSError):
+            found = in_file(like, shape)
+    return found if all(collective.gather_from_workers(found is not None)) else None
 
 
 class Replicated:
@@ -67,14 +79,11 @@ class Replicated:
 
     def _known_states(self, rows: Sequence[TokenRow]) -> KnownStates | None:
         """Return what the frozen layers make of rows, of which each worker runs a share; None, if that is too much."""
-        width, size = self.lm.module.get_input_embeddings().weight.shape[1], self.lm.module.dtype.itemsize
-        if sum(len(row.tokens) for row in rows) * width * size > MOST_KNOWN_BYTES:
-            return None
 
         def tell(percent: int) -> None:
             self.heartbeat.doing(f"reading {len(rows)} training examples with the frozen layers, once: {percent} %")
 
-        return known_states(self.lm, rows, self.encoder.pad, collective.share(), tell)
+        return known_states(self.lm, rows, self.encoder.pad, collective.share(), tell, room_for_states)
 
     def begin(self, run: RunFolder) -> None:
         """Go on from the newest whole checkpoint, or keep the untrained start to compare with."""
