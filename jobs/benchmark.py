@@ -38,13 +38,14 @@ from rayml.algorithms.fomaml import adapt_then_query
 from rayml.algorithms.inner_loop import InnerLoop, Params
 from rayml.algorithms.meta_gradient import first_order
 from rayml.config import Config, load_config
-from rayml.lm.batch import collate, decode_rows, readings
+from rayml.lm.batch import collate, readings
 from rayml.lm.catalog import resolve_model
 from rayml.lm.load import DTYPES, load_base, load_tokenizer
 from rayml.lm.lora import B, TaskLoRA, in_a_layer, layer_number
 from rayml.lm.model import TaskLM
 from rayml.lm.precision import settled_here
 from rayml.lm.rows import TokenRow
+from rayml.lm.sides import decode_rows
 from rayml.tasks.prepare import prepare_splits
 
 OURS = "rayml"

@@ -26,9 +26,9 @@ from torch import Tensor
 import rayml
 from rayml.algorithms.prototypes import prototypes, squared_distances
 from rayml.experiments.classifiers import classifier_for
-from rayml.lm.batch import TaskSide
 from rayml.lm.catalog import MINILM
 from rayml.lm.scorer import accuracy
+from rayml.lm.sides import TaskSide
 from rayml.model import MetaModel
 from rayml.tasks.episodes import Episode
 from rayml.tasks.read import read_rows

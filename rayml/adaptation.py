@@ -9,10 +9,10 @@ import torch
 from rayml.algorithms.base import Algorithm
 from rayml.algorithms.inner_loop import Params, TaskLosses, adapt_in_parts
 from rayml.errors import DataError
-from rayml.lm.batch import TaskSide
 from rayml.lm.fine_tuning import special_steps
 from rayml.lm.peft_files import AdapterCard
 from rayml.lm.rows import TokenRow
+from rayml.lm.sides import TaskSide
 from rayml.tasks.episodes import LETTERS, relabel, shown_labels
 from rayml.tasks.row import Row
 from rayml.tasks.table import LABELS, build_tasks

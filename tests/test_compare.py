@@ -21,7 +21,7 @@ from rayml.errors import ConfigError, DataError, RunError
 from rayml.experiments.answers import LearnedMethod, Setting, adapted_weights, choose_setting, label_answers
 from rayml.experiments.compare import code, compare, fingerprint_of
 from rayml.experiments.method_runs import METHODS, MethodRun, Request, plan, tokens_per_step
-from rayml.lm.batch import trained_tokens, training_sides
+from rayml.lm.sides import trained_tokens, training_sides
 from rayml.model import untrained_model
 from rayml.runs.checkpoint import seal, write_state
 from rayml.runs.folder import RunFolder

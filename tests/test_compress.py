@@ -25,11 +25,12 @@ from rayml.compression.distill import (
 )
 from rayml.compression.shrink import cut_adapters, cut_mlps, gated_mlps, quantize_base
 from rayml.errors import ConfigError, RunError
-from rayml.lm.batch import TaskBatch, side_batch
+from rayml.lm.batch import TaskBatch
 from rayml.lm.label_trie import IGNORE
 from rayml.lm.load import load_base
 from rayml.lm.lora import TaskLoRA
 from rayml.lm.model import TaskLM
+from rayml.lm.sides import side_batch
 from rayml.model import load
 
 QUIET = Console(quiet=True)

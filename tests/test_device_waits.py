@@ -19,9 +19,10 @@ from transformers import AutoConfig, LlamaForCausalLM
 
 from rayml.algorithms.inner_loop import InnerLoop, adapt
 from rayml.algorithms.registry import REGISTERED
-from rayml.lm.batch import TaskSide, TokenRow, collate
+from rayml.lm.batch import TokenRow, collate
 from rayml.lm.lora import TaskLoRA
 from rayml.lm.model import TaskLM
+from rayml.lm.sides import TaskSide
 
 META = torch.device("meta")
 TASKS, STEPS = 3, 2

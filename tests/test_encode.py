@@ -7,7 +7,7 @@ import torch
 from conftest import perturbed_start, tiny_lm
 
 from rayml.errors import DataError
-from rayml.lm.batch import IGNORE, collate, decode_rows
+from rayml.lm.batch import IGNORE, collate
 from rayml.lm.catalog import resolve_model
 from rayml.lm.encode import Encoder
 from rayml.lm.label_trie import LabelTrie, can_tell_apart
@@ -15,6 +15,7 @@ from rayml.lm.load import load_tokenizer
 from rayml.lm.option_scoring import OptionBatch, OptionQuery, PromptEnsemble, weighted_prompts
 from rayml.lm.rows import encode
 from rayml.lm.scorer import side_of
+from rayml.lm.sides import decode_rows
 from rayml.tasks.episodes import Episode, Sampler
 from rayml.tasks.task import Example, Task
 

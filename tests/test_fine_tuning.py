@@ -10,10 +10,10 @@ from test_lora import random_batch
 
 from rayml.algorithms.inner_loop import InnerLoop, adapt, expand
 from rayml.experiments.method_runs import METHODS
-from rayml.lm.batch import training_sides
 from rayml.lm.fine_tuning import adversarial, depth_of, gradual_unfreezing, rate_factors, special_steps
 from rayml.lm.load import load_base, load_tokenizer
 from rayml.lm.model import TaskLM
+from rayml.lm.sides import training_sides
 from rayml.model import untrained_model
 from rayml.tasks.prepare import prepare_splits
 

@@ -20,8 +20,8 @@ from rayml.algorithms.prototypes import (
     squared_distances,
 )
 from rayml.algorithms.registry import chosen
-from rayml.lm.batch import TaskSide
 from rayml.lm.rows import TokenRow
+from rayml.lm.sides import TaskSide
 
 GENERATOR = torch.Generator().manual_seed(0)
 CLASSES = torch.tensor([[0, 1, 1, 2, 0, 0], [1, 0, 0, -1, -1, -1], [-1] * 6])

@@ -10,7 +10,7 @@ from test_lora import one, random_batch, random_rows
 from torch import nn
 
 from rayml.algorithms.inner_loop import InnerLoop, expand
-from rayml.lm.batch import collate, training_sides
+from rayml.lm.batch import collate
 from rayml.lm.encode import Encoder
 from rayml.lm.label_losses import token_losses
 from rayml.lm.label_trie import IGNORE
@@ -18,6 +18,7 @@ from rayml.lm.load import load_base
 from rayml.lm.lora import keep_mask, mixed
 from rayml.lm.model import TaskLM
 from rayml.lm.parameters import trained_parameters
+from rayml.lm.sides import training_sides
 from rayml.sections import Full
 from rayml.tasks.episodes import Episode
 from rayml.tasks.task import Example

@@ -25,7 +25,7 @@ from rayml.experiments.classifiers import missing
 from rayml.experiments.method_runs import plan, seconds_per_token
 from rayml.lm import zero
 from rayml.lm.abilities import check_model
-from rayml.lm.batch import TaskSide, collate
+from rayml.lm.batch import collate
 from rayml.lm.catalog import resolve_model
 from rayml.lm.encode import Encoder, class_numbers
 from rayml.lm.load import load_base, load_tokenizer
@@ -33,6 +33,7 @@ from rayml.lm.lora import TaskLoRA
 from rayml.lm.model import TaskLM
 from rayml.lm.scorer import Queries
 from rayml.lm.sentence import INPUT
+from rayml.lm.sides import TaskSide
 from rayml.model import untrained_model
 from rayml.planning.shape import read_shape
 from rayml.runs.files import as_path

@@ -13,10 +13,10 @@ from gpu_steps.sizes import config_of, folder
 from rayml.algorithms.inner_loop import InnerLoop
 from rayml.algorithms.outer_loop import Learner
 from rayml.config import Config
-from rayml.lm.batch import TaskSide
 from rayml.lm.load import checkpoint_activations
 from rayml.lm.lora import TaskLoRA
 from rayml.lm.model import TaskLM
+from rayml.lm.sides import TaskSide
 from rayml.planning.memory import memory
 from rayml.planning.shape import read_shape
 from rayml.training.replicated import build_learner

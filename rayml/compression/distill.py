@@ -27,7 +27,7 @@ from rayml.algorithms.outer_loop import Learner, initial_log_inner_lrs, outer_sc
 from rayml.compression.command import Compressed, Distillation, base_folder, evenly_spaced, wanted_layers
 from rayml.config import Config
 from rayml.errors import ConfigError
-from rayml.lm.batch import TaskBatch, side_batch
+from rayml.lm.batch import TaskBatch
 from rayml.lm.catalog import resolve_model
 from rayml.lm.frozen import decoder_layers
 from rayml.lm.initialization import untrained_start
@@ -36,6 +36,7 @@ from rayml.lm.label_trie import IGNORE
 from rayml.lm.load import DTYPES, load_base, load_tokenizer
 from rayml.lm.lora import LAYER, in_a_layer, layer_number
 from rayml.lm.model import TaskLM, hooks, mean_by_task
+from rayml.lm.sides import side_batch
 from rayml.model import MetaModel
 from rayml.tasks.episodes import DISTILLATION_SEED
 from rayml.tasks.prepare import prepare_splits

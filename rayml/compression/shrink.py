@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from rayml.algorithms.inner_loop import Params, expand
 from rayml.compression.command import Compressed, base_folder
 from rayml.errors import ConfigError
-from rayml.lm.batch import TaskBatch, collate, decode_rows
+from rayml.lm.batch import TaskBatch, collate
 from rayml.lm.frozen import decoder_layers
 from rayml.lm.label_trie import IGNORE
 from rayml.lm.load import DTYPES, load_base
 from rayml.lm.lora import A, B
 from rayml.lm.model import TaskLM
+from rayml.lm.sides import decode_rows
 from rayml.model import MetaModel
 from rayml.tasks.episodes import SUPPORT_SEED
 from rayml.tasks.prepare import prepare_splits

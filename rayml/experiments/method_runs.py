@@ -14,11 +14,11 @@ from rayml.errors import ConfigError, RunError
 from rayml.experiments.classifiers import check_classifier, missing
 from rayml.experiments.evaluate_command import trained_on
 from rayml.lm.abilities import checked_model
-from rayml.lm.batch import SIDES, side_batch, trained_tokens
 from rayml.lm.catalog import MINILM, resolve_model
 from rayml.lm.load import load_tokenizer
 from rayml.lm.scorer import side_of
 from rayml.lm.sentence import read_sentences
+from rayml.lm.sides import SIDES, side_batch, trained_tokens
 from rayml.model import untrained_model
 from rayml.runs.checkpoint import newest_checkpoint, step_of
 from rayml.runs.files import AnyPath, as_path

@@ -1,4 +1,4 @@
-"""From rows to the tensors of T tasks, and what an algorithm differentiates: the two sides of T episodes.
+"""From rows to the tensors of T tasks, side by side.
 
 Rows are padded on the right, where causal attention never looks, so no attention mask is needed. Where that would be
 much padding, rows of a task are laid one behind the other, and see nothing of each other.
@@ -8,22 +8,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import ceil
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from rayml.algorithms.inner_loop import Params
-from rayml.algorithms.prototypes import Pooling, Read
-from rayml.config import Config
 from rayml.lm.label_losses import Among, Choices, among, choices
 from rayml.lm.label_trie import IGNORE, Label, LabelTrie, label_trie
 from rayml.lm.rows import TokenRow
 
 if TYPE_CHECKING:
-    from rayml.lm.model import TaskLM
+    pass
 
-SIDES = "support", "query"
 ATTENTION_TOKENS = 1500
 """In a row, about, at which attention takes as long as everything else: longer rows save padding, and cost that."""
 WIDTHS = 1.0, 1.5, 2, 3, 4, 6, 8
@@ -260,105 +256,3 @@ def allowed_grid(allowed: Sequence[Sequence[int]]) -> Tensor | None:
     most = max(map(len, allowed), default=0)
     filled = [[*some, *[IGNORE] * (most - len(some))] for some in allowed]
     return torch.tensor(filled, dtype=torch.int64) if most else None
-
-
-# The two sides of T episodes
-
-
-class TaskSide:
-    """The supports, or the queries, of T tasks, as an algorithm sees them (`rayml.algorithms.base.Side`).
-
-    Args:
-        tasks: each task's rows.
-        labels: of each task, the tokens of those that its targets compete with; none for the whole vocabulary.
-        row_classes: the class of each row; none for free text.
-        smoothing: of the labels, in meta-training.
-        packs: several examples may share a row, where losses are asked for.
-    """
-
-    def __init__(
-        self,
-        lm: "TaskLM",
-        tasks: Sequence[Sequence[TokenRow]],
-        labels: Sequence[Sequence[Label]],
-        row_classes: Sequence[Sequence[int]],
-        pad: int,
-        *,
-        smoothing: float = 0.0,
-        packs: bool = True,
-    ):
-        self.lm, self.tasks, self.labels, self.row_classes, self.pad = lm, tasks, labels, row_classes, pad
-        self.smoothing, self.packs = smoothing, packs and lm.packs
-
-    @cached_property
-    def batch(self) -> TaskBatch:
-        return collate(self.tasks, self.pad, self.labels, self.packs).to(self.lm.device)
-
-    @cached_property
-    def classes(self) -> Tensor:
-        both = zip(self.tasks, self.row_classes, strict=True)
-        return class_grid([classes or [-1] * len(rows) for rows, classes in both]).to(self.lm.device)
-
-    @property
-    def ways(self) -> int:
-        return 1 + max((number for classes in self.row_classes for number in classes), default=0)
-
-    @cached_property
-    def label_tokens(self) -> Tensor:
-        """`[T, C]`: the first token of each class's label, by the rows themselves; -1 where there is no such class."""
-        found = []
-        for rows, classes in zip(self.tasks, self.row_classes, strict=True):
-            first = {number: row.tokens[row.start] for row, number in zip(rows, classes, strict=bool(classes))}
-            found.append([first.get(number, -1) for number in range(max(first, default=0) + 1)])
-        return class_grid(found).to(self.lm.device)
-
-    def losses(self, weights: Params) -> Tensor:
-        return self.lm.losses(weights, self.batch, self.smoothing)
-
-    def states(self, weights: Params, pooling: Pooling = "last") -> Tensor:
-        return self.lm.states(weights, self.batch, pooling)
-
-    def read(self, weights: Params, pooling: Pooling = "last", label_tokens: Tensor | None = None) -> Read:
-        return self.lm.read(weights, self.batch, pooling, label_tokens, self.smoothing)
-
-
-def training_sides(
-    lm: "TaskLM", episodes: Sequence[dict[str, Any]], pad: int, config: Config
-) -> tuple[TaskSide, TaskSide]:
-    """Return the supports and the queries of episodes that `Encoder.episode` made."""
-    regularize, labels = config.regularize, [episode["labels"] for episode in episodes]
-
-    def side(name: str, packs: bool) -> TaskSide:
-        rows = [decode_rows(episode[name]) for episode in episodes]
-        classes = [episode[name]["classes"] for episode in episodes]
-        return TaskSide(lm, rows, labels, classes, pad, smoothing=regularize.label_smoothing, packs=packs)
-
-    # The worst step is one for each example, and so is a mask.
-    apart = regularize.adversarial > 0, regularize.lora_dropout > 0
-    return side("support", not any(apart)), side("query", not apart[1])
-
-
-def decode_rows(side: dict[str, Any]) -> list[TokenRow]:
-    """Return the rows of one side of a record that `Encoder.episode` made."""
-    columns = side["tokens"], side["starts"], side["loss_masked"], side["suffixes"]
-    return [
-        TokenRow(list(tokens), start, tuple(gaps), tuple(end))
-        for tokens, start, gaps, end in zip(*columns, strict=True)
-    ]
-
-
-def side_batch(episodes: Sequence[dict[str, Any]], side: str, pad: int, packs: bool = False) -> TaskBatch:
-    rows = [decode_rows(episode[side]) for episode in episodes]
-    return collate(rows, pad, [episode["labels"] for episode in episodes], packs)
-
-
-def trained_tokens(config: Config, support: TaskBatch, query: TaskBatch) -> int:
-    """Return the tokens, without padding, that an outer step on these episodes runs forward and backward."""
-    passes = config.algorithm.passes(config.inner.steps)
-    return sum(times * side.read_tokens for times, side in zip(passes, (support, query), strict=True))
-
-
-def class_grid(classes: Sequence[Sequence[int]]) -> Tensor:
-    """Return the class of every row of T tasks, `[T, K]`, -1 for rows of padding."""
-    rows = [torch.tensor(of, dtype=torch.int64) for of in classes]
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)

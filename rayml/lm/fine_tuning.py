@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from rayml.algorithms.inner_loop import Params, TaskLosses
-from rayml.lm.batch import TaskBatch, TaskSide
+from rayml.lm.batch import TaskBatch
 from rayml.lm.lora import in_a_layer, layer_number
 from rayml.lm.model import TaskLM
+from rayml.lm.sides import TaskSide
 
 
 def depth_of(model: Any, name: str) -> int:

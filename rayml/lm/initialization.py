@@ -7,12 +7,13 @@ import torch
 
 from rayml.algorithms.inner_loop import Params
 from rayml.config import Config
-from rayml.lm.batch import TaskBatch, collate, decode_rows
+from rayml.lm.batch import TaskBatch, collate
 from rayml.lm.encode import Encoder
 from rayml.lm.frozen import ALONE, Share
 from rayml.lm.lora import A, TaskLoRA
 from rayml.lm.model import TaskLM
 from rayml.lm.parameters import trained_parameters
+from rayml.lm.sides import decode_rows
 from rayml.lm.soft_prompt import TaskPrompt
 from rayml.tasks.task import Task
 

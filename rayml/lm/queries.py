@@ -13,11 +13,12 @@ from torch import Tensor
 from rayml.algorithms.base import Algorithm
 from rayml.algorithms.inner_loop import Params
 from rayml.algorithms.prototypes import Pooling, Read
-from rayml.lm.batch import TaskBatch, class_grid, collate
+from rayml.lm.batch import TaskBatch, collate
 from rayml.lm.lora import side_by_side
 from rayml.lm.model import TaskLM
 from rayml.lm.option_scoring import OptionQuery, PromptEnsemble, WeightedPrompts
 from rayml.lm.rows import TokenRow
+from rayml.lm.sides import class_grid
 
 
 class KeptSupport:

@@ -9,12 +9,12 @@ import torch
 
 from rayml.algorithms.base import Algorithm
 from rayml.algorithms.inner_loop import InnerLoop, Params, TaskLosses, expand
-from rayml.lm.batch import TaskSide
 from rayml.lm.encode import Encoder, class_numbers
 from rayml.lm.fine_tuning import special_steps
 from rayml.lm.model import TaskLM
 from rayml.lm.option_scoring import prompts_of, weighted_prompts
 from rayml.lm.queries import AskedTasks, KeptSupport
+from rayml.lm.sides import TaskSide
 from rayml.tasks.episodes import Episode, Sampler
 from rayml.tasks.statistics import Curve
 from rayml.tasks.task import Task

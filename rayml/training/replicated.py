@@ -16,7 +16,6 @@ from rayml.algorithms.meta_gradient import MetaGradient
 from rayml.algorithms.outer_loop import Learner, RecentGains, StepTimer, initial_log_inner_lrs, outer_schedule
 from rayml.config import Config
 from rayml.lm import zero
-from rayml.lm.batch import trained_tokens, training_sides
 from rayml.lm.encode import Encoder
 from rayml.lm.fine_tuning import rate_factors, special_steps
 from rayml.lm.frozen import ALONE, KnownStates, in_file, known_states
@@ -26,6 +25,7 @@ from rayml.lm.lora import TaskLoRA
 from rayml.lm.model import TaskLM, hooks
 from rayml.lm.rows import TokenRow
 from rayml.lm.scorer import Scorer
+from rayml.lm.sides import trained_tokens, training_sides
 from rayml.model import start_of
 from rayml.runs.checkpoint import read_newest, write_state
 from rayml.runs.folder import RunFolder

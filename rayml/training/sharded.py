@@ -15,8 +15,9 @@ import torch
 
 from rayml.algorithms.outer_loop import RecentGains
 from rayml.lm import zero
-from rayml.lm.batch import SIDES, TaskBatch, side_batch, trained_tokens
+from rayml.lm.batch import TaskBatch
 from rayml.lm.scorer import Queries, side_of
+from rayml.lm.sides import SIDES, side_batch, trained_tokens
 from rayml.runs.checkpoint import newest_checkpoint
 from rayml.runs.files import AnyPath, local_copy
 from rayml.runs.folder import RunFolder
