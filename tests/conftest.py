@@ -112,6 +112,8 @@ def server(tmp_path_factory):
     from serving_process import Server
     from serving_run import make_run
 
+    from rayml.serving.ports import end_orphans
+
     server = Server(
         make_run(tmp_path_factory.mktemp("server")).path,
         "replicas.min=2",
@@ -124,11 +126,13 @@ def server(tmp_path_factory):
         "limits.retry_after_seconds=1",
         "limits.adapters_per_key=150",
         "adapters.known_seconds=0.2",
+        "replicas.drain_seconds=90",  # a busy machine takes long to end what has begun
         "limits.body_seconds=20",  # longer than a busy machine takes to hand a whole body on
     )
     yield server
     if server.process.poll() is None and server.stop():
         server.process.kill()
+    end_orphans()
 
 
 @pytest.fixture(autouse=True)

@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TARGETS, perturbed_start, toy_tasks
+from families import make_model
 
 from rayml.algorithms.inner_loop import expand, task_gradients
 from rayml.lm.batch import collate
 from rayml.lm.encode import Encoder
-from rayml.lm.frozen import BLOCK_TOKENS, Share, blocks, in_file, known_states
+from rayml.lm.frozen import BLOCK_TOKENS, Share, blocks, known_states
 from rayml.lm.load import load_base
 from rayml.lm.lora import TaskLoRA
 from rayml.lm.model import TaskLM
@@ -101,8 +102,20 @@ def test_states_in_a_file_are_those_in_memory_and_leave_nothing_behind(lm, rows,
     assert torch.equal(outside.of(batch), inside.of(batch))
     monkeypatch.setattr(replicated, "MOST_IN_FILE", 2000)
     assert known_states(lm, rows, tokenizer.eos_token_id, room=room) is None
-    with pytest.raises(OSError, match=r"space|large"):
-        in_file(inside.states[:0], (2**50, 2**8))
+    monkeypatch.setattr(replicated, "MOST_IN_FILE", 2**30)
+    monkeypatch.setattr(replicated, "has_disk_for", lambda _: False)
+    assert known_states(lm, rows, tokenizer.eos_token_id, room=room) is None
+
+
+def test_layers_may_be_wider_than_the_embeddings(tmp_path):
+    module = load_base(str(make_model(tmp_path, "opt", word_embed_proj_dim=16)), "float32")
+    lm = TaskLM(module, TaskLoRA(module, ["q_proj"], 2, alpha=4.0, last_layers=1))
+    rows = [TokenRow([5, 6, 7 + n], 2) for n in range(4)]
+    known = known_states(lm, rows, 1)
+    batch = collate([rows], 1)
+    lm.losses(None, batch)
+    torch.testing.assert_close(known.of(batch), batch.frozen[0])
+    assert known.states.shape[1] != module.get_input_embeddings().embedding_dim
 
 
 def test_blocks_hold_each_row_once_whatever_their_order(rows):

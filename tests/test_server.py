@@ -263,7 +263,7 @@ def test_prometheus_finds_what_happened(server):
     # Of the dead replica's there are none, and the others tell theirs now and then. The more queries in a batch, the
     # fewer batches: so the queries are counted.
     wait_for(lambda: server.metric("rayml_classify_batch_sum") > 200, 120)
-    assert server.metric("rayml_cached_adapters") > 10
+    wait_for(lambda: server.metric("rayml_cached_adapters") > 10, 120)
     lines = requests.get(f"http://127.0.0.1:{server.metrics_port}/metrics", timeout=120).text.splitlines()
     (line, *_) = [line for line in lines if line.startswith("ray_rayml_adaptations_total{")]
     assert 'application="rayml"' in line
@@ -315,18 +315,18 @@ def test_after_kill_9_the_same_command_serves_what_was_acknowledged(server):
     server.process.wait()
     assert any(process.is_running() for process in left)  # its Ray, which holds its ports
     server.start()
-    assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in left)
+    assert psutil.wait_procs(left, 30)[1] == []
     assert server.client(tries=90).classify(adapter.model, ["charged twice"]) == expected
     assert server.client().adapter("acknowledged") == adapter
 
 
 @pytest.mark.serve
 def test_what_has_begun_ends_before_the_server_does(server):
-    stream = server.client().stream("tiny", "hello", max_tokens=200)
+    stream = server.client().stream("tiny", "hello", max_tokens=600)
     first = next(stream)
     with ThreadPoolExecutor(1) as pool:
         ended = pool.submit(server.stop)
-        assert len(first + "".join(stream)) == 200
+        assert len(first + "".join(stream)) == 600
         assert ended.result() == 0
 
 

@@ -14,7 +14,7 @@ from rayml.errors import ConfigError
 from rayml.serving.ports import MARK, end_orphans, identity, mark_session, refuse_taken
 
 
-@pytest.fixture(params=["named", "renamed"])
+@pytest.fixture(params=["", "ray::DashboardAgent", "VLLM::EngineCore"])
 def sleeper(request):
     """Start processes that look like a Ray's: its session folder stands in their command, or they log into it."""
     started = []
@@ -24,8 +24,8 @@ def sleeper(request):
         code = "-c", "import time; time.sleep(60)"
         named = [sys.executable, *code, f"--session-dir={session}"]
         with (session / "logs" / "agent.out").open("w") as log:
-            renamed = {"args": ["ray::DashboardAgent", *code], "executable": sys.executable, "stdout": log}
-            started.append(subprocess.Popen(**renamed if request.param == "renamed" else {"args": named}))
+            renamed = {"args": [request.param, *code], "executable": sys.executable, "stdout": log}
+            started.append(subprocess.Popen(**renamed if request.param else {"args": named}))
         return started[-1]
 
     yield start

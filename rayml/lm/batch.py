@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import ceil
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,6 @@ from torch import Tensor, nn
 from rayml.lm.label_losses import Among, Choices, among, choices
 from rayml.lm.label_trie import IGNORE, Label, LabelTrie, label_trie
 from rayml.lm.rows import TokenRow
-
-if TYPE_CHECKING:
-    pass
 
 ATTENTION_TOKENS = 1500
 """In a row, about, at which attention takes as long as everything else: longer rows save padding, and cost that."""

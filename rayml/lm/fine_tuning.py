@@ -66,6 +66,7 @@ def adversarial(losses: TaskLosses, lm: TaskLM, batch: TaskBatch, epsilon: float
         losses: of this batch, whose rows hold one example each.
         epsilon: above 0.
     """
+    lm.try_out()  # what it tries is not to be shifted
 
     def both(weights: Params) -> Tensor:
         shift = Shift(lm)

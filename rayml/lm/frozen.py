@@ -150,9 +150,8 @@ def known_states(
     """
     unique, parts = blocks(rows)
     sizes = [sum(len(row.tokens) for row in block) for block in parts]
-    width = lm.module.get_input_embeddings().embedding_dim
-    nothing = torch.empty(0, width, dtype=lm.module.dtype, device=lm.device)
-    states = room(nothing, (sum(sizes), width))
+    nothing = lm.frozen_states(parts[0][:1], pad)[:0]  # some models' layers are wider than their embeddings
+    states = room(nothing, (sum(sizes), nothing.shape[1]))
     if states is None:
         return None
     left = states
@@ -176,7 +175,10 @@ def in_file(like: Tensor, shape: tuple[int, int]) -> Tensor:
     with tempfile.NamedTemporaryFile(prefix="rayml-states-") as file:
         if hasattr(os, "posix_fallocate"):  # not on macOS; a disk that is full later would end the process
             os.posix_fallocate(file.fileno(), 0, size * like.element_size())
-        return torch.from_file(file.name, shared=True, size=size, dtype=like.dtype).view(shape)
+        try:
+            return torch.from_file(file.name, shared=True, size=size, dtype=like.dtype).view(shape)
+        except RuntimeError as error:
+            raise OSError(f"{file.name}: {error}") from error
 
 
 def blocks(rows: Sequence[TokenRow]) -> tuple[list[TokenRow], list[list[TokenRow]]]:

@@ -47,7 +47,7 @@ class Metrics:
             self._histograms[name].observe(value)
 
     def show_again(self) -> None:
-        """Set the gauges to what they show: Ray forgets those that are not set for half a minute."""
+        """Set the gauges to what they show: Ray forgets those that are not set for some seconds."""
         for name, value in self._shown.items():
             self._gauges[name].set(value)
 

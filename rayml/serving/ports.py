@@ -52,7 +52,8 @@ def _is_orphan(process: psutil.Process) -> bool:
 def _sessions(process: psutil.Process) -> set[Path]:
     """Return the session folders that a process names in its command, or, where Ray changed that, logs into."""
     command = " ".join(process.cmdline())
-    named = [command, *(file.path for file in process.open_files())] if command.startswith("ray::") else [command]
+    renamed = command.startswith(("ray::", "VLLM::"))
+    named = [command, *(file.path for file in process.open_files())] if renamed else [command]
     return {Path(found[1]) for found in map(SESSION.search, named) if found}
 
 

@@ -4,11 +4,14 @@ Every worker adapts its own tasks; their meta-gradients meet in one all-reduce a
 """
 
 import math
+import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from rayml.algorithms.inner_loop import InnerLoop, Params
@@ -48,10 +51,19 @@ def room_for_states(like: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor 
     if size <= MOST_IN_MEMORY:
         return like.new_empty(shape)
     found = None
-    if size <= MOST_IN_FILE:
+    if size <= MOST_IN_FILE and has_disk_for(size * collective.world_size()):
         with suppress(OSError):
             found = in_file(like, shape)
     return found if all(collective.gather_from_workers(found is not None)) else None
+
+
+def has_disk_for(size: int) -> bool:
+    """Return whether twice so many bytes are free where temporary files lie, and those lie on a disk."""
+    folder = Path(tempfile.gettempdir()).resolve()
+    mounts = [one for one in psutil.disk_partitions(all=True) if folder.is_relative_to(one.mountpoint)]
+    own = max(mounts, key=lambda one: len(one.mountpoint), default=None)
+    in_memory = own is not None and own.fstype in ("tmpfs", "ramfs")
+    return not in_memory and shutil.disk_usage(folder).free > 2 * size
 
 
 class Replicated:
@@ -226,11 +238,11 @@ class Replicated:
 def returning_rows(job: Job, encoder: Encoder) -> list[TokenRow]:
     """Return the rows of the tasks whose examples come back in later episodes, as often as it takes to be worth it."""
     config, data = job.config, job.config.data
-    validations = config.outer.steps // config.validation.every * config.validation.episodes if job.val else 0
+    validations = -(-config.outer.steps // config.validation.every) if job.val else 0  # the last step is one
     rows: list[TokenRow] = []
     for tasks, episodes in (
         (get(job.train), config.outer.steps * config.tasks_per_step),
-        (get(job.val) if job.val else (), validations),
+        (get(job.val) if job.val else (), validations * config.validation.episodes),
     ):
         drawn = episodes * data.ways * (data.shots + data.queries)
         if not encoder.in_context and drawn >= WORTH_KNOWING * sum(len(task.examples) for task in tasks):
