@@ -20,6 +20,7 @@ from rayml.planning.shape import shape_of
 from rayml.planning.step import Sent, traffic
 from rayml.training import replicated, sharded
 from rayml.training.stream import Job
+from rayml.training.worker import share_of_tasks
 
 COLLECTIVES = {
     "allreduce_": "all-reduce",
@@ -68,11 +69,12 @@ def steps(rank, workers, config, model, tasks):
     kind = sharded.Sharded if config.is_sharded else replicated.Replicated
     learning = kind(job, torch.device("cpu"), NoHeartbeat())
     sampler = config.data.sampler(0)
-    per_worker = config.tasks_per_step // learning.workers
+    share = share_of_tasks(config)
+    per_worker = config.tasks_per_step // share.workers
     counted = None
     for _ in range(3):
         episodes = [
-            learning.encoder.episode(sampler.episode(tasks, learning.rank * per_worker + i)) for i in range(per_worker)
+            learning.encoder.episode(sampler.episode(tasks, share.rank * per_worker + i)) for i in range(per_worker)
         ]
         with Counting() as counting:
             learning.step(episodes, waited=0.0)
