@@ -1,6 +1,7 @@
 """What the frozen layers make of an example that comes back is looked up, and changes no number."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -105,6 +106,16 @@ def test_states_in_a_file_are_those_in_memory_and_leave_nothing_behind(lm, rows,
     monkeypatch.setattr(replicated, "MOST_IN_FILE", 2**30)
     monkeypatch.setattr(replicated, "has_disk_for", lambda _: False)
     assert known_states(lm, rows, tokenizer.eos_token_id, room=room) is None
+
+
+@pytest.mark.parametrize(("kind", "free", "fits"), [("ext4", 201, True), ("ext4", 200, False), ("tmpfs", 201, False)])
+def test_a_disk_has_room_twice_over_and_is_no_memory(tmp_path, monkeypatch, kind, free, fits):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    own = SimpleNamespace(mountpoint=str(tmp_path), fstype=kind)
+    mounts = [SimpleNamespace(mountpoint="/", fstype="overlay"), own]
+    monkeypatch.setattr("psutil.disk_partitions", lambda all: mounts)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
+    assert replicated.has_disk_for(100) is fits
 
 
 def test_layers_may_be_wider_than_the_embeddings(tmp_path):

@@ -29,6 +29,8 @@ HUB_IDS = {
     MINILM: "sentence-transformers/all-MiniLM-L6-v2",
 }
 """Of bases that come with wheels: what others load them by."""
+TINY: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
+"""The shape of the random ones."""
 
 
 def resolve_model(name: str) -> str:
@@ -149,11 +151,8 @@ def _make_tiny(folder: Path) -> None:
     torch.manual_seed(0)
     LlamaForCausalLM(
         LlamaConfig(
+            **TINY,
             vocab_size=characters.get_vocab_size(),
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=4,
-            num_attention_heads=4,
             num_key_value_heads=2,
             max_position_embeddings=4096,
             tie_word_embeddings=True,
@@ -178,11 +177,8 @@ def _make_tiny_masked(folder: Path) -> None:
     torch.manual_seed(0)
     BertForMaskedLM(
         BertConfig(
+            **TINY,
             vocab_size=characters.get_vocab_size(),
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=4,
-            num_attention_heads=4,
             max_position_embeddings=512,
             pad_token_id=0,
             initializer_range=0.1,  # with BERT's own 0.02 a mask would see next to nothing of its text
