@@ -20,6 +20,7 @@ os.environ |= {"OMP_NUM_THREADS": "1"} if "PYTEST_XDIST_WORKER" in os.environ el
 import pytest
 import torch
 import torch.multiprocessing
+from forks import fork_server
 
 os.environ.setdefault("RAYML_CACHE", str(Path(tempfile.gettempdir()) / f"rayml-test-cache-{os.getuid()}"))
 os.environ["WANDB_MODE"] = "offline"
@@ -35,6 +36,7 @@ from rayml.lm.lora import B, TaskLoRA
 from rayml.lm.model import TaskLM
 from rayml.tasks.task import Example, Task
 
+fork_server.set_up()
 SPLITS = {"val": 0.0, "test": 0.0, "val_tasks": ["toy-4"], "test_tasks": ["toy-5"]}
 TARGETS = ("q_proj", "v_proj", "o_proj", "down_proj")
 TOGETHER = {"test_storage": "test_train", "test_page": "test_server"}

@@ -1,5 +1,6 @@
 """Jobs on a real Ray head with token auth: `ray job submit`, `rayml submit`, and who is refused."""
 
+import json
 import os
 import re
 import shutil
@@ -90,6 +91,20 @@ def run(command, env, cwd=None):
     return subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=400)
 
 
+RECORDING = """
+import os
+from pathlib import Path
+from rayml.algorithms.fomaml import FomamlPlus
+
+class Recording(FomamlPlus):
+    def query_losses(self, *sides):
+        found = {name: value for name, value in os.environ.items() if name.startswith("NCCL_")}
+        Path(os.environ["RECORDED"]).write_text(str(found))
+        return super().query_losses(*sides)
+"""
+"""An algorithm of a user's own: it writes what the training workers have in their environment."""
+
+
 def project(tmp_path) -> Path:
     """A user's folder: a config, and tasks that lie elsewhere."""
     folder = tmp_path / "mine"
@@ -102,7 +117,10 @@ def project(tmp_path) -> Path:
 def test_a_job_needs_the_token_and_goes_on_when_submitted_again(head, tmp_path):
     address, env = head
     folder, shared = project(tmp_path), tmp_path / "shared"
-    submit = [sys.executable, "-m", "rayml", "submit", "--storage", str(shared), address, "train", "config.yaml"]
+    (folder / "recording.py").write_text(RECORDING)
+    of_job = ["--env", "NCCL_SOCKET_IFNAME=eth7", "--env", f"RECORDED={tmp_path / 'recorded'}"]
+    command = [sys.executable, "-m", "rayml", "submit", "--storage", str(shared), *of_job]
+    submit = [*command, address, "train", "config.yaml", "algorithm.name=recording:Recording"]
     without = {name: value for name, value in env.items() if not name.startswith("RAY_")}
     wrong = without | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "another-token-0123456789abcdefabcd"}
     with ThreadPoolExecutor() as pool:
@@ -118,18 +136,22 @@ def test_a_job_needs_the_token_and_goes_on_when_submitted_again(head, tmp_path):
     assert "step 4/4: query loss" in first.stdout, "the job's logs are shown"
     assert [record["step"] for record in RunFolder(shared / "first").records()] == [1, 2, 3, 4]
     entrypoint = re.search(r"^job \S+: python -m rayml (train .*)$", first.stdout, re.M)[1].split()
-    assert entrypoint == ["train", "config.yaml", f"run.dir={shared / 'first'}", "--resume"]
+    own = "algorithm.name=recording:Recording"
+    assert entrypoint == ["train", "config.yaml", own, f"run.dir={shared / 'first'}", "--resume"]
+    assert (tmp_path / "recorded").read_text() == "{'NCCL_SOCKET_IFNAME': 'eth7'}", "workers have what a job is told"
 
     # Submitted again, by Ray's own command from a clone of the project, it goes on.
     clone = tmp_path / "clone"
     for part in ("jobs", "rayml"):
         shutil.copytree(ROOT / part, clone / part, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copyfile(folder / "config.yaml", clone / "config.yaml")
+    for file in ("config.yaml", "recording.py"):
+        shutil.copyfile(folder / file, clone / file)
     job = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--address", address, "--working-dir", "."]
     with ThreadPoolExecutor() as pool:  # beside it, a job that fails
         evaluate = [sys.executable, "-m", "rayml", "submit", address, "evaluate", str(shared / "third")]
         ends = pool.submit(run, evaluate, env, folder)
-        again = run([*job, "--", "python", "jobs/train.py", *entrypoint[1:], "outer.steps=6"], env, clone)
+        of_ray = ["--runtime-env-json", json.dumps({"env_vars": {"RECORDED": str(tmp_path / "again")}})]
+        again = run([*job, *of_ray, "--", "python", "jobs/train.py", *entrypoint[1:], "outer.steps=6"], env, clone)
         failing = ends.result()
     assert again.returncode == 0, again.stdout + again.stderr
     assert "step 5/6" in again.stdout
