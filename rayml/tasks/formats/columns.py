@@ -123,6 +123,9 @@ def table(rows: Table, name: str, columns: Mapping[str, str], headed: bool) -> F
     if twice:
         yield f"{name}:{rows[0][0]}", f"has two columns {', '.join(twice)}; name them by number: input=0,target=1"
         return
+    if headed and len(first) == 1 and first[0].startswith("#"):
+        yield f"{name}:{rows[0][0]}", "is a comment, and not the columns' names; leave it out"
+        return
     for number, row in rows[headed:]:
         if len(row) != len(names):
             yield f"{name}:{number}", f"has {len(row)} cells, where its first line has {len(names)}"

@@ -41,7 +41,7 @@ def guessed(keys: Collection[str], columns: Mapping[str, str]) -> dict[str, str]
     >>> guessed(["id", "Text", "label"], {})
     {'input': 'Text', 'target': 'label'}
     """
-    own = {key.strip().casefold(): key for key in keys}
+    own = {key.strip().casefold(): key for key in reversed([*keys])} | {key: key for key in keys}  # exact names win
     found: dict[str, str] = {}
     if "input" not in keys and not any(name.split(".")[0] == "input" for name in columns):
         names = next((names for names in INPUTS if own.keys() >= set(names)), ())
