@@ -325,6 +325,64 @@ def test_a_doubtful_encoding_is_refused_with_what_to_type(tmp_path):
         read(tmp_path, "b.csv", f"text,label\n{CHINESE},x\n".encode() + b"\xff,y\n")
 
 
+def test_quotes_of_a_csv_behind_spaces_and_over_rows(tmp_path):
+    rows, _ = read(tmp_path, "a.csv", 'text, label\n"hello, you", "a"\n"more", "b, c"\n')
+    assert [(row.input, row.target) for row in rows] == [("hello, you", "a"), ("more", "b, c")]
+    for table in (
+        'text,label\n"Hello he said,a\nfine,b\nthen he left",a\nlast,b\n',
+        'label,text\na,"Hello he said\nb,fine\na,then he left"\nb,last\n',
+    ):
+        with pytest.raises(DataError, match=r"a.csv:2: its quote goes over lines that look like rows"):
+            read(tmp_path, "a.csv", table + "a,a\n")
+    rows, _ = read(tmp_path, "a.csv", 'text,label\n"late, again\nand broken",no\n"fine, yes\nno, a",b\nx,a\n')
+    assert [row.target for row in rows] == ["no", "b", "a"]
+    rows, _ = read(tmp_path, "a.tsv", 'text\tlabel\n"b, c"\td\n')
+    assert rows[0].input == "b, c"
+
+
+def test_lists_as_pandas_writes_them_are_several_labels(tmp_path):
+    rows, _ = read(tmp_path, "a.csv", """text,labels\na,"['x', 'y']"\nb,"[""it's""]"\nc,[]\n""")
+    assert [(row.target, row.kind) for row in rows] == [
+        ("x; y", "multilabel"),
+        ("it's", "multilabel"),
+        ("none", "multilabel"),
+    ]
+    for cell in ("x", "['x' 'y']", "[x]"):
+        rows, _ = read(tmp_path, "a.csv", f"""text,labels\na,"['x', 'y']"\nb,{cell}\n""")
+        assert [row.target for row in rows] == ["['x', 'y']", cell]
+
+
+def test_a_column_of_the_exact_name_is_taken(tmp_path):
+    rows, _ = read(tmp_path, "a.csv", "text,Text,label,LABEL\na,b,c,d\n")
+    assert (rows[0].input, rows[0].target) == ("a", "c")
+
+
+def test_lines_of_fasttext_with_one_and_two_labels_are_one_task(tmp_path):
+    rows, _ = read(tmp_path, "a.txt", "__label__a one\n__label__b __label__c more\n")
+    assert build_tasks(rows)[0][0].kind == "multilabel"
+
+
+@pytest.mark.parametrize("tags", ["PER O O", "b-per o o", "NOUN VERB PUNCT"])
+@pytest.mark.parametrize("name", ["a.conll", "a.conllu"])
+def test_tags_of_no_known_scheme_are_said(name, tags, tmp_path):
+    with pytest.raises(DataError, match="no column of tags such as O, B-PER and I-PER"):
+        read(tmp_path, name, "".join(f"{number}\tword\t{tag}\n" for number, tag in enumerate(tags.split(), 1)))
+
+
+def test_columns_that_stand_twice_in_parquet_are_said(tmp_path):
+    table = pyarrow.table([["a"], ["b"], ["c"]], names=["text", "label", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="has two columns text"):
+        read_rows([str(tmp_path / "a.parquet")])
+
+
+def test_marks_within_files_that_were_put_together_are_no_text(tmp_path):
+    rows, _ = read(
+        tmp_path, "a.jsonl", lines([{"input": "a", "target": "b"}]) + "\ufeff" + '{"input": "c", "target": "d"}'
+    )
+    assert [row.input for row in rows] == ["a", "c"]
+
+
 ENGLISH, RUSSIAN = ["where is it", "i want it back"], ["Где моя посылка", "верните деньги пожалуйста"]
 FRENCH, CHINESE_LINES = ["c'est très cher", "déjà payé, merci"], ["我的包裹还没有到", "请帮忙查一下"]
 

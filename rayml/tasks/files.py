@@ -16,12 +16,13 @@ import pyarrow.fs
 from fsspec.utils import glob_translate
 
 from rayml.errors import DataError
+from rayml.tasks.formats import conll
 from rayml.tasks.formats.guess import TARGETS, guessed
 
 Say = Callable[[str], None]
 SUFFIXES = (
     *(".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv"),
-    *(".conll", ".conllu", ".bio", ".bmes", ".iob", ".iob2"),
+    *conll.SUFFIXES,
 )
 """Of the files that are read in a folder; `.txt` where there is none of these. A file that is named may end in any."""
 PACKED = ".gz", ".zst", ".bz2", ".xz"

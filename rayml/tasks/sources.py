@@ -138,12 +138,12 @@ def text_records(text: str, file: File, columns: Columns, format: str | None) ->
         return laid, why, documents.READERS[laid](text, name, key)
     if format == "fasttext" or (not format and tables.is_fasttext(split)):
         return "fasttext", f"a {tables.LABEL} in every line", tables.fasttext(split, name)
-    if format == "conll" or (not format and conll.layout(split)):
+    if format == "conll" or (not format and (file.suffix in conll.SUFFIXES or conll.layout(split))):
         return "conll", "a token and a tag on nearly every line", conll.read(split, name, *of_conll(columns))
     try:
         rows = tables.cells(text)
     except csv.Error as error:
-        raise DataError(f"{name}:{error}; close the quote, or write it twice") from None
+        raise DataError(f"{name}:{error}; close the quote, or write it twice, within quotes") from None
     headed = tables.is_headed(rows, file.unpacked_name, columns)
     if format == "crossfit" or not (format or headed or columns):
         why = "two columns without a heading, in a .tsv"
@@ -163,6 +163,10 @@ def of_conll(columns: Columns) -> tuple[int | None, int | None]:
 
 def parquet(data: bytes, name: str) -> Found:
     try:
+        columns = pyarrow.parquet.read_schema(io.BytesIO(data)).names
+        twice = {column for column in columns if columns.count(column) > 1}
+        if twice:
+            raise DataError(f"{name}: has two columns {', '.join(twice)}; rename one")
         table = pyarrow.parquet.read_table(io.BytesIO(data))
     except pyarrow.ArrowException as error:
         raise DataError(f"{name}: not a Parquet file: {error}") from error
