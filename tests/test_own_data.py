@@ -7,6 +7,8 @@ import gzip
 import io
 import json
 import re
+from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pyarrow
 import pyarrow.parquet
@@ -17,6 +19,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from rayml.cli import app
+from rayml.cli.app import data_app
+from rayml.cli.app import path as expanded
 from rayml.config import load_config
 from rayml.errors import ConfigError, DataError
 from rayml.lm.catalog import resolve_model
@@ -517,6 +521,28 @@ def test_home_is_found_and_a_key_stands_once(tmp_path, monkeypatch):
     twice.write_bytes("run: {dir: é}\n".encode("latin-1"))
     with pytest.raises(ConfigError, match=r"twice.yaml:1: not UTF-8"):
         load_config(str(twice))
+
+
+def test_paths_of_the_command_line_are_at_home_and_quoted(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    read(tmp_path, "a.jsonl", lines([{"input": "a", "target": "b"}]))
+    found = CliRunner().invoke(app, ["data", "convert", "~/a.jsonl", "~/my [v2].jsonl"])
+    assert f"next: rayml data check '{tmp_path}/my [v2].jsonl'" in found.output.replace("\n", "")
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["a.jsonl", "my [v2].jsonl"]
+    for command in [*app.registered_commands, *data_app.registered_commands]:
+        for hint in get_type_hints(command.callback, include_extras=True).values():
+            if Path in (get_args(hint)[:1] or [None]) or Path | None in get_args(hint)[:1]:
+                assert hint.__metadata__[0].parser is expanded
+
+
+def test_inputs_of_several_parts_are_no_parquet(tmp_path):
+    rows = [{"input": {"a": "x", "b": "y"}, "target": "t"}, {"input": {"a": "x", "c": "y"}, "target": "t"}]
+    with pytest.raises(DataError, match=r"several parts \(a, b and a, c\).*write .jsonl"):
+        write(rows, tmp_path / "a.parquet")
+    assert not list(tmp_path.iterdir())
+    write([rows[0], rows[0]], tmp_path / "a.parquet")
+    assert len(read_rows([str(tmp_path / "a.parquet")])) == 2
 
 
 def test_names_print_as_they_are_and_nothing_to_train_on_says_what_to_set(tmp_path):
