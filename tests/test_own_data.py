@@ -620,6 +620,8 @@ def test_folders_by_value_are_columns_of_one_task(tmp_path):
     missing.unlink()
     for path in ("hv", "hv/**", "hv/*/*.parquet"):
         assert tasks_of(read_rows([str(tmp_path / path)])) == [("hv", "neg"), ("hv", "pos")]
+    with pytest.raises(DataError, match=r"name the folder above label=pos, and label is one, too"):
+        read_rows([str(tmp_path / "hv/label=pos")])
     for year in (2024, 2025):
         read(tmp_path, f"ys/year={year}/part-0.jsonl", lines([{"input": f"{year}", "target": "a"}]))
     assert tasks_of(read_rows([str(tmp_path / "ys")])) == [("ys", "a")]
