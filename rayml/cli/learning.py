@@ -1,13 +1,14 @@
 """What a run has learned, put to use: `rayml adapt`, `predict`, `serve`, `publish`, `export`."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import rayml
-from rayml.cli.app import Checkpoint, Json, RunPath, app, err, out, print_keys
+from rayml.cli.app import Checkpoint, Json, RunPath, app, err, out, path, print_keys
 from rayml.errors import RunError
 from rayml.progress import doing
 from rayml.starts import refuse_no_run
@@ -21,7 +22,9 @@ STARTS = "A run folder that `rayml train` made, or its URI; or a start: `minilm`
 
 @app.command()
 def adapt(
-    examples: Annotated[Path, typer.Option(help="Rows of input and target, in any format that `data.path` takes.")],
+    examples: Annotated[
+        Path, typer.Option(parser=path, help="Rows of input and target, in any format that `data.path` takes.")
+    ],
     out_dir: Annotated[str, typer.Option("--out", help="The adapter's folder; must not exist.", metavar="DIR")],
     run: Annotated[str | None, typer.Argument(metavar="[RUN]", help=STARTS)] = None,
     name: Annotated[str | None, typer.Option(help="The adapter's name; else the folder's.")] = None,
@@ -56,7 +59,7 @@ def adapt(
     if adapter.losses[-1] > adapter.losses[0]:
         rose = "the loss rose: the inner steps are too long for this task; lower inner.lr, or learn it"
         out.print(rose, style="yellow")
-    out.print(f'next: rayml predict {to} --input "..."', highlight=False, soft_wrap=True)
+    out.print(f'next: rayml predict {shlex.quote(str(to))} --input "..."', highlight=False, soft_wrap=True)
 
 
 def learned(adapter: "Adapter") -> str:
@@ -142,7 +145,8 @@ def serve_run(
     port: Annotated[int, typer.Option(help="Where to listen.", min=1, max=65535)] = 8000,
     store: Annotated[str | None, typer.Option(help="Where adapters are kept; else RUN/adapters.")] = None,
     keys_file: Annotated[
-        Path | None, typer.Option(help="API keys, one a line, as `name: key`; RAYML_API_KEYS adds to them.")
+        Path | None,
+        typer.Option(parser=path, help="API keys, one a line, as `name: key`; RAYML_API_KEYS adds to them."),
     ] = None,
     metrics_port: Annotated[int | None, typer.Option(help="Where Prometheus finds the metrics.")] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Listen beyond this machine without a key.")] = False,
@@ -170,7 +174,9 @@ def serve_run(
 
 @app.command()
 def publish(
-    adapter: Annotated[Path, typer.Argument(metavar="DIR", help="A folder, or a zip, of `rayml adapt` or PEFT.")],
+    adapter: Annotated[
+        Path, typer.Argument(parser=path, metavar="DIR", help="A folder, or a zip, of `rayml adapt` or PEFT.")
+    ],
     run: Annotated[str, typer.Option(help="The run folder that is served.", metavar="RUN")],
     name: Annotated[str | None, typer.Option(help="The adapter's name; else the folder's.")] = None,
     store: Annotated[str | None, typer.Option(help="The server's store; else RUN/adapters.")] = None,

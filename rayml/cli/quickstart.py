@@ -1,6 +1,7 @@
 """`rayml quickstart`: what the README shows, in any folder."""
 
 import os
+import shlex
 from contextlib import redirect_stderr, suppress
 from importlib.resources import files
 from importlib.util import find_spec
@@ -41,7 +42,7 @@ def quickstart(overrides: Overrides = None) -> None:
     run = config.run.dir
     say(f"train {CONFIG} --resume")
     train(str(CONFIG), overrides, resume=True)
-    say(f"evaluate {run} --episodes {EPISODES}")
+    say(f"evaluate {shlex.quote(run)} --episodes {EPISODES}")
     evaluate(run, episodes=EPISODES)
     teach(run, f"{run}/tickets")
 
@@ -59,9 +60,10 @@ def teach(run: str | None, adapter: str) -> None:
     from rayml.runs.files import as_path, remove
 
     remove(as_path(adapter))
-    say(f"adapt {f'{run} ' if run else ''}--examples {TICKETS} --out {adapter}")
+    given = f"{shlex.quote(run)} " if run else ""
+    say(f"adapt {given}--examples {TICKETS} --out {shlex.quote(adapter)}")
     adapt(TICKETS, adapter, run)
-    say(f'predict {adapter} --input "{QUESTION}"')
+    say(f'predict {shlex.quote(adapter)} --input "{QUESTION}"')
     predict(adapter, QUESTION)
 
 

@@ -9,7 +9,7 @@ import typer
 
 import rayml
 from rayml.algorithms.methods import UNUSUAL, USUAL
-from rayml.cli.app import Checkpoint, ConfigPath, Json, Overrides, RunPath, app, out, print_keys
+from rayml.cli.app import Checkpoint, ConfigPath, Json, Overrides, RunPath, app, out, path, print_keys
 from rayml.starts import refuse_no_run
 
 
@@ -40,7 +40,7 @@ def train(
     taken = run.records()[-1]["step"]
     early = "" if taken == settings.outer.steps else " (meta-val got no better: stopped early)"
     out.print(f"meta-trained {taken} steps{early}: {run.path}", soft_wrap=True)
-    out.print(f"next: rayml evaluate {settings.run.dir}", highlight=False, soft_wrap=True)
+    out.print(f"next: rayml evaluate {shlex.quote(settings.run.dir)}", highlight=False, soft_wrap=True)
 
 
 @app.command("config")
@@ -86,7 +86,9 @@ def plan(
 def scaling(
     config: ConfigPath,
     overrides: Overrides = None,
-    out_file: Annotated[Path, typer.Option("--out", help="Where the plot goes.", metavar="PNG")] = Path("scaling.png"),
+    out_file: Annotated[Path, typer.Option("--out", parser=path, help="Where the plot goes.", metavar="PNG")] = Path(
+        "scaling.png"
+    ),
     gpus: Annotated[str, typer.Option(help="Numbers of GPUs, comma-separated.")] = "8,16,32,64,128,256,512",
     network: Annotated[str, typer.Option(help="GB/s that each GPU sends to other nodes.")] = "50,12.5,1.25",
     link: Annotated[float, typer.Option(help="GB/s that each GPU sends within its node.", min=0.001)] = 450,
@@ -119,7 +121,9 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Draws the episodes.")] = 0,
     split: Annotated[str, typer.Option(help="`test`, or `val` to choose settings by.")] = "test",
     checkpoint: Checkpoint = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Where the numbers go.", metavar="FILE")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", parser=path, help="Where the numbers go.", metavar="FILE")
+    ] = None,
 ) -> None:
     """Adapt to held-out tasks, from the meta-trained start and from an untrained one, and compare.
 

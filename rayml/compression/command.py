@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -92,7 +93,7 @@ def compress_run(
     record = {"run": str(source.path), "how": how, "steps": distillation.steps if distill else None, **summary}
     write_whole(folder / "compression.json", json.dumps(record, indent=2) + "\n")
     out.print(measure.table(summary, f"{config.model.name}, {how}"))
-    out.print(f"{folder}\nnext: rayml serve {to}", highlight=False, soft_wrap=True)
+    out.print(f"{folder}\nnext: rayml serve {shlex.quote(str(to))}", highlight=False, soft_wrap=True)
     return record
 
 

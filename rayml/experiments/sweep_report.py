@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -56,7 +57,7 @@ def conclude(config: Config, space: Sequence[Range], trials: Sequence[Trial], fo
             out.print(f"{trial.name} failed: {trial.error}", style="red", markup=False, highlight=False, soft_wrap=True)
     for name in ("best.yaml", "trials.csv", "trials.json", "sweep.png"):
         out.print(str(folder / name), highlight=False, soft_wrap=True)
-    out.print(f"next: rayml train {folder / 'best.yaml'}", highlight=False, soft_wrap=True)
+    out.print(f"next: rayml train {shlex.quote(str(folder / 'best.yaml'))}", highlight=False, soft_wrap=True)
     return best
 
 

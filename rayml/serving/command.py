@@ -25,6 +25,7 @@ from rayml.errors import ConfigError, RunError
 from rayml.lm.catalog import resolve_model
 from rayml.lm.load import load_shape
 from rayml.lm.precision import Precision, own_device, settled_here
+from rayml.overrides import once
 from rayml.progress import doing
 from rayml.runs.folder import RunFolder
 from rayml.serving.adapter_files import FILES, read_adapter
@@ -62,7 +63,7 @@ def serve_forever(
     """
     values: dict[str, Any] = {"run": run, "store": store, "keys_file": str(keys_file) if keys_file else None}
     values |= {"checkpoint": checkpoint} if checkpoint else {}
-    serving = parse_section(Serving, values, "rayml serve", overrides)
+    serving = parse_section(Serving, values, "rayml serve", once(overrides))
     keys = api_keys(serving.keys_file)
     check_host(host, keys, insecure)
     folder = RunFolder(run)

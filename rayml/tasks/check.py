@@ -11,6 +11,7 @@ from rich.text import Text
 
 from rayml.config import Data, load_config, parse_config
 from rayml.errors import DataError
+from rayml.overrides import once
 from rayml.tasks.read import read_rows
 from rayml.tasks.splits import NAMES, Splits, leaks, split_tasks, what_trains
 from rayml.tasks.table import Duplicates, build_tasks, without_small_classes
@@ -58,7 +59,7 @@ def _settings(paths: list[str], overrides: list[str], config: Path | None) -> Da
         given = [f"data.path={json.dumps(paths)}"] if paths else []
         return load_config(config, [*given, *overrides]).data
     values = {"model": {"name": "none"}, "run": {"dir": "none"}, "data": {"path": paths}}
-    return parse_config(values, "rayml data check", overrides).data
+    return parse_config(values, "rayml data check", once(overrides)).data
 
 
 def _table(splits: Splits, duplicates: Duplicates) -> Table:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def convert_data(
     say(f"{to}: {len(kept)} rows of {len({row['task'] for row in kept})} task(s): {', '.join(sorted(kinds))}")
     example = json.dumps(kept[0], ensure_ascii=False)
     say(example[:SHOWN] + "..." * (len(example) > SHOWN))
-    say(f"next: rayml data check {to}")
+    say(f"next: rayml data check {shlex.quote(str(to))}")
 
 
 def mapped(columns: str | None) -> dict[str, str]:
@@ -100,6 +101,10 @@ def write(rows: Sequence[dict[str, Any]], to: Path) -> None:
     Raises:
         DataError: rows of several shapes in Parquet.
     """
+    parts = {tuple(row["input"]) for row in rows if isinstance(row.get("input"), dict)}
+    if to.suffix == ".parquet" and len(parts) > 1:  # each row would have all of them
+        some = " and ".join(", ".join(names) for names in sorted(parts)[:2])
+        raise DataError(f"{to}: inputs of several parts ({some}), and a column of Parquet has one shape; write .jsonl")
     to.parent.mkdir(parents=True, exist_ok=True)
     part = to.with_name(f".{to.name}.part")
     try:

@@ -19,6 +19,8 @@ Examples = str | Path | Iterable[Any]
 """A path or URI; a pandas DataFrame, or a `datasets.Dataset`; or pairs `(input, target)`, dicts, and `Row`s."""
 Say = Callable[[str], None]
 NUMBERS = "targets that are numbers, or true and false, are taken as their text"
+PARTS_OF_ONE = {"train", "training", "test", "dev", "val", "valid", "validation", "eval"}
+"""What the files of one data set's splits are called."""
 OWN_OPTIONS = "bigbench", "metaicl"
 """Formats whose rows each have options of their own."""
 
@@ -53,12 +55,13 @@ def read_rows(
         DataError: nothing there, nothing in it, or rows that cannot be used, each with its file and line, and what to
             do.
     """
+    paths = list(paths)
     notes: dict[str, list[str]] = {}
     found: list[Row] = []
     errors: list[str] = []
     bad = ""
     of_options = set()
-    for one in sources(list(paths), columns or {}, format, encoding):
+    for one in sources(paths, columns or {}, format, encoding, say):
         taken, told = columns_of(one, columns or {})
         given = [(where, mended(record)) for where, record in one.found] if mend else one.found
         rows, wrong, numbers = checked(given, taken, one.task, kind)
@@ -76,6 +79,10 @@ def read_rows(
         raise unusable(errors, leave if found else none)
     if errors:
         say(f"{len(errors)} row(s) that cannot be used are left out, such as {errors[0]}")
+    splits = sorted({row.task for row in found if row.task.rpartition("/")[2].casefold() in PARTS_OF_ONE})
+    if len(splits) > 1:
+        joined = f"rayml data convert {shlex.quote(paths[0])} rows.jsonl --task NAME"
+        say(f"{' and '.join(splits)} are taken as tasks; are they parts of one, then make them one: {joined}")
     return with_fixed_options(found, of_options, say)
 
 

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -12,11 +13,12 @@ from typing import Any
 import pyarrow.parquet
 
 from rayml.errors import DataError
-from rayml.tasks.files import File, files, task_names
+from rayml.tasks.files import File, Say, files, task_names
 from rayml.tasks.formats import columns as tables
-from rayml.tasks.formats import conll, documents, records
+from rayml.tasks.formats import conll, documents, foreign, records
 from rayml.tasks.formats.text import Found, decoded, lines
 
+log = logging.getLogger(__name__)
 FORMATS = (*documents.READERS, "crossfit", "fasttext", "conll", "csv", "jsonl", "parquet", "hf", *records.READERS)
 NAMED = "csv", "jsonl", "json", "json-columns", "parquet", "hf"
 """Formats whose columns have names of one's own, which a mapping may name."""
@@ -47,13 +49,18 @@ class Source:
 
 
 def sources(
-    paths: list[str], columns: Columns, format: str | None = None, encoding: str | None = None
+    paths: list[str],
+    columns: Columns,
+    format: str | None = None,
+    encoding: str | None = None,
+    say: Say = log.warning,
 ) -> Iterator[Source]:
     """Yield what holds the rows of paths, globs, URIs and `hf:` names, each with its format.
 
     Args:
         format: what they are; else what they look like.
         encoding: of text; else as it looks.
+        say: told what is left out.
 
     Raises:
         DataError: nothing there, or nothing that is known; with what to do.
@@ -61,8 +68,10 @@ def sources(
     if format and format not in FORMATS:
         raise DataError(f"--format: {format!r} unknown; there are {', '.join(FORMATS)}")
     hub = [path for path in paths if path.startswith("hf:") or is_saved(path)]
-    named = [file for path in paths if path not in hub for file in files(path)]
-    there = list({(file.filesystem.type_name, file.path): file for file in named}.values())
+    named: dict[str, File] = {}
+    for file in (file for path in paths if path not in hub for file in files(path, say)):
+        named.setdefault(file.place, file)
+    there = list(named.values())
     for path in hub:
         yield as_rows(hugging_face(path), columns, format)
     for file, task in zip(there, task_names(there), strict=True):
@@ -94,20 +103,27 @@ def source(file: File, task: str, columns: Columns, format: str | None = None, e
     """Return a file with its format: what was asked for, or what it looks like, by its contents before its name."""
     name, data = file.path, file.read()
     if file.suffix == ".parquet" or data.startswith(b"PAR1"):
-        return Source(name, task, "parquet", "the suffix", with_columns(file, parquet(data, name)))
-    if data.startswith(b"PK\x03\x04"):
-        raise DataError(f"{name}: a zip, or an Excel file; unzip it, or save it as CSV")
+        return Source(name, task, "parquet", "the suffix", with_columns(file, parquet(data, name), columns))
+    foreign.refuse_bytes(data, name)
     text, taken = decoded(data, name, encoding)
     if not text.strip():
         raise DataError(f"{name}: is empty; a row is {{'input': ..., 'target': ...}}, one a line")
-    found, why, rows = text_records(text, file, columns, format)
-    return Source(name, task, found, "--format" if format else why, with_columns(file, rows), taken)
+    if not format:
+        foreign.refuse_text(text, name, file.suffix)
+    try:
+        found, why, rows = text_records(text, file, columns, format)
+        given = with_columns(file, rows, columns)
+    except RecursionError:
+        raise DataError(f"{name}: JSON of too many lists or objects within each other; a row is flat") from None
+    return Source(name, task, found, "--format" if format else why, given, taken)
 
 
-def with_columns(file: File, found: Found) -> list[tuple[str, dict[str, Any] | str]]:
+def with_columns(file: File, found: Found, columns: Columns) -> list[tuple[str, dict[str, Any] | str]]:
     """Return a file's records, with what its folders say of them."""
-    more = file.columns
-    return [(where, {**more, **record} if more and isinstance(record, dict) else record) for where, record in found]
+    given = list(found)
+    own = dict.fromkeys(key for _, record in given if isinstance(record, dict) for key in record)
+    more = file.told(own, columns.values())
+    return [(where, {**more, **record} if more and isinstance(record, dict) else record) for where, record in given]
 
 
 def text_records(text: str, file: File, columns: Columns, format: str | None) -> tuple[str, str, Found]:
@@ -122,12 +138,12 @@ def text_records(text: str, file: File, columns: Columns, format: str | None) ->
         return laid, why, documents.READERS[laid](text, name, key)
     if format == "fasttext" or (not format and tables.is_fasttext(split)):
         return "fasttext", f"a {tables.LABEL} in every line", tables.fasttext(split, name)
-    if format == "conll" or (not format and conll.layout(split)):
+    if format == "conll" or (not format and (file.suffix in conll.SUFFIXES or conll.layout(split))):
         return "conll", "a token and a tag on nearly every line", conll.read(split, name, *of_conll(columns))
     try:
         rows = tables.cells(text)
     except csv.Error as error:
-        raise DataError(f"{name}:{error}; close the quote, or write it twice") from None
+        raise DataError(f"{name}:{error}; close the quote, or write it twice, within quotes") from None
     headed = tables.is_headed(rows, file.unpacked_name, columns)
     if format == "crossfit" or not (format or headed or columns):
         why = "two columns without a heading, in a .tsv"
@@ -147,6 +163,10 @@ def of_conll(columns: Columns) -> tuple[int | None, int | None]:
 
 def parquet(data: bytes, name: str) -> Found:
     try:
+        columns = pyarrow.parquet.read_schema(io.BytesIO(data)).names
+        twice = {column for column in columns if columns.count(column) > 1}
+        if twice:
+            raise DataError(f"{name}: has two columns {', '.join(twice)}; rename one")
         table = pyarrow.parquet.read_table(io.BytesIO(data))
     except pyarrow.ArrowException as error:
         raise DataError(f"{name}: not a Parquet file: {error}") from error

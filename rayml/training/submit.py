@@ -129,6 +129,8 @@ def prepare(command: Command, folder: Path, name: str | None, storage: str | Non
             )
         address, mark, settings = storage.partition("?") if "://" in storage else (storage, "", "")
         output = f"{address.rstrip('/')}/{name}{mark}{settings}"
+        if not command.out:
+            entry = [word for word in entry if not word.startswith("run.dir=")]  # no key is given twice
         entry.append(f"--out={output}" if command.out else f"run.dir={output}")
     # A job that is submitted again goes on.
     return Submission(name, [*entry, "--resume"] if command.resumes else entry, output)

@@ -1,9 +1,11 @@
 """CSV and TSV: with a heading and a mapping of its columns, or CrossFit's two columns without one; fastText's lines."""
 
+import ast
 import csv
 import io
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from rayml.tasks.formats.guess import KNOWN
 from rayml.tasks.formats.text import Found, lines
@@ -11,6 +13,9 @@ from rayml.tasks.formats.text import Found, lines
 CROSSFIT = re.compile(r"(?P<task>.+)_\d+_\d+_(train|dev|test)\.tsv")
 DELIMITERS = ",;|"
 LABEL = "__label__"
+TEXT = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
+LIST = re.compile(rf"\[\s*(?:(?:{TEXT})(?:\s*,\s*(?:{TEXT}))*)?\s*\]")
+"""Of texts, as Python and JSON write it."""
 csv.field_size_limit(1 << 30)
 Table = list[tuple[int, list[str]]]
 """Rows with the numbers of the lines, from 1, that they begin in."""
@@ -21,13 +26,19 @@ def is_fasttext(split: list[str]) -> bool:
 
 
 def fasttext(split: list[str], name: str) -> Found:
-    """Yield the lines of fastText's training data (Joulin et al. 2017): labels, each behind its mark, and the text."""
+    """Yield the lines of fastText's training data (Joulin et al. 2017): labels, each behind its mark, and the text.
+
+    Where a line has several labels, each has a list of them.
+    """
+    found = []
     for number, line in enumerate(split, 1):
         words = line.split()
         labels = [word.removeprefix(LABEL) for word in words if word.startswith(LABEL)]
         text = " ".join(word for word in words if not word.startswith(LABEL))
-        if words:
-            yield f"{name}:{number}", {"input": text, "target": labels if len(labels) > 1 else labels[0]}
+        found += [(number, text, labels)] * bool(words)
+    several = any(len(labels) > 1 for _, _, labels in found)
+    for number, text, labels in found:
+        yield f"{name}:{number}", {"input": text, "target": labels if several else labels[0]}
 
 
 def delimiter(text: str) -> str:
@@ -40,10 +51,10 @@ def cells(text: str) -> Table:
     """Return a table's cells; those in quotes may hold line breaks.
 
     In a TSV quotes are seldom meant so. Where all its lines have their cells, and quotes would make one row of several,
-    they are text.
+    they are text. Quotes behind a delimiter and spaces count, too.
 
     Raises:
-        csv.Error: a quote that does not end, with the line it stands in.
+        csv.Error: a quote that does not end, or that may be none, with the line it stands in.
     """
     mark = delimiter(text)
     plain = [(number, line.split(mark)) for number, line in enumerate(lines(text), 1) if line.strip()]
@@ -55,11 +66,35 @@ def cells(text: str) -> Table:
         return plain
     all_quoted = all(cell[:1] == cell[-1:] == '"' for cell in plain[0][1])  # the heading, by a writer that quotes all
     is_whole = mark == "\t" and len({len(row) for _, row in plain}) == 1 and not all_quoted
-    return plain if is_whole and len(quoted) < len(plain) else quoted
+    if is_whole and len(quoted) < len(plain):
+        return plain
+    if mark != "\t" and any(re.match(' +"', cell) for _, row in quoted for cell in row):
+        quoted = quoted_cells(text, mark, skipinitialspace=True)
+    swallowed = swallowing(quoted, dict(plain))
+    if swallowed:
+        raise csv.Error(f"{swallowed}: its quote goes over lines that look like rows")
+    return quoted
 
 
-def quoted_cells(text: str, mark: str) -> Table:
-    reader = csv.reader(io.StringIO("\n".join(lines(text)), newline=""), delimiter=mark, strict=True)
+def swallowing(quoted: Table, plain: Mapping[int, list[str]]) -> int:
+    """Return the first line of a row in quotes whose lines are each rows by themselves; 0 where there is none.
+
+    They are where each has its cells, and the last (or the first) of them is one that other rows have.
+    """
+    for column, inner in ((-1, slice(-1)), (0, slice(1, None))):
+        known = {row[column] for number, row in quoted if plain.get(number) == row}
+        for number, row in quoted:
+            count = 1 + sum(cell.count("\n") for cell in row)
+            within = [plain.get(line, []) for line in range(number, number + count)] if count > 1 else []
+            fit = all(len(cells) == len(row) > 1 for cells in within)
+            if within and fit and known.issuperset(cells[column] for cells in within[inner]):
+                return number
+    return 0
+
+
+def quoted_cells(text: str, mark: str, skipinitialspace: bool = False) -> Table:
+    given = io.StringIO("\n".join(lines(text)), newline="")
+    reader = csv.reader(given, delimiter=mark, strict=True, skipinitialspace=skipinitialspace)
     found: Table = []
     begins = 1
     try:
@@ -123,8 +158,24 @@ def table(rows: Table, name: str, columns: Mapping[str, str], headed: bool) -> F
     if twice:
         yield f"{name}:{rows[0][0]}", f"has two columns {', '.join(twice)}; name them by number: input=0,target=1"
         return
+    if headed and len(first) == 1 and first[0].startswith("#"):
+        yield f"{name}:{rows[0][0]}", "is a comment, and not the columns' names; leave it out"
+        return
+    whole = [row for _, row in rows[headed:] if len(row) == len(names)]
+    lists = {own for own, *column in zip(names, *whole, strict=True) if column and all(map(LIST.fullmatch, column))}
     for number, row in rows[headed:]:
         if len(row) != len(names):
             yield f"{name}:{number}", f"has {len(row)} cells, where its first line has {len(names)}"
         else:
-            yield f"{name}:{number}", dict(zip(names, row, strict=True))
+            yield (
+                f"{name}:{number}",
+                {own: as_list(cell) if own in lists else cell for own, cell in zip(names, row, strict=True)},
+            )
+
+
+def as_list(cell: str) -> Any:
+    """Return the texts of a list that a cell has; the cell as it stands, if Python does not take it for one."""
+    try:
+        return ast.literal_eval(cell)
+    except (SyntaxError, ValueError):
+        return cell

@@ -11,6 +11,7 @@ TAG = re.compile(r"O|([BIESMLU])-(.+)")
 STARTS, ENDS = "BSU", "ESLU"
 NUMBER = re.compile(r"\d+([-.]\d+)?")
 """Of a token in CoNLL-U; `3-4` and `3.1` are of what stands elsewhere, too, or nowhere."""
+SUFFIXES = ".conll", ".conllu", ".bio", ".bmes", ".iob", ".iob2"
 SEEN = 500
 
 
@@ -50,7 +51,11 @@ def read(lines: Sequence[str], name: str, token: int | None = None, tag: int | N
         token: the token's column, from 0; else as it looks.
         tag: the tag's.
     """
-    width, seen_token, seen_tag = layout(lines, tagged=True) or (0, 0, -1)
+    seen = layout(lines, tagged=True)
+    if not seen and tag is None:
+        yield name, "has no column of tags such as O, B-PER and I-PER (BIO, BIOES, BMES, BILOU); write them so"
+        return
+    width, seen_token, seen_tag = seen or (0, 0, -1)
     token, tag = seen_token if token is None else token, seen_tag if tag is None else tag
     sentence: list[tuple[str, str]] = []
     begins = 1

@@ -119,7 +119,7 @@ def objects(text: str, name: str) -> Found:
 
 def parsed(line: str) -> dict[str, Any] | str:
     try:
-        record = DECODER.decode(line.strip())
+        record = DECODER.decode(line.lstrip("\ufeff").strip())  # files that were put together have marks within
     except ValueError as error:
         return f"not JSON: {error}"
     return record_of(record)

@@ -1,6 +1,7 @@
 """Which columns are the input and the target, where nobody said: the usual names, and how to say it."""
 
 import json
+import re
 import shlex
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
@@ -41,7 +42,7 @@ def guessed(keys: Collection[str], columns: Mapping[str, str]) -> dict[str, str]
     >>> guessed(["id", "Text", "label"], {})
     {'input': 'Text', 'target': 'label'}
     """
-    own = {key.strip().casefold(): key for key in keys}
+    own = {key.strip().casefold(): key for key in reversed([*keys])} | {key: key for key in keys}  # exact names win
     found: dict[str, str] = {}
     if "input" not in keys and not any(name.split(".")[0] == "input" for name in columns):
         names = next((names for names in INPUTS if own.keys() >= set(names)), ())
@@ -63,7 +64,9 @@ def unknown(name: str, records: Iterable[Mapping[str, Any]]) -> DataError:
     keys = list(dict.fromkeys(key for record in some for key in record))
     there = f"{name}: which columns are input and target? There are {', '.join(keys)}"
     if len(keys) < 2:
-        return DataError(f"{there}; rows need two, such as text and label")
+        folder = re.search(r"([^/]+)=[^/]*/[^/]*$", name)
+        above = f"; name the folder above {folder[0].split('/')[0]}, and {folder[1]} is one, too" if folder else ""
+        return DataError(f"{there}; rows need two, such as text and label{above}")
     text = max(keys, key=lambda key: sum(len(str(record.get(key, ""))) for record in some))
     others = [key for key in keys if key != text]
     label = min(others, key=lambda key: len({str(record.get(key)) for record in some}))
