@@ -3,6 +3,7 @@
 import logging
 import re
 import shlex
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 
 from rayml.errors import DataError
 from rayml.tasks.formats import guess
-from rayml.tasks.row import Row, RowError, row_of
+from rayml.tasks.formats.records import LeftOut
+from rayml.tasks.row import COLUMNS, Row, RowError, row_of
 from rayml.tasks.sources import NAMED, PLAIN, Source, as_rows, data_set_rows, sources
 
 log = logging.getLogger(__name__)
@@ -19,7 +21,7 @@ Examples = str | Path | Iterable[Any]
 """A path or URI; a pandas DataFrame, or a `datasets.Dataset`; or pairs `(input, target)`, dicts, and `Row`s."""
 Say = Callable[[str], None]
 NUMBERS = "targets that are numbers, or true and false, are taken as their text"
-OWN_OPTIONS = "bigbench", "metaicl"
+OWN_OPTIONS = "bigbench", "metaicl", "choices"
 """Formats whose rows each have options of their own."""
 
 
@@ -60,7 +62,8 @@ def read_rows(
     of_options = set()
     for one in sources(list(paths), columns or {}, format, encoding):
         taken, told = columns_of(one, columns or {})
-        given = [(where, mended(record)) for where, record in one.found] if mend else one.found
+        kept = [(where, record) for where, record in one.found if not isinstance(record, LeftOut)]
+        given = [(where, mended(record)) for where, record in kept] if mend else kept
         rows, wrong, numbers = checked(given, taken, one.task, kind)
         if not rows and not wrong:
             raise DataError(f"{one.name}: there is no row in it; a row is {{'input': ..., 'target': ...}}")
@@ -85,7 +88,9 @@ def columns_of(source: Source, columns: Mapping[str, str]) -> tuple[dict[str, st
     Raises:
         DataError: a column that there is not, or none for the input or the target.
     """
-    told = [] if source.format in PLAIN else [f"{source.format} ({source.why})"]
+    told = [] if source.format in PLAIN else [f"{source.format} ({source.why}){left_out(source.ignored)}"]
+    reasons = Counter(str(record) for _, record in source.found if isinstance(record, LeftOut))
+    told += [f"{count} row(s) are left out: {reason}" for reason, count in reasons.items()]
     told += (
         []
         if source.encoding.startswith("utf-8")
@@ -106,10 +111,14 @@ def columns_of(source: Source, columns: Mapping[str, str]) -> tuple[dict[str, st
     if keys and not all(any(name.split(".")[0] == key for name in (*taken, *keys)) for key in ("input", "target")):
         raise guess.unknown(source.name, [record for _, record in source.found if isinstance(record, dict)])
     if more:
-        told.append(
-            f"columns {', '.join(f'{own} as {name}' for name, own in more.items())}; or say {guess.setting(taken)}"
-        )
+        ignored = left_out([key for key in keys if key not in (*taken.values(), *COLUMNS)])
+        named = ", ".join(f"{own} as {name}" for name, own in more.items())
+        told.append(f"columns {named}{ignored}; or say {guess.setting(taken)}")
     return taken, told
+
+
+def left_out(columns: Sequence[str]) -> str:
+    return f", and {', '.join(columns)} left out" if columns else ""
 
 
 def checked(

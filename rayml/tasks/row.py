@@ -10,6 +10,7 @@ from rayml.tasks.task import Example, Parts, conversation
 
 COLUMNS = "task", "input", "target", "options", "kind", "answers", "messages"
 ROLES = "system", "developer", "user", "assistant"
+CALLS = "tool_calls", "function_call"
 
 Input = str | Mapping[str, str] | Sequence[Mapping[str, str] | tuple[str, str]]
 """What is to be answered: a text, fields by their names, or a dialogue's messages `{"role", "content"}`, which may also
@@ -39,8 +40,8 @@ def row_of(record: Mapping[str, Any], columns: Mapping[str, str], default_task: 
     """Return the row of a record.
 
     Args:
-        record: `input` is a text, fields `{name: text}`, or messages `[{"role", "content"}]`, then without `target`,
-            as is `messages`; `target` is a text, or a list of labels, or of spans `{"text", "type"}`. Numbers, true and
+        record: `input` is a text, fields `{name: text}`, or messages `[{"role", "content"}]`, as is `messages`: a
+            dialogue, whose answer is the last, or beside a `target` what is asked about as a whole; `target` is a text, or a list of labels, or of spans `{"text", "type"}`. Numbers, true and
             false are their text; what stands around a target, or a label, is no part of it.
         columns: the record's own names, where they differ; `input.NAME` names a part of the input.
         default_task: for records without a task, where no column is named for it.
@@ -59,7 +60,12 @@ def row_of(record: Mapping[str, Any], columns: Mapping[str, str], default_task: 
         raise RowError(f"'kind' is {kind!r}; there are {', '.join(NAMES)}")
     given = _input(record, columns)
     if isinstance(given, list):
-        return _dialogue(task, given, kind, where)
+        turns = _turns(given)
+        if value("target") is None:
+            return _dialogue(task, turns, kind, where)
+        if kind == "dialogue":
+            raise RowError("a row of kind 'dialogue' has no target; it is the last of its messages, the assistant's")
+        given = conversation(turns)
     parts = (
         tuple((name, _text(as_text(text), f"input.{name}")) for name, text in given.items())
         if isinstance(given, dict)
@@ -146,15 +152,25 @@ def _texts(value: Any, name: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(_text(text, name).strip() for text in value))
 
 
-def _dialogue(task: str, messages: list[Any], kind: str, where: str) -> Row:
-    """Return the row of a conversation: what is asked is its last turn, the assistant's."""
-    if kind not in ("", "dialogue"):
-        raise RowError(f"'input' is a list of messages, and 'kind' is {kind!r}; messages are of kind 'dialogue'")
+def _turns(messages: list[Any]) -> list[tuple[str, str]]:
+    """Return the role and the text of every message."""
     turns = []
     for number, message in enumerate(messages, 1):
         if not isinstance(message, dict) or message.get("role") not in ROLES:
             raise RowError(f"message {number}: expected a role among {', '.join(ROLES)}, got {str(message)[:60]}")
+        if message.get("weight") == 0 and message["role"] == "assistant":
+            raise RowError(f"message {number}: has weight 0, and every turn of the assistant's is learned; leave it out")
+        called = next((name for name in CALLS if message.get(name)), None)
+        if called:
+            raise RowError(f"message {number}: {called!r} is not learned; write it as the message's content")
         turns.append((message["role"], _text(message.get("content"), f"message {number}: content")))
+    return turns
+
+
+def _dialogue(task: str, turns: list[tuple[str, str]], kind: str, where: str) -> Row:
+    """Return the row of a conversation: what is asked is its last turn, the assistant's."""
+    if kind not in ("", "dialogue"):
+        raise RowError(f"'input' is a list of messages, and 'kind' is {kind!r}; messages are of kind 'dialogue'")
     roles = [role for role, _ in turns]
     if "user" not in roles or roles[-1] != "assistant" or roles[0] == "assistant":
         raise RowError("a conversation has a user's turn, begins with none of the assistant's, and ends with one")

@@ -16,6 +16,7 @@ from rayml.tasks.files import File, files, task_names
 from rayml.tasks.formats import columns as tables
 from rayml.tasks.formats import conll, documents, records
 from rayml.tasks.formats.text import Found, decoded, lines
+from rayml.tasks.row import COLUMNS
 
 FORMATS = (*documents.READERS, "crossfit", "fasttext", "conll", "csv", "jsonl", "parquet", "hf", *records.READERS)
 NAMED = "csv", "jsonl", "json", "json-columns", "parquet", "hf"
@@ -39,6 +40,8 @@ class Source:
     found: list[tuple[str, dict[str, Any] | str]]
     """Where each record stood, and the record, or what is wrong with it."""
     encoding: str = "utf-8"
+    ignored: tuple[str, ...] = ()
+    """Columns that its format takes nothing from."""
 
     @property
     def keys(self) -> list[str]:
@@ -81,7 +84,9 @@ def as_rows(given: Source, columns: Columns, format: str | None = None) -> Sourc
         return given
     read = [(where, records.READERS[found](one) if isinstance(one, dict) else one) for where, one in given.found]
     why = f"its keys, such as {', '.join(given.keys[:4])}"
-    return replace(given, format=found, why=why, found=[(where, one) for where, one in read if one is not None])
+    taken = records.NEEDED.get(found, set()) | records.MORE.get(found, set()) | {*COLUMNS}
+    ignored = tuple(key for key in given.keys if key not in taken)
+    return replace(given, format=found, why=why, found=read, ignored=ignored)
 
 
 def is_saved(path: str) -> bool:
@@ -183,6 +188,8 @@ def data_set_records(name: str, split: str) -> Found:
                 f"hf:{name}: no split {split or 'train'!r}; {there}: hf:{name}:{next(iter(found), 'SPLIT')}"
             )
         found = found[split or "train"]
+    elif split and split != str(found.split):
+        raise DataError(f"hf:{name}: is one data set, and has no splits, such as {split!r}; it is hf:{name}")
     for number, record in enumerate(data_set_rows(found), start=1):
         yield f"hf:{name}: row {number}", record
 
