@@ -184,3 +184,51 @@ def test_a_split_of_what_has_none_is_refused(tmp_path):
     with pytest.raises(DataError, match="is one data set, and has no splits, such as 'test'"):
         read_rows([f"hf:{tmp_path / 'one'}:test"])
     assert len(read_rows([f"hf:{tmp_path / 'one'}"])) == 2
+
+
+# What to type
+
+
+def refusal(tmp_path, name, content):
+    with pytest.raises(DataError) as error:
+        read(tmp_path, name, content)
+    return str(error.value)
+
+
+def table(heading, *rows):
+    return "\n".join([heading, *rows]) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "advice"),
+    [
+        (table("hello there 0,positive", *(f"some text {n},{'positive' if n % 2 else 'bad'}" for n in range(6))), "0,1"),
+        (table("v1,v2,,,", *(f"{'spam' if n % 2 else 'ham'},some text {n},,," for n in range(6))), "v2,v1"),
+        (
+            table("when,body,mood", *(f"2024-01-0{n},some text {n},{'up' if n % 2 else 'down'}" for n in range(1, 7))),
+            "body,mood",
+        ),
+    ],
+)
+def test_advice_is_what_reads_the_file(content, advice, tmp_path):
+    text, label = advice.split(",")
+    assert f"--columns input={text},target={label}" in refusal(tmp_path, "a.csv", content)
+    rows, _ = read(tmp_path, "a.csv", content, columns={"input": text, "target": label})
+    assert len({row.target for row in rows}) == 2
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "p q", "chosen": "good one", "rejected": "bad one"},
+        {"prompt": "p q", "completion": "good one", "label": True},
+        {"sentence1": "a b", "sentence2": "c d", "score": 2.5},
+        {"text": "a b", "options": ["x", "y"], "label": 1},
+        {"text": "a b", "cats": {"x": 1, "y": 0}},
+        {"data": "a b", "annotations": [{"result": []}]},
+        {"tokens": ["a", "b"], "labels": ["x", "y"]},
+    ],
+)
+def test_advice_that_would_be_wrong_is_not_given(row, tmp_path):
+    said = refusal(tmp_path, "a.jsonl", lines([row | {"n": n} for n in range(4)]))
+    assert "--columns input=COLUMN,target=COLUMN" in said

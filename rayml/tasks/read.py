@@ -109,7 +109,7 @@ def columns_of(source: Source, columns: Mapping[str, str]) -> tuple[dict[str, st
     more = guess.guessed(keys, columns)
     taken = {**columns, **more}
     if keys and not all(any(name.split(".")[0] == key for name in (*taken, *keys)) for key in ("input", "target")):
-        raise guess.unknown(source.name, [record for _, record in source.found if isinstance(record, dict)])
+        raise guess.unknown(source.name, [record for _, record in source.found if isinstance(record, dict)], taken)
     if more:
         ignored = left_out([key for key in keys if key not in (*taken.values(), *COLUMNS)])
         named = ", ".join(f"{own} as {name}" for name, own in more.items())
