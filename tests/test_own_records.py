@@ -1,12 +1,17 @@
 """JSON and well-known records that people bring: nothing of them is lost, or taken for something else, in silence."""
 
 import json
+from datetime import date
+from decimal import Decimal
 
+import numpy
+import pyarrow.parquet
 import pytest
+import torch
 from test_own_data import lines, read
 
 from rayml.errors import DataError
-from rayml.tasks.read import read_rows
+from rayml.tasks.read import read_rows, rows_given
 
 ASKED = {"role": "user", "content": "where is it?"}
 ANSWERED = {"role": "assistant", "content": "on its way"}
@@ -69,7 +74,7 @@ def test_columns_side_by_side_are_paired_by_their_index(tmp_path):
 def test_spacys_pairs_of_a_text_and_its_entities_are_read(tmp_path):
     content = [["Foo bar", {"entities": [[0, 3, "ORG"]]}], ["nothing", {"entities": []}]]
     rows, _ = read(tmp_path, "a.json", json.dumps(content))
-    assert [(row.input, row.target, row.kind) for row in rows][0] == ("Foo bar", "ORG: Foo", "ner")
+    assert (rows[0].input, rows[0].target, rows[0].kind) == ("Foo bar", "ORG: Foo", "ner")
     assert len(rows) == 2
     rows, _ = read(tmp_path, "a.jsonl", lines(content))
     assert rows[0].target == "ORG: Foo"
@@ -148,7 +153,7 @@ def test_the_answer_to_a_question_is_among_its_columns(tmp_path):
     rows, _ = read(tmp_path, "a.csv", "question,A,B,C,answer\nbig?,mouse,whale,,B\nold?,1,2,3,a\nred?,x,y,z,y\n")
     assert [row.target for row in rows] == ["whale", "1", "y"]
     assert rows[0].input == "big?\nOptions: mouse; whale"
-    with pytest.raises(DataError, match="a.csv:2: expected an answer among A, B, got 'C'"):
+    with pytest.raises(DataError, match=r"a.csv:2: expected an answer among A, B, got 'C'"):
         read(tmp_path, "a.csv", "question,A,B,answer\nbig?,mouse,whale,C\n")
 
 
@@ -163,7 +168,9 @@ def test_records_that_are_left_out_are_counted(tmp_path):
     answers = [{"text": ["she"]}, {"text": []}, {"text": []}]
     _, said = read(tmp_path, "a.jsonl", lines({"context": "c", "question": "q", "answers": one} for one in answers))
     assert "2 row(s) are left out: without an answer" in said
-    squad = {"paragraphs": [{"context": "c", "qas": [{"question": "q", "answers": a} for a in ([{"text": "she"}], [])]}]}
+    squad = {
+        "paragraphs": [{"context": "c", "qas": [{"question": "q", "answers": a} for a in ([{"text": "she"}], [])]}]
+    }
     _, said = read(tmp_path, "a.json", json.dumps({"data": [squad]}))
     assert "1 row(s) are left out: without an answer" in said
     _, said = read(
@@ -202,7 +209,10 @@ def table(heading, *rows):
 @pytest.mark.parametrize(
     ("content", "advice"),
     [
-        (table("hello there 0,positive", *(f"some text {n},{'positive' if n % 2 else 'bad'}" for n in range(6))), "0,1"),
+        (
+            table("hello there 0,positive", *(f"some text {n},{'positive' if n % 2 else 'bad'}" for n in range(6))),
+            "0,1",
+        ),
         (table("v1,v2,,,", *(f"{'spam' if n % 2 else 'ham'},some text {n},,," for n in range(6))), "v2,v1"),
         (
             table("when,body,mood", *(f"2024-01-0{n},some text {n},{'up' if n % 2 else 'down'}" for n in range(1, 7))),
@@ -232,3 +242,64 @@ def test_advice_is_what_reads_the_file(content, advice, tmp_path):
 def test_advice_that_would_be_wrong_is_not_given(row, tmp_path):
     said = refusal(tmp_path, "a.jsonl", lines([row | {"n": n} for n in range(4)]))
     assert "--columns input=COLUMN,target=COLUMN" in said
+
+
+# In memory
+
+
+def said_of(examples, caplog):
+    caplog.clear()
+    rows = rows_given(examples)
+    return rows, caplog.text
+
+
+def test_guesses_on_what_is_in_memory_are_said(caplog):
+    rows, said = said_of([{"text": "a", "label": 1, "id": 7}], caplog)
+    assert pairs(rows) == [("a", "1")]
+    assert "text as input, label as target, and id left out" in said
+    assert "taken as their text" in said
+    assert said_of([("a", "x")], caplog)[1] == ""
+    rows, said = said_of([{"messages": [ASKED, ANSWERED]}], caplog)
+    assert rows[0].kind == "dialogue"
+    with pytest.raises(DataError, match="which columns are input and target"):
+        rows_given([{"one": "a b", "two": "c"}])
+    rows, _ = said_of([("Foo bar", {"entities": [(0, 3, "ORG")]})], caplog)
+    assert rows[0].target == "ORG: Foo"
+
+
+def test_data_frames_are_read_or_refused_by_name():
+    pandas = pytest.importorskip("pandas")
+    assert pairs(rows_given(pandas.DataFrame([["t", "a"], ["u", "b"]]))) == [("t", "a"), ("u", "b")]
+    assert pairs(rows_given(pandas.DataFrame({"text": ["t"], "label": [numpy.float32(0.1)]}))) == [("t", "0.1")]
+    missing = pandas.DataFrame({"text": ["t", "u"], "label": pandas.array([1, None], "Int64")})
+    with pytest.raises(DataError, match="example 1: 'label' is missing"):
+        rows_given(missing)
+    with pytest.raises(DataError, match="two columns label"):
+        rows_given(pandas.DataFrame([["t", "a", "b"]], columns=["text", "label", "label"]))
+    with pytest.raises(DataError, match="columns of several parts"):
+        rows_given(pandas.DataFrame([["t", "a"]], columns=[("x", "text"), ("x", "label")]))
+    with pytest.raises(DataError, match="got a Series"):
+        rows_given(pandas.Series(["t", "a"]))
+    with pytest.raises(DataError, match="which columns are input and target"):
+        rows_given(pandas.DataFrame([["t", "a", "b"]]))
+
+
+@pytest.mark.parametrize("format", ["arrow", "torch", "numpy", "pandas", None])
+def test_data_sets_are_read_whatever_they_are_shown_as(format):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"input": datasets.Value("string"), "target": datasets.Value("float32")})
+    data = datasets.Dataset.from_dict({"input": ["a", "b"], "target": [0.1, 2]}, features=features)
+    assert pairs(rows_given(data.with_format(format))) == [("a", "0.1"), ("b", "2")]
+
+
+def test_values_of_arrays_are_plain():
+    given = [("a", numpy.int64(3)), ("b", numpy.bool_(True)), ("c", torch.tensor(1)), numpy.array(["d", "x"])]
+    assert pairs(rows_given(given)) == [("a", "3"), ("b", "true"), ("c", "1"), ("d", "x")]
+
+
+def test_numbers_dates_and_decimals_of_a_table_are_their_text(tmp_path):
+    short = pyarrow.array([0.1, 1], pyarrow.float32())
+    day, money = [date(2024, 1, 2)] * 2, [Decimal("1.50")] * 2
+    for values, text in ((short, "0.1"), (day, "2024-01-02"), (money, "1.50")):
+        pyarrow.parquet.write_table(pyarrow.table({"input": ["a", "b"], "target": values}), tmp_path / "a.parquet")
+        assert read_rows([str(tmp_path / "a.parquet")])[0].target == text

@@ -11,9 +11,10 @@ from typing import Any
 
 from rayml.errors import DataError
 from rayml.tasks.formats import guess
+from rayml.tasks.formats.documents import is_spacy, record_of
 from rayml.tasks.formats.records import LeftOut
 from rayml.tasks.row import COLUMNS, Row, RowError, row_of
-from rayml.tasks.sources import NAMED, PLAIN, Source, as_rows, data_set_rows, sources
+from rayml.tasks.sources import NAMED, PLAIN, Source, as_rows, data_set_rows, of_32_bits, sources
 
 log = logging.getLogger(__name__)
 SHOWN_ERRORS = 20
@@ -190,36 +191,81 @@ def rows_given(examples: Examples) -> list[Row]:
     if isinstance(examples, str | Path):
         return read_rows([str(examples)])
     found: Any = examples
-    if hasattr(examples, "iloc"):
+    if hasattr(examples, "iloc") and hasattr(examples, "columns"):
         found = _frame_records(examples)
     elif hasattr(examples, "features"):
         found = data_set_rows(examples)
-    if isinstance(found, Mapping) or not isinstance(found, Iterable):
+    if isinstance(found, Mapping) or hasattr(found, "iloc") or not isinstance(found, Iterable):
         kind = type(examples).__name__
         raise DataError(f"examples: expected pairs (input, target), or dicts, one an example; got a {kind}")
     numbered = [(f"example {number}", one) for number, one in enumerate(found)]
     whole = [one for _, one in numbered if isinstance(one, Row)]
     others = [(where, _record(one)) for where, one in numbered if not isinstance(one, Row)]
-    source = as_rows(Source("examples", "examples", "jsonl", "", others), {})
-    rows, errors, _ = checked(source.found, guess.guessed(source.keys, {}), "examples", None)
-    if errors:
-        raise unusable(errors, "")
+    rows = _rows_of(as_rows(Source("examples", "examples", "jsonl", "", others), {})) if others else []
     if not whole and not rows:
         raise DataError("examples: there is none")
     return whole + rows
 
 
+def _rows_of(source: Source) -> list[Row]:
+    """Return the rows of records, and say what was guessed.
+
+    Raises:
+        DataError: some cannot be used.
+    """
+    taken, told = columns_of(source, {}) if source.keys else ({}, [])
+    kept = [(where, record) for where, record in source.found if not isinstance(record, LeftOut)]
+    rows, errors, numbers = checked(kept, taken, source.task, None)
+    if errors:
+        raise unusable(errors, "")
+    for note in [*told, *[NUMBERS] * numbers]:
+        log.warning(f"{source.name}: {note}")
+    return with_fixed_options(rows, {source.task} if source.format in OWN_OPTIONS else ())
+
+
 def _record(one: Any) -> dict[str, Any] | str:
     """Return the record of a pair or a dict, or what is wrong with it."""
-    if isinstance(one, Mapping):
-        return dict(one)
-    if isinstance(one, tuple | list) and len(one) == 2:
+    one = plain(one)
+    if isinstance(one, list) and len(one) == 2 and not is_spacy(one):
         return {"input": one[0], "target": one[1]}
+    if isinstance(one, dict) or is_spacy(one):
+        return record_of(one)
     return f"expected a pair (input, target), or a dict, got {str(one)[:60]!r}"
 
 
-def _frame_records(frame: Any) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a DataFrame without what is missing in them, which it writes as NaN."""
-    for row in frame.to_dict("records"):
-        plain = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in row.items()}
-        yield {name: value for name, value in plain.items() if value is not None and value == value}
+def plain(value: Any) -> Any:
+    """Return a value of plain Python: numbers and arrays of numpy, torch and others as numbers and lists."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(one) for one in value]
+    if not hasattr(value, "tolist"):
+        return value
+    found = value.tolist()
+    return of_32_bits(found) if str(value.dtype).endswith("float32") and isinstance(found, float) else found
+
+
+def _frame_records(frame: Any) -> Iterator[dict[str, Any] | tuple[Any, ...]]:
+    """Yield the rows of a DataFrame without what is missing in them, which it writes as NaN; of one without names, the
+    pairs.
+
+    Raises:
+        DataError: columns of one name, or of several parts.
+    """
+    names = list(frame.columns)
+    twice = [str(name) for name in dict.fromkeys(names) if names.count(name) > 1]
+    if twice or any(isinstance(name, tuple) for name in names):
+        of = f"two columns {', '.join(twice)}" if twice else f"columns of several parts, such as {names[0]}"
+        raise DataError(f"examples: the DataFrame has {of}; name each by one text of its own: df.columns = [...]")
+    short = {name for name, kind in frame.dtypes.items() if kind == "float32"}
+    there = frame.astype(object).where(frame.notna(), None)
+    for cells in there.itertuples(index=False, name=None):
+        row = {
+            name: of_32_bits(cell) if name in short and cell is not None else plain(cell)
+            for name, cell in zip(names, cells, strict=True)
+        }
+        yield (
+            tuple(row.values())
+            if names == [0, 1]
+            else {str(name): value for name, value in row.items() if value is not None}
+        )

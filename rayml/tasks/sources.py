@@ -155,6 +155,9 @@ def parquet(data: bytes, name: str) -> Found:
         table = pyarrow.parquet.read_table(io.BytesIO(data))
     except pyarrow.ArrowException as error:
         raise DataError(f"{name}: not a Parquet file: {error}") from error
+    for number, column in enumerate(table.schema):
+        if pyarrow.types.is_float32(column.type):
+            table = table.set_column(number, column.name, table[number].cast("string").cast("float64"))
     about = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
     features = about.get("info", {}).get("features") or {}
     for number, record in enumerate(table.to_pylist(), start=1):
@@ -197,7 +200,7 @@ def data_set_records(name: str, split: str) -> Found:
 def data_set_rows(found: Any) -> Iterator[dict[str, Any]]:
     """Yield the records of a `datasets.Dataset`, with the names of classes in place of their numbers."""
     features = found.features.to_dict() if found.features else {}
-    for record in found:
+    for record in found.with_format(None):
         yield {key: classes_named(features.get(key), value) for key, value in record.items()}
 
 
@@ -209,6 +212,8 @@ def classes_named(feature: Any, value: Any) -> Any:
     """
     if not isinstance(feature, dict) or value is None:
         return value
+    if feature.get("dtype") == "float32" and isinstance(value, float):
+        return of_32_bits(value)
     if feature.get("_type") == "ClassLabel" and isinstance(value, int):
         return feature["names"][value] if 0 <= value < len(feature["names"]) else None
     if isinstance(value, list):
@@ -217,3 +222,8 @@ def classes_named(feature: Any, value: Any) -> Any:
         inside = feature.get("feature") if "_type" in feature else feature
         return {key: classes_named((inside or {}).get(key), one) for key, one in value.items()}
     return value
+
+
+def of_32_bits(number: float) -> float:
+    """Return a number of 32 bits as it is written: 0.1, and not the same in 64 bits, 0.10000000149011612."""
+    return float(pyarrow.scalar(number, pyarrow.float32()).cast(pyarrow.string()).as_py())

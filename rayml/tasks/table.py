@@ -1,7 +1,7 @@
 """From rows to tasks: group, tell labels from free text, and keep each text once."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from rayml.errors import DataError
 from rayml.tasks.kinds import NOTHING
@@ -50,6 +50,7 @@ def _task(name: str, rows: list[Row], duplicates: Duplicates) -> Task:
             f"{other.kind or 'label or text'!r} at {other.where}; give each kind a task of its own"
         )
     (kind,) = kinds
+    rows = rows if kind == "dialogue" else in_one_order(name, rows, kind)
     options = () if kind in FREE_TEXT else _options(rows, kind)
     by_text: dict[str, list[Row]] = {}
     for row in rows:
@@ -64,6 +65,31 @@ def _task(name: str, rows: list[Row], duplicates: Duplicates) -> Task:
             duplicates.repeated[name] = duplicates.repeated.get(name, 0) + len(same) - 1
         examples.append(Example(same[0].input, same[0].target, same[0].parts, same[0].answers))
     return Task(name, tuple(examples), options, kind or ("label" if options else "text"))
+
+
+def in_one_order(name: str, rows: list[Row], kind: str) -> list[Row]:
+    """Return rows whose inputs have their fields in the order of the first.
+
+    Raises:
+        DataError: fields of other names; a question may be without its context.
+    """
+    named: dict[frozenset[str], Row] = {}
+    for row in rows:
+        named.setdefault(frozenset(field for field, _ in row.parts), row)
+    if len(named) > 1 and kind != "qa":
+        one, other = list(named.values())[:2]
+        there = [", ".join(field for field, _ in row.parts) or "none, but a text" for row in (one, other)]
+        raise DataError(
+            f"task {name!r} has inputs of several fields: {there[0]} at {one.where}, and {there[1]} at {other.where}; "
+            "give all the same, or a task of their own"
+        )
+    order = list(dict.fromkeys(field for row in rows for field, _ in row.parts))
+    by_name = [(row, dict(row.parts)) for row in rows]
+    parts = [tuple((field, own[field]) for field in order if field in own) for _, own in by_name]
+    return [
+        replace(row, parts=of, input="\n".join(text for _, text in of)) if of else row
+        for row, of in zip(rows, parts, strict=True)
+    ]
 
 
 def _options(rows: list[Row], kind: str) -> tuple[str, ...]:

@@ -95,8 +95,10 @@ def key_of(document: dict[str, Any]) -> tuple[str, str] | None:
 
 
 def is_one(document: dict[str, Any]) -> bool:
-    """Return whether an object is a row itself, whatever lists it has: it has a row's keys, or an input and a target."""
-    plain = [key for key, value in document.items() if not isinstance(value, dict) and value != [] and not of_dicts(value)]
+    """Return whether an object is a row itself, whatever lists it has: by its keys, or by an input and a target."""
+    plain = [
+        key for key, value in document.items() if not isinstance(value, dict) and value != [] and not of_dicts(value)
+    ]
     guesses = {name.split(".")[0] for name in guessed(plain, {})}
     return bool(OF_ROWS & document.keys() or {"input", "target"} <= guesses) and not side_by_side(document)
 
@@ -108,7 +110,9 @@ def of_dicts(value: Any) -> bool:
 def is_row(item: Any) -> bool:
     """Return whether something is a row as an object, as a pair `[input, target]` of texts and numbers, or as spaCy's
     pair of a text and what is marked in it."""
-    is_pair = isinstance(item, list | tuple) and len(item) == 2 and not any(isinstance(one, dict | list) for one in item)
+    is_pair = (
+        isinstance(item, list | tuple) and len(item) == 2 and not any(isinstance(one, dict | list) for one in item)
+    )
     return is_pair or isinstance(item, dict) or is_spacy(item)
 
 

@@ -67,7 +67,7 @@ def why_unclear(keys: Collection[str]) -> str:
     """Return why no column can be taken for the target by its name; "" where one can."""
     if CHOICES & {*keys}:
         return "an answer beside choices may be the number of one: write each row with its text as the target"
-    if PREFERRED <= {*keys}:
+    if {*keys} >= PREFERRED:
         return "of preferences what was chosen can be learned, and what was rejected cannot"
     if {*keys} >= JUDGED:
         return "of judged completions the good ones can be learned: leave out the others, and say target=completion"
@@ -108,9 +108,7 @@ def likely(keys: Sequence[str], records: Sequence[Mapping[str, Any]], taken: Map
         if 2 * len(found) > len(records) and not any(isinstance(one.get(key), list | dict | float) for one in records)
     }
     labels = [key for key, found in plain.items() if 1 < len({*found}) <= len(found) / 2]
-    texts = [
-        key for key, found in plain.items() if key not in labels and 2 * sum(map(is_text, found)) > len(found)
-    ]
+    texts = [key for key, found in plain.items() if key not in labels and 2 * sum(map(is_text, found)) > len(found)]
     inputs = {name: own for name, own in taken.items() if name.split(".")[0] == "input"}
     inputs = inputs or ({"input": texts[0]} if len(texts) == 1 else {})
     labels = [key for key in labels if key not in inputs.values()]
