@@ -12,6 +12,7 @@ from test_own_data import lines, read
 
 from rayml.errors import DataError
 from rayml.tasks.read import read_rows, rows_given
+from rayml.tasks.table import build_tasks
 
 ASKED = {"role": "user", "content": "where is it?"}
 ANSWERED = {"role": "assistant", "content": "on its way"}
@@ -303,3 +304,25 @@ def test_numbers_dates_and_decimals_of_a_table_are_their_text(tmp_path):
     for values, text in ((short, "0.1"), (day, "2024-01-02"), (money, "1.50")):
         pyarrow.parquet.write_table(pyarrow.table({"input": ["a", "b"], "target": values}), tmp_path / "a.parquet")
         assert read_rows([str(tmp_path / "a.parquet")])[0].target == text
+
+
+# Labels
+
+
+@pytest.mark.parametrize("targets", [["yes", "no", "maybe"], ["yes"] * 3])
+def test_short_targets_that_are_taken_for_texts_are_said_to_be(targets, caplog):
+    rows = rows_given([(f"text {n}", target) for n, target in enumerate(targets)])
+    (task,), _ = build_tasks(rows)
+    assert not task.options
+    assert caplog.text.count("targets are taken for free text") == 1
+    caplog.clear()
+    for more in ({"kind": "text"}, {"options": [*targets, "other"]}):
+        build_tasks(rows_given([{"input": f"text {n}", "target": t} | more for n, t in enumerate(targets)]))
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("other", ["cafe\u0301", "caf\u00e9\u200b", "\ufeffcaf\u00e9"])
+def test_labels_that_look_the_same_are_refused_by_name(other):
+    rows = [(f"text {n}", other if n % 2 else "caf\u00e9") for n in range(4)]
+    with pytest.raises(DataError, match=r"labels .*caf.* and .*caf.* are other characters, and look the same"):
+        build_tasks(rows_given(rows))

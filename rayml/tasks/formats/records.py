@@ -43,7 +43,7 @@ def conversation(record: Record, turns: Any, who: str, what: str) -> Record | st
         {**turn, "role": turn.get(who, turn.get("role")), "content": turn.get(what, turn.get("content"))}
         for turn in turns
     ]
-    for message in messages:
+    for message in messages if who == "from" else ():
         message["role"] = SPEAKERS.get(message["role"], message["role"])
     system = record.get("system")
     if system and not (messages and messages[0]["role"] == "system"):
@@ -54,7 +54,7 @@ def conversation(record: Record, turns: Any, who: str, what: str) -> Record | st
     if label:
         rest = {name: value for name, value in record.items() if name not in ("messages", "conversations", label)}
         return {**rest, "input": messages, "target": record[label]}
-    while messages and messages[-1]["role"] == "user":
+    while messages and messages[-1]["role"] in ("user", "human"):
         messages.pop()
     return {**record, "messages": messages}
 
