@@ -126,7 +126,7 @@ class Adapter:
             DataError: no input, one of other fields than the task's, or that its prompt does not fit.
         """
         many = not isinstance(inputs, str | Mapping) and isinstance(inputs, Iterable) and not is_dialogue(inputs)
-        asked = [self._asked(one) for one in (inputs if many else [inputs])]  # type: ignore[arg-type, union-attr]
+        asked = [self._asked(one) for one in (inputs if many else [inputs])]  # type: ignore[arg-type]
         labels = self.choices(options)
         found = self._choose(asked, labels) if labels else self._write(asked)
         return found if many else found[0]

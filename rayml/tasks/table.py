@@ -47,8 +47,8 @@ def build_tasks(rows: Iterable[Row]) -> tuple[tuple[Task, ...], Duplicates]:
     if doubtful:
         more = f" and {len(doubtful) - 1} more" * (len(doubtful) > 1)
         log.warning(
-            f"task {doubtful[0]!r}{more}: targets are taken for free text, to be written: there are not two or more that "
-            "come back. If they are labels, give several examples of each, or `options` in the rows"
+            f"task {doubtful[0]!r}{more}: targets are taken for free text: there are not two or more that come back. "
+            "If they are labels, give several examples of each, or `options` in the rows"
         )
     return tasks, duplicates
 
@@ -121,7 +121,7 @@ def _options(rows: list[Row], kind: str) -> tuple[str, ...]:
         other = seen.setdefault(as_seen(option), option)
         if other != option:
             raise DataError(
-                f"task {rows[0].task!r}: labels {ascii(other)} and {ascii(option)} are other characters, and look the "
+                f"task {rows[0].task!r}: labels {other!a} and {option!a} are other characters, and look the "
                 "same; write them as one"
             )
     return options
