@@ -120,7 +120,7 @@ def test_examples_come_in_any_form(model, tmp_path):
     [
         ([], "there is none"),
         ([("a", "x"), "b"], "example 1: expected a pair"),
-        ([{"input": "a"}], "example 0: 'target' is missing"),
+        ([{"input": "a"}], "which columns are input and target"),
         ({"input": ["a"]}, "expected pairs"),
         ([("a", "x"), ("A ", "y")], "stands under x and y"),
         ([{"task": "t", "input": "a", "target": "x"}, {"task": "u", "input": "b", "target": "y"}], "holds 2 tasks"),
