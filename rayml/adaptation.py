@@ -9,6 +9,7 @@ import torch
 from rayml.algorithms.base import Algorithm
 from rayml.algorithms.inner_loop import Params, TaskLosses, adapt_in_parts
 from rayml.errors import DataError
+from rayml.lm.encode import fields
 from rayml.lm.fine_tuning import special_steps
 from rayml.lm.peft_files import AdapterCard
 from rayml.lm.rows import TokenRow
@@ -92,11 +93,18 @@ def adaptation_request(model: "MetaModel", task: Task) -> AdaptationRequest:
         ensemble=list(encoder.ensemble),
         scoring=encoder.scoring,
         shown=[(example.input, example.target) for example in kept],
+        fields=fields_of(task),
         shown_parts=[list(example.parts) for example in kept] if any(example.parts for example in kept) else [],
     )
     labels = encoder.competing(shown.values(), examples[0])
     classes = [list(shown.values()).index(example.target) for example in examples] if task.options else []
     return AdaptationRequest(encoder.rows(examples, bool(task.options)), labels, classes, card)
+
+
+def fields_of(task: Task) -> list[str] | None:
+    """Return the fields of a task's inputs; None where they differ."""
+    found = {fields(() if task.kind == "dialogue" else example.parts) for example in task.examples}
+    return list(*found) if len(found) == 1 else None
 
 
 Losses = list[float]

@@ -5,7 +5,7 @@ The command line, the server and `compare` answer by what stands here.
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -114,8 +114,8 @@ class Adapter:
         """Choose among the task's labels, or among `options`; write a text where there are neither.
 
         Args:
-            inputs: a text, the fields of an input as a dict, or a dialogue's messages `[{"role", "content"}, ...]`; or
-                a list of N such, which are answered side by side.
+            inputs: a text, the fields of an input as a dict, in any order, or a dialogue's messages `[{"role",
+                "content"}, ...]`; or a list of N such, which are answered side by side.
             options: choose among these alone. A task with labels knows no others; one of free text takes any.
 
         Returns:
@@ -123,10 +123,10 @@ class Adapter:
 
         Raises:
             ConfigError: an option that the task does not have, or a text is asked of a masked model.
-            DataError: an input that the task's prompt does not fit.
+            DataError: no input, one of other fields than the task's, or that its prompt does not fit.
         """
-        many = not isinstance(inputs, str | Mapping) and not is_dialogue(inputs)
-        asked = [unanswered(one) for one in (inputs if many else [inputs])]  # type: ignore[arg-type]
+        many = not isinstance(inputs, str | Mapping) and isinstance(inputs, Iterable) and not is_dialogue(inputs)
+        asked = [self._asked(one) for one in (inputs if many else [inputs])]  # type: ignore[arg-type]
         labels = self.choices(options)
         found = self._choose(asked, labels) if labels else self._write(asked)
         return found if many else found[0]
@@ -215,6 +215,11 @@ class Adapter:
     def _tensors(self) -> Params:
         """The weights that a forward needs."""
         return {name: weight for name, weight in (self.weights or {}).items() if name != MEANS}
+
+    def _asked(self, given: Input) -> Example:
+        """Return what is asked about an input: a dialogue is its text, unless the task is to go on with it."""
+        example = unanswered(given, self.card.fields)
+        return replace(example, parts=()) if is_dialogue(given) and self.card.kind != "dialogue" else example
 
     def _choose(self, asked: Sequence[Example], labels: dict[str, str]) -> list[Prediction]:
         waiting = [self.query(example, list(labels.values())) for example in asked]

@@ -119,9 +119,9 @@ class MetaModel:
         Raises:
             DataError, TrainingError: as `adapt`.
         """
+        if steps is not None and (not isinstance(steps, int) or steps < 0):
+            raise ConfigError(f"steps: expected a whole number, 0 or more, got {steps}")
         taken = inner_steps(self, steps)
-        if taken < 0:
-            raise ConfigError(f"steps: expected 0 or more, got {steps}")
         new = [self.task(rows_given(examples), name) for name, examples in tasks.items()]
         prepared = [adaptation_request(self, task) for task in new]
         found: dict[str, Adapter] = {}

@@ -120,7 +120,7 @@ def test_examples_come_in_any_form(model, tmp_path):
     [
         ([], "there is none"),
         ([("a", "x"), "b"], "example 1: expected a pair"),
-        ([{"input": "a"}], "example 0: 'target' is missing"),
+        ([{"input": "a"}], "which columns are input and target"),
         ({"input": ["a"]}, "expected pairs"),
         ([("a", "x"), ("A ", "y")], "stands under x and y"),
         ([{"task": "t", "input": "a", "target": "x"}, {"task": "u", "input": "b", "target": "y"}], "holds 2 tasks"),
@@ -296,3 +296,41 @@ def test_an_evaluation_that_was_cut_off_goes_on_with_the_others_and_comes_to_the
         rayml.evaluate(model, episodes=8)
     assert rayml.evaluate(model, episodes=8) == whole
     assert len(done) == 8
+
+
+PREMISES = [{"premise": f"it rains {n}", "hypothesis": f"it is {'wet' if n % 2 else 'dry'}"} for n in range(4)]
+
+
+def test_fields_are_taken_by_their_names_in_the_order_of_the_first(model):
+    labels = ["no", "yes", "no", "yes"]
+    rows = [{"input": given, "target": label} for given, label in zip(PREMISES, labels, strict=True)]
+    mixed = [*rows[:1], *[row | {"input": dict(reversed(row["input"].items()))} for row in rows[1:]]]
+    learned = model.adapt(rows)
+    assert_equal_weights(learned, model.adapt(mixed))
+    asked = PREMISES[0]
+    assert learned.predict(dict(reversed(asked.items()))) == learned.predict(asked)
+    for given in ("it rains", {"premise": "it rains"}, asked | {"note": "x"}):
+        with pytest.raises(DataError, match="expected the fields premise, hypothesis, got"):
+            learned.predict(given)
+    with pytest.raises(DataError, match="expected a text, got the fields premise, hypothesis"):
+        model.adapt(TICKETS).predict(asked)
+    with pytest.raises(DataError, match=r"inputs of several fields: premise, hypothesis at .*, and premise, claim at"):
+        model.adapt([*rows, {"input": {"premise": "a", "claim": "b"}, "target": "no"}])
+
+
+def test_a_question_may_be_asked_as_a_text_and_a_conversation_has_a_label(model):
+    rows = [{"input": {"question": f"who {n}?"}, "target": f"she {n}", "kind": "label"} for n in range(2)]
+    asked = model.adapt(rows)
+    assert asked.predict("who 0?") == asked.predict({"question": "who 0?"})
+    talks = [[{"role": "user", "content": "where?"}, {"role": "assistant", "content": text}] for text in ("x", "y")]
+    about = model.adapt([{"messages": talk, "label": f"l{n}"} for n, talk in enumerate(talks)])
+    assert about.labels == ("l0", "l1")
+    assert about.predict(talks[0]) == about.predict("user: where?\nassistant: x")
+
+
+@pytest.mark.parametrize("given", [5, None, [5], "x\udcff", {"a": 1}, b"x", [("user", None)]])
+def test_what_is_no_input_is_refused_by_name(model, given):
+    with pytest.raises(DataError, match="an input cannot be used"):
+        model.adapt(TICKETS).predict(given)
+    with pytest.raises(ConfigError, match=r"steps: expected a whole number, 0 or more, got 1.5"):
+        model.adapt(TICKETS, steps=1.5)

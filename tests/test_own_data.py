@@ -277,7 +277,7 @@ def test_the_usual_columns_are_guessed_and_said(heading, parts, tmp_path):
 
 def test_unknown_columns_are_shown_with_what_to_paste(tmp_path):
     with pytest.raises(DataError, match=r"are id, body, gold2.*data.columns=.*input.*body.*--columns input=body"):
-        read(tmp_path, "a.csv", "id,body,gold2\n1,some long text,x\n2,some other text,x\n")
+        read(tmp_path, "a.csv", "id,body,gold2\n1,a b,x\n2,c d,x\n3,e f,y\n4,g h,y\n")
 
 
 def test_quotes_of_a_tsv_are_text_and_its_heading_is_none_of_its_rows(tmp_path):

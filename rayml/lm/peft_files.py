@@ -56,6 +56,8 @@ class AdapterCard:
     """Of the algorithm."""
     label_tokens: list[int] = field(default_factory=list)
     """The first token of each label, where prototypes are answered by."""
+    fields: list[str] | None = None
+    """Of its inputs, in their order; none, where they are texts; None, where they differ, or it is not known."""
 
     def examples(self) -> list[Example]:
         """Return the examples in `shown`."""

@@ -95,7 +95,10 @@ def masked_row(
         DataError: the target is no label, or has not one token; or there is no room.
     """
     if not is_label:
-        raise DataError(f"a masked model chooses among labels and writes no text (target: {target[:40]!r})")
+        raise DataError(
+            f"a masked model chooses among labels and writes no text (target: {target[:40]!r}); give several examples "
+            "of each label, or `options` in the rows"
+        )
     word, _ = tokenize(tokenizer, f" {target.strip()}", add_special_tokens=False)
     if len(word) != 1:
         raise DataError(

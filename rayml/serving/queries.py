@@ -36,14 +36,15 @@ def queries_of(adapter: Adapter, inputs: Sequence[Given], labels: list[str], con
     for number, given in enumerate(inputs):
         refuse_unseen(encoder.prompt, given, f"input.{number}")
         try:
-            like = relabel(unanswered(given), max(labels, key=len))
+            fields = adapter.card.fields
+            like = relabel(unanswered(given, fields), max(labels, key=len))
             tokens = len(unlimited(encoder).row(like, is_label=True, shown=shown).tokens)
             is_long = tokens > most
             if is_long and not truncate:
                 raise too_long(number, tokens, most)
-            query = adapter.query(unanswered(ending(given, LONGEST_TOKEN * most)), labels)
+            query = adapter.query(unanswered(ending(given, LONGEST_TOKEN * most), fields), labels)
         except DataError as error:
-            if str(error).startswith("template"):
+            if str(error).startswith(("template", "an input")):
                 raise ApiError(422, f"input.{number}: {error}", f"input.{number}") from None
             message = f"options: one of them has no token, or is too long beside input.{number}"
             raise ApiError(422, message, "options") from None

@@ -3,6 +3,7 @@
 import logging
 import re
 import shlex
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any
 
 from rayml.errors import DataError
 from rayml.tasks.formats import guess
-from rayml.tasks.row import Row, RowError, row_of
-from rayml.tasks.sources import NAMED, PLAIN, Source, as_rows, data_set_rows, sources
+from rayml.tasks.formats.documents import is_spacy, record_of
+from rayml.tasks.formats.records import LeftOut
+from rayml.tasks.row import COLUMNS, Row, RowError, row_of
+from rayml.tasks.sources import NAMED, PLAIN, Source, as_rows, data_set_rows, of_32_bits, sources
 
 log = logging.getLogger(__name__)
 SHOWN_ERRORS = 20
@@ -21,7 +24,7 @@ Say = Callable[[str], None]
 NUMBERS = "targets that are numbers, or true and false, are taken as their text"
 PARTS_OF_ONE = {"train", "training", "test", "dev", "val", "valid", "validation", "eval"}
 """What the files of one data set's splits are called."""
-OWN_OPTIONS = "bigbench", "metaicl"
+OWN_OPTIONS = "bigbench", "metaicl", "choices"
 """Formats whose rows each have options of their own."""
 
 
@@ -63,7 +66,8 @@ def read_rows(
     of_options = set()
     for one in sources(paths, columns or {}, format, encoding, say):
         taken, told = columns_of(one, columns or {})
-        given = [(where, mended(record)) for where, record in one.found] if mend else one.found
+        kept = [(where, record) for where, record in one.found if not isinstance(record, LeftOut)]
+        given = [(where, mended(record)) for where, record in kept] if mend else kept
         rows, wrong, numbers = checked(given, taken, one.task, kind)
         if not rows and not wrong:
             raise DataError(f"{one.name}: there is no row in it; a row is {{'input': ..., 'target': ...}}")
@@ -92,7 +96,9 @@ def columns_of(source: Source, columns: Mapping[str, str]) -> tuple[dict[str, st
     Raises:
         DataError: a column that there is not, or none for the input or the target.
     """
-    told = [] if source.format in PLAIN else [f"{source.format} ({source.why})"]
+    told = [] if source.format in PLAIN else [f"{source.format} ({source.why}){left_out(source.ignored)}"]
+    reasons = Counter(str(record) for _, record in source.found if isinstance(record, LeftOut))
+    told += [f"{count} row(s) are left out: {reason}" for reason, count in reasons.items()]
     told += (
         []
         if source.encoding.startswith("utf-8")
@@ -111,12 +117,16 @@ def columns_of(source: Source, columns: Mapping[str, str]) -> tuple[dict[str, st
     more = guess.guessed(keys, columns)
     taken = {**columns, **more}
     if keys and not all(any(name.split(".")[0] == key for name in (*taken, *keys)) for key in ("input", "target")):
-        raise guess.unknown(source.name, [record for _, record in source.found if isinstance(record, dict)])
+        raise guess.unknown(source.name, [record for _, record in source.found if isinstance(record, dict)], taken)
     if more:
-        told.append(
-            f"columns {', '.join(f'{own} as {name}' for name, own in more.items())}; or say {guess.setting(taken)}"
-        )
+        ignored = left_out([key for key in keys if key not in (*taken.values(), *COLUMNS)])
+        named = ", ".join(f"{own} as {name}" for name, own in more.items())
+        told.append(f"columns {named}{ignored}; or say {guess.setting(taken)}")
     return taken, told
+
+
+def left_out(columns: Sequence[str]) -> str:
+    return f", and {', '.join(columns)} left out" if columns else ""
 
 
 def checked(
@@ -188,36 +198,81 @@ def rows_given(examples: Examples) -> list[Row]:
     if isinstance(examples, str | Path):
         return read_rows([str(examples)])
     found: Any = examples
-    if hasattr(examples, "iloc"):
+    if hasattr(examples, "iloc") and hasattr(examples, "columns"):
         found = _frame_records(examples)
     elif hasattr(examples, "features"):
         found = data_set_rows(examples)
-    if isinstance(found, Mapping) or not isinstance(found, Iterable):
+    if isinstance(found, Mapping) or hasattr(found, "iloc") or not isinstance(found, Iterable):
         kind = type(examples).__name__
         raise DataError(f"examples: expected pairs (input, target), or dicts, one an example; got a {kind}")
     numbered = [(f"example {number}", one) for number, one in enumerate(found)]
     whole = [one for _, one in numbered if isinstance(one, Row)]
     others = [(where, _record(one)) for where, one in numbered if not isinstance(one, Row)]
-    source = as_rows(Source("examples", "examples", "jsonl", "", others), {})
-    rows, errors, _ = checked(source.found, guess.guessed(source.keys, {}), "examples", None)
-    if errors:
-        raise unusable(errors, "")
+    rows = _rows_of(as_rows(Source("examples", "examples", "jsonl", "", others), {})) if others else []
     if not whole and not rows:
         raise DataError("examples: there is none")
     return whole + rows
 
 
+def _rows_of(source: Source) -> list[Row]:
+    """Return the rows of records, and say what was guessed.
+
+    Raises:
+        DataError: some cannot be used.
+    """
+    taken, told = columns_of(source, {}) if source.keys else ({}, [])
+    kept = [(where, record) for where, record in source.found if not isinstance(record, LeftOut)]
+    rows, errors, numbers = checked(kept, taken, source.task, None)
+    if errors:
+        raise unusable(errors, "")
+    for note in [*told, *[NUMBERS] * numbers]:
+        log.warning(f"{source.name}: {note}")
+    return with_fixed_options(rows, {source.task} if source.format in OWN_OPTIONS else ())
+
+
 def _record(one: Any) -> dict[str, Any] | str:
     """Return the record of a pair or a dict, or what is wrong with it."""
-    if isinstance(one, Mapping):
-        return dict(one)
-    if isinstance(one, tuple | list) and len(one) == 2:
+    one = plain(one)
+    if isinstance(one, list) and len(one) == 2 and not is_spacy(one):
         return {"input": one[0], "target": one[1]}
+    if isinstance(one, dict) or is_spacy(one):
+        return record_of(one)
     return f"expected a pair (input, target), or a dict, got {str(one)[:60]!r}"
 
 
-def _frame_records(frame: Any) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a DataFrame without what is missing in them, which it writes as NaN."""
-    for row in frame.to_dict("records"):
-        plain = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in row.items()}
-        yield {name: value for name, value in plain.items() if value is not None and value == value}
+def plain(value: Any) -> Any:
+    """Return a value of plain Python: numbers and arrays of numpy, torch and others as numbers and lists."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(one) for one in value]
+    if not hasattr(value, "tolist"):
+        return value
+    found = value.tolist()
+    return of_32_bits(found) if str(value.dtype).endswith("float32") and isinstance(found, float) else found
+
+
+def _frame_records(frame: Any) -> Iterator[dict[str, Any] | tuple[Any, ...]]:
+    """Yield the rows of a DataFrame without what is missing in them, which it writes as NaN; of one without names, the
+    pairs.
+
+    Raises:
+        DataError: columns of one name, or of several parts.
+    """
+    names = list(frame.columns)
+    twice = [str(name) for name in dict.fromkeys(names) if names.count(name) > 1]
+    if twice or any(isinstance(name, tuple) for name in names):
+        of = f"two columns {', '.join(twice)}" if twice else f"columns of several parts, such as {names[0]}"
+        raise DataError(f"examples: the DataFrame has {of}; name each by one text of its own: df.columns = [...]")
+    short = {name for name, kind in frame.dtypes.items() if kind == "float32"}
+    there = frame.astype(object).where(frame.notna(), None)
+    for cells in there.itertuples(index=False, name=None):
+        row = {
+            name: of_32_bits(cell) if name in short and cell is not None else plain(cell)
+            for name, cell in zip(names, cells, strict=True)
+        }
+        yield (
+            tuple(row.values())
+            if names == [0, 1]
+            else {str(name): value for name, value in row.items() if value is not None}
+        )

@@ -3,13 +3,17 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date, time
+from decimal import Decimal
 from typing import Any
 
+from rayml.errors import DataError
 from rayml.tasks.kinds import NAMES, is_span, kind_of, written
 from rayml.tasks.task import Example, Parts, conversation
 
 COLUMNS = "task", "input", "target", "options", "kind", "answers", "messages"
 ROLES = "system", "developer", "user", "assistant"
+CALLS = "tool_calls", "function_call"
 
 Input = str | Mapping[str, str] | Sequence[Mapping[str, str] | tuple[str, str]]
 """What is to be answered: a text, fields by their names, or a dialogue's messages `{"role", "content"}`, which may also
@@ -39,9 +43,10 @@ def row_of(record: Mapping[str, Any], columns: Mapping[str, str], default_task: 
     """Return the row of a record.
 
     Args:
-        record: `input` is a text, fields `{name: text}`, or messages `[{"role", "content"}]`, then without `target`,
-            as is `messages`; `target` is a text, or a list of labels, or of spans `{"text", "type"}`. Numbers, true and
-            false are their text; what stands around a target, or a label, is no part of it.
+        record: `input` is a text, fields `{name: text}`, or messages `[{"role", "content"}]`, as is `messages`: a
+            dialogue, which ends with its answer, or, beside a `target`, what is asked about as a whole. `target` is a
+            text, or a list of labels, or of spans `{"text", "type"}`. Numbers, dates, true and false are their text;
+            what stands around a target, or a label, is no part of it.
         columns: the record's own names, where they differ; `input.NAME` names a part of the input.
         default_task: for records without a task, where no column is named for it.
 
@@ -59,7 +64,12 @@ def row_of(record: Mapping[str, Any], columns: Mapping[str, str], default_task: 
         raise RowError(f"'kind' is {kind!r}; there are {', '.join(NAMES)}")
     given = _input(record, columns)
     if isinstance(given, list):
-        return _dialogue(task, given, kind, where)
+        turns = _turns(given)
+        if value("target") is None:
+            return _dialogue(task, turns, kind, where)
+        if kind == "dialogue":
+            raise RowError("a row of kind 'dialogue' has no target; it is the last of its messages, the assistant's")
+        given = conversation(turns)
     parts = (
         tuple((name, _text(as_text(text), f"input.{name}")) for name, text in given.items())
         if isinstance(given, dict)
@@ -86,10 +96,11 @@ def row_of(record: Mapping[str, Any], columns: Mapping[str, str], default_task: 
 
 
 def as_text(value: Any) -> Any:
-    """Return a number, or true or false, as its text, also in a list; what is not there as None, and others as given.
+    """Return a number, a date, or true or false, as its text, also in a list; what is not there as None, and others as
+    given.
 
-    >>> as_text(True), as_text(1.0), as_text([2, "b"]), as_text(float("nan"))
-    ('true', '1', ['2', 'b'], None)
+    >>> as_text(True), as_text(1.0), as_text([2, "b"]), as_text(float("nan")), as_text(date(2024, 1, 2))
+    ('true', '1', ['2', 'b'], None, '2024-01-02')
     """
     if isinstance(value, bool):
         return str(value).lower()
@@ -97,17 +108,40 @@ def as_text(value: Any) -> Any:
         return None if math.isnan(value) else str(int(value)) if value.is_integer() else str(value)
     if isinstance(value, list | tuple):
         return [as_text(one) for one in value]
-    return str(value) if isinstance(value, int) else value
+    return str(value) if isinstance(value, int | Decimal | date | time) else value
 
 
-def unanswered(given: Input) -> Example:
-    """Return the example of an input without a target."""
-    if isinstance(given, str):
-        return Example(given, "")
-    if isinstance(given, Mapping):
-        return Example("\n".join(given.values()), "", tuple(given.items()))
-    turns = [(turn["role"], turn["content"]) if isinstance(turn, Mapping) else turn for turn in given]
-    return Example(conversation(turns), "", (*turns, ("assistant", "")))
+def unanswered(given: Input, fields: Sequence[str] | None = None) -> Example:
+    """Return the example of an input without a target.
+
+    Args:
+        fields: of the task's inputs, in its order; none, where they are texts; None: take any.
+
+    Raises:
+        DataError: it is no input, or none of such fields.
+    """
+    try:
+        if isinstance(given, str):
+            given = {fields[0]: given} if fields is not None and len(fields) == 1 else given
+        elif not isinstance(given, Mapping):
+            if not is_dialogue(given):
+                raise RowError(f"expected a text, fields as a dict, or messages, got {str(given)[:60]!r}")
+            turns = [(turn["role"], turn["content"]) if isinstance(turn, Mapping) else turn for turn in given]
+            for _, text in turns:
+                _whole(text, "content")
+            given = conversation(turns)
+            if not fields:
+                return Example(given, "", (*turns, ("assistant", "")))
+        there = list(given) if isinstance(given, Mapping) else []
+        if fields is not None and {*there} != {*fields}:
+            told = [f"the fields {', '.join(names)}" if names else "a text" for names in (fields, there)]
+            raise RowError(f"expected {told[0]}, got {told[1]}")
+        if isinstance(given, str):
+            return Example(_whole(given, "input"), "")
+        parts = tuple((name, _whole(as_text(given[name]), f"input.{name}")) for name in fields or there)
+        return Example("\n".join(text for _, text in parts), "", parts)
+    except RowError as error:
+        raise DataError(f"an input cannot be used: {error}") from None
 
 
 def is_dialogue(given: Any) -> bool:
@@ -115,7 +149,7 @@ def is_dialogue(given: Any) -> bool:
     if not isinstance(given, Sequence) or isinstance(given, str) or not given:
         return False
     messages = [isinstance(turn, Mapping) and {"role", "content"} <= turn.keys() for turn in given]
-    return all(messages) or all(isinstance(turn, tuple) for turn in given)
+    return all(messages) or all(isinstance(turn, tuple) and len(turn) == 2 for turn in given)
 
 
 def _input(record: Mapping[str, Any], columns: Mapping[str, str]) -> Any:
@@ -128,10 +162,15 @@ def _input(record: Mapping[str, Any], columns: Mapping[str, str]) -> Any:
 
 
 def _text(value: Any, name: str) -> str:
+    if not _whole(value, name).strip():
+        raise RowError(f"{name!r} is empty")
+    return str(value)
+
+
+def _whole(value: Any, name: str) -> str:
+    """Return a text, or raise RowError if it is none, or not of whole characters."""
     if not isinstance(value, str):
         raise RowError(f"{name!r} is {'missing' if value is None else 'not text'}")
-    if not value.strip():
-        raise RowError(f"{name!r} is empty")
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -146,15 +185,27 @@ def _texts(value: Any, name: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(_text(text, name).strip() for text in value))
 
 
-def _dialogue(task: str, messages: list[Any], kind: str, where: str) -> Row:
-    """Return the row of a conversation: what is asked is its last turn, the assistant's."""
-    if kind not in ("", "dialogue"):
-        raise RowError(f"'input' is a list of messages, and 'kind' is {kind!r}; messages are of kind 'dialogue'")
+def _turns(messages: list[Any]) -> list[tuple[str, str]]:
+    """Return the role and the text of every message."""
     turns = []
     for number, message in enumerate(messages, 1):
         if not isinstance(message, dict) or message.get("role") not in ROLES:
             raise RowError(f"message {number}: expected a role among {', '.join(ROLES)}, got {str(message)[:60]}")
+        if message.get("weight") == 0 and message["role"] == "assistant":
+            raise RowError(
+                f"message {number}: has weight 0, and every turn of the assistant's is learned; leave it out"
+            )
+        called = next((name for name in CALLS if message.get(name)), None)
+        if called:
+            raise RowError(f"message {number}: {called!r} is not learned; write it as the message's content")
         turns.append((message["role"], _text(message.get("content"), f"message {number}: content")))
+    return turns
+
+
+def _dialogue(task: str, turns: list[tuple[str, str]], kind: str, where: str) -> Row:
+    """Return the row of a conversation: what is asked is its last turn, the assistant's."""
+    if kind not in ("", "dialogue"):
+        raise RowError(f"'input' is a list of messages, and 'kind' is {kind!r}; messages are of kind 'dialogue'")
     roles = [role for role, _ in turns]
     if "user" not in roles or roles[-1] != "assistant" or roles[0] == "assistant":
         raise RowError("a conversation has a user's turn, begins with none of the assistant's, and ends with one")

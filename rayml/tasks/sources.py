@@ -17,6 +17,7 @@ from rayml.tasks.files import File, Say, files, task_names
 from rayml.tasks.formats import columns as tables
 from rayml.tasks.formats import conll, documents, foreign, records
 from rayml.tasks.formats.text import Found, decoded, lines
+from rayml.tasks.row import COLUMNS
 
 log = logging.getLogger(__name__)
 FORMATS = (*documents.READERS, "crossfit", "fasttext", "conll", "csv", "jsonl", "parquet", "hf", *records.READERS)
@@ -41,6 +42,8 @@ class Source:
     found: list[tuple[str, dict[str, Any] | str]]
     """Where each record stood, and the record, or what is wrong with it."""
     encoding: str = "utf-8"
+    ignored: tuple[str, ...] = ()
+    """Columns that its format takes nothing from."""
 
     @property
     def keys(self) -> list[str]:
@@ -90,7 +93,9 @@ def as_rows(given: Source, columns: Columns, format: str | None = None) -> Sourc
         return given
     read = [(where, records.READERS[found](one) if isinstance(one, dict) else one) for where, one in given.found]
     why = f"its keys, such as {', '.join(given.keys[:4])}"
-    return replace(given, format=found, why=why, found=[(where, one) for where, one in read if one is not None])
+    taken = records.NEEDED.get(found, set()) | records.MORE.get(found, set()) | {*COLUMNS}
+    ignored = tuple(key for key in given.keys if key not in taken)
+    return replace(given, format=found, why=why, found=read, ignored=ignored)
 
 
 def is_saved(path: str) -> bool:
@@ -170,6 +175,9 @@ def parquet(data: bytes, name: str) -> Found:
         table = pyarrow.parquet.read_table(io.BytesIO(data))
     except pyarrow.ArrowException as error:
         raise DataError(f"{name}: not a Parquet file: {error}") from error
+    for number, column in enumerate(table.schema):
+        if pyarrow.types.is_float32(column.type):
+            table = table.set_column(number, column.name, table[number].cast("string").cast("float64"))
     about = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
     features = about.get("info", {}).get("features") or {}
     for number, record in enumerate(table.to_pylist(), start=1):
@@ -203,6 +211,8 @@ def data_set_records(name: str, split: str) -> Found:
                 f"hf:{name}: no split {split or 'train'!r}; {there}: hf:{name}:{next(iter(found), 'SPLIT')}"
             )
         found = found[split or "train"]
+    elif split and split != str(found.split):
+        raise DataError(f"hf:{name}: is one data set, and has no splits, such as {split!r}; it is hf:{name}")
     for number, record in enumerate(data_set_rows(found), start=1):
         yield f"hf:{name}: row {number}", record
 
@@ -210,7 +220,7 @@ def data_set_records(name: str, split: str) -> Found:
 def data_set_rows(found: Any) -> Iterator[dict[str, Any]]:
     """Yield the records of a `datasets.Dataset`, with the names of classes in place of their numbers."""
     features = found.features.to_dict() if found.features else {}
-    for record in found:
+    for record in found.with_format(None):
         yield {key: classes_named(features.get(key), value) for key, value in record.items()}
 
 
@@ -222,6 +232,8 @@ def classes_named(feature: Any, value: Any) -> Any:
     """
     if not isinstance(feature, dict) or value is None:
         return value
+    if feature.get("dtype") == "float32" and isinstance(value, float):
+        return of_32_bits(value)
     if feature.get("_type") == "ClassLabel" and isinstance(value, int):
         return feature["names"][value] if 0 <= value < len(feature["names"]) else None
     if isinstance(value, list):
@@ -230,3 +242,8 @@ def classes_named(feature: Any, value: Any) -> Any:
         inside = feature.get("feature") if "_type" in feature else feature
         return {key: classes_named((inside or {}).get(key), one) for key, one in value.items()}
     return value
+
+
+def of_32_bits(number: float) -> float:
+    """Return a number of 32 bits as it is written: 0.1, and not the same in 64 bits, 0.10000000149011612."""
+    return float(pyarrow.scalar(number, pyarrow.float32()).cast(pyarrow.string()).as_py())

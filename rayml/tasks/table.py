@@ -1,17 +1,22 @@
 """From rows to tasks: group, tell labels from free text, and keep each text once."""
 
+import logging
+import unicodedata
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from rayml.errors import DataError
 from rayml.tasks.kinds import NOTHING
 from rayml.tasks.row import Row
 from rayml.tasks.task import Example, Task, normalized
 
+log = logging.getLogger(__name__)
 LABELS = "label", "pair", "relation"
 """Kinds whose targets are classes, however often each comes."""
 FREE_TEXT = "multilabel", "ner", "translation", "summary", "dialogue", "text"
 """Kinds whose targets are written, and never chosen among."""
+LONG_LABEL = 24
+"""Characters, which most labels stay below, and most texts do not."""
 
 
 @dataclass
@@ -31,13 +36,21 @@ def build_tasks(rows: Iterable[Row]) -> tuple[tuple[Task, ...], Duplicates]:
     more on average; else it is free text. So is a task of a kind that is never chosen among.
 
     Raises:
-        DataError: a task with rows of several kinds.
+        DataError: a task with rows of several kinds, inputs of several fields, or labels that look the same.
     """
     by_task: dict[str, list[Row]] = {}
     for row in rows:
         by_task.setdefault(row.task, []).append(row)
     duplicates = Duplicates()
-    return tuple(_task(name, by_task[name], duplicates) for name in sorted(by_task)), duplicates
+    tasks = tuple(_task(name, by_task[name], duplicates) for name in sorted(by_task))
+    doubtful = [task.name for task in tasks if not any(row.kind for row in by_task[task.name]) and is_doubtful(task)]
+    if doubtful:
+        more = f" and {len(doubtful) - 1} more" * (len(doubtful) > 1)
+        log.warning(
+            f"task {doubtful[0]!r}{more}: targets are taken for free text: there are not two or more that come back. "
+            "If they are labels, give several examples of each, or `options` in the rows"
+        )
+    return tasks, duplicates
 
 
 def _task(name: str, rows: list[Row], duplicates: Duplicates) -> Task:
@@ -50,6 +63,7 @@ def _task(name: str, rows: list[Row], duplicates: Duplicates) -> Task:
             f"{other.kind or 'label or text'!r} at {other.where}; give each kind a task of its own"
         )
     (kind,) = kinds
+    rows = rows if kind == "dialogue" else in_one_order(name, rows, kind)
     options = () if kind in FREE_TEXT else _options(rows, kind)
     by_text: dict[str, list[Row]] = {}
     for row in rows:
@@ -66,14 +80,57 @@ def _task(name: str, rows: list[Row], duplicates: Duplicates) -> Task:
     return Task(name, tuple(examples), options, kind or ("label" if options else "text"))
 
 
+def is_doubtful(task: Task) -> bool:
+    """Return whether a task of free text may have been meant for labels: its targets are as short."""
+    return task.kind == "text" and all(len(one.target) <= LONG_LABEL for one in task.examples)
+
+
+def in_one_order(name: str, rows: list[Row], kind: str) -> list[Row]:
+    """Return rows whose inputs have their fields in the order of the first.
+
+    Raises:
+        DataError: fields of other names; a question may be without its context.
+    """
+    named: dict[frozenset[str], Row] = {}
+    for row in rows:
+        named.setdefault(frozenset(field for field, _ in row.parts), row)
+    if len(named) > 1 and kind != "qa":
+        one, other = list(named.values())[:2]
+        there = [", ".join(field for field, _ in row.parts) or "none, but a text" for row in (one, other)]
+        raise DataError(
+            f"task {name!r} has inputs of several fields: {there[0]} at {one.where}, and {there[1]} at {other.where}; "
+            "give all the same, or a task of their own"
+        )
+    order = list(dict.fromkeys(field for row in rows for field, _ in row.parts))
+    by_name = [(row, dict(row.parts)) for row in rows]
+    parts = [tuple((field, own[field]) for field in order if field in own) for _, own in by_name]
+    return [
+        replace(row, parts=of, input="\n".join(text for _, text in of)) if of else row
+        for row, of in zip(rows, parts, strict=True)
+    ]
+
+
 def _options(rows: list[Row], kind: str) -> tuple[str, ...]:
     """Return the classes in a fixed order, or () for free text."""
-    given = dict.fromkeys(option for row in rows for option in row.options)
-    if given:
-        return tuple(given)
-    targets = sorted({row.target for row in rows})
+    given = tuple(dict.fromkeys(option for row in rows for option in row.options))
+    targets = tuple(sorted({row.target for row in rows}))
     come_back = len(targets) <= len(rows) / 2 if kind == "" else kind in LABELS
-    return tuple(targets) if len(targets) >= 2 and come_back else ()
+    options = given or (targets if len(targets) >= 2 and come_back else ())
+    seen: dict[str, str] = {}
+    for option in options:
+        other = seen.setdefault(as_seen(option), option)
+        if other != option:
+            raise DataError(
+                f"task {rows[0].task!r}: labels {other!a} and {option!a} are other characters, and look the "
+                "same; write them as one"
+            )
+    return options
+
+
+def as_seen(text: str) -> str:
+    """Return a text without what nobody sees: how accents are composed, the width of spaces, marks of no width."""
+    shown = (character for character in text if unicodedata.category(character) != "Cf")
+    return unicodedata.normalize("NFC", " ".join("".join(shown).split()))
 
 
 def without_small_classes(tasks: Iterable[Task], need: int) -> tuple[Task, ...]:
