@@ -20,8 +20,9 @@ import rayml
 from rayml.errors import ConfigError, DataError, RunError
 from rayml.lm import trials
 from rayml.lm.abilities import check_model, refuse_strange, refuse_tokens, unable
-from rayml.lm.chat import chat_text
+from rayml.lm.chat import chat_prompt, chat_row, chat_text
 from rayml.lm.decode import Decoder
+from rayml.lm.encode import Encoder
 from rayml.lm.generate import texts_behind, write
 from rayml.lm.load import context_tokens, load_base, load_shape, load_tokenizer
 from rayml.lm.model import TaskLM
@@ -310,3 +311,52 @@ def test_a_joined_row_past_a_window_writes_what_transformers_does(tmp_path):
     for text, prompt in zip(texts, prompts, strict=True):
         made = lm.module.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=-1)
         assert text.tokens == made[0].tolist()
+
+
+PARTS = (
+    "{% for m in messages %}{{ m.role | capitalize }}: {% for line in m['content'] %}{% if line['type'] == 'text' %}"
+    "{{ line['text'] }}{% endif %}{% endfor %}END{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}Assistant: {% endif %}"
+)
+"""As SmolVLM, LLaVA and Idefics have it."""
+THINKS = (
+    "{% for m in messages %}[{{ m.role }}]{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ m.content }}[end]{% endfor %}{% if add_generation_prompt %}[assistant]"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+"""As Qwen3 has it."""
+
+
+def learned_text(words, row):
+    loss_masked = set(row.loss_masked)
+    return words.decode([t for i, t in enumerate(row.tokens) if i >= row.start and i not in loss_masked])
+
+
+@pytest.mark.parametrize("template", [PARTS, PARTS.replace("END", "")])
+def test_a_chat_template_of_content_parts_gets_parts(template):
+    words, turns = tokenizer(), [("user", "hi there"), ("assistant", "yo man")]
+    words.chat_template = template
+    row = chat_row(words, turns, 256)
+    end = "END" if "END" in template else ""
+    assert words.decode(row.tokens).strip() == f"User: hi there{end}\nAssistant: yo man{end}"
+    assert learned_text(words, row).strip() == f"yo man{end}"
+    assert words.decode(chat_prompt(words, turns[:1])) == f"User: hi there{end}\nAssistant: "
+
+
+@pytest.mark.parametrize(("kept", "lost"), [("user", "assistant"), ("assistant", "user")])
+def test_a_chat_template_that_leaves_a_turn_out_is_refused(kept, lost):
+    words = tokenizer()
+    words.chat_template = "{% for m in messages if m.role == 'KEPT' %}{{ m.content }}{% endfor %}".replace("KEPT", kept)
+    with pytest.raises(DataError, match=f"leaves out what the {lost} says"):
+        chat_row(words, [("user", "hi there"), ("assistant", "yo man")], 256)
+
+
+def test_an_empty_thought_stands_in_the_prompt_and_is_not_learned():
+    words, turns = tokenizer(), [("user", "hi"), ("assistant", "yo")]
+    words.chat_template = THINKS
+    row = chat_row(words, turns, 256)
+    assert learned_text(words, row) == "yo[end]"
+    assert Encoder(words, "", 256, kind="dialogue").asked(Example("hi", "", turns)) == row.tokens[: row.start]
+    # What was thought before an earlier answer may be gone from what asks for the next.
+    words.chat_template = "{% for m in messages %}{{ m.content.split('</think>')[-1] }}{% endfor %}"
+    thought = [("user", "hi"), ("assistant", "<think>hm</think>yo"), ("user", "so")]
+    assert words.decode(chat_prompt(words, thought)) == "hiyoso"
