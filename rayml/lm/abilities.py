@@ -23,7 +23,7 @@ from rayml.lm.precision import has_sdpa
 from rayml.lm.rows import predicts_masks
 from rayml.lm.sentence import MARK, read_sentences
 from rayml.lm.soft_prompt import PROMPT
-from rayml.lm.trials import as_in_peft, fault, same_in_peft, strange
+from rayml.lm.trials import as_in_peft, fault, same_in_peft, strange, unsound
 from rayml.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -170,8 +170,10 @@ def refuse_tokens(tokenizer: Any, embeddings: int, tasks: Sequence[Task] = ()) -
 
 def refuse_strange(lm: TaskLM) -> None:
     """Raise ConfigError if a model that was just loaded sees what it must not: two forwards tell."""
-    if lm.sentences:
-        return  # it looks both ways, and is told where padding is
+    if lm.sentences:  # it looks both ways, and is told where padding is
+        if reason := unsound(lm.module):
+            raise ConfigError(f"model.name: {reason}")
+        return
     with torch.no_grad():
         if reason := strange(lm):
             raise ConfigError(reason)

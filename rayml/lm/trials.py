@@ -64,7 +64,15 @@ def strange(lm: TaskLM) -> str | None:
         other = torch.cat([tokens, tokens.new_full((1, 3), lm.pad)], 1)
         said = "sees padding: the rows of a batch would change each other; take another model"
     found, wanted = (lm.logits_at(places, None, row) for row in (other, tokens))
+    if not wanted.isfinite().all():
+        return f"model.name: {unsound(lm.module) or f'{name} gives logits that are no finite numbers'}"
     return None if near(found, wanted) else f"model.name: {name} {said}"
+
+
+def unsound(module: Any) -> str | None:
+    """Return which weights of a model are no finite numbers, or None."""
+    broken = [name for name, weight in module.named_parameters() if not weight.isfinite().all()]
+    return f"the weights of {type(module).__name__} hold NaN or infinity, such as {broken[0]}" if broken else None
 
 
 def misfit(lm: TaskLM, base: str, lora: dict[str, Any]) -> str | None:

@@ -32,7 +32,7 @@ MOST_PROMPTS = 16
 MOST_LOG = 20
 """Of a readout's scale, and of its mix."""
 KNOWN = set(
-    "peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode "
+    "peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode "  # noqa: SIM905
     # of LoRA; what it adapts is seen in its weights
     "r lora_alpha lora_dropout use_rslora init_lora_weights target_modules exclude_modules layers_to_transform "
     "layers_pattern megatron_core eva_config loftq_config corda_config qalora_group_size "
