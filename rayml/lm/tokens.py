@@ -14,6 +14,7 @@ from functools import lru_cache, partial
 from itertools import pairwise
 from typing import Any
 
+from rayml.errors import DataError
 from rayml.tasks.task import Example
 
 MARK, BLANK = "\ufdd0", "\ufdd1"
@@ -22,6 +23,7 @@ text may."""
 ESCAPED = {MARK: MARK + "\ufdd2", BLANK: MARK + "\ufdd3"}
 OWN = {escaped: character for character, escaped in ESCAPED.items()}
 MARKED = re.compile(f"{MARK}[\ufdd2\ufdd3]?")
+EMBEDDINGS = "rayml_embeddings"
 LIKE = re.compile(r"^<\|.+\|>$|^</?(think|tool_call|tool_response)>$")
 SIGN = re.compile(r"[^\w\s]")
 """What added tokens look like that act; and what those have that stand in a chat template, whose words have none."""
@@ -54,10 +56,20 @@ def tokenize(tokenizer: Any, text: str, add_special_tokens: bool = True) -> tupl
 
     Args:
         add_special_tokens: those that the tokenizer begins and ends a text with.
+
+    Raises:
+        DataError: it has none for a word, or one that the model does not know.
     """
     whole = plain(text)
-    encoding = tokenizer(whole, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
+    try:
+        encoding = tokenizer(whole, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
+    except Exception as error:  # a bare one is all that `tokenizers` raises
+        raise DataError(
+            f"the model's tokenizer cannot write {whole[:60]!r}: {error}; it knows neither a word of it nor an unknown "
+            "token"
+        ) from None
     tokens, offsets = encoding["input_ids"], encoding["offset_mapping"]
+    refuse_unembedded(tokenizer, tokens)
     typed = {len(plain(text[: found.start()])) for found in MARKED.finditer(text) if found[0] == MARK}
     if not typed:
         return tokens, offsets
@@ -68,6 +80,20 @@ def tokenize(tokenizer: Any, text: str, add_special_tokens: bool = True) -> tupl
         spelled = as_text(tokenizer, whole[first:end]) if is_typed else [token]
         found += [(one, (first, end)) for one in spelled]
     return [token for token, _ in found], [index for _, index in found]
+
+
+def mark_embeddings(tokenizer: Any, embeddings: int) -> None:
+    """Note how many tokens a model has embeddings for, where its tokenizer has more."""
+    if max(len(tokenizer) - 1, *tokenizer.added_tokens_decoder) >= embeddings:
+        setattr(tokenizer, EMBEDDINGS, embeddings)
+
+
+def refuse_unembedded(tokenizer: Any, tokens: list[int]) -> None:
+    """Raise DataError if a model has no embedding for one of the tokens that its tokenizer gives."""
+    embeddings = getattr(tokenizer, EMBEDDINGS, None)
+    if embeddings and max(tokens, default=0) >= embeddings:
+        token = tokenizer.convert_ids_to_tokens(max(tokens))
+        raise DataError(f"the model has no embedding for the token {token!r} ({embeddings} there are); resize them")
 
 
 def folded(tokenizer: Any, text: str) -> list[int]:

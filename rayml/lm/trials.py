@@ -3,6 +3,8 @@ as deep as shows every kind of its layers. No model is known by its name here.
 """
 
 import tempfile
+import warnings
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,23 @@ def fault(
         torch.manual_seed(0)
         lm = TaskLM(module, hooks(module, lora if lora["targets"] else {}, prompt))
         return strange(lm) or (misfit(lm, base, lora) if lm.adapter else None) or (misspelt(lm) if writes else None)
+
+
+def fitting(base: str, attention: str, targets: Sequence[str], rank: int, alpha: float) -> list[str]:
+    """Return the targets that adapters of a resolved model fit, each tried alone; those that cannot be tried, too."""
+    module = small_copy(base, attention)
+    if module is None:
+        return list(targets)
+    present = set(linear_kinds(module))
+
+    def fits(target: str) -> bool:
+        lora = {"targets": [target], "rank": rank, "alpha": alpha, "last_layers": None}
+        return target not in present or misfit(TaskLM(module, hooks(module, lora, 0)), base, lora) is None
+
+    with torch.random.fork_rng(), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PEFT, about what is then left out
+        torch.manual_seed(0)
+        return [target for target in targets if fits(target)]
 
 
 def strange(lm: TaskLM) -> str | None:
