@@ -29,6 +29,7 @@ from rayml.lm.peft_files import EMBEDS, AdapterCard, encoder_of, load_learned, s
 from rayml.lm.precision import decide, has_sdpa, look_at, widest_linear
 from rayml.lm.queries import KeptSupport, Query, first_batch, log_probs
 from rayml.lm.soft_prompt import TaskPrompt
+from rayml.lm.tokens import mark_embeddings
 from rayml.runs.files import AnyPath, as_path, local_copy, made_here
 from rayml.tasks.row import Input, is_dialogue, unanswered
 from rayml.tasks.task import Example
@@ -269,6 +270,7 @@ def load_adapter(folder: str | AnyPath, *, model: "MetaModel | Adapter | None" =
             refuse_misfit(to, weights, card, model)
             lm, base = model.lm, model.base
     tokenizer = model.encoder.tokenizer if model and not own_model else load_tokenizer(base)
+    mark_embeddings(tokenizer, lm.module.get_input_embeddings().num_embeddings)
     on_device = {name: weight.to(lm.device) for name, weight in weights.items()} or None
     adapter = Adapter(lm, encoder_of(card, tokenizer), on_device, card, base)
     _ = adapter.algorithm  # raises where it is unknown here

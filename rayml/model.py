@@ -32,6 +32,7 @@ from rayml.lm.parameters import trained_parameters
 from rayml.lm.peft_files import AdapterCard, encoder_of
 from rayml.lm.precision import Precision, own_device, settled_here
 from rayml.lm.scorer import Scorer
+from rayml.lm.tokens import mark_embeddings
 from rayml.runs.checkpoint import read_checkpoint, step_of
 from rayml.runs.files import AnyPath, local_copy, made_here
 from rayml.runs.folder import RunFolder
@@ -238,7 +239,9 @@ def load_base(
         shape |= {"targets": linear_kinds(module), "last_layers": None}
     lm = TaskLM(module, hooks(module, shape if config.mode == "adapters" else {}, config.soft_tokens))
     refuse_strange(lm)
-    return config, precision, lm, config.encoder(load_tokenizer(base)), base
+    tokenizer = load_tokenizer(base)
+    mark_embeddings(tokenizer, module.get_input_embeddings().num_embeddings)
+    return config, precision, lm, config.encoder(tokenizer), base
 
 
 def learned(config: Config, folder: AnyPath, names: Iterable[str], device: torch.device) -> tuple[Params, Params, int]:

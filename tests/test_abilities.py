@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import make_config
 from families import BASE, make_model, tokenizer
+from safetensors.torch import load_file, save_file
 from serving_run import ask, learn, make_run, request
 from serving_run import write as serve_text
 from transformers import (
@@ -20,8 +21,9 @@ import rayml
 from rayml.errors import ConfigError, DataError, RunError
 from rayml.lm import trials
 from rayml.lm.abilities import check_model, refuse_strange, refuse_tokens, unable
-from rayml.lm.chat import chat_text
+from rayml.lm.chat import chat_prompt, chat_row, chat_text
 from rayml.lm.decode import Decoder
+from rayml.lm.encode import Encoder
 from rayml.lm.generate import texts_behind, write
 from rayml.lm.load import context_tokens, load_base, load_shape, load_tokenizer
 from rayml.lm.model import TaskLM
@@ -81,6 +83,72 @@ def test_a_weight_of_another_shape_is_refused(tmp_path):
     edited(make_model(tmp_path, "llama"), intermediate_size=96)
     with pytest.raises(ConfigError, match=r"mlp.*shape"):
         load_base(str(tmp_path), "float32")
+
+
+LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+MORE = {
+    "layer": ("llama", {"num_hidden_layers": 3}, {"num_hidden_layers": 2}, r"layers.2.input_layernorm.weight, "),
+    "biases": ("llama", {"attention_bias": True}, {"attention_bias": False}, r"layers.0.self_attn.k_proj.bias"),
+    "family": ("qwen2", {}, LLAMA, "q_proj.bias"),
+    "norms": ("qwen3", {}, LLAMA, "self_attn.k_norm.weight"),
+    "head": ("llama", {}, {}, "lm_head.bias"),
+}
+
+
+def with_weights(folder: Path, *names: str):
+    file = folder / "model.safetensors"
+    save_file(load_file(file) | {name: torch.full((32,), torch.nan) for name in names}, file, {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("which", MORE)
+def test_weights_that_a_model_does_not_take_are_refused(tmp_path, which):
+    family, made, changed, said = MORE[which]
+    folder = edited(make_model(tmp_path / "base", family, **made), **changed)
+    if not changed:
+        with_weights(folder, "lm_head.bias")
+    with pytest.raises(ConfigError, match=f"weights that .* does not take.*{said}"):
+        load_base(str(folder), "float32")
+    with pytest.raises(ConfigError, match="does not take"):
+        check_model(config_of(tmp_path, folder), str(folder), LABELLED, load_tokenizer(str(folder)))
+
+
+def test_weights_that_are_no_part_of_a_model_are_left_out(tmp_path):
+    others = "score.weight", "vision_tower.layers.0.weight", "mtp.layers.0.weight"
+    old = "model.layers.0.self_attn.rotary_emb.inv_freq", "model.layers.0.self_attn.bias"
+    load_base(str(with_weights(make_model(tmp_path / "a", "llama"), *others, *old)), "float32")
+    ahead = make_model(tmp_path / "b", "deepseek_v3", num_nextn_predict_layers=1)
+    load_base(str(with_weights(ahead, "model.layers.2.eh_proj.weight")), "float32")
+    pooled = make_model(tmp_path / "c", "bert")
+    load_base(str(with_weights(pooled, "bert.pooler.dense.weight", "cls.seq_relationship.bias")), "float32")
+    LlamaModel(LlamaConfig(**BASE | {"tie_word_embeddings": True})).save_pretrained(tmp_path / "d")
+    load_base(str(edited(tmp_path / "d", architectures=["LlamaForCausalLM"])), "float32")
+
+
+def test_a_base_with_an_adapter_in_its_folder_is_refused(tmp_path):
+    folder = make_model(tmp_path, "llama")
+    (folder / "adapter_config.json").write_text("{}")
+    for load in (load_shape, lambda path: load_base(path, "float32")):
+        with pytest.raises(ConfigError, match="holds a PEFT adapter beside the model"):
+            load(str(folder))
+
+
+def test_files_of_weights_that_are_not_whole_are_named(tmp_path):
+    folder = make_model(tmp_path / "base", "llama")
+    file = folder / "model.safetensors"
+    whole = file.read_bytes()
+    for content, said in ((whole[:-100], "is not whole"), (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS")):
+        file.write_bytes(content)
+        with pytest.raises(ConfigError, match=f"model.safetensors is .*{said.removeprefix('is ')}"):
+            load_base(str(folder), "float32")
+        with pytest.raises(ConfigError, match=said):
+            check_model(config_of(tmp_path, folder), str(folder), LABELLED, load_tokenizer(str(folder)))
+
+
+def test_weights_that_are_no_numbers_are_named(tmp_path):
+    folder = with_weights(make_model(tmp_path, "llama"), "model.norm.weight")
+    with pytest.raises(ConfigError, match=r"LlamaForCausalLM hold NaN or infinity, such as model.norm.weight"):
+        refuse_strange(TaskLM(load_base(str(folder), "float32"), None))
 
 
 @pytest.mark.parametrize("family", ["roberta", "bert"])
@@ -310,3 +378,54 @@ def test_a_joined_row_past_a_window_writes_what_transformers_does(tmp_path):
     for text, prompt in zip(texts, prompts, strict=True):
         made = lm.module.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=-1)
         assert text.tokens == made[0].tolist()
+
+
+PARTS = (
+    "{% for m in messages %}{{ m.role | capitalize }}: {% for line in m['content'] %}{% if line['type'] == 'text' %}"
+    "{{ line['text'] }}{% endif %}{% endfor %}END{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}Assistant: {% endif %}"
+)
+"""As SmolVLM, LLaVA and Idefics have it."""
+THINKS = (
+    "{% for m in messages %}[{{ m.role }}]{% if m.role == 'assistant' and loop.last %}"
+    "<think>\n\n</think>\n\n{% endif %}"
+    "{{ m.content }}[end]{% endfor %}{% if add_generation_prompt %}[assistant]"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+"""As Qwen3 has it."""
+
+
+def learned_text(words, row):
+    loss_masked = set(row.loss_masked)
+    return words.decode([t for i, t in enumerate(row.tokens) if i >= row.start and i not in loss_masked])
+
+
+@pytest.mark.parametrize("template", [PARTS, PARTS.replace("END", "")])
+def test_a_chat_template_of_content_parts_gets_parts(template):
+    words, turns = tokenizer(), [("user", "hi there"), ("assistant", "yo man")]
+    words.chat_template = template
+    row = chat_row(words, turns, 256)
+    end = "END" if "END" in template else ""
+    assert words.decode(row.tokens).strip() == f"User: hi there{end}\nAssistant: yo man{end}"
+    assert learned_text(words, row).strip() == f"yo man{end}"
+    assert words.decode(chat_prompt(words, turns[:1])) == f"User: hi there{end}\nAssistant: "
+
+
+@pytest.mark.parametrize(("kept", "lost"), [("user", "assistant"), ("assistant", "user")])
+def test_a_chat_template_that_leaves_a_turn_out_is_refused(kept, lost):
+    words = tokenizer()
+    words.chat_template = "{% for m in messages if m.role == 'KEPT' %}{{ m.content }}{% endfor %}".replace("KEPT", kept)
+    with pytest.raises(DataError, match=f"leaves out what the {lost} says"):
+        chat_row(words, [("user", "hi there"), ("assistant", "yo man")], 256)
+
+
+def test_an_empty_thought_stands_in_the_prompt_and_is_not_learned():
+    words, turns = tokenizer(), [("user", "hi"), ("assistant", "yo")]
+    words.chat_template = THINKS
+    row = chat_row(words, turns, 256)
+    assert learned_text(words, row) == "yo[end]"
+    assert Encoder(words, "", 256, kind="dialogue").asked(Example("hi", "", turns)) == row.tokens[: row.start]
+    # What was thought before an earlier answer may be gone from what asks for the next.
+    words.chat_template = "{% for m in messages %}{{ m.content.split('</think>')[-1] }}{% endfor %}"
+    thought = [("user", "hi"), ("assistant", "<think>hm</think>yo"), ("user", "so")]
+    assert words.decode(chat_prompt(words, thought)) == "hiyoso"

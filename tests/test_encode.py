@@ -5,6 +5,8 @@ from importlib.util import find_spec
 import pytest
 import torch
 from conftest import perturbed_start, tiny_lm
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from rayml.errors import DataError
 from rayml.lm.batch import IGNORE, collate
@@ -16,6 +18,7 @@ from rayml.lm.option_scoring import OptionBatch, OptionQuery, PromptEnsemble, we
 from rayml.lm.rows import encode
 from rayml.lm.scorer import side_of
 from rayml.lm.sides import decode_rows
+from rayml.lm.tokens import tokenize
 from rayml.tasks.episodes import Episode, Sampler
 from rayml.tasks.task import Example, Task
 
@@ -231,3 +234,10 @@ def test_the_real_model_takes_a_letter_as_one_token_and_normalizes_the_loss_over
     end = encoder.tokenizer.eos_token_id
     assert [label[-1] for label in encoder.competing(["spam", "spam or not"])] == [end, end]  # one begins the other
     assert Encoder(encoder.tokenizer, "{input}:", 48, "vocabulary").competing(["A", "B"]) == []
+
+
+def test_a_tokenizer_without_a_word_for_a_text_says_so():
+    words = Tokenizer(models.WordLevel({"hi": 0, "</s>": 1}))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    with pytest.raises(DataError, match=r"tokenizer cannot write 'hi you': WordLevel error.*nor an unknown token"):
+        tokenize(PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>"), "hi you")

@@ -69,6 +69,8 @@ POISON = {
     "LORA alone": poison_config(peft_type="IA3"),
     "use_dora": poison_config(use_dora=True),
     "bias": poison_config(bias="all"),
+    "asks for arrow_config, use_qalora": poison_config(use_qalora=True, arrow_config={"top_k": 2}),
+    "asks for some_day_new": poison_config(some_day_new=0.5, and_off=False),
     "rank r=": poison_config(r=10**9),
     "lora_alpha": poison_config(lora_alpha="x"),
     "made for the base": poison_config(base_model_name_or_path="other/model"),
@@ -191,3 +193,16 @@ def test_an_adapter_that_peft_reads_otherwise_is_not_published(run, learned, tmp
     change_config(learned, target_modules=targets[:1])
     with pytest.raises(RunError, match="PEFT computes something else"):
         publish_adapter(learned, run.path, "half", str(tmp_path / "store"), Console(quiet=True))
+
+
+def test_an_adapter_that_an_invocation_turns_on_is_not_read_as_plain_lora(replica, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    common = {"task_type": "CAUSAL_LM", "r": 4, "target_modules": ["q_proj"]}
+    for config in (LoraConfig(**common), LoraConfig(**common, alora_invocation_tokens=[7, 8])):
+        get_peft_model(AutoModelForCausalLM.from_pretrained(replica.model.base), config).save_pretrained(tmp_path)
+        if not config.alora_invocation_tokens:
+            assert read_adapter(tmp_path, fits(replica))[0]
+    with pytest.raises(RunError, match="asks for alora_invocation_tokens, which is not served"):
+        read_adapter(tmp_path, fits(replica))

@@ -5,15 +5,18 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import make_config, toy_tasks, write_tasks
+from families import make_model
 from safetensors.torch import save_file
 from serving_run import ask, learn, request
+from transformers import PreTrainedTokenizerFast
 
 from rayml import starts
 from rayml.adapter import load_adapter
 from rayml.api import evaluate
 from rayml.config import dump_config
 from rayml.errors import ConfigError, DataError, RunError
-from rayml.lm.lora import B
+from rayml.lm import abilities
+from rayml.lm.lora import B, linear_kinds
 from rayml.model import load
 from rayml.runs.folder import RunFolder
 from rayml.serving.replica import Replica
@@ -84,6 +87,63 @@ def test_a_bare_base_learns_by_prototypes(cache):
 
 def test_a_folder_of_a_model_is_a_start_too(cache, tiny):
     assert load(tiny).adapt(TICKETS).card.model == tiny
+
+
+def test_a_folder_that_another_model_took_the_place_of_is_another_start(cache, tmp_path):
+    for layers in (1, 2):
+        make_model(tmp_path / "m", "llama", num_hidden_layers=layers)
+        model = load("./m")
+        assert len(model.start) == 2 * 7 * layers + len([name for name in model.start if name.startswith("readout.")])
+    assert model.adapt(TICKETS).labels
+
+
+@pytest.mark.parametrize(
+    ("family", "left_out"),
+    [
+        ("llama4_text", {"router"}),
+        ("deepseek_v3", {"down_proj", "gate_proj", "up_proj"}),
+        ("qwen3_next", {"down_proj", "gate_proj", "up_proj"}),
+        ("falcon_h1", {"out_proj"}),
+    ],
+)
+def test_a_bare_base_has_adapters_where_they_can_be_written(cache, tmp_path, family, left_out):
+    folder = make_model(tmp_path / "m", family)
+    model = load(str(folder))
+    kinds = set(linear_kinds(model.lm.module))
+    assert kinds - set(model.config.lora.targets) == left_out & kinds
+    model.adapt(TICKETS).save(tmp_path / "saved")
+    assert load_adapter(tmp_path / "saved").predict(TICKETS[0][0]).label
+
+
+def test_a_bare_base_is_tried_once(cache, tmp_path, monkeypatch):
+    folder = str(make_model(tmp_path / "m", "llama"))
+    load(folder)
+    monkeypatch.setattr(abilities, "fault", lambda *_: pytest.fail("tried again"))
+    load(folder)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "bert"])
+def test_texts_are_cut_to_what_a_bare_base_reads(cache, tmp_path, family):
+    model = load(str(make_model(tmp_path / "m", family, max_position_embeddings=128)))
+    assert model.config.data.max_tokens == 128
+    assert model.adapt([(f"{letter * 300} {n}", letter) for letter in "ab" for n in range(2)]).labels
+
+
+def test_what_a_bare_base_cannot_read_is_refused_by_name(cache, tmp_path):
+    folder = make_model(tmp_path / "m", "llama")
+    words = PreTrainedTokenizerFast.from_pretrained(folder)
+    words.add_tokens(["covid"])
+    words.save_pretrained(folder)
+    model = load(str(folder))
+    with pytest.raises(DataError, match="no embedding for the token 'covid'"):
+        model.adapt([*TICKETS, ("covid", "bill")])
+    adapter = model.adapt(TICKETS)
+    with pytest.raises(DataError, match="no embedding for the token 'covid'"):
+        adapter.predict("covid covid")
+    words.add_special_tokens({"eos_token": "<|end|>"})
+    words.save_pretrained(folder)
+    with pytest.raises(ConfigError, match=r"no embeddings for .*eos_token '<\|end\|>'"):
+        load(str(folder))
 
 
 def test_what_it_is_made_of_decides_where_it_is_kept(mine, cache):

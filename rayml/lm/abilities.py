@@ -23,7 +23,7 @@ from rayml.lm.precision import has_sdpa
 from rayml.lm.rows import predicts_masks
 from rayml.lm.sentence import MARK, read_sentences
 from rayml.lm.soft_prompt import PROMPT
-from rayml.lm.trials import as_in_peft, fault, same_in_peft, strange
+from rayml.lm.trials import as_in_peft, fault, fitting, same_in_peft, strange, unsound
 from rayml.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -104,12 +104,38 @@ def unable(base: str, lora: dict[str, Any], soft_tokens: int, writes: bool, atte
         return (
             f"model.name: {base!r} is a sentence encoder, and writes no text; use tasks with labels" if writes else None
         )
-    fused = has_sdpa(base)
-    if attention == "sdpa" and not fused:
+    if attention == "sdpa" and not has_sdpa(base):
         return f"model.attention: transformers has no sdpa for {base!r}; use model.attention=eager, or auto"
-    attention = ("sdpa" if fused else "eager") if attention == "auto" else attention
     targets = tuple(lora.get("targets", ()))
-    return fault(base, attention, targets, lora.get("rank", 1), lora.get("alpha", 1.0), soft_tokens, writes)
+    return fault(
+        base,
+        tried_attention(base, attention),
+        targets,
+        lora.get("rank", 1),
+        lora.get("alpha", 1.0),
+        soft_tokens,
+        writes,
+    )
+
+
+def tried_attention(base: str, attention: str) -> str:
+    return ("sdpa" if has_sdpa(base) else "eager") if attention == "auto" else attention
+
+
+def able_targets(base: str, config: "Config") -> list[str]:
+    """Return those of a config's targets that adapters fit, and PEFT takes as they are meant.
+
+    Raises:
+        ConfigError: a model cannot be used with any, and why.
+    """
+    lora, attention = config.lora.shape(), config.model.attention
+    reason = unable(base, lora, 0, writes=False, attention=attention)
+    if not reason:
+        return lora["targets"]
+    left = fitting(base, tried_attention(base, attention), lora["targets"], lora["rank"], lora["alpha"])
+    if not left or left == lora["targets"]:
+        raise ConfigError(reason)
+    return left
 
 
 def learned_names(bare: Any, config: "Config") -> list[str]:
@@ -170,8 +196,10 @@ def refuse_tokens(tokenizer: Any, embeddings: int, tasks: Sequence[Task] = ()) -
 
 def refuse_strange(lm: TaskLM) -> None:
     """Raise ConfigError if a model that was just loaded sees what it must not: two forwards tell."""
-    if lm.sentences:
-        return  # it looks both ways, and is told where padding is
+    if lm.sentences:  # it looks both ways, and is told where padding is
+        if reason := unsound(lm.module):
+            raise ConfigError(f"model.name: {reason}")
+        return
     with torch.no_grad():
         if reason := strange(lm):
             raise ConfigError(reason)

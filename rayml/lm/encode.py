@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from rayml.errors import DataError
-from rayml.lm.chat import chat_prompt, chat_row
+from rayml.lm.chat import ANSWERS, chat_prompt, chat_row
 from rayml.lm.label_trie import can_tell_apart
 from rayml.lm.rows import TokenRow, encode, masked_row, predicts_masks, soft_tokens
 from rayml.lm.sentence import Sentences, sentence_row, sentences_of
@@ -110,7 +110,7 @@ class Encoder:
         """Return the tokens that an answer is written behind; the example's own target is not looked at."""
         if self.kind == "dialogue":
             turns = [*(turn for one in shown for turn in one.parts), *(example.parts[:-1] or [("user", example.input)])]
-            tokens = chat_prompt(self.tokenizer, turns)[-self.max_tokens * (len(shown) + 1) :]
+            tokens = chat_prompt(self.tokenizer, turns, **ANSWERS)[-self.max_tokens * (len(shown) + 1) :]
             return [*soft_tokens(self.soft_tokens), *tokens]
         row = self.row(replace(example, target="."), is_label=False, shown=shown)
         return row.tokens[: row.start]

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 if not torch.cuda.is_available():
@@ -23,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 from rayml.errors import ConfigError
 from rayml.lm.rows import mark_masked
 from rayml.lm.sentence import MARK, mark_sentences, read_sentences
+from rayml.lm.weight_files import unreadable, untaken
 
 transformers_logging.disable_progress_bar()
 NO_LIMIT = 1 << 30
@@ -73,7 +75,7 @@ def load_base(path: str, dtype: str, attention: str = "sdpa", deepspeed: dict[st
 
 
 def _from_pretrained(path: str, **settings: Any) -> Any:
-    """Return a model, whose every weight was in its files: what is missing would be drawn anew at every load."""
+    """Return a model that is what its files hold: what is missing would be drawn anew at every load."""
     talks = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # what it would report is an error here
     try:
@@ -85,8 +87,9 @@ def _from_pretrained(path: str, **settings: Any) -> Any:
             ignore_mismatched_sizes=True,
             **settings,
         )
-    except (ImportError, OSError, ValueError) as error:  # a quantised one needs the library that quantised it
-        raise ConfigError(f"model.name: no causal language model at {path!r}: {error}") from error
+    except (ImportError, OSError, ValueError, SafetensorError) as error:  # a quantised one needs its own library
+        said = unreadable(path) or f"no causal language model at {path!r}: {error}"
+        raise ConfigError(f"model.name: {said}") from error
     finally:
         transformers_logging.set_verbosity(talks)
     lacking = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
@@ -96,6 +99,14 @@ def _from_pretrained(path: str, **settings: Any) -> Any:
         raise ConfigError(
             f"model.name: {path!r} has no weights for {', '.join(lacking[:4])}{', ...' if len(lacking) > 4 else ''} of "
             f"{type(model).__name__}, or of another shape; take a checkpoint that was saved with its output head"
+        )
+    # What quantised a model has its own names for what it keeps.
+    extra = [] if hasattr(model.config, "quantization_config") else untaken(model, info["unexpected_keys"])
+    if extra:
+        raise ConfigError(
+            f"model.name: {path!r} has weights that {type(model).__name__} does not take, with its config.json: "
+            f"{', '.join(extra[:4])}{', ...' if len(extra) > 4 else ''}; mend num_hidden_layers, model_type, or what "
+            "else belongs to them"
         )
     return model
 
@@ -122,8 +133,13 @@ def plain_config(path: str) -> Any:
     """Return a resolved model's config.
 
     Raises:
-        ConfigError: it is an encoder-decoder's.
+        ConfigError: it is an encoder-decoder's, or its folder holds an adapter, too.
     """
+    if (Path(path) / "adapter_config.json").exists():
+        raise ConfigError(
+            f"model.name: {path!r} holds a PEFT adapter beside the model (adapter_config.json), which transformers "
+            "would put into it; move the adapter elsewhere, or merge it"
+        )
     config = AutoConfig.from_pretrained(path)
     if config.is_encoder_decoder:
         raise ConfigError(f"model.name: {config.model_type} at {path!r} is an encoder-decoder; take a causal model")

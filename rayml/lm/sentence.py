@@ -14,6 +14,7 @@ from transformers.utils import cached_file
 
 from rayml.errors import ConfigError
 from rayml.lm.rows import TokenRow
+from rayml.lm.tokens import refuse_unembedded
 
 MARK = "rayml_sentences"
 INPUT = "{{ input }}"
@@ -119,6 +120,7 @@ def sentence_row(
         text.lower() if sentences.lower_case else text, truncation=True, max_length=most, return_offsets_mapping=True
     )
     tokens, offsets = encoding["input_ids"], encoding["offset_mapping"]
+    refuse_unembedded(tokenizer, tokens)
     if keep is not None:
         kept = [i for i, (a, b) in enumerate(offsets) if a == b or a < len(before) or keep(a - len(before))]
         tokens = [tokens[i] for i in kept]

@@ -3,6 +3,8 @@ as deep as shows every kind of its layers. No model is known by its name here.
 """
 
 import tempfile
+import warnings
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,23 @@ def fault(
         return strange(lm) or (misfit(lm, base, lora) if lm.adapter else None) or (misspelt(lm) if writes else None)
 
 
+def fitting(base: str, attention: str, targets: Sequence[str], rank: int, alpha: float) -> list[str]:
+    """Return the targets that adapters of a resolved model fit, each tried alone; those that cannot be tried, too."""
+    module = small_copy(base, attention)
+    if module is None:
+        return list(targets)
+    present = set(linear_kinds(module))
+
+    def fits(target: str) -> bool:
+        lora = {"targets": [target], "rank": rank, "alpha": alpha, "last_layers": None}
+        return target not in present or misfit(TaskLM(module, hooks(module, lora, 0)), base, lora) is None
+
+    with torch.random.fork_rng(), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PEFT, about what is then left out
+        torch.manual_seed(0)
+        return [target for target in targets if fits(target)]
+
+
 def strange(lm: TaskLM) -> str | None:
     """Return why a model is not what it is loaded as, by two forwards: its logits change with what it must not see."""
     name, tokens = type(lm.module).__name__, some_tokens(1, 6, lm)
@@ -64,7 +83,15 @@ def strange(lm: TaskLM) -> str | None:
         other = torch.cat([tokens, tokens.new_full((1, 3), lm.pad)], 1)
         said = "sees padding: the rows of a batch would change each other; take another model"
     found, wanted = (lm.logits_at(places, None, row) for row in (other, tokens))
+    if not wanted.isfinite().all():
+        return f"model.name: {unsound(lm.module) or f'{name} gives logits that are no finite numbers'}"
     return None if near(found, wanted) else f"model.name: {name} {said}"
+
+
+def unsound(module: Any) -> str | None:
+    """Return which weights of a model are no finite numbers, or None."""
+    broken = [name for name, weight in module.named_parameters() if not weight.isfinite().all()]
+    return f"the weights of {type(module).__name__} hold NaN or infinity, such as {broken[0]}" if broken else None
 
 
 def misfit(lm: TaskLM, base: str, lora: dict[str, Any]) -> str | None:

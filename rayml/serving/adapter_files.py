@@ -31,18 +31,16 @@ MOST_CONFIG_BYTES = 1_000_000
 MOST_PROMPTS = 16
 MOST_LOG = 20
 """Of a readout's scale, and of its mix."""
-# What a PEFT LoRA may ask for beyond A and B, which the task-batched layer does not do.
-UNSUPPORTED = (
-    "use_dora",
-    "modules_to_save",
-    "rank_pattern",
-    "alpha_pattern",
-    "fan_in_fan_out",
-    "lora_bias",
-    "target_parameters",
-    "trainable_token_indices",
-    "layer_replication",
+KNOWN = set(
+    "peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode "  # noqa: SIM905
+    # of LoRA; what it adapts is seen in its weights
+    "r lora_alpha lora_dropout use_rslora init_lora_weights target_modules exclude_modules layers_to_transform "
+    "layers_pattern megatron_core eva_config loftq_config corda_config qalora_group_size "
+    # of a prompt; how it began is of no account
+    "num_virtual_tokens token_dim num_transformer_submodules num_attention_heads num_layers prompt_tuning_init "
+    "prompt_tuning_init_text tokenizer_name_or_path tokenizer_kwargs".split()
 )
+"""Fields of PEFT's configs that are heeded, or change nothing that is computed; others have to be as PEFT has them."""
 PLAIN_STARTS = True, False, None, "gaussian", "orthogonal", "eva"
 """Values of init_lora_weights that leave the base alone: not PiSSA, OLoRA, CorDA, LoftQ."""
 
@@ -83,6 +81,9 @@ def read_adapter(folder: Path, fits: Fits) -> tuple[Params, AdapterCard]:
         raise RunError(f"{size} bytes; at most {fits.most_bytes}")
     config = _read_json(folder / CONFIG)
     _check_base(config, fits)
+    asked = [key for key, value in config.items() if key not in KNOWN and value and (key, value) != ("bias", "none")]
+    if asked:
+        raise RunError(f"asks for {', '.join(asked)[:120]}, which is not served")
     scale = fits.scale
     if fits.prompt_width:
         weights = _read_prompt(folder / WEIGHTS, config, fits)
@@ -147,11 +148,6 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _check_config(config: dict[str, Any], fits: Fits) -> float:
     """Return alpha / rank, or what the config asks for in its place."""
-    asked = [key for key in UNSUPPORTED if config.get(key)]
-    if config.get("bias", "none") != "none":
-        asked.append("bias")
-    if asked:
-        raise RunError(f"asks for {', '.join(asked)}, which is not served")
     begun = config.get("init_lora_weights", True)
     if begun not in PLAIN_STARTS:
         raise RunError(

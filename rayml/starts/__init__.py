@@ -29,7 +29,7 @@ NO_DATA = "none: this start comes without tasks"
 ONE_WORD = "{input}\nThe above text in one word:"
 """What a causal model is asked, so that its last state says what a text is about (Jiang et al. 2023, arXiv
 2307.16645)."""
-FORMAT = "1"
+FORMAT = "2"
 """Of the run folders in the cache."""
 
 
@@ -69,13 +69,14 @@ def folder_of(name: str) -> Path:
         name: as `start_named` returned it.
 
     Raises:
-        ConfigError: its base is not installed.
+        ConfigError: its base is not installed, or cannot be used.
         RunError: it cannot be written.
     """
     from rayml.lm.catalog import cache_folder
 
     own = HERE / name if name in shipped() else None
     content = [file.read_bytes() for file in sorted(own.iterdir()) if file.suffix != ".md"] if own else []
+    content += model_files(Path(name)) if Path(name).is_absolute() else []
     digest = hashlib.sha256(b"\0".join([FORMAT.encode(), name.encode(), *content])).hexdigest()[:12]
     folder = cache_folder() / "starts" / f"{re.sub(r'[^A-Za-z0-9_.-]', '-', Path(name).name)}-{digest}"
     if not folder.is_dir():
@@ -93,6 +94,13 @@ def folder_of(name: str) -> Path:
         finally:
             shutil.rmtree(work, ignore_errors=True)
     return folder
+
+
+def model_files(folder: Path) -> list[bytes]:
+    """Return what tells a model's folder from another that takes its place: no weights are read."""
+    files = [file for file in sorted(folder.iterdir()) if file.suffix in (".json", ".safetensors")]
+    stats = [(file.name, file.stat()) for file in files]
+    return [f"{name} {stat.st_size} {stat.st_mtime_ns}".encode() for name, stat in stats]
 
 
 def write_run(folder: Path, own: Path | None, name: str) -> None:
@@ -143,26 +151,37 @@ def untrained_state(config: "Config") -> tuple[dict[str, Any], dict[str, Any], b
 
 
 def bare_config(name: str) -> "Config":
-    """Return the config of a base's untrained start: prototypes, of states that a one-word prompt sums up."""
+    """Return the config of a base's untrained start: prototypes, of states that a one-word prompt sums up.
+
+    Raises:
+        ConfigError: the base cannot be used so: it is tried, once, before its start is kept.
+    """
     from rayml.config import parse_config
+    from rayml.lm.abilities import able_targets, check_model
     from rayml.lm.catalog import resolve_model
-    from rayml.lm.load import load_shape
+    from rayml.lm.load import context_tokens, load_shape, load_tokenizer
     from rayml.lm.lora import linear_kinds
     from rayml.lm.sentence import MARK
 
-    bare = load_shape(resolve_model(name))
+    base = resolve_model(name)
+    bare = load_shape(base)
     kinds = linear_kinds(bare)
     if not kinds:
         raise ConfigError(f"{name}: has no linear layers for adapters; train one with adapter=soft_prompt")
     is_encoder = hasattr(bare, MARK)
-    values = {
+    values: dict[str, Any] = {
         "model": {"name": name},
         "algorithm": {"name": UNTRAINED, "readout": "prototypes" if is_encoder else "both"},
         "data": {"path": NO_DATA} | ({} if is_encoder else {"prompt": ONE_WORD}),
         "lora": {"targets": kinds, "start": "random"},
         "run": {"dir": "none"},
     }
-    return parse_config(values, name)
+    config = parse_config(values, name)
+    values["lora"]["targets"] = able_targets(base, config)
+    values["data"]["max_tokens"] = min(config.data.max_tokens, context_tokens(bare))
+    config = parse_config(values, name)
+    check_model(config, base, (), load_tokenizer(base))
+    return config
 
 
 def learned_part(state: dict[str, Any]) -> Iterator[tuple[str, Any]]:

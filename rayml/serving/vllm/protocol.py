@@ -23,6 +23,7 @@ from vllm.lora.request import LoRARequest
 from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from rayml.lm.chat import ANSWERS
 from rayml.serving.errors import ApiError
 from rayml.serving.queries import unlimited
 from rayml.serving.settings import Serving
@@ -63,6 +64,8 @@ class TaskRenderer(OnlineRenderer):
 
     async def render_chat(self, request: Any, **more: Any) -> Any:
         version = ASKING.get().version
+        if version and version.adapter.card.kind == "dialogue":
+            request.chat_template_kwargs = ANSWERS | (request.chat_template_kwargs or {})  # as it was learned
         if version is None or version.adapter.card.kind == "dialogue":
             return await super().render_chat(request, **more)
         if request.tools:
