@@ -21,6 +21,7 @@ import psutil
 import torch
 import yaml
 from conftest import make_config
+from forks import fork_server
 from ray.cluster_utils import Cluster
 from safetensors.torch import load_file
 
@@ -41,6 +42,7 @@ class Machines:
 
     def __init__(self, spare: int = 0):
         os.environ["OMP_NUM_THREADS"] = "1"  # all of them share this machine's cores
+        os.environ.pop(fork_server.TESTS, None)  # workers are looked for among their raylet's children
         os.environ["RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S"] = "1"
         # A folder of its own, and short, for the sockets in it.
         self.folder = tempfile.mkdtemp(prefix="ray")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import requests
+from forks import fork_server
 
 from serve.client import Client
 
@@ -35,6 +36,7 @@ class Server:
     def start(self) -> None:
         """Start it, or start it again by the same command, and wait until it answers."""
         env = os.environ | {"RAYML_API_KEYS": ",".join(KEYS), "RAY_AUTH_MODE": "disabled"}
+        env.pop(fork_server.TESTS, None)  # replicas are looked for, and killed, among its own children
         with self.log.open("w") as log:
             self.process = subprocess.Popen(self.command, stdout=log, stderr=log, env=env)
         wait_for(lambda: "Ctrl-C" in self.log.read_text() or self.process.poll() is not None, self.start_seconds)

@@ -28,6 +28,8 @@ IMPORTED = (
     *("transformers.models.llama.modeling_llama", "rayml.config", "rayml.lm.load", "rayml.lm.model"),
 )
 OUTPUTS = [0, 1, 2]
+SECONDS = 30.0
+"""Until the server listens: it imports afterwards."""
 
 
 def set_up() -> None:
@@ -39,39 +41,40 @@ def set_up() -> None:
 
 
 def hand_over() -> None:
-    """Have the server fork what this process is to do, and end as that ends; return, where there is no test."""
+    """Have the server fork what this process is to do, and end as that ends; return, where there is none to ask."""
     tests = os.environ.get(TESTS)
-    if not tests or not Path(f"/proc/{tests}").exists():
+    connection = connected(tests) if tests and Path(f"/proc/{tests}").exists() else None
+    if connection is None:
         return
-    connection = connected(tests)
-    socket.send_fds(connection, [b"."], OUTPUTS)
     told = {
         "command": sys.orig_argv,
         "environment": dict(os.environ),
         "folder": os.getcwd(),
         "blocked": [int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, [])],
     }
-    with connection.makefile("rw") as talk:
+    with suppress(OSError), connection.makefile("rw") as talk:
+        socket.send_fds(connection, [b"."], OUTPUTS)
         talk.write(json.dumps(told) + "\n")
         talk.flush()
-        worker = int(talk.readline())
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda number, _: os.kill(worker, number))
-        os._exit(int(talk.readline() or 1))
+        if worker := int(talk.readline() or 0):
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, lambda number, _: os.kill(worker, number))
+            os._exit(int(talk.readline() or 1))
 
 
-def connected(tests: str) -> socket.socket:
-    """Return a connection to the server, which is begun, if there is none."""
+def connected(tests: str) -> socket.socket | None:
+    """Return a connection to the server, which is begun, if there is none; None, if it does not begin."""
     # The socket has no file; an interpreter of another environment has a server of its own.
     address = f"\0rayml-forks-{tests}-{sys.prefix}"
     connection = socket.socket(socket.AF_UNIX)
     if connection.connect_ex(address):
-        # One thread alone may be there when a process is forked.
-        anew = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"} | {
-            "OPENBLAS_NUM_THREADS": "1"
-        }
+        anew = os.environ | {"OPENBLAS_NUM_THREADS": "1"}  # one thread alone may be there when a process is forked
+        anew.pop("OMP_NUM_THREADS", None)
         subprocess.Popen([sys.executable, __file__, address[1:], tests], env=anew, start_new_session=True)
+        until = time.monotonic() + SECONDS
         while connection.connect_ex(address):
+            if time.monotonic() > until:
+                return None
             time.sleep(0.05)
     return connection
 
