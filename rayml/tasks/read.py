@@ -4,12 +4,13 @@ import logging
 import re
 import shlex
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rayml.errors import DataError
+from rayml.tasks.files import Say
 from rayml.tasks.formats import guess
 from rayml.tasks.formats.documents import is_spacy, record_of
 from rayml.tasks.formats.records import LeftOut
@@ -20,7 +21,6 @@ log = logging.getLogger(__name__)
 SHOWN_ERRORS = 20
 Examples = str | Path | Iterable[Any]
 """A path or URI; a pandas DataFrame, or a `datasets.Dataset`; or pairs `(input, target)`, dicts, and `Row`s."""
-Say = Callable[[str], None]
 NUMBERS = "targets that are numbers, or true and false, are taken as their text"
 PARTS_OF_ONE = {"train", "training", "test", "dev", "val", "valid", "validation", "eval"}
 """What the files of one data set's splits are called."""
@@ -66,8 +66,7 @@ def read_rows(
     of_options = set()
     for one in sources(paths, columns or {}, format, encoding, say):
         taken, told = columns_of(one, columns or {})
-        kept = [(where, record) for where, record in one.found if not isinstance(record, LeftOut)]
-        given = [(where, mended(record)) for where, record in kept] if mend else kept
+        given = [(where, mended(record)) for where, record in one.kept] if mend else one.kept
         rows, wrong, numbers = checked(given, taken, one.task, kind)
         if not rows and not wrong:
             raise DataError(f"{one.name}: there is no row in it; a row is {{'input': ..., 'target': ...}}")
@@ -221,8 +220,7 @@ def _rows_of(source: Source) -> list[Row]:
         DataError: some cannot be used.
     """
     taken, told = columns_of(source, {}) if source.keys else ({}, [])
-    kept = [(where, record) for where, record in source.found if not isinstance(record, LeftOut)]
-    rows, errors, numbers = checked(kept, taken, source.task, None)
+    rows, errors, numbers = checked(source.kept, taken, source.task, None)
     if errors:
         raise unusable(errors, "")
     for note in [*told, *[NUMBERS] * numbers]:

@@ -48,7 +48,17 @@ class Source:
     @property
     def keys(self) -> list[str]:
         """Of all its records."""
-        return list(dict.fromkeys(key for _, record in self.found if isinstance(record, dict) for key in record))
+        return keys_of(self.found)
+
+    @property
+    def kept(self) -> list[tuple[str, dict[str, Any] | str]]:
+        """What its format does not leave out."""
+        return [(where, record) for where, record in self.found if not isinstance(record, records.LeftOut)]
+
+
+def keys_of(found: list[tuple[str, dict[str, Any] | str]]) -> list[str]:
+    """Return the keys of records, each once."""
+    return list(dict.fromkeys(key for _, record in found if isinstance(record, dict) for key in record))
 
 
 def sources(
@@ -126,8 +136,7 @@ def source(file: File, task: str, columns: Columns, format: str | None = None, e
 def with_columns(file: File, found: Found, columns: Columns) -> list[tuple[str, dict[str, Any] | str]]:
     """Return a file's records, with what its folders say of them."""
     given = list(found)
-    own = dict.fromkeys(key for _, record in given if isinstance(record, dict) for key in record)
-    more = file.told(own, columns.values())
+    more = file.told(keys_of(given), columns.values()) if file.columns else {}
     return [(where, {**more, **record} if more and isinstance(record, dict) else record) for where, record in given]
 
 
