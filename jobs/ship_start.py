@@ -15,14 +15,8 @@ from rayml.runs.checkpoint import read_newest
 from rayml.runs.folder import RunFolder
 from rayml.starts import HERE, LEARNED, NO_DATA, learned_part
 
-KEPT = {
-    "model": ["name"],
-    "algorithm": ["name", "readout"],
-    "data": ["prompt", "max_tokens"],
-    "lora": ["rank", "alpha", "targets", "last_layers", "start"],
-    "inner": ["lr", "steps"],
-}
-"""What is kept of a run's config: what a new task is learned by."""
+KEPT = "model", "algorithm", "lora", "inner"
+"""Sections of a run's config that say what a new task is learned by; of its data, the prompt and the longest text."""
 
 
 def main() -> None:
@@ -48,9 +42,12 @@ def main() -> None:
 def settings(config: Config, steps: int) -> dict:
     """Return what is kept of a run's config."""
     given = config.model_dump(mode="json")
-    values = {section: {key: given[section][key] for key in keys} for section, keys in KEPT.items()}
-    values["data"]["path"] = NO_DATA
-    return values | {"outer": {"steps": steps}, "run": {"dir": "none"}}
+    data = {"path": NO_DATA, "prompt": config.data.prompt, "max_tokens": config.data.max_tokens}
+    return {section: given[section] for section in KEPT} | {
+        "data": data,
+        "outer": {"steps": steps},
+        "run": {"dir": "none"},
+    }
 
 
 if __name__ == "__main__":
