@@ -1,6 +1,8 @@
 """What tests share: a cache for the tiny model, toy tasks, one local Ray a process, and gloo processes."""
 
+import atexit
 import faulthandler
+import gc
 import multiprocessing.forkserver
 import os
 import random
@@ -37,6 +39,9 @@ from rayml.lm.model import TaskLM
 from rayml.tasks.task import Example, Task
 
 fork_server.set_up()
+# As the command line does (rayml/cli/app.py).
+gc.set_threshold(50_000, 20, 20)
+atexit.register(gc.freeze)
 SPLITS = {"val": 0.0, "test": 0.0, "val_tasks": ["toy-4"], "test_tasks": ["toy-5"]}
 TARGETS = ("q_proj", "v_proj", "o_proj", "down_proj")
 TOGETHER = {"test_storage": "test_train", "test_page": "test_server"}

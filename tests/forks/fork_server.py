@@ -6,6 +6,7 @@ the other way round. Ray itself is not imported beforehand: it reads the environ
 RAYML_TESTS_FORK=0 has all workers begin anew.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -87,8 +88,11 @@ def serve(name: str, tests: int) -> None:
     except OSError:  # another was first
         return
     listener.listen(64)
+    gc.disable()
     for name in IMPORTED:
         importlib.import_module(name)
+    gc.freeze()  # no worker looks for garbage among what all share
+    gc.enable()
     ended, end = os.pipe()
     os.set_blocking(end, False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
