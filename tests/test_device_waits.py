@@ -1,4 +1,5 @@
-"""An inner loop never waits for its device: nothing in it asks for a number, or for how many of something there are.
+"""An inner loop never waits for its device: nothing in it asks for a number, or for how many of something there are;
+and no device waits for a step to be laid out.
 
 Tensors on the meta device have no numbers: what asks for one fails, and so does what was left on the host. And what is
 asked of tensors that have some is counted.
@@ -6,6 +7,7 @@ asked of tensors that have some is counted.
 
 import random
 import sys
+import threading
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from rayml.lm.batch import TokenRow, collate
 from rayml.lm.lora import TaskLoRA
 from rayml.lm.model import TaskLM
 from rayml.lm.sides import TaskSide
+from rayml.training.stream import one_ahead
 
 META = torch.device("meta")
 TASKS, STEPS = 3, 2
@@ -78,11 +81,18 @@ def test_an_inner_loop_runs_where_there_are_no_numbers_and_nothing_of_it_lies_on
     assert batch.frozen[0].device == META, "the lower layers ran once, and there"
 
 
-@pytest.mark.parametrize("name", [name for name in REGISTERED if name != "metaicl"])
-def test_a_meta_gradient_waits_for_nothing(tiny, tmp_path, name):
-    attention = "eager" if name == "maml" else "sdpa"
-    algorithm = make_config(tmp_path, algorithm={"name": name}, model={"attention": attention}).algorithm
+@pytest.mark.parametrize("narrow", [True, False])
+@pytest.mark.parametrize(
+    "settings",
+    [*({"name": name} for name in REGISTERED if name != "metaicl"), {"name": "proto_maml", "pooling": "mean"}],
+    ids=lambda settings: "-".join(settings.values()),
+)
+def test_a_meta_gradient_waits_for_nothing(tiny, tmp_path, settings, narrow):
+    attention = "eager" if settings["name"] == "maml" else "sdpa"
+    algorithm = make_config(tmp_path, algorithm=settings, model={"attention": attention}).algorithm
     lm = tiny_lm(tiny, attention=attention)
+    if not narrow:
+        vars(lm)["narrow_head"] = None
     start = perturbed_start(lm) | (algorithm.prototypes.start() if algorithm.prototypes else {})
     inner = InnerLoop({n: torch.tensor(0.1) for n in start if not n.startswith("readout")}, STEPS, False)
     prompts = [[row.tokens[: row.start] for row in task] for task in ragged_rows(TASKS, random.Random(0))]
@@ -90,7 +100,44 @@ def test_a_meta_gradient_waits_for_nothing(tiny, tmp_path, name):
     classes = [[k % 2 for k in range(len(task))] for task in rows]
     support, query = (TaskSide(lm, rows, [[[6], [7]]] * TASKS, classes, 1) for _ in range(2))
     weights = torch.ones(TASKS)
-    algorithm.meta_gradient(support, query, start, inner, weights)  # each side's batch is built
+    lm.try_out()  # once, of numbers
+    for side in (support, query):
+        side.lay_out()
     with Waits() as waits:
         algorithm.meta_gradient(support, query, start, inner, weights)
     assert waits.lines == []
+
+
+def test_a_step_is_laid_out_while_the_one_before_it_is_taken():
+    laid, begun, raised = [threading.Event() for _ in range(3)], [], ValueError("step 3")
+
+    def steps():
+        yield from ([{"index": step}] for step in range(3))
+        raise raised
+
+    def lay_out(episodes):
+        begun.append(step := episodes[0]["index"])
+        laid[step].set()
+        return step * 10
+
+    found = one_ahead(steps(), lay_out, torch.device("cpu"))
+    assert next(found) == ([{"index": 0}], 0)
+    assert laid[1].wait(30), "nobody asked for it yet"
+    assert begun == [0, 1], "one step ahead, and no more"
+    assert [sides for _, sides in (next(found), next(found))] == [10, 20]
+    with pytest.raises(ValueError, match="step 3"):
+        next(found)
+
+
+def test_what_is_not_asked_for_is_let_go():
+    ended = []
+
+    def steps():
+        try:
+            yield from ([] for _ in range(100))
+        finally:
+            ended.append(True)
+
+    for _ in one_ahead(steps(), len, torch.device("cpu")):
+        break
+    assert ended

@@ -72,8 +72,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 def main() -> None:
     """Run the command line; what the user can put right is one message, not a traceback."""
-    # torch and the rest leave a million objects, and none is garbage: looking for some every 700 new ones, and once more
-    # at the end, takes a fourth of a short command's time.
+    # torch and the rest leave a million objects, and none is garbage: looking for some every 700 new ones, and once
+    # more at the end, takes a fourth of a short command's time.
     gc.set_threshold(50_000, 20, 20)
     atexit.register(gc.freeze)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")

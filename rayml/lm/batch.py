@@ -4,11 +4,11 @@ Rows are padded on the right, where causal attention never looks, so no attentio
 much padding, rows of a task are laid one behind the other, and see nothing of each other.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import ceil
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,11 +38,25 @@ class Scored(NamedTuple):
     among: Among
     choices: Choices
 
-    def to(self, device: torch.device) -> "Scored":
-        positions, targets, task, counts, some, whole = (
-            part.to(device) for part in (self.positions, self.targets, self.task, self.counts, *self.among)
-        )
-        return Scored(positions, targets, task, counts, Among(some, whole), self.choices.to(device))
+
+class ReadAt(NamedTuple):
+    """Where logits are wanted, once each: of targets, and of what follows each prompt."""
+
+    positions: Tensor
+    """`[U]`, in the flattened tokens."""
+    of_targets: Tensor
+    """`[M]`: each target's number among them."""
+    of_ends: Tensor
+    """`[T, K]`: that of each prompt's end."""
+    longest_prompt: int
+    """Tokens."""
+
+
+def each_tensor(part: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Return a tensor, or named tuples of some, with `change` made to each; what is none stays."""
+    if isinstance(part, Tensor):
+        return change(part)
+    return type(part)(*(each_tensor(one, change) for one in part)) if isinstance(part, tuple) else part
 
 
 @dataclass(frozen=True)
@@ -70,12 +84,19 @@ class TaskBatch:
     prompts: Tensor | None = None
 
     def to(self, device: torch.device) -> "TaskBatch":
-        parts = self.allowed, self.position_ids, self.prompts
-        allowed, position_ids, prompts = (None if part is None else part.to(device) for part in parts)
-        tokens, targets = self.tokens.to(device), self.targets.to(device)
-        moved = TaskBatch(tokens, targets, self.tasks, allowed, position_ids, examples=self.examples, prompts=prompts)
-        vars(moved)["scored"] = self.scored.to(device)
-        return moved
+        """Return the batch on a device, with all that forwards ask of it; pinned memory is not waited for."""
+        return self._with_each(lambda part: part.to(device, non_blocking=True))
+
+    def pinned(self) -> "TaskBatch":
+        """Return the batch in memory that a GPU reads by itself. Without a GPU there is none."""
+        return self._with_each(Tensor.pin_memory)
+
+    def _with_each(self, change: Callable[[Tensor], Tensor]) -> "TaskBatch":
+        found = ("scored",) if self.prompts is None else ("scored", "read_at", "seen")
+        names = "tokens", "targets", "allowed", "position_ids", "prompts"
+        changed = replace(self, frozen=[], **{name: each_tensor(getattr(self, name), change) for name in names})
+        vars(changed).update({name: each_tensor(getattr(self, name), change) for name in found})
+        return changed
 
     @cached_property
     def scored(self) -> Scored:
@@ -88,26 +109,20 @@ class TaskBatch:
         return Scored(positions, found, task, counts, among(allowed, len(found)), choices(found, allowed))
 
     @cached_property
-    def read_at(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Where logits are wanted of targets and of what follows each prompt, once each; and which are whose."""
+    def read_at(self) -> ReadAt:
         assert self.prompts is not None
-        ends = self.prompts[..., 1]
-        places, found = torch.cat([self.scored.positions, ends.flatten()]).unique(return_inverse=True)
+        begins, ends = self.prompts.unbind(-1)
+        positions, found = torch.cat([self.scored.positions, ends.flatten()]).unique(return_inverse=True)
         targets = len(self.scored.positions)
-        return places, found[:targets], found[targets:].view_as(ends)
-
-    @cached_property
-    def longest_prompt(self) -> int:
-        assert self.prompts is not None
-        return int((self.prompts[..., 1] - self.prompts[..., 0]).max()) + 1
+        return ReadAt(positions, found[:targets], found[targets:].view_as(ends), int((ends - begins).max()) + 1)
 
     @cached_property
     def seen(self) -> Tensor:
-        """Where tokens are no padding, `[T * K, L]` bool, of one example a row; a row of padding has one that is."""
-        lengths = torch.ones(len(self.tokens), dtype=torch.int64)
-        for row, _, tokens in self.examples:
-            lengths[row] = len(tokens)
-        return (torch.arange(self.tokens.shape[1]) < lengths.unsqueeze(1)).to(self.tokens.device)
+        """Where tokens are no padding, `[T * K, L]` bool; a row of padding has one that is."""
+        ends = [1] * len(self.tokens)
+        for row, begin, tokens in self.examples:
+            ends[row] = max(ends[row], begin + len(tokens))
+        return (torch.arange(self.tokens.shape[1]) < torch.tensor(ends).unsqueeze(1)).to(self.tokens.device)
 
     @property
     def read_tokens(self) -> int:

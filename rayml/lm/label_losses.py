@@ -34,9 +34,6 @@ class Choices(NamedTuple):
     allowed: Tensor | None
     """`[M, S]`, as `token_losses` takes it."""
 
-    def to(self, device: torch.device) -> "Choices":
-        return Choices(*(None if part is None else part.to(device) for part in self))  # type: ignore[arg-type]
-
 
 def choices(targets: Tensor, allowed: Tensor | None) -> Choices:
     """Return the choices of M targets; the whole vocabulary, where one is chosen among that. On a GPU it waits."""

@@ -259,11 +259,11 @@ class TaskLM:
                 assert batch.prompts is not None
                 at_labels = narrow_logits(self.narrow_head, hidden[0].flatten(0, 1)[batch.prompts[..., 1]], labels)
         else:
-            places, of_targets, of_ends = batch.read_at
-            logits = self.logits_at(places, *read, **position_inputs(batch))
-            losses = token_losses(logits, scored.targets, batch.allowed, smoothing, of_targets, scored.among)
+            at = batch.read_at
+            logits = self.logits_at(at.positions, *read, **position_inputs(batch))
+            losses = token_losses(logits, scored.targets, batch.allowed, smoothing, at.of_targets, scored.among)
             if labels is not None:
-                at_labels = logits[of_ends.unsqueeze(2), labels.unsqueeze(1)]
+                at_labels = logits[at.of_ends.unsqueeze(2), labels.unsqueeze(1)]
         by_label = None if at_labels is None or label_tokens is None else label_log_probs(at_labels, label_tokens)
         return Read(mean_by_task(losses, batch), pooled(hidden[0], batch, pooling), by_label)
 
@@ -358,7 +358,7 @@ def pooled(hidden: Tensor, batch: TaskBatch, pooling: Pooling) -> Tensor:
     flat, (begin, end) = hidden.flatten(0, 1), batch.prompts.unbind(-1)
     if pooling == "last":
         return nn.functional.normalize(flat[end].float(), dim=-1)
-    position_ids = begin.unsqueeze(-1) + torch.arange(batch.longest_prompt, device=begin.device)
+    position_ids = begin.unsqueeze(-1) + torch.arange(batch.read_at.longest_prompt, device=begin.device)
     inside = position_ids <= end.unsqueeze(-1)
     total = (flat[position_ids.where(inside, begin.unsqueeze(-1))] * inside.unsqueeze(-1)).float().sum(2)
     return nn.functional.normalize(total, dim=-1)

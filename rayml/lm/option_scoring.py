@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rayml.algorithms.inner_loop import Params
-from rayml.lm.batch import allowed_grid, collate
+from rayml.lm.batch import allowed_grid, collate, each_tensor
 from rayml.lm.encode import Encoder
 from rayml.lm.label_losses import Choices, choices, token_losses
 from rayml.lm.label_trie import label_trie
@@ -120,7 +120,7 @@ class OptionBatch:
         allowed = allowed_grid([among for query in queries for of in query.allowed for among in of])
         targets = torch.tensor([token for option in options for token in option])
         found = choices(targets, allowed) if self.lm.narrow_head else Choices(None, targets, allowed)
-        self.choices = found.to(device)
+        self.choices: Choices = each_tensor(found, lambda part: part.to(device))
         numbers = [number for number, option in enumerate(options) for _ in option]
         self.option_of = torch.tensor(numbers, device=device)
         self.divisors = torch.tensor([each for query in queries for each in query.divisors], device=device)

@@ -47,7 +47,7 @@ class TaskSide:
 
     @cached_property
     def batch(self) -> TaskBatch:
-        return collate(self.tasks, self.pad, self.labels, self.packs).to(self.lm.device)
+        return on_device(collate(self.tasks, self.pad, self.labels, self.packs), self.lm.device)
 
     @cached_property
     def classes(self) -> Tensor:
@@ -75,6 +75,15 @@ class TaskSide:
 
     def read(self, weights: Params, pooling: Pooling = "last", label_tokens: Tensor | None = None) -> Read:
         return self.lm.read(weights, self.batch, pooling, label_tokens, self.smoothing)
+
+    def lay_out(self) -> None:
+        """Lay all out that an algorithm may ask of the tasks, before it does."""
+        _ = self.batch, self.classes, None if self.lm.sentences else self.label_tokens
+
+
+def on_device(batch: TaskBatch, device: torch.device) -> TaskBatch:
+    """Return the batch on a device, which a GPU fetches while it computes what was asked before."""
+    return (batch.pinned() if device.type == "cuda" else batch).to(device)
 
 
 def training_sides(

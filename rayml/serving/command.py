@@ -35,7 +35,7 @@ from rayml.serving.served import fits_of, refuse_unlike_peft, refuse_unservable,
 from rayml.serving.settings import Adapters, Scaled, Serving, api_keys, check_host
 from rayml.serving.store import NAME, AdapterStore, Manifest, adapter_id, owner_of
 from rayml.serving.vllm.engine import refuse_without_vllm
-from rayml.training.driver import WORKER_ENV, processors
+from rayml.training.driver import WORKER_ENV, processors, seldom_look_for_logs
 from rayml.training.ray_internals import listening_here
 
 APPLICATION = "rayml"
@@ -150,6 +150,7 @@ def start_cluster(serving: Serving, metrics_port: int | None) -> None:
         needed = sum(most_of(scaled) * (scaled.cpus or 1) for scaled in kinds(serving).values())
         cpus = max(processors(), math.ceil(needed))
         own = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
+        seldom_look_for_logs()
         if metrics_port:
             own["_metrics_export_port"] = metrics_port
     with listening_here() if own else contextlib.nullcontext():

@@ -147,6 +147,7 @@ def start_ray(config: Config, at_once: int = 1) -> None:
         workers = config.most_workers * at_once
         threads = max(1, processors() // workers)
         own = {"address": "local", "num_cpus": workers * (threads + 1), "include_dashboard": False}
+        seldom_look_for_logs()
         # Nobody takes this machine away; and a run's end is seen at once.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
@@ -163,6 +164,12 @@ def start_ray(config: Config, at_once: int = 1) -> None:
             Console(stderr=True, markup=False).print(
                 f"{error}. Waiting up to {wait} for more nodes", style="yellow", highlight=False
             )
+
+
+def seldom_look_for_logs() -> None:
+    """Have a Ray that starts here look for new logs once a minute, not ten times a second: nobody is shown them."""
+    os.environ.setdefault("RAY_LOG_MONITOR_MANY_FILES_THRESHOLD", "0")
+    os.environ.setdefault("LOG_NAME_UPDATE_INTERVAL_S", "60")
 
 
 def check_resources(config: Config, cpus: int, cpus_each: int, gpus: int) -> None:

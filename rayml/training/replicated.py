@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from rayml.lm.lora import TaskLoRA
 from rayml.lm.model import TaskLM, hooks
 from rayml.lm.rows import TokenRow
 from rayml.lm.scorer import Scorer
-from rayml.lm.sides import trained_tokens, training_sides
+from rayml.lm.sides import TaskSide, trained_tokens, training_sides
 from rayml.model import start_of
 from rayml.runs.checkpoint import read_newest, write_state
 from rayml.runs.folder import RunFolder
@@ -74,7 +75,7 @@ class Replicated:
 
     def __init__(self, job: Job, device: torch.device, heartbeat: Heartbeat):
         config = job.config
-        self.config, self.heartbeat = config, heartbeat
+        self.config, self.device, self.heartbeat = config, device, heartbeat
         self.rank, self.workers = collective.rank(), collective.world_size()
         self.lm = build_lm(config, job.model, device)
         self.encoder = get(job.encoder)
@@ -118,17 +119,29 @@ class Replicated:
         """Outer steps so far."""
         return self.learner.step
 
-    def step(self, episodes: list[dict[str, Any]], waited: float) -> dict[str, Any]:
+    def lay_out(self, episodes: list[dict[str, Any]]) -> list[tuple[TaskSide, TaskSide]]:
+        """Return the supports and the queries of a step's episodes, as many side by side as a forward takes."""
+        together, pad = self.config.tasks_together, self.encoder.pad
+        parts = [episodes[first : first + together] for first in range(0, len(episodes), together)]
+        both = [training_sides(self.lm, part, pad, self.config) for part in parts]
+        for side in chain.from_iterable(both):
+            side.lay_out()
+        return both
+
+    def step(
+        self, episodes: list[dict[str, Any]], sides: Sequence[tuple[TaskSide, TaskSide]], waited: float
+    ) -> dict[str, Any]:
         """Take an outer step on this worker's episodes and all others'; return its record.
 
         Args:
-            waited: seconds that this worker waited for the episodes.
+            sides: the episodes, laid out.
+            waited: seconds that this worker waited for them.
 
         Raises:
             DivergedError: a loss or gradient is not finite; on all workers together.
         """
         self.timer.begin()
-        gradient, tokens = self._gradient(episodes, self._weights(episodes))
+        gradient, tokens = self._gradient(episodes, sides, self._weights(episodes))
         record = self._update(gradient, tokens, episodes, waited) | self.timer.record()
         if not math.isfinite(record["query_loss"] + record["gradient_norm"]):
             losses = zip(episodes, gradient.query_losses.tolist(), strict=True)
@@ -141,14 +154,14 @@ class Replicated:
             return torch.ones(len(task_indices), device=self.lm.device)
         return self.gains.weights()[task_indices.to(self.lm.device)]
 
-    def _gradient(self, episodes: list[dict[str, Any]], weights: torch.Tensor) -> tuple[MetaGradient, int]:
+    def _gradient(
+        self, episodes: list[dict[str, Any]], sides: Sequence[tuple[TaskSide, TaskSide]], weights: torch.Tensor
+    ) -> tuple[MetaGradient, int]:
         """Return the meta-gradient, of some tasks side by side after the other, and tokens."""
         config, learner, regularize = self.config, self.learner, self.config.regularize
-        together = config.tasks_together
-        parts, tokens = [], 0
-        for first in range(0, len(episodes), together):
-            some = slice(first, first + together)
-            support, query = training_sides(self.lm, episodes[some], self.encoder.pad, config)
+        parts, tokens, first = [], 0, 0
+        for support, query in sides:
+            some = slice(first, first := first + support.batch.tasks)
             inner = InnerLoop(
                 learner.inner_lrs,
                 config.inner.steps,

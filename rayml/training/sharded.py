@@ -17,7 +17,7 @@ from rayml.algorithms.outer_loop import RecentGains
 from rayml.lm import zero
 from rayml.lm.batch import TaskBatch
 from rayml.lm.scorer import Queries, side_of
-from rayml.lm.sides import SIDES, side_batch, trained_tokens
+from rayml.lm.sides import on_device, side_batch, trained_tokens
 from rayml.runs.checkpoint import newest_checkpoint
 from rayml.runs.files import AnyPath, local_copy
 from rayml.runs.folder import RunFolder
@@ -54,7 +54,17 @@ class Sharded:
         """Outer steps so far."""
         return self.learner.outer_step
 
-    def step(self, episodes: list[dict[str, Any]], waited: float) -> dict[str, Any]:
+    def lay_out(self, episodes: list[dict[str, Any]]) -> list[tuple[TaskBatch, TaskBatch]]:
+        """Return the supports and the queries of a step's episodes, a task at a time."""
+
+        def laid_out(episode: dict[str, Any], side: str) -> TaskBatch:
+            return on_device(side_batch([episode], side, self.pad), self.device)
+
+        return [(laid_out(episode, "support"), laid_out(episode, "query")) for episode in episodes]
+
+    def step(
+        self, episodes: list[dict[str, Any]], sides: Sequence[tuple[TaskBatch, TaskBatch]], waited: float
+    ) -> dict[str, Any]:
         """Take an outer step, task after task; return its record. All wait for the slowest in every layer.
 
         Raises:
@@ -63,7 +73,6 @@ class Sharded:
         self.heartbeat(self.done + 1)
         task_indices = torch.tensor([self.tasks[episode["task"]] for episode in episodes])
         weights = self.gains.weights()[task_indices].tolist() if self.config.data.weighting == "dynamic" else None
-        sides = [self._sides(episode) for episode in episodes]
         try:
             found = self.learner.step(sides, weights)
         except NotFinite as error:
@@ -78,10 +87,6 @@ class Sharded:
         tokens = sum(trained_tokens(self.config, *both) for both in sides)
         phases = self.learner.timer.record()
         return {"step": self.done, **losses, "gradient_norm": found.gradient_norm, "tokens": tokens, **phases}
-
-    def _sides(self, episode: dict[str, Any]) -> tuple[TaskBatch, TaskBatch]:
-        support, query = (side_batch([episode], side, self.pad).to(self.device) for side in SIDES)
-        return support, query
 
     def score(self, episodes: Sequence[Episode]) -> list[Curve]:
         """Return the scores of episodes before and after adapting, one after the other.

@@ -4,20 +4,22 @@ Every worker streams its own indices. Ray Data's split of one stream over worker
 belongs to nor, where it must be equal, every row; a stream per worker keeps both, whatever the number of workers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import ray
 import ray.data
+import torch
 
 from rayml.config import Config
 from rayml.tasks.episodes import Sampler
 
 STEPS_AHEAD = 64
 STEPS_PER_BLOCK = 16
+Episodes = list[dict[str, Any]]
 
 
 class EncodeEpisode:
@@ -89,6 +91,27 @@ def stream_steps(
                     yield batch.to_pylist()  # type: ignore[union-attr]  # an Arrow table, as asked for
 
     return parts()
+
+
+def one_ahead(
+    steps: Iterator[Episodes], lay_out: Callable[[Episodes], Any], device: torch.device
+) -> Iterator[tuple[Episodes, Any]]:
+    """Yield each step's episodes and what `lay_out` makes of them: a step's are made while the one before it is taken.
+
+    What making them raises is raised when they are asked for.
+    """
+
+    def one() -> tuple[Episodes, Any] | None:
+        episodes = next(steps, None)
+        return None if episodes is None else (episodes, lay_out(episodes))
+
+    # A thread begins on the first GPU, which may be another worker's.
+    begin = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
+    with ThreadPoolExecutor(1, initializer=begin) as thread:
+        coming = thread.submit(one)
+        while (ready := coming.result()) is not None:
+            coming = thread.submit(one)
+            yield ready
 
 
 @dataclass(frozen=True)

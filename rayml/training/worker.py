@@ -38,7 +38,7 @@ from rayml.training import collective
 from rayml.training.replicated import Replicated
 from rayml.training.sharded import Sharded
 from rayml.training.stragglers import Heartbeat
-from rayml.training.stream import DivergedError, EncodeEpisode, Job, get, stream_steps
+from rayml.training.stream import DivergedError, EncodeEpisode, Job, get, one_ahead, stream_steps
 from rayml.training.trackers import Tracker, open_trackers
 
 PREEMPTION_SECONDS = 2
@@ -87,11 +87,11 @@ def meta_train(
     config, notices = job.config, Notices(run)
     scores: list[float] = collective.from_first_worker(val_scores(run.records()) if log else None)
     ended, checkpoint_seconds = time.perf_counter(), 0.0
-    for episodes in steps:
+    for episodes, sides in one_ahead(steps, learning.lay_out, learning.device):
         step, began = learning.done + 1, time.perf_counter()
         validates = bool(job.val) and due(step, config.validation.every, config.outer.steps)
         try:
-            record = learning.step(episodes, waited=began - ended)
+            record = learning.step(episodes, sides, waited=began - ended)
             record |= {"data_seconds": began - ended, "step_seconds": time.perf_counter() - ended}
             record |= {"checkpoint_seconds": checkpoint_seconds} | gpu_peak()  # waited for, before this step
             record |= validate(config, job, learning) if validates else {}
