@@ -7,15 +7,17 @@ belongs to nor, where it must be equal, every row; a stream per worker keeps bot
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from typing import Any
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.data
-import torch
 
 from rayml.config import Config
 from rayml.tasks.episodes import Sampler
+
+if TYPE_CHECKING:
+    import torch  # no more than that: the workers that make episodes do without
 
 STEPS_AHEAD = 64
 STEPS_PER_BLOCK = 16
@@ -94,7 +96,7 @@ def stream_steps(
 
 
 def one_ahead(
-    steps: Iterator[Episodes], lay_out: Callable[[Episodes], Any], device: torch.device
+    steps: Iterator[Episodes], lay_out: Callable[[Episodes], Any], device: "torch.device"
 ) -> Iterator[tuple[Episodes, Any]]:
     """Yield each step's episodes and what `lay_out` makes of them: a step's are made while the one before it is taken.
 
@@ -105,8 +107,13 @@ def one_ahead(
         episodes = next(steps, None)
         return None if episodes is None else (episodes, lay_out(episodes))
 
-    # A thread begins on the first GPU, which may be another worker's.
-    begin = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
+    def begin() -> None:
+        """Be on the worker's own GPU: a thread begins on the first one."""
+        if device.type == "cuda":
+            import torch
+
+            torch.cuda.set_device(device)
+
     with ThreadPoolExecutor(1, initializer=begin) as thread:
         coming = thread.submit(one)
         while (ready := coming.result()) is not None:
