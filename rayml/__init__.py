@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     from rayml.config import Config, load_config
     from rayml.errors import ConfigError, DataError, RaymlError, RunError, StorageError, TrainingError
     from rayml.model import MetaModel, load
+    from rayml.starts.choice import Choice, choose_start
 
 __all__ = [
     "Adapter",
+    "Choice",
     "Config",
     "ConfigError",
     "DataError",
@@ -34,6 +36,7 @@ __all__ = [
     "SweepResult",
     "TrainingError",
     "__version__",
+    "choose_start",
     "compare",
     "evaluate",
     "load",
@@ -48,6 +51,7 @@ _HOMES = {
     "config": ("Config", "load_config"),
     "errors": ("ConfigError", "DataError", "RaymlError", "RunError", "StorageError", "TrainingError"),
     "model": ("MetaModel", "load"),
+    "starts.choice": ("Choice", "choose_start"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

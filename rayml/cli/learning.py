@@ -32,8 +32,8 @@ def adapt(
 ) -> None:
     """Learn one new task from a few examples: writes a stock PEFT folder that also vLLM and LoRAX load.
 
-    Labels are your own: what the model sees of them is kept in the folder. Without a RUN it takes one of the starts
-    that come with rayml, and says which.
+    Labels are your own: what the model sees of them is kept in the folder. Without a RUN it takes the start, of those
+    that come with rayml, that does better on half of your examples after learning the other half.
     """
     from rayml.adapter import new_folder
     from rayml.runs.folder import RunFolder
@@ -42,15 +42,16 @@ def adapt(
     to = new_folder(out_dir)
     rows = read_rows([str(examples)])
     if run is None:
-        from rayml.starts.choice import start_for
-
-        run, why = start_for(rows)
-        err.print(f"{run}: {why}", style="dim", markup=False, highlight=False, soft_wrap=True)
-    refuse_no_run(run)
-    folder = RunFolder(run)
-    folder.trained(checkpoint)  # refuse early what is no finished run
-    with doing(err, "loading libraries and model"):
-        model = rayml.load(folder, checkpoint=checkpoint)
+        with doing(err, "each start learns one half of the examples, and answers the other"):
+            model, why, _ = rayml.choose_start(rows)
+        err.print(why, style="dim", markup=False, highlight=False, soft_wrap=True)
+    else:
+        refuse_no_run(run)
+        RunFolder(run).trained(checkpoint)  # refuse early what is no finished run
+        with doing(err, "loading libraries and model"):
+            model = rayml.load(run, checkpoint=checkpoint)
+    folder = model.run
+    assert folder is not None
     for line in (f"{folder.start or folder.path}: {model.checkpoint}", str(model.precision)):
         err.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
     adapter = model.adapt(rows, name=name or to.name)
