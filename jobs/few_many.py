@@ -5,8 +5,9 @@
 
 A file is one data set, whatever tasks it names. Each draw takes some of its classes, or all, and so many examples of
 each; all others of these are asked, or at most `--most` of a class. Beside each start stand the sentence encoder MiniLM
-as it is, with the nearest centroid and with logistic regression, and SetFit, if it is asked for. Intervals: 95 %, over
-data sets and their draws; of one data set, over its draws.
+as it is, with the nearest centroid and with logistic regression, and SetFit, if it is asked for; and of several starts
+the one that `rayml.choose_start` would take for each draw. Intervals: 95 %, over data sets and their draws; of one data
+set, over its draws.
 """
 
 import argparse
@@ -30,8 +31,9 @@ from rayml.lm.catalog import MINILM
 from rayml.lm.scorer import accuracy
 from rayml.lm.sides import TaskSide
 from rayml.model import MetaModel
+from rayml.starts.choice import crossed, halves
 from rayml.tasks.episodes import Episode
-from rayml.tasks.read import read_rows
+from rayml.tasks.read import read_rows, rows_given
 from rayml.tasks.statistics import intervals
 from rayml.tasks.table import build_tasks
 from rayml.tasks.task import Example, Task
@@ -39,6 +41,7 @@ from rayml.tasks.task import Example, Task
 TOGETHER = 64
 """Texts in one forward of the frozen encoder."""
 FROZEN = "nearest centroid", "logistic regression"
+CHOSEN = "the start that suits"
 Scores = dict[str, dict[str, list[float]]]
 """By method, by data set: an accuracy for each draw."""
 
@@ -67,6 +70,8 @@ def main() -> None:
             for draw in range(asked.draws):
                 episode = drawn(task, asked.ways, shots, asked.most, draw)
                 found = encoder.scores(episode) | {n: of_start(m, episode, asked.steps) for n, m in models.items()}
+                if len(models) > 1 and shots > 1:
+                    found[CHOSEN] = found[better(models, episode)]
                 if setfit:
                     found["setfit"] = accuracy(episode, setfit.log_probs(episode, setfit.heads[0]))
                 for name, score in found.items():
@@ -139,13 +144,19 @@ def of_start(model: MetaModel, episode: Episode, steps: int | None) -> float:
     return fmean(answer.label == e.target for answer, e in zip(answers, episode.query, strict=True))
 
 
+def better(models: dict[str, MetaModel], episode: Episode) -> str:
+    """Return the start that answers each half of the support best after learning the other."""
+    one, other = halves(rows_given([(example.input, example.target) for example in episode.support]))
+    return min(models, key=lambda name: crossed(models[name], one, other)[0])
+
+
 def table(scores: Scores, starts: list[str]) -> str:
     """Return lines of each method's mean, and of each start's lead over every method that is none."""
     values = {name: np.array(list(of.values())) for name, of in scores.items()}  # [data sets, draws]
     values = {name: of if len(of) > 1 else of[0] for name, of in values.items()}
     lines = [f"  {name:22} {shown(intervals(of[None])[0])}" for name, of in values.items()]
-    for start in starts:
-        for name in (name for name in values if name not in starts):
+    for start in (*starts, *({CHOSEN} & values.keys())):
+        for name in (name for name in values if name not in (CHOSEN, *starts) or (start == CHOSEN and name in starts)):
             lines.append(f"  {start} less {name:22} {shown(intervals((values[start] - values[name])[None])[0])}")
     return "\n".join(lines)
 

@@ -72,14 +72,12 @@ def choose_start(examples: Examples, *, among: Sequence[str] = (ENCODER, WRITER)
         raise missing
     if len(models) == 1:
         ((name, model),) = models.items()
-        return Choice(model, f"{name}: the only one that is installed; {missing}", {})
-    losses, right = {}, {}
-    for name, model in models.items():
-        found = crossed(model, one, other)
-        losses[name] = fmean(-math.log(max(each, LEAST)) for each, _ in found)
-        right[name] = sum(is_right for _, is_right in found)
+        return Choice(model, f"{name}: {missing or 'no other was named'}", {})
+    found = {name: crossed(model, one, other) for name, model in models.items()}
+    losses = {name: loss for name, (loss, _) in found.items()}
     best = min(losses, key=losses.__getitem__)
-    told = ", ".join(f"{name} {right[name]} of {len(one) + len(other)} (loss {losses[name]:.2f})" for name in losses)
+    asked = len(one) + len(other)
+    told = ", ".join(f"{name} {right} of {asked} (loss {loss:.2f})" for name, (loss, right) in found.items())
     return Choice(models[best], f"{best}: each half of the examples answered after learning the other: {told}", losses)
 
 
@@ -113,11 +111,12 @@ def halves(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
     return [row for of in parted for row in of[::2]], [row for of in parted for row in of[1::2]]
 
 
-def crossed(model: "MetaModel", one: Sequence[Row], other: Sequence[Row]) -> list[tuple[float, bool]]:
-    """Return the probability of what is right, and whether that is answered, for each half after learning the other."""
+def crossed(model: "MetaModel", one: Sequence[Row], other: Sequence[Row]) -> tuple[float, int]:
+    """Return the mean loss, and how many are right, of each half's answers after learning the other."""
     adapters = model.adapt_many({"one": list(one), "other": list(other)})
-    found = []
+    losses, right = [], 0
     for learned, asked in (("one", other), ("other", one)):
-        answers = adapters[learned].predict([row.input for row in asked])
-        found += [(a.probabilities[row.target], a.label == row.target) for a, row in zip(answers, asked, strict=True)]
-    return found
+        for answer, row in zip(adapters[learned].predict([row.input for row in asked]), asked, strict=True):
+            losses.append(-math.log(max(answer.probabilities[row.target], LEAST)))
+            right += answer.label == row.target
+    return fmean(losses), right
