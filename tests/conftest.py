@@ -49,9 +49,16 @@ TOGETHER |= dict.fromkeys(("test_faults", "test_traffic", "test_workers"), "test
 TOGETHER |= dict.fromkeys(("test_encode", "test_kinds"), "test_own_data")
 """Files that share with another what is long to make: `straight`, `server`, what gloo's processes are forked from, and
 the quickstart's model out of its wheel."""
+WITH_RAY = (
+    *("test_train", "test_train_algorithms", "test_compare", "test_api", "test_golden", "test_precision"),
+    *("test_trackers", "test_sentence", "test_masked", "test_continue", "test_readout_files", "test_own_algorithm"),
+    *("test_soft_prompt", "test_starts"),
+)
+"""Files that share a Ray in the tests' process, one after the other: with the last of them it ends. Idle, it takes a
+sixth of a core."""
 LONGEST = (
-    *("test_train", "test_server", "test_interrupt", "test_train_algorithms", "test_jobs", "test_sweep", "test_wheel"),
-    *("test_full", "test_own_data", "test_families", "test_compare", "test_benchmark", "test_abilities", "test_cli"),
+    *("test_server", "test_interrupt", "test_jobs", "test_gpu_evidence", "test_sweep", "test_wheel", "test_full"),
+    *("test_own_data", "test_families", "test_benchmark", "test_abilities", "test_cli"),
 )
 
 
@@ -74,10 +81,16 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 def pytest_collection_modifyitems(items):
-    """Among several processes, the longest files come first, so that none is left alone with one of them."""
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        places = {name: place for place, name in enumerate(LONGEST)}
-        items.sort(key=lambda item: places.get(group(item.nodeid), len(LONGEST)))
+    """Files with Ray come first, then the longest, so that no process is left alone with one of them at the end."""
+    order = {name: index for index, name in enumerate(WITH_RAY + LONGEST)}
+    items.sort(key=lambda item: order.get(group(item.nodeid), len(order)))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(nextitem):
+    """End the shared Ray where no test that uses it follows at once."""
+    if "ray" in sys.modules and (nextitem is None or group(nextitem.nodeid) not in WITH_RAY):
+        sys.modules["ray"].shutdown()
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -101,16 +114,19 @@ def tiny() -> str:
     return resolve_model("tiny")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def local_ray(tmp_path_factory):
     """One Ray for all runs of two workers or fewer: starting it takes longer than most of them."""
+    share_ray(tmp_path_factory)
+
+
+def share_ray(tmp_path_factory) -> None:
     import ray
 
     from rayml.training.driver import start_ray
 
-    start_ray(make_config(tmp_path_factory.mktemp("ray"), workers=2))
-    yield
-    ray.shutdown()
+    if not ray.is_initialized():
+        start_ray(make_config(tmp_path_factory.mktemp("ray"), workers=2))
 
 
 @pytest.fixture(scope="session")
@@ -144,17 +160,19 @@ def server(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _with_ray(request):
-    if request.node.get_closest_marker("ray"):
+    if request.node.get_closest_marker("ray") and group(request.node.nodeid) in WITH_RAY:
         request.getfixturevalue("local_ray")
 
 
 @pytest.fixture(scope="session")
-def straight(local_ray, tmp_path_factory):
+def straight(tmp_path_factory):
     """A run of ten steps in one go, on two workers, with validations."""
     from rayml.training.driver import train
 
+    share_ray(tmp_path_factory)
     folder = tmp_path_factory.mktemp("straight")
-    return train(make_config(folder, data={"splits": SPLITS}, validation={"every": 5, "episodes": 4}, workers=2))
+    changes = {"lora": {"start": "principal"}, "validation": {"every": 5, "episodes": 4}, "workers": 2}
+    return train(make_config(folder, data={"splits": SPLITS}, **changes))
 
 
 @pytest.fixture
@@ -273,7 +291,7 @@ def make_config(folder: Path, **changes) -> Config:
             "splits": {"val": 0.0, "test": 0.0, "test_tasks": ["toy-5"]},
         },
         "run": {"dir": str(folder / "run"), "checkpoint_every": 5},
-        "lora": {"rank": 4},
+        "lora": {"rank": 4, "start": "random"},
         "inner": {"steps": 2},
         "outer": {"steps": 10, "warmup_steps": 0},
         "validation": {"every": 0},
@@ -291,7 +309,7 @@ def on_workers(function, workers: int, *arguments) -> None:
 
     They are forked from a process that has imported what would take each of them seconds.
     """
-    multiprocessing.set_forkserver_preload(["deepspeed", "rayml.lm.load"])
+    multiprocessing.set_forkserver_preload(["deepspeed", "peft", "rayml.lm.load"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DS_ACCELERATOR", "cpu")
         multiprocessing.forkserver.ensure_running()

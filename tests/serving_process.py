@@ -23,6 +23,8 @@ class Server:
 
     deployment = "Model"
     start_seconds = 600
+    forks = True
+    """Its workers are forked, and do not import everything anew."""
 
     def __init__(self, run: Path | str, *settings: str, port: int | None = None, logs: Path | None = None):
         self.port, self.metrics_port = port or free_port(), free_port()
@@ -36,7 +38,8 @@ class Server:
     def start(self) -> None:
         """Start it, or start it again by the same command, and wait until it answers."""
         env = os.environ | {"RAYML_API_KEYS": ",".join(KEYS), "RAY_AUTH_MODE": "disabled"}
-        env.pop(fork_server.TESTS, None)  # replicas are looked for, and killed, among its own children
+        if not self.forks:
+            env.pop(fork_server.TESTS, None)
         with self.log.open("w") as log:
             self.process = subprocess.Popen(self.command, stdout=log, stderr=log, env=env)
         wait_for(lambda: "Ctrl-C" in self.log.read_text() or self.process.poll() is not None, self.start_seconds)
@@ -46,18 +49,20 @@ class Server:
         return Client(self.url, key, **more)
 
     def replicas(self) -> list[psutil.Process]:
-        found = []
-        for process in psutil.Process(self.process.pid).children(recursive=True):
-            try:
-                if f"ServeReplica:rayml:{self.deployment}" in " ".join(process.cmdline()):
-                    found.append(process)
-            except psutil.Error:  # it ended meanwhile
-                continue
-        return found
+        return [one for one in self.processes() if f"ServeReplica:rayml:{self.deployment}" in command_of(one)]
+
+    def processes(self) -> list[psutil.Process]:
+        """Return the server, its children, and what logs into its Ray's session: workers that were forked are not its
+        children (`forks`)."""
+        server, session = psutil.Process(self.process.pid), str(self.session())
+        workers = [one for one in psutil.process_iter() if command_of(one).startswith("ray::")]
+        logging_there = [worker for worker in workers if logs_into(worker, session)]
+        found = dict.fromkeys([server, *server.children(recursive=True), *logging_there])
+        return [process for process in found if fork_server.__file__ not in command_of(process)]
 
     def session(self) -> Path:
         """Return the folder in which this server's Ray logs."""
-        commands = [" ".join(child.cmdline()) for child in psutil.Process(self.process.pid).children(recursive=True)]
+        commands = map(command_of, psutil.Process(self.process.pid).children(recursive=True))
         return Path(next(found[1] for found in (re.search(r"--session[-_]dir=(\S+)", c) for c in commands) if found))
 
     def metric(self, name: str) -> float:
@@ -67,6 +72,21 @@ class Server:
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(180)
+
+
+def command_of(process: psutil.Process) -> str:
+    """Return a process's command; nothing of one that ended meanwhile."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def logs_into(process: psutil.Process, session: str) -> bool:
+    try:
+        return any(file.path.startswith(session) for file in process.open_files())
+    except psutil.Error:
+        return False
 
 
 def free_port() -> int:

@@ -19,7 +19,7 @@ from rayml.training.driver import train
 
 FILE = Path(__file__).parent / "data" / "golden.json"
 WAYS = {
-    "adapters": {"inner": {"steps": 3, "lr": 0.002}, "outer": {"lr": 0.002}},
+    "adapters": {"lora": {"start": "principal"}, "inner": {"steps": 3, "lr": 0.002}, "outer": {"lr": 0.002}},
     "full": {"mode": "full", "inner": {"lr": 0.01}, "outer": {"lr": 0.01}},
 }
 

@@ -186,8 +186,7 @@ def test_a_body_that_does_not_come_is_not_waited_for(server):
 def test_the_server_and_its_ray_listen_on_this_machine_alone(server):
     """But for the port that Ray Serve opens in every replica, on all interfaces: serve/README.md says so."""
     here, replicas = set(), set()
-    ours = psutil.Process(server.process.pid)
-    for process in [ours, *ours.children(recursive=True)]:
+    for process in server.processes():
         with contextlib.suppress(psutil.Error):
             found = here if "ServeReplica" not in " ".join(process.cmdline()) else replicas
             found |= {one.laddr for one in process.net_connections() if one.status == psutil.CONN_LISTEN}
@@ -310,7 +309,7 @@ def test_adapters_outlive_every_replica(server):
 def test_after_kill_9_the_same_command_serves_what_was_acknowledged(server):
     adapter = server.client().learn(TICKETS, name="acknowledged")
     expected = server.client().classify(adapter.model, ["charged twice"])
-    left = psutil.Process(server.process.pid).children(recursive=True)
+    left = [process for process in server.processes() if process.pid != server.process.pid]
     server.process.kill()
     server.process.wait()
     assert any(process.is_running() for process in left)  # its Ray, which holds its ports

@@ -200,6 +200,7 @@ def test_train_resume_evaluate_and_adapt_by_uri(s3, tmp_path, straight):
     config = make_config(
         tmp_path,
         data={"splits": SPLITS, "path": f"s3://bucket/data/toy.jsonl{settings}"},
+        lora={"start": "principal"},
         validation={"every": 5, "episodes": 4},
         workers=2,
         run={"dir": f"s3://bucket/runs/first{settings}", "checkpoint_every": 5},

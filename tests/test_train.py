@@ -315,7 +315,7 @@ def test_a_run_folder_holds_what_it_should(straight):
 
 def copy_of(straight, tmp_path):
     """Its config and folder, in a place of its own."""
-    config = make_config(tmp_path, data={"splits": SPLITS}, workers=2)
+    config = make_config(tmp_path, data={"splits": SPLITS}, lora={"start": "principal"}, workers=2)
     shutil.copytree(straight.path, config.run.dir)
     run = RunFolder(config.run.dir)
     run.config.write_text(dump_config(config))

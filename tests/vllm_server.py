@@ -41,6 +41,7 @@ class VllmServer(Server):
 
     deployment = "Answerer"
     start_seconds = 900
+    forks = False  # vLLM is on their path alone
 
     def __init__(self, run: Path | str, *settings: str, **more):
         path = [str(BESIDE), os.environ.get("PYTHONPATH", "")]

@@ -1,7 +1,7 @@
-"""Ray's workers of the tests are forked from one process that has imported torch and transformers.
+"""Ray's workers of the tests, and `-m gpu_steps`, are forked from one process that has imported torch and transformers.
 
-Each would need twelve seconds of a core to import them, and the tests start some hundreds. A process that Ray begins
-for a worker (`sitecustomize`) hands its command over, and stays as the worker's shadow: it ends as the worker ends, and
+Each would need twelve seconds of a core to import them, and the tests start some hundreds. A process that is begun
+for one (`sitecustomize`) hands its command over, and stays as the worker's shadow: it ends as the worker ends, and
 the other way round. Ray itself is not imported beforehand: it reads the environment as it is imported.
 RAYML_TESTS_FORK=0 has all workers begin anew.
 """
@@ -25,8 +25,8 @@ from pathlib import Path
 TESTS = "RAYML_TESTS_PID"
 """The process of the tests. The server ends with it."""
 IMPORTED = (
-    *("pandas", "pyarrow.dataset", "pyarrow.parquet", "fastapi", "aiohttp", "torch.distributed", "deepspeed"),
-    *("transformers.models.llama.modeling_llama", "rayml.config", "rayml.lm.load", "rayml.lm.model"),
+    *("pandas", "pyarrow.dataset", "pyarrow.parquet", "fastapi", "aiohttp", "torch.distributed", "deepspeed", "peft"),
+    *("transformers.models.llama.modeling_llama", "rayml.serving.engine"),
 )
 OUTPUTS = [0, 1, 2]
 SECONDS = 30.0
@@ -134,7 +134,7 @@ def finished():
 
 
 def become(told: dict, outputs: list[int]) -> None:
-    """Be the worker that Ray's setup_worker.py would begin; this does not return."""
+    """Be what a process was begun for; this does not return."""
     code = 1
     try:
         os.setpgid(0, 0)  # Ray ends whole groups
@@ -147,8 +147,7 @@ def become(told: dict, outputs: list[int]) -> None:
         os.environ.clear()
         os.environ.update(told["environment"])
         os.chdir(told["folder"])
-        start = next(i for i, word in enumerate(told["command"]) if word.endswith("/setup_worker.py"))
-        run_worker(told["command"][start + 1 :], before)
+        run(told["command"], before)
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
@@ -161,9 +160,28 @@ def become(told: dict, outputs: list[int]) -> None:
         os._exit(code)
 
 
+def run(command: list[str], before: list[str]) -> None:
+    """Run what Python was called for: Ray's worker, or `-m MODULE`; `before`: the server's own PYTHONPATH."""
+    worker = next((index for index, word in enumerate(command) if word.endswith("/setup_worker.py")), None)
+    if worker is not None:
+        run_worker(command[worker + 1 :], before)
+    else:
+        take_environment(before)
+        sys.argv = command[2:]
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+
+
+def take_environment(before: list[str]) -> None:
+    """Heed what is read from the environment as Python begins, and as torch is imported."""
+    import torch
+
+    sys.path[:0] = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path not in ["", *before]]
+    if "OMP_NUM_THREADS" in os.environ:
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
 def run_worker(words: list[str], before: list[str]) -> None:
     """Run Ray's worker in its environment, as `RuntimeEnvContext.exec_worker` would."""
-    import torch
     from ray._private.runtime_env.context import RuntimeEnvContext, update_envs
 
     told = dict(word[2:].split("=", 1) for word in words if word.startswith("--") and "=" in word)
@@ -173,9 +191,7 @@ def run_worker(words: list[str], before: list[str]) -> None:
     if context.command_prefix or context.py_executable != sys.executable or context.override_worker_entrypoint:
         command = [*context.command_prefix, "exec", context.py_executable, *map(shlex.quote, words)]
         os.execvp("bash", ["bash", "-c", " ".join(command)])
-    sys.path[:0] = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path not in ["", *before]]
-    if "OMP_NUM_THREADS" in os.environ:
-        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    take_environment(before)
     sys.argv = words
     runpy.run_path(words[0], run_name="__main__")
 

@@ -2,7 +2,8 @@
 
 import sys
 
-if any(word.endswith("/ray/_private/workers/setup_worker.py") for word in sys.orig_argv[1:4]):
+_is_worker = any(word.endswith("/ray/_private/workers/setup_worker.py") for word in sys.orig_argv[1:4])
+if _is_worker or sys.orig_argv[1:3] == ["-m", "gpu_steps"]:
     import fork_server
 
     fork_server.hand_over()
