@@ -23,7 +23,14 @@ from rayml.lm.precision import has_sdpa
 from rayml.lm.rows import predicts_masks
 from rayml.lm.sentence import MARK, read_sentences
 from rayml.lm.soft_prompt import PROMPT
-from rayml.lm.trials import as_in_peft, fault, fitting, same_in_peft, strange, unsound
+from rayml.lm.trials import (
+    exports_to_peft,
+    find_fault,
+    fitting_targets,
+    nonfinite_weights,
+    same_in_peft,
+    visibility_fault,
+)
 from rayml.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -107,7 +114,7 @@ def unable(base: str, lora: dict[str, Any], soft_tokens: int, writes: bool, atte
     if attention == "sdpa" and not has_sdpa(base):
         return f"model.attention: transformers has no sdpa for {base!r}; use model.attention=eager, or auto"
     targets = tuple(lora.get("targets", ()))
-    return fault(
+    return find_fault(
         base,
         tried_attention(base, attention),
         targets,
@@ -132,7 +139,7 @@ def able_targets(base: str, config: "Config") -> list[str]:
     reason = unable(base, lora, 0, writes=False, attention=attention)
     if not reason:
         return lora["targets"]
-    left = fitting(base, tried_attention(base, attention), lora["targets"], lora["rank"], lora["alpha"])
+    left = fitting_targets(base, tried_attention(base, attention), lora["targets"], lora["rank"], lora["alpha"])
     if not left or left == lora["targets"]:
         raise ConfigError(reason)
     return left
@@ -197,11 +204,11 @@ def refuse_tokens(tokenizer: Any, embeddings: int, tasks: Sequence[Task] = ()) -
 def refuse_strange(lm: TaskLM) -> None:
     """Raise ConfigError if a model that was just loaded sees what it must not: two forwards tell."""
     if lm.sentences:  # it looks both ways, and is told where padding is
-        if reason := unsound(lm.module):
+        if reason := nonfinite_weights(lm.module):
             raise ConfigError(f"model.name: {reason}")
         return
     with torch.no_grad():
-        if reason := strange(lm):
+        if reason := visibility_fault(lm):
             raise ConfigError(reason)
 
 
@@ -214,7 +221,7 @@ def refuse_unlike_peft(folder: Path, lm: TaskLM, weights: Params, lora: dict[str
     if (
         lm.adapter
         and not lm.sentences
-        and not (same_in_peft(lm, weights, folder) and as_in_peft(lm, base, lora, weights))
+        and not (same_in_peft(lm, weights, folder) and exports_to_peft(lm, base, lora, weights))
     ):
         raise RunError(
             f"{type(lm.module).__name__} with this adapter is another model in PEFT, so it is not written; see "
