@@ -12,7 +12,7 @@ from rayml.lm.batch import allowed_grid, collate, each_tensor
 from rayml.lm.encode import Encoder
 from rayml.lm.label_losses import Choices, choices, token_losses
 from rayml.lm.label_trie import label_trie
-from rayml.lm.model import TaskLM, additive
+from rayml.lm.model import TaskLM, additive_mask
 from rayml.lm.rows import TokenRow
 from rayml.tasks.task import Example
 
@@ -143,8 +143,8 @@ class OptionBatch:
                     positions[row, position:end] = torch.arange(len(tokens)) + len(tree.prompt)
                     position = end
         of_key, of_query = branch.unsqueeze(1), branch.unsqueeze(2)
-        seen = ((of_key == 0) | (of_key == of_query)).tril().unsqueeze(1)
-        mask = additive(seen, self.lm.module.dtype)
+        visible = ((of_key == 0) | (of_key == of_query)).tril().unsqueeze(1)
+        mask = additive_mask(visible, self.lm.module.dtype)
         return {"attention_mask": mask.to(self.lm.device), "position_ids": positions.to(self.lm.device)}
 
     @torch.no_grad()
