@@ -65,7 +65,7 @@ class OptionQuery:
         """Take a row for each option (`Encoder.option_rows`)."""
         self.rows = rows
         whole = [row.tokens[row.start :] for row in rows]
-        if encoder.scoring == "learned" and encoder.told_apart(whole):
+        if encoder.scoring == "learned" and encoder.as_choices(whole):
             among = label_trie(whole)
             self.allowed = [among.allowed(option) for option in whole]
             self.divisors = [1] * len(whole)
