@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rayml.algorithms.inner_loop import Params
-from rayml.lm.batch import allowed_grid, collate, each_tensor
+from rayml.lm.batch import collate, map_tensors, stack_allowed
 from rayml.lm.encode import Encoder
 from rayml.lm.label_losses import Choices, choices, token_losses
 from rayml.lm.label_trie import label_trie
@@ -117,10 +117,10 @@ class OptionBatch:
         """
         device = self.lm.device
         options = [option for query in queries for option in query.options]
-        allowed = allowed_grid([among for query in queries for of in query.allowed for among in of])
+        allowed = stack_allowed([among for query in queries for of in query.allowed for among in of])
         targets = torch.tensor([token for option in options for token in option])
         found = choices(targets, allowed) if self.lm.narrow_head else Choices(None, targets, allowed)
-        self.choices: Choices = each_tensor(found, lambda part: part.to(device))
+        self.choices: Choices = map_tensors(found, lambda tensor: tensor.to(device))
         numbers = [number for number, option in enumerate(options) for _ in option]
         self.option_of = torch.tensor(numbers, device=device)
         self.divisors = torch.tensor([each for query in queries for each in query.divisors], device=device)
