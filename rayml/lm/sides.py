@@ -52,7 +52,7 @@ class TaskSide:
     @cached_property
     def classes(self) -> Tensor:
         both = zip(self.tasks, self.row_classes, strict=True)
-        return class_grid([classes or [-1] * len(rows) for rows, classes in both]).to(self.lm.device)
+        return pad_classes([classes or [-1] * len(rows) for rows, classes in both]).to(self.lm.device)
 
     @property
     def ways(self) -> int:
@@ -65,7 +65,7 @@ class TaskSide:
         for rows, classes in zip(self.tasks, self.row_classes, strict=True):
             first = {number: row.tokens[row.start] for row, number in zip(rows, classes, strict=bool(classes))}
             found.append([first.get(number, -1) for number in range(max(first, default=0) + 1)])
-        return class_grid(found).to(self.lm.device)
+        return pad_classes(found).to(self.lm.device)
 
     def losses(self, weights: Params) -> Tensor:
         return self.lm.losses(weights, self.batch, self.smoothing)
@@ -122,7 +122,7 @@ def trained_tokens(config: Config, support: TaskBatch, query: TaskBatch) -> int:
     return sum(times * side.read_tokens for times, side in zip(passes, (support, query), strict=True))
 
 
-def class_grid(classes: Sequence[Sequence[int]]) -> Tensor:
+def pad_classes(classes: Sequence[Sequence[int]]) -> Tensor:
     """Return the class of every row of T tasks, `[T, K]`, -1 for rows of padding."""
     rows = [torch.tensor(of, dtype=torch.int64) for of in classes]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
