@@ -75,7 +75,7 @@ def principal_start(lm: TaskLM, batches: Sequence[TaskBatch], seed: int, share: 
         share = ALONE
     seen = [lm.target_inputs(batch) for batch in share.of(batches)]
     for names in alike(seen):
-        inputs = share.joined(torch.cat([part[names[0]] for part in seen]), sizes)[:MOST_ROWS].cpu()
+        inputs = share.join(torch.cat([part[names[0]] for part in seen]), sizes)[:MOST_ROWS].cpu()
         _, deviations, directions = torch.linalg.svd(inputs - inputs.mean(0), full_matrices=False)
         deviations = deviations / len(inputs) ** 0.5
         # Where all examples end alike, the first layer sees no variation at all: nothing there to scale up.
