@@ -17,7 +17,7 @@ from rayml.lm.frozen import FrozenLayers, KnownStates
 from rayml.lm.label_losses import MOST_LOGITS, Choices, token_losses
 from rayml.lm.label_trie import IGNORE
 from rayml.lm.lora import TaskLoRA, layer_number
-from rayml.lm.pooling import pool
+from rayml.lm.pooling import pool_prompts, pool_sentences
 from rayml.lm.rows import TokenRow
 from rayml.lm.sentence import MARK, Sentences
 from rayml.lm.soft_prompt import TaskPrompt
@@ -225,7 +225,7 @@ class TaskLM:
         """Return a sentence encoder's vector of each text, `[T, K, D]` in fp32."""
         assert self.sentences is not None
         hidden = self._embed(weights, batch, self.slot(batch))
-        return pool(self.sentences, hidden, batch.seen).unflatten(0, (batch.tasks, -1))
+        return pool_sentences(self.sentences, hidden, batch.seen).unflatten(0, (batch.tasks, -1))
 
     def read(
         self,
@@ -340,22 +340,6 @@ def mean_by_task(losses: Tensor, batch: TaskBatch) -> Tensor:
     """Return each task's mean loss, `[T]`, of the target tokens' losses `[M]`."""
     total = torch.zeros(batch.tasks, device=losses.device).index_add(0, batch.scored.task, losses)
     return total / batch.scored.counts
-
-
-def pool_prompts(hidden: Tensor, batch: TaskBatch, pooling: Pooling) -> Tensor:
-    """Return a vector of unit length in fp32 for each prompt, `[T, K, D]`: of its last token, or its tokens' mean.
-
-    Args:
-        hidden: the last hidden states, `[N, L, D]`.
-    """
-    assert batch.prompts is not None
-    flat, (begin, end) = hidden.flatten(0, 1), batch.prompts.unbind(-1)
-    if pooling == "last":
-        return nn.functional.normalize(flat[end].float(), dim=-1)
-    position_ids = begin.unsqueeze(-1) + torch.arange(batch.read_at.longest_prompt, device=begin.device)
-    inside = position_ids <= end.unsqueeze(-1)
-    total = (flat[position_ids.where(inside, begin.unsqueeze(-1))] * inside.unsqueeze(-1)).float().sum(2)
-    return nn.functional.normalize(total, dim=-1)
 
 
 def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
