@@ -3,7 +3,7 @@
 Rates decay from layer to layer, and layers are unfrozen one after the other (ULMFiT, Howard and Ruder 2018, arXiv
 1801.06146).
 
-Adversarial examples are made by the fast gradient method (Miyato et al. 2017, arXiv 1605.07725): the embeddings e become
+Adversarial examples come from the fast gradient method (Miyato et al. 2017, arXiv 1605.07725): the embeddings e become
 `e + epsilon * g / |g|`, where g is the gradient of the loss at e. Here epsilon is relative to the norm of a row's
 embeddings, so that it means the same for every model.
 """

@@ -20,7 +20,7 @@ from rayml.tasks.task import Task
 USUAL_DEVIATION = 3**-0.5
 """Standard deviation of each row of `A x` under the usual uniform start, for inputs x of unit mean square."""
 LEAST_DEVIATION = 1e-3
-"""Inputs count as varying along a direction from this standard deviation on, relative to their root mean square norm."""
+"""Inputs count as varying along a direction from this standard deviation on, relative to their RMS norm."""
 MOST_ROWS = 512
 # The episodes that the start is computed from have seeds far from any training seed.
 START_SEED = 3_000_017
