@@ -74,7 +74,8 @@ def tokenize(tokenizer: Any, text: str, add_special_tokens: bool = True) -> tupl
     typed = {len(plain(text[: match.start()])) for match in MARKED.finditer(text) if match[0] == MARK}
     if not typed:
         return tokens, offsets
-    spelled_tokens, spelled_offsets = [], []
+    spelled_tokens: list[int] = []
+    spelled_offsets: Offsets = []
     special = special_ids(tokenizer)
     for token, (first, end) in zip(tokens, offsets, strict=True):
         is_typed = token in special and any(first <= index < end for index in typed)
