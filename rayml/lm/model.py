@@ -200,13 +200,25 @@ class TaskLM:
             batch.frozen.extend([] if states is None else [states])
         return batch.frozen
 
+    def _batch_logits(
+        self,
+        positions: Tensor,
+        weights: Params | None,
+        batch: TaskBatch,
+        hidden: list[Tensor] | None = None,
+        only: Tensor | None = None,
+    ) -> Tensor:
+        """Return what `logits_at` does, for the tokens of a batch."""
+        inputs = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
+        return self.logits_at(positions, weights, batch.tokens, self.slot(batch), hidden, only, **inputs)
+
     def target_logits(self, weights: Params | None, batch: TaskBatch) -> tuple[Tensor, Tensor]:
         """Return the logits that predict the target tokens, `[M, V]`, and their positions in `batch`, `[M]`.
 
         `weights` are the tasks' `[T, ...]`; None for those of the bare model.
         """
         positions = batch.scored.positions
-        return self.logits_at(positions, weights, batch.tokens, self.slot(batch), **position_inputs(batch)), positions
+        return self._batch_logits(positions, weights, batch), positions
 
     def states(self, weights: Params | None, batch: TaskBatch, pooling: Pooling = "last") -> Tensor:
         """Return a vector of unit length for each prompt, `[T, K, D]` in fp32.
@@ -218,7 +230,7 @@ class TaskLM:
         assert batch.prompts is not None
         hidden: list[Tensor] = []
         ends = batch.prompts[..., 1].flatten()
-        self.logits_at(ends, weights, batch.tokens, self.slot(batch), hidden, **position_inputs(batch))
+        self._batch_logits(ends, weights, batch, hidden)
         return pool_prompts(hidden[0], batch, pooling)
 
     def vectors(self, weights: Params | None, batch: TaskBatch) -> Tensor:
@@ -240,19 +252,18 @@ class TaskLM:
             states = self.states(weights, batch)
             return Read(states.new_zeros(batch.tasks), states, None)
         scored, hidden = batch.scored, list[Tensor]()
-        inputs = weights, batch.tokens, self.slot(batch), hidden
         labels = label_tokens if label_tokens is None else label_tokens.clamp(min=0)
         label_logits = None
         if self.narrow_head:
             choices = scored.choices
-            logits = self.logits_at(scored.positions, *inputs, choices.tokens, **position_inputs(batch))
+            logits = self._batch_logits(scored.positions, weights, batch, hidden, choices.tokens)
             losses = token_losses(logits, choices.targets, choices.allowed, smoothing, known=scored.among)
             if labels is not None:
                 assert batch.prompts is not None
                 label_logits = narrow_logits(self.narrow_head, hidden[0].flatten(0, 1)[batch.prompts[..., 1]], labels)
         else:
             read_at = batch.read_at
-            logits = self.logits_at(read_at.positions, *inputs, **position_inputs(batch))
+            logits = self._batch_logits(read_at.positions, weights, batch, hidden)
             losses = token_losses(logits, scored.targets, batch.allowed, smoothing, read_at.of_targets, scored.among)
             if labels is not None:
                 label_logits = logits[read_at.of_ends.unsqueeze(2), labels.unsqueeze(1)]
@@ -288,7 +299,7 @@ class TaskLM:
             if self.sentences:
                 self._embed(None, batch, self.slot(batch))
             else:
-                self.logits_at(positions, None, batch.tokens, self.slot(batch), **position_inputs(batch))
+                self._batch_logits(positions, None, batch)
         finally:
             for handle in handles:
                 handle.remove()
@@ -307,15 +318,14 @@ class TaskLM:
         choices = scored.choices
         if choices.tokens is not None and not self.narrow_head:
             choices = Choices(None, scored.targets, batch.allowed)
-        inputs = batch.tokens, self.slot(batch), None, choices.tokens
-        logits = self.logits_at(scored.positions, weights, *inputs, **position_inputs(batch))
+        logits = self._batch_logits(scored.positions, weights, batch, only=choices.tokens)
         losses = token_losses(logits, choices.targets, choices.allowed, smoothing, known=scored.among)
         return mean_by_task(losses, batch)
 
     def _losses_in_chunks(self, weights: Params | None, batch: TaskBatch, smoothing: float, chunk: int) -> Tensor:
         """Return the target tokens' losses `[M]`; only the logits of one chunk of targets are in memory at a time."""
         scored, hidden = batch.scored, list[Tensor]()
-        self.logits_at(scored.positions[:1], weights, batch.tokens, self.slot(batch), hidden, **position_inputs(batch))
+        self._batch_logits(scored.positions[:1], weights, batch, hidden)
         states, head = hidden[0].flatten(0, 1), self._model.get_output_embeddings()
 
         def chunk_losses(first: int) -> Tensor:
@@ -353,11 +363,6 @@ def attention_limits(model: Any) -> set[str]:
     kinds = set(get_layer_types_and_kwargs(config)[0]) - {"full_attention"}
     sizes = {name for name, value in config.to_dict().items() if type(value) is int and value > 0}
     return kinds | {name for name in sizes if "window" in name and "layers" not in name}
-
-
-def position_inputs(batch: TaskBatch) -> dict[str, Any]:
-    """Return the model inputs that tell where each example of a packed row begins."""
-    return {} if batch.position_ids is None else {"position_ids": batch.position_ids}
 
 
 def hooks(module: Any, lora: dict[str, Any], soft_tokens: int) -> TaskLoRA | TaskPrompt | None:
