@@ -10,7 +10,7 @@ the chat template; other added tokens, such as runs of spaces or technical terms
 import copy
 import re
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from itertools import pairwise
 from typing import Any
 
@@ -34,9 +34,9 @@ Offsets = list[tuple[int, int]]
 
 def marked(tokenizer: Any, text: str) -> str:
     """Return a user's text with marks in front of special tokens."""
-    starts = normalized_specials(tokenizer, text)
-    pieces = [text[first:end] for first, end in pairwise([0, *starts, len(text)])]
-    escape = partial(special_tokens(tokenizer).sub, lambda match: ESCAPED.get(match[0], MARK + match[0]))
+    special = specials_of(tokenizer)
+    pieces = [text[first:end] for first, end in pairwise([0, *special.normalized_starts(text), len(text)])]
+    escape = partial(special.pattern.sub, lambda match: ESCAPED.get(match[0], MARK + match[0]))
     return MARK.join(map(escape, pieces))
 
 
@@ -76,10 +76,11 @@ def tokenize(tokenizer: Any, text: str, add_special_tokens: bool = True) -> tupl
         return tokens, offsets
     spelled_tokens: list[int] = []
     spelled_offsets: Offsets = []
-    special = special_ids(tokenizer)
+    special = specials_of(tokenizer)
+    special_ids = special.ids
     for token, (first, end) in zip(tokens, offsets, strict=True):
-        is_typed = token in special and any(first <= index < end for index in typed)
-        spelled = spell(tokenizer, plain_text[first:end]) if is_typed else [token]
+        is_typed = token in special_ids and any(first <= index < end for index in typed)
+        spelled = special.spell(plain_text[first:end]) if is_typed else [token]
         spelled_tokens += spelled
         spelled_offsets += [(first, end)] * len(spelled)
     return spelled_tokens, spelled_offsets
@@ -99,70 +100,63 @@ def refuse_unembedded(tokenizer: Any, tokens: list[int]) -> None:
         raise DataError(f"the model has no embedding for the token {token!r} ({embeddings} there are); resize them")
 
 
-def normalized_specials(tokenizer: Any, text: str) -> list[int]:
-    """Return where a text becomes a special token only after normalization, as full-width letters may."""
-    pattern = special_tokens(tokenizer)
-    normalizer = tokenizer.backend_tokenizer.normalizer
-    if not normalizes(tokenizer, template_of(tokenizer)) or normalizer is None:
-        return []
-    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    special = special_ids(tokenizer) - {tokenizer.unk_token_id}
-    spans = zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
-    return [first for token, (first, end) in spans if token in special and not pattern.search(text[first:end])]
+class SpecialTokens:
+    """What counts as a special token for a tokenizer with its present chat template."""
 
+    def __init__(self, tokenizer: Any, template: str):
+        self.tokenizer = tokenizer
+        added = tokenizer.added_tokens_decoder.items()
+        self.added = {number: token for number, token in added if self._is_special(token, template)}
+        self.is_normalized = any(token.normalized for token in self.added.values())
+        """The tokenizer looks for some of them in normalized text."""
 
-def template_of(tokenizer: Any) -> str:
-    return str(tokenizer.chat_template or "")
-
-
-def special_tokens(tokenizer: Any) -> re.Pattern[str]:
-    """Return a pattern of a tokenizer's special tokens, and of our marks."""
-    return _pattern(tokenizer, template_of(tokenizer))
-
-
-def special_ids(tokenizer: Any) -> frozenset[int]:
-    return frozenset([*added_specials(tokenizer, template_of(tokenizer)), *tokenizer.all_special_ids])
-
-
-@lru_cache(maxsize=16)
-def added_specials(tokenizer: Any, template: str) -> dict[int, Any]:
-    """Return the added tokens that count as special, by id."""
-
-    def is_special(token: Any) -> bool:
+    @staticmethod
+    def _is_special(token: Any, template: str) -> bool:
         in_template = PUNCTUATION.search(token.content) and token.content in template
         return bool(token.special or LOOKS_SPECIAL.search(token.content) or in_template)
 
-    return {number: token for number, token in tokenizer.added_tokens_decoder.items() if is_special(token)}
+    @property
+    def ids(self) -> frozenset[int]:
+        return frozenset([*self.added, *self.tokenizer.all_special_ids])
+
+    @cached_property
+    def pattern(self) -> re.Pattern[str]:
+        """Matches special tokens, and our marks."""
+        contents = {*(token.content for token in self.added.values()), *self.tokenizer.all_special_tokens, *ESCAPED}
+        return re.compile("|".join(map(re.escape, sorted(contents, key=len, reverse=True))))
+
+    @cached_property
+    def speller(self) -> Any:
+        """A copy of the tokenizer that knows no special tokens; other threads may be using the original."""
+        backend = copy.deepcopy(self.tokenizer.backend_tokenizer)
+        backend.add_special_tokens([token.content for token in self.added.values()])
+        backend.encode_special_tokens = True
+        return backend
+
+    def normalized_starts(self, text: str) -> list[int]:
+        """Return where a text becomes a special token only after normalization, as full-width letters may."""
+        if not self.is_normalized or self.tokenizer.backend_tokenizer.normalizer is None:
+            return []
+        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        special = self.ids - {self.tokenizer.unk_token_id}
+        spans = zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
+        return [first for token, (first, end) in spans if token in special and not self.pattern.search(text[first:end])]
+
+    def spell(self, text: str) -> list[int]:
+        """Return ordinary tokens that spell a text.
+
+        Some vocabularies have a special token's text as a word, too; it is then spelled in two pieces.
+        """
+        tokens = self.speller.encode(text, add_special_tokens=False).ids
+        if len(text) > 1 and (self.ids - {self.tokenizer.unk_token_id}) & set(tokens):
+            return [*self.spell(text[:1]), *self.spell(text[1:])]
+        return tokens
+
+
+def specials_of(tokenizer: Any) -> SpecialTokens:
+    return _specials(tokenizer, str(tokenizer.chat_template or ""))
 
 
 @lru_cache(maxsize=16)
-def _pattern(tokenizer: Any, template: str) -> re.Pattern[str]:
-    added = [token.content for token in added_specials(tokenizer, template).values()]
-    names = sorted({*added, *tokenizer.all_special_tokens, *ESCAPED}, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, names)))
-
-
-@lru_cache(maxsize=16)
-def normalizes(tokenizer: Any, template: str) -> bool:
-    """Return whether the tokenizer looks for some special tokens in normalized text."""
-    return any(token.normalized for token in added_specials(tokenizer, template).values())
-
-
-@lru_cache(maxsize=16)
-def without_specials(tokenizer: Any, template: str) -> Any:
-    """Return a copy of a tokenizer that knows no special tokens; other threads may be using the original."""
-    backend = copy.deepcopy(tokenizer.backend_tokenizer)
-    backend.add_special_tokens([token.content for token in added_specials(tokenizer, template).values()])
-    backend.encode_special_tokens = True
-    return backend
-
-
-def spell(tokenizer: Any, text: str) -> list[int]:
-    """Return ordinary tokens that spell a text.
-
-    Some vocabularies have a special token's text as a word, too; it is then spelled in two pieces.
-    """
-    tokens = without_specials(tokenizer, template_of(tokenizer)).encode(text, add_special_tokens=False).ids
-    if len(text) > 1 and (special_ids(tokenizer) - {tokenizer.unk_token_id}) & set(tokens):
-        return [*spell(tokenizer, text[:1]), *spell(tokenizer, text[1:])]
-    return tokens
+def _specials(tokenizer: Any, template: str) -> SpecialTokens:
+    return SpecialTokens(tokenizer, template)
