@@ -68,7 +68,7 @@ def check_model(config: "Config", base: str, tasks: Sequence[Task] = (), tokeniz
         refuse_label_tokens(config)
     model_type = shape.config.model_type
     if config.engine == "zero" and model_type in NOT_SHARDED:
-        raise ConfigError(f"engine: {model_type} computes something else with sharded weights; use engine=local")
+        raise ConfigError(f"engine: {model_type} computes different results with sharded weights; use engine=local")
     names = learned_names(shape, config)
     if not initial_log_inner_lrs(dict.fromkeys(names, torch.empty(0)), 1.0, config.inner.modules, per_weight=False):
         raise ConfigError(
@@ -191,7 +191,7 @@ def refuse_tokens(tokenizer: Any, embeddings: int, tasks: Sequence[Task] = ()) -
     names = MASKED_SPECIALS if predicts_masks(tokenizer) else CAUSAL_SPECIALS
     special = [f"{name} {token!r}" for name in names if (token := getattr(tokenizer, name)) in missing]
     words = sorted(missing - tokenizer.get_added_vocab().keys())
-    problem = f"model.name: the tokenizer has tokens that the model has no embeddings for ({embeddings} there are)"
+    problem = f"model.name: the tokenizer has tokens that the model has no embeddings for (it has {embeddings})"
     if special or words:
         raise ConfigError(f"{problem}: {', '.join([*special, *words][:4])}; resize the embeddings, or take its own")
     texts = [f"{e.input}{e.target}{''.join(text for _, text in e.parts)}" for task in tasks for e in task.examples]

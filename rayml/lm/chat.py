@@ -117,7 +117,7 @@ def answer_spans(tokenizer: Any, turns: Turns) -> tuple[str, list[tuple[int, int
             if not (whole.startswith(begin) and whole.startswith(end)):
                 raise DataError(
                     "the model's chat template changes earlier turns when later ones follow, so the assistant's "
-                    f"cannot be told: {turns[0][1][:60]!r}; use rows of input and target"
+                    f"turns cannot be located: {turns[0][1][:60]!r}; use rows of input and target"
                 )
             spans.append((len(plain(begin)), len(plain(end.rstrip()))))
     return whole, spans
@@ -136,7 +136,7 @@ def chat_row(tokenizer: Any, turns: Turns, max_tokens: int) -> TokenRow:
     tokens, offsets = tokenize(tokenizer, text, add_special_tokens=False)
     is_target = [any(first < stop and last > start for start, stop in spans) for first, last in offsets]
     if not any(is_target):
-        raise DataError(f"the model's chat template leaves no token to learn of {turns[-1][1][:60]!r}")
+        raise DataError(f"the model's chat template leaves no token to learn from {turns[-1][1][:60]!r}")
     last = max(position for position, targeted in enumerate(is_target) if targeted)
     tokens, is_target = tokens[: last + 1], is_target[: last + 1]
     cut = max(0, len(tokens) - max_tokens)

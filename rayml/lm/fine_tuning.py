@@ -25,15 +25,15 @@ def depth_of(model: Any, name: str) -> int:
     """Return the layer number of a tensor: -1 for embeddings and prompts, the last for the final norm and the head."""
     if in_a_layer(name):
         return layer_number(name)
-    behind_layers = False
+    after_layers = False
     for parameter in dict(model.named_parameters()):
         if parameter == name:
             break
-        behind_layers |= in_a_layer(parameter)
+        after_layers |= in_a_layer(parameter)
     else:
         return -1
     is_embedding = model.get_parameter(name) is model.get_input_embeddings().weight
-    return model.config.num_hidden_layers - 1 if behind_layers and not is_embedding else -1
+    return model.config.num_hidden_layers - 1 if after_layers and not is_embedding else -1
 
 
 def rate_factors(model: Any, names: Params, decay: float) -> dict[str, float]:

@@ -105,8 +105,8 @@ def _from_pretrained(path: str, **settings: Any) -> Any:
     if unused:
         raise ConfigError(
             f"model.name: {path!r} has weights that {type(model).__name__} does not take, with its config.json: "
-            f"{', '.join(unused[:4])}{', ...' if len(unused) > 4 else ''}; mend num_hidden_layers, model_type, or what "
-            "else belongs to them"
+            f"{', '.join(unused[:4])}{', ...' if len(unused) > 4 else ''}; correct num_hidden_layers, "
+            "model_type, or other settings that belong to them"
         )
     return model
 

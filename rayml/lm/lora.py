@@ -185,8 +185,8 @@ def find_linears(model: Any, targets: Sequence[str], last_layers: int | None) ->
     linears, kinds, name = all_linears(model), linear_kinds(model), type(model).__name__
     if not kinds:
         raise ConfigError(
-            f"lora.targets: {', '.join(sorted(targets))}: {name} has no linear layers for LoRA (GPT-2's Conv1D is "
-            "none); use adapter=soft_prompt, or mode=full"
+            f"lora.targets: {', '.join(sorted(targets))}: {name} has no linear layers for LoRA (GPT-2's Conv1D "
+            "does not count); use adapter=soft_prompt, or mode=full"
         )
     unknown = sorted(set(targets) - set(kinds))
     if unknown:

@@ -58,8 +58,8 @@ def encode(
         raise DataError(f"target {target!r} has no token (input: {prompt[:60]!r})")
     if keep is not None:
         # Tokens of no width, such as the beginning-of-sequence token, are not part of the text, and stay.
-        kept = [i for i, (a, b) in enumerate(offsets) if i >= start or a == b or keep(a)]
-        tokens, start = [tokens[i] for i in kept], start - (len(tokens) - len(kept))
+        indices = [i for i, (a, b) in enumerate(offsets) if i >= start or a == b or keep(a)]
+        tokens, start = [tokens[i] for i in indices], start - (len(tokens) - len(indices))
     if end:
         tokens = [*tokens, tokenizer.eos_token_id]
     start = max(start, 1)  # nothing predicts the first token
@@ -103,17 +103,17 @@ def masked_row(
     word, _ = tokenize(tokenizer, f" {target.strip()}", add_special_tokens=False)
     if len(word) != 1:
         raise DataError(
-            f"label {plain(target)!r} has {len(word)} tokens, and a mask stands for one; rename it, or use "
+            f"label {plain(target)!r} has {len(word)} tokens, and a mask predicts one; rename it, or use "
             "data.labels=letters"
         )
     tokens, offsets = tokenize(tokenizer, prompt)
     if keep is not None:
-        kept = [i for i, (a, b) in enumerate(offsets) if a == b or tokens[i] == tokenizer.mask_token_id or keep(a)]
-        tokens = [tokens[i] for i in kept]
+        spans = zip(tokens, offsets, strict=True)
+        tokens = [token for token, (a, b) in spans if a == b or token == tokenizer.mask_token_id or keep(a)]
     mask = len(tokens) - 1 - tokens[::-1].index(tokenizer.mask_token_id)
     cls = int(tokens[0] == tokenizer.cls_token_id)
     cut = max(0, len(tokens) - max_tokens)
     if cls + cut >= mask:
-        raise DataError(f"what stands behind the mask leaves no room for the input within data.max_tokens={max_tokens}")
+        raise DataError(f"the text after the mask leaves no room for the input within data.max_tokens={max_tokens}")
     read = [*tokens[:cls], *tokens[cls + cut : mask + 1]]
     return TokenRow([*read, *word], len(read), suffix=tuple(tokens[mask + 1 :]))

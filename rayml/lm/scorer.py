@@ -129,21 +129,20 @@ class Queries:
         if not episodes[0].labels:
             self.asked = side_of(lm, encoder, episodes, "query", in_context=keeps == "prompt")
             return
-        encoders = [encoder.of(e.task, e.kind, e.labels) for e in episodes]
-        kept = [
-            KeptSupport(own.rows(e.support, is_label=True), class_numbers(e, "support"))
-            for own, e in zip(encoders, episodes, strict=True)
-            if algorithm and algorithm.keeps_states
-        ]
         options = [len(e.labels) for e in episodes]
-        prompts, first_tokens = [], []
-        for own, e in zip(encoders, episodes, strict=True):
+        prompts, kept, first_tokens = [], [], []
+        for e in episodes:
+            task_encoder = encoder.of(e.task, e.kind, e.labels)
+            if algorithm and algorithm.keeps_states:
+                rows = task_encoder.rows(e.support, is_label=True)
+                kept.append(KeptSupport(rows, class_numbers(e, "support")))
             if algorithm and not algorithm.scores_options:
-                prompts.append(prompts_of(lm, own, e.query, next(iter(e.labels))))
-                first_tokens.append([tokens[0] for tokens in own.label_tokens(e.labels, e.support[0]) if tokens])
+                prompts.append(prompts_of(lm, task_encoder, e.query, next(iter(e.labels))))
+                labels = task_encoder.label_tokens(e.labels, e.support[0])
+                first_tokens.append([tokens[0] for tokens in labels if tokens])
             else:
                 shown = e.support if keeps == "prompt" else ()
-                prompts.append(weighted_prompts(lm, own, e.query, list(e.labels), shown))
+                prompts.append(weighted_prompts(lm, task_encoder, e.query, list(e.labels), shown))
         self.asked = AskedTasks(lm, encoder.pad, prompts, kept, options, first_tokens)
 
     @torch.no_grad()
@@ -199,9 +198,9 @@ def side_of(lm: TaskLM, encoder: Encoder, episodes: Sequence[Episode], side: str
     """Return one side of T episodes as evaluation sees it, without token dropout."""
     rows, labels = [], []
     for e in episodes:
-        own = encoder.of(e.task, e.kind, e.labels)
-        rows.append(own.rows(getattr(e, side), bool(e.labels), e.support if in_context else ()))
-        labels.append(own.competing(e.labels, e.support[0]))
+        task_encoder = encoder.of(e.task, e.kind, e.labels)
+        rows.append(task_encoder.rows(getattr(e, side), bool(e.labels), e.support if in_context else ()))
+        labels.append(task_encoder.competing(e.labels, e.support[0]))
     return TaskSide(lm, rows, labels, [class_numbers(e, side) for e in episodes], encoder.pad)
 
 

@@ -97,7 +97,9 @@ def refuse_unembedded(tokenizer: Any, tokens: list[int]) -> None:
     embeddings = getattr(tokenizer, EMBEDDINGS, None)
     if embeddings and max(tokens, default=0) >= embeddings:
         token = tokenizer.convert_ids_to_tokens(max(tokens))
-        raise DataError(f"the model has no embedding for the token {token!r} ({embeddings} there are); resize them")
+        raise DataError(
+            f"the model has no embedding for the token {token!r} (it has {embeddings}); resize the embeddings"
+        )
 
 
 class SpecialTokens:

@@ -98,7 +98,7 @@ def visibility_fault(lm: TaskLM) -> str | None:
         problem = "sees padding: the rows of a batch would change each other; take another model"
     logits, expected = (lm.logits_at(positions, None, row) for row in (changed, tokens))
     if not expected.isfinite().all():
-        return f"model.name: {nonfinite_weights(lm.module) or f'{name} gives logits that are no finite numbers'}"
+        return f"model.name: {nonfinite_weights(lm.module) or f'{name} gives logits that are not finite'}"
     return None if is_close(logits, expected) else f"model.name: {name} {problem}"
 
 
