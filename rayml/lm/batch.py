@@ -63,7 +63,7 @@ def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 @dataclass(frozen=True)
 class TaskBatch:
-    """K rows of each of T tasks, side by side; tasks with fewer rows get rows of padding. All tensors are int64."""
+    """K rows of each of T tasks, side by side; tasks with fewer rows get rows of padding. All but `frozen` is int64."""
 
     tokens: Tensor
     """`[T * K, L]`: rows grouped by task, each up to the last token that a target is predicted from."""
@@ -118,7 +118,7 @@ class TaskBatch:
 
     @cached_property
     def seen(self) -> Tensor:
-        """Where tokens are not padding, `[T * K, L]` bool; in a row of padding, the first token counts as none."""
+        """Where tokens are not padding, `[T * K, L]` bool; a row of padding has its first token marked."""
         ends = [1] * len(self.tokens)
         for row, begin, tokens in self.examples:
             ends[row] = max(ends[row], begin + len(tokens))

@@ -108,7 +108,7 @@ class Decoder:
 
     @torch.no_grad()
     def _add(self, rows: Sequence[DecodingRow], cache: DynamicCache) -> None:
-        self._drop_left_rows()
+        self._evict_finished()
         self.cache = join_caches(self.cache, cache) if self._cached else cache
         self._cached += rows
         self.active = list(self._cached)
@@ -123,19 +123,19 @@ class Decoder:
 
     def step(self) -> None:
         """Generate one more token for every row."""
-        self._drop_left_rows()
+        self._evict_finished()
         self._forward(self.active, [row.tokens[-1:] for row in self.active], self.cache)
 
     def leave(self, row: DecodingRow) -> None:
         """Remove a row. When the last one leaves, the cache's memory is freed."""
         self.active.remove(row)
         if not self.active:
-            self._drop_left_rows()
+            self._evict_finished()
 
     def _empty_cache(self) -> DynamicCache:
         return DynamicCache(config=self.lm.module.config)
 
-    def _drop_left_rows(self) -> None:
+    def _evict_finished(self) -> None:
         """Remove from the cache the rows that have left, and the columns that only they used."""
         if len(self._cached) == len(self.active):
             return

@@ -163,9 +163,9 @@ def known_states(
 
 
 def in_file(like: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Return a tensor backed by a temporary file, which the system caches in memory while there is some free.
+    """Return a tensor backed by a temporary file, which goes when the process ends.
 
-    The file goes when the process ends.
+    The system caches what is read in free memory.
 
     Raises:
         OSError: there is no room.
