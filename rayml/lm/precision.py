@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from transformers import AutoConfig
 
-from rayml.lm.load import auto_model
+from rayml.lm.load import DTYPES, auto_model
 
 if TYPE_CHECKING:
     from rayml.config import Config
@@ -99,7 +99,6 @@ def look_at(device: torch.device, shape: tuple[int, int] = (576, 1536), timed: b
     return Device("cpu", "CPU", instructions, measured_gflops(shape) if instructions or timed else None)
 
 
-TIMED = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 ROUNDS, MOST_SECONDS = 40, 0.4
 """Timing ends after this many rounds without a better time, or after this many seconds, but at least two rounds."""
 
@@ -129,18 +128,18 @@ def measured_gflops(shape: tuple[int, int]) -> dict[str, float]:
     The dtypes take turns, and only this thread's own CPU time counts, so that other load does not matter.
     """
     width, out = (min(size, MOST_WIDTH) for size in shape)
-    best = dict.fromkeys(TIMED, float("inf"))
-    products = {dtype: (torch.ones(ROWS, width, dtype=dtype), torch.ones(out, width, dtype=dtype)) for dtype in TIMED}
+    best = dict.fromkeys(DTYPES, float("inf"))
+    factors = {name: (torch.ones(ROWS, width, dtype=t), torch.ones(out, width, dtype=t)) for name, t in DTYPES.items()}
     began, since_better, rounds = time.perf_counter(), 0, 0
     while since_better < ROUNDS and (rounds < 2 or time.perf_counter() - began < MOST_SECONDS):
         rounds, since_better = rounds + 1, since_better + 1
-        for dtype, (x, weight) in products.items():
+        for name, (x, weight) in factors.items():
             start = time.thread_time()
             torch.nn.functional.linear(x, weight)
             seconds = time.thread_time() - start
-            since_better = 0 if seconds < 0.98 * best[dtype] else since_better
-            best[dtype] = min(best[dtype], seconds)
-    return {name: 2 * ROWS * width * out / best[dtype] / 1e9 for dtype, name in TIMED.items()}
+            since_better = 0 if seconds < 0.98 * best[name] else since_better
+            best[name] = min(best[name], seconds)
+    return {name: 2 * ROWS * width * out / seconds / 1e9 for name, seconds in best.items()}
 
 
 def decide(

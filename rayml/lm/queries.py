@@ -100,29 +100,22 @@ class AskedTasks:
         return self.lm.states(weights, self._kept_rows, pooling)
 
 
+@dataclass(eq=False)
 class Query:
-    """One input in every prompt of its task's ensemble, to be answered with the weights of the task.
+    """One input in every prompt of its task's ensemble, to be answered with the weights of the task."""
 
-    Args:
-        prompts: `weighted_prompts` of one input; with one option alone, if the algorithm answers by what it keeps.
-        weights: of the task; None for the bare base.
-        algorithm: answers the query.
-        kept: the task's support, if the algorithm keeps hidden states; they are computed once.
-        classes: the classes of that support that are options.
-        label_tokens: the first token of each option, if those are read.
-    """
-
-    def __init__(
-        self,
-        prompts: WeightedPrompts,
-        weights: Params | None,
-        algorithm: Algorithm,
-        kept: KeptSupport | None = None,
-        classes: Sequence[int] = (),
-        label_tokens: Sequence[int] = (),
-    ):
-        self.prompts, self.weights, self.algorithm = prompts, weights, algorithm
-        self.kept, self.classes, self.label_tokens = kept, tuple(classes), tuple(label_tokens)
+    prompts: WeightedPrompts
+    """`weighted_prompts` of one input; with one option alone, if the algorithm answers by what it keeps."""
+    weights: Params | None
+    """Of the task; None for the bare base."""
+    algorithm: Algorithm
+    """Answers the query."""
+    kept: KeptSupport | None = None
+    """The task's support, if the algorithm keeps hidden states; they are computed once."""
+    classes: Sequence[int] = ()
+    """The classes of that support that are options."""
+    label_tokens: Sequence[int] = ()
+    """The first token of each option, if those are read."""
 
     @property
     def options(self) -> int:
@@ -169,7 +162,7 @@ def log_probs(lm: TaskLM, pad: int, queries: Sequence[Query]) -> list[Tensor]:
     _compute_states(lm, pad, queries)
     first = queries[0]
     is_one_task = all(query.weights is first.weights for query in queries)
-    is_one_task = is_one_task and len({(query.options, query.classes) for query in queries}) == 1
+    is_one_task = is_one_task and len({(query.options, tuple(query.classes)) for query in queries}) == 1
     groups = [queries] if is_one_task else [[query] for query in queries]
     tasks = [merge_prompts([query.prompts for query in group]) for group in groups]
     kept = [support for group in groups if (support := group[0].support())]

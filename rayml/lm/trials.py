@@ -6,7 +6,8 @@ layers. No model is known by name here.
 
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,7 @@ def find_fault(
         return None
     present = set(linear_kinds(module))  # a shallow copy may lack the layers that have some of the targets
     lora = lora_shape([target for target in targets if target in present], rank, alpha)
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(0)
+    with seeded():
         lm = TaskLM(module, hooks(module, lora if lora["targets"] else {}, soft_tokens))
         return (
             visibility_fault(lm)
@@ -68,10 +68,17 @@ def fitting_targets(base: str, attention: str, targets: Sequence[str], rank: int
         lora = lora_shape([target], rank, alpha)
         return target not in present or adapter_fault(TaskLM(module, hooks(module, lora, 0)), base, lora) is None
 
-    with torch.random.fork_rng(), torch.no_grad(), warnings.catch_warnings():
+    with seeded(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT warns about targets that are then left out
-        torch.manual_seed(0)
         return [target for target in targets if fits(target)]
+
+
+@contextmanager
+def seeded() -> Iterator[None]:
+    """Draw the same random numbers every time inside the block, without gradients."""
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        yield
 
 
 def lora_shape(targets: list[str], rank: int, alpha: float) -> dict[str, Any]:
@@ -273,8 +280,7 @@ def small_copy(base: str, attention: str) -> Any | None:
             return None
         shrink_config(config.get_text_config(), depth)
     try:
-        with torch.random.fork_rng(), torch.no_grad():
-            torch.manual_seed(0)
+        with seeded():
             module = auto_model(base).from_config(config, attn_implementation=attention, dtype=torch.float32).eval()
             for parameter in module.parameters():
                 if parameter.dim() > 1:

@@ -65,19 +65,15 @@ def load_full(path: str, config: Config, device: torch.device, whole_below: int 
     trained = trained_parameters(model, config.full)
     for parameter in trained.values():
         parameter.requires_grad_(True)
-    outer = outer_optimizer(trained, config)
+    groups = parameter_groups(trained, config.inner.lr, config.inner.modules, config.outer.weight_decay)
+    # A fused optimizer needs no buffer of a shard's size.
+    outer = OPTIMIZERS[config.outer.optimizer](groups, lr=config.outer.lr, fused=True)
     optimizer = PhasedOptimizer(outer) if phased else outer
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     engine.module.eval()
     if config.model.activation_checkpointing:
         checkpoint_activations(engine.module)
     return engine
-
-
-def outer_optimizer(trained: dict[str, torch.nn.Parameter], config: Config) -> torch.optim.Optimizer:
-    """Return the outer optimizer of the trained parameters; a fused one needs no buffer of a shard's size."""
-    groups = parameter_groups(trained, config.inner.lr, config.inner.modules, config.outer.weight_decay)
-    return OPTIMIZERS[config.outer.optimizer](groups, lr=config.outer.lr, fused=True)
 
 
 def full_settings(config: Config, device: torch.device, whole_below: int) -> dict[str, Any]:
