@@ -28,7 +28,7 @@ from rayml.lm.generate import texts_behind, write
 from rayml.lm.load import context_tokens, load_base, load_shape, load_tokenizer
 from rayml.lm.model import TaskLM
 from rayml.lm.sampling import Sampling
-from rayml.lm.trials import small_copy, strange
+from rayml.lm.trials import small_copy, visibility_fault
 from rayml.planning.shape import read_shape
 from rayml.serving.errors import ApiError
 from rayml.serving.replica import Replica
@@ -165,7 +165,7 @@ def test_a_masked_model_whose_config_has_no_padding_does_not_see_it(tmp_path):
     folder = edited(make_model(tmp_path, "bert"), pad_token_id=None)
     lm = TaskLM(load_base(str(folder), "float32"), None)
     assert lm.pad == load_tokenizer(str(folder)).pad_token_id
-    assert strange(lm) is None
+    assert visibility_fault(lm) is None
     lm.pad = 7
     assert "sees padding" in seeing_padding(lm)
     with pytest.raises(ConfigError, match=r"pad_token_id is 9 .* and 2 in its tokenizer"):
@@ -176,7 +176,7 @@ def seeing_padding(lm):
     """As a model would that takes no notice of its attention mask."""
     forward = lm.module.forward
     lm.module.forward = lambda attention_mask=None, **inputs: forward(**inputs)
-    return strange(lm)
+    return visibility_fault(lm)
 
 
 def test_eager_attention_is_taken_where_there_is_no_other(tmp_path):
@@ -351,11 +351,11 @@ def test_a_server_of_a_model_that_writes_no_texts_classifies(tmp_path):
 def test_a_large_model_is_tried_as_a_shallow_copy_with_all_kinds_of_layers(tmp_path, monkeypatch):
     kinds = ["conv"] * 3 + ["full_attention"] + ["conv"] * 4
     folder = str(make_model(tmp_path, "lfm2", layer_types=kinds, num_hidden_layers=8))
-    monkeypatch.setattr(trials, "FEW", 20_000)
+    monkeypatch.setattr(trials, "SMALL_PARAMETERS", 20_000)
     module = small_copy(folder, "sdpa")
     assert module.config.num_hidden_layers == 4
-    assert strange(TaskLM(module, None)) is None
-    monkeypatch.setattr(trials, "MOST", 20_000)
+    assert visibility_fault(TaskLM(module, None)) is None
+    monkeypatch.setattr(trials, "MOST_PARAMETERS", 20_000)
     assert small_copy(folder, "sdpa") is None
 
 

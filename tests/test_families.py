@@ -29,7 +29,7 @@ from rayml.lm.option_scoring import PromptEnsemble, weighted_prompts
 from rayml.lm.peft_files import save_adapter
 from rayml.lm.precision import has_sdpa
 from rayml.lm.rows import soft_tokens
-from rayml.lm.trials import Text, random_adapter
+from rayml.lm.trials import GreedyRow, random_adapter
 from rayml.tasks.task import Example
 
 TABLE = Path(__file__).parents[1] / "configs" / "models.md"
@@ -163,7 +163,7 @@ def writes_as_whole(lm, adapters):
     """Two rows, of which one joins later, far past windows of eight tokens, against forwards of the whole text."""
     soft = soft_tokens(0 if lm.adapter.linears else lm.adapter.tokens)
     prompts = [[*soft, *range(20, 20 + length)] for length in (23, 5)]
-    rows = [Text(torch.tensor([prompt]), adapter) for prompt, adapter in zip(prompts, adapters, strict=True)]
+    rows = [GreedyRow(torch.tensor([prompt]), adapter) for prompt, adapter in zip(prompts, adapters, strict=True)]
     decoder = Decoder(lm, most_rows=2, cache_tokens=0)
     if decoder.reads_in_parts:
         reader = decoder.reader(rows[0])
@@ -178,8 +178,8 @@ def writes_as_whole(lm, adapters):
     decoder.step()
     for row in rows:
         lm.adapter.begin(side_by_side([row.adapter]))
-        logits = lm.module(input_ids=torch.tensor([row.tokens]), use_cache=False).logits[0, row.first - 1 : -1]
-        if verdict(torch.stack(row.seen), logits) == "differs":
+        logits = lm.module(input_ids=torch.tensor([row.tokens]), use_cache=False).logits[0, row.prompt_tokens - 1 : -1]
+        if verdict(torch.stack(row.logits), logits) == "differs":
             return False
     lm.adapter.begin(None)
     return True

@@ -146,7 +146,7 @@ def test_stage_3_remembers_what_it_lets_go_of_behind_a_cache(internals):
     coordinator = internals.coordinator()
     for name in (internals.RELEASES, internals.INVALIDATE):
         assert hasattr(coordinator, name), f"DeepSpeed's coordinator has no {name} any more"
-    assert internals.release_caches(), "DeepSpeed remembers nothing any more: forget_with_the_trace can go"
+    assert internals.release_caches(), "DeepSpeed caches nothing any more: clear_release_caches_with_trace can go"
 
 
 def test_the_shared_memory_op_has_its_name(internals):

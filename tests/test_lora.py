@@ -15,7 +15,7 @@ from rayml.algorithms.registry import chosen
 from rayml.errors import ConfigError
 from rayml.lm.batch import IGNORE, TaskBatch, collate
 from rayml.lm.frozen import Share
-from rayml.lm.initialization import alike, principal_start
+from rayml.lm.initialization import group_by_input, principal_start
 from rayml.lm.load import checkpoint_activations, load_base
 from rayml.lm.lora import MixedUpdate, TaskLoRA, find_linears
 from rayml.lm.model import TaskLM
@@ -195,7 +195,7 @@ def test_principal_start_reads_what_varies(lm):
 def test_workers_that_divide_the_batches_find_the_same_start(lm, workers):
     batches = [random_batch(1, 4, seed=seed) for seed in range(10, 15)]
     full = [lm.target_inputs(batch) for batch in batches]
-    groups = iter(alike(full))
+    groups = iter(group_by_input(full))
 
     def gather(part):
         name = next(groups)[0]
@@ -206,7 +206,7 @@ def test_workers_that_divide_the_batches_find_the_same_start(lm, workers):
     shared = principal_start(lm, batches, 0, Share(0, workers, gather))
     for name, weight in principal_start(lm, batches, 0).items():
         assert torch.equal(shared[name], weight)
-    assert next([name for name in names if name.endswith(("q_proj", "v_proj"))] for names in alike(full)) == [
+    assert next([name for name in names if name.endswith(("q_proj", "v_proj"))] for names in group_by_input(full)) == [
         "model.layers.0.self_attn.q_proj",
         "model.layers.0.self_attn.v_proj",
     ]

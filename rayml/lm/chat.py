@@ -1,4 +1,4 @@
-"""Dialogues: turns as the model's own chat template writes them, of which the assistant's are learned."""
+"""Dialogues, written by the model's own chat template; the assistant's turns are the targets."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -14,37 +14,35 @@ from rayml.tasks.kinds import CHAT
 Turns = Sequence[tuple[str, str]]
 """(role, text)."""
 ANSWERS = {"enable_thinking": False}
-"""The template's own way to have learned turns answered at once: an empty thought then stands in what asks for them."""
+"""Template arguments for answers without a thought: where the template knows thoughts, an empty one precedes them."""
 
 
 def chat_text(tokenizer: Any, turns: Turns, asks: bool = False, **arguments: bool) -> str:
-    """Return turns as the chat template writes them; with `asks`, up to where the assistant's answer begins.
-
-    What looks like a special token in a turn is marked: it is text (`rayml.lm.tokens`).
+    """Return turns as the chat template writes them, with special tokens that were typed marked (`rayml.lm.tokens`).
 
     Args:
+        asks: end the text where the assistant's next answer begins.
         arguments: of the template.
 
     Raises:
-        DataError: the template refuses them, or leaves out what a turn says.
+        DataError: the template refuses the turns, or leaves out the text of one.
     """
     template = own_template(tokenizer) or CHAT
-    said = [(role, marked(tokenizer, text)) for role, text in turns]
+    marked_turns = [(role, marked(tokenizer, text)) for role, text in turns]
     try:
-        text = rendered(tokenizer, template, said, takes_parts(tokenizer, template), asks, arguments)
+        text = render(tokenizer, template, marked_turns, takes_parts(tokenizer, template), asks, arguments)
     except (TemplateError, TypeError, ValueError) as error:
         raise DataError(f"the model's chat template refuses a dialogue ({turns[0][1][:60]!r}): {error}") from None
-    if lost := left_out(text, said, asks):
+    if missing := first_missing(text, marked_turns, asks):
+        role, said = missing
         raise DataError(
-            f"the model's chat template leaves out what the {lost[0]} says ({plain(lost[1])[:60]!r}); use another "
-            "template, or rows of input and target"
+            f"the model's chat template leaves out what the {role} says ({plain(said)[:60]!r}); use another template, "
+            "or rows of input and target"
         )
     return text
 
 
-def rendered(
-    tokenizer: Any, template: str, turns: Turns, in_parts: bool, asks: bool, arguments: dict[str, bool]
-) -> str:
+def render(tokenizer: Any, template: str, turns: Turns, in_parts: bool, asks: bool, arguments: dict[str, bool]) -> str:
     messages = [
         {"role": role, "content": [{"type": "text", "text": text}] if in_parts else text} for role, text in turns
     ]
@@ -55,37 +53,37 @@ def rendered(
 
 @lru_cache(maxsize=16)
 def takes_parts(tokenizer: Any, template: str) -> bool:
-    """Return whether a template reads a turn's content in parts, as those of models that see images do."""
+    """Return whether a template expects a turn's content in parts, as those of models that see images do."""
     turns = [("user", "\ufdd4"), ("assistant", "\ufdd5")]
     for in_parts in (False, True):
         try:
-            if not left_out(rendered(tokenizer, template, turns, in_parts, False, {}), turns, False):
+            if not first_missing(render(tokenizer, template, turns, in_parts, False, {}), turns, False):
                 return in_parts
-        except (TemplateError, TypeError, ValueError):  # such as a template that takes the first part of a text
+        except (TemplateError, TypeError, ValueError):  # the template may index into a text as if it were parts
             continue
     return False
 
 
-def left_out(text: str, turns: Turns, asks: bool) -> tuple[str, str] | None:
-    """Return the first turn whose text does not stand in a rendered dialogue, in its place.
+def first_missing(text: str, turns: Turns, asks: bool) -> tuple[str, str] | None:
+    """Return the first turn whose text is missing from a rendered dialogue, or out of order.
 
-    Where an answer is asked for, what the assistant thought before earlier ones may be gone, as templates have it.
+    If an answer is asked for, templates may drop the thoughts before the assistant's earlier answers.
     """
-    place = 0
+    end = 0
     for role, said in turns:
-        kept = said.rpartition("</think>")[2] if asks and role == "assistant" else said
-        found = text.find(kept.strip(), place)
-        if found < 0:
+        expected = said.rpartition("</think>")[2] if asks and role == "assistant" else said
+        begin = text.find(expected.strip(), end)
+        if begin < 0:
             return role, said
-        place = found + len(kept.strip())
+        end = begin + len(expected.strip())
     return None
 
 
 def own_template(tokenizer: Any) -> str | None:
-    """Return the model's chat template: of several that called `default`, as transformers takes it.
+    """Return the model's chat template; of several, the one called `default`, as in transformers.
 
     Raises:
-        DataError: there are several, and none is called so.
+        DataError: there are several, and none is called `default`.
     """
     template = tokenizer.chat_template
     if isinstance(template, dict) and len(template) == 1:
@@ -98,60 +96,58 @@ def own_template(tokenizer: Any) -> str | None:
 
 
 def chat_prompt(tokenizer: Any, turns: Turns, **arguments: bool) -> list[int]:
-    """Return the tokens that the assistant's answer to these turns is written behind."""
+    """Return the prompt tokens for generating the assistant's answer to these turns."""
     return tokenize(tokenizer, chat_text(tokenizer, turns, asks=True, **arguments), add_special_tokens=False)[0]
 
 
 def answer_spans(tokenizer: Any, turns: Turns) -> tuple[str, list[tuple[int, int]]]:
-    """Return the dialogue's marked text, and each of the assistant's turns, with what ends it, as characters of the
-    plain one.
+    """Return the dialogue's marked text, and the span of each of the assistant's turns in the plain text.
 
-    Templates that mark the assistant's turns (`{% generation %}`) are few, so a turn is what its text adds to the text
-    that asks for it.
+    A span includes what ends the turn. Few templates mark the assistant's turns (`{% generation %}`), so a turn is what
+    it adds to the text that asks for it.
 
     Raises:
-        DataError: the template writes the beginning of a dialogue otherwise when more follows.
+        DataError: the template writes the beginning of a dialogue differently when more turns follow.
     """
     whole = chat_text(tokenizer, turns, **ANSWERS)
-    found = []
+    spans = []
     for position, (role, _) in enumerate(turns):
         if role == "assistant":
             begin, end = (chat_text(tokenizer, turns[: position + more], not more, **ANSWERS) for more in (0, 1))
             if not (whole.startswith(begin) and whole.startswith(end)):
                 raise DataError(
                     "the model's chat template changes earlier turns when later ones follow, so the assistant's "
-                    f"cannot be told: {turns[0][1][:60]!r}; use rows of input and target"
+                    f"turns cannot be located: {turns[0][1][:60]!r}; use rows of input and target"
                 )
-            found.append((len(plain(begin)), len(plain(end.rstrip()))))
-    return whole, found
+            spans.append((len(plain(begin)), len(plain(end.rstrip()))))
+    return whole, spans
 
 
 def chat_row(tokenizer: Any, turns: Turns, max_tokens: int) -> TokenRow:
-    """Return a dialogue's row, whose targets are the assistant's turns; a long one loses its beginning.
+    """Return a dialogue's row, whose targets are the assistant's turns; a long dialogue loses its beginning.
 
     Raises:
-        DataError: as above, or the last turn alone is too long.
+        DataError: as in `answer_spans`, or the last turn alone is too long.
     """
     text, spans = answer_spans(tokenizer, turns)
-    if not own_template(tokenizer):  # whose own would end a turn with a token that a text ends with
+    if not own_template(tokenizer):  # a model's own template ends a turn with a token that ends the text
         text += tokenizer.eos_token
         spans[-1] = spans[-1][0], len(plain(text))
     tokens, offsets = tokenize(tokenizer, text, add_special_tokens=False)
-    said = [any(first < stop and last > start for start, stop in spans) for first, last in offsets]
-    if not any(said):
-        raise DataError(f"the model's chat template leaves no token to learn of {turns[-1][1][:60]!r}")
-    last = max(position for position, mine in enumerate(said) if mine)
-    tokens, said = tokens[: last + 1], said[: last + 1]
+    is_target = [any(first < stop and last > start for start, stop in spans) for first, last in offsets]
+    if not any(is_target):
+        raise DataError(f"the model's chat template leaves no token to learn from {turns[-1][1][:60]!r}")
+    last = max(position for position, targeted in enumerate(is_target) if targeted)
+    tokens, is_target = tokens[: last + 1], is_target[: last + 1]
     cut = max(0, len(tokens) - max_tokens)
-    begins = next(
-        position for position, (first, end) in enumerate(offsets) if first < spans[-1][1] and end > spans[-1][0]
-    )
-    if cut >= begins:
+    start, stop = spans[-1]
+    last_turn = next(position for position, (first, end) in enumerate(offsets) if first < stop and end > start)
+    if cut >= last_turn:
         raise DataError(
             f"the assistant's turn {turns[-1][1][:60]!r} leaves no room for what it answers within "
             f"data.max_tokens={max_tokens}; raise it or shorten the turn"
         )
-    tokens, said = tokens[cut:], said[cut:]
-    start = next(position for position in range(1, len(said)) if said[position])
-    loss_masked = tuple(position for position in range(start, len(said)) if not said[position])
+    tokens, is_target = tokens[cut:], is_target[cut:]
+    start = next(position for position in range(1, len(tokens)) if is_target[position])
+    loss_masked = tuple(position for position in range(start, len(tokens)) if not is_target[position])
     return TokenRow(tokens, start, loss_masked)

@@ -1,4 +1,4 @@
-"""From an episode's text to rows of tokens, as plain lists that Ray Data can carry."""
+"""Turn an episode's text into rows of tokens, as plain lists that Ray Data can carry."""
 
 import random
 from collections.abc import Iterable, Sequence
@@ -19,7 +19,7 @@ from rayml.tasks.task import Example, Parts, Task
 from rayml.tasks.templates import render
 
 CHANNEL = "Label: {}\nText:"
-"""What stands before the input where the input is scored, given a label."""
+"""The text before the input when the input is scored given a label (`data.scoring: channel`)."""
 NO_TEXT = Example("", "")
 
 
@@ -27,14 +27,14 @@ NO_TEXT = Example("", "")
 class Encoder:
     """How examples are shown to the model.
 
-    A label stands behind one space, and ends where it ends: options are scored against each other. Only where one label
-    begins another ("card", "card lost") each of them ends with the end-of-sequence token, as free text always does. A
+    A label follows one space. It needs no end-of-sequence token, since options are scored against each other; only
+    where one label is the prefix of another ("card", "card lost") all labels get one, as free text always does. A
     dialogue is written by the model's own chat template.
     """
 
     tokenizer: Any
     prompt: str
-    """Jinja: what stands before the target."""
+    """Jinja template of the text before the target."""
     max_tokens: int
     label_loss: str = "options"
     in_context: bool = False
@@ -42,32 +42,35 @@ class Encoder:
     token_dropout: float = 0.0
     kind: str = ""
     ensemble: tuple[str, ...] = ()
-    """More prompts that options are asked with: the mean of the log-probabilities counts (PET, Schick and Schütze 2021,
-    arXiv 2001.07676)."""
+    """Further prompts for scoring options; the log-probabilities are averaged over all prompts (PET, Schick and
+    Schütze 2021, arXiv 2001.07676)."""
     scoring: str = "learned"
     templates: tuple[tuple[str, tuple[str, ...]], ...] = ()
-    """(kind, or pattern of tasks, prompts) that `of` chooses among."""
+    """(kind or task pattern, prompts) pairs that `of` chooses from."""
     labels: LabelScheme = "words"
     soft_tokens: int = 0
-    """That every row begins with (`rayml.lm.soft_prompt`), beside the tokens that it may have."""
+    """How many soft tokens every row begins with (`rayml.lm.soft_prompt`); `max_tokens` does not count them."""
     ends_labels: bool = False
-    """Labels, too, end with the end-of-sequence token (`among`)."""
+    """Labels end with the end-of-sequence token, too (`among`)."""
 
     def of(self, task: str, kind: str, labels: Iterable[str] = ()) -> "Encoder":
-        """Return the encoder of a task: its templates are its own, or else its kind's, or else the prompt.
+        """Return the encoder of a task.
+
+        Its prompts are the templates for the task, or else those for its kind, or else the default ones.
 
         Args:
-            labels: as the model sees them; of an episode, those of its classes.
+            labels: as the model sees them; for an episode, those of its classes.
         """
         by_task = [prompts for key, prompts in self.templates if key not in KINDS and fnmatchcase(task, key)]
         by_kind = [prompts for key, prompts in self.templates if key == kind]
-        own = KINDS[kind].prompt if kind in KINDS and not self.sentences else ""
-        prompts = (by_task or by_kind or [(own or self.prompt, *(() if own else self.ensemble))])[0]
+        kind_prompt = KINDS[kind].prompt if kind in KINDS and not self.sentences else ""
+        default = (kind_prompt,) if kind_prompt else (self.prompt, *self.ensemble)
+        prompts = (by_task or by_kind or [default])[0]
         return replace(self, prompt=prompts[0], ensemble=prompts[1:], kind=kind).among(labels)
 
     def among(self, labels: Iterable[str]) -> "Encoder":
-        """Return the encoder of these labels: where one begins another, what tells them apart is that it ends."""
-        ends = self.label_loss == "options" and one_begins_another(labels)
+        """Return the encoder of these labels, which end with a token of their own if one is the prefix of another."""
+        ends = self.label_loss == "options" and one_is_prefix(labels)
         return self if ends == self.ends_labels else replace(self, ends_labels=ends)
 
     @property
@@ -77,7 +80,7 @@ class Encoder:
 
     @property
     def writes_text(self) -> bool:
-        """Whether texts can be written, and not only labels chosen."""
+        """Whether the model can write texts, and not only choose among labels."""
         return not (self.is_masked or self.sentences)
 
     @property
@@ -87,29 +90,31 @@ class Encoder:
 
     @property
     def pad(self) -> int:
-        """The token that rows are filled up with."""
+        """The token that rows are padded with."""
         if self.sentences:
             return self.tokenizer.pad_token_id or 0
         return self.tokenizer.pad_token_id if self.is_masked else self.tokenizer.eos_token_id
 
-    def row(self, example: Example, is_label: bool, shown: Sequence[Example] = (), spared: int = 0) -> TokenRow:
-        """Return the row of an example behind those `shown` in its prompt; each adds to the length that is allowed.
+    def row(self, example: Example, is_label: bool, shown: Sequence[Example] = (), reserve: int = 0) -> TokenRow:
+        """Return the row of an example, with the examples `shown` before it in the prompt.
 
         Args:
-            spared: tokens that the row shall stay below that length.
+            shown: each of them adds `max_tokens` to the allowed length.
+            reserve: tokens of the allowed length to leave unused.
         """
-        most = self.max_tokens * (len(shown) + 1) - spared
+        max_tokens = self.max_tokens * (len(shown) + 1) - reserve
         if self.kind == "dialogue" and example.parts:
-            return self._softened(chat_row(self.tokenizer, [turn for e in (*shown, example) for turn in e.parts], most))
-        return self._encode(self._prompt(example, shown), example, is_label, most)
+            turns = [turn for e in (*shown, example) for turn in e.parts]
+            return self._add_soft_tokens(chat_row(self.tokenizer, turns, max_tokens))
+        return self._encode(self._prompt(example, shown), example, is_label, max_tokens)
 
     def rows(self, examples: Iterable[Example], is_label: bool, shown: Sequence[Example] = ()) -> list[TokenRow]:
         return [self.row(example, is_label, shown) for example in examples]
 
     def asked(self, example: Example, shown: Sequence[Example] = ()) -> list[int]:
-        """Return the tokens that an answer is written behind; the example's own target is not looked at."""
+        """Return the prompt tokens for generating an answer; the example's own target is ignored."""
         if self.kind == "dialogue":
-            turns = [*(turn for one in shown for turn in one.parts), *(example.parts[:-1] or [("user", example.input)])]
+            turns = [*(turn for e in shown for turn in e.parts), *(example.parts[:-1] or [("user", example.input)])]
             tokens = chat_prompt(self.tokenizer, turns, **ANSWERS)[-self.max_tokens * (len(shown) + 1) :]
             return [*soft_tokens(self.soft_tokens), *tokens]
         row = self.row(replace(example, target="."), is_label=False, shown=shown)
@@ -118,118 +123,123 @@ class Encoder:
     def option_rows(
         self, examples: Iterable[Example], options: Sequence[str], shown: Sequence[Example] = ()
     ) -> list[list[TokenRow]]:
-        """Return, for every example, a row with each option as its target, all behind the same prompt."""
-        own = self.among(options)
-        return [own._alike([relabel(example, option) for option in options], shown) for example in examples]
+        """Return, for every example, a row with each option as its target, all after the same prompt."""
+        encoder = self.among(options)
+        return [encoder._rows_of_one_prompt([relabel(e, option) for option in options], shown) for e in examples]
 
     def ensemble_rows(
         self, examples: Sequence[Example], options: Sequence[str], shown: Sequence[Example] = ()
     ) -> list[tuple[float, list[list[TokenRow]]]]:
-        """Return the prompts of the ensemble, each with its weight: rows as `option_rows` returns them.
+        """Return each prompt of the ensemble as (weight, rows), with rows as `option_rows` returns them.
 
-        An option's score is the weighted sum of its log-probabilities. One prompt for each template; and for `pmi` one
-        more without the input, that counts against it (PMI_DC, Holtzman et al. 2021, arXiv 2104.08315).
+        An option's score is the weighted sum of its log-probabilities. Each template is one prompt. `pmi` adds one
+        without the input, with a negative weight (PMI_DC, Holtzman et al. 2021, arXiv 2104.08315).
         """
-        found = []
-        if self.sentences:  # whatever the options are
+        if self.sentences:  # a text's vector does not depend on the options
             return [(1.0, [[self.row(example, is_label=True)] for example in examples])]
+        prompts, weight = [], 1 / (1 + len(self.ensemble))
         for prompt in (self.prompt, *self.ensemble):
-            asked, share = replace(self, prompt=prompt), 1 / (1 + len(self.ensemble))
+            encoder = replace(self, prompt=prompt)
             if self.scoring == "channel":
-                found.append((share, [[asked._channel_row(e, option) for option in options] for e in examples]))
+                prompts.append((weight, [[encoder._channel_row(e, option) for option in options] for e in examples]))
                 continue
-            found.append((share, asked.option_rows(examples, options, shown)))
+            prompts.append((weight, encoder.option_rows(examples, options, shown)))
             if self.scoring == "pmi":
-                found.append((-share, asked.option_rows([blank(e) for e in examples], options)))
-        return found
+                prompts.append((-weight, encoder.option_rows([without_input(e) for e in examples], options)))
+        return prompts
 
     def _channel_row(self, example: Example, option: str) -> TokenRow:
-        """Return the row of an input behind a label: how probable the label makes it (noisy channel, Min et al. 2022,
-        arXiv 2108.04106)."""
+        """Return a row with the label as prompt and the input as target.
+
+        It scores how probable the label makes the input (noisy channel, Min et al. 2022, arXiv 2108.04106).
+        """
         label, text = (marked(self.tokenizer, part) for part in (option, example.input.strip()))
         row = encode(self.tokenizer, CHANNEL.format(label), f" {text}", False, 10**9)
-        return self._softened(TokenRow(row.tokens[: self.max_tokens], row.start))
+        return self._add_soft_tokens(TokenRow(row.tokens[: self.max_tokens], row.start))
 
-    def _alike(self, examples: Sequence[Example], shown: Sequence[Example]) -> list[TokenRow]:
+    def _rows_of_one_prompt(self, examples: Sequence[Example], shown: Sequence[Example]) -> list[TokenRow]:
+        """Return the rows of examples that differ in the target alone, all with the same prompt."""
         rows = [self.row(example, is_label=True, shown=shown) for example in examples]
         if len({row.start for row in rows}) == 1:
             return rows
-        # A long text was cut, and for longer options by more: all shall see what the longest leaves of it.
+        # A long text was cut, and more so for longer options: cut it for all options as for the longest.
         lengths = [len(row.tokens) - row.start for row in rows]
-        spared = [max(lengths) - length for length in lengths]
-        return [self.row(e, is_label=True, shown=shown, spared=n) for e, n in zip(examples, spared, strict=True)]
+        reserves = [max(lengths) - length for length in lengths]
+        return [self.row(e, is_label=True, shown=shown, reserve=n) for e, n in zip(examples, reserves, strict=True)]
 
     def with_token_dropout(self, example: Example, is_label: bool, rng: random.Random) -> TokenRow:
-        """Return the row of an example without some of its input's tokens, each left out by `token_dropout`."""
-        prompt = self._prompt(example)
-        inside: set[int] = set()
-        for text in [text for _, text in example.parts] or [example.input]:
-            first = plain(prompt).find(text)
-            inside |= set(range(first, first + len(text))) if first >= 0 else set()
-
-        def keep(character: int) -> bool:
-            return character not in inside or rng.random() >= self.token_dropout
-
+        """Return the row of an example, with each token of its input left out with probability `token_dropout`."""
         if self.kind == "dialogue":
             return self.row(example, is_label)
+        prompt = self._prompt(example)
+        input_characters: set[int] = set()
+        for text in [text for _, text in example.parts] or [example.input]:
+            first = plain(prompt).find(text)
+            input_characters |= set(range(first, first + len(text))) if first >= 0 else set()
+
+        def keep(character: int) -> bool:
+            return character not in input_characters or rng.random() >= self.token_dropout
+
         return self._encode(prompt, example, is_label, self.max_tokens, keep)
 
     def _prompt(self, example: Example, shown: Sequence[Example] = ()) -> str:
-        before = "".join(f"{self._answered(e, marked(self.tokenizer, e.target.strip()))}\n\n" for e in shown)
+        shots = "".join(f"{self._fill_answer(e, marked(self.tokenizer, e.target.strip()))}\n\n" for e in shown)
         if self.is_masked:
-            return before + self._answered(example, self.tokenizer.mask_token)
-        return before + render(self.prompt, marked_example(self.tokenizer, example))
+            return shots + self._fill_answer(example, self.tokenizer.mask_token)
+        return shots + render(self.prompt, marked_example(self.tokenizer, example))
 
-    def _answered(self, example: Example, answer: str) -> str:
-        """Return the prompt with an answer where its mask is, or else behind it."""
+    def _fill_answer(self, example: Example, answer: str) -> str:
+        """Return the prompt with an answer in place of its mask, or at its end if it has none."""
         text = render(self.prompt, marked_example(self.tokenizer, example), mask=BLANK)
         return text.replace(BLANK, answer) if BLANK in text else f"{text} {answer}"
 
-    def _encode(self, prompt: str, example: Example, is_label: bool, most: int, keep: Any = None) -> TokenRow:
+    def _encode(self, prompt: str, example: Example, is_label: bool, max_tokens: int, keep: Any = None) -> TokenRow:
         if self.sentences:
-            return sentence_row(self.tokenizer, self.sentences, plain(prompt), most, keep)
+            return sentence_row(self.tokenizer, self.sentences, plain(prompt), max_tokens, keep)
         target = marked(self.tokenizer, example.target.strip())
         if self.is_masked:
-            return masked_row(self.tokenizer, prompt, target, is_label, most, keep)
+            return masked_row(self.tokenizer, prompt, target, is_label, max_tokens, keep)
         ends = self.ends_labels or not is_label
-        return self._softened(encode(self.tokenizer, prompt, f" {target}", ends, most, keep))
+        return self._add_soft_tokens(encode(self.tokenizer, prompt, f" {target}", ends, max_tokens, keep))
 
-    def _softened(self, row: TokenRow) -> TokenRow:
+    def _add_soft_tokens(self, row: TokenRow) -> TokenRow:
         count = self.soft_tokens
         loss_masked = tuple(position + count for position in row.loss_masked)
         return TokenRow([*soft_tokens(count), *row.tokens], row.start + count, loss_masked) if count else row
 
-    def competing(self, labels: Iterable[str], like: Example = NO_TEXT) -> list[list[int]]:
-        """Return the tokens of labels that are chosen among (`rayml.lm.label_trie`); none where that is the vocabulary.
+    def competing(self, labels: Iterable[str], example: Example = NO_TEXT) -> list[list[int]]:
+        """Return the tokens of labels that compete with each other (`rayml.lm.label_trie`).
+
+        The list is empty if labels compete with the whole vocabulary instead.
 
         Args:
-            like: an example of the task, where inputs have parts; its texts do not matter.
+            example: one of the task, if inputs have parts; its texts do not matter.
         """
-        return self.told_apart(self.label_tokens(labels, like))
+        return self.as_choices(self.label_tokens(labels, example))
 
-    def label_tokens(self, labels: Iterable[str], like: Example = NO_TEXT) -> list[list[int]]:
-        """Return each label's tokens, as they stand behind the prompt; `like` as in `competing`."""
+    def label_tokens(self, labels: Iterable[str], example: Example = NO_TEXT) -> list[list[int]]:
+        """Return each label's tokens as they follow the prompt; `example` as in `competing`."""
         labels = list(labels)
-        own = self.among(labels)
-        rows = [own.row(relabel(blank(like), label), is_label=True) for label in labels]
+        encoder = self.among(labels)
+        rows = [encoder.row(relabel(without_input(example), label), is_label=True) for label in labels]
         return [row.tokens[row.start :] for row in rows]
 
-    def told_apart(self, labels: list[list[int]]) -> list[list[int]]:
-        """Return the labels' tokens if labels are to be chosen among, and can be, else none."""
+    def as_choices(self, labels: list[list[int]]) -> list[list[int]]:
+        """Return the labels' tokens if a target is chosen among them, token by token; else an empty list."""
         return labels if self.label_loss == "options" and all(labels) and can_tell_apart(labels) else []
 
     def episode(self, episode: Episode) -> dict[str, Any]:
-        """Return the episode for training, as one row of a data set; `decode_rows` takes the two sides back."""
-        is_label, own = bool(episode.labels), self.of(episode.task, episode.kind, episode.labels)
+        """Return the episode for training as one row of a data set; `decode_rows` reads the two sides back."""
+        is_label, encoder = bool(episode.labels), self.of(episode.task, episode.kind, episode.labels)
         rng = random.Random(f"{episode.task}/{episode.index}")
         sides = {
-            "support": [own.with_token_dropout(e, is_label, rng) for e in episode.support]
+            "support": [encoder.with_token_dropout(e, is_label, rng) for e in episode.support]
             if self.token_dropout
-            else own.rows(episode.support, is_label),
-            "query": own.rows(episode.query, is_label, episode.support if self.in_context else ()),
+            else encoder.rows(episode.support, is_label),
+            "query": encoder.rows(episode.query, is_label, episode.support if self.in_context else ()),
         }
-        record: dict[str, Any] = {"index": episode.index, "task": episode.task}
-        record["labels"] = own.competing(episode.labels, episode.support[0])
+        labels = encoder.competing(episode.labels, episode.support[0])
+        record: dict[str, Any] = {"index": episode.index, "task": episode.task, "labels": labels}
         for side, rows in sides.items():
             record[side] = {
                 "tokens": [row.tokens for row in rows],
@@ -241,53 +251,52 @@ class Encoder:
         return record
 
     def check(self, tasks: Iterable[Task]) -> None:
-        """Raise DataError for every task whose template does not fit it, and every target that cannot be learned."""
+        """Raise one DataError that names all templates that do not fit their task, and all unlearnable targets."""
         errors = []
         for task in tasks:
-            own = self.of(task.name, task.kind)
-            # One of every target, and one of every set of parts: the others are no different.
-            some = {e.target: e for e in task.examples} | {fields(e.parts): e for e in task.examples}
-            dialogues = task.kind == "dialogue"
-            alike = own.alike(task.options, task.examples[0])
-            errors += [f"task {task.name!r}: {alike}"] if alike else []
-            for example in task.examples if dialogues else some.values():
+            encoder, is_dialogue = self.of(task.name, task.kind), task.kind == "dialogue"
+            if problem := encoder.alike(task.options, task.examples[0]):
+                errors.append(f"task {task.name!r}: {problem}")
+            # One example of every target, and of every set of parts, stands for all.
+            samples = {e.target: e for e in task.examples} | {fields(e.parts): e for e in task.examples}
+            for example in task.examples if is_dialogue else samples.values():
                 try:
-                    seen = relabel(example, "A" if task.options and self.labels == "letters" else None)
-                    own.row(seen if dialogues else blank(seen), bool(task.options))
-                    for prompt in own.ensemble:
+                    labelled = relabel(example, "A" if task.options and self.labels == "letters" else None)
+                    encoder.row(labelled if is_dialogue else without_input(labelled), bool(task.options))
+                    for prompt in encoder.ensemble:
                         render(prompt, example)
                 except DataError as error:
                     errors.append(f"task {task.name!r}: {error}")
         if errors:
             raise DataError("targets, or prompts, that cannot be learned:\n  " + "\n  ".join(errors[:20]))
 
-    def alike(self, labels: Sequence[str], like: Example = NO_TEXT) -> str:
-        """Return which labels are the same tokens to the model, and what to do; "" where it tells all apart.
+    def alike(self, labels: Sequence[str], example: Example = NO_TEXT) -> str:
+        """Return a message that names two labels with the same tokens; "" if all labels differ.
 
-        Such are labels of a script that its vocabulary does not have, and those that differ by what it leaves out, such
-        as case.
+        Labels in a script that the vocabulary lacks have the same tokens, as have labels that differ only in what the
+        tokenizer drops, such as case.
         """
-        first: dict[tuple[int, ...], str] = {}
+        by_tokens: dict[tuple[int, ...], str] = {}
         for label in labels if self.labels == "words" and not self.sentences else ():
             try:
-                row = self.row(relabel(blank(like), label), is_label=True)
+                row = self.row(relabel(without_input(example), label), is_label=True)
             except DataError as error:
                 return str(error)
-            other = first.setdefault(tuple(row.tokens[row.start :]), label)
+            other = by_tokens.setdefault(tuple(row.tokens[row.start :]), label)
             if other != label:
                 advice = "rename one, or use data.labels=letters"
                 return f"labels {other!r} and {label!r} are the same tokens to this model; {advice}"
         return ""
 
 
-def one_begins_another(labels: Iterable[str]) -> bool:
-    """Return whether some label is the beginning of another; case is nothing to some tokenizers."""
-    ordered = sorted(label.strip().casefold() for label in labels)  # a beginning stands right before what begins so
+def one_is_prefix(labels: Iterable[str]) -> bool:
+    """Return whether a label is the prefix of another, in any case: some tokenizers drop case."""
+    ordered = sorted(label.strip().casefold() for label in labels)  # a prefix sorts right before what it begins
     return any(longer.startswith(label) for label, longer in pairwise(ordered))
 
 
-def blank(example: Example) -> Example:
-    """Return an example with nothing in its input, nor in the input's parts."""
+def without_input(example: Example) -> Example:
+    """Return an example with empty texts as its input and the input's parts."""
     return replace(example, input="", parts=tuple((name, "") for name, _ in example.parts))
 
 
@@ -296,6 +305,6 @@ def fields(parts: Parts) -> tuple[str, ...]:
 
 
 def class_numbers(episode: Episode, side: str) -> list[int]:
-    """Return the index of each example's label among the episode's labels; nothing for free text."""
-    labels = {label: position for position, label in enumerate(episode.labels)}
-    return [labels[example.target] for example in getattr(episode, side) if labels]
+    """Return the index of each example's label among the episode's labels; an empty list for free text."""
+    numbers = {label: number for number, label in enumerate(episode.labels)}
+    return [numbers[example.target] for example in getattr(episode, side) if numbers]

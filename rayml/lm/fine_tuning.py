@@ -1,10 +1,11 @@
-"""What is special about inner steps: rates and unfreezing that go by a tensor's depth, and adversarial examples.
+"""Variants of inner steps: learning rates and unfreezing by layer, and adversarial examples.
 
-Rates fall from layer to layer, and layers are unfrozen one after the other (ULMFiT, Howard and Ruder 2018, arXiv
-1801.06146). The support is also learned as a small step on the embeddings makes it worst.
+Rates decay from layer to layer, and layers are unfrozen one after the other (ULMFiT, Howard and Ruder 2018, arXiv
+1801.06146).
 
-That is the fast gradient method (Miyato et al. 2017, arXiv 1605.07725): `e + epsilon * g / |g|`, g the loss's gradient
-at the embeddings e. Here the step's length is a share of the row's own, so that it means the same for every model.
+Adversarial examples come from the fast gradient method (Miyato et al. 2017, arXiv 1605.07725): the embeddings e become
+`e + epsilon * g / |g|`, where g is the gradient of the loss at e. Here epsilon is relative to the norm of a row's
+embeddings, so that it means the same for every model.
 """
 
 from collections.abc import Callable
@@ -21,57 +22,57 @@ from rayml.lm.sides import TaskSide
 
 
 def depth_of(model: Any, name: str) -> int:
-    """Return the layer of a tensor: -1 for embeddings and prompts, the last for the final norm and the output head."""
+    """Return the layer number of a tensor: -1 for embeddings and prompts, the last for the final norm and the head."""
     if in_a_layer(name):
         return layer_number(name)
-    behind_layers = False
+    after_layers = False
     for parameter in dict(model.named_parameters()):
         if parameter == name:
             break
-        behind_layers |= in_a_layer(parameter)
+        after_layers |= in_a_layer(parameter)
     else:
         return -1
     is_embedding = model.get_parameter(name) is model.get_input_embeddings().weight
-    return model.config.num_hidden_layers - 1 if behind_layers and not is_embedding else -1
+    return model.config.num_hidden_layers - 1 if after_layers and not is_embedding else -1
 
 
 def rate_factors(model: Any, names: Params, decay: float) -> dict[str, float]:
-    """Return a factor on each tensor's inner rate: `decay` to the power of the layers above it."""
+    """Return a factor for each tensor's inner rate: `decay` to the power of the number of layers above it."""
     top = model.config.num_hidden_layers - 1
     return {name: decay ** (top - depth_of(model, name)) for name in names} if decay != 1 else {}
 
 
 def gradual_unfreezing(losses: TaskLosses, model: Any, every: int) -> TaskLosses:
-    """Return losses of one inner loop in which the top layer learns from the first step, each `every` steps one more.
+    """Return losses in which one more layer learns every `every` inner steps, from the top layer down.
 
-    What is frozen still has no gradient. They count their calls: one for each step.
+    They detach what is still frozen. They count their calls as steps, so they serve one inner loop only.
     """
     depths: dict[str, int] = {}
     top, calls = model.config.num_hidden_layers - 1, 0
 
-    def of_step(weights: Params) -> Tensor:
+    def unfrozen_losses(weights: Params) -> Tensor:
         nonlocal calls
         lowest, calls = top - calls // every, calls + 1
         for name in weights.keys() - depths.keys():
             depths[name] = depth_of(model, name)
         return losses({name: w if depths[name] >= lowest else w.detach() for name, w in weights.items()})
 
-    return of_step
+    return unfrozen_losses
 
 
 def adversarial(losses: TaskLosses, lm: TaskLM, batch: TaskBatch, epsilon: float) -> TaskLosses:
-    """Return the mean of some losses and of the same after the worst step of length `epsilon * |e|` for every row.
+    """Return the mean of losses on clean and on adversarial embeddings, shifted by `epsilon * |e|` in every row.
 
     Args:
         losses: of this batch, whose rows hold one example each.
         epsilon: above 0.
     """
-    lm.try_out()  # what it tries is not to be shifted
+    lm.try_out()  # its trial forwards must not be shifted
 
-    def both(weights: Params) -> Tensor:
-        shift = Shift(lm)
+    def mean_losses(weights: Params) -> Tensor:
+        shift = EmbeddingShift(lm)
         try:
-            batch.frozen.clear()  # what the lowest layers made of the tokens alone
+            batch.frozen.clear()  # the frozen layers' output depends on the shift
             clean = losses(weights)
             assert shift.value is not None, "the forward set it"
             (gradient,) = torch.autograd.grad(clean.sum(), shift.value, retain_graph=True)
@@ -84,11 +85,11 @@ def adversarial(losses: TaskLosses, lm: TaskLM, batch: TaskBatch, epsilon: float
             batch.frozen.clear()
             shift.hook.remove()
 
-    return both
+    return mean_losses
 
 
-class Shift:
-    """What is added to the embeddings, `[N, L, d]`: zero at first, to learn its gradient."""
+class EmbeddingShift:
+    """A hook that adds `value` `[N, L, d]` to the embeddings: zero in the first forward, which gives its gradient."""
 
     def __init__(self, lm: TaskLM):
         self.value: Tensor | None = None
@@ -103,16 +104,16 @@ class Shift:
 
 
 def special_steps(support: TaskSide, unfreeze_every: int, epsilon: float = 0.0) -> Callable[[TaskLosses], TaskLosses]:
-    """Return what makes of losses of the support those that an inner loop descends.
+    """Return a function from losses of the support to the losses that an inner loop descends.
 
     Args:
-        unfreeze_every: steps after which one more layer learns (`rayml.lm.fine_tuning`); 0, and all do.
-        epsilon: of the adversarial step, in meta-training.
+        unfreeze_every: steps after which one more layer learns; with 0 all layers learn from the start.
+        epsilon: of the adversarial step, in meta-training; 0 for none.
     """
 
-    def special(losses: TaskLosses) -> TaskLosses:
+    def wrap(losses: TaskLosses) -> TaskLosses:
         if epsilon:
             losses = adversarial(losses, support.lm, support.batch, epsilon)
         return gradual_unfreezing(losses, support.lm.module, unfreeze_every) if unfreeze_every else losses
 
-    return special
+    return wrap

@@ -1,7 +1,8 @@
-"""The frozen layers below the first adapted one: what they make of a batch depends on its tokens alone.
+"""The frozen layers below the first adapted one, whose output depends on a batch's tokens alone.
 
-So it is computed once for each batch, however many inner steps and scorings follow: with adapters in the last 10 of 30
-layers, every forward after the first runs 10. And where examples come back in later episodes, once for all of training.
+It is computed once for each batch, however many inner steps and scorings follow: with adapters in the last 10 of 30
+layers, every forward after the first runs 10. Where examples come back in later episodes, it is computed once for all
+of training.
 """
 
 import math
@@ -22,11 +23,11 @@ if TYPE_CHECKING:
 
 P = TypeVar("P")
 BLOCK_TOKENS = 2048
-"""Of examples that go through the layers together, when all of them do."""
+"""Tokens that go through the layers in one forward when the states of all examples are computed."""
 
 
-class _AllIsKnown(Exception):  # noqa: N818
-    """The layers have run: what lies above them need not."""
+class _StopForward(Exception):  # noqa: N818
+    """Ends a forward above the frozen layers."""
 
 
 class FrozenLayers:
@@ -34,7 +35,7 @@ class FrozenLayers:
 
     def __init__(self, model: Any, count: int):
         self.slot: list[Tensor] | None = None
-        self.is_enough = False
+        self.stops = False
         layers = decoder_layers(model)[:count]
         for index, layer in enumerate(layers):
             layer.forward = self._skippable(layer.forward, is_first=index == 0)
@@ -44,8 +45,8 @@ class FrozenLayers:
         def run(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             if not self.slot:
                 return forward(hidden_states, *args, **kwargs)
-            # The first gives what is known, so that every layer above has it as its input, and a checkpointed
-            # backward finds it there.
+            # The first layer returns the known output, so that it is the input of every layer above, where a
+            # checkpointed backward finds it.
             return self.slot[0] if is_first else hidden_states
 
         return run
@@ -53,12 +54,12 @@ class FrozenLayers:
     def _keep(self, _layer: nn.Module, _inputs: Any, output: Any) -> None:
         if self.slot is not None and not self.slot and isinstance(output, Tensor):
             self.slot.append(output.detach())
-            if self.is_enough:
-                raise _AllIsKnown
+            if self.stops:
+                raise _StopForward
 
     @contextmanager
     def known(self, slot: list[Tensor] | None) -> Iterator[None]:
-        """Take the layers' output from `slot` inside the block, or put it there; None computes it and forgets it."""
+        """Read the layers' output from `slot` inside the block, or store it there if empty; None does neither."""
         self.slot = slot
         try:
             yield
@@ -67,21 +68,21 @@ class FrozenLayers:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """End a forward inside the block where these layers end: what lies above them is not wanted."""
-        self.is_enough = True
+        """Run forwards inside the block through these layers only, and not the layers above them."""
+        self.stops = True
         try:
-            with suppress(_AllIsKnown):
+            with suppress(_StopForward):
                 yield
         finally:
-            self.is_enough = False
+            self.stops = False
 
 
 class KnownStates:
-    """What the frozen layers make of examples that come back: looked up, where a batch holds nothing else.
+    """The frozen layers' output for all examples, to be looked up by batches of those examples.
 
     Args:
         rows: the examples; a batch may read a target up to any of its tokens.
-        states: of all their tokens, one example behind the other, `[tokens, D]`.
+        states: of the tokens of all rows, in order, `[tokens, D]`.
     """
 
     def __init__(self, rows: Sequence[TokenRow], states: Tensor):
@@ -94,7 +95,7 @@ class KnownStates:
             begin += len(row.tokens)
 
     def of(self, batch: TaskBatch) -> Tensor | None:
-        """Return the states of a batch, `[T * K, L, D]`; None, if it holds an example that is not known."""
+        """Return the states of a batch, `[T * K, L, D]`; None if an example of it is unknown."""
         index = torch.zeros(batch.tokens.shape, dtype=torch.int64)
         for row, begin, tokens in batch.examples:
             first = self.first.get(tokens)
@@ -104,30 +105,27 @@ class KnownStates:
         return self.states[index.to(self.states.device)].to(batch.tokens.device)
 
 
-def alone(part: Tensor) -> list[Tensor]:
-    """Gather from one worker, this one."""
-    return [part]
-
-
 class Share(NamedTuple):
-    """A worker's share of parts that all workers divide: `rank`, `rank + workers` and so on."""
+    """A worker's share of parts that the workers divide in turn: numbers `rank`, `rank + workers` and so on."""
 
     rank: int = 0
     workers: int = 1
-    gather: Callable[[Tensor], list[Tensor]] = alone
-    """From this worker's `[n, D]`, n may be 0, to those of all workers, by rank."""
+    gather: Callable[[Tensor], list[Tensor]] = lambda mine: [mine]
+    """Turns this worker's `[n, D]`, where n may be 0, into the list of all workers' tensors by rank."""
 
     def of(self, parts: Sequence[P]) -> Sequence[P]:
         return parts[self.rank :: self.workers]
 
-    def joined(self, mine: Tensor, sizes: Sequence[int]) -> Tensor:
-        """Return what all workers made of the parts, one behind the other, from what this one made of its share.
+    def join(self, mine: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Return the results of all workers in the order of the parts, given this worker's results.
 
         Args:
-            sizes: rows of each part.
+            mine: the results for this worker's parts, `[rows, D]`.
+            sizes: the rows of each part.
         """
-        split = [iter(of.split(list(sizes[rank :: self.workers]))) for rank, of in enumerate(self.gather(mine))]
-        return torch.cat([next(split[index % self.workers]) for index in range(len(sizes))])
+        gathered = enumerate(self.gather(mine))
+        by_rank = [iter(results.split(list(sizes[rank :: self.workers]))) for rank, results in gathered]
+        return torch.cat([next(by_rank[index % self.workers]) for index in range(len(sizes))])
 
 
 ALONE = Share()
@@ -141,39 +139,40 @@ def known_states(
     progress: Callable[[int], None] = lambda done: None,
     room: Callable[[Tensor, tuple[int, int]], Tensor | None] = Tensor.new_empty,
 ) -> KnownStates | None:
-    """Run rows through the frozen layers once; return None, if there is no room for what they make of them.
+    """Run rows through the frozen layers once; return None if `room` finds no room for the states.
 
     Args:
-        share: this worker's, of the blocks of rows; the same rows make the same blocks for any number of workers.
-        progress: is told the share of the rows that is done, in per cent.
-        room: makes a tensor `[tokens, D]` for the states, like one `[0, D]`; where the model lies, if not given.
+        share: this worker's share of the blocks of rows; the blocks do not depend on the number of workers.
+        progress: is called with the percentage of rows that is done.
+        room: makes the tensor `[tokens, D]` for the states, like one of `[0, D]`; by default on the model's device.
     """
-    unique, parts = blocks(rows)
-    sizes = [sum(len(row.tokens) for row in block) for block in parts]
-    nothing = lm.frozen_states(parts[0][:1], pad)[:0]  # some models' layers are wider than their embeddings
-    states = room(nothing, (sum(sizes), nothing.shape[1]))
+    unique, row_blocks = blocks(rows)
+    sizes = [sum(len(row.tokens) for row in block) for block in row_blocks]
+    empty = lm.frozen_states(row_blocks[0][:1], pad)[:0]  # some models' layers are wider than their embeddings
+    states = room(empty, (sum(sizes), empty.shape[1]))
     if states is None:
         return None
-    left = states
-    for first in range(0, len(parts), share.workers):  # a block each at a time
-        progress(100 * first // len(parts))
+    unfilled = states
+    for first in range(0, len(row_blocks), share.workers):  # one block for each worker at a time
+        progress(100 * first // len(row_blocks))
         turn = slice(first, first + share.workers)
-        mine = share.of(parts[turn])
-        found = share.joined(lm.frozen_states(mine[0], pad) if mine else nothing, sizes[turn])
-        left[: len(found)], left = found, left[len(found) :]
+        mine = share.of(row_blocks[turn])
+        computed = share.join(lm.frozen_states(mine[0], pad) if mine else empty, sizes[turn])
+        unfilled[: len(computed)], unfilled = computed, unfilled[len(computed) :]
     return KnownStates(unique, states)
 
 
 def in_file(like: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Return a tensor of a shape in a file in the system's folder for such. The file goes with the process, and what is
-    read of it lies in memory as long as there is some.
+    """Return a tensor backed by a temporary file, which goes when the process ends.
+
+    The system caches what is read in free memory.
 
     Raises:
         OSError: there is no room.
     """
     size = math.prod(shape)
     with tempfile.NamedTemporaryFile(prefix="rayml-states-") as file:
-        if hasattr(os, "posix_fallocate"):  # not on macOS; a disk that is full later would end the process
+        if hasattr(os, "posix_fallocate"):  # not on macOS; without it, a disk that fills up later ends the process
             os.posix_fallocate(file.fileno(), 0, size * like.element_size())
         try:
             return torch.from_file(file.name, shared=True, size=size, dtype=like.dtype).view(shape)
@@ -182,15 +181,15 @@ def in_file(like: Tensor, shape: tuple[int, int]) -> Tensor:
 
 
 def blocks(rows: Sequence[TokenRow]) -> tuple[list[TokenRow], list[list[TokenRow]]]:
-    """Return each row once, in an order that its tokens alone decide, and the same in blocks of like lengths."""
+    """Return the unique rows, ordered by length and tokens, and the same in blocks of rows of similar length."""
     unique = list({tuple(row.tokens): row for row in rows}.values())
     unique.sort(key=lambda row: (len(row.tokens), row.tokens))
-    found: list[list[TokenRow]] = [[]]
+    row_blocks: list[list[TokenRow]] = [[]]
     for row in unique:
-        if (len(found[-1]) + 1) * len(row.tokens) > BLOCK_TOKENS and found[-1]:
-            found.append([])
-        found[-1].append(row)
-    return unique, found
+        if (len(row_blocks[-1]) + 1) * len(row.tokens) > BLOCK_TOKENS and row_blocks[-1]:
+            row_blocks.append([])
+        row_blocks[-1].append(row)
+    return unique, row_blocks
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:

@@ -1,4 +1,4 @@
-"""One text in the making: choosing tokens, and turning them into text piece by piece."""
+"""Generate texts: choose tokens, and turn them into text piece by piece."""
 
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -15,14 +15,14 @@ from rayml.lm.sampling import Piece, Sampling, TokenScore
 
 
 class Generation:
-    """A row of the decoder (`rayml.lm.decode.DecodingRow`) that knows when it is over.
+    """A row of the decoder (`rayml.lm.decode.DecodingRow`) that knows when its text ends.
 
     Args:
         tokenizer: of the model.
         prompt: tokens.
         adapter: the task's weights; None for the bare base.
-        sampling: at least one token.
-        ends: tokens that end the text; else the tokenizer's own.
+        sampling: with a `max_tokens` of at least 1.
+        ends: tokens that end the text; by default the tokenizer's end-of-sequence token.
     """
 
     def __init__(
@@ -47,10 +47,10 @@ class Generation:
         self._unsent = Piece("")
 
     def take(self, logits: Tensor) -> None:
-        """Append a token, or end.
+        """Append a token, or end the text.
 
         Raises:
-            RunError: the logits are not numbers.
+            RunError: the logits are not finite.
         """
         if logits.isnan().any():
             raise RunError("the model's logits are not finite")
@@ -70,7 +70,7 @@ class Generation:
             self._unsent.text += self._text.rest()
 
     def piece(self) -> Piece:
-        """Return what came since the last call."""
+        """Return the text since the last call."""
         piece, self._unsent = self._unsent, Piece("")
         piece.tokens, piece.finish_reason = len(self.tokens) - self.prompt_tokens, self.finish_reason
         return piece
@@ -78,24 +78,23 @@ class Generation:
     def _score(self, token: int, logits: Tensor) -> TokenScore:
         log_probs = logits.log_softmax(-1)
         best = log_probs.topk(min(self.sampling.logprobs or 0, len(log_probs)))
-        top = [
-            (self.tokenizer.decode([t]), p) for t, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        ]
+        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        top = [(self.tokenizer.decode([other]), log_prob) for other, log_prob in pairs]
         return TokenScore(self.tokenizer.decode([token]), float(log_probs[token]), top)
 
 
 def texts_behind(
     lm: TaskLM, tokenizer: Any, prompts: Sequence[Sequence[int]], adapter: Params | None, most_tokens: int
 ) -> list[Generation]:
-    """Return texts to write behind prompts, the likeliest token at a time, as long as the model's context lets them."""
+    """Return texts to be generated greedily after prompts: up to `most_tokens` each, or the end of the context."""
     context, ends = context_tokens(lm.module), end_tokens(lm.module, tokenizer)
-    rooms = [max(1, min(most_tokens, context - len(prompt))) for prompt in prompts]
-    pairs = zip(prompts, rooms, strict=True)
-    return [Generation(tokenizer, prompt, adapter, Sampling(room), ends) for prompt, room in pairs]
+    samplings = [Sampling(max(1, min(most_tokens, context - len(prompt)))) for prompt in prompts]
+    pairs = zip(prompts, samplings, strict=True)
+    return [Generation(tokenizer, prompt, adapter, sampling, ends) for prompt, sampling in pairs]
 
 
 def write(lm: TaskLM, texts: Sequence[Generation]) -> None:
-    """Generate texts to their end, side by side; all may have as many tokens."""
+    """Generate texts side by side, until all have ended."""
     decoder = Decoder(lm, most_rows=len(texts), cache_tokens=0)
     decoder.join(texts)
     while True:
@@ -108,55 +107,55 @@ def write(lm: TaskLM, texts: Sequence[Generation]) -> None:
 
 
 def end_tokens(module: Any, tokenizer: Any) -> frozenset[int]:
-    """Return the tokens that end a text: a model may know more of them than its tokenizer."""
-    known = getattr(getattr(module, "generation_config", None), "eos_token_id", None)
-    more = known if isinstance(known, list) else [known]
-    return frozenset(token for token in (tokenizer.eos_token_id, *more) if token is not None)
+    """Return the tokens that end a text: the tokenizer's, and those of the model's generation config."""
+    eos = getattr(getattr(module, "generation_config", None), "eos_token_id", None)
+    tokens = tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])
+    return frozenset(token for token in tokens if token is not None)
 
 
 def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """Return a token by its logits `[V]`. Drawn on the CPU, so that a seed means the same everywhere."""
+    """Choose a token by its logits `[V]`. Draws are made on the CPU, so that a seed means the same everywhere."""
     if sampling.temperature == 0:
         return int(logits.argmax())
     logits = logits.double().cpu()
-    probabilities = ((logits - logits.max()) / sampling.temperature).softmax(-1)  # no temperature overflows
+    probabilities = ((logits - logits.max()) / sampling.temperature).softmax(-1)  # does not overflow at any temperature
     if sampling.top_p == 1:
         return int(torch.multinomial(probabilities, 1, generator=generator))
     ordered, tokens = probabilities.sort(descending=True)
-    before = ordered.cumsum(-1) - ordered
-    kept = ordered.masked_fill(before >= sampling.top_p, 0)
-    return int(tokens[torch.multinomial(kept, 1, generator=generator)])
+    more_probable = ordered.cumsum(-1) - ordered
+    nucleus = ordered.masked_fill(more_probable >= sampling.top_p, 0)
+    return int(tokens[torch.multinomial(nucleus, 1, generator=generator)])
 
 
 class TextStream:
-    """Text from tokens, as early as it is certain.
+    """Turns tokens into text as soon as it is certain.
 
-    Held back: characters of which some bytes are still to come, and what may be the beginning of a stop text.
+    Characters with bytes still to come are held back, and so is what may be the beginning of a stop text.
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = ()):
         self.tokenizer, self.stop = tokenizer, stop
         self.stopped = False
         self._tokens: list[int] = []
-        self._read, self._sent = 0, 0  # tokens whose text is certain, and the characters of `_text` that went out
+        self._decoded, self._sent = 0, 0  # counts of tokens in `_text`, and of characters of it that were returned
         self._text = ""
 
     def add(self, token: int) -> str:
         """Return the text that has become certain by this token."""
         self._tokens.append(token)
-        # Tokens are read with a few before them: a tokenizer may drop the space in front of a text's first word.
-        before = max(0, self._read - 4)
-        known = self.tokenizer.decode(self._tokens[before : self._read], skip_special_tokens=True)
-        now = self.tokenizer.decode(self._tokens[before:], skip_special_tokens=True)
-        if now.endswith("\ufffd"):
+        # A few earlier tokens are decoded, too: a tokenizer may drop the space in front of a text's first word.
+        first = max(0, self._decoded - 4)
+        before = self.tokenizer.decode(self._tokens[first : self._decoded], skip_special_tokens=True)
+        after = self.tokenizer.decode(self._tokens[first:], skip_special_tokens=True)
+        if after.endswith("\ufffd"):
             return ""
-        self._text += now[len(known) :]
-        self._read = len(self._tokens)
-        places = [index for index in (self._text.find(stop) for stop in self.stop) if index >= 0]
-        if places:
+        self._text += after[len(before) :]
+        self._decoded = len(self._tokens)
+        stops = [index for index in (self._text.find(stop) for stop in self.stop) if index >= 0]
+        if stops:
             self.stopped = True
-            return self._send(min(places))
-        return self._send(len(self._text) - max(map(self._begun, self.stop), default=0))
+            return self._send(min(stops))
+        return self._send(len(self._text) - max(map(self._partial_stop, self.stop), default=0))
 
     def rest(self) -> str:
         """Return what was held back, at the end of the text."""
@@ -166,7 +165,7 @@ class TextStream:
         sent, self._sent = self._text[self._sent : end], max(self._sent, end)
         return sent
 
-    def _begun(self, stop: str) -> int:
+    def _partial_stop(self, stop: str) -> int:
         """Return how many of the last characters may be the beginning of `stop`."""
         lengths = range(min(len(stop) - 1, len(self._text)), 0, -1)
         return next((n for n in lengths if self._text.endswith(stop[:n])), 0)

@@ -1,4 +1,4 @@
-"""Losses of targets among their choices: a label's rivals, or the whole vocabulary."""
+"""Losses of targets over their choices: the tokens that compete with a label's, or the whole vocabulary."""
 
 from typing import NamedTuple
 
@@ -8,27 +8,27 @@ from torch import Tensor, nn
 from rayml.lm.label_trie import IGNORE
 
 MOST_LOGITS = 1 << 26
-"""At a time, of free text: 256 MiB in float32. More are computed in parts, and anew in the backward."""
+"""Logits of free text in memory at a time: 256 MiB in float32. More are computed in chunks, again in the backward."""
 
 
 class Among(NamedTuple):
-    """Which of M targets are chosen among some tokens, and which among the whole vocabulary: their numbers."""
+    """The indices of the targets, of M, that are chosen among some tokens, and among all of the vocabulary."""
 
     some: Tensor
     all: Tensor
 
 
 def among(allowed: Tensor | None, targets: int) -> Among:
-    """Return it of what M targets are chosen among, as `token_losses` takes it. On a GPU it waits for the device."""
+    """Split M targets by whether they have choices in `allowed`, `[M, S]`. On a GPU this waits for the device."""
     has_some = torch.zeros(targets, dtype=torch.bool) if allowed is None else (allowed != IGNORE).any(1)
     return Among(has_some.nonzero().squeeze(1), (~has_some).nonzero().squeeze(1))
 
 
 class Choices(NamedTuple):
-    """What M targets are chosen among, for logits of `tokens` alone: their columns, or the whole vocabulary."""
+    """M targets and their choices, renumbered as columns of logits that are computed for `tokens` alone."""
 
     tokens: Tensor | None
-    """`[U]`, of the vocabulary; None for all of it."""
+    """`[U]`: the tokens that have a column; None for the whole vocabulary, without renumbering."""
     targets: Tensor
     """`[M]`"""
     allowed: Tensor | None
@@ -36,7 +36,10 @@ class Choices(NamedTuple):
 
 
 def choices(targets: Tensor, allowed: Tensor | None) -> Choices:
-    """Return the choices of M targets; the whole vocabulary, where one is chosen among that. On a GPU it waits."""
+    """Return the choices of M targets; if a target is chosen among the whole vocabulary, all tokens have a column.
+
+    On a GPU this waits for the device.
+    """
     if allowed is None or not (allowed != IGNORE).any(1).all():
         return Choices(None, targets, allowed)
     tokens = allowed[allowed != IGNORE].unique()
@@ -57,36 +60,36 @@ def token_losses(
     Args:
         logits: `[N, V]`, of the whole vocabulary.
         targets: `[M]`.
-        allowed: `[M, S]`, each target's own and its rivals, filled up with IGNORE; None, or a row of IGNORE, stands for
-            the whole vocabulary.
+        allowed: `[M, S]`, the choices of each target, which include it, padded with IGNORE; None, or a row of IGNORE,
+            stands for the whole vocabulary.
         smoothing: share of the target's weight that is spread evenly over the choices.
-        rows: `[M]`, the row of each target's logits; as they stand, if None.
-        known: what `among` returns; found here, if None.
+        rows: `[M]`, the row of each target's logits; None for one row each, in order.
+        known: the result of `among`, if it was computed before.
     """
     some, all_ = known or among(allowed, len(targets))
     if allowed is None or not len(some):
-        return _among_all(logits, targets, smoothing, rows)
+        return _vocabulary_losses(logits, targets, smoothing, rows)
     if not len(all_):
-        return _among(logits, targets, allowed, smoothing, rows)
-    own = torch.arange(len(targets), device=targets.device) if rows is None else rows
+        return _choice_losses(logits, targets, allowed, smoothing, rows)
+    rows = torch.arange(len(targets), device=targets.device) if rows is None else rows
     losses = torch.zeros(len(targets), device=logits.device)
-    losses[some] = _among(logits, targets[some], allowed[some], smoothing, own[some])
-    losses[all_] = _among_all(logits, targets[all_], smoothing, own[all_])
+    losses[some] = _choice_losses(logits, targets[some], allowed[some], smoothing, rows[some])
+    losses[all_] = _vocabulary_losses(logits, targets[all_], smoothing, rows[all_])
     return losses
 
 
-def _among_all(logits: Tensor, targets: Tensor, smoothing: float, rows: Tensor | None) -> Tensor:
+def _vocabulary_losses(logits: Tensor, targets: Tensor, smoothing: float, rows: Tensor | None) -> Tensor:
     if rows is not None:
         logits = logits[rows]
     return nn.functional.cross_entropy(logits.float(), targets, reduction="none", label_smoothing=smoothing)
 
 
-def _among(logits: Tensor, targets: Tensor, allowed: Tensor, smoothing: float, rows: Tensor | None) -> Tensor:
-    possible, ids = allowed != IGNORE, allowed.clamp(min=0)
-    found = (logits.gather(1, ids) if rows is None else logits[rows.unsqueeze(1), ids]).float()
-    log_probs = found.masked_fill(~possible, -torch.inf).log_softmax(-1)
-    chosen = log_probs.gather(1, (allowed == targets.unsqueeze(1)).int().argmax(1, keepdim=True)).squeeze(1)
+def _choice_losses(logits: Tensor, targets: Tensor, allowed: Tensor, smoothing: float, rows: Tensor | None) -> Tensor:
+    is_choice, ids = allowed != IGNORE, allowed.clamp(min=0)
+    choice_logits = (logits.gather(1, ids) if rows is None else logits[rows.unsqueeze(1), ids]).float()
+    log_probs = choice_logits.masked_fill(~is_choice, -torch.inf).log_softmax(-1)
+    of_target = log_probs.gather(1, (allowed == targets.unsqueeze(1)).int().argmax(1, keepdim=True)).squeeze(1)
     if not smoothing:
-        return -chosen
-    uniform = log_probs.masked_fill(~possible, 0).sum(1) / possible.sum(1)
-    return -(1 - smoothing) * chosen - smoothing * uniform
+        return -of_target
+    mean = log_probs.masked_fill(~is_choice, 0).sum(1) / is_choice.sum(1)
+    return -(1 - smoothing) * of_target - smoothing * mean

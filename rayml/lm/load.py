@@ -1,4 +1,4 @@
-"""Base models and their tokenizers, loaded. Safetensors only, and code that comes with a model is never run."""
+"""Load base models and their tokenizers: from safetensors only, and never with code that comes with a model."""
 
 import os
 from pathlib import Path
@@ -24,11 +24,11 @@ from transformers.utils import logging as transformers_logging
 from rayml.errors import ConfigError
 from rayml.lm.rows import mark_masked
 from rayml.lm.sentence import MARK, mark_sentences, read_sentences
-from rayml.lm.weight_files import unreadable, untaken
+from rayml.lm.weight_files import find_broken_file, unused_weights
 
 transformers_logging.disable_progress_bar()
 NO_LIMIT = 1 << 30
-"""Tokens of a model that states none."""
+"""Context of a model that states none, in tokens."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -41,30 +41,30 @@ def load_tokenizer(path: str):
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         sentences = read_sentences(path)
-        masked = not sentences and is_masked(path)
+        predicts_masks = not sentences and is_masked(path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.name: no tokenizer at {path!r}: {error}") from error
-    if masked:
+    if predicts_masks:
         mark_masked(tokenizer)
     if sentences:
         mark_sentences(tokenizer, sentences)
-    needed = ("pad_token", "mask_token") if masked else () if sentences else ("eos_token",)
-    lacking = [name for name in needed if getattr(tokenizer, name) is None]
-    if not tokenizer.is_fast or lacking:
-        raise ConfigError(f"model.name: {path!r} has no fast tokenizer with {' and '.join(lacking or needed)}")
+    needed = ("pad_token", "mask_token") if predicts_masks else () if sentences else ("eos_token",)
+    missing = [name for name in needed if getattr(tokenizer, name) is None]
+    if not tokenizer.is_fast or missing:
+        raise ConfigError(f"model.name: {path!r} has no fast tokenizer with {' and '.join(missing or needed)}")
     return tokenizer
 
 
 def load_base(path: str, dtype: str, attention: str = "sdpa", deepspeed: dict[str, Any] | None = None):
-    """Return the causal, or masked, LM of a resolved model, or its sentence encoder, frozen and in eval mode.
+    """Return a resolved model, frozen and in eval mode: a causal or masked LM, or a sentence encoder.
 
     Args:
-        deepspeed: a ZeRO-3 config, to shard each weight over the workers as it is read.
+        deepspeed: a ZeRO-3 config, which shards each weight over the workers as it is read.
 
     Raises:
-        ConfigError: there is none, or it is not whole.
+        ConfigError: there is no such model, or it is incomplete.
     """
-    sharded_loading = HfDeepSpeedConfig(deepspeed) if deepspeed else None  # acts on from_pretrained while it lives
+    sharded_loading = HfDeepSpeedConfig(deepspeed) if deepspeed else None  # from_pretrained shards while this is alive
     model = _from_pretrained(path, dtype=DTYPES[dtype], attn_implementation=attention)
     del sharded_loading
     for module in model.modules():
@@ -75,9 +75,9 @@ def load_base(path: str, dtype: str, attention: str = "sdpa", deepspeed: dict[st
 
 
 def _from_pretrained(path: str, **settings: Any) -> Any:
-    """Return a model that is what its files hold: what is missing would be drawn anew at every load."""
-    talks = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # what it would report is an error here
+    """Return the model with exactly the weights of its files: missing ones would be random at every load."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # what it would warn about is an error here
     try:
         model, info = auto_model(path).from_pretrained(
             path,
@@ -87,35 +87,35 @@ def _from_pretrained(path: str, **settings: Any) -> Any:
             ignore_mismatched_sizes=True,
             **settings,
         )
-    except (ImportError, OSError, ValueError, SafetensorError) as error:  # a quantised one needs its own library
-        said = unreadable(path) or f"no causal language model at {path!r}: {error}"
-        raise ConfigError(f"model.name: {said}") from error
+    except (ImportError, OSError, ValueError, SafetensorError) as error:  # ImportError: the library of a quantization
+        problem = find_broken_file(path) or f"no causal language model at {path!r}: {error}"
+        raise ConfigError(f"model.name: {problem}") from error
     finally:
-        transformers_logging.set_verbosity(talks)
-    lacking = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+        transformers_logging.set_verbosity(verbosity)
+    missing = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     if read_sentences(path):
-        lacking = [key for key in lacking if not key.startswith("pooler.")]  # no vector is made by it
-    if lacking:
+        missing = [key for key in missing if not key.startswith("pooler.")]  # vectors do not use it
+    if missing:
         raise ConfigError(
-            f"model.name: {path!r} has no weights for {', '.join(lacking[:4])}{', ...' if len(lacking) > 4 else ''} of "
+            f"model.name: {path!r} has no weights for {', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''} of "
             f"{type(model).__name__}, or of another shape; take a checkpoint that was saved with its output head"
         )
-    # What quantised a model has its own names for what it keeps.
-    extra = [] if hasattr(model.config, "quantization_config") else untaken(model, info["unexpected_keys"])
-    if extra:
+    # Quantized checkpoints have tensors with names of their own.
+    unused = [] if hasattr(model.config, "quantization_config") else unused_weights(model, info["unexpected_keys"])
+    if unused:
         raise ConfigError(
             f"model.name: {path!r} has weights that {type(model).__name__} does not take, with its config.json: "
-            f"{', '.join(extra[:4])}{', ...' if len(extra) > 4 else ''}; mend num_hidden_layers, model_type, or what "
-            "else belongs to them"
+            f"{', '.join(unused[:4])}{', ...' if len(unused) > 4 else ''}; correct num_hidden_layers, "
+            "model_type, or other settings that belong to them"
         )
     return model
 
 
 def read_config(path: str) -> Any:
-    """Return a resolved model's config; a masked model's knows its tokenizer's padding, which must not be seen.
+    """Return a resolved model's config; a masked model's has its tokenizer's padding token, which must not be seen.
 
     Raises:
-        ConfigError: they speak of two tokens.
+        ConfigError: the config and the tokenizer name different tokens; or as `plain_config`.
     """
     config = plain_config(path)
     if is_masked(path):
@@ -130,10 +130,10 @@ def read_config(path: str) -> Any:
 
 
 def plain_config(path: str) -> Any:
-    """Return a resolved model's config.
+    """Return a resolved model's config as it is in the file.
 
     Raises:
-        ConfigError: it is an encoder-decoder's, or its folder holds an adapter, too.
+        ConfigError: it is an encoder-decoder, or its folder holds an adapter, too.
     """
     if (Path(path) / "adapter_config.json").exists():
         raise ConfigError(
@@ -147,57 +147,58 @@ def plain_config(path: str) -> Any:
 
 
 def check_weights(path: str) -> None:
-    """Raise ConfigError if a folder's weights are not all there; none is read."""
-    is_quantized = hasattr(plain_config(path), "quantization_config")  # whose library wants a device
-    if Path(path).is_dir() and not is_quantized:  # the Hub's are fetched by the workers
+    """Raise ConfigError if weights of a model's folder are missing; no weight is read."""
+    is_quantized = hasattr(plain_config(path), "quantization_config")  # whose library needs a real device
+    if Path(path).is_dir() and not is_quantized:  # the workers fetch those of the Hub
         _from_pretrained(path, device_map="meta")
 
 
 def load_shape(path: str, attention: str = "eager"):
-    """Return the causal LM of a resolved model on the meta device: from its config.json alone, without weights.
+    """Return a resolved model on the meta device: from its config.json alone, without weights.
 
     Raises:
         ConfigError: there is no such config.
     """
     try:
         with torch.device("meta"):
-            bare = auto_model(path).from_config(plain_config(path), attn_implementation=attention)
-            return with_sentences(bare, path)
+            shape = auto_model(path).from_config(plain_config(path), attn_implementation=attention)
+            return with_sentences(shape, path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.name: no causal language model's config at {path!r}: {error}") from error
 
 
 def is_masked(path: str) -> bool:
-    """Return whether a model predicts masked tokens, and not the next: by what its config says that it is."""
-    kinds = getattr(AutoConfig.from_pretrained(path), "architectures", None) or []
-    return any(kind.endswith("ForMaskedLM") for kind in kinds)
+    """Return whether a model predicts masked tokens, and not the next one, by the architecture in its config."""
+    architectures = getattr(AutoConfig.from_pretrained(path), "architectures", None) or []
+    return any(name.endswith("ForMaskedLM") for name in architectures)
 
 
 def context_tokens(model: Any) -> int:
-    """Return the longest text that a model takes, on the meta device or any other; NO_LIMIT where it states none."""
+    """Return the longest context of a model, in tokens; NO_LIMIT if it states none."""
     config = model.config.get_text_config()
-    stated = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
+    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
     rope = getattr(config, "rope_parameters", None) or {}
-    for one in [rope, *(part for part in rope.values() if isinstance(part, dict))]:
-        if one.get("rope_type") in ("dynamic", "longrope"):
-            # Beyond it positions hang on the longest row of a batch: its neighbours would change a text.
+    for parameters in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
+        if parameters.get("rope_type") in ("dynamic", "longrope"):
+            # Beyond this length, positions depend on the longest row of a batch, so that rows would affect each other.
             original = getattr(config, "original_max_position_embeddings", None)
-            stated.append(one.get("original_max_position_embeddings") or original)
+            limits.append(parameters.get("original_max_position_embeddings") or original)
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and "position" in name.rsplit(".", 1)[-1]:
-            unused = 0 if module.padding_idx is None else module.padding_idx + 1  # as RoBERTa counts
-            stated.append(module.num_embeddings - unused)
-    return min((most for most in stated if most), default=NO_LIMIT)
+            unused = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa counts positions from there
+            limits.append(module.num_embeddings - unused)
+    return min((limit for limit in limits if limit), default=NO_LIMIT)
 
 
 def auto_model(path: str) -> Any:
+    """Return transformers' auto class for a resolved model."""
     if read_sentences(path):
         return AutoModel
     return AutoModelForMaskedLM if is_masked(path) else AutoModelForCausalLM
 
 
 def with_sentences(model: Any, path: str) -> Any:
-    """Note with a sentence encoder how its sentences are pooled; a head of its own for that, such as BERT's, goes."""
+    """Mark a sentence encoder with how it pools; a pooling head of its own, such as BERT's, is removed."""
     sentences = read_sentences(path)
     if sentences:
         setattr(model, MARK, sentences)
@@ -208,9 +209,9 @@ def with_sentences(model: Any, path: str) -> Any:
 
 
 def checkpoint_activations(model) -> None:
-    """Recompute each layer in the backward. Only the layers' own flag is raised: dropout stays off."""
+    """Recompute each layer in the backward. Only the layers' own training flag is set, so that dropout stays off."""
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    model.disable_input_require_grads()  # the embeddings need none: it would lengthen every backward
+    model.disable_input_require_grads()  # gradients at the embeddings would lengthen every backward
     for module in model.modules():
         if hasattr(module, "gradient_checkpointing"):
             module.training = True

@@ -1,8 +1,8 @@
 """Task-batched LoRA: T adapters side by side on one frozen causal language model (Hu et al. 2021, arXiv 2106.09685).
 
-Rows of a batch are grouped by task. A forward hook on every adapted linear adds `B_t A_t x` to the rows of task t,
-for all tasks in two batched products. The adapters live outside the model, so a sharded, frozen base (ZeRO-3) and
-the model's own parameter names stay as they are.
+Rows of a batch are grouped by task. A forward hook on every adapted linear adds `B_t A_t x` to the rows of task t, for
+all tasks in two batched products. The adapters live outside the model, so that its parameters keep their names, and the
+frozen base can be sharded (ZeRO-3).
 
 Shapes: T tasks, K rows a task, L tokens a row, r the LoRA rank.
 """
@@ -24,10 +24,10 @@ LAYER = re.compile(r"\.(\d+)\.")
 
 
 class MixedUpdate(torch.autograd.Function):
-    """`output + scale * B A x` on a base of less precision: in the adapters' own, and rounded once, as PEFT does it.
+    """`output + scale * B A x` on a base of lower precision: in the adapters' precision, rounded once, as PEFT does it.
 
-    Rounded to bfloat16 themselves, nine in ten of B's weights would not notice an inner step of a ten-thousandth.
-    Autograd would keep every x a second time, in the adapters' precision: here it is cast anew in the backward.
+    If the adapters were rounded to bfloat16, an inner step of 1e-4 would not change nine in ten of B's weights.
+    Autograd would keep a second copy of every x in the adapters' precision; here the backward casts it again.
     """
 
     @staticmethod
@@ -35,32 +35,32 @@ class MixedUpdate(torch.autograd.Function):
         """Take `output [T, N, out]` and `x [T, N, in]` in the base's dtype, `a [T, r, in]` and `b [T, out, r]`."""
         ctx.save_for_backward(x, a, b)
         ctx.scale = scale
-        between = torch.bmm(x.to(a.dtype), a.mT)
-        return torch.baddbmm(output.to(a.dtype), between, b.mT, alpha=scale).to(output.dtype)
+        low_rank = torch.bmm(x.to(a.dtype), a.mT)
+        return torch.baddbmm(output.to(a.dtype), low_rank, b.mT, alpha=scale).to(output.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (x, a, b), (gradient,) = ctx.saved_tensors, gradients
-        _, for_x, for_a, for_b, _ = ctx.needs_input_grad
-        above, below = gradient.to(a.dtype), x.to(a.dtype)
-        of_between = torch.bmm(above, b) * ctx.scale
-        # From the inputs alone, so that exact MAML can differentiate it again.
-        of_b = torch.bmm(above.mT, torch.bmm(below, a.mT) * ctx.scale) if for_b else None
-        of_a = torch.bmm(of_between.mT, below) if for_a else None
-        del above, below  # they are the largest
-        of_x = torch.bmm(of_between, a).to(x.dtype) if for_x else None
-        return gradient, of_x, of_a, of_b, None
+        _, needs_x, needs_a, needs_b, _ = ctx.needs_input_grad
+        cast_gradient, cast_x = gradient.to(a.dtype), x.to(a.dtype)
+        low_rank_gradient = torch.bmm(cast_gradient, b) * ctx.scale
+        # `A x` is computed again from saved inputs, so that exact MAML can differentiate this backward.
+        b_gradient = torch.bmm(cast_gradient.mT, torch.bmm(cast_x, a.mT) * ctx.scale) if needs_b else None
+        a_gradient = torch.bmm(low_rank_gradient.mT, cast_x) if needs_a else None
+        del cast_gradient, cast_x  # the largest tensors here
+        x_gradient = torch.bmm(low_rank_gradient, a).to(x.dtype) if needs_x else None
+        return gradient, x_gradient, a_gradient, b_gradient, None
 
 
 class TaskLoRA:
-    """Hooks on the adapted linears of `model`, and the adapters that they apply at the moment.
+    """Hooks on the adapted linears of `model`, and the adapters that they currently apply.
 
     Args:
         model: a causal LM whose parameters are, or will be, frozen.
         targets: last parts of the names of the linears to adapt, such as `("q_proj", "v_proj")`.
         rank: r.
         alpha: LoRA's numerator; the update is scaled by `alpha / rank`.
-        last_layers: adapt only the last this many layers; None all.
+        last_layers: adapt only this many last layers; None adapts all.
     """
 
     def __init__(self, model: Any, targets: Sequence[str], rank: int, alpha: float, last_layers: int | None = None):
@@ -74,9 +74,9 @@ class TaskLoRA:
             linear.register_forward_hook(self._hook(name, number))
 
     def begin(self, adapters: Params | None) -> None:
-        """Apply these adapters, `[T, ...]` each, in the forward that comes."""
+        """Apply these adapters, `[T, ...]` each, in the next forward."""
         self.adapters = adapters
-        self._forwards += adapters is not None  # of the bare model there is nothing to drop
+        self._forwards += adapters is not None  # the bare model has no inputs to drop
 
     def _hook(self, name: str, number: int):
         scale = self.alpha / self.rank
@@ -86,29 +86,31 @@ class TaskLoRA:
                 return output
             (x,) = inputs
             if self._seeds is not None:
-                of_linear = mixed(self._seeds + self._forwards * len(self.linears) + number)
-                x = x * keep_mask(of_linear, x.shape, self._dropped).to(x.dtype) / (1 - self._dropped)
+                seeds = hash32(self._seeds + self._forwards * len(self.linears) + number)
+                x = x * keep_mask(seeds, x.shape, self._dropped).to(x.dtype) / (1 - self._dropped)
             a, b = self.adapters[name + A], self.adapters[name + B]
-            by_task = x.reshape(a.shape[0], -1, x.shape[-1])  # [T, K * L, in]
-            grouped = output.reshape(a.shape[0], -1, output.shape[-1])  # [T, K * L, out]
+            task_x = x.reshape(a.shape[0], -1, x.shape[-1])  # [T, K * L, in]
+            task_output = output.reshape(a.shape[0], -1, output.shape[-1])  # [T, K * L, out]
             if x.dtype == a.dtype:
-                # One call scales and adds, too: the update alone is never written.
-                updated = torch.baddbmm(grouped, torch.bmm(by_task, a.mT), b.mT, alpha=scale)
+                # One call multiplies, scales and adds: the update itself is never written to memory.
+                updated = torch.baddbmm(task_output, torch.bmm(task_x, a.mT), b.mT, alpha=scale)
             else:
-                updated = MixedUpdate.apply(grouped, by_task, a, b, scale)
+                updated = MixedUpdate.apply(task_output, task_x, a, b, scale)
             return updated.view_as(output)
 
         return add_update
 
     @contextmanager
     def dropping(self, share: float, seeds: Sequence[int]) -> Iterator[None]:
-        """Drop this share of the adapters' inputs inside the block: a fresh mask in every forward, as PEFT does.
+        """Drop this share of the adapters' inputs inside the block, with a new mask in every forward, as PEFT does.
+
+        Rows must hold one example each. A task's masks then do not depend on the tasks beside it.
 
         Args:
-            seeds: of the T tasks' masks. Rows must hold one example each; what lies side by side then does not matter.
+            seeds: one for each of the T tasks.
         """
         self._dropped, self._forwards = share, 0
-        self._seeds = mixed(torch.tensor(seeds, device=next(iter(self.linears.values())).weight.device))
+        self._seeds = hash32(torch.tensor(seeds, device=next(iter(self.linears.values())).weight.device))
         try:
             yield
         finally:
@@ -126,24 +128,24 @@ class TaskLoRA:
 
 
 def keep_mask(seeds: Tensor, shape: Sequence[int], share: float) -> Tensor:
-    """Return which inputs are kept, `[T * K, L, in]`: by the task's seed, and by where each stands in its task.
+    """Return which inputs are kept, `[T * K, L, in]`, by the task's seed and each input's position in its task.
 
-    It is the same however many rows and tokens of padding there are, as torch's own generators would not have it.
+    Unlike with torch's generators, the mask does not depend on how many rows and tokens of padding there are.
 
     Args:
-        seeds: `[T]`, each well mixed.
-        share: that is dropped.
+        seeds: `[T]`, hashed.
+        share: the share that is dropped.
     """
     rows, length, width = shape
-    of_row = mixed(seeds[:, None] + torch.arange(rows // len(seeds), device=seeds.device)).flatten()
-    of_token = mixed(of_row[:, None] + torch.arange(length, device=seeds.device)).int()
-    bits = of_token.unsqueeze(-1) ^ mixed(torch.arange(width, device=seeds.device)).int()
-    bits.mul_(0x2C1B3C6D).bitwise_xor_(bits >> 12).mul_(0x297A2D39)  # a tensor of this size is worth being quick with
+    row_hash = hash32(seeds[:, None] + torch.arange(rows // len(seeds), device=seeds.device)).flatten()
+    token_hash = hash32(row_hash[:, None] + torch.arange(length, device=seeds.device)).int()
+    bits = token_hash.unsqueeze(-1) ^ hash32(torch.arange(width, device=seeds.device)).int()
+    bits.mul_(0x2C1B3C6D).bitwise_xor_(bits >> 12).mul_(0x297A2D39)  # in place and cheaper: this is the large tensor
     return bits >= round(share * 2**32) - 2**31
 
 
-def mixed(numbers: Tensor) -> Tensor:
-    """Return int64 numbers, from 0 to 2 ** 32 - 1, as good as drawn for each of these (C. Wellons' lowbias32)."""
+def hash32(numbers: Tensor) -> Tensor:
+    """Hash int64 numbers to the range from 0 to 2 ** 32 - 1 (C. Wellons' lowbias32)."""
     x = numbers & 0xFFFFFFFF
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
@@ -151,21 +153,23 @@ def mixed(numbers: Tensor) -> Tensor:
 
 
 def side_by_side(adapters: Sequence[Params | None]) -> Params | None:
-    """Stack adapters `[r, in]` and `[out, r]` as `[T, ...]`; None is the bare base.
+    """Stack adapters `[r, in]` and `[out, r]` as `[T, ...]`; None stands for the bare base.
 
-    Ranks and adapted linears may differ: what an adapter lacks is zero, and adds nothing. None, if all are the base.
+    Ranks and adapted linears may differ: what an adapter lacks is filled with zeros, which add nothing. Returns None if
+    all are the bare base.
     """
     shapes: dict[str, list[torch.Size]] = {}
     for adapter in adapters:
         for name, weight in (adapter or {}).items():
             shapes.setdefault(name, []).append(weight.shape)
-    some = next((adapter for adapter in adapters if adapter), None)
-    if some is None:
+    first = next((adapter for adapter in adapters if adapter), None)
+    if first is None:
         return None
     if len(adapters) == 1:
-        return {name: weight.unsqueeze(0) for name, weight in some.items()}
-    like = next(iter(some.values()))
-    stacked = {n: like.new_zeros(len(adapters), *map(max, zip(*found, strict=True))) for n, found in shapes.items()}
+        return {name: weight.unsqueeze(0) for name, weight in first.items()}
+    like = next(iter(first.values()))
+    largest = {name: [max(dims) for dims in zip(*sizes, strict=True)] for name, sizes in shapes.items()}
+    stacked = {name: like.new_zeros(len(adapters), *size) for name, size in largest.items()}
     for index, adapter in enumerate(adapters):
         for name, weight in (adapter or {}).items():
             stacked[name][index][tuple(map(slice, weight.shape))] = weight
@@ -173,7 +177,7 @@ def side_by_side(adapters: Sequence[Params | None]) -> Params | None:
 
 
 def find_linears(model: Any, targets: Sequence[str], last_layers: int | None) -> dict[str, nn.Linear]:
-    """Return the linears whose last name part is in `targets`, in the last layers, by full name.
+    """Return the linears in the last layers whose last name part is in `targets`, by full name.
 
     Raises:
         ConfigError: a target matches no linear of the model.
@@ -181,36 +185,36 @@ def find_linears(model: Any, targets: Sequence[str], last_layers: int | None) ->
     linears, kinds, name = all_linears(model), linear_kinds(model), type(model).__name__
     if not kinds:
         raise ConfigError(
-            f"lora.targets: {', '.join(sorted(targets))}: {name} has no linear layers for LoRA (GPT-2's Conv1D is "
-            "none); use adapter=soft_prompt, or mode=full"
+            f"lora.targets: {', '.join(sorted(targets))}: {name} has no linear layers for LoRA (GPT-2's Conv1D "
+            "does not count); use adapter=soft_prompt, or mode=full"
         )
     unknown = sorted(set(targets) - set(kinds))
     if unknown:
         raise ConfigError(f"lora.targets: {', '.join(unknown)} is no linear layer of {name}; it has {', '.join(kinds)}")
     first = model.config.num_hidden_layers - (last_layers or model.config.num_hidden_layers)
-    found = {n: one for n, one in linears.items() if n.rsplit(".", 1)[-1] in targets and layer_number(n) >= first}
-    absent = sorted(set(targets) - {n.rsplit(".", 1)[-1] for n in found})
+    adapted = {n: m for n, m in linears.items() if n.rsplit(".", 1)[-1] in targets and layer_number(n) >= first}
+    absent = sorted(set(targets) - {n.rsplit(".", 1)[-1] for n in adapted})
     if absent:
         raise ConfigError(
             f"lora.targets: the last {last_layers} layers of {name} have no {', '.join(absent)}; leave it out, or "
             "raise lora.last_layers"
         )
-    return found
+    return adapted
 
 
 def all_linears(model: Any) -> dict[str, nn.Linear]:
-    """Return every linear by its full name, but for the output head: it sees the targets alone."""
+    """Return every linear by its full name, except the output head, which sees the hidden states of targets alone."""
     head = model.get_output_embeddings()
     return {n: module for n, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head}
 
 
 def linear_kinds(model: Any) -> list[str]:
-    """Return the last parts of the linears' names, such as `q_proj`, sorted."""
+    """Return the distinct last parts of the linears' names, such as `q_proj`, sorted."""
     return sorted({name.rsplit(".", 1)[-1] for name in all_linears(model)})
 
 
 def layer_number(name: str) -> int:
-    """Return the layer that a module such as `model.layers.3.mlp.down_proj` lies in; 0 outside the layers."""
+    """Return the layer number of a module such as `model.layers.3.mlp.down_proj`; 0 outside the layers."""
     match = LAYER.search(name)
     return int(match.group(1)) if match else 0
 

@@ -1,8 +1,8 @@
-"""Folders of what was learned, for stock libraries.
+"""Write and read what was learned as folders for stock libraries.
 
-In mode adapters `adapter_config.json` and `adapter_model.safetensors`, which PEFT, vLLM and LoRAX load; in mode full a
-whole Hugging Face model. Beside a task's lies `rayml.json`: how examples were shown to the model, and the user's own
-labels; and `readout.safetensors`, where prototypes are answered by.
+In mode adapters they hold `adapter_config.json` and `adapter_model.safetensors`, which PEFT, vLLM and LoRAX load; in
+mode full a whole Hugging Face model. A task's folder also holds `rayml.json`, with how examples are shown to the model
+and the user's own labels, and `readout.safetensors`, if it answers by prototypes.
 """
 
 import json
@@ -25,12 +25,12 @@ CARD, WEIGHTS, READOUT = "rayml.json", "adapter_model.safetensors", "readout.saf
 PREFIX = "base_model.model."
 PROMPT_KEY = "prompt_embeddings"
 EMBEDS = "FEATURE_EXTRACTION"
-"""PEFT's `task_type` of a sentence encoder; its pooler, which we leave out, may have linears of the names adapted."""
+"""PEFT's `task_type` of a sentence encoder."""
 
 
 @dataclass(frozen=True)
 class AdapterCard:
-    """What an adapter needs beside its weights."""
+    """What an adapter needs besides its weights."""
 
     name: str
     model: str
@@ -39,35 +39,37 @@ class AdapterCard:
     prompt: str
     max_tokens: int
     labels: dict[str, str] = field(default_factory=dict)
-    """What the model sees to the user's own label; empty for free text."""
+    """From the label that the model sees to the user's own label; empty for free text."""
     lora: dict = field(default_factory=dict)
     soft_tokens: int = 0
     algorithm: str = ""
-    """Its name; "" where nothing but label tokens is answered by."""
+    """Its name; "" if it answers by label tokens alone."""
     shown: list[tuple[str, str]] = field(default_factory=list)
-    """Examples that answering needs (`Algorithm.keeps`)."""
+    """(input, target) of the examples that answering needs (`Algorithm.keeps`)."""
     label_loss: str = "options"
     kind: str = ""
     ensemble: list[str] = field(default_factory=list)
     scoring: str = "learned"
     shown_parts: list[list[tuple[str, str]]] = field(default_factory=list)
-    """Of each example in `shown`, where its input has parts."""
+    """The parts of each input in `shown`; empty if inputs have no parts."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """Of the algorithm."""
+    """The settings of the algorithm."""
     label_tokens: list[int] = field(default_factory=list)
-    """The first token of each label, where prototypes are answered by."""
+    """The first token of each label, for answers by prototypes."""
     fields: list[str] | None = None
-    """Of its inputs, in their order; none, where they are texts; None, where they differ, or it is not known."""
+    """The names of an input's fields in order; empty for texts; None if they differ, or are not known."""
 
     def examples(self) -> list[Example]:
         """Return the examples in `shown`."""
         parts = self.shown_parts or [[]] * len(self.shown)
-        pairs = zip(self.shown, parts, strict=True)
-        return [Example(text, target, tuple((name, part) for name, part in of)) for (text, target), of in pairs]
+        return [
+            Example(text, target, tuple((name, part) for name, part in example_parts))
+            for (text, target), example_parts in zip(self.shown, parts, strict=True)
+        ]
 
 
 def encoder_of(card: AdapterCard, tokenizer: Any, max_tokens: int | None = None) -> Encoder:
-    """Return how an adapter's task is shown to the model."""
+    """Return the encoder of an adapter's task."""
     return Encoder(
         tokenizer,
         card.prompt,
@@ -89,11 +91,11 @@ def save_adapter(
 ) -> None:
     """Write one adapter as a stock PEFT folder: LoRA, `[r, in]` and `[out, r]` each, or prompt tuning, `[P, d]`.
 
-    The prototypes of a task, and what is learned of its readout, lie beside it.
+    A task's prototypes, and the learned parameters of its readout, go into a file beside it.
 
     Args:
-        lora: its shape (`AdapterCard.lora`); nothing of a soft prompt.
-        base: where `base_model_name_or_path` is to point.
+        lora: its shape (`AdapterCard.lora`); empty for a soft prompt.
+        base: the value of `base_model_name_or_path`.
         kind: PEFT's `task_type`.
     """
     from peft import LoraConfig, PeftConfig, PromptTuningConfig  # slow to import, and only needed to write
@@ -105,66 +107,68 @@ def save_adapter(
     if not lora:
         tokens, width = weights[PROMPT].shape
         peft: PeftConfig = PromptTuningConfig(num_virtual_tokens=tokens, token_dim=width, **common)
-        peft.num_transformer_submodules = 1  # type: ignore[attr-defined]  # PEFT sets it at training
+        peft.num_transformer_submodules = 1  # type: ignore[attr-defined]  # PEFT sets it in training
         tensors = {PROMPT_KEY: weights[PROMPT]}
     else:
-        is_whole = kind == EMBEDS  # by whole names: a pooler's linears are called as layers' are, and hang on no layer
-        layers = sorted({layer_number(name) for name in weights})
+        targets, layers = list(lora["targets"]), None
+        if kind == EMBEDS:
+            # By full names: the pooler, which rayml leaves out, may have linears with the same last names.
+            targets = sorted({name[: -len(A)] for name in weights if name.endswith(A)})
+        elif lora["last_layers"]:
+            layers = sorted({layer_number(name) for name in weights})
         peft = LoraConfig(
             r=lora["rank"],
             lora_alpha=lora["alpha"],
-            target_modules=sorted({name[: -len(A)] for name in weights if name.endswith(A)})
-            if is_whole
-            else list(lora["targets"]),
-            layers_to_transform=layers if lora["last_layers"] and not is_whole else None,
+            target_modules=targets,
+            layers_to_transform=layers,
             lora_dropout=0.0,
             bias="none",
             **common,
         )
         tensors = {f"{PREFIX}{name}.weight": weight for name, weight in weights.items()}
     peft.save_pretrained(str(folder))
-    for file, held in ((WEIGHTS, tensors), (READOUT, readout if MEANS in readout else {})):
-        whole = {name: weight.detach().cpu().contiguous() for name, weight in held.items()}
-        if whole:
-            save_file(whole, folder / file, metadata={"format": "pt"})
+    for file, params in ((WEIGHTS, tensors), (READOUT, readout if MEANS in readout else {})):
+        contiguous = {name: weight.detach().cpu().contiguous() for name, weight in params.items()}
+        if contiguous:
+            save_file(contiguous, folder / file, metadata={"format": "pt"})
 
 
 def peft_logits(module: Any, folder: Path, tokens: Tensor) -> Tensor:
-    """Return the logits `[N, L, V]` of tokens `[N, L]` by PEFT, with an adapter's folder; the model stays as it was."""
+    """Return PEFT's logits `[N, L, V]` of tokens `[N, L]` with an adapter's folder; the model is left as it was."""
     from peft import PeftModel
 
-    own = dict(module.named_modules())
+    modules = dict(module.named_modules())
     try:
         return PeftModel.from_pretrained(module, str(folder)).eval()(input_ids=tokens).logits
-    finally:  # also where it could not be put in whole
-        for name, part in own.items():
+    finally:  # PEFT replaces modules, even if it fails half-way
+        for name, original in modules.items():
             parent, _, last = name.rpartition(".")
             if name:
-                setattr(own[parent], last, part)
+                setattr(modules[parent], last, original)
         vars(module).pop("peft_config", None)
 
 
 def save_model(folder: Path, module: Any, weights: Params, tokenizer: Any) -> None:
-    """Write the model with `weights` in it, by its parameters' names, as a Hugging Face folder; it stays as it was."""
-    own = {name: module.get_parameter(name) for name in weights}
-    before = {name: parameter.data for name, parameter in own.items()}
+    """Write the model with the parameters in `weights` as a Hugging Face folder; the model is left as it was."""
+    parameters = {name: module.get_parameter(name) for name in weights}
+    originals = {name: parameter.data for name, parameter in parameters.items()}
     try:
-        for name, parameter in own.items():
+        for name, parameter in parameters.items():
             parameter.data = weights[name].to(parameter.data)
         module.save_pretrained(folder)
     finally:
-        for name, parameter in own.items():
-            parameter.data = before[name]
+        for name, parameter in parameters.items():
+            parameter.data = originals[name]
     tokenizer.save_pretrained(folder)
 
 
 def load_learned(folder: Path) -> tuple[Params, AdapterCard, str | None]:
-    """Return the adapter's weights and card of a folder that `rayml adapt` wrote.
+    """Return the weights and the card of a folder that `rayml adapt` wrote.
 
-    In mode full there are no weights to put on a base: the third value is then the folder of the model itself.
+    In mode full there are no adapter weights, and the third value is the folder of the model itself; else it is None.
 
     Raises:
-        RunError: it is not there, or not whole.
+        RunError: the adapter is missing or incomplete.
     """
     try:
         card = AdapterCard(**json.loads((folder / CARD).read_text(encoding="utf-8")))
@@ -179,5 +183,5 @@ def load_learned(folder: Path) -> tuple[Params, AdapterCard, str | None]:
 
 
 def weight_name(key: str) -> str:
-    """Return what rayml calls a tensor that PEFT calls `key`."""
+    """Return rayml's name of a tensor that PEFT calls `key`."""
     return PROMPT if key == PROMPT_KEY else key.removeprefix(PREFIX).removesuffix(".weight")

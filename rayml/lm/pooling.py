@@ -1,22 +1,45 @@
-"""A sentence encoder's hidden states, pooled into one vector a text as sentence-transformers does it."""
+"""Pool hidden states into one vector for each prompt, or for each text of a sentence encoder."""
 
 import torch
 from torch import Tensor, nn
 
+from rayml.algorithms.prototypes import Pooling
+from rayml.lm.batch import TaskBatch
 from rayml.lm.sentence import Sentences
 
 
-def pool(sentences: Sentences, states: Tensor, seen: Tensor) -> Tensor:
-    """Return the vectors `[N, D]` of hidden states `[N, L, D]`, in fp32, where tokens are `seen` `[N, L]`."""
-    states, mask = states.float(), seen.unsqueeze(-1).float()
-    vectors = torch.cat([_pooled(how, states, mask) for how in sentences.poolings], dim=-1)
+def pool_prompts(hidden: Tensor, batch: TaskBatch, pooling: Pooling) -> Tensor:
+    """Return a vector of unit length in fp32 for each prompt, `[T, K, D]`: of its last token, or its tokens' mean.
+
+    Args:
+        hidden: the last hidden states, `[N, L, D]`.
+    """
+    assert batch.prompts is not None
+    flat, (begin, end) = hidden.flatten(0, 1), batch.prompts.unbind(-1)
+    if pooling == "last":
+        return nn.functional.normalize(flat[end].float(), dim=-1)
+    positions = begin.unsqueeze(-1) + torch.arange(batch.read_at.longest_prompt, device=begin.device)
+    inside = positions <= end.unsqueeze(-1)
+    total = (flat[positions.where(inside, begin.unsqueeze(-1))] * inside.unsqueeze(-1)).float().sum(2)
+    return nn.functional.normalize(total, dim=-1)
+
+
+def pool_sentences(sentences: Sentences, hidden: Tensor, seen: Tensor) -> Tensor:
+    """Return a vector for each text, `[N, D]` in fp32, as sentence-transformers computes it.
+
+    Args:
+        hidden: the last hidden states, `[N, L, D]`.
+        seen: where tokens are not padding, `[N, L]` bool.
+    """
+    states, mask = hidden.float(), seen.unsqueeze(-1).float()
+    vectors = torch.cat([_pool(kind, states, mask) for kind in sentences.poolings], dim=-1)
     return nn.functional.normalize(vectors, dim=-1) if sentences.is_unit else vectors
 
 
-def _pooled(how: str, states: Tensor, mask: Tensor) -> Tensor:
-    """Return one pooling, `[N, D]`, of states `[N, L, D]` with a mask `[N, L, 1]` of zeros behind each text."""
+def _pool(kind: str, states: Tensor, mask: Tensor) -> Tensor:
+    """Return one pooling, `[N, D]`, of states `[N, L, D]`; the mask `[N, L, 1]` is 0 for padding."""
     count = mask.sum(1)
-    match how:
+    match kind:
         case "cls":
             return states[:, 0]
         case "lasttoken":

@@ -1,10 +1,11 @@
-"""Queries with labels: of T tasks side by side, as an algorithm answers them (`rayml.algorithms.base.Asked`); and of
-learned tasks, what is asked of the model about one input, and the log-probabilities that come of it.
+"""Queries with labels, as an algorithm answers them.
 
-`rayml predict`, the server and the Python API all ask by the latter, each adapter as its own card says.
+`AskedTasks` has those of T tasks side by side (`rayml.algorithms.base.Asked`). `Query` is one input of a learned task:
+`rayml predict`, the server and the Python API all ask with it.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -18,27 +19,30 @@ from rayml.lm.lora import side_by_side
 from rayml.lm.model import TaskLM
 from rayml.lm.option_scoring import OptionQuery, PromptEnsemble, WeightedPrompts
 from rayml.lm.rows import TokenRow
-from rayml.lm.sides import class_grid
+from rayml.lm.sides import pad_classes
 
 
+@dataclass(eq=False)
 class KeptSupport:
-    """The support of a task that is kept to answer with: K rows, and the class of each, -1 for none of the options."""
+    """The support of a task that is kept for answering: K rows."""
 
-    def __init__(self, rows: Sequence[TokenRow], classes: Sequence[int], states: Tensor | None = None):
-        self.rows, self.classes = rows, classes
-        self.states = states
-        """`[K, D]`, where they were taken before, under the same weights."""
+    rows: Sequence[TokenRow]
+    classes: Sequence[int]
+    """The class of each row; -1 for a class that is not among the options."""
+    states: Tensor | None = None
+    """`[K, D]`, if they were computed before, with the same weights."""
 
 
 class AskedTasks:
     """The queries of T tasks, all of them with labels.
 
     Args:
-        pad: the token that rows are filled up with.
+        pad: the token that rows are padded with.
         tasks: each task's prompt ensemble; its options are the labels.
-        kept: each task's support, where the algorithm keeps hidden states.
-        options: how many labels each task has, where rows are of one alone: their tokens then cannot be scored.
-        label_tokens: the first token of each of them, where that is read.
+        kept: each task's support, if the algorithm keeps hidden states.
+        options: how many labels each task has. None: as many as the ensemble has options. Give it where the ensemble
+            has one label alone, since no label tokens are scored.
+        label_tokens: the first token of each label, if those are read.
     """
 
     def __init__(
@@ -52,8 +56,8 @@ class AskedTasks:
     ):
         self.lm, self.pad, self.tasks, self.kept = lm, pad, tasks, kept
         queries = [task[0][1] for task in tasks]
-        options = [len(of[0].rows) for of in queries] if options is None else options
-        self.shape = [(len(of), count) for of, count in zip(queries, options, strict=True)]
+        options = [len(task[0].rows) for task in queries] if options is None else options
+        self.shape = [(len(task), count) for task, count in zip(queries, options, strict=True)]
         self._label_tokens = label_tokens
 
     @cached_property
@@ -62,24 +66,20 @@ class AskedTasks:
 
     @cached_property
     def _prompts(self) -> TaskBatch:
-        asked = [[query.rows[0] for query in task[0][1]] for task in self.tasks]
-        return self._one_a_row(
-            [[TokenRow(r.tokens[: r.start], r.start, suffix=r.suffix) for r in rows] for rows in asked]
-        )
+        tasks = [[query.rows[0] for query in task[0][1]] for task in self.tasks]
+        prompts = [[TokenRow(r.tokens[: r.start], r.start, suffix=r.suffix) for r in rows] for rows in tasks]
+        return collate(prompts, self.pad).to(self.lm.device)
 
     @cached_property
     def _kept_rows(self) -> TaskBatch:
-        return self._one_a_row([one.rows for one in self.kept])
-
-    def _one_a_row(self, rows: Sequence[Sequence[TokenRow]]) -> TaskBatch:
-        return collate(rows, self.pad).to(self.lm.device)
+        return collate([support.rows for support in self.kept], self.pad).to(self.lm.device)
 
     @cached_property
     def support_classes(self) -> Tensor:
-        return class_grid([one.classes for one in self.kept]).to(self.lm.device)
+        return pad_classes([support.classes for support in self.kept]).to(self.lm.device)
 
     def label_log_probs(self, weights: Params | None) -> list[Tensor]:
-        if self.lm.sentences:  # it knows no labels' tokens: before it has seen a task, it can but guess
+        if self.lm.sentences:  # without label tokens it can only guess before it has seen a task's support
             return [torch.full(shape, 1 / shape[1], device=self.lm.device).log() for shape in self.shape]
         return self._ensemble.log_probs(weights)
 
@@ -89,40 +89,33 @@ class AskedTasks:
 
     @torch.no_grad()
     def read(self, weights: Params | None, pooling: Pooling = "last", labels: bool = False) -> Read:
-        tokens = class_grid(self._label_tokens).to(self.lm.device) if labels else None
+        tokens = pad_classes(self._label_tokens).to(self.lm.device) if labels else None
         return self.lm.read(weights, self._prompts, pooling, tokens)
 
     @torch.no_grad()
     def support_states(self, weights: Params | None, pooling: Pooling = "last") -> Tensor:
-        known = [one.states for one in self.kept if one.states is not None]
+        known = [support.states for support in self.kept if support.states is not None]
         if len(known) == len(self.kept):
             return torch.nn.utils.rnn.pad_sequence(known, batch_first=True)
         return self.lm.states(weights, self._kept_rows, pooling)
 
 
+@dataclass(eq=False)
 class Query:
-    """One input, in every prompt of its task's ensemble, under the weights of the task.
+    """One input in every prompt of its task's ensemble, to be answered with the weights of the task."""
 
-    Args:
-        prompts: `weighted_prompts` of one input; with one option alone, where the algorithm answers by what it keeps.
-        weights: of the task; None for the bare base.
-        algorithm: answers.
-        kept: the task's support, where the algorithm keeps hidden states; they are taken once.
-        classes: of that support, those that are options.
-        label_tokens: the first token of each option, where that is read.
-    """
-
-    def __init__(
-        self,
-        prompts: WeightedPrompts,
-        weights: Params | None,
-        algorithm: Algorithm,
-        kept: KeptSupport | None = None,
-        classes: Sequence[int] = (),
-        label_tokens: Sequence[int] = (),
-    ):
-        self.prompts, self.weights, self.algorithm = prompts, weights, algorithm
-        self.kept, self.classes, self.label_tokens = kept, tuple(classes), tuple(label_tokens)
+    prompts: WeightedPrompts
+    """`weighted_prompts` of one input; with one option alone, if the algorithm answers by what it keeps."""
+    weights: Params | None
+    """Of the task; None for the bare base."""
+    algorithm: Algorithm
+    """Answers the query."""
+    kept: KeptSupport | None = None
+    """The task's support, if the algorithm keeps hidden states; they are computed once."""
+    classes: Sequence[int] = ()
+    """The classes of that support that are options."""
+    label_tokens: Sequence[int] = ()
+    """The first token of each option, if those are read."""
 
     @property
     def options(self) -> int:
@@ -135,19 +128,19 @@ class Query:
 
     @property
     def longest(self) -> int:
-        """Tokens of its longest option with what stands before it."""
+        """The tokens of its longest option with the prompt."""
         return max(len(row.tokens) for option_query in self.option_queries for row in option_query.rows)
 
     def support(self) -> KeptSupport | None:
-        """Return the support with the classes as numbers of the options that are asked for."""
+        """Return the support with its classes renumbered as indices of the options."""
         if self.kept is None:
             return None
-        numbers = [self.classes.index(kind) if kind in self.classes else -1 for kind in self.kept.classes]
+        numbers = [self.classes.index(c) if c in self.classes else -1 for c in self.kept.classes]
         return KeptSupport(self.kept.rows, numbers, self.kept.states)
 
 
 def first_batch(queries: Sequence[Query], most_tokens: int) -> int:
-    """Return how many of the first queries are answered in one forward: in one way, and one at least."""
+    """Return how many of the first queries fit into one forward, at least one; their algorithms answer alike."""
     rows = longest = 0
     for number, query in enumerate(queries):
         for option_query in query.option_queries:
@@ -163,24 +156,24 @@ def log_probs(lm: TaskLM, pad: int, queries: Sequence[Query]) -> list[Tensor]:
     """Return each query's log-probabilities of its options, `[options]`, all from one forward.
 
     Args:
-        pad: the token that rows are filled up with.
-        queries: of any adapters, whose algorithms answer alike.
+        pad: the token that rows are padded with.
+        queries: of any adapters whose algorithms answer alike.
     """
-    _take_states(lm, pad, queries)
+    _compute_states(lm, pad, queries)
     first = queries[0]
-    alike = all(query.weights is first.weights for query in queries)
-    alike = alike and len({(query.options, query.classes) for query in queries}) == 1
-    groups = [queries] if alike else [[query] for query in queries]
-    tasks = [together([query.prompts for query in group]) for group in groups]
+    is_one_task = all(query.weights is first.weights for query in queries)
+    is_one_task = is_one_task and len({(query.options, tuple(query.classes)) for query in queries}) == 1
+    groups = [queries] if is_one_task else [[query] for query in queries]
+    tasks = [merge_prompts([query.prompts for query in group]) for group in groups]
     kept = [support for group in groups if (support := group[0].support())]
     options, label_tokens = zip(*((group[0].options, group[0].label_tokens) for group in groups), strict=True)
     asked = AskedTasks(lm, pad, tasks, kept, options, label_tokens)
-    found = first.algorithm.answer(asked, side_by_side([group[0].weights for group in groups]))
-    return [scores for task in found for scores in task]
+    answers = first.algorithm.answer(asked, side_by_side([group[0].weights for group in groups]))
+    return [scores for task in answers for scores in task]
 
 
-def _take_states(lm: TaskLM, pad: int, queries: Sequence[Query]) -> None:
-    """Take the hidden states of the supports that are kept, where they were not taken yet."""
+def _compute_states(lm: TaskLM, pad: int, queries: Sequence[Query]) -> None:
+    """Compute the hidden states of kept supports that have none yet."""
     for query in queries:
         kept = query.kept
         if kept and kept.states is None:
@@ -188,7 +181,7 @@ def _take_states(lm: TaskLM, pad: int, queries: Sequence[Query]) -> None:
             kept.states = asked.support_states(side_by_side([query.weights]), query.algorithm.pooling)[0]
 
 
-def together(inputs: Sequence[WeightedPrompts]) -> WeightedPrompts:
-    """Return the ways of several inputs of one task, from those of each."""
-    shares = [share for share, _ in inputs[0]]
-    return [(share, [one[number][1][0] for one in inputs]) for number, share in enumerate(shares)]
+def merge_prompts(inputs: Sequence[WeightedPrompts]) -> WeightedPrompts:
+    """Return one prompt ensemble for several inputs of one task, from the ensemble of each input."""
+    weights = [weight for weight, _ in inputs[0]]
+    return [(weight, [prompts[number][1][0] for prompts in inputs]) for number, weight in enumerate(weights)]

@@ -1,11 +1,11 @@
-"""From text to a row of tokens: a prompt and its target, of a causal or a masked language model.
+"""Turn a prompt and its target into a row of tokens, for a causal or a masked language model.
 
-Both are tokenised together: tokenising the parts alone can give other tokens at the seam.
+Both are tokenised together, since tokenising them separately can give other tokens where they meet.
 
-A masked model predicts a label word at the mask of a cloze prompt (PET, Schick and Schütze 2021, arXiv 2001.07676).
-What is read last before the target is the mask, and it predicts the target: so rows, losses, scores and adapters are
-those of causal models. What is different: the mask has something behind it, padding must not be seen, and a target is
-one token.
+A masked model predicts a label word at the mask of a cloze prompt (PET, Schick and Schütze 2021, arXiv 2001.07676). Its
+rows put the mask last before the target, which it predicts, so that rows, losses, scores and adapters work as for
+causal models. There are three differences: text may follow the mask, padding must not be seen, and a target has one
+token.
 """
 
 from collections.abc import Callable
@@ -17,11 +17,11 @@ from rayml.lm.tokens import plain, tokenize
 
 MARK = "rayml_predicts_masks"
 SOFT = 1 << 40
-"""The first soft token: beyond any vocabulary."""
+"""The first soft token, beyond any vocabulary."""
 
 
 def soft_tokens(count: int) -> list[int]:
-    """Return what stands in a row for so many learned embeddings."""
+    """Return the tokens that stand for `count` learned embeddings in a row."""
     return list(range(SOFT, SOFT + count))
 
 
@@ -32,21 +32,21 @@ class TokenRow:
     tokens: list[int]
     start: int
     loss_masked: tuple[int, ...] = ()
-    """Places behind `start` that are read, and not predicted: what others say between the assistant's turns."""
+    """Positions after `start` that are not predicted: what others say between the assistant's turns."""
     suffix: tuple[int, ...] = ()
-    """What a masked model reads behind the mask, which is the last token before `start`."""
+    """What a masked model reads after the mask, which is the last token before `start`."""
 
 
 def encode(
     tokenizer, prompt: str, target: str, end: bool, max_tokens: int, keep: Callable[[int], bool] | None = None
 ) -> TokenRow:
-    """Tokenise `prompt + target`, once, and cut the *prompt* from the left to fit `max_tokens`.
+    """Tokenise `prompt + target`, and cut the *prompt* from the left to fit `max_tokens`.
 
     Args:
         tokenizer: a fast Hugging Face tokenizer.
-        prompt: marked where users wrote special tokens, as is `target` (`rayml.lm.tokens`).
-        end: add the end-of-sequence token to the target (free text, so that generation learns to stop).
-        keep: whether to keep the token of the prompt that begins at this character; all, if None.
+        prompt: with special tokens that users typed marked, as is `target` (`rayml.lm.tokens`).
+        end: add the end-of-sequence token to the target, as free text needs it so that generation learns to stop.
+        keep: tells whether to keep the token that begins at a character of the prompt; None keeps all.
 
     Raises:
         DataError: the target has no token, or leaves no room for the prompt.
@@ -57,42 +57,43 @@ def encode(
     if not target.strip() or start == len(tokens):
         raise DataError(f"target {target!r} has no token (input: {prompt[:60]!r})")
     if keep is not None:
-        # A token of no width, such as the beginning of the sequence, is no part of the text.
-        kept = [i for i, (a, b) in enumerate(offsets) if i >= start or a == b or keep(a)]
-        tokens, start = [tokens[i] for i in kept], start - (len(tokens) - len(kept))
+        # Tokens of no width, such as the beginning-of-sequence token, are not part of the text, and stay.
+        indices = [i for i, (a, b) in enumerate(offsets) if i >= start or a == b or keep(a)]
+        tokens, start = [tokens[i] for i in indices], start - (len(tokens) - len(indices))
     if end:
         tokens = [*tokens, tokenizer.eos_token_id]
-    start = max(start, 1)  # the first token has nothing to be predicted from
+    start = max(start, 1)  # nothing predicts the first token
     cut = max(0, len(tokens) - max_tokens)
     if start - cut < 1:
         raise DataError(
             f"target {target[:60]!r} has {len(tokens) - start} tokens, which leaves no room for its input within "
             f"data.max_tokens={max_tokens}; raise it or shorten the target"
         )
-    first = tokens[:1] if cut and tokens[0] == tokenizer.bos_token_id else []  # models lean on it
-    return TokenRow(first + tokens[cut + len(first) :], start - cut)
+    bos = tokens[:1] if cut and tokens[0] == tokenizer.bos_token_id else []  # models rely on it
+    return TokenRow(bos + tokens[cut + len(bos) :], start - cut)
 
 
 def mark_masked(tokenizer: Any) -> None:
-    """Note that a tokenizer belongs to a masked model: some causal ones have a mask token, too."""
+    """Mark the tokenizer of a masked model, since tokenizers of causal models may have a mask token, too."""
     tokenizer.init_kwargs[MARK] = True
 
 
 def predicts_masks(tokenizer: Any) -> bool:
+    """Return whether a tokenizer is that of a masked model."""
     return bool(getattr(tokenizer, "init_kwargs", {}).get(MARK))
 
 
 def masked_row(
     tokenizer: Any, prompt: str, target: str, is_label: bool, max_tokens: int, keep: Callable[[int], bool] | None = None
 ) -> TokenRow:
-    """Return the row of a prompt that holds the mask, of which the last counts; a long one loses its beginning.
+    """Return the row of a prompt with a mask, whose last mask predicts the target; a long prompt loses its beginning.
 
     Args:
-        prompt: marked where users wrote special tokens, as is `target` (`rayml.lm.tokens`).
-        keep: whether to keep the token that begins at this character of the prompt.
+        prompt: with special tokens that users typed marked, as is `target` (`rayml.lm.tokens`).
+        keep: tells whether to keep the token that begins at a character of the prompt; None keeps all.
 
     Raises:
-        DataError: the target is no label, or has not one token; or there is no room.
+        DataError: the target is no label, or has more or fewer than one token; or there is no room for the input.
     """
     if not is_label:
         raise DataError(
@@ -102,17 +103,17 @@ def masked_row(
     word, _ = tokenize(tokenizer, f" {target.strip()}", add_special_tokens=False)
     if len(word) != 1:
         raise DataError(
-            f"label {plain(target)!r} has {len(word)} tokens, and a mask stands for one; rename it, or use "
+            f"label {plain(target)!r} has {len(word)} tokens, and a mask predicts one; rename it, or use "
             "data.labels=letters"
         )
     tokens, offsets = tokenize(tokenizer, prompt)
     if keep is not None:
-        kept = [i for i, (a, b) in enumerate(offsets) if a == b or tokens[i] == tokenizer.mask_token_id or keep(a)]
-        tokens = [tokens[i] for i in kept]
+        spans = zip(tokens, offsets, strict=True)
+        tokens = [token for token, (a, b) in spans if a == b or token == tokenizer.mask_token_id or keep(a)]
     mask = len(tokens) - 1 - tokens[::-1].index(tokenizer.mask_token_id)
-    first = int(tokens[0] == tokenizer.cls_token_id)
+    cls = int(tokens[0] == tokenizer.cls_token_id)
     cut = max(0, len(tokens) - max_tokens)
-    if first + cut >= mask:
-        raise DataError(f"what stands behind the mask leaves no room for the input within data.max_tokens={max_tokens}")
-    read = [*tokens[:first], *tokens[first + cut : mask + 1]]
+    if cls + cut >= mask:
+        raise DataError(f"the text after the mask leaves no room for the input within data.max_tokens={max_tokens}")
+    read = [*tokens[:cls], *tokens[cls + cut : mask + 1]]
     return TokenRow([*read, *word], len(read), suffix=tuple(tokens[mask + 1 :]))

@@ -1,4 +1,4 @@
-"""What is asked of a text in the making, and what comes of it. Knows no torch: the server's gateway uses it."""
+"""How tokens are sampled, and the pieces of text that come of it. Without torch, for the server's gateway."""
 
 from dataclasses import dataclass, field
 
@@ -9,21 +9,21 @@ class Sampling:
 
     max_tokens: int
     temperature: float = 0.0
-    """0 takes the most probable token."""
+    """0 chooses the most probable token."""
     top_p: float = 1.0
-    """Sample among the fewest tokens that have this much probability together (Holtzman et al. 2019)."""
+    """Sample among the fewest tokens that have this probability together (Holtzman et al. 2019)."""
     seed: int | None = None
     stop: tuple[str, ...] = ()
-    """Texts that end the answer, and are no part of it."""
+    """Texts that end the answer, and are not part of it."""
     logprobs: int | None = None
-    """Give each token's log-probability, and this many of the most probable tokens' beside it."""
+    """Return each token's log-probability, and those of this many most probable tokens; None returns neither."""
     shrinks: bool = False
-    """Nobody asked for `max_tokens`: fewer, where the context has no room for all of them."""
+    """`max_tokens` is a default, and is lowered if the context has no room for all of them."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenScore:
-    """A token that was chosen, and what might have been; log-probabilities before temperature and top_p."""
+    """A chosen token and its alternatives, with log-probabilities before temperature and top_p."""
 
     text: str
     logprob: float
@@ -32,11 +32,11 @@ class TokenScore:
 
 @dataclass(slots=True)
 class Piece:
-    """What a text grew by."""
+    """The next piece of a text."""
 
     text: str
     scores: list[TokenScore] = field(default_factory=list)
     tokens: int = 0
-    """Tokens so far."""
+    """Tokens of the text so far."""
     finish_reason: str | None = None
-    """`stop`: the end of the text, or a stop text. `length`: max_tokens."""
+    """`stop` for the end of the text, or a stop text; `length` for `max_tokens`."""

@@ -1,4 +1,4 @@
-"""Adaptation curves: the query score before adapting to a task's support, and after every step."""
+"""Score adaptation: the query score before adapting to a task's support, and after every inner step."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from rayml.algorithms.base import Algorithm
-from rayml.algorithms.inner_loop import InnerLoop, Params, TaskLosses, expand
+from rayml.algorithms.inner_loop import InnerLoop, Params, expand
 from rayml.lm.encode import Encoder, class_numbers
 from rayml.lm.fine_tuning import special_steps
 from rayml.lm.model import TaskLM
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 
 Outputs = list[torch.Tensor]
-"""For each episode the log-probabilities of its queries' options, `[Q, C]`, or, of free text, its mean loss, `[]`."""
+"""For each episode, the log-probabilities of its queries' options, `[Q, C]`; for free text, its mean loss, `[]`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scorer:
-    """How episodes of held-out tasks are answered: by the run's own algorithm.
+    """Answers episodes of held-out tasks with the run's own algorithm.
 
-    What takes the support in at once, and not by inner steps, has curves of two points.
+    An algorithm without inner steps takes the support in at once, and has curves of two points.
     """
 
     lm: TaskLM
@@ -48,10 +48,12 @@ class Scorer:
     def curves(
         self, episodes: Sequence[Episode], start: Params, inner_lrs: Params, only_ends: bool = False
     ) -> list[Curve]:
-        """Adapt to the episodes' supports side by side and score their queries before, after, and in between.
+        """Adapt to the episodes' supports side by side, and score their queries before, after, and in between.
 
-        The episodes are all of label tasks, or all of free text. With `only_ends`, score before the first step and
-        after the last alone.
+        The episodes are all of label tasks, or all of free text.
+
+        Args:
+            only_ends: score only before the first step and after the last.
         """
         at = (0, self.steps) if only_ends else range(self.steps + 1)
         return curves_of(episodes, list(self.outputs(self.prepare(episodes), start, inner_lrs, at)))
@@ -63,10 +65,13 @@ class Scorer:
     def outputs(
         self, prepared: "Prepared", start: Params | None, inner_lrs: Params, at: Collection[int]
     ) -> Iterator[Outputs]:
-        """Yield what is made of the queries after each number of steps in `at`, in order.
+        """Yield the outputs for the queries after each number of steps in `at`, in order.
 
-        What takes the support in at once is asked before and after, and before the first step nothing is known of the
-        support: prototypes come with the steps. A start of None is the bare base.
+        Without inner steps, there are outputs before and after the support is taken in. Before the first step nothing
+        of the support is known, so prototypes are used from the first step on.
+
+        Args:
+            start: None is the bare base.
         """
         if self.takes_steps and start is not None and max(at):
             for step, fast in enumerate(self.adapted(prepared, start, inner_lrs, max(at))):
@@ -84,14 +89,9 @@ class Scorer:
         for adapted in inner.adapt(self.algorithm.support_losses(support), start, len(prepared.episodes)):
             yield adapted.fast
 
-    def support_losses(self, episodes: Sequence[Episode]) -> TaskLosses:
-        """Return what the inner loop descends."""
-        support = side_of(self.lm, self.encoder, episodes, "support")
-        return special_steps(support, self.unfreeze_every)(self.algorithm.support_losses(support))
-
 
 class Prepared:
-    """T episodes as the model reads them. Their batches keep what the frozen layers make of them."""
+    """T episodes as the model reads them. Their batches keep the output of the frozen layers."""
 
     def __init__(self, scorer: Scorer, episodes: Sequence[Episode]):
         self._scorer, self.episodes = scorer, episodes
@@ -106,9 +106,9 @@ class Prepared:
 
     @cached_property
     def before(self) -> "Queries":
-        """The queries as they are asked of what has not seen the support."""
-        algorithm, is_label = self._scorer.algorithm, bool(self.episodes[0].labels)
-        if algorithm.keeps == "nothing" and not (is_label and algorithm.keeps_states):
+        """The queries as they are asked before the support is seen: by label tokens, with nothing kept of it."""
+        algorithm, has_labels = self._scorer.algorithm, bool(self.episodes[0].labels)
+        if algorithm.keeps == "nothing" and not (has_labels and algorithm.keeps_states):
             return self.queries
         return Queries(self._scorer.lm, self._scorer.encoder, self.episodes)
 
@@ -117,8 +117,7 @@ class Queries:
     """The queries of T episodes, all of label tasks or all of free text, ready to be answered.
 
     Args:
-        algorithm: answers, with what it keeps of the episodes' support; without one, label tokens are scored as they
-            stand.
+        algorithm: answers, with what it keeps of the episodes' support. None: score the label tokens.
     """
 
     def __init__(self, lm: TaskLM, encoder: Encoder, episodes: Sequence[Episode], algorithm: Algorithm | None = None):
@@ -130,23 +129,21 @@ class Queries:
         if not episodes[0].labels:
             self.asked = side_of(lm, encoder, episodes, "query", in_context=keeps == "prompt")
             return
-        both = [(encoder.of(e.task, e.kind, e.labels), e) for e in episodes]
-        kept = [
-            KeptSupport(own.rows(e.support, is_label=True), class_numbers(e, "support"))
-            for own, e in both
-            if algorithm and algorithm.keeps_states
-        ]
         options = [len(e.labels) for e in episodes]
-        if algorithm and not algorithm.scores_options:
-            ways = [prompts_of(lm, own, e.query, next(iter(e.labels))) for own, e in both]
-            tokens = [[of[0] for of in own.label_tokens(e.labels, e.support[0]) if of] for own, e in both]
-            self.asked = AskedTasks(lm, encoder.pad, ways, kept, options, tokens)
-        else:
-            shown = [e.support if keeps == "prompt" else () for e in episodes]
-            ways = [
-                weighted_prompts(lm, own, e.query, list(e.labels), of) for (own, e), of in zip(both, shown, strict=True)
-            ]
-            self.asked = AskedTasks(lm, encoder.pad, ways, kept, options)
+        prompts, kept, first_tokens = [], [], []
+        for e in episodes:
+            task_encoder = encoder.of(e.task, e.kind, e.labels)
+            if algorithm and algorithm.keeps_states:
+                rows = task_encoder.rows(e.support, is_label=True)
+                kept.append(KeptSupport(rows, class_numbers(e, "support")))
+            if algorithm and not algorithm.scores_options:
+                prompts.append(prompts_of(lm, task_encoder, e.query, next(iter(e.labels))))
+                labels = task_encoder.label_tokens(e.labels, e.support[0])
+                first_tokens.append([tokens[0] for tokens in labels if tokens])
+            else:
+                shown = e.support if keeps == "prompt" else ()
+                prompts.append(weighted_prompts(lm, task_encoder, e.query, list(e.labels), shown))
+        self.asked = AskedTasks(lm, encoder.pad, prompts, kept, options, first_tokens)
 
     @torch.no_grad()
     def outputs(self, weights: Params | None) -> Outputs:
@@ -165,7 +162,7 @@ def score_all(episodes: Sequence[Episode], outputs: Outputs) -> list[float]:
 
 
 def curves_of(episodes: Sequence[Episode], points: Sequence[Outputs]) -> list[Curve]:
-    """Return the curve of each episode from what was made of their queries after each number of steps."""
+    """Return the curve of each episode from the outputs after each number of steps."""
     scores = zip(*(score_all(episodes, outputs) for outputs in points), strict=True)
     return [Curve(e.task, e.index, bool(e.labels), list(s)) for e, s in zip(episodes, scores, strict=True)]
 
@@ -177,12 +174,16 @@ def trained_curves(
     episodes: int,
     progress: Callable[[int], None] = lambda _: None,
 ) -> list[Curve]:
-    """Return the curves of the same episodes from the trained start alone; `progress` is told how many were adapted."""
-    scorer, found = model.scorer(), []
+    """Return the curves of `episodes` episodes of each task from the trained start.
+
+    Args:
+        progress: is called with the number of episodes after each batch.
+    """
+    scorer, curves = model.scorer(), []
     for batch in batches(model, tasks, sampler, episodes):
-        found += scorer.curves(batch, model.start, model.inner_lrs)
+        curves += scorer.curves(batch, model.start, model.inner_lrs)
         progress(len(batch))
-    return found
+    return curves
 
 
 def batches(model: "MetaModel", tasks: Sequence[Task], sampler: Sampler, episodes: int) -> Iterator[list[Episode]]:
@@ -194,19 +195,18 @@ def batches(model: "MetaModel", tasks: Sequence[Task], sampler: Sampler, episode
 
 
 def side_of(lm: TaskLM, encoder: Encoder, episodes: Sequence[Episode], side: str, in_context: bool = False) -> TaskSide:
-    """Return one side of T episodes with nothing left out, as evaluation sees it."""
-    own = [encoder.of(episode.task, episode.kind, episode.labels) for episode in episodes]
-    rows = [
-        each.rows(getattr(e, side), bool(e.labels), e.support if in_context else ())
-        for each, e in zip(own, episodes, strict=True)
-    ]
-    labels = [each.competing(e.labels, e.support[0]) for each, e in zip(own, episodes, strict=True)]
+    """Return one side of T episodes as evaluation sees it, without token dropout."""
+    rows, labels = [], []
+    for e in episodes:
+        task_encoder = encoder.of(e.task, e.kind, e.labels)
+        rows.append(task_encoder.rows(getattr(e, side), bool(e.labels), e.support if in_context else ()))
+        labels.append(task_encoder.competing(e.labels, e.support[0]))
     return TaskSide(lm, rows, labels, [class_numbers(e, side) for e in episodes], encoder.pad)
 
 
 def accuracy(episode: Episode, scores: torch.Tensor) -> float:
-    """Return the share of queries whose highest option is the right one, of scores `[Q, C]`."""
+    """Return the share of queries whose option with the highest score, of `[Q, C]`, is the right one."""
     options = list(episode.labels)
     answers = [options[index] for index in scores.argmax(1).tolist()]
-    right = [answer == example.target for answer, example in zip(answers, episode.query, strict=True)]
-    return sum(right) / len(right)
+    is_right = [answer == example.target for answer, example in zip(answers, episode.query, strict=True)]
+    return sum(is_right) / len(is_right)

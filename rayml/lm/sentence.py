@@ -1,7 +1,7 @@
-"""Sentence encoders: models without an output head, whose hidden states are pooled into one vector a text.
+"""Sentence encoders: models without an output head, whose hidden states are pooled into one vector for each text.
 
-A folder, or a Hub's id, is read as sentence-transformers reads it, and a text gets the same vector as there (Reimers
-and Gurevych 2019, arXiv 1908.10084). Prototypes of such vectors are all that is answered by: there are no label tokens.
+A folder, or a Hugging Face id, is read as sentence-transformers reads it, and texts get the same vectors (Reimers and
+Gurevych 2019, arXiv 1908.10084). Answers come from prototypes of such vectors alone, since there are no label tokens.
 """
 
 import json
@@ -18,7 +18,7 @@ from rayml.lm.tokens import refuse_unembedded
 
 MARK = "rayml_sentences"
 INPUT = "{{ input }}"
-"""The prompt unless told otherwise: the text as it is."""
+"""The default prompt: the text itself."""
 LEGACY = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
@@ -27,7 +27,7 @@ LEGACY = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
-"""How older folders name poolings, in the order in which several are put side by side."""
+"""The poolings of older folders, in the order in which several are concatenated."""
 
 
 @dataclass(frozen=True)
@@ -35,31 +35,31 @@ class Sentences:
     """How a model's sentences are read and pooled."""
 
     poolings: tuple[str, ...] = ("mean",)
-    """Several give one vector, side by side."""
+    """The vectors of several are concatenated."""
     is_unit: bool = False
     """Whether vectors are scaled to length 1."""
     prompt: str = ""
-    """What the model was trained to find before every text."""
+    """The text that the model was trained to see before every text."""
     max_tokens: int | None = None
-    """Longest text; None: as the tokenizer says. Longer ones lose their end."""
+    """Longer texts lose their end; None is the tokenizer's limit."""
     lower_case: bool = False
 
 
 def read_sentences(path: str) -> Sentences | None:
-    """Return how a resolved model's sentences are read and pooled; None where it is no sentence encoder.
+    """Return how a resolved model's sentences are read and pooled; None if it is no sentence encoder.
 
-    It is one if `modules.json` lies beside it, as sentence-transformers writes it, or if its architecture has no output
-    head: then the mean is taken, as there.
+    It is one if it comes with the `modules.json` of sentence-transformers, or if its architecture has no output head,
+    in which case the mean is taken, as in sentence-transformers.
 
     Raises:
-        ConfigError: it holds modules that are not read here.
+        ConfigError: it has modules that are not supported.
     """
-    modules = _json(path, "modules.json")
+    modules = _read_json(path, "modules.json")
     if modules is None:
-        from transformers import AutoConfig  # it takes torch in
+        from transformers import AutoConfig  # imports torch
 
-        kinds = getattr(AutoConfig.from_pretrained(path), "architectures", None) or []
-        headless = [kind for kind in kinds if kind.endswith("Model") and not kind.endswith("HeadModel")]
+        architectures = getattr(AutoConfig.from_pretrained(path), "architectures", None) or []
+        headless = [name for name in architectures if name.endswith("Model") and not name.endswith("HeadModel")]
         return Sentences() if headless else None
     names = [module["type"].rsplit(".", 1)[-1] for module in modules]
     if names not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]) or modules[0]["path"]:
@@ -67,62 +67,64 @@ def read_sentences(path: str) -> Sentences | None:
             f"model.name: {path!r} is made of {', '.join(names)}; rayml reads a Transformer in the folder itself, "
             "Pooling, and Normalize"
         )
-    pooling = _json(path, f"{modules[1]['path']}/config.json") or {}
-    reading = _json(path, "sentence_bert_config.json") or {}
-    told = _json(path, "config_sentence_transformers.json") or {}
-    prompt = (told.get("prompts") or {}).get(told.get("default_prompt_name") or "") or ""
+    pooling = _read_json(path, f"{modules[1]['path']}/config.json") or {}
+    text_settings = _read_json(path, "sentence_bert_config.json") or {}
+    settings = _read_json(path, "config_sentence_transformers.json") or {}
+    prompt = (settings.get("prompts") or {}).get(settings.get("default_prompt_name") or "") or ""
     if prompt and not pooling.get("include_prompt", True):
         raise ConfigError(f"model.name: {path!r} pools without its prompt, which rayml does not")
     return Sentences(
         poolings_of(pooling),
         names[-1] == "Normalize",
         prompt,
-        reading.get("max_seq_length"),
-        bool(reading.get("do_lower_case")),
+        text_settings.get("max_seq_length"),
+        bool(text_settings.get("do_lower_case")),
     )
 
 
 def poolings_of(pooling: dict[str, Any]) -> tuple[str, ...]:
-    """Return the poolings that the config of a module `Pooling` names."""
-    named = pooling.get("pooling_mode") or [how for key, how in LEGACY.items() if pooling.get(key)] or "mean"
-    return (named,) if isinstance(named, str) else tuple(named)
+    """Return the poolings in the config of a `Pooling` module."""
+    modes = pooling.get("pooling_mode") or [mode for key, mode in LEGACY.items() if pooling.get(key)] or "mean"
+    return (modes,) if isinstance(modes, str) else tuple(modes)
 
 
-def _json(path: str, name: str) -> Any:
-    """Return what a file beside a model holds; None if it is not there."""
-    quiet = {f"_raise_exceptions_for_{trouble}": False for trouble in ("missing_entries", "connection_errors")}
+def _read_json(path: str, name: str) -> Any:
+    """Return the content of a JSON file beside a model; None if there is no such file."""
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     file = cached_file(path, name, **quiet)
     return json.loads(Path(file).read_text(encoding="utf-8")) if file else None
 
 
 def mark_sentences(tokenizer: Any, sentences: Sentences) -> None:
-    """Note with a tokenizer that what it reads are sentences: it travels to the workers."""
+    """Mark the tokenizer of a sentence encoder; unlike the model, it travels to all workers."""
     tokenizer.init_kwargs[MARK] = asdict(sentences)
 
 
 def sentences_of(tokenizer: Any) -> Sentences | None:
-    told = getattr(tokenizer, "init_kwargs", {}).get(MARK)
-    return Sentences(**told) if told else None
+    """Return how a sentence encoder's texts are read, by its tokenizer; None for a language model's."""
+    settings = getattr(tokenizer, "init_kwargs", {}).get(MARK)
+    return Sentences(**settings) if settings else None
 
 
 def sentence_row(
     tokenizer: Any, sentences: Sentences, text: str, max_tokens: int, keep: Callable[[int], bool] | None = None
 ) -> TokenRow:
-    """Return the row of a text, without a target; a long one loses its end.
+    """Return the row of a text, without a target; a long text loses its end.
 
     Args:
-        keep: whether to keep the token that begins at this character of the text.
+        keep: tells whether to keep the token that begins at a character of the text; None keeps all.
     """
-    before = sentences.prompt
-    text = before + text
-    most = min(max_tokens, sentences.max_tokens or tokenizer.model_max_length)
+    prompt = len(sentences.prompt)
+    text = sentences.prompt + text
+    limit = min(max_tokens, sentences.max_tokens or tokenizer.model_max_length)
     encoding = tokenizer(
-        text.lower() if sentences.lower_case else text, truncation=True, max_length=most, return_offsets_mapping=True
+        text.lower() if sentences.lower_case else text, truncation=True, max_length=limit, return_offsets_mapping=True
     )
     tokens, offsets = encoding["input_ids"], encoding["offset_mapping"]
     refuse_unembedded(tokenizer, tokens)
     if keep is not None:
-        kept = [i for i, (a, b) in enumerate(offsets) if a == b or a < len(before) or keep(a - len(before))]
-        tokens = [tokens[i] for i in kept]
-    tokens = tokens or [tokenizer.pad_token_id or 0]  # of nothing at all
+        spans = zip(tokens, offsets, strict=True)
+        # Tokens of no width, such as [CLS], and those of the prompt stay.
+        tokens = [token for token, (a, b) in spans if a == b or a < prompt or keep(a - prompt)]
+    tokens = tokens or [tokenizer.pad_token_id or 0]  # an empty text
     return TokenRow(tokens, len(tokens))

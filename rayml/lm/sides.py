@@ -1,4 +1,4 @@
-"""The two sides of T episodes, support and query, as an algorithm sees them: rows, and what the model makes of them."""
+"""The two sides of T episodes, support and query, as an algorithm sees them."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -25,10 +25,10 @@ class TaskSide:
 
     Args:
         tasks: each task's rows.
-        labels: of each task, the tokens of those that its targets compete with; none for the whole vocabulary.
-        row_classes: the class of each row; none for free text.
-        smoothing: of the labels, in meta-training.
-        packs: several examples may share a row, where losses are asked for.
+        labels: for each task, the tokens of the labels that its targets compete with; empty for the whole vocabulary.
+        row_classes: the class of each row; empty for free text.
+        smoothing: label smoothing, in meta-training.
+        packs: allows several examples to share a row.
     """
 
     def __init__(
@@ -51,8 +51,8 @@ class TaskSide:
 
     @cached_property
     def classes(self) -> Tensor:
-        both = zip(self.tasks, self.row_classes, strict=True)
-        return class_grid([classes or [-1] * len(rows) for rows, classes in both]).to(self.lm.device)
+        tasks = zip(self.tasks, self.row_classes, strict=True)
+        return pad_classes([classes or [-1] * len(rows) for rows, classes in tasks]).to(self.lm.device)
 
     @property
     def ways(self) -> int:
@@ -60,12 +60,12 @@ class TaskSide:
 
     @cached_property
     def label_tokens(self) -> Tensor:
-        """`[T, C]`: the first token of each class's label, by the rows themselves; -1 where there is no such class."""
-        found = []
+        """`[T, C]`: the first token of each class's label, taken from the rows; -1 where a task has no such class."""
+        by_task = []
         for rows, classes in zip(self.tasks, self.row_classes, strict=True):
             first = {number: row.tokens[row.start] for row, number in zip(rows, classes, strict=bool(classes))}
-            found.append([first.get(number, -1) for number in range(max(first, default=0) + 1)])
-        return class_grid(found).to(self.lm.device)
+            by_task.append([first.get(number, -1) for number in range(max(first, default=0) + 1)])
+        return pad_classes(by_task).to(self.lm.device)
 
     def losses(self, weights: Params) -> Tensor:
         return self.lm.losses(weights, self.batch, self.smoothing)
@@ -77,19 +77,19 @@ class TaskSide:
         return self.lm.read(weights, self.batch, pooling, label_tokens, self.smoothing)
 
     def lay_out(self) -> None:
-        """Lay all out that an algorithm may ask of the tasks, before it does."""
+        """Prepare everything that an algorithm may ask of the tasks, ahead of time."""
         _ = self.batch, self.classes, None if self.lm.sentences else self.label_tokens
 
 
 def on_device(batch: TaskBatch, device: torch.device) -> TaskBatch:
-    """Return the batch on a device, which a GPU fetches while it computes what was asked before."""
+    """Return the batch on a device; a GPU copies it while it still computes earlier work."""
     return (batch.pinned() if device.type == "cuda" else batch).to(device)
 
 
 def training_sides(
     lm: "TaskLM", episodes: Sequence[dict[str, Any]], pad: int, config: Config
 ) -> tuple[TaskSide, TaskSide]:
-    """Return the supports and the queries of episodes that `Encoder.episode` made."""
+    """Return the supports and the queries of records that `Encoder.episode` made."""
     regularize, labels = config.regularize, [episode["labels"] for episode in episodes]
 
     def side(name: str, packs: bool) -> TaskSide:
@@ -97,32 +97,33 @@ def training_sides(
         classes = [episode[name]["classes"] for episode in episodes]
         return TaskSide(lm, rows, labels, classes, pad, smoothing=regularize.label_smoothing, packs=packs)
 
-    # The worst step is one for each example, and so is a mask.
-    apart = regularize.adversarial > 0, regularize.lora_dropout > 0
-    return side("support", not any(apart)), side("query", not apart[1])
+    # Adversarial steps and dropout masks are drawn for each row, so that a row must hold one example.
+    drops = regularize.lora_dropout > 0
+    return side("support", packs=not (drops or regularize.adversarial > 0)), side("query", packs=not drops)
 
 
 def decode_rows(side: dict[str, Any]) -> list[TokenRow]:
     """Return the rows of one side of a record that `Encoder.episode` made."""
     columns = side["tokens"], side["starts"], side["loss_masked"], side["suffixes"]
     return [
-        TokenRow(list(tokens), start, tuple(gaps), tuple(end))
-        for tokens, start, gaps, end in zip(*columns, strict=True)
+        TokenRow(list(tokens), start, tuple(loss_masked), tuple(suffix))
+        for tokens, start, loss_masked, suffix in zip(*columns, strict=True)
     ]
 
 
 def side_batch(episodes: Sequence[dict[str, Any]], side: str, pad: int, packs: bool = False) -> TaskBatch:
+    """Return one side of records that `Encoder.episode` made."""
     rows = [decode_rows(episode[side]) for episode in episodes]
     return collate(rows, pad, [episode["labels"] for episode in episodes], packs)
 
 
 def trained_tokens(config: Config, support: TaskBatch, query: TaskBatch) -> int:
-    """Return the tokens, without padding, that an outer step on these episodes runs forward and backward."""
+    """Return how many tokens, without padding, an outer step on these episodes runs forward and backward."""
     passes = config.algorithm.passes(config.inner.steps)
     return sum(times * side.read_tokens for times, side in zip(passes, (support, query), strict=True))
 
 
-def class_grid(classes: Sequence[Sequence[int]]) -> Tensor:
-    """Return the class of every row of T tasks, `[T, K]`, -1 for rows of padding."""
-    rows = [torch.tensor(of, dtype=torch.int64) for of in classes]
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
+def pad_classes(classes: Sequence[Sequence[int]]) -> Tensor:
+    """Return each task's numbers, such as the class of every row, as `[T, K]`, padded with -1."""
+    tensors = [torch.tensor(numbers, dtype=torch.int64) for numbers in classes]
+    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=-1)

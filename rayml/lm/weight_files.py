@@ -1,4 +1,4 @@
-"""Files of weights that do not make the model that their config.json describes."""
+"""Find weight files that do not match the model that their config.json describes."""
 
 import re
 from collections.abc import Iterable
@@ -10,33 +10,38 @@ from torch import nn
 
 from rayml.lm.lora import LAYER
 
-UNUSED = re.compile(r"(attn|attention)\.bias$|\.(masked_bias|causal_mask|inv_freq|position_ids)$")
-"""Masks and positions that older checkpoints of some families hold, in their layers: no weights."""
+BUFFERS = re.compile(r"(attn|attention)\.bias$|\.(masked_bias|causal_mask|inv_freq|position_ids)$")
+"""Masks and positions in the layers of older checkpoints of some families; they are no weights."""
 POINTER = b"version https://git-lfs"
 
 
-def untaken(model: Any, keys: Iterable[str]) -> list[str]:
-    """Return which weights of a checkpoint the model should have taken, and did not: with them it would be another.
+def unused_weights(model: Any, keys: Iterable[str]) -> list[str]:
+    """Return the weights of a checkpoint that belong to the model, but were not loaded into it.
 
-    Such lie in the model's own layers, or beside a weight of its own. What else a checkpoint may hold, such as a
-    pooler, a classifier, a vision tower or an output head that is not asked for, is no part of this model.
+    They are in the model's own layers, or in a module that has weights. Other parts of a checkpoint, such as a pooler,
+    a classifier, a vision tower or an output head, may be left out.
+
+    Args:
+        keys: the names of tensors that were not loaded.
     """
     config, prefix = model.config.get_text_config(), f"{model.base_model_prefix}."
-    first = getattr(config, "num_hidden_layers", None) or 0
-    ahead = range(first, first + (getattr(config, "num_nextn_predict_layers", None) or 0))  # they predict more tokens
+    depth = getattr(config, "num_hidden_layers", None) or 0
+    # Layers for predicting more than one token ahead are not used.
+    extra_layers = range(depth, depth + (getattr(config, "num_nextn_predict_layers", None) or 0))
     modules = dict(model.named_modules())
 
-    def is_own(name: str) -> bool:
-        lists = [at for at in LAYER.finditer(name) if isinstance(modules.get(name[: at.start()]), nn.ModuleList)]
-        owner = modules.get(name.rpartition(".")[0])
-        is_beside = owner is not None and any(True for _ in owner.parameters(recurse=False))
-        return (is_beside or any(int(at[1]) not in ahead for at in lists[:1])) and not UNUSED.search(name)
+    def belongs(name: str) -> bool:
+        matches = [m for m in LAYER.finditer(name) if isinstance(modules.get(name[: m.start()]), nn.ModuleList)]
+        parent = modules.get(name.rpartition(".")[0])
+        has_siblings = parent is not None and any(True for _ in parent.parameters(recurse=False))
+        in_layer = bool(matches) and int(matches[0][1]) not in extra_layers
+        return (has_siblings or in_layer) and not BUFFERS.search(name)
 
-    return [key for key in sorted(keys) if any(map(is_own, (key, prefix + key, key.removeprefix(prefix))))]
+    return [key for key in sorted(keys) if any(map(belongs, (key, prefix + key, key.removeprefix(prefix))))]
 
 
-def unreadable(path: str) -> str:
-    """Return which of a folder's safetensors files is not whole, and why; nothing where all are."""
+def find_broken_file(path: str) -> str:
+    """Return a message about the first safetensors file of a folder that is incomplete; "" if there is none."""
     for file in sorted(Path(path).glob("*.safetensors")):
         with file.open("rb") as opened:
             if opened.read(len(POINTER)) == POINTER:

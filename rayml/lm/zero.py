@@ -1,8 +1,8 @@
 """The sharded engines: DeepSpeed ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054).
 
-At stage 3 each worker keeps 1/W of every parameter and gathers a layer's whole weights only while that layer runs.
-`load` shards a frozen base; adapters live outside the engine, whole on every worker: they are small, and every worker
-needs all of them. `load_full` trains the model itself.
+At stage 3 each of W workers keeps 1/W of every parameter, and gathers a layer's whole weights only while that layer
+runs. `load` shards a frozen base. Adapters live outside the engine, whole on every worker: they are small, and every
+worker needs all of them. `load_full` trains the model itself.
 """
 
 import os
@@ -28,9 +28,11 @@ TAG = "zero"  # DeepSpeed's name for the folder of shards inside a checkpoint
 def load(path: str, dtype: str, attention: str, device: torch.device, whole_below: int = 100_000):
     """Return the module of a DeepSpeed engine around the frozen causal LM.
 
-    Call the module, not the engine: without an optimizer the engine's own forward breaks the backward. Every worker
-    must make the same calls in the same order, for each gathers from all others. Parameters of fewer than
-    `whole_below` elements stay whole on every worker.
+    Call the module, not the engine, whose own forward breaks the backward when there is no optimizer. All workers must
+    make the same calls in the same order, since each gathers weights from all others.
+
+    Args:
+        whole_below: parameters with fewer elements stay whole on every worker.
     """
     deepspeed = _deepspeed(device)
     config = {
@@ -46,15 +48,15 @@ def load(path: str, dtype: str, attention: str, device: torch.device, whole_belo
 def load_full(path: str, config: Config, device: torch.device, whole_below: int = 100_000, phased: bool = True):
     """Return a DeepSpeed engine that trains the causal LM with a PhasedOptimizer, its `basic_optimizer`.
 
-    Call the engine, `backward` and `step` on every worker alike. At stage 3 the weights are sharded as they are read.
-    The model stays in eval mode, without dropout: the inner loop has to see what evaluation sees.
+    All workers must call the engine, `backward` and `step` alike. At stage 3 the weights are sharded as they are read.
+    The model stays in eval mode, without dropout, so that the inner loop sees what evaluation sees.
 
     Args:
-        whole_below: parameters of fewer elements stay whole on every worker.
-        phased: False leaves the outer optimizer by itself: ordinary training, which the benchmark compares with.
+        whole_below: parameters with fewer elements stay whole on every worker.
+        phased: False uses the plain outer optimizer: ordinary training, for comparison in the benchmark.
 
     Raises:
-        ConfigError: a pattern of parameters that fits none.
+        ConfigError: a pattern matches no parameter.
     """
     deepspeed = _deepspeed(device)
     settings = full_settings(config, device, whole_below)
@@ -63,19 +65,15 @@ def load_full(path: str, config: Config, device: torch.device, whole_below: int 
     trained = trained_parameters(model, config.full)
     for parameter in trained.values():
         parameter.requires_grad_(True)
-    outer = outer_optimizer(trained, config)
+    groups = parameter_groups(trained, config.inner.lr, config.inner.modules, config.outer.weight_decay)
+    # A fused optimizer needs no buffer of a shard's size.
+    outer = OPTIMIZERS[config.outer.optimizer](groups, lr=config.outer.lr, fused=True)
     optimizer = PhasedOptimizer(outer) if phased else outer
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     engine.module.eval()
     if config.model.activation_checkpointing:
         checkpoint_activations(engine.module)
     return engine
-
-
-def outer_optimizer(trained: dict[str, torch.nn.Parameter], config: Config) -> torch.optim.Optimizer:
-    """Return the outer optimizer over what is trained; the fused kind needs no buffer of a shard's size."""
-    groups = parameter_groups(trained, config.inner.lr, config.inner.modules, config.outer.weight_decay)
-    return OPTIMIZERS[config.outer.optimizer](groups, lr=config.outer.lr, fused=True)
 
 
 def full_settings(config: Config, device: torch.device, whole_below: int) -> dict[str, Any]:
@@ -95,9 +93,9 @@ def full_settings(config: Config, device: torch.device, whole_below: int) -> dic
         "zero_optimization": sharding,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        # A gradient that is not finite must not be stepped on, in bf16 neither.
+        # A step with a gradient that is not finite must be skipped, in bf16 too.
         "bf16": {"enabled": config.model.dtype == "bfloat16", "check_grad_overflow": True},
-        "communication_data_type": "fp32",  # bf16 sums over many workers lose what the tasks differ in
+        "communication_data_type": "fp32",  # bf16 sums over many workers round away how the tasks differ
         "gradient_clipping": 0.0,  # DeepSpeed's default would clip every inner step at 1
         "steps_per_print": None,
     }
@@ -106,88 +104,82 @@ def full_settings(config: Config, device: torch.device, whole_below: int) -> dic
 def consolidate(checkpoint: str | Path) -> dict[str, Tensor]:
     """Return all weights of a checkpoint of mode full, whole and in fp32, on this process alone.
 
-    Frozen and tied weights are among them: `model.save_pretrained(folder, state_dict=...)` writes a whole model.
-    It takes the CPU memory of about two fp32 copies, and reads pickles: only of a run folder that you trust.
+    They include frozen and tied weights, so that `model.save_pretrained(folder, state_dict=...)` writes a whole model.
+    This takes CPU memory for about two fp32 copies, and reads pickles: use it only on a run folder that you trust.
     """
-    _deepspeed(torch.device("cpu"), talks=False)
+    _deepspeed(torch.device("cpu"), communicates=False)
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):  # it talks a lot
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):  # it prints a lot
         state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=TAG)
     return {name: weight.detach().float() for name, weight in state.items()}
 
 
-def _deepspeed(device: torch.device, talks: bool = True):
-    """Return the module deepspeed, imported here and nowhere else, and ready to talk to the other workers."""
+def _deepspeed(device: torch.device, communicates: bool = True):
+    """Return the module deepspeed, which is imported nowhere else, ready to communicate with the other workers."""
     if device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares DeepSpeed the probing
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed probes for accelerators
     import deepspeed
+    from deepspeed.ops import __compatible_ops__ as compatible_ops
 
-    build_no_shared_memory()
-    forget_with_the_trace()
-    if talks:
+    compatible_ops[SHARED_MEMORY] = False  # an all-reduce in one CPU machine, which takes half a minute to compile
+    clear_release_caches_with_trace()
+    if communicates:
         deepspeed.init_distributed(dist_init_required=False)
     return deepspeed
 
 
-# What we take from DeepSpeed without its promise to keep it. pyproject.toml bounds it to what this was tested with;
-# `tests/test_internals.py` says what a newer one broke.
+# The rest uses DeepSpeed's internals. pyproject.toml pins the tested versions; `tests/test_internals.py` shows what a
+# newer one broke.
 
 
 def coordinator() -> Any:
-    """Return the class that gathers and lets go of stage 3's weights."""
+    """Return the class that gathers and releases stage 3's weights."""
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
     return PartitionedParameterCoordinator
 
 
 def release_caches() -> list[Any]:
-    """Return what remembers which weights may be let go of after a layer: the caches behind a decorated method."""
-    remembered = getattr(coordinator(), RELEASES)
-    return [cell.cell_contents for cell in remembered.__closure__ or () if hasattr(cell.cell_contents, "cache_clear")]
+    """Return the caches of which weights may be released after a layer: they are in a decorated method's closure."""
+    cells = getattr(coordinator(), RELEASES).__closure__ or ()
+    return [cell.cell_contents for cell in cells if hasattr(cell.cell_contents, "cache_clear")]
 
 
-def forget_with_the_trace() -> None:
-    """Let stage 3 forget which weights it may let go of, and when, together with the order of layers it was found for.
+def clear_release_caches_with_trace() -> None:
+    """Make stage 3 clear its release caches whenever it invalidates the trace of layers that they were computed for.
 
-    DeepSpeed 0.19 remembers the answers of a forward by itself, such as scoring is, and goes on to let go of every
-    weight whose backward is to come: training then gathers the model twice as often as it has to.
+    DeepSpeed 0.19 keeps them after a forward without a backward, such as in scoring. Training then releases weights
+    that its backward needs, and gathers the model twice as often as necessary.
     """
     caches, invalidate = release_caches(), getattr(coordinator(), INVALIDATE)
     if hasattr(invalidate, "__wrapped__"):
         return
 
     @wraps(invalidate)
-    def forgetting(self: Any) -> None:
+    def invalidate_all(self: Any) -> None:
         for cache in caches:
             cache.cache_clear()
         invalidate(self)
 
-    setattr(coordinator(), INVALIDATE, forgetting)
-
-
-def build_no_shared_memory() -> None:
-    """Do without a shared-memory all-reduce for one CPU machine: to build it takes a compiler and half a minute."""
-    from deepspeed.ops import __compatible_ops__ as built_at_first_use
-
-    built_at_first_use[SHARED_MEMORY] = False
+    setattr(coordinator(), INVALIDATE, invalidate_all)
 
 
 def client_optimizer(engine: Any) -> Any:
-    """Return the optimizer that an engine was given, inside of what shards its state."""
+    """Return the optimizer that an engine was given, inside the one that shards its state."""
     return engine.basic_optimizer
 
 
 def set_clip_norm(engine: Any, norm: float) -> None:
-    """Have the engine's next steps clip the gradient; 0 does not."""
+    """Make the engine's next steps clip the gradient to a norm; 0 does not clip."""
     engine.optimizer.clip_grad = norm
 
 
 def left_step_out(engine: Any) -> bool:
-    """Return whether the engine's last step found a gradient that is not finite, and was not taken."""
+    """Return whether the engine skipped its last step because the gradient was not finite."""
     return bool(engine.optimizer.overflow)
 
 
 def is_sharded(parameter: Any) -> bool:
-    """Return whether stage 3 holds a parameter: here is then its shard alone."""
+    """Return whether stage 3 shards a parameter, so that this worker has only a part of it."""
     return hasattr(parameter, "ds_id")
