@@ -63,7 +63,7 @@ class Side(Protocol):
 
 
 class Asked(Protocol):
-    """The queries of T learned tasks: Q each, to be answered with one of C labels. Without weights: by the bare base."""
+    """The queries of T learned tasks: Q each, to be answered with one of C labels. Weights of None: the bare base."""
 
     @property
     def shape(self) -> Sequence[tuple[int, int]]:
