@@ -94,7 +94,7 @@ def test_it_is_said_where_old_tasks_are_replayed_in_another_form(old, tmp_path, 
     assert shown_anew(then, now) == ["data.prompt"]
     outer = config.outer.model_copy(update={"steps": 1})
     train(config.model_copy(update={"data": now, "outer": outer}))
-    assert f"data.prompt: not as in {old.path}, whose tasks are replayed" in capsys.readouterr().err
+    assert f"data.prompt: not as in {old.path}; its tasks are replayed" in capsys.readouterr().err
 
 
 @pytest.mark.ray

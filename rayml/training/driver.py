@@ -35,9 +35,9 @@ from rayml.training.heartbeat import Heartbeats
 from rayml.training.progress import Progress
 from rayml.training.ray_internals import (
     DIED,
-    Controlled,
-    NewestCheckpoint,
-    WorkersGone,
+    ReportController,
+    ReportWorkersGone,
+    WriteLatest,
     forget_lost,
     without_idle_actors,
 )
@@ -290,7 +290,7 @@ def build_trainer(job: Job, run: RunFolder, at_once: int) -> TorchTrainer:
             name=run.checkpoints.name,
             failure_config=ray.train.FailureConfig(max_failures=config.run.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.run.keep_checkpoints),
-            callbacks=[NewestCheckpoint(run.latest), Controlled(heartbeats), WorkersGone(heartbeats)],  # type: ignore[list-item]
+            callbacks=[WriteLatest(run.latest), ReportController(heartbeats), ReportWorkersGone(heartbeats)],  # type: ignore[list-item]
         ),
     )
 
