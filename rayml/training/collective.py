@@ -1,13 +1,15 @@
 """What workers send each other outside the base model. With one worker, nothing is sent."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from rayml.lm.frozen import Share
+
+Result = TypeVar("Result")
 
 
 def world_size() -> int:
@@ -54,6 +56,11 @@ def from_first_worker(value: Any) -> Any:
     return values[0]
 
 
+def on_first_worker(compute: Callable[[], Result]) -> Result:
+    """Return on every worker the picklable result of `compute`, which only worker 0 calls."""
+    return from_first_worker(compute() if rank() == 0 else None)
+
+
 def tensors_from_first_worker(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return worker 0's tensors on every worker, on the CPU; what the others pass is ignored.
 
@@ -65,10 +72,8 @@ def tensors_from_first_worker(tensors: Mapping[str, Tensor]) -> dict[str, Tensor
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     received = {}
     for name, shape, dtype in from_first_worker([(name, t.shape, t.dtype) for name, t in tensors.items()]):
-        if rank() == 0:
-            tensor = tensors[name].to(device).contiguous()
-        else:
-            tensor = torch.empty(shape, dtype=dtype, device=device)
+        is_first = rank() == 0
+        tensor = tensors[name].to(device).contiguous() if is_first else torch.empty(shape, dtype=dtype, device=device)
         dist.broadcast(tensor, src=0)
         received[name] = tensor.cpu()
     return received

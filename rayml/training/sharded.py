@@ -41,8 +41,7 @@ class Sharded:
 
     def begin(self, run: RunFolder) -> None:
         """Go on from the newest whole checkpoint."""
-        is_first = collective.rank() == 0
-        folder = collective.from_first_worker(newest_checkpoint(run.checkpoints) if is_first else None)
+        folder = collective.on_first_worker(lambda: newest_checkpoint(run.checkpoints))
         if folder:
             with node_copy(folder) as here:
                 self.gains.gains = torch.tensor(self.learner.load(here)["gains"])

@@ -55,7 +55,7 @@ def train_worker(settings: dict[str, Any]) -> str | None:
     heartbeat = Heartbeat(job.heartbeats, job.config.run.longest_wait)
     job = replace(job, config=agreed_precision(job, run, device, heartbeat))
     config = job.config
-    expected_step = collective.from_first_worker(newest_step(run.checkpoints) if collective.rank() == 0 else None)
+    expected_step = collective.on_first_worker(lambda: newest_step(run.checkpoints))
     steps = steps_left(job, expected_step)  # the first episodes are made while the model loads
     heartbeat.doing("loading the model")
     learning: Learning = (Sharded if config.is_sharded else Replicated)(job, device, heartbeat)
@@ -70,7 +70,7 @@ def train_worker(settings: dict[str, Any]) -> str | None:
 def agreed_precision(job: Job, run: RunFolder, device: torch.device, heartbeat: Heartbeat) -> Config:
     """Return the config with one dtype and attention for all workers. They are kept in the run folder, and shown."""
     devices = collective.gather_from_workers(device_for(job.config, job.model, device))
-    made_in = collective.from_first_worker(run.made_in() if collective.rank() == 0 else None)
+    made_in = collective.on_first_worker(run.made_in)
     if made_in and job.config.is_sharded:  # the shards of its checkpoints have that dtype
         job = replace(job, config=with_dtype(job.config, made_in))
     config, precision = settled(job.config, job.model, devices, made_in)
@@ -85,7 +85,7 @@ def meta_train(
 ) -> str | None:
     """Take the outer steps that are left; return what `train_worker` does."""
     config, notices = job.config, Notices(run)
-    scores: list[float] = collective.from_first_worker(val_scores(run.records()) if log else None)
+    scores = collective.on_first_worker(lambda: val_scores(run.records()))
     ended, checkpoint_seconds = time.perf_counter(), 0.0
     for episodes, sides in one_ahead(steps, learning.lay_out, learning.device):
         step, began = learning.done + 1, time.perf_counter()
