@@ -37,9 +37,10 @@ def first_order(
         start: the shared start, `[...]` each.
         weights: `[T]`, of the tasks in the sum.
     """
-    sides = iter([turn.side for turn in turns if turn.descends])
     step_count, steps_taken = sum(turn.descends for turn in turns), 0
-    steps = inner.adapt(lambda fast: losses[next(sides)](fast), start, len(weights), step_count)
+    # The losses of the turn that takes the step: `turn` is the variable of the loop below. `inner` may call this
+    # several times in a step.
+    steps = inner.adapt(lambda fast: losses[turn.side](fast), start, len(weights), step_count)
     adapted = next(steps)
     start_gradient = {name: torch.zeros_like(weight) for name, weight in start.items()}
     rate_gradient = {}
