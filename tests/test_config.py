@@ -104,7 +104,7 @@ def test_every_key_says_what_it_means():
     [
         (
             ["mode=full", "algorithm.name=maml", "model.attention=eager"],
-            "mode=full serves what learns label tokens by first order",
+            "mode=full can learn label tokens only, to first order",
         ),
         (["mode=full", "algorithm.name=protonet"], "not protonet"),
         (["mode=full", "regularize.lora_dropout=0.1"], "it is for adapter=lora, and mode=adapters"),

@@ -135,13 +135,13 @@ class Algorithm(Section):
         """Yield why it cannot be combined with other choices of the config, each as `key: reason`."""
         if config.mode == "full" and not self.runs_sharded:
             yield (
-                "algorithm.name: mode=full serves what learns label tokens by first order, with the same rate for all "
+                "algorithm.name: mode=full can learn label tokens only, to first order, with one inner rate for all "
                 f"(fomaml, fomaml_plus, reptile, multitask; readout=labels), not {self.name}"
             )
         if self.readout != "labels" and self.keeps != "nothing":
             yield f"algorithm.readout: {self.name} answers in its own way; leave it at labels"
         if self.readout == "both" and config.data.scoring != "learned":
-            yield "data.scoring: readout=both reads labels as they are learned; use scoring=learned"
+            yield "data.scoring: readout=both reads labels in the way they are learned; use scoring=learned"
         if config.regularize.adversarial and not self.takes_steps:
             yield f"regularize.adversarial: {self.name} has no inner loop, and so no use for it"
 
@@ -150,7 +150,8 @@ class Algorithm(Section):
         texts = [task.name for task in tasks if not task.options]
         if self.labels_only and texts:
             raise DataError(
-                f"task {texts[0]!r} is free text; {self.name} tells classes apart: leave it out, or use another one"
+                f"task {texts[0]!r} is free text; {self.name} tells classes apart: leave the task out, or use another "
+                "algorithm"
             )
 
     @property

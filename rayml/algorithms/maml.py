@@ -30,15 +30,15 @@ class Maml(Algorithm):
     def refuses(self, config: "Config") -> Iterator[str]:
         yield from super().refuses(config)
         if config.engine == "zero":
-            yield "algorithm.name: maml differentiates twice, which ZeRO-3's gathers do not survive; use engine=local"
+            yield "algorithm.name: maml differentiates twice, which ZeRO-3 does not support; use engine=local"
         if config.model.attention == "sdpa":
-            yield "model.attention: maml differentiates twice, which fused kernels do not; use model.attention=eager"
+            yield "model.attention: maml differentiates twice, which fused kernels cannot; use model.attention=eager"
         if config.model.activation_checkpointing:
-            yield "model.activation_checkpointing: maml keeps the whole inner loop; it does not go with it"
+            yield "model.activation_checkpointing: maml keeps the graph of the whole inner loop, so it cannot use it"
         if config.regularize.adversarial:
             yield "regularize.adversarial: maml's inner loop does not have it"
         if config.inner.unfreeze_every:
-            yield "inner.unfreeze_every: maml unfreezes nothing gradually"
+            yield "inner.unfreeze_every: maml cannot unfreeze layers gradually"
 
     def turns(self, steps: int) -> list[Turn]:
         return adapt_then_query(steps)

@@ -137,8 +137,8 @@ class Learner:
         missing = sorted(f"start/{name}" for name in self.start if f"start/{name}" not in tensors)
         if missing:
             raise RunError(
-                f"the checkpoint has no {', '.join(missing[:3])}: it is of a run from before that was learned, and "
-                "cannot be gone on with; begin a new run with what it learned (--continue RUN, another run.dir)"
+                f"the checkpoint has no {', '.join(missing[:3])}: its run did not learn that yet, and cannot be "
+                "resumed; begin a new run with what it learned (--continue RUN, another run.dir)"
             )
         self.step = step
         for name, param in self._named_params().items():

@@ -28,4 +28,4 @@ class Reptile(Algorithm):
         if config.regularize.adversarial:
             yield "regularize.adversarial: reptile's inner loop takes turns on both sides, and does not have it"
         if config.inner.unfreeze_every:
-            yield "inner.unfreeze_every: reptile unfreezes nothing gradually"
+            yield "inner.unfreeze_every: reptile cannot unfreeze layers gradually"

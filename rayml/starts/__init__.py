@@ -86,7 +86,7 @@ def folder_of(name: str) -> Path:
             folder.parent.mkdir(parents=True, exist_ok=True)
             scratch = Path(tempfile.mkdtemp(dir=folder.parent))
         except OSError as error:
-            raise RunError(f"{name}: no place for it in {folder.parent} ({error}); set RAYML_CACHE") from error
+            raise RunError(f"{name}: cannot be written to {folder.parent} ({error}); set RAYML_CACHE") from error
         try:
             write_run(scratch, source, name)
             scratch.rename(folder)

@@ -73,7 +73,7 @@ def old_run(config: Config) -> Old | None:
         differing.append("algorithm.name")
     if differing:
         name = run.start or run.path
-        raise ConfigError(f"run.continues: {name} has another start; {', '.join(differing)} must be as there")
+        raise ConfigError(f"run.continues: {name} has another start; {', '.join(differing)} must be the same as there")
     # A start that comes with rayml comes without its tasks: there is nothing to replay, nor to forget.
     return Old(run, old_config, Splits((), (), ()) if run.start else prepare_splits(old_config.data))
 

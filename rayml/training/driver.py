@@ -330,7 +330,7 @@ def run_trainer(trainer: TorchTrainer, run: RunFolder, heartbeats: Any, console:
 def no_room_error(run: RunFolder, longest_wait: float) -> TrainingError:
     return TrainingError(
         f"{run.path}: no room for the workers within run.longest_wait={longest_wait:g} seconds; what was learned is "
-        "kept: --resume it when there is"
+        "kept: --resume when there is room"
     )
 
 

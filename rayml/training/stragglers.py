@@ -89,7 +89,7 @@ class Watch:
                 self._name(late[0])
             if without_workers >= START_SECONDS + patience:
                 with suppress(ray.exceptions.RayError):
-                    self._warn(f"no room for the workers since {without_workers:.0f} s; the cluster has {resources()}")
+                    self._warn(f"no room for the workers after {without_workers:.0f} s; the cluster has {resources()}")
             self.found_no_room = without_workers >= START_SECONDS + self.longest_wait
             if self.found_no_room and end_run(self.heartbeats):
                 return

@@ -126,7 +126,7 @@ def prepare(command: Command, folder: Path, name: str | None, storage: str | Non
     if output and not is_shared(output):
         if not storage or not is_shared(storage):
             raise ConfigError(
-                f"{output}: lies on one machine alone; give --storage a folder that all nodes share: /mnt/runs, "
+                f"{output}: is on one machine only; give --storage a folder that all nodes share, such as /mnt/runs, "
                 "or a bucket, such as s3://mine/runs"
             )
         root, query = split_query(storage)
@@ -165,14 +165,14 @@ def checked_config(command: Command, folder: Path) -> Config:
     is_uri = "://" in command.config
     uploaded = [file.as_posix() for file in files_of(folder)]
     if not is_uri and os.path.normpath(command.config) not in uploaded:
-        raise ConfigError(f"{command.config}: is not among what is uploaded from {folder}; put it there")
+        raise ConfigError(f"{command.config}: is not in {folder}, the folder that is uploaded; put it there")
     config = load_config(command.config if is_uri else folder / command.config, command.overrides)
     for path in command.data or config.data.path:
         if is_shared(path) or path.startswith("hf:"):
             continue
         pattern = os.path.normpath(path)
         if not any(fnmatch(file, pattern) or file.startswith(f"{pattern}/") for file in uploaded):
-            raise ConfigError(f"data.path: {path} is not uploaded; put it where all nodes read it, and name that")
+            raise ConfigError(f"data.path: {path} is not uploaded; put it where all nodes read it, and give that path")
     return config
 
 
@@ -244,7 +244,7 @@ def follow_job(client: JobSubmissionClient, address: str, job: str, stop_on_inte
         if stop_on_interrupt:
             with client_errors(address):
                 client.stop_job(job)
-            out.print(f"\njob {job} is told to stop; submitted again, it goes on", highlight=False)
+            out.print(f"\njob {job} is told to stop; submit it again to go on", highlight=False)
         else:
             out.print(f"\n{still_running}", highlight=False)
         return
