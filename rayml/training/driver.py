@@ -72,10 +72,9 @@ def train(config: Config, resume: bool = False, at_once: int = 1) -> RunFolder:
     old = old_run(config)
     if old:
         splits, replayed = with_replay(splits, old, config.data.replay)
-        changed_keys = shown_anew(old.config.data, config.data)
+        changed_keys = ", ".join(shown_anew(old.config.data, config.data))
         if changed_keys and replayed:
-            keys = ", ".join(changed_keys)
-            warn(f"{keys}: not as in {old.run.path}; its tasks are replayed as this config shows them")
+            warn(f"{changed_keys}: not as in {old.run.path}; its tasks are replayed as this config shows them")
     model, encoder = checked_model(config, [task for part in splits for task in part])
     run = RunFolder(config.run.dir)
     check_trackers(config.run.trackers, run)
