@@ -18,11 +18,8 @@ class Fomaml(Algorithm):
 
 
 class FomamlPlus(Algorithm):
-    """With learned inner rates, and a loss at the start.
-
-    Both ideas come from MAML++ (Antoniou et al. 2019, arXiv 1810.09502), but differ from it: MAML++ has a rate for each
-    step as well, and its losses along the inner loop are on the query.
-    """
+    """With learned inner rates, and a loss at the start. Both ideas are from MAML++ (Antoniou et al. 2019, arXiv
+    1810.09502), but there each step has its own rates, and the losses along the inner loop are on the query."""
 
     learn_rates: bool = True
     """Learn an inner rate for each adapter tensor, by the first-order chain rule; only in mode=adapters."""

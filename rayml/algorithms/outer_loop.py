@@ -171,12 +171,7 @@ class RecentGains:
         return raw / raw.mean()
 
     def by_task(self, task_indices: Tensor, gains: Tensor) -> list[Tensor]:
-        """Return the sum and the number of some episodes' gains by task, `[tasks]` each, as `update` takes them.
-
-        Args:
-            task_indices: `[episodes]`, each episode's task.
-            gains: `[episodes]`.
-        """
+        """Return sum and number of the gains of some episodes, `[episodes]`, by their tasks: `[tasks]` each."""
         sums, counts = torch.zeros(2, len(self.gains), device=gains.device)
         ones = torch.ones(len(gains), device=gains.device)
         return [sums.index_add_(0, task_indices, gains.float()), counts.index_add_(0, task_indices, ones)]

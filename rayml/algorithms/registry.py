@@ -45,12 +45,9 @@ def algorithm_class(name: str) -> type[Algorithm]:
 
 
 def chosen(values: Any) -> Any:
-    """Return the algorithm of a config's section `algorithm`, which holds its name and settings.
-
-    What is no mapping is returned as it is: an algorithm already, or a mistake that the config's own check reports.
-    """
+    """Return the algorithm of a config's section `algorithm`, which holds its name and settings."""
     if not isinstance(values, dict):
-        return values
+        return values  # an algorithm already, or a mistake that pydantic reports
     name = str(values.get("name", DEFAULT))
     try:
         cls = algorithm_class(name)

@@ -63,9 +63,7 @@ def refuse_no_run(name: str) -> None:
 
 
 def folder_of(name: str) -> Path:
-    """Return the run folder of a start in the cache, written first if it is not there.
-
-    It is written elsewhere and then renamed, so that the folder is whole if it exists.
+    """Return a start's run folder in the cache. If missing, it is written elsewhere and renamed, so it is always whole.
 
     Args:
         name: as `start_named` returned it.
@@ -106,11 +104,7 @@ def file_stamps(folder: Path) -> list[bytes]:
 
 
 def write_run(folder: Path, source: Path | None, name: str) -> None:
-    """Write the run folder of a start.
-
-    Args:
-        source: the folder of a start that comes with rayml; None for a bare base.
-    """
+    """Write the run folder of a start. `source` is its folder here; None for a bare base."""
     from safetensors.torch import load_file
 
     from rayml.config import dump_config, load_config

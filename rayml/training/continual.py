@@ -96,10 +96,7 @@ def with_replay(splits: Splits, old: Old, share: float) -> tuple[Splits, frozens
 def shown_anew(old: Data, new: Data) -> list[str]:
     """Return the keys because of which replayed tasks are shown differently than in their own run."""
     keys = [f"data.{key}" for key in ("prompt", "labels") if getattr(old, key) != getattr(new, key)]
-    for pattern, templates in old.templates.items():
-        if new.templates.get(pattern) != templates:
-            keys.append(f"data.templates.{pattern}")
-    return keys
+    return keys + [f"data.templates.{name}" for name in old.templates if old.templates[name] != new.templates.get(name)]
 
 
 def report_forgetting(run: RunFolder, old: Old, splits: Splits, out: Console) -> dict[str, Any]:
@@ -152,11 +149,7 @@ def episodes_each(tasks: Sequence[Task]) -> int:
 def compare_starts(
     shown_by: MetaModel, old: MetaModel, new: MetaModel, tasks: Sequence[Task], progress: Callable[[int], None]
 ) -> dict[str, dict[str, float]]:
-    """Return the scores after adapting from the old and the new start, to the same episodes.
-
-    Args:
-        shown_by: the model whose config and encoder define the episodes, and how they are shown.
-    """
+    """Return the scores after adapting from both starts to the same episodes, drawn and shown as by `shown_by`."""
     sampler = shown_by.config.data.sampler(EVALUATION_SEED)
     scores = []
     for start in (old, new):

@@ -102,10 +102,7 @@ def warn(message: str) -> None:
 
 @contextmanager
 def own_ray(config: Config, at_once: int = 1) -> Iterator[bool]:
-    """Start Ray if it is not running, with room for `at_once` runs, and shut it down after the block.
-
-    Yields whether the cluster itself was started here, so that it ends with the block.
-    """
+    """Start Ray if none runs, for `at_once` runs, and end it after the block; yield whether the cluster is ours."""
     must_start = not ray.is_initialized()
     if must_start:
         with doing(Console(stderr=True, markup=False), "starting Ray"):
@@ -200,12 +197,9 @@ def scaling(config: Config, at_once: int) -> ray.train.ScalingConfig:
 
 
 def cpus_each(nodes: Sequence[int], workers: int) -> int:
-    """Return the most CPUs that each worker can have, if it takes one more for its stream of episodes.
+    """Return the most CPUs that each worker can have on nodes of these CPUs, with one more for its stream of episodes.
 
     The result is at least 1: if nothing fits, workers wait for nodes, or use the CPU that was meant for episodes.
-
-    Args:
-        nodes: the CPUs of each node.
     """
     counts = [count for count in range(1, max(nodes, default=1)) if sum(n // (count + 1) for n in nodes) >= workers]
     return max(counts, default=1)

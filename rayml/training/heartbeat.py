@@ -85,10 +85,7 @@ class Heartbeats:
         return Straggler(text, time.monotonic() - first_arrival)
 
     def lost(self, seconds: float) -> Straggler | None:
-        """Return the workers without a sign of life for so long.
-
-        None if there are none; also if it is all of several workers, for then it is this actor's node that was away.
-        """
+        """Return the workers without a sign of life for so long. If it is all of several, this node was away: None."""
         silences = {worker: time.monotonic() - beat_time for worker, beat_time in self.beat_times.items()}
         silent = {worker: silence for worker, silence in silences.items() if silence >= seconds}
         if not silent or 1 < len(silences) == len(silent):

@@ -1,7 +1,6 @@
 """Everything of Ray that we use although it is private.
 
-pyproject.toml bounds Ray to the versions that this was tested with; `tests/test_internals.py` shows what a newer one
-breaks.
+pyproject.toml bounds Ray to tested versions; `tests/test_internals.py` shows what a newer one breaks.
 """
 
 import contextlib

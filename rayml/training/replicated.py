@@ -254,11 +254,7 @@ def task_rows(encoder: Encoder, task: Task, labels: str) -> list[TokenRow]:
 
 
 def slowest(seconds: torch.Tensor) -> dict[str, Any]:
-    """Return which worker took longest for its part of a step, and how many times the median.
-
-    Args:
-        seconds: `[workers]`.
-    """
+    """Return which worker took longest for its part of a step, and how many times the median. `seconds`: `[workers]`."""
     if len(seconds) == 1:
         return {}
     worker = int(seconds.argmax())
@@ -302,10 +298,7 @@ def build_lm(config: Config, model: str, device: torch.device) -> TaskLM:
 
 
 def agreed_start(job: Job, lm: TaskLM) -> Params:
-    """Return the start at step 0, the same on every worker.
-
-    Adapters come from the first worker: another CPU may compute other last digits.
-    """
+    """Return the start at step 0: the first worker's adapters, since another CPU may compute other last digits."""
     # A sharded model's forwards need all workers, so each runs all of them. Of a whole one, each runs its share.
     share = ALONE if zero.is_sharded(next(lm.module.parameters())) else collective.share()
     start = untrained_start(job.config, lm, get(job.encoder), get(job.train), share)
