@@ -254,7 +254,7 @@ def task_rows(encoder: Encoder, task: Task, labels: str) -> list[TokenRow]:
 
 
 def slowest(seconds: torch.Tensor) -> dict[str, Any]:
-    """Return which worker took longest for its part of a step, and how many times the median. `seconds`: `[workers]`."""
+    """Return which worker was slowest in a step, and how many times the median it took; `seconds`: `[workers]`."""
     if len(seconds) == 1:
         return {}
     worker = int(seconds.argmax())
