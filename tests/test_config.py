@@ -104,13 +104,13 @@ def test_every_key_says_what_it_means():
     [
         (
             ["mode=full", "algorithm.name=maml", "model.attention=eager"],
-            "mode=full serves what learns label tokens by first order",
+            "mode=full can learn label tokens only, to first order",
         ),
         (["mode=full", "algorithm.name=protonet"], "not protonet"),
         (["mode=full", "regularize.lora_dropout=0.1"], "it is for adapter=lora, and mode=adapters"),
         (["algorithm.name=maml", "model.attention=sdpa"], "model.attention=eager"),
         (["algorithm.name=maml", "model.attention=eager", "engine=zero"], "use engine=local"),
-        (["algorithm.name=maml", "model.attention=eager", "model.activation_checkpointing=true"], "keeps the whole"),
+        (["algorithm.name=maml", "model.attention=eager", "model.activation_checkpointing=true"], "keeps the graph"),
         (["algorithm.name=reptile", "inner.steps=0"], "learns from its inner steps"),
         (["engine=zero", "zero.stage=2"], "only stage 3 saves anything"),
         (["zero.offload=optimizer"], "mode=full with engine=zero"),

@@ -94,7 +94,7 @@ def test_it_is_said_where_old_tasks_are_replayed_in_another_form(old, tmp_path, 
     assert shown_anew(then, now) == ["data.prompt"]
     outer = config.outer.model_copy(update={"steps": 1})
     train(config.model_copy(update={"data": now, "outer": outer}))
-    assert f"data.prompt: not as in {old.path}, whose tasks are replayed" in capsys.readouterr().err
+    assert f"data.prompt: not as in {old.path}; its tasks are replayed" in capsys.readouterr().err
 
 
 @pytest.mark.ray
@@ -122,7 +122,7 @@ def test_what_cannot_be_continued_is_refused_before_anything_starts(old, tmp_pat
         train(new_config(tmp_path, RunFolder(tmp_path / "nothing")))
     config = new_config(tmp_path, old)
     other = config.model_copy(update={"lora": config.lora.model_copy(update={"rank": 8})})
-    with pytest.raises(ConfigError, match=r"lora\.rank must be as there"):
+    with pytest.raises(ConfigError, match=r"lora\.rank must be the same as there"):
         train(other)
     same = config.model_copy(update={"run": config.run.model_copy(update={"dir": str(old.path)})})
     with pytest.raises(RunError, match="is this run itself"):

@@ -143,24 +143,28 @@ def test_the_adversarial_loss_and_its_gradient_are_those_of_the_paper(tiny, last
     assert len(module.get_input_embeddings()._forward_hooks) == 0
 
 
+def meta_gradient(tiny: str, config, unfreeze_every: int = 0, epsilon: float = 0.0):
+    """The meta-gradient of two episodes, by two inner steps."""
+    lm, encoder = tiny_lm(tiny), config.encoder(load_tokenizer(tiny))
+    sampler, start = config.data.sampler(0), perturbed_start(lm)
+    episodes = [encoder.episode(sampler.episode(toy_tasks(), index)) for index in range(2)]
+    support, query = training_sides(lm, episodes, encoder.pad, config)
+    inner_lrs = {name: torch.tensor(0.1) for name in start}
+    inner = InnerLoop(inner_lrs, 2, special=special_steps(support, unfreeze_every, epsilon))
+    return config.algorithm.meta_gradient(support, query, start, inner, torch.ones(2))
+
+
+def test_meta_training_takes_adversarial_inner_steps(tiny, tmp_path):
+    config = make_config(tmp_path, regularize={"adversarial": 0.5})
+    plain, adversarial = meta_gradient(tiny, config), meta_gradient(tiny, config, epsilon=0.5)
+    assert (adversarial.support_losses > plain.support_losses).all()
+    assert not torch.equal(adversarial.query_losses, plain.query_losses)
+
+
 def test_what_is_special_about_inner_steps_has_no_part_in_multi_task_learning(tiny, tmp_path):
     """It takes no inner step in training: the support's half of its gradient is whole, of the examples as they are."""
     config = make_config(tmp_path, algorithm={"name": "multitask"}, inner={"unfreeze_every": 1})
-    lm, tokenizer = tiny_lm(tiny), load_tokenizer(tiny)
-    sampler, encoder = config.data.sampler(0), config.encoder(tokenizer)
-    episodes = [encoder.episode(sampler.episode(toy_tasks(), index)) for index in range(2)]
-    start = perturbed_start(lm)
-    inner_lrs = {name: torch.tensor(0.1) for name in start}
-
-    def found(special):
-        sides = training_sides(lm, episodes, encoder.pad, config)
-        inner = InnerLoop(inner_lrs, 2, special=special(sides[0]))
-        return config.algorithm.meta_gradient(*sides, start, inner, torch.ones(2))
-
-    plain, special = (
-        found(lambda _: lambda losses: losses),
-        found(partial(special_steps, unfreeze_every=1, epsilon=0.5)),
-    )
+    plain, special = meta_gradient(tiny, config), meta_gradient(tiny, config, unfreeze_every=1, epsilon=0.5)
     assert torch.equal(plain.support_losses, special.support_losses)
     for name, gradient in plain.start.items():
         torch.testing.assert_close(special.start[name], gradient)

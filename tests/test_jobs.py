@@ -204,7 +204,7 @@ def test_a_bad_config_or_data_that_stays_behind_is_refused_before_it_is_sent(tmp
     folder = project(tmp_path)
     with pytest.raises(ConfigError, match=r"inner\.lr"):
         prepared(["train", "config.yaml", "inner.lr=-1"], folder, storage="/mnt")
-    with pytest.raises(ConfigError, match="not among what is uploaded"):
+    with pytest.raises(ConfigError, match="the folder that is uploaded"):
         prepared(["train", str(folder / "config.yaml")], folder, storage="/mnt")
     for data in (["data.path=data/rows.jsonl"], ["--data", "data/rows.jsonl"]):
         with pytest.raises(ConfigError, match=r"data/rows\.jsonl is not uploaded"):

@@ -195,7 +195,7 @@ def test_training_goes_on_from_it(mine, tmp_path, local_mode):
     for name, weight in now.items():
         torch.testing.assert_close(weight, mine[f"start/{name}"], rtol=1e-3, atol=1e-4)
     changed["run"]["dir"] = str(tmp_path / "other")
-    with pytest.raises(ConfigError, match=r"mine has another start; lora.rank must be as there"):
+    with pytest.raises(ConfigError, match=r"mine has another start; lora.rank must be the same as there"):
         train(make_config(tmp_path, lora=SHAPE | {"rank": 2}, algorithm=READS, **changed))
 
 

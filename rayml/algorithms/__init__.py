@@ -1,4 +1,4 @@
-"""The algorithms: one file each. `base.py` says what an algorithm is, `registry.py` which there are.
+"""The algorithms, one file each. `base.py` defines what an algorithm is, `registry.py` lists them by name.
 
-A config is read without torch, and holds its algorithm: so these modules import torch only where they need it.
+A config holds its algorithm but is read without torch, so torch is imported only where it is needed.
 """

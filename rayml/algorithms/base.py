@@ -1,9 +1,10 @@
-"""What an algorithm is: an object that knows how a shared start is learned, and how a new task is learned and answered.
+"""What an algorithm is: it defines how a shared start is learned, and how a new task is learned and answered.
 
 It is also its own section of the config: its fields are its settings, beside `name`. `config.algorithm` is the object.
 
-The least is `turns`, a schedule of minibatches. Both engines run it: plain torch for T tasks at once, and DeepSpeed,
-minibatch after minibatch. Whatever is no such schedule overrides `meta_gradient`, and is for plain torch alone.
+The least that an algorithm defines is `turns`, a schedule of minibatches. Two engines can run it: plain torch for T
+tasks at once, and DeepSpeed one minibatch after the other. An algorithm that is not such a schedule overrides
+`meta_gradient`, and then runs in plain torch only.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,13 +24,13 @@ if TYPE_CHECKING:
 
 
 class Turn(NamedTuple):
-    """A minibatch of an episode, at the weights that the turns before it have led to."""
+    """One minibatch of an episode. Its gradient is taken at the weights that the turns before it have led to."""
 
     side: Literal["support", "query"]
     share: float = 0.0
-    """Of its gradient in the meta-gradient."""
+    """The factor on its gradient in the meta-gradient; 0 leaves it out."""
     descends: bool = False
-    """An inner step follows, on the same gradient: then only what the inner loop changes has one."""
+    """Whether an inner step on the same gradient follows. Then only what the inner loop changes has a gradient."""
 
 
 class Side(Protocol):
@@ -37,32 +38,32 @@ class Side(Protocol):
 
     @property
     def classes(self) -> "Tensor":
-        """`[T, K]`: each row's class, from 0; -1 for rows of padding."""
+        """`[T, K]`: each row's class, from 0; -1 for rows of padding, and for free text."""
 
     @property
     def ways(self) -> int:
-        """C: the most classes that one of the tasks has; at least 1."""
+        """C: the largest number of classes of a task; at least 1."""
 
     @property
     def label_tokens(self) -> "Tensor":
         """`[T, C]`: the first token of each class's label; -1 where a task has no such class."""
 
     smoothing: float
-    """Share of a target's weight that is spread over its choices."""
+    """Label smoothing: the share of a target's weight that is spread over its choices."""
 
     def losses(self, weights: "Params") -> "Tensor":
         """Return each task's loss, `[T]`: the mean over its labels, or over the target tokens of free text."""
 
     def states(self, weights: "Params", pooling: "Pooling" = "last") -> "Tensor":
-        """Return what the model makes of each prompt, `[T, K, D]`, of unit length: the last hidden state before the
-        target, or the mean of the prompt's."""
+        """Return a hidden state of unit length for each prompt, `[T, K, D]`: the last one before the target, or the
+        mean over the prompt."""
 
     def read(self, weights: "Params", pooling: "Pooling" = "last", label_tokens: "Tensor | None" = None) -> "Read":
         """Return losses, states, and the log-probabilities of `label_tokens` `[T, C]`, from one forward."""
 
 
 class Asked(Protocol):
-    """The queries of T tasks with labels, after training: Q of each, to be answered with one of its C labels."""
+    """The queries of T learned tasks: Q each, to be answered with one of C labels. Weights of None: the bare base."""
 
     @property
     def shape(self) -> Sequence[tuple[int, int]]:
@@ -73,16 +74,16 @@ class Asked(Protocol):
         """`[T, K]`: the classes of the support that was kept (`Algorithm.keeps`), as `Side.classes`."""
 
     def label_log_probs(self, weights: "Params | None") -> "list[Tensor]":
-        """Return the log-probabilities of the labels by their tokens, `[Q, C]` of each task. None: the bare base."""
+        """Return the labels' log-probabilities by all of their tokens, `[Q, C]` for each task."""
 
     def states(self, weights: "Params | None", pooling: "Pooling" = "last") -> "Tensor":
-        """Return what the model makes of each query's prompt, `[T, Q, D]`, as `Side.states`."""
+        """Return the hidden state of each query's prompt, `[T, Q, D]`, as `Side.states`."""
 
     def read(self, weights: "Params | None", pooling: "Pooling" = "last", labels: bool = False) -> "Read":
-        """Return the states, and, with `labels`, the log-probabilities of the labels by their first tokens."""
+        """Return the states and, with `labels`, the labels' log-probabilities by their first tokens."""
 
     def support_states(self, weights: "Params | None", pooling: "Pooling" = "last") -> "Tensor":
-        """Return the states of the support that was kept, `[T, K, D]`."""
+        """Return the hidden states of the support that was kept, `[T, K, D]`."""
 
 
 class Algorithm(Section):
@@ -90,95 +91,96 @@ class Algorithm(Section):
 
     name: str
     """How the start is learned: a registered name (configs/README.md compares them), or `package.module:Class` of your
-    own. Beside it stand the settings of that algorithm."""
+    own. The settings of that algorithm stand beside it."""
     readout: Literal["labels", "prototypes", "both"] = "labels"
-    """What classes are learned and answered by: the tokens of their labels, prototypes (how near the hidden state
-    before the label is to the mean of each class's examples), or both. Free text is learned by its tokens always."""
+    """How classes are learned and answered: by the tokens of their labels, by prototypes (how near the hidden state
+    before the label is to the mean of each class's examples), or by both. Free text is always learned by its tokens."""
     pooling: Literal["last", "mean"] = "last"
     """The hidden state that prototypes are made of: that of the prompt's last token, or the mean over its tokens."""
 
     takes_steps: ClassVar[bool] = True
-    """A new task is learned by the inner loop; else nothing of it is learned but what is kept."""
+    """Whether a new task is learned by the inner loop. If not, all that is learned of it is what `keeps` says."""
     keeps: ClassVar[Literal["nothing", "prompt", "states"]] = "nothing"
-    """What of a task's support its answers need beside its weights: the examples in the prompt, or as hidden states."""
+    """What answers need of a task's support, beside its weights: its examples in the prompt, or their hidden states."""
     labels_only: ClassVar[bool] = False
-    """It tells classes apart, and knows no free text."""
+    """Whether it only classifies, and cannot learn free text."""
     by_tokens: ClassVar[bool] = True
-    """Its losses are of label tokens; else of hidden states, and no logits are computed in training."""
+    """Whether its losses are of label tokens. If not, they are of hidden states, and training computes no logits."""
     second_order: ClassVar[bool] = False
-    """It differentiates through the inner loop, which keeps the graph of every inner step."""
+    """Whether it differentiates through the inner loop, and so keeps the graph of every inner step."""
 
     @property
     def prototypes(self) -> "Readout | None":
-        """How classes are read, where it is not by label tokens alone."""
+        """How classes are read; None if it is by label tokens alone."""
         from rayml.algorithms.prototypes import Readout
 
         return None if self.readout == "labels" else Readout(self.readout == "both", self.pooling)
 
     @property
     def keeps_states(self) -> bool:
-        """Whether answers need hidden states of the support: all of them, or the means of classes."""
+        """Whether answers need hidden states of the support: all of them, or the mean of each class."""
         return self.keeps == "states" or self.readout != "labels"
 
     @property
     def scores_options(self) -> bool:
-        """Whether answers need all tokens of every label, and not the prompt alone."""
+        """Whether answers need all tokens of every label, and not just the prompt."""
         return self.by_tokens and self.readout == "labels"
 
     @property
     def learned_rates(self) -> Literal["none", "tensor", "weight"]:
-        """What has an inner rate of its own that is learned: nothing, each tensor, or each weight."""
+        """What has a learned inner rate of its own: nothing, each tensor, or each weight."""
         return "none"
 
     def refuses(self, config: "Config") -> Iterator[str]:
-        """Yield why it does not go together with other choices of the config, each as `key: reason`."""
+        """Yield why it cannot be combined with other choices of the config, each as `key: reason`."""
         if config.mode == "full" and not self.runs_sharded:
             yield (
-                "algorithm.name: mode=full serves what learns label tokens by first order, with the same rate for all "
+                "algorithm.name: mode=full can learn label tokens only, to first order, with one inner rate for all "
                 f"(fomaml, fomaml_plus, reptile, multitask; readout=labels), not {self.name}"
             )
         if self.readout != "labels" and self.keeps != "nothing":
             yield f"algorithm.readout: {self.name} answers in its own way; leave it at labels"
         if self.readout == "both" and config.data.scoring != "learned":
-            yield "data.scoring: readout=both reads labels as they are learned; use scoring=learned"
+            yield "data.scoring: readout=both reads labels in the way they are learned; use scoring=learned"
         if config.regularize.adversarial and not self.takes_steps:
-            yield f"regularize.adversarial: the inner loop of {self.name} knows none"
+            yield f"regularize.adversarial: {self.name} has no inner loop, and so no use for it"
 
     def check(self, tasks: "Iterable[Task]") -> None:
-        """Raise DataError for a task that cannot be learned, or answered, so."""
+        """Raise DataError for a task that the algorithm cannot learn or answer."""
         texts = [task.name for task in tasks if not task.options]
         if self.labels_only and texts:
             raise DataError(
-                f"task {texts[0]!r} is free text; {self.name} tells classes apart: leave it out, or use another one"
+                f"task {texts[0]!r} is free text; {self.name} tells classes apart: leave the task out, or use another "
+                "algorithm"
             )
 
     @property
     def runs_sharded(self) -> bool:
-        """Whether `turns` of plain losses say all that is learned: a sharded engine runs nothing else."""
-        own, plain = type(self), Algorithm
-        is_plain = all(getattr(own, of) is getattr(plain, of) for of in ("meta_gradient", "support_losses"))
-        is_plain &= own.query_losses is plain.query_losses
+        """Whether `turns` of plain losses define all that is learned: that is all that a sharded engine runs."""
+        methods = "meta_gradient", "support_losses", "query_losses"
+        is_plain = all(getattr(type(self), method) is getattr(Algorithm, method) for method in methods)
         return is_plain and not self.keeps_states and self.keeps == "nothing" and self.learned_rates != "weight"
 
     def turns(self, steps: int) -> list[Turn]:
-        """Return the minibatches of an episode, in order, with `inner.steps` of `steps`."""
+        """Return the minibatches of an episode, in order. `steps` is the config's `inner.steps`."""
         raise NotImplementedError
 
     def support_losses(self, support: Side) -> "TaskLosses":
-        """Return what an inner step descends, in training and after it; fast weights to `[T]`."""
+        """Return the losses that an inner step descends, in training and afterwards; fast weights to `[T]`."""
         return self.prototypes.support_losses(support) if self.prototypes else support.losses
 
     def query_losses(self, support: Side, query: Side) -> "TaskLosses":
-        """Return what the meta-gradient is of; fast weights to `[T]`."""
-        return self.prototypes.query_losses(support, query, query.smoothing) if self.prototypes else query.losses
+        """Return the losses that the meta-gradient is of; fast weights to `[T]`."""
+        return self.prototypes.query_losses(support, query) if self.prototypes else query.losses
 
     def meta_gradient(
         self, support: Side, query: Side, start: "Params", inner: "InnerLoop", weights: "Tensor"
     ) -> "MetaGradient":
-        """Return the meta-gradient of T episodes, summed by the tasks' `weights` `[T]`: by first order over the turns.
+        """Return the meta-gradient of T episodes, to first order, over the turns.
 
         Args:
             start: the shared start, `[...]` each.
+            weights: `[T]`, of the tasks in the sum.
         """
         from rayml.algorithms.meta_gradient import first_order
 
@@ -186,7 +188,7 @@ class Algorithm(Section):
         return first_order(self.turns(inner.steps), losses, start, inner, weights)
 
     def answer(self, asked: Asked, weights: "Params | None") -> "list[Tensor]":
-        """Return the log-probabilities of each query's labels, `[Q, C]` of each task, without gradients."""
+        """Return the log-probabilities of each query's labels, `[Q, C]` for each task, without gradients."""
         return self.prototypes.answer(asked, weights) if self.prototypes else asked.label_log_probs(weights)
 
     def kept(self, support: Side, weights: "Params") -> "list[Params]":
@@ -194,12 +196,14 @@ class Algorithm(Section):
         return self.prototypes.kept(support, weights) if self.prototypes else [{} for _ in support.classes]
 
     def answers_as(self, other: "Algorithm") -> bool:
-        """Return whether queries of the two can be answered together, from their rows."""
-        plain = [type(one).answer is Algorithm.answer and one.readout == "labels" for one in (self, other)]
-        return self == other or all(plain)
+        """Return whether one batch may hold queries of both algorithms."""
+        is_plain = [
+            type(algorithm).answer is Algorithm.answer and algorithm.readout == "labels" for algorithm in (self, other)
+        ]
+        return self == other or all(is_plain)
 
     def settings(self) -> dict[str, Any]:
-        """Return what is set beside the name."""
+        """Return the settings without the name."""
         return self.model_dump(mode="json", exclude={"name"})
 
     def inner_steps(self, steps: int) -> int:
@@ -214,11 +218,11 @@ class Algorithm(Section):
 
 
 def batches(turns: Sequence[Turn]) -> list[list[Turn]]:
-    """Return the turns such that those that may share a batch are together: what is asked at the same weights."""
-    found: list[list[Turn]] = []
+    """Return the turns in groups that can share a batch: no inner step is taken between them."""
+    groups: list[list[Turn]] = []
     for turn in turns:
-        if found and not turn.descends and not found[-1][-1].descends:
-            found[-1].append(turn)
+        if groups and not turn.descends and not groups[-1][-1].descends:
+            groups[-1].append(turn)
         else:
-            found.append([turn])
-    return found
+            groups.append([turn])
+    return groups

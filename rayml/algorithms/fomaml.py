@@ -1,7 +1,7 @@
 """First-order MAML (Finn et al. 2017, arXiv 1703.03400, section 5.2), and what we add to it.
 
-The query's gradient at the fast weights is taken for the start's. The fast weights are `start - rate * gradient_sum`
-with the inner gradients held constant, which is what "first order" means.
+"First order" means that the inner gradients are held constant in the fast weights, `start - rate * gradient_sum`. Then
+the query's gradient at the fast weights is also the start's gradient.
 """
 
 from typing import Literal
@@ -11,22 +11,22 @@ from rayml.sections import NotNegativeFloat
 
 
 class Fomaml(Algorithm):
-    """As in the paper: fixed inner rates, and nothing learned but from the query after adapting."""
+    """As in the paper: inner rates are fixed, and the start is learned only from the query after adapting."""
 
     def turns(self, steps: int) -> list[Turn]:
         return adapt_then_query(steps)
 
 
 class FomamlPlus(Algorithm):
-    """With inner rates that are learned, and a loss at the start. Not MAML++ (Antoniou et al. 2019, arXiv 1810.09502),
-    from which both come: its rates are for every step, and its losses along the inner loop are on the query."""
+    """With learned inner rates, and a loss at the start. Both ideas are from MAML++ (Antoniou et al. 2019, arXiv
+    1810.09502), but there each step has its own rates, and the losses along the inner loop are on the query."""
 
     learn_rates: bool = True
-    """Learn an inner rate for each adapter tensor, by the chain rule of first order; mode=adapters alone."""
+    """Learn an inner rate for each adapter tensor, by the first-order chain rule; only in mode=adapters."""
     start_weight: NotNegativeFloat = 1.0
-    """Weight of the support's loss before adapting, beside the query's after. Above 0 the start stays a good model as
-    it stands, as in multi-task learning. What the inner loop leaves alone has no part in it. Its gradient is that of
-    the first inner step, so it is free."""
+    """Weight of the support's loss before adapting, beside the query's loss after. Above 0, the start itself stays a
+    good model, as in multi-task learning. It does not act on tensors that the inner loop leaves alone. It costs
+    nothing: the first inner step has the same gradient."""
 
     @property
     def learned_rates(self) -> Literal["none", "tensor", "weight"]:
@@ -51,5 +51,5 @@ class MetaSgd(Algorithm):
 
 
 def adapt_then_query(steps: int, start_weight: float = 0.0) -> list[Turn]:
-    """Return `steps` inner steps on the support, the first of them learned from by `start_weight`, then the query."""
+    """Return `steps` inner steps on the support, then the query. The first step also counts by `start_weight`."""
     return [*(Turn("support", 0.0 if k else start_weight, descends=True) for k in range(steps)), Turn("query", 1.0)]

@@ -30,15 +30,15 @@ class Maml(Algorithm):
     def refuses(self, config: "Config") -> Iterator[str]:
         yield from super().refuses(config)
         if config.engine == "zero":
-            yield "algorithm.name: maml differentiates twice, which ZeRO-3's gathers do not survive; use engine=local"
+            yield "algorithm.name: maml differentiates twice, which ZeRO-3 does not support; use engine=local"
         if config.model.attention == "sdpa":
-            yield "model.attention: maml differentiates twice, which fused kernels do not; use model.attention=eager"
+            yield "model.attention: maml differentiates twice, which fused kernels cannot; use model.attention=eager"
         if config.model.activation_checkpointing:
-            yield "model.activation_checkpointing: maml keeps the whole inner loop; it does not go with it"
+            yield "model.activation_checkpointing: maml keeps the graph of the whole inner loop, so it cannot use it"
         if config.regularize.adversarial:
-            yield "regularize.adversarial: maml's inner loop knows none"
+            yield "regularize.adversarial: maml's inner loop does not have it"
         if config.inner.unfreeze_every:
-            yield "inner.unfreeze_every: maml unfreezes nothing gradually"
+            yield "inner.unfreeze_every: maml cannot unfreeze layers gradually"
 
     def turns(self, steps: int) -> list[Turn]:
         return adapt_then_query(steps)
@@ -54,27 +54,26 @@ def exact(
 ) -> MetaGradient:
     """Return the gradient of the query losses after adapting, for the start and for the rates, summed by `weights`.
 
-    The graph of all inner steps is kept, so memory grows with them. The losses must have a second derivative: fused
-    attention kernels have none.
+    It keeps the graph of all inner steps, so memory grows with their number. The losses must have a second derivative,
+    which fused attention kernels lack.
     """
-    leaves, scales = (
-        {name: value.detach().requires_grad_() for name, value in p.items()} for p in (start, inner.inner_lrs)
-    )
+    leaves = {name: weight.detach().requires_grad_() for name, weight in start.items()}
+    rates = {name: rate.detach().requires_grad_() for name, rate in inner.inner_lrs.items()}
     fast = {name: weight.expand(len(weights), *weight.shape) for name, weight in leaves.items()}
-    before = None
+    losses_before = None
     for _ in range(inner.steps):
         losses = support_losses(fast)
-        gradients = torch.autograd.grad(losses.sum(), [fast[name] for name in scales], create_graph=True)
-        fast = fast | {name: fast[name] - scales[name] * g for name, g in zip(scales, gradients, strict=True)}
-        before = losses.detach() if before is None else before
+        gradients = torch.autograd.grad(losses.sum(), [fast[name] for name in rates], create_graph=True)
+        fast = fast | {name: fast[name] - rates[name] * g for name, g in zip(rates, gradients, strict=True)}
+        losses_before = losses.detach() if losses_before is None else losses_before
     inner.ended()
-    after = query_losses(fast)
-    total = (after * weights.to(after)).sum()
-    wanted = [*leaves.values(), *(scales.values() if inner.learns_inner_lrs else ())]
-    found = torch.autograd.grad(total, wanted, materialize_grads=True)
+    losses_after = query_losses(fast)
+    total = (losses_after * weights.to(losses_after)).sum()
+    inputs = [*leaves.values(), *(rates.values() if inner.learns_inner_lrs else ())]
+    meta_gradients = torch.autograd.grad(total, inputs, materialize_grads=True)
     return MetaGradient(
-        start=dict(zip(leaves, found[: len(leaves)], strict=True)),
-        inner_lrs=dict(zip(scales, found[len(leaves) :], strict=inner.learns_inner_lrs)),
-        support_losses=before,
-        query_losses=after.detach(),
+        start=dict(zip(leaves, meta_gradients[: len(leaves)], strict=True)),
+        inner_lrs=dict(zip(rates, meta_gradients[len(leaves) :], strict=inner.learns_inner_lrs)),
+        support_losses=losses_before,
+        query_losses=losses_after.detach(),
     )

@@ -1,4 +1,4 @@
-"""The meta-gradient: what every algorithm returns, and how it comes about by first order."""
+"""The meta-gradient that every algorithm returns, and its first-order computation."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -11,62 +11,67 @@ from rayml.algorithms.inner_loop import InnerLoop, Params, TaskLosses, task_grad
 
 
 class MetaGradient(NamedTuple):
-    """What one worker's T tasks say about the shared start, summed over the tasks by their weights."""
+    """The gradient of one worker's T tasks: a sum over the tasks by their weights."""
 
     start: Params
     """Gradient for the start, `[...]` each."""
     inner_lrs: Params
-    """Gradient for the inner rates, shaped as they are; empty where they are not learned."""
+    """Gradient for the inner rates, of their shapes; empty if they are not learned."""
     support_losses: Tensor | None
-    """`[T]`, before the first inner step; None where the support is not scored."""
+    """`[T]`, before the first inner step; None if no loss of the support is taken there."""
     query_losses: Tensor
-    """`[T]`, where the query is asked last."""
+    """`[T]`, at the last turn on the query."""
 
 
 def first_order(
     turns: Sequence[Turn], losses: Mapping[str, TaskLosses], start: Params, inner: InnerLoop, weights: Tensor
 ) -> MetaGradient:
-    """Return the sum of the turns' gradients by their shares, each at the fast weights that it finds.
+    """Return the sum of the turns' gradients by their shares, each taken at the fast weights of its turn.
 
-    Fast weights are `start - rate * gradient_sum`, with the inner gradients held constant. So by the chain rule a
-    turn's gradient there is its part of the start's, and `-gradient_sum * gradient` its part of the rate's, summed over
-    the weights that share it. A turn that descends has a gradient of what the inner loop changes alone.
+    Fast weights are `start - rate * gradient_sum`. First order means that the inner gradients are held constant. Then
+    the chain rule gives the start the gradient at the fast weights as it is, and the rate `-gradient_sum * gradient`,
+    summed over all weights that share the rate. A turn that descends has gradients only of what the inner loop changes.
 
     Args:
-        losses: of the sides, fast weights to `[T]`.
+        losses: of each side, fast weights to `[T]`.
         start: the shared start, `[...]` each.
-        weights: the tasks', `[T]`.
+        weights: `[T]`, of the tasks in the sum.
     """
-    descended = iter([turn for turn in turns if turn.descends])
-    steps = inner.adapt(
-        lambda fast: losses[next(descended).side](fast), start, len(weights), sum(turn.descends for turn in turns)
-    )
+    step_count, steps_taken = sum(turn.descends for turn in turns), 0
+    # The losses of the turn that takes the step: `turn` is the variable of the loop below. `inner` may call this
+    # several times in a step.
+    steps = inner.adapt(lambda fast: losses[turn.side](fast), start, len(weights), step_count)
     adapted = next(steps)
-    of_start = {name: torch.zeros_like(weight) for name, weight in start.items()}
-    of_rates = (
-        {name: torch.zeros_like(rate) for name, rate in inner.inner_lrs.items()} if inner.learns_inner_lrs else {}
-    )
-    seen: list[tuple[str, Tensor | None]] = []
-    last_step = max((index for index, turn in enumerate(turns) if turn.descends), default=-1)
-    for index, turn in enumerate(turns):
+    start_gradient = {name: torch.zeros_like(weight) for name, weight in start.items()}
+    rate_gradient = {}
+    if inner.learns_inner_lrs:
+        rate_gradient = {name: torch.zeros_like(rate) for name, rate in inner.inner_lrs.items()}
+    turn_losses: list[tuple[str, Tensor]] = []
+    for turn in turns:
         before = adapted
         if turn.descends:
             adapted = next(steps)
-            found, gradients = adapted.support_losses, adapted.gradients
-            if index == last_step:
+            assert adapted.support_losses is not None
+            task_losses, gradients = adapted.support_losses, adapted.gradients
+            steps_taken += 1
+            if steps_taken == step_count:
                 inner.ended()
         else:
-            found, gradients = task_gradients(losses[turn.side], adapted.fast)
-        seen.append((turn.side, found))
+            task_losses, gradients = task_gradients(losses[turn.side], adapted.fast)
+        turn_losses.append((turn.side, task_losses))
         for name, gradient in gradients.items() if turn.share else ():
-            of_start[name] += turn.share * weighted_sum(gradient, weights)
-            if name in of_rates and before.gradients:  # without a step before, no rate had a part in it
+            start_gradient[name] += turn.share * weighted_sum(gradient, weights)
+            if name in rate_gradient and before.gradients:  # before the first step, no rate has had an effect
                 chained = weighted_sum(gradient * before.gradient_sum[name], weights)
-                of_rates[name] -= turn.share * chained.sum_to_size(of_rates[name].shape)
-    queries = [found for side, found in seen if side == "query"]
-    last = (queries or [seen[-1][1]])[-1]
-    assert last is not None
-    return MetaGradient(of_start, of_rates, seen[0][1] if seen[0][0] == "support" else None, last)
+                rate_gradient[name] -= turn.share * chained.sum_to_size(rate_gradient[name].shape)
+    first_side, first_losses = turn_losses[0]
+    query_losses = [task_losses for side, task_losses in turn_losses if side == "query"]
+    return MetaGradient(
+        start_gradient,
+        rate_gradient,
+        support_losses=first_losses if first_side == "support" else None,
+        query_losses=query_losses[-1] if query_losses else turn_losses[-1][1],
+    )
 
 
 def weighted_sum(per_task: Tensor, weights: Tensor) -> Tensor:

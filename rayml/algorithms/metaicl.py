@@ -4,7 +4,7 @@ from rayml.algorithms.base import Algorithm, Turn
 
 
 class MetaIcl(Algorithm):
-    """No inner loop at all: the start learns to read examples."""
+    """The start learns to read examples; there is no inner loop."""
 
     takes_steps = False
     keeps = "prompt"

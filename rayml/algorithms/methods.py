@@ -1,4 +1,4 @@
-"""What `rayml compare` knows by name: how each method differs from the config, and what it starts from. Data alone."""
+"""The methods that `rayml compare` knows by name: how each differs from the config, and what it starts from."""
 
 from dataclasses import dataclass
 
@@ -13,14 +13,14 @@ class Method:
     """Whether anything depends on the seed."""
     takes_support: bool = True
     by_prompt: bool = False
-    """It answers by what stands in the prompt, which a sentence encoder does not."""
+    """Whether it answers by what the prompt shows, which a sentence encoder cannot do."""
     labels_only: bool = False
-    """It is left out where there is free text, unless it is asked for."""
+    """Whether it cannot learn free text. Then it is left out if there is any, unless it is named."""
 
 
-# They never adapt: where adapters begin is not worth looking at data for.
+# These never adapt, so it is not worth computing a start from data.
 IN_CONTEXT = ("algorithm.name=metaicl", "data.labels=words", "lora.start=random", "adapter=lora")
-# Fine-tuning of the model's own weights, in place of adapters; its rates are others.
+# These fine-tune the model's own weights instead of adapters, which takes another rate.
 FINE_TUNED = "mode=full", "engine=local", "algorithm.name=fomaml_plus", "adapter=lora", "inner.lr=0.03"
 METHODS = {
     "zero_shot": Method(IN_CONTEXT, "base", has_seeds=False, takes_support=False, by_prompt=True),
@@ -46,10 +46,10 @@ METHODS = {
 NOT_RUN = {
     "fastfit": "fast-fit 1.2.1, the newest, needs datasets below 3 and transformers below 5; take setfit or embedding"
 }
-"""What may be asked for, and why it is refused."""
+"""Methods that are known but refused, and why."""
 UNUSUAL = "setfit", "anil", "maml", "full", "top_layers", "gradual", "discriminative"
 USUAL = tuple(name for name in METHODS if name not in UNUSUAL)
 BASELINE = "multitask"
-"""What differences are to."""
+"""The method that the others are compared with."""
 BUDGET = "fomaml_plus"
-"""The algorithm whose tokens, in the config's outer steps, everyone may have."""
+"""The algorithm whose number of tokens, in the config's outer steps, every method may use."""

@@ -1,6 +1,6 @@
-"""Multi-task learning: the baseline. The same examples as the others, and no inner loop in training.
+"""Multi-task learning, the baseline: the same examples as for the other algorithms, but no inner loop in training.
 
-A new task is adapted to as the others do.
+After training, it adapts to a new task as the others do.
 """
 
 from rayml.algorithms.base import Algorithm, Turn

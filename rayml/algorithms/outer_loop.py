@@ -17,7 +17,7 @@ OPTIMIZERS: dict[str, Any] = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD
 
 
 def outer_schedule(kind: str, warmup_steps: int, steps: int) -> Callable[[int], float]:
-    """Return the factor on the outer rates at each step 0, 1, ...: linear warm-up, then constant or cosine to 0."""
+    """Return the factor on the outer rates at each step 0, 1, ...: linear warm-up, then constant, or cosine to 0."""
 
     def factor(step: int) -> float:
         if step < warmup_steps:
@@ -32,31 +32,34 @@ def outer_schedule(kind: str, warmup_steps: int, steps: int) -> Callable[[int], 
 def initial_log_inner_lrs(
     start: Params, lr: float, modules: Sequence[str], per_weight: bool, factors: Mapping[str, float] | None = None
 ) -> Params:
-    """Return the logarithm of `lr` for each tensor that the inner loop changes: of the adapter alone.
+    """Return the logarithm of the inner rate of each tensor that the inner loop changes: those of the adapter alone.
 
     Args:
         modules: patterns of those tensors' names; () for all.
-        per_weight: a rate for each weight, as in Meta-SGD, and not one for each tensor.
-        factors: on the rates of some tensors.
+        per_weight: one rate for each weight, as in Meta-SGD, instead of one for each tensor.
+        factors: by name, what `lr` is multiplied by for some tensors.
     """
-    adapter = {name: weight for name, weight in start.items() if not is_readout(name)}
-    inner = {n: w for n, w in adapter.items() if not modules or any(fnmatchcase(n, pattern) for pattern in modules)}
-    logs = {n: math.log(lr * (factors or {}).get(n, 1.0)) for n in inner}
-    return {n: torch.full(w.shape if per_weight else (), logs[n], device=w.device) for n, w in inner.items()}
+    log_rates = {}
+    for name, weight in start.items():
+        if is_readout(name) or (modules and not any(fnmatchcase(name, pattern) for pattern in modules)):
+            continue
+        log_rate = math.log(lr * (factors or {}).get(name, 1.0))
+        log_rates[name] = torch.full(weight.shape if per_weight else (), log_rate, device=weight.device)
+    return log_rates
 
 
 class Learner:
-    """What meta-training learns, whole on every worker.
+    """What meta-training learns, held whole by every worker.
 
     Args:
-        start: the shared start, fp32, `[...]` each; taken over and changed in place.
-        log_inner_lrs: the logarithms of the inner rates, so that they stay positive; taken over and changed in place.
-        learn_rates: learn them, too.
-        optimizer: of the outer loop.
+        start: the shared start, fp32, `[...]` each; changed in place.
+        log_inner_lrs: the logarithms of the inner rates, so that the rates stay positive; changed in place.
+        learn_rates: whether the inner rates are learned, too.
+        optimizer: name of the outer optimizer.
         lr: outer rate of the start.
-        lr_of_inner_lr: outer rate of the logarithms: of the rates, and of the readout's factors in the start.
-        schedule: factor on both at each step.
-        clip_norm: longest gradient of the adapter, of the readout, and of the rates, by its norm; 0 does not clip.
+        lr_of_inner_lr: outer rate of the logarithms: of the inner rates, and of the readout's factors in the start.
+        schedule: returns the factor on both outer rates at each step.
+        clip_norm: largest gradient norm, for the adapter, the readout and the rates each; 0 does not clip.
     """
 
     def __init__(
@@ -85,7 +88,7 @@ class Learner:
 
     @property
     def inner_lrs(self) -> Params:
-        """The inner rates: for each tensor that the inner loop changes, a scalar or one for each weight."""
+        """The inner rates of the tensors that the inner loop changes: a scalar each, or one rate for each weight."""
         return {name: log_rate.exp() for name, log_rate in self.log_inner_lrs.items()}
 
     def update(self, start_gradient: Params, rate_gradient: Params) -> float:
@@ -93,13 +96,14 @@ class Learner:
 
         `rate_gradient` may be empty where the rates are not learned.
         """
-        of_log_rates = {name: g * self.log_inner_lrs[name].exp() for name, g in rate_gradient.items()}
+        # The optimizer changes log(rate), and d loss / d log(rate) = rate * d loss / d rate.
+        log_rate_gradient = {name: g * self.log_inner_lrs[name].exp() for name, g in rate_gradient.items()}
         norms = []
         for (params, lr, _), group in zip(self.groups, self.optimizer.param_groups, strict=True):
-            gradient = of_log_rates if params is self.log_inner_lrs else start_gradient
+            gradients = log_rate_gradient if params is self.log_inner_lrs else start_gradient
             group["lr"] = lr * self.schedule(self.step)
             for name, param in params.items():
-                param.grad = gradient[name]
+                param.grad = gradients[name]
             norms.append(float(torch.nn.utils.clip_grad_norm_(params.values(), self.clip_norm or math.inf)))
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -107,52 +111,55 @@ class Learner:
         return norms[0]
 
     def begin_at(self, start: Params, log_inner_lrs: Params) -> None:
-        """Begin at what was learned before, in place of where an untrained start is; what was not stays there."""
-        for own, given in ((self.start, start), (self.log_inner_lrs, log_inner_lrs)):
-            for name in own.keys() & given.keys():
-                own[name].copy_(given[name])
+        """Begin at what another run learned. What it did not learn stays where an untrained start is."""
+        for params, learned in ((self.start, start), (self.log_inner_lrs, log_inner_lrs)):
+            for name in params.keys() & learned.keys():
+                params[name].copy_(learned[name])
+
+    def _named_params(self) -> dict[str, Tensor]:
+        """Return the start and the rates' logarithms by their names in a checkpoint."""
+        params = {f"start/{name}": weight for name, weight in self.start.items()}
+        return params | {f"log_rate/{name}": log_rate for name, log_rate in self.log_inner_lrs.items()}
 
     def state(self) -> dict[str, Tensor]:
-        """Return everything that the next step depends on, but for `step`, as flat named tensors."""
-        tensors = {f"start/{name}": w for name, w in self.start.items()}
-        tensors |= {f"log_rate/{name}": rate for name, rate in self.log_inner_lrs.items()}
-        for kind, params in (("start", self.start), ("log_rate", self.log_inner_lrs)):
-            for name, param in params.items():
-                tensors |= {f"{key}/{kind}/{name}": v for key, v in self.optimizer.state.get(param, {}).items()}
+        """Return everything that the next step depends on, except `step`, as flat named tensors."""
+        tensors = self._named_params()
+        for name, param in list(tensors.items()):
+            tensors |= {f"{key}/{name}": value for key, value in self.optimizer.state.get(param, {}).items()}
         return tensors
 
     def load(self, tensors: dict[str, Tensor], step: int) -> None:
         """Take over what `state` returned after `step` steps.
 
         Raises:
-            RunError: it is of something else that was learned.
+            RunError: it lacks something that is learned here.
         """
-        lacking = sorted(f"start/{name}" for name in self.start if f"start/{name}" not in tensors)
-        if lacking:
+        missing = sorted(f"start/{name}" for name in self.start if f"start/{name}" not in tensors)
+        if missing:
             raise RunError(
-                f"the checkpoint has no {', '.join(lacking[:3])}: it is of a run from before that was learned, and "
-                "cannot be gone on with; begin a new run with what it learned (--continue RUN, another run.dir)"
+                f"the checkpoint has no {', '.join(missing[:3])}: its run did not learn that yet, and cannot be "
+                "resumed; begin a new run with what it learned (--continue RUN, another run.dir)"
             )
         self.step = step
-        for kind, params in (("start", self.start), ("log_rate", self.log_inner_lrs)):
-            for name, param in params.items():
-                param.copy_(tensors[f"{kind}/{name}"])
-                saved = {key: tensors.get(f"{key}/{kind}/{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
-                moments = {k: v.to("cpu" if k == "step" else param.device) for k, v in saved.items() if v is not None}
-                if moments:
-                    self.optimizer.state[param] = moments
+        for name, param in self._named_params().items():
+            param.copy_(tensors[name])
+            saved = {key: tensors.get(f"{key}/{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
+            moments = {k: v.to("cpu" if k == "step" else param.device) for k, v in saved.items() if v is not None}
+            if moments:
+                self.optimizer.state[param] = moments
 
 
-MEMORY = 0.9
+DECAY = 0.9
+"""Of the running mean of gains, for each outer step."""
 MOST = 4.0
-"""No task weighs more than this many times, or less than one in this many, before weights are scaled to a mean of 1."""
+"""A task's weight is at most this, and at least one over this, before all are scaled to a mean of 1."""
 
 
 class RecentGains:
-    """A running mean of each task's gain, its support loss before adapting minus its query loss after.
+    """A running mean of each task's gain: its support loss before adapting minus its query loss after.
 
     Args:
-        tasks: how many there are. All start at no gain, and weigh the same.
+        tasks: how many there are. All start with a gain of 0, and so with the same weight.
     """
 
     def __init__(self, tasks: int, device: torch.device | None = None):
@@ -163,14 +170,20 @@ class RecentGains:
         raw = (self.gains.mean() - self.gains).exp().clamp(1 / MOST, MOST)
         return raw / raw.mean()
 
+    def by_task(self, task_indices: Tensor, gains: Tensor) -> list[Tensor]:
+        """Return sum and number of the gains of some episodes, `[episodes]`, by their tasks: `[tasks]` each."""
+        sums, counts = torch.zeros(2, len(self.gains), device=gains.device)
+        ones = torch.ones(len(gains), device=gains.device)
+        return [sums.index_add_(0, task_indices, gains.float()), counts.index_add_(0, task_indices, ones)]
+
     def update(self, sums: Tensor, counts: Tensor) -> None:
         """Add the gains of one outer step over all workers: their sum and number by task, `[tasks]` each."""
-        new = MEMORY * self.gains + (1 - MEMORY) * sums / counts.clamp(min=1)
+        new = DECAY * self.gains + (1 - DECAY) * sums / counts.clamp(min=1)
         self.gains = torch.where(counts > 0, new, self.gains)
 
 
 class StepTimer:
-    """Seconds by phase: each call adds what has passed since the one before to its phase.
+    """Seconds by phase: each call adds the time since the call before to its phase.
 
     On a GPU it waits for the work that was queued meanwhile.
     """
@@ -180,7 +193,7 @@ class StepTimer:
         self.begin()
 
     def begin(self) -> None:
-        """Forget all seconds; the next phase begins here."""
+        """Forget all seconds; the first phase begins here."""
         self.seconds: dict[str, float] = {}
         self._last = self._now()
 

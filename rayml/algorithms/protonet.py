@@ -1,6 +1,6 @@
-"""Prototypical networks (Snell et al. 2017, arXiv 1703.05175), for T tasks at once: no inner loop at all.
+"""Prototypical networks (Snell et al. 2017, arXiv 1703.05175), for T tasks at once, without any inner loop.
 
-A query is of the class whose mean hidden state, before the label, is nearest (`rayml.algorithms.prototypes`).
+A query belongs to the class whose examples have the nearest mean hidden state (`rayml.algorithms.prototypes`).
 """
 
 from typing import Literal
@@ -13,7 +13,7 @@ class ProtoNet(Algorithm):
     labels_only = True
 
     readout: Literal["labels", "prototypes", "both"] = "prototypes"
-    """As for the others; `both` has label tokens beside the prototypes."""
+    """As for the other algorithms; `both` reads label tokens beside the prototypes."""
 
     def turns(self, steps: int) -> list[Turn]:
         return [Turn("query", 1.0)]

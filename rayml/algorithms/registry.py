@@ -1,4 +1,4 @@
-"""Which algorithms there are, by name. Each is imported when a config chooses it."""
+"""The algorithms by name. Each is imported when a config chooses it."""
 
 import os
 import sys
@@ -10,7 +10,7 @@ from rayml.errors import ConfigError
 
 DEFAULT = "fomaml_plus"
 UNTRAINED = "proto_maml"
-"""What a base adapts and answers by before any training."""
+"""The algorithm by which an untrained base adapts and answers."""
 REGISTERED = {
     "fomaml": "rayml.algorithms.fomaml:Fomaml",
     "fomaml_plus": "rayml.algorithms.fomaml:FomamlPlus",
@@ -30,31 +30,30 @@ def algorithm_class(name: str) -> type[Algorithm]:
     Raises:
         ConfigError: there is none.
     """
-    where = REGISTERED.get(name, name)
-    module, colon, attribute = where.partition(":")
+    module, colon, attribute = REGISTERED.get(name, name).partition(":")
     if not colon:
         raise ConfigError(f"algorithm.name: {name!r} is none of {', '.join(REGISTERED)}, nor package.module:Class")
     if name not in REGISTERED and os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # as `python -m` does: a file beside the config will do
+        sys.path.append(os.getcwd())  # as `python -m` does, so that a file in the working directory is found
     try:
-        found = getattr(import_module(module), attribute)
+        cls = getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"algorithm.name: {name!r}: {error}") from error
-    if not (isinstance(found, type) and issubclass(found, Algorithm)):
+    if not (isinstance(cls, type) and issubclass(cls, Algorithm)):
         raise ConfigError(f"algorithm.name: {name!r} is no subclass of rayml.algorithms.base.Algorithm")
-    return found
+    return cls
 
 
 def chosen(values: Any) -> Any:
-    """Return the algorithm that the section `algorithm` of a config gives: its name, and its settings."""
+    """Return the algorithm of a config's section `algorithm`, which holds its name and settings."""
     if not isinstance(values, dict):
-        return values
+        return values  # an algorithm already, or a mistake that pydantic reports
     name = str(values.get("name", DEFAULT))
     try:
-        kind = algorithm_class(name)
+        cls = algorithm_class(name)
     except ConfigError as error:
         raise ValueError(str(error)) from None
-    return kind.model_validate(values | {"name": name})
+    return cls.model_validate(values | {"name": name})
 
 
 def default() -> Algorithm:
@@ -62,7 +61,7 @@ def default() -> Algorithm:
 
 
 def algorithm_of(name: str, settings: dict[str, Any]) -> Algorithm:
-    """Return what an adapter's card names; without a name (plain PEFT) answers are of label tokens.
+    """Return the algorithm that an adapter's card names; without a name (plain PEFT), one that reads label tokens.
 
     Raises:
         ConfigError: there is no such algorithm, or it has no such settings.
@@ -74,17 +73,20 @@ def algorithm_of(name: str, settings: dict[str, Any]) -> Algorithm:
 
 
 def trusted(name: str, settings: dict[str, Any], own: Algorithm) -> Algorithm:
-    """Return as `algorithm_of` does, of an adapter by anybody, in a run of `own`: nothing unknown is imported.
+    """Return what `algorithm_of` does, but for an adapter from an untrusted source: import no unknown code.
+
+    Args:
+        own: the algorithm of the run that serves the adapter.
 
     Raises:
-        ConfigError: it is neither registered nor the run's, or has no such settings.
+        ConfigError: it is neither registered nor the run's own, or has no such settings.
     """
     if name not in ("", own.name, *REGISTERED):
         raise ConfigError(f"learned by {name!r}; this run knows {own.name!r} and what comes with rayml")
     return algorithm_of(name, settings)
 
 
-# Keys that algorithms took over, and run folders from before they did
+# Keys that became settings of algorithms, and run folders from before they did
 
 
 MOVED = {
@@ -94,10 +96,10 @@ MOVED = {
 
 
 def modernized(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the values of a run's `config.yaml` as they are written now.
+    """Return the values of an old run's `config.yaml` in today's form.
 
-    Until algorithms had settings of their own, `fomaml` was what `fomaml_plus` is, and the two keys in MOVED stood in
-    every run's file, whatever its algorithm.
+    Before algorithms had settings of their own, `fomaml` was the name of today's `fomaml_plus`, and the file of every
+    run held the two keys in MOVED, whatever its algorithm.
     """
     inner, outer = dict(values.get("inner") or {}), dict(values.get("outer") or {})
     if "learn_lr" not in inner and "start_weight" not in outer:

@@ -10,12 +10,12 @@ if TYPE_CHECKING:
 
 
 class Reptile(Algorithm):
-    """The way from the fast weights back to the start, over the rate, is what the outer optimizer takes for a gradient.
+    """The outer optimizer's gradient is (start - fast weights) / rate.
 
-    That is the sum of the inner gradients: so every inner step is learned from, and what the inner loop does not change
-    stays as it is. Reptile knows no query: it takes its inner steps on all of a task's data, minibatch by minibatch.
-    Here the two sides take turns, since steps on one and the same batch would lose what makes Reptile learn to learn
-    (section 5 of the paper).
+    That is the sum of the inner gradients: every inner step counts, and what the inner loop does not change stays as it
+    is. Reptile has no query; its inner steps are on minibatches of all of a task's data. Here support and query take
+    turns, because steps on one and the same batch would lose what makes Reptile learn to learn (section 5 of the
+    paper).
     """
 
     def turns(self, steps: int) -> list[Turn]:
@@ -26,6 +26,6 @@ class Reptile(Algorithm):
         if not config.inner.steps:
             yield "inner.steps: reptile learns from its inner steps; give it one or more"
         if config.regularize.adversarial:
-            yield "regularize.adversarial: reptile's inner loop takes turns on both sides, and knows none"
+            yield "regularize.adversarial: reptile's inner loop takes turns on both sides, and does not have it"
         if config.inner.unfreeze_every:
-            yield "inner.unfreeze_every: reptile unfreezes nothing gradually"
+            yield "inner.unfreeze_every: reptile cannot unfreeze layers gradually"

@@ -1,8 +1,9 @@
-"""Starts by name, so that a task is learned before anything was trained: `rayml adapt minilm`.
+"""Starts that have names, so that a task can be learned without any training: `rayml adapt minilm`.
 
 Some come with rayml, each in a folder here: `config.yaml`, `start.safetensors` (adapters in 16 bits, the readout, inner
-rates; not there where nothing was learned), and a model card. Any other base has its own, untrained one, which answers
-by prototypes. What is asked for becomes a run folder in rayml's cache; all that takes a run takes it.
+rates; missing if nothing was learned), and a model card. Any other base has an untrained start of its own, which
+answers by prototypes. A start becomes a run folder in rayml's cache when it is first used, so that everything that
+takes a run takes a start as well.
 """
 
 import hashlib
@@ -23,14 +24,13 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent
 LEARNED = "start.safetensors"
 BARE = "smollm2-135m-instruct", "tiny", "tiny-masked"
-"""Models that have names, and no start of ours."""
+"""Names of models for which no start comes with rayml."""
 NO_DATA = "none: this start comes without tasks"
 """`data.path` of a start that was not trained here."""
 ONE_WORD = "{input}\nThe above text in one word:"
-"""What a causal model is asked, so that its last state says what a text is about (Jiang et al. 2023, arXiv
-2307.16645)."""
+"""A prompt after which a causal model's last hidden state sums up the text (Jiang et al. 2023, arXiv 2307.16645)."""
 FORMAT = "2"
-"""Of the run folders in the cache."""
+"""Version of the run folders in the cache."""
 
 
 def shipped() -> tuple[str, ...]:
@@ -39,7 +39,7 @@ def shipped() -> tuple[str, ...]:
 
 
 def start_named(name: object) -> str | None:
-    """Return the start that this names, or the absolute path of a bare base; None, if it is neither, but a run."""
+    """Return a start's name, or the absolute path of a bare base's folder; None for anything else, such as a run."""
     folder = Path(name).expanduser() if isinstance(name, str) and "://" not in name else None
     if folder is None or (folder / "config.yaml").exists():
         return None
@@ -49,7 +49,7 @@ def start_named(name: object) -> str | None:
 
 
 def no_run(name: object) -> RunError:
-    """Return the error of a name that is neither a run's nor a start's."""
+    """Return the error for a name that is neither a run's nor a start's."""
     return RunError(
         f"{name}: no run here (there is no config.yaml in it), and no start of this name: {', '.join(shipped())}, or "
         "the folder of a model"
@@ -57,13 +57,13 @@ def no_run(name: object) -> RunError:
 
 
 def refuse_no_run(name: str) -> None:
-    """Raise RunError if there is nothing of this name, before any library is loaded. A URI is not looked at."""
+    """Raise RunError if there is neither a run nor a start of this name, before loading libraries. A URI may be one."""
     if "://" not in name and not start_named(name) and not (Path(name).expanduser() / "config.yaml").exists():
         raise no_run(name)
 
 
 def folder_of(name: str) -> Path:
-    """Return the run folder of a start, made first if it is not there, and whole if it is there at all.
+    """Return a start's run folder in the cache. If missing, it is written elsewhere and renamed, so it is always whole.
 
     Args:
         name: as `start_named` returned it.
@@ -74,52 +74,53 @@ def folder_of(name: str) -> Path:
     """
     from rayml.lm.catalog import cache_folder
 
-    own = HERE / name if name in shipped() else None
-    content = [file.read_bytes() for file in sorted(own.iterdir()) if file.suffix != ".md"] if own else []
-    content += model_files(Path(name)) if Path(name).is_absolute() else []
+    source = HERE / name if name in shipped() else None
+    content = [file.read_bytes() for file in sorted(source.iterdir()) if file.suffix != ".md"] if source else []
+    content += file_stamps(Path(name)) if Path(name).is_absolute() else []
     digest = hashlib.sha256(b"\0".join([FORMAT.encode(), name.encode(), *content])).hexdigest()[:12]
     folder = cache_folder() / "starts" / f"{re.sub(r'[^A-Za-z0-9_.-]', '-', Path(name).name)}-{digest}"
     if not folder.is_dir():
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            work = Path(tempfile.mkdtemp(dir=folder.parent))
+            scratch = Path(tempfile.mkdtemp(dir=folder.parent))
         except OSError as error:
-            raise RunError(f"{name}: no place for it in {folder.parent} ({error}); set RAYML_CACHE") from error
+            raise RunError(f"{name}: cannot be written to {folder.parent} ({error}); set RAYML_CACHE") from error
         try:
-            write_run(work, own, name)
-            work.rename(folder)
-        except OSError:  # another process was first
-            if not folder.is_dir():
+            write_run(scratch, source, name)
+            scratch.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # otherwise another process was first
                 raise
         finally:
-            shutil.rmtree(work, ignore_errors=True)
+            shutil.rmtree(scratch, ignore_errors=True)
     return folder
 
 
-def model_files(folder: Path) -> list[bytes]:
-    """Return what tells a model's folder from another that takes its place: no weights are read."""
+def file_stamps(folder: Path) -> list[bytes]:
+    """Return names, sizes and times of a model's files, which change when another model takes its place."""
     files = [file for file in sorted(folder.iterdir()) if file.suffix in (".json", ".safetensors")]
     stats = [(file.name, file.stat()) for file in files]
     return [f"{name} {stat.st_size} {stat.st_mtime_ns}".encode() for name, stat in stats]
 
 
-def write_run(folder: Path, own: Path | None, name: str) -> None:
-    """Write the run folder of a start that comes with rayml, `own`, or else of a bare base."""
+def write_run(folder: Path, source: Path | None, name: str) -> None:
+    """Write the run folder of a start. `source` is its folder here; None for a bare base."""
     from safetensors.torch import load_file
 
     from rayml.config import dump_config, load_config
     from rayml.runs.checkpoint import folder_name, seal, write_state
     from rayml.runs.folder import RunFolder
 
-    config = load_config(own / "config.yaml") if own else bare_config(name)
+    config = load_config(source / "config.yaml") if source else bare_config(name)
     untrained, state, is_encoder = untrained_state(config)
     step = 0
-    if own and (own / LEARNED).exists():
-        state |= {key: weight.float() for key, weight in load_file(own / LEARNED).items()}
+    if source and (source / LEARNED).exists():
+        state |= {key: weight.float() for key, weight in load_file(source / LEARNED).items()}
         step = config.outer.steps
     run = RunFolder(folder)
     run.config.write_text(dump_config(config), encoding="utf-8")
-    # A sentence encoder knows labels alone; else rows tell, as they do in `data.path`.
+    # A label task among the meta-train tasks means: targets are labels. An encoder knows no others. Without any task,
+    # the examples of each new task tell whether its targets are labels or texts.
     tasks: dict[str, Any] = {"fingerprint": "", "train": {"": [""] if is_encoder else []}, "val": {}, "test": {}}
     run.tasks.write_text(json.dumps(tasks), encoding="utf-8")
     run.write_untrained(untrained)
@@ -130,7 +131,7 @@ def write_run(folder: Path, own: Path | None, name: str) -> None:
 
 
 def untrained_state(config: "Config") -> tuple[dict[str, Any], dict[str, Any], bool]:
-    """Return where training would begin, what a checkpoint of it holds, and whether the base is a sentence encoder.
+    """Return an untrained start, the state of a checkpoint of it, and whether its base is a sentence encoder.
 
     No weight of the base is read.
     """
@@ -140,21 +141,21 @@ def untrained_state(config: "Config") -> tuple[dict[str, Any], dict[str, Any], b
     from rayml.lm.model import hooks
     from rayml.lm.sentence import MARK
 
-    bare = load_shape(resolve_model(config.model.name))
-    adapter = hooks(bare, config.lora.shape(), 0)
+    base = load_shape(resolve_model(config.model.name))
+    adapter = hooks(base, config.lora.shape(), 0)
     assert adapter is not None
     readout = config.algorithm.prototypes
     untrained = adapter.untrained_start(config.seed) | (readout.start() if readout else {})
     rates = initial_log_inner_lrs(untrained, config.inner.lr, config.inner.modules, per_weight=False)
     state = {f"start/{n}": w for n, w in untrained.items()} | {f"log_rate/{n}": rate for n, rate in rates.items()}
-    return untrained, state, hasattr(bare, MARK)
+    return untrained, state, hasattr(base, MARK)
 
 
 def bare_config(name: str) -> "Config":
-    """Return the config of a base's untrained start: prototypes, of states that a one-word prompt sums up.
+    """Return the config of a base's untrained start: it answers by prototypes, after a prompt for one word.
 
     Raises:
-        ConfigError: the base cannot be used so: it is tried, once, before its start is kept.
+        ConfigError: the base cannot be used this way. That is tried here, once, before the start is kept.
     """
     from rayml.config import parse_config
     from rayml.lm.abilities import able_targets, check_model
@@ -164,11 +165,11 @@ def bare_config(name: str) -> "Config":
     from rayml.lm.sentence import MARK
 
     base = resolve_model(name)
-    bare = load_shape(base)
-    kinds = linear_kinds(bare)
+    model = load_shape(base)
+    kinds = linear_kinds(model)
     if not kinds:
         raise ConfigError(f"{name}: has no linear layers for adapters; train one with adapter=soft_prompt")
-    is_encoder = hasattr(bare, MARK)
+    is_encoder = hasattr(model, MARK)
     values: dict[str, Any] = {
         "model": {"name": name},
         "algorithm": {"name": UNTRAINED, "readout": "prototypes" if is_encoder else "both"},
@@ -178,14 +179,14 @@ def bare_config(name: str) -> "Config":
     }
     config = parse_config(values, name)
     values["lora"]["targets"] = able_targets(base, config)
-    values["data"]["max_tokens"] = min(config.data.max_tokens, context_tokens(bare))
+    values["data"]["max_tokens"] = min(config.data.max_tokens, context_tokens(model))
     config = parse_config(values, name)
     check_model(config, base, (), load_tokenizer(base))
     return config
 
 
 def learned_part(state: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield what is shipped of a checkpoint: the adapters in 16 bits, the readout and the logarithms of rates whole."""
+    """Yield the tensors of a checkpoint that are shipped: adapters in 16 bits; readout and log rates as they are."""
     import torch
 
     for name, weight in state.items():

@@ -1,13 +1,15 @@
-"""What workers say to each other outside the base model. With one worker, nothing is sent."""
+"""What workers send each other outside the base model. With one worker, nothing is sent."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from rayml.lm.frozen import Share
+
+Result = TypeVar("Result")
 
 
 def world_size() -> int:
@@ -19,7 +21,7 @@ def rank() -> int:
 
 
 def sum_over_workers(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return every tensor summed over the workers, in one all-reduce of one flat fp32 buffer."""
+    """Return every tensor summed over the workers, by one all-reduce of one flat fp32 buffer."""
     if world_size() == 1:
         return list(tensors)
     flat = torch.cat([tensor.float().flatten() for tensor in tensors])
@@ -29,19 +31,19 @@ def sum_over_workers(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def join_from_workers(part: Tensor) -> list[Tensor]:
-    """Return every worker's `[n, D]`, by rank, on every worker; n may differ, also 0."""
+    """Return every worker's `[n, D]`, by rank, on every worker. n may differ between them, and may be 0."""
     if world_size() == 1:
         return [part]
     sizes = gather_from_workers(len(part))
     padded = part.new_zeros(max(sizes), *part.shape[1:])
     padded[: len(part)] = part
-    found = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(found, padded)
-    return [whole[:size] for whole, size in zip(found, sizes, strict=True)]
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return [padded_part[:size] for padded_part, size in zip(parts, sizes, strict=True)]
 
 
 def share() -> Share:
-    """Return this worker's share of what all workers divide."""
+    """Return this worker's share of work that is divided over all workers."""
     return Share(rank(), world_size(), join_from_workers)
 
 
@@ -54,25 +56,31 @@ def from_first_worker(value: Any) -> Any:
     return values[0]
 
 
-def tensors_from_first_worker(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return worker 0's tensors on every worker, on the CPU; what others give is not looked at.
+def on_first_worker(compute: Callable[[], Result]) -> Result:
+    """Return on every worker the picklable result of `compute`, which only worker 0 calls."""
+    return from_first_worker(compute() if rank() == 0 else None)
 
-    One after the other, as they lie in memory: pickled together, the state of an optimizer takes each worker several
+
+def tensors_from_first_worker(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return worker 0's tensors on every worker, on the CPU; what the others pass is ignored.
+
+    Each tensor is broadcast by itself, without pickling: a pickled optimizer state would take every worker several
     times its size.
     """
     if world_size() == 1:
         return dict(tensors)
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    found = {}
+    received = {}
     for name, shape, dtype in from_first_worker([(name, t.shape, t.dtype) for name, t in tensors.items()]):
-        sent = tensors[name].to(device).contiguous() if rank() == 0 else torch.empty(shape, dtype=dtype, device=device)
-        dist.broadcast(sent, src=0)
-        found[name] = sent.cpu()
-    return found
+        is_first = rank() == 0
+        tensor = tensors[name].to(device).contiguous() if is_first else torch.empty(shape, dtype=dtype, device=device)
+        dist.broadcast(tensor, src=0)
+        received[name] = tensor.cpu()
+    return received
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:
-    """Return whether all numbers are finite, waiting for the device once."""
+    """Return whether all numbers are finite. This waits for the device only once."""
     return bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())
 
 
@@ -83,3 +91,8 @@ def gather_from_workers(value: Any) -> list[Any]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def barrier() -> None:
+    """Wait until all workers have come here."""
+    gather_from_workers(None)

@@ -1,7 +1,7 @@
-"""Staying current: a run that goes on from what another learned, with some of its old tasks among the new ones.
+"""Continual learning: a run that continues another one, with new tasks and some of the old ones among them.
 
-Replay (Rolnick et al. 2019, arXiv 1811.11682) keeps what is learned from being forgotten; how much was is measured on
-the old run's own meta-test tasks, before and after.
+Replay of old tasks (Rolnick et al. 2019, arXiv 1811.11682) keeps the run from forgetting them. How much it forgot is
+measured on the old run's own meta-test tasks, before and after.
 """
 
 import json
@@ -37,9 +37,9 @@ SAME = (
     "soft_prompt.tokens",
     "inner.modules",
 )
-"""Keys that say what a start is made of."""
+"""Keys that define what a start consists of."""
 EPISODES = 64
-"""That forgetting is measured on, of the old tasks together, and of the new ones."""
+"""How many episodes forgetting is measured on: of the old tasks together, and of the new ones."""
 FORGETTING = "forgetting.json"
 
 
@@ -53,90 +53,92 @@ class Old:
 
 
 def old_run(config: Config) -> Old | None:
-    """Return the run that a config continues, if it does.
+    """Return the run that a config continues; None if it continues none.
 
     Raises:
-        RunError: it is not there, or not whole.
-        ConfigError: its start does not fit this config; with the keys that differ.
+        RunError: it does not exist, or is not whole.
+        ConfigError: its start does not fit this config; the message names the keys that differ.
     """
     if config.run.continues is None:
         return None
     run = RunFolder(config.run.continues)
     if run.path == RunFolder(config.run.dir).path:
         raise RunError(f"{run.path}: is this run itself; give run.dir another folder")
-    then, _ = run.trained()
-    before, now = (flat(c.model_dump()) for c in (then, config))
-    differs = [key for key in SAME if before[key] != now[key]]
-    if then.mode == "full":
+    old_config, _ = run.trained()
+    if old_config.mode == "full":
         raise ConfigError("run.continues: a run in mode full is continued by its folder RUN/model as model.name")
-    by_weight = then.algorithm.learned_rates == "weight"
-    if by_weight != (config.algorithm.learned_rates == "weight"):
-        differs.append("algorithm.name")
-    if differs:
-        named = run.start or run.path
-        raise ConfigError(f"run.continues: {named} has another start; {', '.join(differs)} must be as there")
+    old_values, values = flat(old_config.model_dump()), flat(config.model_dump())
+    differing = [key for key in SAME if old_values[key] != values[key]]
+    if (old_config.algorithm.learned_rates == "weight") != (config.algorithm.learned_rates == "weight"):
+        differing.append("algorithm.name")
+    if differing:
+        name = run.start or run.path
+        raise ConfigError(f"run.continues: {name} has another start; {', '.join(differing)} must be the same as there")
     # A start that comes with rayml comes without its tasks: there is nothing to replay, nor to forget.
-    return Old(run, then, Splits((), (), ()) if run.start else prepare_splits(then.data))
+    return Old(run, old_config, Splits((), (), ()) if run.start else prepare_splits(old_config.data))
 
 
 def with_replay(splits: Splits, old: Old, share: float) -> tuple[Splits, frozenset[str]]:
-    """Return the splits with the old meta-train tasks among the new, and the names of the old.
+    """Return the splits with the old meta-train tasks added, and the names of these.
 
-    A task of the same name in both is the new one's.
+    Of two tasks with the same name, the new one is taken.
 
     Raises:
-        DataError: new tasks hold a text of the old meta-test, or old tasks one of the new.
+        DataError: a new task has a text of the old meta-test tasks, or a replayed one has a text of the new ones.
     """
     refuse_leaks("this run's meta-train", splits.train, old.splits.test)
-    new = {task.name for part in splits for task in part}
-    replayed = tuple(task for task in old.splits.train if task.name not in new) if share else ()
+    new_names = {task.name for part in splits for task in part}
+    replayed = tuple(task for task in old.splits.train if task.name not in new_names) if share else ()
     refuse_leaks("the tasks to replay", replayed, splits.test)
     return splits._replace(train=(*splits.train, *replayed)), frozenset(task.name for task in replayed)
 
 
 def shown_anew(old: Data, new: Data) -> list[str]:
-    """Return the keys by which replayed tasks are shown in another way than in their own run."""
-    differ = [f"data.{key}" for key in ("prompt", "labels") if getattr(old, key) != getattr(new, key)]
-    return differ + [f"data.templates.{name}" for name, of in old.templates.items() if new.templates.get(name) != of]
+    """Return the keys because of which replayed tasks are shown differently than in their own run."""
+    keys = [f"data.{key}" for key in ("prompt", "labels") if getattr(old, key) != getattr(new, key)]
+    return keys + [f"data.templates.{name}" for name in old.templates if old.templates[name] != new.templates.get(name)]
 
 
 def report_forgetting(run: RunFolder, old: Old, splits: Splits, out: Console) -> dict[str, Any]:
     """Adapt to the old and the new meta-test tasks from both starts; print the scores, and write `forgetting.json`.
 
-    Accuracy over label tasks, or the loss over free text, after adapting, with intervals over tasks and
-    episodes, paired.
+    The scores are the accuracy over label tasks, and the loss over free text, after adapting. Their intervals are over
+    tasks and episodes, and paired.
     """
-    now = load(run)
-    then = as_before(old, now)
-    groups = {
-        f"{name} tasks, {'accuracy' if is_label else 'loss'}": ([t for t in of if bool(t.options) == is_label], shows)
-        for name, of, shows in (("old", old.splits.test, then), ("new", splits.test, now))
-        for is_label in (True, False)
-    }
-    groups = {name: group for name, group in groups.items() if group[0]}
+    new_model = load(run)
+    old_model = load_old(old, new_model)
+    groups: dict[str, tuple[list[Task], MetaModel]] = {}
+    for name, tasks, model in (("old", old.splits.test, old_model), ("new", splits.test, new_model)):
+        for metric, is_label in (("accuracy", True), ("loss", False)):
+            group = [task for task in tasks if bool(task.options) == is_label]
+            if group:
+                groups[f"{name} tasks, {metric}"] = group, model
     with progress(out) as bar:
-        done = bar("before and after", sum(2 * len(tasks) * episodes_each(tasks) for tasks, _ in groups.values()))
-        found = {name: both(shows, then, now, tasks, done) for name, (tasks, shows) in groups.items()}
-    write_whole(run.path / FORGETTING, json.dumps({"continues": str(old.run.path), "scores": found}, indent=2) + "\n")
+        total = sum(2 * len(tasks) * episodes_each(tasks) for tasks, _ in groups.values())
+        advance = bar("before and after", total)
+        scores = {
+            name: compare_starts(model, old_model, new_model, tasks, advance) for name, (tasks, model) in groups.items()
+        }
+    write_whole(run.path / FORGETTING, json.dumps({"continues": str(old.run.path), "scores": scores}, indent=2) + "\n")
     heads, title = ("meta-test", "before", "after", "change"), "before and after going on"
-    shown = table(heads, left=["meta-test"], show_edge=False, padding=(0, 0, 0, 1), title=title)
-    for name, ends in found.items():
-        shown.add_row(name, bounds(ends["before"]), bounds(ends["after"]), bounds(ends["change"], "+"))
-    out.print(shown)
-    return found
+    rows = table(heads, left=["meta-test"], show_edge=False, padding=(0, 0, 0, 1), title=title)
+    for name, intervals in scores.items():
+        rows.add_row(name, bounds(intervals["before"]), bounds(intervals["after"]), bounds(intervals["change"], "+"))
+    out.print(rows)
+    return scores
 
 
-def as_before(old: Old, now: MetaModel) -> MetaModel:
-    """Return the old run, on the base that is loaded already, unless it was another dtype's."""
-    if old.config.model != now.config.model:
+def load_old(old: Old, new_model: MetaModel) -> MetaModel:
+    """Return the old run's model. It shares the base that is loaded already, unless that differs, say in its dtype."""
+    if old.config.model != new_model.config.model:
         return load(old.run)
     start, log_inner_lrs = start_of(old.run)
     return replace(
-        now,
+        new_model,
         config=old.config,
-        encoder=old.config.encoder(now.encoder.tokenizer),
-        start={name: weight.to(now.device) for name, weight in start.items()},
-        inner_lrs={name: rate.exp().to(now.device) for name, rate in log_inner_lrs.items()},
+        encoder=old.config.encoder(new_model.encoder.tokenizer),
+        start={name: weight.to(new_model.device) for name, weight in start.items()},
+        inner_lrs={name: rate.exp().to(new_model.device) for name, rate in log_inner_lrs.items()},
     )
 
 
@@ -144,14 +146,15 @@ def episodes_each(tasks: Sequence[Task]) -> int:
     return max(2, -(-EPISODES // len(tasks)))
 
 
-def both(
-    shows: MetaModel, then: MetaModel, now: MetaModel, tasks: Sequence[Task], progress: Callable[[int], None]
+def compare_starts(
+    shown_by: MetaModel, old: MetaModel, new: MetaModel, tasks: Sequence[Task], progress: Callable[[int], None]
 ) -> dict[str, dict[str, float]]:
-    """Return the scores after adapting to the same episodes, as `shows` shows them, from the old start and the new."""
-    sampler = shows.config.data.sampler(EVALUATION_SEED)
-    ends = []
-    for model in (then, now):
-        asked = replace(model, config=shows.config, encoder=shows.encoder)
-        found = trained_curves(asked, tasks, sampler, episodes_each(tasks), progress)
-        ends.append(by_task(found)[-1])
-    return {"before": interval(ends[0]), "after": interval(ends[1]), "change": interval(ends[1] - ends[0])}
+    """Return the scores after adapting from both starts to the same episodes, drawn and shown as by `shown_by`."""
+    sampler = shown_by.config.data.sampler(EVALUATION_SEED)
+    scores = []
+    for start in (old, new):
+        model = replace(start, config=shown_by.config, encoder=shown_by.encoder)
+        curves = trained_curves(model, tasks, sampler, episodes_each(tasks), progress)
+        scores.append(by_task(curves)[-1])
+    before, after = scores
+    return {"before": interval(before), "after": interval(after), "change": interval(after - before)}

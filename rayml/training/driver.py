@@ -4,7 +4,7 @@ import logging
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -35,9 +35,9 @@ from rayml.training.heartbeat import Heartbeats
 from rayml.training.progress import Progress
 from rayml.training.ray_internals import (
     DIED,
-    Controlled,
-    NewestCheckpoint,
-    WorkersGone,
+    ReportController,
+    ReportWorkersGone,
+    WriteLatest,
     forget_lost,
     without_idle_actors,
 )
@@ -49,35 +49,32 @@ from rayml.training.worker import train_worker
 WORKER_ENV = {
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    # glibc gives large blocks back to the kernel at once; on a CPU a third of the time went into getting them again.
+    # By default glibc returns large blocks to the kernel at once; on a CPU, getting new ones took a third of the time.
     "MALLOC_MMAP_THRESHOLD_": "4294967296",
     "MALLOC_TRIM_THRESHOLD_": "8589934592",
 }
-
-
 SECONDS_TO_STOP = 5.0
-"""That an interrupted run may take to its next checkpoint."""
+"""How long an interrupted run may take to reach its next checkpoint."""
 
 
 def train(config: Config, resume: bool = False, at_once: int = 1) -> RunFolder:
     """Meta-train as the config says; return the run folder.
 
     Args:
-        at_once: runs like this one that share the machine, or the cluster.
+        at_once: number of runs like this one that share the machine or the cluster.
 
     Raises:
         ConfigError, DataError, RunError: the input is bad; nothing was started.
-        TrainingError: training stopped, and why.
+        TrainingError: training stopped; the message says why.
     """
     config = with_absolute_paths(config)
     splits, replayed = prepare_splits(config.data), frozenset[str]()
     old = old_run(config)
     if old:
         splits, replayed = with_replay(splits, old, config.data.replay)
-        anew = shown_anew(old.config.data, config.data)
-        if anew and replayed:
-            said = f"{', '.join(anew)}: not as in {old.run.path}, whose tasks are replayed as this config shows them"
-            Console(stderr=True, markup=False).print(said, style="yellow", highlight=False, soft_wrap=True)
+        changed_keys = ", ".join(shown_anew(old.config.data, config.data))
+        if changed_keys and replayed:
+            warn(f"{changed_keys}: not as in {old.run.path}; its tasks are replayed as this config shows them")
     model, encoder = checked_model(config, [task for part in splits for task in part])
     run = RunFolder(config.run.dir)
     check_trackers(config.run.trackers, run)
@@ -85,36 +82,40 @@ def train(config: Config, resume: bool = False, at_once: int = 1) -> RunFolder:
         check_resources(config, cpus=processors(), cpus_each=1, gpus=torch.cuda.device_count())
     run.begin(config, splits, resume)
     if config.validation.patience and not splits.val:
-        warned = "validation.patience: there is no task for meta-val, so it never stops; raise data.splits.val"
-        Console(stderr=True, markup=False).print(warned, style="yellow", highlight=False, soft_wrap=True)
-    trains = not run.is_over(config)
-    if trains:
+        warn("validation.patience: there is no task for meta-val, so it never stops; raise data.splits.val")
+    must_train = not run.is_over(config)
+    if must_train:
         with own_ray(config) as ray_is_ours:
             fit(config, run, splits, model, encoder, at_once, replayed, ray_is_ours)
         if config.mode == "full":
             remove(run.model)
             load(run).save(run.model)
-    if old and not old.run.start and (trains or not (run.path / FORGETTING).exists()):  # it may have been cut off there
+    # An earlier command may have been cut off between training and this report.
+    if old and not old.run.start and (must_train or not (run.path / FORGETTING).exists()):
         report_forgetting(run, old, splits, Console(stderr=True, markup=False))
     return run
 
 
+def warn(message: str) -> None:
+    Console(stderr=True, markup=False).print(message, style="yellow", highlight=False, soft_wrap=True)
+
+
 @contextmanager
 def own_ray(config: Config, at_once: int = 1) -> Iterator[bool]:
-    """Start Ray where none runs, for `at_once` runs beside each other, and end it; yield whether it did."""
-    starts = not ray.is_initialized()
-    if starts:
+    """Start Ray if none runs, for `at_once` runs, and end it after the block; yield whether the cluster is ours."""
+    must_start = not ray.is_initialized()
+    if must_start:
         with doing(Console(stderr=True, markup=False), "starting Ray"):
             start_ray(config, at_once)
     try:
-        yield starts and not os.environ.get("RAY_ADDRESS")
+        yield must_start and not os.environ.get("RAY_ADDRESS")
     finally:
-        if starts:
+        if must_start:
             ray.shutdown()
 
 
 def with_absolute_paths(config: Config) -> Config:
-    """Return the config for anywhere: workers change their directory, and so do people."""
+    """Return the config with absolute paths: workers run in other directories."""
 
     def absolute(path: str) -> str:
         if path.startswith("hf:") and os.path.isdir(path[3:].partition(":")[0]):
@@ -139,41 +140,38 @@ def processors() -> int:
 def start_ray(config: Config, at_once: int = 1) -> None:
     """Start Ray here, with room for the workers of `at_once` runs; or join the cluster that RAY_ADDRESS or a job names.
 
-    A cluster that has too little room is said so, and may grow: Ray asks its autoscaler.
+    A cluster that is too small gets a warning, not an error: its autoscaler may add nodes.
     """
-    own: dict[str, Any] = {}
+    local_settings: dict[str, Any] = {}
     if not os.environ.get("RAY_ADDRESS"):
-        # Logical CPUs: every core trains, and Ray Data's light tasks share them.
+        # Logical CPUs: training uses every core, and each worker has one more for Ray Data's light tasks.
         workers = config.most_workers * at_once
         threads = max(1, processors() // workers)
-        own = {"address": "local", "num_cpus": workers * (threads + 1), "include_dashboard": False}
+        local_settings = {"address": "local", "num_cpus": workers * (threads + 1), "include_dashboard": False}
         seldom_look_for_logs()
-        # Nobody takes this machine away; and a run's end is seen at once.
+        # This machine is not preempted; and the end of a run shall be noticed at once.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
-        # Ray's first processes would know nothing of the environment below, and so never get any work.
+        # Prestarted processes would lack the environment below, and so would never be used.
         os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
-    ray.init(logging_level=logging.ERROR, log_to_driver=False, runtime_env={"env_vars": WORKER_ENV}, **own)
+    ray.init(logging_level=logging.ERROR, log_to_driver=False, runtime_env={"env_vars": WORKER_ENV}, **local_settings)
     heed_again()
-    if not own:
-        there = ray.cluster_resources()
+    if not local_settings:
+        total = ray.cluster_resources()
         try:
-            check_resources(config, cpus=int(there.get("CPU", 0)), cpus_each=2, gpus=int(there.get("GPU", 0)))
-        except ConfigError as error:  # it may grow
-            wait = f"{config.run.longest_wait:g} s"
-            Console(stderr=True, markup=False).print(
-                f"{error}. Waiting up to {wait} for more nodes", style="yellow", highlight=False
-            )
+            check_resources(config, cpus=int(total.get("CPU", 0)), cpus_each=2, gpus=int(total.get("GPU", 0)))
+        except ConfigError as error:
+            warn(f"{error}. Waiting up to {config.run.longest_wait:g} s for more nodes")
 
 
 def seldom_look_for_logs() -> None:
-    """Have a Ray that starts here look for new logs once a minute, not ten times a second: nobody is shown them."""
+    """Have a Ray that is started here look for new logs once a minute, not ten times a second: nobody reads them."""
     os.environ.setdefault("RAY_LOG_MONITOR_MANY_FILES_THRESHOLD", "0")
     os.environ.setdefault("LOG_NAME_UPDATE_INTERVAL_S", "60")
 
 
 def check_resources(config: Config, cpus: int, cpus_each: int, gpus: int) -> None:
-    """Raise ConfigError if the workers do not fit. On a cluster each needs a second CPU for its stream of episodes."""
+    """Raise ConfigError if the workers do not fit. On a cluster, each needs a second CPU for its stream of episodes."""
     workers = config.fewest_workers
     if config.device == "cuda" and gpus < workers:
         raise ConfigError(f"workers: {workers} need a GPU each, there are {gpus}; lower it, or device=cpu")
@@ -185,12 +183,12 @@ def check_resources(config: Config, cpus: int, cpus_each: int, gpus: int) -> Non
 
 
 def scaling(config: Config, at_once: int) -> ray.train.ScalingConfig:
-    """Return the workers' resources: a GPU each, or else an equal share of the CPUs, which sets their threads, too."""
+    """Return each worker's resources: a GPU, or an equal share of the CPUs, which also sets its number of threads."""
     fewest, most = config.fewest_workers, config.most_workers
-    there = ray.cluster_resources()
-    use_gpu = config.device == "cuda" or (config.device == "auto" and there.get("GPU", 0) >= fewest * at_once)
-    nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
-    cpus = 1 if use_gpu else cpus_each(nodes, most * at_once)
+    gpus = ray.cluster_resources().get("GPU", 0)
+    use_gpu = config.device == "cuda" or (config.device == "auto" and gpus >= fewest * at_once)
+    node_cpus = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    cpus = 1 if use_gpu else cpus_each(node_cpus, most * at_once)
     return ray.train.ScalingConfig(
         num_workers=most if fewest == most else (fewest, most),  # type: ignore[arg-type]
         use_gpu=use_gpu,
@@ -199,12 +197,12 @@ def scaling(config: Config, at_once: int) -> ray.train.ScalingConfig:
 
 
 def cpus_each(nodes: Sequence[int], workers: int) -> int:
-    """Return the most CPUs that so many workers can have each on nodes of these, with one more for its episodes.
+    """Return the most CPUs that each worker can have on nodes of these CPUs, with one more for its stream of episodes.
 
-    Where that is less than one, it is one: workers wait for nodes, or take what was meant for episodes.
+    The result is at least 1: if nothing fits, workers wait for nodes, or use the CPU that was meant for episodes.
     """
-    fitting = [each for each in range(1, max(nodes, default=1)) if sum(n // (each + 1) for n in nodes) >= workers]
-    return max(fitting, default=1)
+    counts = [count for count in range(1, max(nodes, default=1)) if sum(n // (count + 1) for n in nodes) >= workers]
+    return max(counts, default=1)
 
 
 def fit(
@@ -214,60 +212,68 @@ def fit(
     model: str,
     encoder: Encoder,
     at_once: int,
-    replayed: frozenset[str] = frozenset(),
-    ray_is_ours: bool = False,
+    replayed: frozenset[str],
+    ray_is_ours: bool,
 ) -> None:
     """Run Ray Train to its end.
 
     Args:
-        ray_is_ours: Ray ends with this run.
+        ray_is_ours: whether the Ray cluster ends with this run.
 
     Raises:
         TrainingError: training stopped by itself, or its workers failed more than `run.max_failures` times.
         KeyboardInterrupt: Ctrl-C ended it.
     """
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    on_this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     longest_wait = config.run.longest_wait
-    keep_data_here(here, run, longest_wait)
+    keep_data_actors(on_this_node, run, longest_wait)
     forget_lost(run.checkpoints)
-    validates = splits.val and config.validation.every
-    heartbeats: Any = ray.remote(num_cpus=0, max_restarts=-1)(Heartbeats).options(scheduling_strategy=here).remote()
-    val = ray.put(splits.val) if validates else None
+    actor_class = ray.remote(num_cpus=0, max_restarts=-1)(Heartbeats)
+    heartbeats: Any = actor_class.options(scheduling_strategy=on_this_node).remote()
+    val = ray.put(splits.val) if splits.val and config.validation.every else None
     job = Job(config, model, ray.put(encoder), ray.put(splits.train), val, heartbeats, replayed)
     trainer = without_idle_actors(build_trainer(job, run, at_once), ray_is_ours)
     console = Console(stderr=True, markup=False)
     with Progress(run, config.outer.steps, console, heartbeats), Watch(heartbeats, longest_wait, console) as watch:
         try:
-            stopped = finished(trainer, run, heartbeats, console)
-        except ray.exceptions.RayActorError as end:
+            stop_reason = run_trainer(trainer, run, heartbeats, console)
+        except ray.exceptions.RayActorError as error:
             if not watch.found_no_room:
                 raise
-            raise no_room(run, longest_wait) from end
+            raise no_room_error(run, longest_wait) from error
         except ray.train.TrainingFailedError as error:
-            named = f"; {watch.named}" if watch.named else ""
-            raise TrainingError(f"{run.path}: {root_cause(error)}{named}") from error
-    if stopped:
-        raise TrainingError(f"{run.path}: {stopped}")
+            straggler = f"; {watch.named}" if watch.named else ""
+            raise TrainingError(f"{run.path}: {root_cause(error)}{straggler}") from error
+    if stop_reason:
+        raise TrainingError(f"{run.path}: {stop_reason}")
 
 
-def keep_data_here(here: NodeAffinitySchedulingStrategy, run: RunFolder, longest_wait: float) -> None:
-    """Have Ray Data's actors for the whole cluster on this node: they stay where it runs first, and with a worker's
-    node they would be lost."""
+def keep_data_actors(on_this_node: NodeAffinitySchedulingStrategy, run: RunFolder, longest_wait: float) -> None:
+    """Have Ray Data start its cluster-wide actors on this node, by running it here first.
+
+    They stay on the node that first uses Ray Data. If that was a worker's node, they would be lost with it.
+    """
+
+    def use_ray_data() -> None:
+        import ray.data
+
+        ray.data.range(1).materialize()
+
     if sum(node["Alive"] for node in ray.nodes()) > 1:
-        began = ray.remote(num_cpus=0)(run_data).options(scheduling_strategy=here).remote()
+        task = ray.remote(num_cpus=0)(use_ray_data).options(scheduling_strategy=on_this_node).remote()
         try:
-            ray.get(began, timeout=START_SECONDS + longest_wait)
+            ray.get(task, timeout=START_SECONDS + longest_wait)
         except ray.exceptions.GetTimeoutError as error:
-            raise no_room(run, longest_wait) from error
+            raise no_room_error(run, longest_wait) from error
 
 
 def build_trainer(job: Job, run: RunFolder, at_once: int) -> TorchTrainer:
-    """Return Ray Train's trainer of a job, whose checkpoints lie in the run's folder."""
+    """Return the Ray Train trainer of a job; its checkpoints go to the run's folder."""
     config, heartbeats = job.config, job.heartbeats
     longest_wait = config.run.longest_wait
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(longest_wait)  # for a process that does not answer
     os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(longest_wait)  # for Ray Train's own barriers
-    return TorchTrainer(  # mypy sees the signatures of Train v1, which v2 stands in for
+    return TorchTrainer(  # mypy sees the signatures of Train v1, which v2 replaces at run time
         train_worker,  # type: ignore[arg-type]
         train_loop_config={"job": job},
         torch_config=TorchConfig(timeout_s=math.ceil(longest_wait)),
@@ -277,68 +283,61 @@ def build_trainer(job: Job, run: RunFolder, at_once: int) -> TorchTrainer:
             name=run.checkpoints.name,
             failure_config=ray.train.FailureConfig(max_failures=config.run.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.run.keep_checkpoints),
-            callbacks=[NewestCheckpoint(run.latest), Controlled(heartbeats), WorkersGone(heartbeats)],  # type: ignore[list-item]
+            callbacks=[WriteLatest(run.latest), ReportController(heartbeats), ReportWorkersGone(heartbeats)],  # type: ignore[list-item]
         ),
     )
 
 
-def finished(trainer: TorchTrainer, run: RunFolder, heartbeats: Any, console: Console) -> str | None:
-    """Return what the workers return, once they have. With Ctrl-C there is a checkpoint first, if the step ends soon.
+def run_trainer(trainer: TorchTrainer, run: RunFolder, heartbeats: Any, console: Console) -> str | None:
+    """Train, and return what the workers return. After Ctrl-C there is a checkpoint first, if the step ends soon.
 
-    In a thread of its own, where Ray Train lets Ctrl-C be: its handler would stay after its end.
+    Training runs in a thread of its own. In the main thread, Ray Train would install its own handler of Ctrl-C, and
+    leave it there.
     """
     training: Future[Any] = Future()
-    threading.Thread(target=lambda: settle(training, trainer.fit), daemon=True).start()
+
+    def fit_trainer() -> None:
+        try:
+            training.set_result(trainer.fit())
+        except BaseException as error:
+            training.set_exception(error)
+
+    threading.Thread(target=fit_trainer, daemon=True).start()
     try:
         return training.result().return_value
-    except KeyboardInterrupt as end:
-        stopped = end
+    except KeyboardInterrupt as error:
+        interrupt = error
     console.print("stopping after this outer step, with a checkpoint, or in a few seconds without")
     run.tell_to_stop()
-    with suppress(KeyboardInterrupt, Exception):  # what came of it, its checkpoints tell
+    with suppress(KeyboardInterrupt, Exception):  # the checkpoints show how it ended
         training.result(timeout=SECONDS_TO_STOP)
     folder = newest_checkpoint(run.checkpoints)
-    learned = f"{step_of(folder)} outer steps are kept in {run.path}" if folder else "no outer step is kept"
-    message = f"{learned}; the same command with --resume goes on"
-    stopped = kept(stopped, message)
+    progress = f"{step_of(folder)} outer steps are kept in {run.path}" if folder else "no outer step is kept"
+    interrupt = kept(interrupt, f"{progress}; the same command with --resume goes on")
     if not training.done():
         with suppress(ray.exceptions.RayError):
             end_run(heartbeats)
-    raise stopped from None
+    raise interrupt from None
 
 
-def settle(future: Future[Any], work: Callable[[], Any]) -> None:
-    """Give a future what comes of some work."""
-    try:
-        future.set_result(work())
-    except BaseException as error:
-        future.set_exception(error)
-
-
-def no_room(run: RunFolder, longest_wait: float) -> TrainingError:
+def no_room_error(run: RunFolder, longest_wait: float) -> TrainingError:
     return TrainingError(
         f"{run.path}: no room for the workers within run.longest_wait={longest_wait:g} seconds; what was learned is "
-        "kept: --resume it when there is"
+        "kept: --resume when there is room"
     )
 
 
 def storage(folder: AnyPath) -> dict[str, Any]:
-    """Return where Ray Train keeps checkpoints."""
+    """Return the settings of Ray Train that say where checkpoints are kept."""
     if isinstance(folder, Remote):
         return {"storage_path": folder.path, "storage_filesystem": folder.fs}
     return {"storage_path": str(folder)}
 
 
-def run_data() -> None:
-    import ray.data
-
-    ray.data.range(1).materialize()
-
-
 def root_cause(error: ray.train.TrainingFailedError) -> str:
-    """Return the first worker's own error, of one that died if any did: the others then fail in waiting for it.
+    """Return the first worker's own error, preferably of one that died: the others then failed waiting for it.
 
-    The rest is Ray's account of how it travelled.
+    The rest of Ray's message is its own stack of wrappers.
     """
     failures = list(getattr(error, "worker_failures", {}).values())
     cause = next((failure for failure in failures if isinstance(failure, DIED)), None) or next(iter(failures), error)

@@ -1,7 +1,7 @@
 """Mode full: meta-training of all weights under DeepSpeed ZeRO, by the turns of the config's algorithm.
 
-The workers adapt to one task after another, each with its share of the rows. Tasks are never spread over workers: a
-sharded engine averages gradients in the inner loop as well, and one step on the mean of several tasks is no MAML.
+All workers adapt to the same task at a time, each with its share of the rows. They cannot adapt to a task each: the
+engine averages gradients over the workers in the inner loop, too, and a step on the mean of several tasks is not MAML.
 """
 
 import json
@@ -32,7 +32,7 @@ Result = TypeVar("Result")
 class NotFinite(TrainingError):  # noqa: N818
     """A loss or gradient is not finite; raised on all workers together, before a step is taken on it.
 
-    The weights may be some task's: go on from a checkpoint, or stop.
+    The weights may be those of a half-adapted task: go on from a checkpoint, or stop.
     """
 
     def __init__(self, outer_step: int, task: int | None, what: str):
@@ -48,16 +48,16 @@ class NotFinite(TrainingError):  # noqa: N818
 
 
 class OuterStep(NamedTuple):
-    """What an outer step saw; the same on every worker."""
+    """The result of an outer step; the same on every worker."""
 
     task_losses: list[tuple[float, float]]
-    """Each task's loss at the first turn, and that of its query at the last turn that asks it."""
+    """Each task's loss at the first turn, and its query's loss at the last turn on the query."""
     gradient_norm: float
     """Of the mean meta-gradient."""
 
 
 class FullLearner:
-    """What meta-training of all weights learns and how; the counterpart of `rayml.algorithms.outer_loop.Learner`.
+    """Meta-trains all weights; the counterpart of `rayml.algorithms.outer_loop.Learner`.
 
     Every worker must make the same calls with the same episodes.
 
@@ -73,21 +73,21 @@ class FullLearner:
         self.schedule = outer_schedule(outer.schedule, outer.warmup_steps, outer.steps)
         self.lm = TaskLM(engine, None)
         self.outer_step = 0
-        """Outer steps so far; the engine's own count is of inner steps."""
+        """Outer steps so far; the engine itself counts inner steps."""
         self.timer = StepTimer(self.lm.device)
         self._task: int | None = None
 
     def step(
         self, episodes: Sequence[tuple[TaskBatch, TaskBatch]], weights: Sequence[float] | None = None
-    ) -> "OuterStep":
-        """Take one outer step over the episodes' support and query; return its losses and the gradient's norm.
+    ) -> OuterStep:
+        """Take one outer step over the episodes' supports and queries; return its losses and the gradient's norm.
 
         Args:
-            episodes: of one task each, whole and alike on every worker.
-            weights: the tasks', in the meta-gradient.
+            episodes: support and query of one task each, whole, and the same on every worker.
+            weights: of the tasks, in the meta-gradient.
 
         Raises:
-            NotFinite: a loss or gradient.
+            NotFinite: a loss or gradient is not.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.outer.lr * self.schedule(self.outer_step)
@@ -105,16 +105,16 @@ class FullLearner:
 
     def _train(self, support: TaskBatch, query: TaskBatch, weight: float, tasks: int) -> tuple[float, float]:
         """Take the turns of one task, and collect its meta-gradient; return the two losses of an `OuterStep`."""
-        of_side = {"support": support, "query": query}
-        first = asked = math.nan
+        batches = {"support": support, "query": query}
+        first_loss = query_loss = math.nan
         for index, step in enumerate(steps_of(self.config.algorithm.turns(self.config.inner.steps))):
-            phase, sides = step.phase, [(of_side[name], part) for name, part in step.sides]
+            phase, sides = step.phase, [(batches[name], part) for name, part in step.sides]
             clip = 0.0 if phase.descends else self.config.outer.clip_norm
             loss = self.take(sides, phase, step.share * weight, tasks if phase.restores else 0, clip)
-            first = loss if index == 0 else first
-            asked = loss if "query" in dict(step.sides) or math.isnan(asked) else asked
+            first_loss = loss if index == 0 else first_loss
+            query_loss = loss if "query" in dict(step.sides) or math.isnan(query_loss) else query_loss
             self.timer("outer" if phase.restores else "inner")
-        return first, asked
+        return first_loss, query_loss
 
     def take(
         self,
@@ -124,7 +124,10 @@ class FullLearner:
         tasks: int = 0,
         clip_norm: float = 0.0,
     ) -> float:
-        """Take the phase's step on a loss of some sides, each with its part; return it, the same on every worker."""
+        """Take the phase's step on the loss of some sides, each with its part; return the loss over all workers.
+
+        `weight` and `tasks` are those of `PhasedOptimizer.enter`.
+        """
         loss = share_loss(self.lm, share_of(sides), self.config.regularize.label_smoothing)
         (total,) = collective.sum_over_workers([loss.detach()])
         mean = float(total) / collective.world_size()
@@ -134,7 +137,7 @@ class FullLearner:
         return mean
 
     def _step(self, loss: torch.Tensor, phase: Phase, weight: float, tasks: int, clip_norm: float) -> None:
-        """Backward and step. The engine clips while `clip_norm` is set: it must not in the inner loop."""
+        """Run the backward and the engine's step. The clip norm is set for this step alone: inner steps do not clip."""
         self.engine.backward(loss)
         self.optimizer.enter(phase, weight, tasks)
         set_clip_norm(self.engine, clip_norm)
@@ -145,10 +148,10 @@ class FullLearner:
             raise NotFinite(self.outer_step + 1, self._task, "gradient")
 
     def adapt_and_score(self, support: TaskBatch, score: Callable[[], Result]) -> tuple[Result, Result]:
-        """Return the scores before and after adapting to one task; the weights are then as they were, bit for bit.
+        """Return the scores before and after adapting to one task. The weights are restored, bit for bit.
 
         Raises:
-            NotFinite: a support loss, or a gradient; the weights are then not restored.
+            NotFinite: a support loss or gradient is not; the weights are then not restored.
         """
         with torch.no_grad():
             before = score()
@@ -156,65 +159,66 @@ class FullLearner:
             self.take([(support, 1.0)], Phase(descends=True))
         with torch.no_grad():
             after = score()
-        # Only an engine's step refreshes what the forward reads, and it needs a backward: one token is the cheapest.
+        # Only the engine's step refreshes the weights that the forward reads, and it needs a backward: a cheap one.
         logits = self.engine(input_ids=support.tokens[:1, :1], use_cache=False).logits
         self._step(0.0 * logits.float().sum(), Phase(restores=True), 1.0, 0, 0.0)
         return before, after
 
     def save(self, folder: str | Path, state: dict[str, Any] | None = None) -> None:
-        """Write a checkpoint between outer steps, every worker its shards; its manifest comes last.
+        """Write a checkpoint between outer steps: every worker its shards, and the first the manifest at the end.
 
         Args:
-            folder: the same for all workers, or one each, whose files belong together in one.
+            folder: the same for all workers; or one folder each, whose files are later put together.
             state: what else `load` is to return.
         """
-        client = (state or {}) | {"outer_step": self.outer_step}
-        self.engine.save_checkpoint(str(folder), tag=TAG, client_state=client, save_latest=False)
-        collective.gather_from_workers(None)  # all have written
+        client_state = (state or {}) | {"outer_step": self.outer_step}
+        self.engine.save_checkpoint(str(folder), tag=TAG, client_state=client_state, save_latest=False)
+        collective.barrier()
         if collective.rank() == 0:
             manifest = {"step": self.outer_step, "workers": collective.world_size(), "stage": self.config.zero.stage}
             (Path(folder) / MANIFEST).write_text(json.dumps(manifest))
-        collective.gather_from_workers(None)
+        collective.barrier()
 
     def load(self, folder: str | Path) -> dict[str, Any]:
-        """Go on from a checkpoint, exactly, and return what was saved with it; only into a fresh engine.
+        """Go on exactly from a checkpoint, in a fresh engine, and return what was saved with it.
 
         Raises:
-            RunError: it is not whole, or of another number of workers or ZeRO stage.
+            RunError: it is not whole, or was saved with another number of workers or ZeRO stage.
         """
+        workers, stage = collective.world_size(), self.config.zero.stage
         try:
-            saved = json.loads((Path(folder) / MANIFEST).read_text())
-            found, ours = (saved["workers"], saved["stage"]), (collective.world_size(), self.config.zero.stage)
+            manifest = json.loads((Path(folder) / MANIFEST).read_text())
+            saved_workers, saved_stage = manifest["workers"], manifest["stage"]
         except (OSError, ValueError, KeyError) as error:
             raise RunError(f"{folder}: not a whole checkpoint of mode full: {error}") from error
-        if found != ours:
+        if (saved_workers, saved_stage) != (workers, stage):
             raise RunError(
-                f"{folder}: shards of {found[0]} workers at zero.stage={found[1]} cannot be resumed by {ours[0]} at "
-                f"stage {ours[1]}. Resume with those, or export the run and start a new one from the exported model"
+                f"{folder}: shards of {saved_workers} workers at zero.stage={saved_stage} cannot be resumed by "
+                f"{workers} at stage {stage}. Resume with those, or export the run and start a new one from the "
+                "exported model"
             )
         _, state = self.engine.load_checkpoint(str(folder), tag=TAG)
         self.outer_step = state["outer_step"]
         return state
 
 
-# One task's rows, spread over the workers, such that the mean of the workers' gradients is the task's own
+# One task's rows are divided over the workers such that the mean of the workers' gradients is the task's own.
 
 
-class Share(NamedTuple):
+class RowShare(NamedTuple):
     """A worker's rows of one task."""
 
     batch: TaskBatch
     scale: Tensor
-    """`[rows]`, on the sum of each row's token losses: workers / the number that its side's loss is a mean over, by the
-    side's part in the loss; 0 for a row that stands in."""
+    """`[rows]`: the factor on the sum of each row's token losses; 0 for a row that only fills in."""
 
 
-def share_of(sides: Sequence[tuple[TaskBatch, float]]) -> Share:
+def share_of(sides: Sequence[tuple[TaskBatch, float]]) -> RowShare:
     """Return this worker's rows of some sides of a task, each with its part in the loss: i, i + W, ... of W workers.
 
-    Sharded engines average gradients over the workers, whatever number of targets each of them has. So every row's sum
-    is scaled by W / its side's number of them. A worker without a row takes the first with a scale of 0: all must make
-    the same calls.
+    The task's loss is a mean over all its targets, but the engine averages gradients over the workers, however many
+    targets each of them has. So a row's sum of losses is scaled by part * W / (number of targets of its side). All
+    workers must make the same calls, so a worker without a row takes the first one, scaled by 0.
     """
     for batch, _ in sides:
         if batch.tasks != 1:
@@ -222,16 +226,16 @@ def share_of(sides: Sequence[tuple[TaskBatch, float]]) -> Share:
                 f"mode full adapts to one task at a time, got {batch.tasks}: workers' gradients are averaged"
             )
     workers, rank = collective.world_size(), collective.rank()
-    whole = joined([batch for batch, _ in sides])
+    task_batch = join_sides([batch for batch, _ in sides])
     scales = [torch.full((len(b.tokens),), workers * part / int(b.counted().sum())) for b, part in sides]
-    scale = torch.cat(scales).to(whole.tokens.device)
-    if rank < len(whole.tokens):
-        own = slice(rank, None, workers)
-        return Share(whole.take(own), scale[own])
-    return Share(whole.take(slice(0, 1)), torch.zeros_like(scale[:1]))
+    scale = torch.cat(scales).to(task_batch.tokens.device)
+    if rank < len(task_batch.tokens):
+        rows = slice(rank, None, workers)
+        return RowShare(task_batch.take(rows), scale[rows])
+    return RowShare(task_batch.take(slice(0, 1)), torch.zeros_like(scale[:1]))
 
 
-def share_loss(lm: TaskLM, share: Share, smoothing: float = 0.0) -> Tensor:
+def share_loss(lm: TaskLM, share: RowShare, smoothing: float = 0.0) -> Tensor:
     """Return this worker's part of the loss; the mean over the workers is the task's own (`TaskLM.losses`)."""
     batch = share.batch
     logits, positions = lm.target_logits(None, batch)
@@ -239,21 +243,15 @@ def share_loss(lm: TaskLM, share: Share, smoothing: float = 0.0) -> Tensor:
     return (share.scale[positions // batch.tokens.shape[1]] * losses).sum()
 
 
-def joined(sides: Sequence[TaskBatch]) -> TaskBatch:
+def join_sides(sides: Sequence[TaskBatch]) -> TaskBatch:
     """Return the rows of some sides of one episode as one batch."""
+
+    def join(tensors: Sequence[Tensor], fill: int) -> Tensor:
+        width = max(tensor.shape[1] for tensor in tensors)
+        return torch.cat([pad(tensor, (0, width - tensor.shape[1]), value=fill) for tensor in tensors])
+
     if len(sides) == 1:
         return sides[0]
-    length = max(side.tokens.shape[1] for side in sides)
-    tokens, targets = (
-        torch.cat([pad(part, (0, length - part.shape[1]), value=fill) for part in parts])
-        for parts, fill in (([side.tokens for side in sides], 0), ([side.targets for side in sides], IGNORE))
-    )
-    return TaskBatch(tokens, targets, 1, joined_choices(sides))
-
-
-def joined_choices(sides: Sequence[TaskBatch]) -> Tensor | None:
+    tokens, targets = join([side.tokens for side in sides], 0), join([side.targets for side in sides], IGNORE)
     allowed = [side.allowed for side in sides if side.allowed is not None]
-    if not allowed:
-        return None
-    most = max(some.shape[1] for some in allowed)
-    return torch.cat([pad(some, (0, most - some.shape[1]), value=IGNORE) for some in allowed])
+    return TaskBatch(tokens, targets, 1, join(allowed, IGNORE) if allowed else None)

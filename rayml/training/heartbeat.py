@@ -1,9 +1,9 @@
-"""Which worker keeps the others waiting: each says when it begins to wait, and now and then that it lives."""
+"""Which worker keeps the others waiting: each reports when it begins to wait, and regularly that it is alive."""
 
 import time
 from dataclasses import dataclass
 
-# It runs in a process of its own: what is imported here costs each run's start.
+# This runs in a process of its own: every import here makes every run start later.
 
 
 @dataclass(frozen=True)
@@ -11,82 +11,83 @@ class Straggler:
     """Workers that others wait for."""
 
     text: str
-    """Names them."""
+    """A message that names them."""
     seconds: float
-    """Since the first of the others arrived, or the last sign of life."""
+    """Since the first of the others arrived, or since the last sign of life."""
 
     def __str__(self) -> str:
         return self.text
 
 
 class Heartbeats:
-    """The outer step in which each worker came to wait for the others, and when."""
+    """An actor that records which outer step each worker has reached, and when, and what the driver should show."""
 
     def __init__(self) -> None:
         self.controller: bytes | None = None
         self.notes: list[tuple[str, str | None]] = []
         self.end()
 
-    def controlled_by(self, controller: bytes) -> None:
-        """Keep the handle of Ray Train's controller, pickled: to unpickle it would take all of Ray Train in here."""
+    def set_controller(self, controller: bytes) -> None:
+        """Keep the pickled handle of Ray Train's controller. Unpickling it here would import all of Ray Train."""
         self.controller = controller
 
-    def controlling(self) -> bytes | None:
-        """Return the handle of Ray Train's controller, pickled; None before it has started."""
+    def get_controller(self) -> bytes | None:
+        """Return the pickled handle of Ray Train's controller; None before it has started."""
         return self.controller
 
     def begin(self, workers: list[str]) -> None:
-        """Start anew, with the workers' names by rank."""
+        """Start over with new workers, whose names are given by rank."""
         self.names = dict(enumerate(workers))
         self.steps: dict[int, int] = {}
-        self.times: dict[int, float] = {}
-        self.heard: dict[str, float] = {}
+        self.arrival_times: dict[int, float] = {}
+        self.beat_times: dict[str, float] = {}
 
     def end(self) -> None:
-        """Note that there are no workers: none yet, or no longer."""
+        """Record that there are no workers: not yet, or no longer."""
         self.begin([])
         self.activity = "workers are starting"
         self.since = time.monotonic()
 
     def doing(self, what: str) -> None:
-        """Note what the first worker is at, before the first outer step."""
+        """Record what the first worker is doing, before the first outer step."""
         self.activity = what
 
     def note(self, text: str, warning: str | None) -> None:
-        """Note what people should see once, and a warning."""
+        """Record a note, and a warning, that people should see once."""
         self.notes.append((text, warning))
 
-    def told(self, known: int) -> tuple[str, list[tuple[str, str | None]]]:
-        """Return what the first worker is at, and the notes after the first `known`."""
-        return self.activity, self.notes[known:]
+    def news(self, seen_notes: int) -> tuple[str, list[tuple[str, str | None]]]:
+        """Return what the first worker is doing, and all notes but the first `seen_notes`."""
+        return self.activity, self.notes[seen_notes:]
 
     def seconds_without_workers(self) -> float:
         return 0.0 if self.names else time.monotonic() - self.since
 
     def arrived(self, rank: int, step: int) -> None:
-        self.steps[rank], self.times[rank] = step, time.monotonic()
+        """Record that a worker begins to wait for the others in an outer step."""
+        self.steps[rank], self.arrival_times[rank] = step, time.monotonic()
 
     def beat(self, worker: str) -> None:
-        """Note that a worker's process runs, whatever its training does; nothing, if it is one of those before."""
+        """Record that a worker's process runs, whatever its training does. Workers of before `begin` are ignored."""
         if worker in self.names.values():
-            self.heard[worker] = time.monotonic()
+            self.beat_times[worker] = time.monotonic()
 
     def straggler(self) -> Straggler | None:
-        """Return who has not come where others are; None while all keep up."""
+        """Return the workers that are an outer step behind others; None while all keep up."""
         if not self.steps:
             return None  # all are loading the model
         newest = max(self.steps.values())
         missing = [name for rank, name in self.names.items() if self.steps.get(rank, -1) < newest]
         if not missing:
             return None
-        first = min(self.times[rank] for rank, step in self.steps.items() if step == newest)
+        first_arrival = min(self.arrival_times[rank] for rank, step in self.steps.items() if step == newest)
         text = f"{', '.join(missing)} keeps the others waiting in outer step {newest}"
-        return Straggler(text, time.monotonic() - first)
+        return Straggler(text, time.monotonic() - first_arrival)
 
     def lost(self, seconds: float) -> Straggler | None:
-        """Return whose process gave no sign of life for so long; None if none did: then it is this actor's own node."""
-        times = {worker: time.monotonic() - heard for worker, heard in self.heard.items()}
-        quiet = {worker: since for worker, since in times.items() if since >= seconds}
-        if not quiet or 1 < len(times) == len(quiet):
+        """Return the workers without a sign of life for so long. If it is all of several, this node was away: None."""
+        silences = {worker: time.monotonic() - beat_time for worker, beat_time in self.beat_times.items()}
+        silent = {worker: silence for worker, silence in silences.items() if silence >= seconds}
+        if not silent or 1 < len(silences) == len(silent):
             return None
-        return Straggler(f"{', '.join(quiet)} gives no sign of life", max(quiet.values()))
+        return Straggler(f"{', '.join(silent)} gives no sign of life", max(silent.values()))

@@ -1,4 +1,4 @@
-"""How training goes, on the driver's terminal: a bar with the time that is left, fed by the run's own metrics file."""
+"""The progress of training on the driver's terminal: a bar with the time that is left, fed by the run's metrics."""
 
 import threading
 import time
@@ -17,17 +17,17 @@ from rayml.runs.folder import RunFolder
 LINES_WITHOUT_TERMINAL = 20
 WATCHED_STEPS = 20
 MOST_LAGGING = 1.5
-"""Times the median worker's seconds."""
+"""How many times the median worker's seconds a worker may take on average, without a warning."""
 MOST_WAITING = 0.05
-"""Share of a step that may go into waiting for its episodes."""
+"""The share of the steps' time that may go into waiting for episodes, without a warning."""
 HEARTBEAT_SECONDS = 2.0
-"""Longest wait for what the workers' heartbeats tell."""
+"""The longest wait for an answer from the heartbeats' actor."""
 
 
 class Progress:
-    """Shows a run's outer steps while the block runs: without a terminal a line at least every ten seconds.
+    """Shows a run's outer steps inside the block. Without a terminal, it prints a line at least every ten seconds.
 
-    Before the first step it shows what the workers are at.
+    Before the first step it shows what the workers are doing.
     """
 
     def __init__(self, run: RunFolder, steps: int, console: Console, heartbeats: Any):
@@ -44,9 +44,9 @@ class Progress:
             disable=not console.is_terminal,
         )
         self.lines = Lines(console, self._status)
-        self.activity, self.since, self.notes = "workers are starting", time.monotonic(), 0
-        self.seen = last_step(run)
-        self.seconds: deque[float] = deque(maxlen=WATCHED_STEPS)
+        self.activity, self.since, self.seen_notes = "workers are starting", time.monotonic(), 0
+        self.step = max((record["step"] for record in run.records_after(0)), default=0)
+        self.step_seconds: deque[float] = deque(maxlen=WATCHED_STEPS)
 
     def __enter__(self) -> "Progress":
         self.bar.start()
@@ -61,33 +61,34 @@ class Progress:
         self.bar.stop()
 
     def _follow(self) -> None:
-        notices = DataWait(), Lag()
-        row = self.bar.add_task("", total=self.steps, completed=self.seen, text=self.activity)
+        watches = DataWait(), Lag()
+        every = max(1, self.steps // LINES_WITHOUT_TERMINAL)
+        row = self.bar.add_task("", total=self.steps, completed=self.step, text=self.activity)
         while True:
             stopping = self.stop.wait(self.run.poll_seconds)
-            if not self.seconds:
-                self._listen()
+            if not self.step_seconds:
+                self._show_news()
                 self.bar.update(row, text=self.activity)
-            for record in self.run.records_after(self.seen):
-                self.seen, self.since = record["step"], time.monotonic()
-                self.seconds.append(record["step_seconds"])
-                text = describe(record) + self._left()
-                self.bar.update(row, completed=self.seen, text=text)
-                every = max(1, self.steps // LINES_WITHOUT_TERMINAL)
-                if self.seen % every == 0 or self.seen == self.steps or len(self.seconds) == 1 or self.lines.is_quiet:
-                    self.lines.print(f"step {self.seen}/{self.steps}: {text}")
-                for warning in filter(None, (notice.warning(record) for notice in notices)):
+            for record in self.run.records_after(self.step):
+                self.step, self.since = record["step"], time.monotonic()
+                self.step_seconds.append(record["step_seconds"])
+                text = describe(record) + self._time_left()
+                self.bar.update(row, completed=self.step, text=text)
+                is_first, is_last = len(self.step_seconds) == 1, self.step == self.steps
+                if self.step % every == 0 or is_first or is_last or self.lines.is_quiet:
+                    self.lines.print(f"step {self.step}/{self.steps}: {text}")
+                for warning in filter(None, (watch.warning(record) for watch in watches)):
                     self.console.print(warning, style="yellow", highlight=False, soft_wrap=True)
             if stopping:
                 return
 
-    def _listen(self) -> None:
-        """Show what the workers say before their first step."""
+    def _show_news(self) -> None:
+        """Show what the workers report before their first step."""
         try:
-            activity, notes = ray.get(self.heartbeats.told.remote(self.notes), timeout=HEARTBEAT_SECONDS)
-        except ray.exceptions.RayError:  # it will again, or the watch says that it does not
+            activity, notes = ray.get(self.heartbeats.news.remote(self.seen_notes), timeout=HEARTBEAT_SECONDS)
+        except ray.exceptions.RayError:  # it may answer next time; if not, `Watch` reports it
             return
-        self.notes += len(notes)
+        self.seen_notes += len(notes)
         for text, warning in notes:
             self.console.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
             if warning:
@@ -97,66 +98,61 @@ class Progress:
             self.lines.print(f"{activity} ...")
 
     def _status(self) -> str:
-        what = f"in step {self.seen + 1}/{self.steps}" if self.seconds else self.activity
-        return f"{what}: {time.monotonic() - self.since:.0f} s so far"
+        activity = f"in step {self.step + 1}/{self.steps}" if self.step_seconds else self.activity
+        return f"{activity}: {time.monotonic() - self.since:.0f} s so far"
 
-    def _left(self) -> str:
-        """Return about how long the steps that are left take: from the second on without the first, which is slower."""
-        left = median(list(self.seconds)[1:] or self.seconds) * (self.steps - self.seen)
-        return f", about {duration(left)} left" if left >= 1 else ""
+    def _time_left(self) -> str:
+        """Return an estimate of the time left. From the second step on it ignores the first, which is slower."""
+        seconds = median(list(self.step_seconds)[1:] or self.step_seconds) * (self.steps - self.step)
+        return f", about {duration(seconds)} left" if seconds >= 1 else ""
 
 
 class DataWait:
-    """Notices, once, that training waits for its episodes."""
+    """Warns once if training waits for its episodes."""
 
     def __init__(self) -> None:
         self.recent: deque[dict[str, Any]] = deque(maxlen=WATCHED_STEPS)
-        self.began = self.warned = False
+        self.has_begun = self.has_warned = False
 
     def warning(self, record: dict[str, Any]) -> str | None:
-        """Return what to say after this step, if anything. The first one waits for the stream to start."""
-        if self.began:
+        """Return a warning after this step, or None. The first step is ignored: it waits for the stream to start."""
+        if self.has_begun:
             self.recent.append(record)
-        self.began = True
-        if self.warned or len(self.recent) < WATCHED_STEPS:
+        self.has_begun = True
+        if self.has_warned or len(self.recent) < WATCHED_STEPS:
             return None
         share = sum(r["data_seconds"] for r in self.recent) / sum(r["step_seconds"] for r in self.recent)
-        self.warned = share > MOST_WAITING
-        message = (
-            f"{share:.0%} of the last {WATCHED_STEPS} steps went into waiting for episodes: give workers more CPUs"
-        )
-        return message if self.warned else None
+        if share <= MOST_WAITING:
+            return None
+        self.has_warned = True
+        return f"{share:.0%} of the last {WATCHED_STEPS} steps went into waiting for episodes: give workers more CPUs"
 
 
 class Lag:
-    """Notices, once a worker, that one takes much longer than the others, step after step."""
+    """Warns, once for each worker, if it takes much longer than the others, step after step."""
 
     def __init__(self) -> None:
         self.recent: deque[tuple[int, float]] = deque(maxlen=WATCHED_STEPS)
         self.warned: set[int] = set()
 
     def warning(self, record: dict[str, Any]) -> str | None:
-        """Return what to say after this step, if anything."""
+        """Return a warning after this step, or None."""
         if "slowest_worker" not in record:
             return None
         worker = record["slowest_worker"]
         self.recent.append((worker, record["slowest_factor"]))
-        same = [factor for one, factor in self.recent if one == worker]
-        if worker in self.warned or len(same) < WATCHED_STEPS or sum(same) / len(same) < MOST_LAGGING:
+        factors = [factor for slowest, factor in self.recent if slowest == worker]
+        if worker in self.warned or len(factors) < WATCHED_STEPS or sum(factors) / len(factors) < MOST_LAGGING:
             return None
         self.warned.add(worker)
         return (
-            f"worker {worker} took {sum(same) / len(same):.1f} times as long as the others for its part of the last "
-            f"{WATCHED_STEPS} steps: look at the node that it is on"
+            f"worker {worker} took {sum(factors) / len(factors):.1f} times as long as the others for its part of the "
+            f"last {WATCHED_STEPS} steps: look at the node that it is on"
         )
 
 
-def last_step(run: RunFolder) -> int:
-    return max((record["step"] for record in run.records_after(0)), default=0)
-
-
 def describe(record: dict[str, Any]) -> str:
-    """Return the record's numbers in a few words."""
+    """Return the record's main numbers in a few words."""
     parts = [f"query loss {record['query_loss']:.3f}", f"{record['step_seconds']:.1f} s a step"]
     for kind in ("accuracy", "loss"):
         if f"val_{kind}_after" in record:

@@ -1,6 +1,6 @@
-"""What we take from Ray without its promise to keep it: all of it, here alone.
+"""Everything of Ray that we use although it is private.
 
-pyproject.toml bounds Ray to what this was tested with; `tests/test_internals.py` says what a newer one broke.
+pyproject.toml bounds Ray to tested versions; `tests/test_internals.py` shows what a newer one breaks.
 """
 
 import contextlib
@@ -20,35 +20,35 @@ from ray.train.v2._internal.execution.callback import ControllerCallback, Worker
 from rayml.errors import StorageError
 from rayml.runs.files import AnyPath, write_whole
 
-# It runs in the controller's process: what is imported here costs each run's start.
+# This is imported in the controller's process, too: every import here makes every run start later.
 log = logging.getLogger(__name__)
 DIED = WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
-"""What a worker that died, or does not answer, fails with."""
+"""The errors of a worker that died, or does not answer."""
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 
 
 def trial_settings(results: Any) -> list[dict[str, Any]]:
-    """Return the settings of a sweep's trials, in their order: a result of its own has none before it reported."""
+    """Return the settings of a sweep's trials, in order. The public results lack them for trials without a report."""
     return [trial.config for trial in results._experiment_analysis.trials]
 
 
 def forget_lost(checkpoints: AnyPath) -> None:
-    """Let Ray Train remember no checkpoint, where one is gone that it remembers: it would not go on."""
-    memory = checkpoints / SNAPSHOT
-    if not memory.exists():
+    """Remove Ray Train's list of checkpoints if one in it is gone, because it would then refuse to go on."""
+    snapshot = checkpoints / SNAPSHOT
+    if not snapshot.exists():
         return
     try:
-        known = [result["checkpoint_dir_name"] for result in json.loads(memory.read_text())["checkpoint_results"]]
-        forgets = not all((checkpoints / name).is_dir() for name in known)
-    except (ValueError, KeyError):  # torn, as it is not written in one piece
-        forgets = True
-    if forgets:
-        memory.unlink()
+        names = [result["checkpoint_dir_name"] for result in json.loads(snapshot.read_text())["checkpoint_results"]]
+        is_valid = all((checkpoints / name).is_dir() for name in names)
+    except (ValueError, KeyError):  # torn: Ray does not write it atomically
+        is_valid = False
+    if not is_valid:
+        snapshot.unlink()
 
 
 @contextlib.contextmanager
 def listening_here() -> Iterator[None]:
-    """Let a Ray that starts inside the block listen on 127.0.0.1, as it does by itself on other systems than Linux.
+    """Let a Ray that starts inside the block listen on 127.0.0.1 only, as it does by default on macOS and Windows.
 
     All its processes take that for the address of this machine.
     """
@@ -61,31 +61,35 @@ def listening_here() -> Iterator[None]:
 
 
 def without_idle_actors(trainer: Any, ray_is_ours: bool) -> Any:
-    """Return a trainer that starts no process for what this run has no use for: each costs seconds of a core.
+    """Keep a trainer from starting processes that this run does not need: each costs seconds of a core.
 
-    Workers stream their own data. A Ray that ends with the run need not be cleared up behind it.
+    Workers stream their own data. And nothing has to be cleaned up after a run whose Ray ends with it.
     """
     idle = (DatasetsCallback, PlacementGroupCleanerCallback) if ray_is_ours else DatasetsCallback
-    usual = trainer._create_default_callbacks
-    trainer._create_default_callbacks = lambda: [one for one in usual() if not isinstance(one, idle)]
+    create_callbacks = trainer._create_default_callbacks
+
+    def create_needed() -> list[Any]:
+        return [callback for callback in create_callbacks() if not isinstance(callback, idle)]
+
+    trainer._create_default_callbacks = create_needed
     return trainer
 
 
-# What Ray Train's controller tells of a run
+# Callbacks that run in Ray Train's controller
 
 
-class Controlled(ControllerCallback):
-    """Tells the heartbeats' actor who the controller is: to end it is the only way to end a run that finds no room."""
+class ReportController(ControllerCallback):
+    """Sends the heartbeats' actor the controller's handle: only killing it ends a run that finds no room."""
 
     def __init__(self, heartbeats: Any):
         self.heartbeats = heartbeats
 
     def after_controller_start(self, train_run_context) -> None:
-        self.heartbeats.controlled_by.remote(ray.cloudpickle.dumps(ray.get_runtime_context().current_actor))
+        self.heartbeats.set_controller.remote(ray.cloudpickle.dumps(ray.get_runtime_context().current_actor))
 
 
-class WorkersGone(WorkerGroupCallback):
-    """Tells the heartbeats' actor that there are no workers: they are lost, preempted, or to be of another number."""
+class ReportWorkersGone(WorkerGroupCallback):
+    """Tells the heartbeats' actor that there are no workers: they are lost, preempted, or their number changes."""
 
     def __init__(self, heartbeats: Any):
         self.heartbeats = heartbeats
@@ -94,8 +98,8 @@ class WorkersGone(WorkerGroupCallback):
         self.heartbeats.end.remote()
 
 
-class NewestCheckpoint(ray.train.UserCallback):
-    """Writes which checkpoint is the newest to the file `latest`."""
+class WriteLatest(ray.train.UserCallback):
+    """Writes the name of the newest checkpoint to the file `latest`."""
 
     def __init__(self, latest: AnyPath):
         self.latest = latest
@@ -105,5 +109,5 @@ class NewestCheckpoint(ray.train.UserCallback):
             folder, name = checkpoint.path.split("/")[-2:]
             try:
                 write_whole(self.latest, f"{folder}/{name}\n")
-            except StorageError as error:  # raised here, it would end the run
+            except StorageError as error:  # if raised, it would end the run
                 log.warning("%s; the next checkpoint's name is written again", error)

@@ -1,12 +1,11 @@
-"""Meta-training of every parameter of a model that is sharded over the workers by DeepSpeed ZeRO.
+"""Meta-training of every parameter of a model that DeepSpeed ZeRO shards over the workers.
 
-All workers adapt to one task after another, each with its share of the rows: the counterpart of `replicated`.
+The counterpart of `replicated`: all workers adapt to the same task at a time, each with its share of the rows.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -30,21 +29,19 @@ from rayml.training.stream import DivergedError, Job, get
 
 
 class Sharded:
-    """The state of one worker, and the three things it does: take a step, score episodes, write a checkpoint."""
+    """One worker's state, and the three things it does: take a step, score episodes, write a checkpoint."""
 
     def __init__(self, job: Job, device: torch.device, heartbeat: Heartbeat):
         self.config, self.device, self.heartbeat = job.config, device, heartbeat
         self.parts = collective.world_size()
         self.encoder = get(job.encoder)
-        self.pad = self.encoder.pad
         self.learner = FullLearner(zero.load_full(job.model, job.config, device), job.config)
         self.tasks = {task.name: index for index, task in enumerate(get(job.train))}
         self.gains = RecentGains(len(self.tasks))
 
     def begin(self, run: RunFolder) -> None:
         """Go on from the newest whole checkpoint."""
-        is_first = collective.rank() == 0
-        folder = collective.from_first_worker(newest_checkpoint(run.checkpoints) if is_first else None)
+        folder = collective.on_first_worker(lambda: newest_checkpoint(run.checkpoints))
         if folder:
             with node_copy(folder) as here:
                 self.gains.gains = torch.tensor(self.learner.load(here)["gains"])
@@ -55,44 +52,45 @@ class Sharded:
         return self.learner.outer_step
 
     def lay_out(self, episodes: list[dict[str, Any]]) -> list[tuple[TaskBatch, TaskBatch]]:
-        """Return the supports and the queries of a step's episodes, a task at a time."""
+        """Return supports and queries of a step's episodes, a batch for each task."""
 
-        def laid_out(episode: dict[str, Any], side: str) -> TaskBatch:
-            return on_device(side_batch([episode], side, self.pad), self.device)
+        def batch(episode: dict[str, Any], side: str) -> TaskBatch:
+            return on_device(side_batch([episode], side, self.encoder.pad), self.device)
 
-        return [(laid_out(episode, "support"), laid_out(episode, "query")) for episode in episodes]
+        return [(batch(episode, "support"), batch(episode, "query")) for episode in episodes]
 
     def step(
         self, episodes: list[dict[str, Any]], sides: Sequence[tuple[TaskBatch, TaskBatch]], waited: float
     ) -> dict[str, Any]:
-        """Take an outer step, task after task; return its record. All wait for the slowest in every layer.
+        """Take an outer step, task after task; return its record.
 
         Raises:
-            DivergedError: a loss or gradient is not finite; on all workers together.
+            DivergedError: a loss or gradient is not finite; raised on all workers together.
         """
-        self.heartbeat(self.done + 1)
+        self.heartbeat(self.done + 1)  # now, since workers wait for each other in every layer
         task_indices = torch.tensor([self.tasks[episode["task"]] for episode in episodes])
         weights = self.gains.weights()[task_indices].tolist() if self.config.data.weighting == "dynamic" else None
         try:
-            found = self.learner.step(sides, weights)
+            task_losses, gradient_norm = self.learner.step(sides, weights)
         except NotFinite as error:
             raise DivergedError([episodes[error.task]["task"]] if error.task is not None else []) from error
-        gains = torch.tensor([before - after for before, after in found.task_losses])
-        counts, sums = torch.zeros(2, len(self.tasks))
-        self.gains.update(
-            sums.index_add(0, task_indices, gains), counts.index_add(0, task_indices, torch.ones(len(task_indices)))
-        )
-        means = torch.tensor(found.task_losses).mean(0).tolist()
-        losses = {"support_loss": means[0], "query_loss": means[1]}
-        tokens = sum(trained_tokens(self.config, *both) for both in sides)
-        phases = self.learner.timer.record()
-        return {"step": self.done, **losses, "gradient_norm": found.gradient_norm, "tokens": tokens, **phases}
+        gains = torch.tensor([before - after for before, after in task_losses])
+        self.gains.update(*self.gains.by_task(task_indices, gains))
+        support_loss, query_loss = torch.tensor(task_losses).mean(0).tolist()
+        return {
+            "step": self.done,
+            "support_loss": support_loss,
+            "query_loss": query_loss,
+            "gradient_norm": gradient_norm,
+            "tokens": sum(trained_tokens(self.config, support, query) for support, query in sides),
+            **self.learner.timer.record(),
+        }
 
     def score(self, episodes: Sequence[Episode]) -> list[Curve]:
         """Return the scores of episodes before and after adapting, one after the other.
 
         Raises:
-            DivergedError: a loss or gradient is not finite; on all workers together.
+            DivergedError: a loss or gradient is not finite; raised on all workers together.
         """
         curves = []
         for episode in episodes:
@@ -112,9 +110,10 @@ class Sharded:
 
 @contextmanager
 def node_copy(folder: AnyPath) -> Iterator[Path]:
-    """Yield a folder of this machine with a checkpoint's files, of which the workers of a node have one copy."""
+    """Yield a local folder with a checkpoint's files. The workers of a node share one copy."""
     context = ray.train.get_context()
-    with local_copy(folder) if context.get_local_rank() == 0 else nullcontext() as own:
-        copies = dict(filter(itemgetter(1), collective.gather_from_workers((context.get_node_rank(), own))))
-        yield copies[context.get_node_rank()]
-        collective.gather_from_workers(None)  # nobody reads it any more
+    node = context.get_node_rank()
+    with local_copy(folder) if context.get_local_rank() == 0 else nullcontext() as copy:
+        copies = {rank: path for rank, path in collective.gather_from_workers((node, copy)) if path}
+        yield copies[node]
+        collective.barrier()  # nobody reads it any more

@@ -1,4 +1,4 @@
-"""The two ends of the heartbeats: workers send them, and the driver names the stragglers."""
+"""Both ends of the heartbeats: workers send them, and the driver names the stragglers."""
 
 import logging
 import os
@@ -14,14 +14,14 @@ from rayml.training import collective
 from rayml.training.heartbeat import Straggler
 
 POLLS = 8
-"""In the longest wait."""
+"""How often within the longest wait a worker sends a heartbeat, and the driver looks at them."""
 START_SECONDS = 60
-"""What workers may take to start, once there is room for them."""
+"""How long workers may take to start, once there is room for them."""
 logger = logging.getLogger(__name__)
 
 
 class Heartbeat:
-    """A worker's heartbeat, to an actor on the driver's node."""
+    """A worker's end: it sends to an actor on the driver's node."""
 
     def __init__(self, heartbeats: Any, longest_wait: float):
         self.heartbeats, self.rank = heartbeats, collective.rank()
@@ -29,19 +29,20 @@ class Heartbeat:
         names = collective.gather_from_workers(self.name)
         if self.rank == 0:
             ray.get(heartbeats.begin.remote(names))
-        collective.gather_from_workers(None)  # none beats for the workers of before
+        collective.barrier()  # no worker sends a heartbeat before its name is known
         threading.Thread(target=self._beat, args=[longest_wait / POLLS], daemon=True).start()
 
     def __call__(self, step: int) -> None:
-        self.heartbeats.arrived.remote(self.rank, step)  # the answer is not waited for
+        """Report that this worker begins to wait for the others in an outer step."""
+        self.heartbeats.arrived.remote(self.rank, step)  # without waiting for the answer
 
     def doing(self, what: str) -> None:
-        """Tell the driver what goes on, before the first outer step."""
+        """Report what the first worker is doing, before the first outer step."""
         if self.rank == 0:
             self.heartbeats.doing.remote(what)
 
     def note(self, text: str, warning: str | None) -> None:
-        """Tell the driver what people should see once."""
+        """Report a note, and a warning, that people should see once."""
         self.heartbeats.note.remote(text, warning)
 
     def _beat(self, every: float) -> None:
@@ -51,15 +52,15 @@ class Heartbeat:
 
 
 class Watch:
-    """Says while the block runs, on the driver, which worker keeps the others waiting for half the longest wait.
+    """The driver's end: inside the block, it names a worker for which the others have waited half the longest wait.
 
-    Where there is no room for workers for all of it, it ends the run.
+    It ends the run if there is no room for the workers during all of the longest wait.
     """
 
     def __init__(self, heartbeats: Any, longest_wait: float, console: Console):
         self.heartbeats, self.longest_wait, self.console = heartbeats, longest_wait, console
         self.named: Straggler | None = None
-        """Who was named last."""
+        """The straggler that was printed last."""
         self.found_no_room = False
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True)
@@ -79,36 +80,36 @@ class Watch:
                 stragglers = ray.get(
                     [self.heartbeats.lost.remote(patience), self.heartbeats.straggler.remote()], timeout=patience
                 )
-                alone = ray.get(self.heartbeats.seconds_without_workers.remote(), timeout=patience)
+                without_workers = ray.get(self.heartbeats.seconds_without_workers.remote(), timeout=patience)
             except ray.exceptions.RayError:
                 logger.warning("the workers' heartbeats cannot be asked for", exc_info=True)
                 continue
             late = [straggler for straggler in stragglers if straggler and straggler.seconds >= patience]
             if late:
                 self._name(late[0])
-            if alone >= START_SECONDS + patience:
+            if without_workers >= START_SECONDS + patience:
                 with suppress(ray.exceptions.RayError):
-                    self._tell(f"no room for the workers since {alone:.0f} s; the cluster has {resources()}")
-            self.found_no_room = alone >= START_SECONDS + self.longest_wait
+                    self._warn(f"no room for the workers after {without_workers:.0f} s; the cluster has {resources()}")
+            self.found_no_room = without_workers >= START_SECONDS + self.longest_wait
             if self.found_no_room and end_run(self.heartbeats):
                 return
 
     def _name(self, straggler: Straggler) -> None:
         if self.named is None or straggler.text != self.named.text:
-            self._tell(f"{straggler} for {straggler.seconds:.0f} s")
+            self._warn(f"{straggler} for {straggler.seconds:.0f} s")
         self.named = straggler
 
-    def _tell(self, message: str) -> None:
+    def _warn(self, message: str) -> None:
         self.console.print(message, style="yellow", highlight=False, soft_wrap=True)
 
 
 def end_run(heartbeats: Any) -> bool:
-    """Kill the controller, and with it whatever it started: it has no other way out while it looks for room.
+    """Kill the controller, and with it whatever it started. While it looks for room, nothing else ends it.
 
-    Returns whether there was one: on a busy machine it may not have begun yet.
+    Returns whether there was a controller: on a busy machine it may not have started yet.
     """
     try:
-        controller = ray.get(heartbeats.controlling.remote(), timeout=1)
+        controller = ray.get(heartbeats.get_controller.remote(), timeout=1)
     except ray.exceptions.GetTimeoutError:
         return False
     if controller is None:
@@ -118,6 +119,6 @@ def end_run(heartbeats: Any) -> bool:
 
 
 def resources() -> str:
-    """Return what the cluster has free, in words."""
-    free, there = ray.available_resources(), ray.cluster_resources()
-    return ", ".join(f"{free.get(kind, 0):g} of {there.get(kind, 0):g} {kind}s free" for kind in ("CPU", "GPU"))
+    """Return how many CPUs and GPUs of the cluster are free, in words."""
+    free, total = ray.available_resources(), ray.cluster_resources()
+    return ", ".join(f"{free.get(kind, 0):g} of {total.get(kind, 0):g} {kind}s free" for kind in ("CPU", "GPU"))

@@ -1,7 +1,7 @@
-"""Ray Data: an index range becomes tokenised episodes, streaming and in order, one row an episode.
+"""Ray Data turns a range of indices into tokenised episodes, as an ordered stream with one row for each episode.
 
-Every worker streams its own indices. Ray Data's split of one stream over workers keeps neither the step that a row
-belongs to nor, where it must be equal, every row; a stream per worker keeps both, whatever the number of workers.
+Every worker has a stream of its own indices. One stream that Ray Data splits over the workers would lose which step a
+row belongs to, and drops rows to make equal shares.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,15 +17,16 @@ from rayml.config import Config
 from rayml.tasks.episodes import Sampler
 
 if TYPE_CHECKING:
-    import torch  # no more than that: the workers that make episodes do without
+    import torch  # for types alone: the processes that make episodes must not load it
 
 STEPS_AHEAD = 64
+"""Steps whose episodes are made in one go, while the training takes those before."""
 STEPS_PER_BLOCK = 16
 Episodes = list[dict[str, Any]]
 
 
 class EncodeEpisode:
-    """Maps an index to its episode, tokenised. Light to pickle: tasks and tokenizer stay in Ray's object store."""
+    """Maps an index to its episode, tokenised. It pickles small: tasks and tokenizer stay in Ray's object store."""
 
     def __init__(self, tasks: ray.ObjectRef, encoder: ray.ObjectRef, sampler: Sampler):
         self.tasks, self.encoder, self.sampler = tasks, encoder, sampler
@@ -36,26 +37,26 @@ class EncodeEpisode:
 
 @lru_cache(maxsize=8)
 def get(reference: ray.ObjectRef) -> Any:
-    """Return the object, fetched once a process."""
+    """Return the object, which each process fetches only once."""
     return ray.get(reference)
 
 
 def share_of_step(per_step: int, rank: int, workers: int) -> range:
-    """Return a worker's episodes among those of a step; where they do not divide, some workers have one more."""
+    """Return which of a step's episodes are a worker's. If they do not divide evenly, some workers have one more."""
     return range(rank * per_step // workers, (rank + 1) * per_step // workers)
 
 
 def worker_index(row: int, first: int, per_step: int, share: range) -> int:
-    """Return the episode at `row` of a worker's stream: step by step, its share of the step's episodes."""
+    """Return the index of the episode at `row` of a worker's stream, which holds its share of every step."""
     return first + (row // len(share)) * per_step + share[row % len(share)]
 
 
 def stream_steps(
     encode: EncodeEpisode, *, first: int, steps: int, per_step: int, rank: int, workers: int
 ) -> Iterator[list[dict[str, Any]]]:
-    """Return this worker's episodes of each step, as `rayml.lm.encode.Encoder.episode` made them.
+    """Return this worker's episodes of each step, as `rayml.lm.encode.Encoder.episode` makes them.
 
-    The first ones are begun at once, not when they are asked for: meanwhile the model loads.
+    Work on the first ones starts at once, not when they are needed, so that it runs while the model loads.
 
     Args:
         first: index of the first episode of the first step.
@@ -69,76 +70,76 @@ def stream_steps(
     context.print_on_execution_start = False
 
     def build(done: int) -> ray.data.Dataset | None:
-        """Build the episodes of the next steps, to the end, beside the training."""
-        taken = min(STEPS_AHEAD, steps - done)
-        if taken <= 0:
+        """Make all episodes of the `STEPS_AHEAD` steps after the first `done`; None if there are no more steps."""
+        count = min(STEPS_AHEAD, steps - done)
+        if count <= 0:
             return None
-        rows = ray.data.range(taken * len(share), override_num_blocks=-(-taken // STEPS_PER_BLOCK))
+        rows = ray.data.range(count * len(share), override_num_blocks=-(-count // STEPS_PER_BLOCK))
         begin = first + done * per_step
         return rows.map(lambda row: encode(worker_index(row["id"], begin, per_step, share))).materialize()
 
-    # A part at a time: while its consumer holds an execution back, Ray Data's scheduling thread spins, and takes the
-    # interpreter lock from the training that it feeds (three times slower, on two cores).
-    ahead = ThreadPoolExecutor(1)
-    begun = ahead.submit(build, 0)
+    # Chunks are materialized whole. While a consumer throttles an execution, Ray Data's scheduling thread spins, and
+    # takes the interpreter lock from the training that it feeds (three times slower, on two cores).
+    thread = ThreadPoolExecutor(1)
+    first_chunk = thread.submit(build, 0)
 
-    def parts() -> Iterator[list[dict[str, Any]]]:
-        part = begun
-        with ahead:
+    def batches() -> Iterator[list[dict[str, Any]]]:
+        next_chunk = first_chunk
+        with thread:
             for done in range(0, steps, STEPS_AHEAD):
-                ready = part.result()
-                part = ahead.submit(build, done + STEPS_AHEAD)
-                assert ready is not None
-                for batch in ready.iter_batches(batch_size=len(share), batch_format="pyarrow"):
-                    yield batch.to_pylist()  # type: ignore[union-attr]  # an Arrow table, as asked for
+                chunk = next_chunk.result()
+                next_chunk = thread.submit(build, done + STEPS_AHEAD)
+                assert chunk is not None
+                for batch in chunk.iter_batches(batch_size=len(share), batch_format="pyarrow"):
+                    yield batch.to_pylist()  # type: ignore[union-attr]  # an Arrow table, by batch_format
 
-    return parts()
+    return batches()
 
 
 def one_ahead(
     steps: Iterator[Episodes], lay_out: Callable[[Episodes], Any], device: "torch.device"
 ) -> Iterator[tuple[Episodes, Any]]:
-    """Yield each step's episodes and what `lay_out` makes of them: a step's are made while the one before it is taken.
+    """Yield each step's episodes, and `lay_out` of them, which is computed in a thread during the step before.
 
-    What making them raises is raised when they are asked for.
+    An error in that thread is raised when its step is due.
     """
 
-    def one() -> tuple[Episodes, Any] | None:
+    def next_step() -> tuple[Episodes, Any] | None:
         episodes = next(steps, None)
         return None if episodes is None else (episodes, lay_out(episodes))
 
-    def begin() -> None:
-        """Be on the worker's own GPU: a thread begins on the first one."""
+    def use_device() -> None:
+        """Select the worker's GPU: a new thread starts with the first one."""
         if device.type == "cuda":
             import torch
 
             torch.cuda.set_device(device)
 
-    with ThreadPoolExecutor(1, initializer=begin) as thread:
-        coming = thread.submit(one)
-        while (ready := coming.result()) is not None:
-            coming = thread.submit(one)
-            yield ready
+    with ThreadPoolExecutor(1, initializer=use_device) as thread:
+        future = thread.submit(next_step)
+        while (step := future.result()) is not None:
+            future = thread.submit(next_step)
+            yield step
 
 
 @dataclass(frozen=True)
 class Job:
-    """What the driver hands to every worker. Tasks and tokenizer stay in Ray's object store."""
+    """What the driver passes to every worker. Tasks and tokenizer stay in Ray's object store."""
 
     config: Config
     model: str
-    """Resolved by the driver."""
+    """The base's folder, as the driver resolved its name."""
     encoder: ray.ObjectRef
     train: ray.ObjectRef
     val: ray.ObjectRef | None
     heartbeats: Any
-    """The actor that knows how far every worker is."""
+    """The actor of `rayml.training.heartbeat.Heartbeats`."""
     replayed: frozenset[str] = frozenset()
-    """Names of the old run's tasks, where this one continues another."""
+    """Names of the tasks that are replayed from the run that this one continues."""
 
 
 class DivergedError(Exception):
-    """A loss or gradient is not finite: raised on all workers together, with this one's tasks of such a loss."""
+    """A loss or gradient is not finite. It is raised on all workers together; `tasks` are those of such losses here."""
 
     def __init__(self, tasks: list[str]):
         super().__init__(tasks)

@@ -1,6 +1,6 @@
-"""Where a run's numbers are shown while it trains: Prometheus, TensorBoard, Weights & Biases, MLflow.
+"""Trackers that show a run's numbers while it trains: Prometheus, TensorBoard, Weights & Biases, MLflow.
 
-Rank 0 writes the same records to all of them that stand in `metrics.jsonl`. A resumed run goes on in the same place.
+Rank 0 writes the records of `metrics.jsonl` to all of them, too. A resumed run goes on in the same place.
 """
 
 import json
@@ -8,7 +8,6 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from secrets import token_hex
@@ -25,7 +24,7 @@ from rayml.runs.folder import RunFolder, flat
 Record = dict[str, Any]
 logger = logging.getLogger(__name__)
 FLUSH_SECONDS = 2
-"""Between two writes of TensorBoard's points to its file."""
+"""Between two writes to TensorBoard's file."""
 MLFLOW_SERVER = "MLFLOW_TRACKING_URI"
 PACKAGES = {"wandb": "wandb", "mlflow": "mlflow-skinny"}
 
@@ -35,11 +34,11 @@ class Tracker(Protocol):
         """Show the record of one outer step."""
 
     def close(self, failed: bool) -> None:
-        """Send what is not sent yet, and how training ended."""
+        """Send what has not been sent yet, and whether training failed."""
 
 
 def check_trackers(names: Sequence[str], run: RunFolder) -> None:
-    """Raise ConfigError if a tracker's package is not installed, or it cannot keep its file in the run folder."""
+    """Raise ConfigError if a tracker's package is missing, or the run folder cannot hold its file."""
     missing = [PACKAGES[name] for name in names if name in PACKAGES and not find_spec(name)]
     if missing:
         raise ConfigError(f"run.trackers: not installed here; pip install {' '.join(missing)}")
@@ -50,22 +49,24 @@ def check_trackers(names: Sequence[str], run: RunFolder) -> None:
 def open_trackers(config: Config, run: RunFolder, folder: Path, step: int) -> list[Tracker]:
     """Return the config's trackers, ready for the records after `step`. Prometheus is always among them.
 
-    One that cannot be opened ends a run that begins, where somebody is there to put it right; one that goes on does
-    without.
+    If one cannot be opened, a new run stops, since somebody is there to correct it. A resumed run goes on without it.
 
     Args:
-        folder: of this machine, where they keep their files.
+        folder: a local folder for their files.
+
+    Raises:
+        TrainingError: a tracker of a new run cannot be opened.
     """
-    kinds: dict[str, Any] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases, "mlflow": MLflow}
-    opened: list[Tracker] = [Prometheus(run)]
+    classes: dict[str, Any] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases, "mlflow": MLflow}
+    trackers: list[Tracker] = [Prometheus(run)]
     for name in config.run.trackers:
         try:
-            opened.append(kinds[name](config, run, folder, step))
+            trackers.append(classes[name](config, run, folder, step))
         except Exception as error:
             if step == 0:
                 raise TrainingError(f"run.trackers: {name} cannot be opened: {error}") from error
             logger.warning("%s cannot be opened; training goes on without it", name, exc_info=True)
-    return opened
+    return trackers
 
 
 def numbers(record: Record) -> dict[str, float]:
@@ -82,8 +83,8 @@ class Prometheus:
     def write(self, record: Record) -> None:
         for name, value in record.items():
             if name not in self.gauges:
-                text = f"{name.replace('_', ' ')} of the newest outer step"
-                self.gauges[name] = Gauge(f"rayml_{name}", description=text, tag_keys=("run",))
+                description = f"{name.replace('_', ' ')} of the newest outer step"
+                self.gauges[name] = Gauge(f"rayml_{name}", description=description, tag_keys=("run",))
             self.gauges[name].set(value, tags=self.tags)
 
     def close(self, failed: bool) -> None: ...
@@ -102,14 +103,14 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A W&B run in the project WANDB_PROJECT, or rayml. WANDB_MODE=offline keeps it in the run folder."""
+    """A W&B run, in the project WANDB_PROJECT or `rayml`. WANDB_MODE=offline keeps it in the run folder."""
 
     def __init__(self, config: Config, run: RunFolder, folder: Path, step: int):
         import wandb
 
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "rayml"),
-            id=remembered(run, "wandb", partial(token_hex, 4)),
+            id=saved_id(run, "wandb", lambda: token_hex(4)),
             resume="allow",
             name=run.path.name,
             dir=folder,
@@ -124,32 +125,32 @@ class WeightsAndBiases:
 
 
 class MLflow:
-    """A run at MLFLOW_TRACKING_URI, or in a file of the run folder, of MLFLOW_EXPERIMENT_NAME, or rayml."""
+    """A run at MLFLOW_TRACKING_URI, or in the run folder; its experiment is MLFLOW_EXPERIMENT_NAME, or `rayml`."""
 
     def __init__(self, config: Config, run: RunFolder, folder: Path, step: int):
         from mlflow.entities import Param
         from mlflow.tracking import MlflowClient
 
-        # Its own patience, of twenty minutes, is longer than other workers wait.
+        # By default it would try for twenty minutes, longer than the other workers wait for this one.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         self.client = MlflowClient(os.environ.get(MLFLOW_SERVER, f"sqlite:///{folder / 'mlflow.db'}"))
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "rayml")
-        found = self.client.get_experiment_by_name(name)
-        experiment = found.experiment_id if found else self.client.create_experiment(name)
+        experiment = self.client.get_experiment_by_name(name)
+        experiment_id = experiment.experiment_id if experiment else self.client.create_experiment(name)
 
-        def create() -> str:
-            made = self.client.create_run(experiment, run_name=run.path.name).info.run_id
-            values = flat(config.model_dump(mode="json"))
-            self.client.log_batch(made, params=[Param(key, str(value)[:500]) for key, value in values.items()])
-            return made
+        def create_run() -> str:
+            run_id = self.client.create_run(experiment_id, run_name=run.path.name).info.run_id
+            settings = flat(config.model_dump(mode="json"))
+            self.client.log_batch(run_id, params=[Param(key, str(value)[:500]) for key, value in settings.items()])
+            return run_id
 
-        self.id = remembered(run, "mlflow", create)
-        known = self.client.get_metric_history(self.id, "query_loss")
-        self.last = max((metric.step for metric in known), default=0)
+        self.id = saved_id(run, "mlflow", create_run)
+        history = self.client.get_metric_history(self.id, "query_loss")
+        self.last_step = max((metric.step for metric in history), default=0)
 
     def write(self, record: Record) -> None:
-        if record["step"] <= self.last:  # taken again after a crash, with the same result
+        if record["step"] <= self.last_step:  # taken again after a crash, with the same result
             return
         from mlflow.entities import Metric
 
@@ -161,11 +162,11 @@ class MLflow:
         self.client.set_terminated(self.id, "FAILED" if failed else "FINISHED")
 
 
-def remembered(run: RunFolder, tracker: str, create: Callable[[], str]) -> str:
-    """Return the tracker's own name for this run, made once and kept in the run folder."""
+def saved_id(run: RunFolder, tracker: str, create: Callable[[], str]) -> str:
+    """Return the tracker's own id for this run, which is created once and saved in the run folder."""
     file = run.path / "trackers.json"
-    known = json.loads(file.read_text()) if file.exists() else {}
-    if tracker not in known:
-        known[tracker] = create()
-        write_whole(file, json.dumps(known))
-    return known[tracker]
+    ids = json.loads(file.read_text()) if file.exists() else {}
+    if tracker not in ids:
+        ids[tracker] = create()
+        write_whole(file, json.dumps(ids))
+    return ids[tracker]

@@ -15,7 +15,7 @@ from typing import Any
 
 import ray.train
 import ray.train.torch
-import torch.distributed
+import torch
 
 from rayml.config import Config
 from rayml.lm.frozen import ALONE, Share
@@ -42,7 +42,7 @@ from rayml.training.stream import DivergedError, EncodeEpisode, Job, get, one_ah
 from rayml.training.trackers import Tracker, open_trackers
 
 PREEMPTION_SECONDS = 2
-"""Between questions whether nodes are about to be taken away, and to object storage."""
+"""Between two questions whether nodes are about to be preempted, and between two reads of object storage."""
 Learning = Replicated | Sharded
 logger = logging.getLogger(__name__)
 
@@ -55,12 +55,12 @@ def train_worker(settings: dict[str, Any]) -> str | None:
     heartbeat = Heartbeat(job.heartbeats, job.config.run.longest_wait)
     job = replace(job, config=agreed_precision(job, run, device, heartbeat))
     config = job.config
-    likely = collective.from_first_worker(newest_step(run.checkpoints) if collective.rank() == 0 else None)
-    steps = steps_left(job, likely)  # its first episodes are made while the model loads
+    expected_step = collective.on_first_worker(lambda: newest_step(run.checkpoints))
+    steps = steps_left(job, expected_step)  # the first episodes are made while the model loads
     heartbeat.doing("loading the model")
     learning: Learning = (Sharded if config.is_sharded else Replicated)(job, device, heartbeat)
     learning.begin(run)
-    if learning.done != likely:
+    if learning.done != expected_step:  # the newest checkpoint was not whole
         steps = steps_left(job, learning.done)
     heartbeat.doing("first outer step")
     with StepLog(config, run, learning.done) if collective.rank() == 0 else nullcontext() as log:
@@ -68,10 +68,10 @@ def train_worker(settings: dict[str, Any]) -> str | None:
 
 
 def agreed_precision(job: Job, run: RunFolder, device: torch.device, heartbeat: Heartbeat) -> Config:
-    """Return the config with one dtype and attention for all workers; the run folder keeps them, the driver tells."""
+    """Return the config with one dtype and attention for all workers. They are kept in the run folder, and shown."""
     devices = collective.gather_from_workers(device_for(job.config, job.model, device))
-    made_in = collective.from_first_worker(run.made_in() if collective.rank() == 0 else None)
-    if made_in and job.config.is_sharded:  # its shards are of that dtype
+    made_in = collective.on_first_worker(run.made_in)
+    if made_in and job.config.is_sharded:  # the shards of its checkpoints have that dtype
         job = replace(job, config=with_dtype(job.config, made_in))
     config, precision = settled(job.config, job.model, devices, made_in)
     if collective.rank() == 0:
@@ -83,41 +83,41 @@ def agreed_precision(job: Job, run: RunFolder, device: torch.device, heartbeat: 
 def meta_train(
     job: Job, run: RunFolder, learning: Learning, steps: Iterator[list[dict[str, Any]]], log: "StepLog | None"
 ) -> str | None:
-    """Take the outer steps that are left; returns as `train_worker` does."""
+    """Take the outer steps that are left; return what `train_worker` does."""
     config, notices = job.config, Notices(run)
-    scores: list[float] = collective.from_first_worker(val_scores(run.records()) if log else None)
+    scores = collective.on_first_worker(lambda: val_scores(run.records()))
     ended, checkpoint_seconds = time.perf_counter(), 0.0
     for episodes, sides in one_ahead(steps, learning.lay_out, learning.device):
         step, began = learning.done + 1, time.perf_counter()
-        validates = bool(job.val) and due(step, config.validation.every, config.outer.steps)
+        validates = bool(job.val) and is_due(step, config.validation.every, config.outer.steps)
         try:
             record = learning.step(episodes, sides, waited=began - ended)
             record |= {"data_seconds": began - ended, "step_seconds": time.perf_counter() - ended}
-            record |= {"checkpoint_seconds": checkpoint_seconds} | gpu_peak()  # waited for, before this step
+            record |= {"checkpoint_seconds": checkpoint_seconds} | gpu_peak()  # of the checkpoint before this step
             record |= validate(config, job, learning) if validates else {}
         except DivergedError as error:
             return stop_reason(step, error.tasks)
         scores += val_scores([record])
         if log:
             log.write(record)
-        stop, leaving = notices.read()
-        is_last = stop or (validates and is_enough(scores, config.validation.patience))
-        saving = time.perf_counter()
+        told_to_stop, node_is_leaving = notices.read()
+        is_last = told_to_stop or (validates and is_enough(scores, config.validation.patience))
+        began_saving = time.perf_counter()
         if validates and is_best(scores):
             keep_best(run, learning)
-        if is_last or leaving or due(step, config.run.checkpoint_every, config.outer.steps):
+        if is_last or node_is_leaving or is_due(step, config.run.checkpoint_every, config.outer.steps):
             if log:
                 log.flush()
             report(run, learning, record)
         if is_last:
             break
         ended = time.perf_counter()
-        checkpoint_seconds = ended - saving
+        checkpoint_seconds = ended - began_saving
     return None
 
 
 def steps_left(job: Job, done: int) -> Iterator[list[dict[str, Any]]]:
-    """Return the stream of this worker's episodes, step by step, behind the `done` outer steps."""
+    """Return the stream of this worker's episodes, step by step, after the first `done` outer steps."""
     config = job.config
     share = share_of_tasks(config)
     sampler = replace(config.data.training_sampler(config.seed), replayed=job.replayed, replay=config.data.replay)
@@ -132,89 +132,89 @@ def steps_left(job: Job, done: int) -> Iterator[list[dict[str, Any]]]:
 
 
 def share_of_tasks(config: Config) -> Share:
-    """Return this worker's share of a step's tasks: all of them, where the model is sharded over the workers."""
+    """Return this worker's share of a step's tasks. Where the model is sharded, each worker takes part in all."""
     return ALONE if config.is_sharded else collective.share()
 
 
 def gpu_peak() -> dict[str, float]:
-    """Return the most memory so far, on this worker."""
+    """Return this worker's peak of GPU memory so far."""
     return {"gpu_peak_gib": torch.cuda.max_memory_allocated() / 2**30} if torch.cuda.is_initialized() else {}
 
 
 def stop_reason(step: int, tasks: list[str]) -> str:
-    """Name the step and the tasks whose loss or gradient was not finite; every worker calls this together."""
-    everywhere = sorted({task for names in collective.gather_from_workers(tasks) for task in names})
+    """Name the step and the tasks whose loss or gradient was not finite; all workers call this together."""
+    all_tasks = sorted({task for names in collective.gather_from_workers(tasks) for task in names})
     return (
-        f"outer step {step}: a loss or gradient is not finite; tasks: {', '.join(everywhere) or 'gradient only'}. "
+        f"outer step {step}: a loss or gradient is not finite; tasks: {', '.join(all_tasks) or 'gradient only'}. "
         "The last checkpoint is kept. Lower inner.lr or outer.lr, or use model.dtype=float32, and --resume"
     )
 
 
-def due(step: int, every: int, last: int) -> bool:
+def is_due(step: int, every: int, last: int) -> bool:
     return bool(every) and (step % every == 0 or step == last)
 
 
 def validate(config: Config, job: Job, learning: Learning) -> dict[str, float]:
-    """Return the scores before and after adapting, over the same meta-val episodes every time: the accuracy over label
-    tasks, the loss over those of text, and the overall score (`rayml.tasks.statistics`).
+    """Return the scores before and after adapting, over the same meta-val episodes every time.
 
-    Each worker takes its share. All make the same calls, as a sharded model asks of them: so label tasks come first,
-    and free text after them.
+    They are the accuracy over label tasks, the loss over free text, and the overall score (`rayml.tasks.statistics`).
+    Each worker scores its share. A sharded model needs the same calls from all workers, so label tasks come first on
+    each of them, and free text afterwards.
     """
     tasks, began = get(job.val), time.perf_counter()
     means: dict[str, dict[str, float]] = {"before": {}, "after": {}}
     for group in groups(tasks, config.validation.episodes):
         curves = validation_curves(config, group, learning)
-        for end, when in ((0, "before"), (-1, "after")):
-            means[when][group.metric] = mean(curve.scores[end] for curve in curves)
-    by_kind = {f"val_{metric}_{when}": value for when, of in means.items() for metric, value in of.items()}
-    by_kind |= {f"val_score_{when}": overall(of, tasks) for when, of in means.items()}
-    return by_kind | {"validation_seconds": time.perf_counter() - began}
+        for index, when in ((0, "before"), (-1, "after")):
+            means[when][group.metric] = mean(curve.scores[index] for curve in curves)
+    record = {f"val_{metric}_{when}": score for when, by_metric in means.items() for metric, score in by_metric.items()}
+    record |= {f"val_score_{when}": overall(by_metric, tasks) for when, by_metric in means.items()}
+    return record | {"validation_seconds": time.perf_counter() - began}
 
 
 def validation_curves(config: Config, group: Group, learning: Learning) -> list[Curve]:
-    """Return the scores before and after adapting of a group's episodes, made a whole number of steps' worth."""
+    """Return the scores before and after adapting to a group's episodes, rounded up to whole outer steps' worth."""
     rank, workers, _ = share_of_tasks(config)
-    at_a_time = math.ceil(config.tasks_per_step / workers)
+    batch_size = math.ceil(config.tasks_per_step / workers)
     episodes = math.ceil(group.episodes / config.tasks_per_step) * config.tasks_per_step
     sampler = config.data.sampler(VALIDATION_SEED)
     curves: list[Curve] = []
-    for batch in range(math.ceil(episodes / (at_a_time * workers))):
-        first = (batch * workers + rank) * at_a_time
-        curves += learning.score([sampler.episode(group.tasks, first + i) for i in range(at_a_time)])
+    for batch in range(math.ceil(episodes / (batch_size * workers))):
+        first = (batch * workers + rank) * batch_size
+        curves += learning.score([sampler.episode(group.tasks, first + i) for i in range(batch_size)])
     if workers > 1:
         curves = [curve for part in collective.gather_from_workers(curves) for curve in part]
-    # With another number of workers the last round may score a few more.
+    # The last round may score more. They are left out, so that any number of workers gives the same scores.
     return [curve for curve in curves if curve.index < episodes]
 
 
 class Notices:
-    """What the workers are told between steps."""
+    """What the workers learn from outside between two steps: to stop, or that a node is leaving."""
 
     def __init__(self, run: RunFolder):
         self.run = run
-        self.asked, self.took = time.monotonic(), 0.0
-        self.leaving: set[str] = set()
+        self.last_check, self.storage_seconds = time.monotonic(), 0.0
+        self.leaving_nodes: set[str] = set()
 
     def read(self) -> tuple[bool, bool]:
-        """Return whether to end here, and whether a node of ours was just announced to be taken away.
+        """Return whether to stop here, and whether the preemption of one of our nodes was just announced.
 
-        All workers ask together, and Ray only now and then: its answer takes longer than a small model's step.
+        All workers call this together. Ray is asked only now and then: it takes longer than a small model's step.
         """
-        told = ask = False
+        must_stop = must_ask = False
         if collective.rank() == 0:
             began = time.monotonic()
-            # Storage that takes long to answer is not asked for more than a twentieth of the time.
-            ask = began - self.asked > PREEMPTION_SECONDS + 20 * self.took
-            told = (ask or self.run.is_local) and self.run.is_told_to_stop()
-            self.took = 0.0 if self.run.is_local else time.monotonic() - began
-        told, ask = collective.from_first_worker((told, ask))
-        if not ask:
-            return told, False
-        self.asked = time.monotonic()
+            # Slow storage takes up at most a twentieth of the time.
+            must_ask = began - self.last_check > PREEMPTION_SECONDS + 20 * self.storage_seconds
+            must_stop = (must_ask or self.run.is_local) and self.run.is_told_to_stop()
+            self.storage_seconds = 0.0 if self.run.is_local else time.monotonic() - began
+        must_stop, must_ask = collective.from_first_worker((must_stop, must_ask))
+        if not must_ask:
+            return must_stop, False
+        self.last_check = time.monotonic()
         info = ray.train.get_preemption_info()
-        known, self.leaving = self.leaving, set(info.preempted_node_ids if info else ())
-        return told, bool(self.leaving - known)
+        known, self.leaving_nodes = self.leaving_nodes, set(info.preempted_node_ids if info else ())
+        return must_stop, bool(self.leaving_nodes - known)
 
 
 class StepLog:
@@ -234,18 +234,18 @@ class StepLog:
 
     def write(self, record: dict[str, Any]) -> None:
         self.file.write(json.dumps(record) + "\n")
-        self._tell(lambda tracker: tracker.write(record))
+        self._for_each_tracker(lambda tracker: tracker.write(record))
 
-    def _tell(self, tell: Callable[[Tracker], None]) -> None:
+    def _for_each_tracker(self, action: Callable[[Tracker], None]) -> None:
         for tracker in list(self.trackers):
             try:
-                tell(tracker)
-            except Exception:  # a server that is away is no reason to stop training
+                action(tracker)
+            except Exception:  # an unreachable server is no reason to stop training
                 logger.warning("%s is left out from here on", type(tracker).__name__, exc_info=True)
                 self.trackers.remove(tracker)
 
     def flush(self) -> None:
-        """Bring what was written so far to where the run lies; what cannot be brought now is, with the next."""
+        """Copy what was written so far to the run's storage. What cannot be copied now will be, at the next flush."""
         self.file.flush()
         if self.run.is_local:
             return
@@ -255,7 +255,7 @@ class StepLog:
             logger.warning("%s; tried again later", error)
 
     def close(self, failed: bool) -> None:
-        self._tell(lambda tracker: tracker.close(failed))
+        self._for_each_tracker(lambda tracker: tracker.close(failed))
         try:
             self.flush()
             self.file.close()
@@ -265,9 +265,9 @@ class StepLog:
 
 
 def report(run: RunFolder, learning: Learning, record: dict[str, Any]) -> None:
-    """Hand Ray Train the checkpoint, of which every worker may hold a part; a barrier for all workers.
+    """Hand this worker's part of a checkpoint to Ray Train; a barrier for all workers.
 
-    It is uploaded beside the steps that follow, and then removed here.
+    Ray Train uploads it during the steps that follow, and then removes it here.
     """
     part = write_part(learning, run.checkpoints)
     ray.train.report(
@@ -279,7 +279,7 @@ def report(run: RunFolder, learning: Learning, record: dict[str, Any]) -> None:
 
 
 def keep_best(run: RunFolder, learning: Learning) -> None:
-    """Keep the checkpoint of the best validation so far, and drop the one before it; a barrier for all workers."""
+    """Keep the checkpoint of the best validation so far, and remove the previous one; a barrier for all workers."""
     folder = run.best / folder_name(learning.done)
     part = write_part(learning, run.best)
     if part:
@@ -288,15 +288,15 @@ def keep_best(run: RunFolder, learning: Learning) -> None:
                 deliver(part, folder)
         finally:
             shutil.rmtree(part)
-    barrier()
+    collective.barrier()
     if collective.rank() == 0:
         keep_only(folder)
 
 
 def write_part(learning: Learning, checkpoints: AnyPath) -> Path | None:
-    """Write this worker's part of a checkpoint, sealed, to a folder of its own; None if it has none.
+    """Write this worker's part of a checkpoint, with its manifest, to a folder of its own; None if it has no part.
 
-    All workers call this together, as gathering the parts may ask.
+    All workers call this together: a sharded model gathers its parts.
     """
     rank, folder = collective.rank(), Path(tempfile.mkdtemp(prefix="rayml-"))
     try:
@@ -306,12 +306,7 @@ def write_part(learning: Learning, checkpoints: AnyPath) -> Path | None:
                 seal(folder, learning.done, rank, learning.parts)
                 return folder
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)  # a full disk least of all keeps half a checkpoint
+        shutil.rmtree(folder, ignore_errors=True)  # half a checkpoint would only fill up the disk
         raise
     shutil.rmtree(folder)
     return None
-
-
-def barrier() -> None:
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
