@@ -19,7 +19,7 @@ from rayml.config import dump_config, load_config
 from rayml.errors import ConfigError, RunError
 from rayml.experiments.search_space import Range, check_space, parse_space, rounded
 from rayml.experiments.sweep import begin, concurrency, scored
-from rayml.experiments.sweep_report import Trial, TrialTable, conclude, plot
+from rayml.experiments.sweep_report import Trial, TrialTable, plot, report_sweep
 
 
 def test_ranges_are_read():
@@ -124,7 +124,7 @@ def test_the_best_trial_is_a_config_to_train(tmp_path, capsys):
     from rich.console import Console
 
     config = make_config(tmp_path, sweep={"search": {"inner.lr": "loguniform(0.01, 1)"}})
-    best = conclude(config, RATES, trials(RATES), tmp_path, Console(width=200))
+    best = report_sweep(config, RATES, trials(RATES), tmp_path, Console(width=200))
     assert best.name == "t2"  # the best of those that ran to their end
     written = load_config(tmp_path / "best.yaml")
     assert written.inner.lr == best.point["inner.lr"]

@@ -26,7 +26,7 @@ from rich.console import Console
 from rayml.config import Config, dump_config, parse_config
 from rayml.errors import ConfigError, RunError, TrainingError
 from rayml.experiments.search_space import Range, check_space, parse_space, rounded, trial_config
-from rayml.experiments.sweep_report import Trial, TrialTable, conclude
+from rayml.experiments.sweep_report import Trial, TrialTable, report_sweep
 from rayml.lm.abilities import checked_model
 from rayml.runs.checkpoint import val_score
 from rayml.runs.files import AnyPath, as_path, write_whole
@@ -85,7 +85,7 @@ def sweep(values: dict[str, Any], source: str, resume: bool, out: Console) -> An
     trials = [outcome(job, point, results[number]) for number, point in enumerate(points)]
     if all(trial.score is None for trial in trials):
         raise TrainingError(f"{folder}: no trial came to a validation; the first: {trials[0].error or trials[0].state}")
-    conclude(config, space, trials, folder, out)
+    report_sweep(config, space, trials, folder, out)
     return folder
 
 
