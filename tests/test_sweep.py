@@ -18,7 +18,7 @@ from conftest import make_config
 from rayml.config import dump_config, load_config
 from rayml.errors import ConfigError, RunError
 from rayml.experiments.search_space import Range, check_space, parse_space, rounded
-from rayml.experiments.sweep import begin, concurrency, scored
+from rayml.experiments.sweep import begin, concurrency, validation_scores
 from rayml.experiments.sweep_report import Trial, TrialTable, plot, report_sweep
 
 
@@ -95,14 +95,14 @@ def test_more_trials_than_find_room_are_refused(tmp_path):
 def test_what_is_raised_is_a_score():
     accuracy = {"step": 5, "val_accuracy_before": 0.25, "val_accuracy_after": 0.75}
     loss = {"step": 5, "val_loss_before": 3.0, "val_loss_after": 1.0}
-    assert scored(accuracy, "after")["score"] == 0.75
-    assert scored(accuracy, "gain")["score"] == 0.5
-    assert scored(loss, "after")["score"] == math.exp(-1)
-    assert scored(loss, "gain")["score"] == math.exp(-1) - math.exp(-3)
+    assert validation_scores(accuracy, "after")["score"] == 0.75
+    assert validation_scores(accuracy, "gain")["score"] == 0.5
+    assert validation_scores(loss, "after")["score"] == math.exp(-1)
+    assert validation_scores(loss, "gain")["score"] == math.exp(-1) - math.exp(-3)
     both = accuracy | loss | {"val_score_before": 0.1, "val_score_after": 0.4}
-    assert scored(both, "after") == {"step": 5, "before": 0.1, "after": 0.4, "score": 0.4}
-    assert scored({"step": 5, "query_loss": 1.0}, "after") == {}
-    assert scored(loss | {"val_loss_after": math.nan}, "after")["score"] == -math.inf
+    assert validation_scores(both, "after") == {"step": 5, "before": 0.1, "after": 0.4, "score": 0.4}
+    assert validation_scores({"step": 5, "query_loss": 1.0}, "after") == {}
+    assert validation_scores(loss | {"val_loss_after": math.nan}, "after")["score"] == -math.inf
 
 
 RATES = [Range("inner.lr", "loguniform", (0.01, 1.0)), Range("outer.lr", "loguniform", (1e-4, 1e-2))]
