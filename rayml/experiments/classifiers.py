@@ -35,10 +35,8 @@ REQUIREMENTS = {
 class Classifier(Protocol):
     """Learns an episode's support, and answers its queries."""
 
-    @property
-    def heads(self) -> tuple[str, ...]:
-        """Ways to read classes out of sentence vectors."""
-        ...
+    heads: tuple[str, ...]
+    """Ways to read classes out of sentence vectors."""
 
     def log_probs(self, episode: Episode, head: str) -> Tensor:
         """Return the log-probabilities of the queries' options, `[Q, C]`."""
@@ -130,7 +128,7 @@ def check_classifier(name: str, encoder: str, tasks: Sequence[Task]) -> None:
         raise ConfigError(f"--methods: {name} answers by labels alone; {text_tasks[0]} is free text")
 
 
-def versions(name: str) -> str:
+def package_versions(name: str) -> str:
     """Return the versions of a classifier's packages."""
     return ", ".join(f"{module} {version(module)}" for module in REQUIREMENTS[name])
 

@@ -21,7 +21,7 @@ import rayml
 from rayml.config import Config, parse_config
 from rayml.errors import DataError, RunError, TrainingError
 from rayml.experiments.answers import Choice, LearnedMethod, answer, choose_setting
-from rayml.experiments.classifiers import answer_by_classifier, choose_head, classifier_for, versions
+from rayml.experiments.classifiers import answer_by_classifier, choose_head, classifier_for, package_versions
 from rayml.experiments.method_runs import MethodRun, Request, plan, show_plan
 from rayml.experiments.report import print_summary, write_report
 from rayml.experiments.summaries import summarize
@@ -177,7 +177,7 @@ def training_costs(method_run: MethodRun) -> dict[str, Any]:
 def encoder_versions(method_run: MethodRun, request: Request) -> dict[str, str]:
     """Return a classifier's sentence encoder with the versions of its packages; nothing for other methods."""
     is_classifier = method_run.method.start == "encoder"
-    return {"encoder": f"{request.encoder} ({versions(method_run.name)})"} if is_classifier else {}
+    return {"encoder": f"{request.encoder} ({package_versions(method_run.name)})"} if is_classifier else {}
 
 
 def result_fingerprint(method_run: MethodRun, base: Config, splits: Splits, request: Request) -> str:
