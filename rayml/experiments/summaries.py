@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from rayml.algorithms.methods import BASELINE
-from rayml.experiments.evaluate import Answered, Evaluation
+from rayml.experiments.evaluate import EpisodeAnswers, Evaluation
 from rayml.experiments.metrics import calibration_error, metrics_of, scores, span_report
 from rayml.tasks.statistics import Curve, by_task, interval, intervals
 
@@ -118,13 +118,13 @@ def summarize_evaluation(evaluation: Evaluation) -> dict[str, Any]:
         "overall": by_kind[0],
         "overall_loss": by_kind[1] if len(by_kind) > 1 else None,
         "tasks": {
-            name: both_starts(group) | answer_summary([a for a in evaluation.answered if a.task == name])
+            name: both_starts(group) | answer_summary([a for a in evaluation.answers if a.task == name])
             for name, group in groups.items()
         },
     }
 
 
-def answer_summary(answered: Sequence[Answered]) -> dict[str, Any]:
+def answer_summary(answered: Sequence[EpisodeAnswers]) -> dict[str, Any]:
     """Return one task's kind and the scores of its answers by its kind's metrics; of spans, also seqeval's report."""
     kind = answered[0].kind
     before, after = ([scores(kind, getattr(a, when)) for a in answered] for when in ("before", "after"))
