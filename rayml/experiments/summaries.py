@@ -1,6 +1,6 @@
 """The numbers of `compare.json` and `evaluation.json`, computed from answers alone."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -110,12 +110,12 @@ def summarize_evaluation(evaluation: Evaluation) -> dict[str, Any]:
     """
     overall = []
     for is_accuracy in (True, False):
-        part = select_curves(evaluation, lambda curve, wanted=is_accuracy: curve.is_accuracy == wanted)
+        part = select_curves(evaluation, is_accuracy=is_accuracy)
         if part.trained:
             overall.append(summarize_curves(part))
     tasks = {}
     for name in dict.fromkeys(curve.task for curve in evaluation.trained):
-        part = select_curves(evaluation, lambda curve, name=name: curve.task == name)
+        part = select_curves(evaluation, task=name)
         answers = [episode for episode in evaluation.answers if episode.task == name]
         tasks[name] = summarize_curves(part) | summarize_answers(answers)
     return {"overall": overall[0], "overall_loss": overall[1] if len(overall) > 1 else None, "tasks": tasks}
@@ -136,7 +136,12 @@ def summarize_answers(episodes: Sequence[EpisodeAnswers]) -> dict[str, Any]:
     return summary
 
 
-def select_curves(evaluation: Evaluation, keep: Callable[[Curve], bool]) -> Evaluation:
+def select_curves(evaluation: Evaluation, **attributes: Any) -> Evaluation:
+    """Return the curves whose attributes have these values."""
+
+    def keep(curve: Curve) -> bool:
+        return all(getattr(curve, name) == value for name, value in attributes.items())
+
     return Evaluation(list(filter(keep, evaluation.trained)), list(filter(keep, evaluation.untrained)), [])
 
 
