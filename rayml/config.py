@@ -128,8 +128,13 @@ class Config(Section):
         return self.soft_prompt.tokens if self.mode == "adapters" and self.adapter == "soft_prompt" else 0
 
     @property
+    def lora_shape(self) -> dict[str, Any]:
+        """What fixes the tensors of LoRA adapters and how they act; empty where there are none."""
+        return self.lora.shape() if self.mode == "adapters" and self.adapter == "lora" else {}
+
+    @property
     def is_sharded(self) -> bool:
-        """Whether what is learned is itself sharded over the workers."""
+        """Whether the trained parameters are themselves sharded over the workers."""
         return self.mode == "full" and self.engine == "zero"
 
     @property

@@ -175,11 +175,11 @@ class MetaModel:
         Raises:
             RunError: the folder exists already.
         """
-        to, lora = new_folder(folder), lora_of(self.config)
-        with made_here(to) as here:
-            write_weights(here, self.lm, self.encoder, self.start, lora, self.base)
-            refuse_unlike_peft(here, self.lm, self.start, lora, self.base)
-        return to
+        path, lora = new_folder(folder), self.config.lora_shape
+        with made_here(path) as local:
+            write_weights(local, self.lm, self.encoder, self.start, lora, self.base)
+            refuse_unlike_peft(local, self.lm, self.start, lora, self.base)
+        return path
 
 
 def load(run: str | AnyPath | RunFolder, *, checkpoint: str | None = None, every_linear: bool = False) -> MetaModel:
@@ -278,8 +278,3 @@ def returned(loop: Generator[Any, None, R]) -> R:
             next(loop)
         except StopIteration as end:
             return end.value
-
-
-def lora_of(config: Config) -> dict[str, Any]:
-    """Return the shape of a config's LoRA adapters; nothing where it has none."""
-    return config.lora.shape() if config.mode == "adapters" and config.adapter == "lora" else {}
