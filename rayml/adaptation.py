@@ -73,7 +73,8 @@ def adaptation_request(model: "MetaModel", task: Task) -> AdaptationRequest:
     encoder = model.encoder.of(task.name, task.kind, label_names.values())
     examples = [relabel(example, label_names.get(example.target)) for example in task.examples]
     kept_examples = examples if algorithm.keeps != "nothing" else []
-    settings, first_tokens = algorithm.settings(), []
+    settings = algorithm.settings()
+    first_tokens: list[int] = []
     if task.options and algorithm.prototypes is not None:
         first_tokens = [tokens[0] for tokens in encoder.label_tokens(label_names.values(), examples[0]) if tokens]
     else:
