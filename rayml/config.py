@@ -7,7 +7,7 @@ The sections are in `rayml.sections`.
 import copy
 import difflib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import yaml
@@ -113,7 +113,7 @@ class Config(Section):
 
     @whole(mode="after")
     def _choices_go_together(self) -> "Config":
-        if reasons := conflicts(self):
+        if reasons := list(conflicts(self)):
             raise ValueError("; ".join(reasons))
         return self
 
@@ -158,49 +158,32 @@ class Config(Section):
         return min(self.tasks_at_once or self.tasks_per_worker, self.tasks_per_worker)
 
 
-def conflicts(config: Config) -> list[str]:
-    """Return why settings that are each valid cannot be combined."""
-    is_full, sharded = config.mode == "full", config.is_sharded
-    zero, patience = config.zero, config.validation.patience
-    # Each pair: whether the combination is impossible, and the message.
-    rules = [
-        (
-            config.fewest_workers > config.most_workers,
-            f"workers: the first of [fewest, most] is larger than the second: {config.workers}",
-        ),
-        (
-            sharded and config.fewest_workers < config.most_workers,
-            "workers: shards of mode=full with engine=zero are for one number of workers; give one",
-        ),
-        (
-            sharded and config.regularize.adversarial > 0,
-            "regularize.adversarial: the inner loop of mode=full with engine=zero does not support it",
-        ),
-        (
-            sharded and config.inner.unfreeze_every > 0,
-            "inner.unfreeze_every: mode=full with engine=zero does not support gradual unfreezing",
-        ),
-        (
-            sharded and config.inner.layer_decay < 1,
-            "inner.layer_decay: mode=full with engine=zero has one rate for all layers",
-        ),
-        (
-            config.regularize.lora_dropout > 0 and (is_full or config.adapter != "lora"),
-            "regularize.lora_dropout: it is for adapter=lora, and mode=adapters",
-        ),
-        (is_full and config.adapter != "lora", "adapter: mode=full has no adapters"),
-        (
-            not is_full and config.engine == "zero" and zero.stage != 3,
-            "zero.stage: adapters leave the base frozen, so only stage 3 saves anything; use zero.stage=3",
-        ),
-        (zero.offload != "none" and not sharded, "zero.offload: it is for mode=full with engine=zero"),
-        (zero.offload == "all" and zero.stage != 3, "zero.offload: all needs zero.stage=3"),
-        (
-            patience > 0 and not config.validation.every,
-            "validation.patience: without validations (validation.every=0) it never stops",
-        ),
-    ]
-    return [message for is_impossible, message in rules if is_impossible] + list(config.algorithm.refuses(config))
+def conflicts(config: Config) -> Iterator[str]:
+    """Yield why settings that are each valid cannot be combined."""
+    is_full, sharded, zero = config.mode == "full", config.is_sharded, config.zero
+    if config.fewest_workers > config.most_workers:
+        yield f"workers: the first of [fewest, most] is larger than the second: {config.workers}"
+    if sharded and config.fewest_workers < config.most_workers:
+        yield "workers: shards of mode=full with engine=zero are for one number of workers; give one"
+    if sharded and config.regularize.adversarial > 0:
+        yield "regularize.adversarial: the inner loop of mode=full with engine=zero does not support it"
+    if sharded and config.inner.unfreeze_every > 0:
+        yield "inner.unfreeze_every: mode=full with engine=zero does not support gradual unfreezing"
+    if sharded and config.inner.layer_decay < 1:
+        yield "inner.layer_decay: mode=full with engine=zero has the same rate for all layers"
+    if config.regularize.lora_dropout > 0 and (is_full or config.adapter != "lora"):
+        yield "regularize.lora_dropout: it is for adapter=lora, and mode=adapters"
+    if is_full and config.adapter != "lora":
+        yield "adapter: mode=full has none"
+    if not is_full and config.engine == "zero" and zero.stage != 3:
+        yield "zero.stage: adapters leave the base frozen, so only stage 3 saves anything; use zero.stage=3"
+    if zero.offload != "none" and not sharded:
+        yield "zero.offload: it is for mode=full with engine=zero"
+    if zero.offload == "all" and zero.stage != 3:
+        yield "zero.offload: all needs zero.stage=3"
+    if config.validation.patience > 0 and not config.validation.every:
+        yield "validation.patience: without validations (validation.every=0) it never stops"
+    yield from config.algorithm.refuses(config)
 
 
 def load_config(config: "Config | Mapping[str, Any] | str | AnyPath", overrides: Overrides | None = None) -> Config:
