@@ -11,8 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, Field, PositiveInt, SerializeAsAny, ValidationError
-from pydantic import model_validator as whole
+from pydantic import BaseModel, BeforeValidator, Field, PositiveInt, SerializeAsAny, ValidationError, model_validator
 
 from rayml import yaml12
 from rayml.algorithms.base import Algorithm
@@ -81,7 +80,7 @@ class Config(Section):
     """`auto`: one GPU per worker if the cluster has them, else CPU."""
     seed: NotNegativeInt = 0
 
-    @whole(mode="after")
+    @model_validator(mode="after")
     def _tasks_divide(self) -> "Config":
         workers = self.most_workers
         if self.tasks_per_step % workers:
@@ -111,7 +110,7 @@ class Config(Section):
             soft_tokens=self.soft_tokens,
         )
 
-    @whole(mode="after")
+    @model_validator(mode="after")
     def _choices_go_together(self) -> "Config":
         if reasons := list(conflicts(self)):
             raise ValueError("; ".join(reasons))
