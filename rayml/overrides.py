@@ -37,11 +37,12 @@ def parsed(override: str, section: type[BaseModel]) -> tuple[str, Any]:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"{override!r}: expected key=value, such as inner.lr=0.1")
-    kind = kind_of(section, key)
+    annotation = annotation_of(section, key)
+    kind, is_optional = bare_type(annotation), type(None) in get_args(annotation)
     item_kind = bare_type(next(iter(get_args(kind)), None)) if get_origin(kind) in (tuple, list) else None
     is_list = item_kind is str and text.startswith("[") and text.endswith("]")
     is_quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
-    if not text or (kind is str and text == "null" and is_optional(section, key)):
+    if not text or (kind is str and text == "null" and is_optional):
         return key, None
     if str in (kind, item_kind) and not is_list and not is_quoted:
         return key, text
@@ -56,23 +57,17 @@ def parsed(override: str, section: type[BaseModel]) -> tuple[str, Any]:
         raise ConfigError(f"{override!r}: not a YAML value: {reason}{hint}") from error
 
 
-def kind_of(section: Any, key: str) -> Any:
-    """Return the type of a dotted key in a section; None if it is not known."""
-    kind = bare_type(section)
+def annotation_of(section: Any, key: str) -> Any:
+    """Return the annotation of a dotted key in a section; None if there is none."""
+    annotation = section
     for part in key.split("."):
+        kind = bare_type(annotation)
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             field = kind.model_fields.get(part)
-            kind = bare_type(field.annotation) if field else None
+            annotation = field.annotation if field else None
         else:
-            kind = bare_type(get_args(kind)[1]) if get_origin(kind) is dict else None
-    return kind
-
-
-def is_optional(section: type[BaseModel], key: str) -> bool:
-    *parents, last = key.split(".")
-    parent = kind_of(section, ".".join(parents)) if parents else section
-    fields = getattr(parent, "model_fields", {})
-    return last in fields and type(None) in get_args(fields[last].annotation)
+            annotation = get_args(kind)[1] if get_origin(kind) is dict else None
+    return annotation
 
 
 def bare_type(annotation: Any) -> Any:

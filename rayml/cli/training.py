@@ -173,14 +173,8 @@ def sweep(
     The YAML's `sweep` section has the same settings. Everything goes to `run.dir`: the trials' runs, `best.yaml` for
     `rayml train`, `trials.csv`, `trials.json` and `sweep.png`. A failed trial is reported, and the sweep goes on.
     """
-    options = {
-        "sweep.trials": trials,
-        "sweep.concurrent": concurrent,
-        "sweep.scheduler": scheduler,
-        "sweep.searcher": searcher,
-        "sweep.metric": metric,
-    }
-    settings: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
+    given = {"trials": trials, "concurrent": concurrent, "scheduler": scheduler, "searcher": searcher, "metric": metric}
+    settings = {f"sweep.{key}": value for key, value in given.items() if value is not None}
     rayml.sweep(config, overrides, search=named(search), resume=resume, console=out, **settings)
 
 

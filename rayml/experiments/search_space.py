@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from rayml.config import Config, keys, parse_config, with_values
+from rayml.config import keys, parse_config, with_values
 from rayml.errors import ConfigError
 
 KINDS = {
@@ -112,10 +112,3 @@ def check_space(space: Iterable[Range], values: dict[str, Any], source: str) -> 
     for searched in space:
         for value in searched.values:
             parse_config(with_values(values, {searched.key: value}), f"{source} with {searched.key}={value}")
-
-
-def trial_config(values: dict[str, Any], source: str, point: Mapping[str, Any], folder: str, every: int) -> Config:
-    """Return the config of a trial, which writes a checkpoint at each validation, every `every` steps."""
-    settings = {**point, "run.dir": folder, "run.checkpoint_every": every}
-    without_sweep = {key: value for key, value in values.items() if key != "sweep"}
-    return parse_config(with_values(without_sweep, settings), source)

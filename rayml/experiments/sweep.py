@@ -23,9 +23,9 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter, SearchAlgorithm, Searcher
 from rich.console import Console
 
-from rayml.config import Config, dump_config, parse_config
+from rayml.config import Config, dump_config, parse_config, with_values
 from rayml.errors import ConfigError, RunError, TrainingError
-from rayml.experiments.search_space import Range, check_space, parse_space, rounded, trial_config
+from rayml.experiments.search_space import Range, check_space, parse_space, rounded
 from rayml.experiments.sweep_report import Trial, TrialTable, report_sweep
 from rayml.lm.abilities import checked_model
 from rayml.runs.checkpoint import val_score
@@ -44,21 +44,22 @@ class SweepJob:
     """What every trial needs to know."""
 
     values: dict[str, Any]
+    """The config of the sweep, nested: unlike a `Config` it can be unpickled before an algorithm of the user's own is
+    imported."""
     source: str
-    folder: str
-    validation_every: int
-    metric: str
     at_once: int
     """Trials that run at a time."""
     space: Sequence[Range]
 
     def config(self, trial: str, point: dict[str, Any]) -> Config:
-        """Return the config of a trial, whose run folder is named after the trial."""
-        point = rounded(point, self.space)
-        return trial_config(self.values, self.source, point, self.run_path(trial), self.validation_every)
+        """Return the config of a trial, which writes a checkpoint at each validation."""
+        settings = rounded(point, self.space)
+        settings |= {"run.dir": self.run_path(trial), "run.checkpoint_every": self.values["validation"]["every"]}
+        values = {key: value for key, value in self.values.items() if key != "sweep"}
+        return parse_config(with_values(values, settings), self.source)
 
     def run_path(self, trial: str) -> str:
-        return str(as_path(self.folder) / "trials" / trial)
+        return str(as_path(self.values["run"]["dir"]) / "trials" / trial)
 
 
 def sweep(values: dict[str, Any], source: str, resume: bool, out: Console) -> AnyPath:
@@ -80,7 +81,7 @@ def sweep(values: dict[str, Any], source: str, resume: bool, out: Console) -> An
         if not at_once:
             resources = ray.cluster_resources()
             at_once = concurrency(config, int(resources.get("CPU", 0)), 2, int(resources.get("GPU", 0)))
-        job = SweepJob(values, source, str(folder), config.validation.every, config.sweep.metric, at_once, space)
+        job = SweepJob(values, source, at_once, space)
         results = run_tune(config, job)
     # A result has its settings only if its trial reached a validation; Ray Tune's own trials always have them.
     points = trial_settings(results)
@@ -152,7 +153,7 @@ def run_tune(config: Config, job: SweepJob) -> ray.tune.ResultGrid:
     # A trial only waits for its workers. Ray Tune insists on some resource; any share of a CPU would cost the workers'
     # episode streams a whole CPU, so the trial takes one byte of memory.
     trainable = ray.tune.with_resources(ray.tune.with_parameters(TrialRun, job=job), {"memory": 1})
-    location, distributions = storage(as_path(job.folder)), param_space(config, job.space)
+    location, distributions = storage(as_path(config.run.dir)), param_space(config, job.space)
     state, filesystem = f"{location['storage_path']}/{TUNE}", location.get("storage_filesystem")
     if ray.tune.Tuner.can_restore(state, filesystem):
         return ray.tune.Tuner.restore(
@@ -249,10 +250,11 @@ class TrialRun(ray.tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         """Wait for the next validation, or the end."""
+        metric = self.job.values["sweep"]["metric"]
         while True:
             ended = not self.thread.is_alive()  # checked before reading, so that no record is missed
             records = self.run.records_after(self.last["step"])
-            validation = next(filter(None, (validation_scores(record, self.job.metric) for record in records)), None)
+            validation = next(filter(None, (validation_scores(record, metric) for record in records)), None)
             if validation and (ended or validation["step"] < self.settings.outer.steps):
                 self.last = validation
                 return validation
