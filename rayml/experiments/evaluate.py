@@ -6,14 +6,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from rayml.experiments.answers import LearnedMethod, Setting, label_answers, text_answers
+from rayml.experiments.classifiers import Embedding, Head, answer_by_classifier, missing
+from rayml.lm.catalog import MINILM, resolve_model
 from rayml.lm.fine_tuning import rate_factors
 from rayml.lm.scorer import Outputs, Scorer, batches, curves_of
+from rayml.progress import Bar
 from rayml.runs.files import AnyPath
 from rayml.tasks.episodes import Episode, Sampler
-from rayml.tasks.statistics import Curve
+from rayml.tasks.statistics import Curve, by_task, intervals
 from rayml.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -144,3 +148,34 @@ def episode_answers(
             before = text_answers(unadapted, episode, Setting())
             after = text_answers(method, episode, Setting(steps=scorer.steps))
         yield EpisodeAnswers(episode.task, episode.kind, before, after)
+
+
+def encoder_beside(
+    evaluation: Evaluation, tasks: Sequence[Task], sampler: Sampler, episodes: int, add_bar: Bar
+) -> dict[str, Any] | None:
+    """Return MiniLM's accuracy on the label tasks of an evaluation, without training: the first baseline to look at.
+
+    It comes with the paired difference, ours less MiniLM's, for each task and `overall`, with 95 % intervals. None if
+    MiniLM is not installed, or there are no label tasks.
+    """
+    labelled = [task for task in tasks if task.options]
+    if not labelled or missing("embedding", MINILM):
+        return None
+    advance = add_bar("a sentence encoder beside it", len(labelled) * episodes)
+    encoder, head = Embedding(resolve_model(MINILM), torch.device("cpu"), seed=0), Head("nearest centroid")
+    accuracies = []
+    for record in answer_by_classifier(encoder, labelled, sampler, episodes, head):
+        accuracies += record["curve"]
+        advance()
+    theirs = np.array(accuracies).reshape(len(labelled), episodes)
+    ours = by_task([curve for curve in evaluation.trained if curve.is_accuracy])[-1]
+    both = np.stack([theirs, ours - theirs])
+
+    def summarize(rows: slice) -> dict[str, Any]:
+        return dict(zip(("accuracy", "ours_less_it"), intervals(both[:, rows]), strict=True))
+
+    return {
+        "encoder": f"MiniLM, {head.head}",
+        "overall": summarize(slice(None)),
+        "tasks": {task.name: summarize(slice(row, row + 1)) for row, task in enumerate(labelled)},
+    }

@@ -106,8 +106,7 @@ def _scores(
     model: "MetaModel", config: Config, tasks: Sequence[Task], data: Data, settings: dict[str, int], err: Console
 ) -> dict[str, Any]:
     """Return the scores of all episodes. Those that were done before an interruption are not done again."""
-    from rayml.experiments.beside import encoder_beside
-    from rayml.experiments.evaluate import Parts, evaluate
+    from rayml.experiments.evaluate import Parts, encoder_beside, evaluate
     from rayml.experiments.summaries import summarize_evaluation
 
     assert model.run, "checked by `_load_model`"

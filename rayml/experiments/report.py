@@ -82,7 +82,7 @@ def print_evaluation(summary: dict[str, Any], title: str, out: Console) -> None:
 
 
 def beside_table(beside: dict[str, Any]) -> Table:
-    """Return a table of what `rayml.experiments.beside` measured: a row per task, and one for all of several."""
+    """Return a table of what `encoder_beside` measured: a row per task, and one for all of several."""
     caption = "without any training, on the same episodes; the difference is ours after adapting, less this"
     heads = "held-out task", beside["encoder"], "difference"
     rows = table(heads, left=heads[:1], caption=caption, **LOOK)
