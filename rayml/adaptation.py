@@ -85,7 +85,7 @@ def adaptation_request(model: "MetaModel", task: Task) -> AdaptationRequest:
         dtype=config.model.dtype,
         prompt=encoder.prompt,
         max_tokens=config.data.max_tokens,
-        labels={label: option for option, label in label_names.items()},
+        labels={shown: own for own, shown in label_names.items()},
         lora=config.lora_shape,
         soft_tokens=config.soft_tokens,
         algorithm=algorithm.name,
@@ -130,14 +130,13 @@ def adapt_requests(
     support = support_side(model, requests)
     parts = support_parts(model, requests, most_tokens)
     total = float(sum(part.batch.counted().sum() for part in parts))
-    shares = [float(part.batch.counted().sum()) / total if len(parts) > 1 else 1.0 for part in parts]
-    part_losses = [
-        scale_losses(algorithm.support_losses(part), share) for part, share in zip(parts, shares, strict=True)
-    ]
-    descended_losses = [
-        special_steps(part, model.config.inner.unfreeze_every)(losses)
-        for part, losses in zip(parts, part_losses, strict=True)
-    ]
+    part_losses, descended_losses = [], []
+    for part in parts:
+        # A part's loss is a mean: it counts in proportion to what it is a mean over.
+        share = float(part.batch.counted().sum()) / total if len(parts) > 1 else 1.0
+        losses = scale_losses(algorithm.support_losses(part), share)
+        part_losses.append(losses)
+        descended_losses.append(special_steps(part, model.config.inner.unfreeze_every)(losses))
     curve: list[torch.Tensor] = []
     learned: dict[int, Params] = {}
     fast: Params = {}
@@ -183,11 +182,11 @@ def support_parts(model: "MetaModel", requests: Sequence[AdaptationRequest], mos
     if most_tokens is None or len(requests) > 1 or not splits(model):
         return [support_side(model, requests)]
     size = max(1, most_tokens // max(len(row.tokens) for row in request.rows))
-    slices = [slice(first, first + size) for first in range(0, len(request.rows), size)]
-    return [
-        support_side(model, [replace(request, rows=request.rows[part], classes=request.classes[part])])
-        for part in slices
-    ]
+    parts = []
+    for first in range(0, len(request.rows), size):
+        part = slice(first, first + size)
+        parts.append(replace(request, rows=request.rows[part], classes=request.classes[part]))
+    return [support_side(model, [part]) for part in parts]
 
 
 def scale_losses(losses: TaskLosses, share: float) -> TaskLosses:
