@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rayml.config import Config, Overrides, load_config, parse_config, values_of
+from rayml.config import Config, Overrides, load_config, merged_values, parse_config
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -61,7 +61,7 @@ def trained_run(
     **more: Any,
 ) -> "RunFolder":
     """Train as `train` does, but load nothing: return the run's folder. Takes and raises the same as `train`."""
-    values, source = values_of(config, overrides, **more)
+    values, source = merged_values(config, overrides, **more)
     continued = [f"run.continues={continues}"] if continues else []
     settings = parse_config(values, source, continued)
     with show_loading():
@@ -162,7 +162,7 @@ def compare(
         ConfigError, DataError, RunError: the input is bad; nothing was started.
         TrainingError: no method could be trained.
     """
-    values, source = values_of(config, overrides, **more)
+    values, source = merged_values(config, overrides, **more)
     with show_loading():
         from rayml.experiments.compare import compare as run_comparison
         from rayml.experiments.method_runs import Request
@@ -215,7 +215,7 @@ def sweep(
         ConfigError, DataError, RunError: the input is bad; nothing was started.
         TrainingError: no trial reached a validation.
     """
-    values, source = values_of(config, overrides, **(more | ({"sweep.search": dict(search)} if search else {})))
+    values, source = merged_values(config, overrides, **(more | ({"sweep.search": dict(search)} if search else {})))
     with show_loading():
         from rayml.experiments.sweep import sweep as run_sweep
 

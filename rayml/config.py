@@ -195,7 +195,7 @@ def load_config(config: "Config | Mapping[str, Any] | str | AnyPath", overrides:
     Raises:
         ConfigError: the file cannot be read, or it has mistakes; the message lists all of them.
     """
-    return parse_config(*values_of(config, overrides))
+    return parse_config(*merged_values(config, overrides))
 
 
 def read_values(path: "str | AnyPath") -> dict[str, Any]:
@@ -277,7 +277,7 @@ def with_values(values: dict[str, Any], settings: Mapping[str, Any]) -> dict[str
     return values
 
 
-def values_of(
+def merged_values(
     config: "Config | Mapping[str, Any] | str | AnyPath", overrides: Overrides | None = None, **more: Any
 ) -> tuple[dict[str, Any], str]:
     """Return the unchecked nested values of a config in any form after all overrides, and its name for errors.
@@ -294,23 +294,23 @@ def values_of(
     if isinstance(config, Config):
         values = config.model_dump(mode="json")
     elif isinstance(config, Mapping):
-        values = with_values({}, dotted(config))
+        values = with_values({}, flatten(config))
     else:
         values, source = read_values(config), str(config)
     if isinstance(overrides, Mapping):
-        values = with_values(values, dotted(overrides))
+        values = with_values(values, flatten(overrides))
     else:
         _override_all(values, once(overrides or ()), Config)
-    return with_values(values, dotted(more)), source
+    return with_values(values, flatten(more)), source
 
 
-def dotted(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return settings by dotted keys: `{"inner": {"lr": 0.1}}` and `{"inner.lr": 0.1}` give the same."""
     flat: dict[str, Any] = {}
     for name, value in settings.items():
         key = prefix + name
         if isinstance(value, Mapping) and any(known.startswith(f"{key}.") for known in keys()):
-            flat |= dotted(value, f"{key}.")
+            flat |= flatten(value, f"{key}.")
         else:
             flat[key] = os.fspath(value) if isinstance(value, os.PathLike) else value
     return flat

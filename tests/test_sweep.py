@@ -17,8 +17,8 @@ from conftest import make_config
 
 from rayml.config import dump_config, load_config
 from rayml.errors import ConfigError, RunError
-from rayml.experiments.search_space import Range, check_space, parse_space, rounded
-from rayml.experiments.sweep import begin, concurrency, validation_scores
+from rayml.experiments.search_space import Range, check_space, parse_space, round_point
+from rayml.experiments.sweep import begin_sweep, concurrency, validation_scores
 from rayml.experiments.sweep_report import Trial, TrialTable, plot, report_sweep
 
 
@@ -57,7 +57,7 @@ def test_a_grid_has_equal_ratios_or_distances():
 def test_what_is_drawn_is_rounded_and_what_is_chosen_is_not():
     space = [Range("inner.lr", "loguniform", (0.01, 1.0)), Range("outer.lr", "choice", (0.03125, 0.5))]
     point = {"inner.lr": 0.123456, "outer.lr": 0.03125}
-    assert rounded(point, space) == {"inner.lr": 0.123, "outer.lr": 0.03125}
+    assert round_point(point, space) == {"inner.lr": 0.123, "outer.lr": 0.03125}
 
 
 def test_an_end_that_the_config_refuses_is_refused_before_the_start(tmp_path):
@@ -205,7 +205,7 @@ def test_a_sweep_that_is_killed_goes_on_and_a_trial_that_fails_is_reported(tmp_p
     assert len(before) == 3
 
     with pytest.raises(RunError, match="holds a sweep already; --resume it"):
-        begin(folder, load_config(path), resume=False)
+        begin_sweep(folder, load_config(path), resume=False)
 
     time.sleep(2)
     second = run_sweep(path, "--resume")

@@ -105,7 +105,7 @@ def scores_after(method: LearnedMethod, episode: Episode, factor: float, steps: 
     return [score_all([episode], outputs)[0] for outputs in points]
 
 
-def answer(
+def answer_episodes(
     method: LearnedMethod, tasks: Sequence[Task], sampler: Sampler, episodes: int, setting: Setting, most_steps: int
 ) -> Iterator[dict[str, Any]]:
     """Yield a record of the answers to each of `episodes` episodes of each task, after adapting by `setting`.

@@ -158,7 +158,7 @@ def choose_head(
 def answer_by_classifier(
     classifier: Classifier, tasks: Sequence[Task], sampler: Sampler, episodes: int, head: Head
 ) -> Iterator[dict[str, Any]]:
-    """Yield the answers to `episodes` episodes of each task, in the form of `rayml.experiments.answers.answer`."""
+    """Yield the answers to `episodes` episodes of each task, in the form that `answer_episodes` yields."""
     for task in tasks:
         for index in range(episodes):
             episode = sampler.episode([task], index)

@@ -20,7 +20,7 @@ from rich.console import Console
 import rayml
 from rayml.config import Config, parse_config
 from rayml.errors import DataError, RunError, TrainingError
-from rayml.experiments.answers import Choice, LearnedMethod, answer, choose_setting
+from rayml.experiments.answers import Choice, LearnedMethod, answer_episodes, choose_setting
 from rayml.experiments.classifiers import answer_by_classifier, choose_head, classifier_for, package_versions
 from rayml.experiments.method_runs import MethodRun, Request, plan, show_plan
 from rayml.experiments.report import print_summary, write_report
@@ -142,7 +142,7 @@ def adapt_and_answer(method_run: MethodRun, base: Config, splits: Splits, reques
             advance = add_bar(f"adapting {method_run.name}", tries)
             choice = choose_setting(method, *val, request.factors, request.steps, advance)
             most_steps = max(request.steps) if method.takes_steps else 0
-            answers = answer(method, *test, choice.setting, most_steps)
+            answers = answer_episodes(method, *test, choice.setting, most_steps)
         seconds = time.perf_counter() - began
         advance = add_bar(f"asking {method_run.name}", len(splits.test) * request.episodes)
         episodes = []

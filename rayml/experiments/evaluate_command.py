@@ -139,7 +139,7 @@ def held_out_tasks(
     """
     if paths:
         tasks = prepare_tasks(data.model_copy(update={"path": tuple(paths), "drop_small_classes": True}))
-        refuse_leaks("--data", () if is_start else trained_on(config), tasks)
+        refuse_leaks("--data", () if is_start else training_tasks(config), tasks)
     else:
         tasks = getattr(prepare_splits(config.data), split)
         data.sampler(seed=0).check(tasks)
@@ -148,7 +148,7 @@ def held_out_tasks(
     return tasks
 
 
-def trained_on(config: Config) -> tuple[Task, ...]:
+def training_tasks(config: Config) -> tuple[Task, ...]:
     """Return the run's meta-train tasks; none, with a warning, if its data can no longer be read."""
     try:
         return prepare_splits(config.data).train

@@ -12,7 +12,7 @@ from rayml.algorithms.methods import BUDGET, METHODS, NOT_RUN, USUAL, Method
 from rayml.config import Config, parse_config
 from rayml.errors import ConfigError, RunError
 from rayml.experiments.classifiers import check_classifier, missing
-from rayml.experiments.evaluate_command import trained_on
+from rayml.experiments.evaluate_command import training_tasks
 from rayml.lm.abilities import checked_model
 from rayml.lm.catalog import MINILM, resolve_model
 from rayml.lm.load import load_tokenizer
@@ -118,9 +118,9 @@ def plan(
     budget = base.outer.steps * tokens_per_step(counted, splits.train)
     method_runs = []
     for name in dict.fromkeys([*methods, *request.variants]):
-        method, run = known[name], RunFolder(folder / f"{name}-0")
+        method = known[name]
         overrides = [*readout, *method.overrides, "validation.every=0", "validation.patience=0"]
-        config = parse_config(values, f"{source} for {name}", [*overrides, f"run.dir={run.path}"])
+        config = parse_config(values, f"{source} for {name}", [*overrides, f"run.dir={folder / f'{name}-0'}"])
         if method.start == "encoder":
             check_classifier(name, request.encoder, [*splits.val, *splits.test])
         else:
@@ -176,7 +176,7 @@ def given_method_run(run: RunFolder, splits: Splits) -> MethodRun:
         DataError: it was trained on a text of meta-test.
     """
     config, _ = run.trained()
-    refuse_leaks(str(run.path), trained_on(config), splits.test)
+    refuse_leaks(str(run.path), training_tasks(config), splits.test)
     tokens = sum(record.get("tokens", 0) for record in run.records())
     step_tokens = round(tokens / config.outer.steps)
     return MethodRun(run.path.name, config.seed, Method(()), config, step_tokens, run, is_given=True)

@@ -44,7 +44,7 @@ class Range:
         return [round_significant(value) for value in space(low, high, points)]
 
 
-def rounded(point: Mapping[str, Any], space: Iterable[Range]) -> dict[str, Any]:
+def round_point(point: Mapping[str, Any], space: Iterable[Range]) -> dict[str, Any]:
     """Return the point with drawn numbers rounded to a few significant digits, and choices as they were given."""
     drawn = {searched.key for searched in space if searched.kind in ("uniform", "loguniform")}
     return {key: round_significant(value) if key in drawn else value for key, value in point.items()}

@@ -25,7 +25,7 @@ from rich.console import Console
 
 from rayml.config import Config, dump_config, parse_config, with_values
 from rayml.errors import ConfigError, RunError, TrainingError
-from rayml.experiments.search_space import Range, check_space, parse_space, rounded
+from rayml.experiments.search_space import Range, check_space, parse_space, round_point
 from rayml.experiments.sweep_report import Trial, TrialTable, report_sweep
 from rayml.lm.abilities import checked_model
 from rayml.runs.checkpoint import val_score
@@ -53,7 +53,7 @@ class SweepJob:
 
     def config(self, trial: str, point: dict[str, Any]) -> Config:
         """Return the config of a trial, which writes a checkpoint at each validation."""
-        settings = rounded(point, self.space)
+        settings = round_point(point, self.space)
         settings |= {"run.dir": self.run_path(trial), "run.checkpoint_every": self.values["validation"]["every"]}
         values = {key: value for key, value in self.values.items() if key != "sweep"}
         return parse_config(with_values(values, settings), self.source)
@@ -73,7 +73,7 @@ def sweep(values: dict[str, Any], source: str, resume: bool, out: Console) -> An
     values = config.model_dump(mode="json")
     space = check_sweep(config, values, source)
     folder = as_path(config.run.dir)
-    begin(folder, config, resume)
+    begin_sweep(folder, config, resume)
     at_once = 0
     if not os.environ.get("RAY_ADDRESS"):
         at_once = concurrency(config, processors(), 1, torch.cuda.device_count())
@@ -85,7 +85,7 @@ def sweep(values: dict[str, Any], source: str, resume: bool, out: Console) -> An
         results = run_tune(config, job)
     # A result has its settings only if its trial reached a validation; Ray Tune's own trials always have them.
     points = trial_settings(results)
-    trials = [outcome(job, point, results[number]) for number, point in enumerate(points)]
+    trials = [trial_outcome(job, point, results[number]) for number, point in enumerate(points)]
     if all(trial.score is None for trial in trials):
         raise TrainingError(f"{folder}: no trial reached a validation; the first: {trials[0].error or trials[0].state}")
     report_sweep(config, space, trials, folder, out)
@@ -105,7 +105,7 @@ def check_sweep(config: Config, values: dict[str, Any], source: str) -> list[Ran
     return space
 
 
-def begin(folder: AnyPath, config: Config, resume: bool) -> None:
+def begin_sweep(folder: AnyPath, config: Config, resume: bool) -> None:
     """Write `sweep.yaml`, or check that the folder holds the same sweep.
 
     Raises:
@@ -282,7 +282,7 @@ def validation_scores(record: dict[str, Any], metric: str) -> dict[str, Any]:
     return {"step": record["step"], "before": before, "after": after, SCORE: score}
 
 
-def outcome(job: SweepJob, point: dict[str, Any], result: ray.tune.Result) -> Trial:
+def trial_outcome(job: SweepJob, point: dict[str, Any], result: ray.tune.Result) -> Trial:
     """Return the outcome of a trial."""
     name, metrics = Path(result.path).name, result.metrics or {}
     run = RunFolder(job.run_path(name))
@@ -290,7 +290,7 @@ def outcome(job: SweepJob, point: dict[str, Any], result: ray.tune.Result) -> Tr
     score = metrics.get(SCORE)
     return Trial(
         name=name,
-        point=rounded(point, job.space),
+        point=round_point(point, job.space),
         state=state,
         score=score if score is not None and math.isfinite(score) else None,
         before=metrics.get("before"),
