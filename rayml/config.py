@@ -227,10 +227,9 @@ def parse_config(values: dict[str, Any], source: str, overrides: Sequence[str] =
 
 def parse_section(kind: type[S], values: dict[str, Any], source: str, overrides: Sequence[str] = ()) -> S:
     """Return settings of any kind as `parse_config` returns a config."""
-    values = copy.deepcopy(values)
-    _override_all(values, overrides, kind)
+    changes = dict(parsed(override, kind) for override in overrides)
     try:
-        return kind.model_validate(values)
+        return kind.model_validate(with_values(values, changes))
     except ValidationError as error:
         lines = [_explain(details, kind) for details in error.errors()]
         raise ConfigError("\n  ".join([f"{source}: {len(lines)} mistake(s)", *lines])) from None
@@ -272,8 +271,16 @@ def algorithm_keys(prefix: str) -> dict[str, tuple[Any, str]]:
 def with_values(values: dict[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return nested values with the dotted keys of `settings` set, the algorithm before its settings."""
     values = copy.deepcopy(values)
-    for key in sorted(settings, key=lambda key: key != ALGORITHM):
-        _set(values, key, settings[key])
+    for key, value in sorted(settings.items(), key=lambda item: item[0] != ALGORITHM):
+        if key == ALGORITHM and (values.get("algorithm") or {}).get("name", DEFAULT) != value:
+            values["algorithm"] = {}
+        section = values
+        *parents, last = key.split(".")
+        for parent in parents:
+            section = section.setdefault(parent, {})
+            if not isinstance(section, dict):
+                raise ConfigError(f"{key}: {parent} is a value, not a section")
+        section[last] = value
     return values
 
 
@@ -298,10 +305,10 @@ def merged_values(
     else:
         values, source = read_values(config), str(config)
     if isinstance(overrides, Mapping):
-        values = with_values(values, flatten(overrides))
+        changes = flatten(overrides)
     else:
-        _override_all(values, once(overrides or ()), Config)
-    return with_values(values, flatten(more)), source
+        changes = dict(parsed(override, Config) for override in once(overrides or ()))
+    return with_values(with_values(values, changes), flatten(more)), source
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -314,23 +321,6 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[key] = os.fspath(value) if isinstance(value, os.PathLike) else value
     return flat
-
-
-def _override_all(values: dict[str, Any], overrides: Sequence[str], kind: type[BaseModel]) -> None:
-    """Apply overrides in place, the algorithm before its settings."""
-    for override in sorted(overrides, key=lambda override: not override.startswith(f"{ALGORITHM}=")):
-        _set(values, *parsed(override, kind))
-
-
-def _set(values: dict[str, Any], key: str, value: Any) -> None:
-    if key == ALGORITHM and (values.get("algorithm") or {}).get("name", DEFAULT) != value:
-        values["algorithm"] = {}
-    *parents, last = key.split(".")
-    for parent in parents:
-        values = values.setdefault(parent, {})
-        if not isinstance(values, dict):
-            raise ConfigError(f"{key}: {parent} is a value, not a section")
-    values[last] = value
 
 
 def _explain(error: Any, kind: type[BaseModel]) -> str:
