@@ -82,7 +82,9 @@ def multilabel_f1(pairs: Sequence[tuple[set[str], set[str]]], average: Any) -> f
     if not labels:
         return 1.0
     columns = [*labels, *[""] * (2 - len(labels))]  # torchmetrics requires two
-    targets, answers = (torch.tensor([[c in pair[side] for c in columns] for pair in pairs]).int() for side in (0, 1))
+    targets, answers = (
+        torch.tensor([[label in pair[side] for label in columns] for pair in pairs]).int() for side in (0, 1)
+    )
     return float(multilabel_f1_score(answers, targets, num_labels=len(columns), average=average))
 
 
@@ -115,14 +117,16 @@ def bio_tags(queries: Queries) -> tuple[list[list[str]], list[list[str]]]:
     targets, answers = [], []
     for query in queries:
         tokens = TOKEN.findall(query["input"])
-        (target, more_target), (answer, more_answer) = (tag(tokens, spans(query[key])) for key in ("target", "answer"))
+        (target, more_target), (answer, more_answer) = (
+            tag_spans(tokens, spans(query[key])) for key in ("target", "answer")
+        )
         extra = max(len(more_target), len(more_answer))
         targets.append(target + more_target + ["O"] * (extra - len(more_target)))
         answers.append(answer + more_answer + ["O"] * (extra - len(more_answer)))
     return targets, answers
 
 
-def tag(tokens: Sequence[str], typed_spans: Sequence[tuple[str, str]]) -> tuple[list[str], list[str]]:
+def tag_spans(tokens: Sequence[str], typed_spans: Sequence[tuple[str, str]]) -> tuple[list[str], list[str]]:
     """Return the tags of the tokens, and the tags of spans that are not among them."""
     tags, extra = ["O"] * len(tokens), []
     for kind, text in typed_spans:
