@@ -20,6 +20,7 @@ KINDS = {
 NOT_SEARCHED = {"outer.steps", "workers", "engine", "device", "mode", "seed", "data.path", "data.columns", "data.ways"}
 NOT_SEARCHED |= {"data.shots", "data.queries", "data.drop_small_classes"}
 NOT_SEARCHED_SECTIONS = "run.", "sweep.", "validation.", "data.splits."
+"""Trials that differ in these could not be compared, or could not run side by side."""
 DIGITS = 3
 """Significant digits of a drawn number: more mean nothing, and are hard to read."""
 
