@@ -1,4 +1,4 @@
-"""Learn new tasks from a handful of examples each, from a run's start: on the command line one, in a server many."""
+"""Learn new tasks from a few examples each, from a run's start: one on the command line, many at once in a server."""
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
@@ -25,43 +25,43 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AdaptationRequest:
-    """A new task as the model is to see it."""
+    """A new task as the model sees it."""
 
     rows: list[TokenRow]
     labels: list[list[int]]
-    """The tokens of those that it chooses among; none for the whole vocabulary."""
+    """Token sequences of the labels that compete with each other; none if the whole vocabulary competes."""
     classes: list[int]
-    """Of the rows; none for free text."""
+    """Class index of each row; empty for free text."""
     card: AdapterCard
 
 
 def new_task(rows: Sequence[Row], name: str, labels: bool, kind: str = "") -> Task:
-    """Return the one task of these rows, whatever `task` they name.
+    """Return the rows as one task, whatever `task` they name.
 
     Args:
-        labels: take the targets for labels, also where each stands once, as long as there are two.
-        kind: of rows that do not say.
+        labels: take two different targets or more for labels, even if each occurs only once.
+        kind: the kind of rows that do not name one.
 
     Raises:
-        DataError: one text under two labels.
+        DataError: the same text has two labels.
     """
     targets = tuple(sorted({row.target for row in rows}))
-    # A label or a text is seen by its targets.
-    rows = [replace(row, kind=row.kind or kind) for row in rows] if kind not in ("label", "text") else rows
+    if kind not in ("label", "text"):  # plain labels and texts are recognized by their targets
+        rows = [replace(row, kind=row.kind or kind) for row in rows]
     if labels and len(targets) > 1 and rows[0].kind in ("", *LABELS):
         rows = [replace(row, options=row.options or targets) for row in rows]
     (task,), duplicates = build_tasks(rows)
     if duplicates.conflicting:
-        _, text, found = duplicates.conflicting[0]
-        raise DataError(f"{text[:60]!r} stands under {' and '.join(found)}; keep one")
+        _, text, conflicting = duplicates.conflicting[0]
+        raise DataError(f"{text[:60]!r} stands under {' and '.join(conflicting)}; keep one")
     return replace(task, name=name)
 
 
 def adaptation_request(model: "MetaModel", task: Task) -> AdaptationRequest:
-    """Show a task's examples in the way that the run was trained with.
+    """Encode a task's examples in the same way as the run's training tasks.
 
     Raises:
-        DataError: more classes than letters, no classes where the algorithm asks for them, or a target that cannot be
+        DataError: more classes than letters, no classes where the algorithm needs them, or a target that cannot be
             learned.
     """
     config, algorithm = model.config, model.config.algorithm
@@ -69,21 +69,24 @@ def adaptation_request(model: "MetaModel", task: Task) -> AdaptationRequest:
         raise DataError(f"task {task.name!r} has {len(task.options)} classes; a run with data.labels=letters knows 26")
     algorithm.check([task])
     model.encoder.check([task])
-    shown = shown_labels(task, task.options, config.data.labels)
-    encoder = model.encoder.of(task.name, task.kind, shown.values())
-    examples = [relabel(example, shown.get(example.target)) for example in task.examples]
-    kept = examples if algorithm.keeps != "nothing" else []
-    reads_prototypes = bool(task.options) and algorithm.prototypes is not None
-    first_tokens = [of[0] for of in encoder.label_tokens(shown.values(), examples[0]) if of and reads_prototypes]
-    settings = algorithm.settings() | ({} if reads_prototypes else {"readout": "labels"})  # free text has no classes
+    label_names = shown_labels(task, task.options, config.data.labels)  # from the user's labels to what the model sees
+    encoder = model.encoder.of(task.name, task.kind, label_names.values())
+    examples = [relabel(example, label_names.get(example.target)) for example in task.examples]
+    kept_examples = examples if algorithm.keeps != "nothing" else []
+    settings = algorithm.settings()
+    first_tokens: list[int] = []
+    if task.options and algorithm.prototypes is not None:
+        first_tokens = [tokens[0] for tokens in encoder.label_tokens(label_names.values(), examples[0]) if tokens]
+    else:
+        settings["readout"] = "labels"  # free text has no classes, and so no prototypes
     card = AdapterCard(
         name=task.name,
         model=config.model.name,
         dtype=config.model.dtype,
         prompt=encoder.prompt,
         max_tokens=config.data.max_tokens,
-        labels={label: option for option, label in shown.items()},
-        lora=config.lora.shape() if config.mode == "adapters" and config.adapter == "lora" else {},
+        labels={shown: own for own, shown in label_names.items()},
+        lora=config.lora_shape,
         soft_tokens=config.soft_tokens,
         algorithm=algorithm.name,
         settings=settings,
@@ -92,19 +95,19 @@ def adaptation_request(model: "MetaModel", task: Task) -> AdaptationRequest:
         kind=task.kind,
         ensemble=list(encoder.ensemble),
         scoring=encoder.scoring,
-        shown=[(example.input, example.target) for example in kept],
-        fields=fields_of(task),
-        shown_parts=[list(example.parts) for example in kept] if any(example.parts for example in kept) else [],
+        shown=[(example.input, example.target) for example in kept_examples],
+        fields=common_fields(task),
+        shown_parts=[list(e.parts) for e in kept_examples] if any(e.parts for e in kept_examples) else [],
     )
-    labels = encoder.competing(shown.values(), examples[0])
-    classes = [list(shown.values()).index(example.target) for example in examples] if task.options else []
+    labels = encoder.competing(label_names.values(), examples[0])
+    classes = [list(label_names.values()).index(example.target) for example in examples] if task.options else []
     return AdaptationRequest(encoder.rows(examples, bool(task.options)), labels, classes, card)
 
 
-def fields_of(task: Task) -> list[str] | None:
-    """Return the fields of a task's inputs; None where they differ."""
-    found = {fields(() if task.kind == "dialogue" else example.parts) for example in task.examples}
-    return list(*found) if len(found) == 1 else None
+def common_fields(task: Task) -> list[str] | None:
+    """Return the input fields that all examples of a task have; None if they differ."""
+    all_fields = {fields(() if task.kind == "dialogue" else example.parts) for example in task.examples}
+    return list(*all_fields) if len(all_fields) == 1 else None
 
 
 Losses = list[float]
@@ -113,76 +116,86 @@ Losses = list[float]
 def adapt_requests(
     model: "MetaModel", requests: Sequence[AdaptationRequest], steps: Sequence[int], most_tokens: int | None = None
 ) -> Generator[int, None, list[tuple[Params, Losses]]]:
-    """Adapt to T tasks side by side, each by its own number of inner steps; yields the steps taken so far.
+    """Adapt to T tasks side by side, each with its own number of inner steps; yield the number of steps taken so far.
 
     Args:
-        most_tokens: of the examples that run at a time, where there is one task and its losses are a sum over
-            examples; then there are several yields for each step. None: all of them.
+        most_tokens: tokens of the examples that run at a time, for one task whose loss is a sum over its examples; it
+            then yields several times per step. None: all examples run together.
 
     Returns:
-        each task's weights, `[...]`, with what its answers need of its support (`Algorithm.kept`), and its support
-        losses before every step and after the last.
+        each task's weights, `[...]`, together with what its answers need of its support (`Algorithm.kept`), and its
+        support losses before every step and after the last.
     """
-    algorithm, every = model.config.algorithm, model.config.inner.unfreeze_every
+    algorithm = model.config.algorithm
     support = support_side(model, requests)
-    sides = in_parts(model, requests, most_tokens)
-    whole = float(sum(side.batch.counted().sum() for side in sides))
-    shares = [float(side.batch.counted().sum()) / whole if len(sides) > 1 else 1.0 for side in sides]
-    parts = [scaled(algorithm.support_losses(side), share) for side, share in zip(sides, shares, strict=True)]
-    special = [special_steps(side, every)(losses) for side, losses in zip(sides, parts, strict=True)]
-    descended: list[torch.Tensor] = []
-    found: dict[int, Params] = {}
+    parts = support_parts(model, requests, most_tokens)
+    total = float(sum(part.batch.counted().sum() for part in parts))
+    part_losses, descended_losses = [], []
+    for part in parts:
+        # A part's loss is a mean: it counts in proportion to what it is a mean over.
+        share = float(part.batch.counted().sum()) / total if len(parts) > 1 else 1.0
+        losses = scale_losses(algorithm.support_losses(part), share)
+        part_losses.append(losses)
+        descended_losses.append(special_steps(part, model.config.inner.unfreeze_every)(losses))
+    curve: list[torch.Tensor] = []
+    learned: dict[int, Params] = {}
     fast: Params = {}
-    taken = -1
-    for adapted in adapt_in_parts(special, model.start, model.inner_lrs, max(steps), len(requests)):
+    step = -1
+    for adapted in adapt_in_parts(descended_losses, model.start, model.inner_lrs, max(steps), len(requests)):
         if adapted is not None:
-            taken += 1
+            step += 1
             if adapted.support_losses is not None:
-                descended.append(adapted.support_losses)
+                curve.append(adapted.support_losses)
             fast = adapted.fast
-            found |= {t: {n: w[t].clone() for n, w in fast.items()} for t, last in enumerate(steps) if last == taken}
-        yield taken
+            for task, last in enumerate(steps):
+                if step == last:
+                    learned[task] = {name: weight[task].clone() for name, weight in fast.items()}
+        yield step
     with torch.no_grad():
-        after = parts[0](fast)
-    for losses in parts[1:]:
-        yield taken  # outside of the block: others learn in between
+        final_losses = part_losses[0](fast)
+    for losses in part_losses[1:]:
+        yield step  # outside of `no_grad`, since other tasks may learn in between
         with torch.no_grad():
-            after = after + losses(fast)
-    descended.append(after)
+            final_losses = final_losses + losses(fast)
+    curve.append(final_losses)
     with torch.no_grad():
-        own = {name: torch.stack([found[t][name] for t in range(len(steps))]) for name in fast}
-        kept = algorithm.kept(support, own)
-    curves = torch.stack(descended, dim=1).tolist()
-    return [(found[t] | kept[t], curves[t][: last + 1]) for t, last in enumerate(steps)]
+        stacked = {name: torch.stack([learned[task][name] for task in range(len(steps))]) for name in fast}
+        kept = algorithm.kept(support, stacked)
+    curves = torch.stack(curve, dim=1).tolist()
+    return [(learned[task] | kept[task], curves[task][: last + 1]) for task, last in enumerate(steps)]
 
 
 def support_side(model: "MetaModel", requests: Sequence[AdaptationRequest]) -> TaskSide:
-    rows, labels, classes = zip(*((one.rows, one.labels, one.classes) for one in requests), strict=True)
+    rows, labels, classes = zip(*((request.rows, request.labels, request.classes) for request in requests), strict=True)
     return TaskSide(model.lm, rows, labels, classes, model.encoder.pad)
 
 
 def splits(model: "MetaModel") -> bool:
-    """Return whether the losses of a task are a sum over its examples: not where prototypes compare them."""
+    """Return whether the loss of a task is a sum over its examples. With prototypes it is not: examples interact."""
     algorithm = model.config.algorithm
     return type(algorithm).support_losses is Algorithm.support_losses and not algorithm.prototypes
 
 
-def in_parts(model: "MetaModel", requests: Sequence[AdaptationRequest], most_tokens: int | None) -> list[TaskSide]:
-    """Return the support in parts of no more than so many tokens, one example at least, where it can be split."""
+def support_parts(model: "MetaModel", requests: Sequence[AdaptationRequest], most_tokens: int | None) -> list[TaskSide]:
+    """Return the support in parts of at most `most_tokens` tokens, but at least one example, where it can be split."""
     request = requests[0]
     if most_tokens is None or len(requests) > 1 or not splits(model):
         return [support_side(model, requests)]
     size = max(1, most_tokens // max(len(row.tokens) for row in request.rows))
-    starts = range(0, len(request.rows), size)
-    some = [(request.rows[n : n + size], request.classes[n : n + size]) for n in starts]
-    return [support_side(model, [replace(request, rows=rows, classes=classes)]) for rows, classes in some]
+    parts = []
+    for first in range(0, len(request.rows), size):
+        part = slice(first, first + size)
+        parts.append(replace(request, rows=request.rows[part], classes=request.classes[part]))
+    return [support_side(model, [part]) for part in parts]
 
 
-def scaled(losses: TaskLosses, share: float) -> TaskLosses:
+def scale_losses(losses: TaskLosses, share: float) -> TaskLosses:
     return losses if share == 1 else lambda weights: share * losses(weights)
 
 
 def inner_steps(model: "MetaModel", steps: int | None) -> int:
-    """Return how many steps a new task takes: those asked for, or the run's own; none where there are none to take."""
+    """Return the number of steps of a new task: `steps`, or else the run's; 0 if its algorithm takes none."""
     config = model.config
-    return 0 if not config.algorithm.takes_steps else config.inner.steps if steps is None else steps
+    if not config.algorithm.takes_steps:
+        return 0
+    return config.inner.steps if steps is None else steps

@@ -1,6 +1,6 @@
-"""A learned task in memory: ask it, save it, bring it back.
+"""A learned task in memory: ask it, save it, load it again.
 
-The command line, the server and `compare` answer by what stands here.
+The command line, the server and `compare` all answer through this module.
 """
 
 import logging
@@ -38,10 +38,10 @@ if TYPE_CHECKING:
     from rayml.model import MetaModel
 
 log = logging.getLogger(__name__)
-TEXTS = 16
-"""Most texts that are written side by side."""
-QUERIES, QUERY_TOKENS = 32, 8192
-"""Most queries in one forward, and most tokens of it."""
+MOST_TEXTS = 16
+"""Most texts that are generated side by side."""
+MOST_QUERIES, MOST_QUERY_TOKENS = 32, 8192
+"""Most queries, and most tokens, in one forward."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,13 @@ class Prediction:
     """An answer in the user's own words."""
 
     text: str
-    """The most probable label, or the text that was written."""
+    """The most probable label, or the generated text."""
     probabilities: dict[str, float] = field(default_factory=dict)
-    """Of every option, by the user's own label, summing to 1; empty for a text that was written."""
+    """Probability of every option, by your own label, summing to 1; empty for a generated text."""
 
     @property
     def label(self) -> str | None:
-        """The most probable label; None for a text that was written."""
+        """The most probable label; None for a generated text."""
         return self.text if self.probabilities else None
 
     def __str__(self) -> str:
@@ -64,40 +64,41 @@ class Prediction:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Adapter:
-    """One learned task on its base, ready to answer. `MetaModel.adapt` and `load_adapter` make them.
+    """One learned task on its base, ready to answer. `MetaModel.adapt` and `load_adapter` return it.
 
-    It shares the base with the model that it was learned from; what it adds are its own few weights.
+    It shares the base with the model that it was learned from, and adds only its own few weights.
     """
 
     lm: TaskLM
     """The base in memory, with its hooks."""
     encoder: Encoder
-    """How examples are shown to the model, by the task's own card."""
+    """How examples are shown to the model, as the task's card says."""
     weights: Params | None
     """LoRA's `A [r, in]` and `B [out, r]` of every adapted linear, a soft prompt `[P, d]`, or, in mode full, the task's
-    own copy of what was trained `[...]`; float32. With them the means of its classes `[C, D]`, where prototypes are
-    answered by. None for the bare base."""
+    own copy of the trained parameters `[...]`; float32. A task that answers by prototypes also has the means of its
+    classes, `[C, D]`. None for the bare base."""
     card: AdapterCard
-    """What it is called, its labels, and how it is asked: `rayml.json` in its folder."""
+    """Its name, its labels, and how it is asked: `rayml.json` in its folder."""
     base: str
     """Where the base was loaded from."""
     examples: int = 0
-    """That it was learned from just now; 0 where it was loaded."""
+    """Number of examples that it was learned from; 0 if it was loaded."""
     losses: Sequence[float] = ()
-    """Support loss before each inner step, and after the last; none where it was loaded."""
+    """Support loss before each inner step and after the last; empty if it was loaded."""
     seconds: float = 0.0
-    """That learning took, with the others of its batch."""
+    """Time that learning took, together with the other tasks of its batch."""
 
     def __repr__(self) -> str:
         labels = ", ".join(self.labels)
         kind = f"labels {labels if len(labels) < 80 else f'{labels[:77]}...'}" if labels else "writes text"
-        learned = f", loss {self.losses[0]:.3f} -> {self.losses[-1]:.3f}" if len(self.losses) > 1 else ""
-        learned += f" in {self.seconds:.2f} s" if learned else ""
+        learned = ""
+        if len(self.losses) > 1:
+            learned = f", loss {self.losses[0]:.3f} -> {self.losses[-1]:.3f} in {self.seconds:.2f} s"
         return f"<Adapter {self.card.name!r} on {self.card.model}: {kind}{learned}; .predict(input), .save(folder)>"
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The task's labels, the user's own; none for free text."""
+        """The task's labels, in your own words; empty for free text."""
         return tuple(self.card.labels.values())
 
     @property
@@ -112,30 +113,31 @@ class Adapter:
     @overload
     def predict(self, inputs: Input | Iterable[Input], options: Sequence[str] | None = None) -> Any: ...
     def predict(self, inputs: Input | Iterable[Input], options: Sequence[str] | None = None) -> Any:
-        """Choose among the task's labels, or among `options`; write a text where there are neither.
+        """Choose among the task's labels, or among `options`; generate a text if there are neither.
 
         Args:
             inputs: a text, the fields of an input as a dict, in any order, or a dialogue's messages `[{"role",
-                "content"}, ...]`; or a list of N such, which are answered side by side.
-            options: choose among these alone. A task with labels knows no others; one of free text takes any.
+                "content"}, ...]`; or a list of N inputs, which are answered side by side.
+            options: choose among these alone. For a task with labels they must be some of its labels; for a task of
+                free text they can be anything.
 
         Returns:
             A `Prediction`; for a list, N of them in its order.
 
         Raises:
-            ConfigError: an option that the task does not have, or a text is asked of a masked model.
-            DataError: no input, one of other fields than the task's, or that its prompt does not fit.
+            ConfigError: an option that the task does not have, or a masked model is asked for a text.
+            DataError: no input, an input with other fields than the task's, or one that does not fit its prompt.
         """
         many = not isinstance(inputs, str | Mapping) and isinstance(inputs, Iterable) and not is_dialogue(inputs)
-        asked = [self._asked(one) for one in (inputs if many else [inputs])]  # type: ignore[arg-type]
+        queries = [self._to_example(value) for value in (inputs if many else [inputs])]  # type: ignore[arg-type]
         labels = self.choices(options)
-        found = self._choose(asked, labels) if labels else self._write(asked)
-        return found if many else found[0]
+        predictions = self._choose(queries, labels) if labels else self._generate(queries)
+        return predictions if many else predictions[0]
 
     def save(self, folder: str | AnyPath) -> AnyPath:
         """Write a stock PEFT folder that PEFT, vLLM and LoRAX load, with `rayml.json` beside it; return its path.
 
-        In mode full it is a whole Hugging Face model. `load_adapter` brings either back.
+        In mode full it is a whole Hugging Face model. `load_adapter` loads either again.
 
         Args:
             folder: a path, or a URI such as `s3://bucket/adapters/tickets`.
@@ -143,103 +145,103 @@ class Adapter:
         Raises:
             RunError: the folder exists already.
         """
-        to = new_folder(folder)
-        with made_here(to) as here:
-            self.write_to(here)
-            refuse_unlike_peft(here, self.lm, self.weights or {}, self.card.lora, self.base)
-        return to
+        path = new_folder(folder)
+        with made_here(path) as local:
+            self.write_to(local)
+            refuse_unlike_peft(local, self.lm, self.weights or {}, self.card.lora, self.base)
+        return path
 
     def write_to(self, folder: Path) -> None:
-        """Write what `save` writes into a folder of this machine."""
+        """Write the files of `save` into a local folder."""
         write_weights(folder, self.lm, self.encoder, self.weights or {}, self.card.lora, self.base)
         write_card(folder, self.card)
 
     def choices(self, options: Sequence[str] | None = None) -> dict[str, str]:
-        """Return what the model sees of each option, by the user's own label; nothing where text is to be written.
+        """Return what the model sees of each option, by your own label; empty if it is to generate a text.
 
         Raises:
-            ConfigError: an option that the task does not have.
+            ConfigError: an option that the task does not have, or options that the model cannot tell apart.
         """
-        own = {option: label for label, option in self.card.labels.items()}
-        unknown = [option for option in options or () if own and option not in own]
+        if not self.card.labels:
+            if alike := self.encoder.alike(options or ()):
+                raise ConfigError(f"options: {alike}")
+            return {option: option for option in options or ()}
+        shown = {label: shown_label for shown_label, label in self.card.labels.items()}
+        unknown = [option for option in options or () if option not in shown]
         if unknown:
-            raise ConfigError(f"options: {', '.join(unknown)} not among the task's labels: {', '.join(own)}")
-        alike = "" if own else self.encoder.alike(options or ())
-        if alike:
-            raise ConfigError(f"options: {alike}")
-        return {option: own.get(option, option) for option in options or own}
+            raise ConfigError(f"options: {', '.join(unknown)} not among the task's labels: {', '.join(shown)}")
+        return {label: shown[label] for label in options or shown}
 
     def query(self, example: Example, labels: Sequence[str]) -> Query:
-        """Return what is asked about one input, in every way that the task asks in.
+        """Return the query for one input, with every prompt of the task's ensemble.
 
         Args:
-            labels: as the model sees them; the options.
+            labels: the options, as the model sees them.
         """
         if not self.kept:
             shown = self.shown if self.algorithm.keeps == "prompt" else ()
-            return Query(
-                weighted_prompts(self.lm, self.encoder, [example], labels, shown), self.weights, self.algorithm
-            )
-        known = list(self.card.labels)
-        classes = [known.index(label) for label in labels]
-        tokens = [self.card.label_tokens[number] for number in classes] if self.card.label_tokens else ()
+            prompts = weighted_prompts(self.lm, self.encoder, [example], labels, shown)
+            return Query(prompts, self.weights, self.algorithm)
+        all_labels = list(self.card.labels)
+        classes = [all_labels.index(label) for label in labels]
+        tokens = [self.card.label_tokens[index] for index in classes] if self.card.label_tokens else ()
         if self.algorithm.scores_options:
             prompts = weighted_prompts(self.lm, self.encoder, [example], labels)
         else:
-            prompts = prompts_of(self.lm, self.encoder, [example], known[0])
-        return Query(prompts, self._tensors, self.algorithm, self.kept, classes, tokens)
+            prompts = prompts_of(self.lm, self.encoder, [example], all_labels[0])
+        return Query(prompts, self._forward_weights, self.algorithm, self.kept, classes, tokens)
 
     @cached_property
     def algorithm(self) -> Algorithm:
-        """What it answers by: that of the run that it was learned in."""
+        """The algorithm that it answers by: that of its run."""
         return algorithm_of(self.card.algorithm, self.card.settings)
 
     @cached_property
     def shown(self) -> list[Example]:
-        """The task's own examples that answers need, in the prompt or as hidden states; most tasks keep none."""
+        """The task's examples that answers need, in the prompt or as hidden states; most tasks keep none."""
         return self.card.examples()
 
     @cached_property
     def kept(self) -> KeptSupport | None:
-        """Those examples as rows with their classes, where hidden states are answered by."""
+        """These examples as rows with their classes, or class means, if answers need their hidden states."""
         if not self.algorithm.keeps_states or not self.labels:
             return None
         means = (self.weights or {}).get(MEANS)
         if means is not None:
-            classes = [number for number, mean in enumerate(means) if mean.any()]  # a label may be without an example
+            classes = [index for index, mean in enumerate(means) if mean.any()]  # zeros: a label without an example
             return KeptSupport((), classes, means[classes])
-        known = list(self.card.labels)
+        all_labels = list(self.card.labels)
         rows = self.encoder.rows(self.shown, is_label=True)
-        return KeptSupport(rows, [known.index(example.target) for example in self.shown])
+        return KeptSupport(rows, [all_labels.index(example.target) for example in self.shown])
 
     @cached_property
-    def _tensors(self) -> Params:
+    def _forward_weights(self) -> Params:
         """The weights that a forward needs."""
         return {name: weight for name, weight in (self.weights or {}).items() if name != MEANS}
 
-    def _asked(self, given: Input) -> Example:
-        """Return what is asked about an input: a dialogue is its text, unless the task is to go on with it."""
-        example = unanswered(given, self.card.fields)
-        return replace(example, parts=()) if is_dialogue(given) and self.card.kind != "dialogue" else example
+    def _to_example(self, value: Input) -> Example:
+        """Return an input as an example without a target. A dialogue is plain text unless the task continues it."""
+        example = unanswered(value, self.card.fields)
+        return replace(example, parts=()) if is_dialogue(value) and self.card.kind != "dialogue" else example
 
-    def _choose(self, asked: Sequence[Example], labels: dict[str, str]) -> list[Prediction]:
-        waiting = [self.query(example, list(labels.values())) for example in asked]
-        found = []
-        while waiting:
-            count = first_batch(waiting[:QUERIES], QUERY_TOKENS)
-            found += [chosen(labels, scores) for scores in log_probs(self.lm, self.encoder.pad, waiting[:count])]
-            waiting = waiting[count:]
-        return found
+    def _choose(self, examples: Sequence[Example], labels: dict[str, str]) -> list[Prediction]:
+        queries = [self.query(example, list(labels.values())) for example in examples]
+        predictions = []
+        while queries:
+            count = first_batch(queries[:MOST_QUERIES], MOST_QUERY_TOKENS)
+            predictions += [chosen(labels, scores) for scores in log_probs(self.lm, self.encoder.pad, queries[:count])]
+            queries = queries[count:]
+        return predictions
 
-    def _write(self, asked: Sequence[Example]) -> list[Prediction]:
+    def _generate(self, examples: Sequence[Example]) -> list[Prediction]:
         if not self.encoder.writes_text:
             raise ConfigError(f"options: {self.card.model} writes no text; give options to choose among")
         if reason := unable(self.base, self.card.lora, self.card.soft_tokens, writes=True):
             raise ConfigError(reason)
-        prompts = [self.encoder.asked(example, self.shown) for example in asked]
+        prompts = [self.encoder.asked(example, self.shown) for example in examples]
         texts = texts_behind(self.lm, self.encoder.tokenizer, prompts, self.weights or None, self.card.max_tokens)
-        for first in range(0, len(texts), TEXTS):
-            write(self.lm, texts[first : first + TEXTS])
+        for first in range(0, len(texts), MOST_TEXTS):
+            write(self.lm, texts[first : first + MOST_TEXTS])
         return [Prediction(text.piece().text.strip()) for text in texts]
 
 
@@ -250,35 +252,35 @@ def chosen(labels: Iterable[str], scores: torch.Tensor) -> Prediction:
 
 
 def load_adapter(folder: str | AnyPath, *, model: "MetaModel | Adapter | None" = None) -> Adapter:
-    """Load a task that `Adapter.save`, or `rayml adapt`, wrote.
+    """Load a task that `Adapter.save` or `rayml adapt` wrote.
 
     Args:
         folder: its path, or URI.
-        model: whose base it is to share, in the dtype that it has, so that none is loaded; it has to be the one that
-            the task was learned on. A task of mode full is a whole model, and shares nothing.
+        model: shares its base with the task, in the dtype that it has, so that no base is loaded. The task has to be
+            learned on the same base. A task of mode full is a whole model, and shares nothing.
 
     Raises:
-        RunError: it is not there, or not whole, or it does not fit the model's base.
+        RunError: it is missing or incomplete, or does not fit the model's base.
         ConfigError: it was learned by an algorithm that is unknown here.
     """
-    to = as_path(folder)
-    with local_copy(to) as here:
-        weights, card, own_model = load_learned(here)
+    path = as_path(folder)
+    with local_copy(path) as local:
+        weights, card, own_model = load_learned(local)
         if model is None or own_model:
-            lm, base = base_of(card, own_model)
+            lm, base = load_task_base(card, own_model)
         else:
-            refuse_misfit(to, weights, card, model)
+            check_same_base(path, weights, card, model)
             lm, base = model.lm, model.base
     tokenizer = model.encoder.tokenizer if model and not own_model else load_tokenizer(base)
     mark_embeddings(tokenizer, lm.module.get_input_embeddings().num_embeddings)
     on_device = {name: weight.to(lm.device) for name, weight in weights.items()} or None
     adapter = Adapter(lm, encoder_of(card, tokenizer), on_device, card, base)
-    _ = adapter.algorithm  # raises where it is unknown here
+    _ = adapter.algorithm  # raises if it is unknown here
     return adapter
 
 
-def base_of(card: AdapterCard, own_model: str | None) -> tuple[TaskLM, str]:
-    """Load the base of a task, or the model that it is itself; return it with where it was loaded from."""
+def load_task_base(card: AdapterCard, own_model: str | None) -> tuple[TaskLM, str]:
+    """Load the base of a task, or in mode full the task's own model; return it with where it was loaded from."""
     base = own_model or resolve_model(card.model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = decide(("auto", "auto"), [look_at(device, widest_linear(base))], card.dtype, sdpa=has_sdpa(base))
@@ -290,15 +292,16 @@ def base_of(card: AdapterCard, own_model: str | None) -> tuple[TaskLM, str]:
     return lm, base
 
 
-def refuse_misfit(folder: AnyPath, weights: Params, card: AdapterCard, model: "MetaModel | Adapter") -> None:
-    """Raise RunError if a task was not learned on a model's base, or its hooks cannot carry it."""
+def check_same_base(folder: AnyPath, weights: Params, card: AdapterCard, model: "MetaModel | Adapter") -> None:
+    """Raise RunError if a task was learned on another base than the model's, or its hooks cannot apply the task."""
     name = model.card.model if isinstance(model, Adapter) else model.config.model.name
     if card.model != name:
         raise RunError(f"{folder}: was learned on {card.model}, not on {name}")
     hooked = model.lm.adapter
     if isinstance(hooked, TaskLoRA):
-        adapted = {weight.rsplit(".lora_", 1)[0] for weight in weights if not is_readout(weight)}
-        fits = adapted <= hooked.linears.keys() and card.lora["alpha"] / card.lora["rank"] == hooked.alpha / hooked.rank
+        linears = {weight.rsplit(".lora_", 1)[0] for weight in weights if not is_readout(weight)}
+        scale = card.lora["alpha"] / card.lora["rank"]
+        fits = linears <= hooked.linears.keys() and scale == hooked.alpha / hooked.rank
     else:
         fits = isinstance(hooked, TaskPrompt) and card.soft_tokens == hooked.tokens
     if not fits:
@@ -308,18 +311,18 @@ def refuse_misfit(folder: AnyPath, weights: Params, card: AdapterCard, model: "M
         )
 
 
-def new_folder(to: str | AnyPath) -> AnyPath:
-    """Return the place of a folder to make, or raise RunError if it is there."""
-    folder = as_path(to)
-    if folder.exists():
-        raise RunError(f"{to}: exists already; give a new folder")
-    return folder
+def new_folder(folder: str | AnyPath) -> AnyPath:
+    """Return the path of a folder to make, or raise RunError if it exists."""
+    path = as_path(folder)
+    if path.exists():
+        raise RunError(f"{folder}: exists already; give a new folder")
+    return path
 
 
 def write_weights(folder: Path, lm: TaskLM, encoder: Encoder, weights: Params, lora: dict[str, Any], base: str) -> None:
-    """Write weights that a model takes as stock libraries read them: an adapter, or the whole model."""
+    """Write weights in the format of stock libraries: a PEFT adapter, or the whole model."""
     if lm.adapter:
-        # PEFT has no kind for masked models, and wraps any model then.
+        # PEFT has no task type for masked models; without one it wraps any model.
         kind = EMBEDS if encoder.sentences else None if encoder.is_masked else "CAUSAL_LM"
         save_adapter(folder, weights, lora, public_name(base), kind)
     else:

@@ -1,4 +1,4 @@
-"""The verbs of the library: train, evaluate, compare, sweep. Each command of that name calls the function here."""
+"""The main functions of the library: train, evaluate, compare, sweep. The commands of the same names call them."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rayml.config import Config, Overrides, load_config, parse_config, values_of
+from rayml.config import Config, Overrides, load_config, merged_values, parse_config
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,22 +30,22 @@ def train(
 ) -> "MetaModel":
     """Meta-train on Ray, as `rayml train` does, and load what was learned.
 
-    Checkpoints, metrics and the resolved config go to `run.dir`. Everything that can be wrong with the input is found
-    before Ray starts, and a Ray that runs already is used.
+    Checkpoints, metrics and the resolved config go to `run.dir`. All input is checked before Ray starts. A Ray that is
+    already running is used.
 
     Args:
         config: the path or URI of a YAML file, a `Config`, or nested values.
         overrides: `{"inner.lr": 0.1}`, `{"inner": {"lr": 0.1}}`, or `["inner.lr=0.1"]`.
-        resume: go on from the last whole checkpoint, if there is one.
-        continues: a run whose learned start this one begins with, and whose tasks it replays.
+        resume: continue from the last complete checkpoint, if there is one.
+        continues: a run whose learned start this one begins from, and whose tasks it replays.
         more: overrides as keywords: `workers=2`, `inner={"lr": 0.1}`.
 
     Returns:
-        The model at its best checkpoint on meta-val, where there were validations; else at the newest.
+        The model at its best checkpoint on meta-val if there were validations, else at the newest.
 
     Raises:
         ConfigError, DataError, RunError: the input is bad; nothing was started.
-        TrainingError: training stopped, and why.
+        TrainingError: training stopped; the message says why.
     """
     from rayml.model import load
 
@@ -60,11 +60,11 @@ def trained_run(
     continues: "str | AnyPath | None" = None,
     **more: Any,
 ) -> "RunFolder":
-    """Do what `train` does, but load nothing: return the run's folder. Arguments and errors are those of `train`."""
-    values, source = values_of(config, overrides, **more)
-    added = [f"run.continues={continues}"] if continues else []
-    settings = parse_config(values, source, added)
-    with loading():
+    """Train as `train` does, but load nothing: return the run's folder. Takes and raises the same as `train`."""
+    values, source = merged_values(config, overrides, **more)
+    continued = [f"run.continues={continues}"] if continues else []
+    settings = parse_config(values, source, continued)
+    with show_loading():
         from rayml.training.driver import train as run_training
 
     return run_training(settings, resume)
@@ -88,20 +88,22 @@ def evaluate(
     Writes `evaluation.json` and `adaptation.png` into the run folder, as `rayml evaluate` does.
 
     Args:
-        run: the folder of a run, its URI, or a model that is loaded already.
-        data: paths of tasks that were never seen in training; else the run's own held-out tasks.
-        ways: classes in an episode; else as the run was trained.
-        shots: support examples, per class (per task for free text); else as the run was trained.
-        episodes: of each task.
-        seed: draws the episodes.
-        split: `test`, or `val` to choose settings by.
-        checkpoint: "best" by meta-val, or "newest"; else the best where there were validations. Of a folder alone.
-        json_file: where the numbers go; else into the run folder.
-        console: where the table is printed; nowhere by default.
+        run: the folder of a run, its URI, or a model that is already loaded.
+        data: paths of tasks that training never saw; by default the run's own held-out tasks.
+        ways: classes in an episode; by default as in training.
+        shots: support examples, per class (per task for free text); by default as in training.
+        episodes: number of episodes of each task.
+        seed: of the episodes.
+        split: `test`, or `val` to choose settings with.
+        checkpoint: "best" by meta-val, or "newest"; by default the best if there were validations, else the newest. It
+            has no effect on a model that is already loaded.
+        json_file: where to write the numbers; by default into the run folder.
+        console: where to print the table; by default nowhere.
 
     Returns:
         What `evaluation.json` holds: `overall` and `tasks`, each with `before`, `after`, `untrained_after`, `gain` and
-        `over_untrained` as a `mean` and the ends `low`, `high` of its 95 % interval; accuracy, or free text's loss.
+        `over_untrained`. Each is an accuracy, or the loss of free text, as a `mean` with the ends `low` and `high` of
+        its 95 % interval.
 
     Raises:
         RunError, DataError, ConfigError: no run, no tasks to evaluate on, or an unknown split.
@@ -110,10 +112,10 @@ def evaluate(
     from rayml.model import MetaModel
     from rayml.runs.folder import RunFolder
 
-    given = run if isinstance(run, MetaModel | RunFolder) else RunFolder(run)
+    source = run if isinstance(run, MetaModel | RunFolder) else RunFolder(run)
     paths = [data] if isinstance(data, str) else list(data) if data else None
     out, err = consoles(console)
-    return evaluate_run(given, paths, ways, shots, episodes, seed, split, checkpoint, json_file, out, err)
+    return evaluate_run(source, paths, ways, shots, episodes, seed, split, checkpoint, json_file, out, err)
 
 
 def compare(
@@ -135,33 +137,33 @@ def compare(
     console: "Console | None" = None,
     **more: Any,
 ) -> dict[str, Any]:
-    """Train methods with equal tokens, adapt each with equal care, and ask all the same, as `rayml compare` does.
+    """Train methods with equal tokens, tune each with equal effort, and ask all the same, as `rayml compare` does.
 
     Args:
-        config, overrides, more: as `train` takes them; the outer steps are FOMAML's, and fix everyone's tokens.
-        methods: their names; else the usual ones that can run here.
-        variants: more methods, each by what it changes: `{"slow": ["inner.lr=0.01"]}`.
-        runs: run folders that take part as they are.
-        seeds: runs of each method.
-        episodes: of each meta-test task.
-        val_episodes: that each adaptation is chosen on, of all meta-val tasks together.
-        rates: factors on the inner rates, each tried.
-        steps: numbers of inner steps, each tried.
+        config, overrides, more: as in `train`. The outer steps count for FOMAML, and so fix the tokens of all methods.
+        methods: their names; by default the usual methods that can run here.
+        variants: more methods, each with its overrides: `{"slow": ["inner.lr=0.01"]}`.
+        runs: folders of finished runs to compare as they are.
+        seeds: number of runs of each method.
+        episodes: number of episodes of each meta-test task.
+        val_episodes: number of episodes, of all meta-val tasks together, on which each adaptation is chosen.
+        rates: factors on the inner rates to try.
+        steps: numbers of inner steps to try.
         encoder: the sentence encoder of `embedding` and `setfit`: `minilm`, a folder, or a Hugging Face id.
-        out: the folder, or its URI, where runs, answers and the report go. What is there is not done again.
+        out: the folder, or its URI, for runs, answers and the report. What it already holds is not done again.
         dry_run: print the runs, tokens and time, and stop.
-        command: stands in the report.
-        console: where tables and notes are printed; nowhere by default.
+        command: quoted in the report.
+        console: where to print tables and notes; by default nowhere.
 
     Returns:
-        For each kind of tasks a row for each method: the numbers of `report.md`. Nothing for a dry run.
+        For each kind of tasks a row for each method: the numbers of `report.md`. Empty for a dry run.
 
     Raises:
         ConfigError, DataError, RunError: the input is bad; nothing was started.
-        TrainingError: not one method could be trained.
+        TrainingError: no method could be trained.
     """
-    values, source = values_of(config, overrides, **more)
-    with loading():
+    values, source = merged_values(config, overrides, **more)
+    with show_loading():
         from rayml.experiments.compare import compare as run_comparison
         from rayml.experiments.method_runs import Request
 
@@ -176,20 +178,20 @@ def compare(
         steps=sorted(set(steps)),
         encoder=encoder,
     )
-    stands = command or f"rayml.compare({source!r})"
-    return run_comparison(values, source, request, out, stands, dry_run, consoles(console)[0])
+    command = command or f"rayml.compare({source!r})"
+    return run_comparison(values, source, request, out, command, dry_run, consoles(console)[0])
 
 
 @dataclass(frozen=True)
 class SweepResult:
-    """What came of a search of settings."""
+    """The result of a search over settings."""
 
     folder: "AnyPath"
-    """Where `best.yaml`, `trials.csv`, `trials.json` and `sweep.png` are, and the trials' runs."""
+    """Holds `best.yaml`, `trials.csv`, `trials.json`, `sweep.png`, and the runs of the trials."""
     best: Config
-    """The config with the best trial's values, at its full length: `train` takes it."""
+    """The config of the best trial, with all its outer steps; pass it to `train`."""
     trials: list[dict[str, Any]]
-    """The best first: `point` (the values that were tried), `score`, `before`, `after`, `step`, `state`, `run`."""
+    """The best first: `point` (the values tried), `score`, `before`, `after`, `step`, `state`, `run`."""
 
 
 def sweep(
@@ -201,20 +203,20 @@ def sweep(
     console: "Console | None" = None,
     **more: Any,
 ) -> SweepResult:
-    """Search settings by Ray Tune, as `rayml sweep` does: every trial is a training run, scored on meta-val.
+    """Search settings with Ray Tune, as `rayml sweep` does: every trial is a training run, scored on meta-val.
 
     Args:
-        config, overrides, more: as `train` takes them; `sweep.trials` and the like say how it is searched.
-        search: what to search, `{"inner.lr": "loguniform(1e-2, 1)"}`; else as the config's `sweep.search` says.
-        resume: go on with a sweep that was cut off.
-        console: where the table is printed; nowhere by default.
+        config, overrides, more: as in `train`; settings such as `sweep.trials` control the search.
+        search: what to search, `{"inner.lr": "loguniform(1e-2, 1)"}`; by default the config's `sweep.search`.
+        resume: continue a sweep that was cut off.
+        console: where to print the table; by default nowhere.
 
     Raises:
         ConfigError, DataError, RunError: the input is bad; nothing was started.
-        TrainingError: no trial came to a validation.
+        TrainingError: no trial reached a validation.
     """
-    values, source = values_of(config, overrides, **(more | ({"sweep.search": dict(search)} if search else {})))
-    with loading():
+    values, source = merged_values(config, overrides, **(more | ({"sweep.search": dict(search)} if search else {})))
+    with show_loading():
         from rayml.experiments.sweep import sweep as run_sweep
 
     folder = run_sweep(values, source, resume, consoles(console)[0])
@@ -222,8 +224,8 @@ def sweep(
     return SweepResult(folder, load_config(folder / "best.yaml"), trials)
 
 
-def loading() -> AbstractContextManager[Any]:
-    """Show that libraries are being loaded: the first time takes some seconds."""
+def show_loading() -> AbstractContextManager[Any]:
+    """Show that libraries are being loaded, which takes some seconds the first time."""
     from rich.console import Console
 
     from rayml.progress import doing
@@ -232,7 +234,7 @@ def loading() -> AbstractContextManager[Any]:
 
 
 def consoles(console: "Console | None") -> "tuple[Console, Console]":
-    """Return where results are printed, and where it is told how far it is."""
+    """Return the consoles for results and for progress."""
     from rich.console import Console
 
     return console or Console(quiet=True), Console(stderr=True, markup=False)

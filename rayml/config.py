@@ -1,17 +1,17 @@
-"""One YAML a run, with dotted overrides `inner.lr=0.1`. Few keys; an unknown one is an error that names the nearest.
+"""The config: one YAML per run, with dotted overrides such as `inner.lr=0.1`. An unknown key is an error that names
+the nearest known key.
 
-The sections lie in `rayml.sections`.
+The sections are in `rayml.sections`.
 """
 
 import copy
 import difflib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, Field, PositiveInt, SerializeAsAny, ValidationError
-from pydantic import model_validator as whole
+from pydantic import BaseModel, BeforeValidator, Field, PositiveInt, SerializeAsAny, ValidationError, model_validator
 
 from rayml import yaml12
 from rayml.algorithms.base import Algorithm
@@ -41,13 +41,13 @@ if TYPE_CHECKING:
 
 S = TypeVar("S", bound=BaseModel)
 Overrides = Mapping[str, Any] | Sequence[str]
-"""What is changed of a config: values by dotted or nested keys, or `key=value` texts as on the command line."""
+"""Changes to a config: values by dotted or nested keys, or `key=value` texts as on the command line."""
 ALGORITHM = "algorithm.name"
-"""What is set beside it are settings of that algorithm: so it is set first, and a change of it forgets them."""
+"""The section's other keys belong to the named algorithm. So the name is set first, and a new name resets them."""
 
 
 class Config(Section):
-    """A run's settings, checked; one YAML a run. `rayml config --keys` prints every key, its default and meaning."""
+    """The checked settings of a run. `rayml config --keys` prints every key with its default and meaning."""
 
     model: Model
     data: Data
@@ -55,7 +55,7 @@ class Config(Section):
     mode: Literal["adapters", "full"] = "adapters"
     """What is learned. `adapters`: LoRA, or soft prompts, on a frozen base. `full`: every parameter of the model."""
     adapter: Literal["lora", "soft_prompt"] = "lora"
-    """What kind of adapters."""
+    """Which kind of adapters."""
     algorithm: Annotated[SerializeAsAny[Algorithm], BeforeValidator(chosen)] = Field(default_factory=default)
     lora: Lora = Lora()
     soft_prompt: SoftPrompt = SoftPrompt()
@@ -67,20 +67,20 @@ class Config(Section):
     zero: Zero = Zero()
     sweep: Sweep = Sweep()
     tasks_per_step: PositiveInt = 4
-    """Episodes in an outer step, over all workers."""
+    """Episodes per outer step, over all workers."""
     workers: PositiveInt | Annotated[tuple[PositiveInt, PositiveInt], Field(strict=False)] = 1
     """Ray Train workers. Each adapts tasks_per_step / workers tasks. `[2, 8]`: as many as there is room for, from two
-    to eight, also when nodes are lost or come back."""
+    to eight, even while nodes come and go."""
     tasks_at_once: PositiveInt | None = None
-    """Tasks that a worker adapts side by side, in one forward; null: all of its own. Fewer take less memory and more
-    time, and come to the same meta-gradient. `rayml plan` says how many fit."""
+    """Tasks that a worker adapts side by side, in one forward; null: all of its tasks. Fewer take less memory and more
+    time, with the same meta-gradient. `rayml plan` says how many fit."""
     engine: Literal["local", "zero"] = "local"
-    """`local`: the whole model on every worker. `zero`: DeepSpeed ZeRO, the model sharded over the workers."""
+    """`local`: the whole model on every worker. `zero`: DeepSpeed ZeRO, which shards the model over the workers."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto`: one GPU a worker where the cluster has them, else CPU."""
+    """`auto`: one GPU per worker if the cluster has them, else CPU."""
     seed: NotNegativeInt = 0
 
-    @whole(mode="after")
+    @model_validator(mode="after")
     def _tasks_divide(self) -> "Config":
         workers = self.most_workers
         if self.tasks_per_step % workers:
@@ -92,14 +92,14 @@ class Config(Section):
         return self
 
     def encoder(self, tokenizer: Any) -> "Encoder":
-        from rayml.lm.encode import Encoder  # torch and all: reading a config needs none of it
+        from rayml.lm.encode import Encoder  # these import torch, which reading a config does not need
         from rayml.lm.sentence import INPUT, sentences_of
 
         data, in_context = self.data, self.algorithm.keeps == "prompt"
-        is_usual = data.prompt == Data.model_fields["prompt"].default
+        is_default_prompt = data.prompt == Data.model_fields["prompt"].default
         return Encoder(
             tokenizer,
-            INPUT if is_usual and sentences_of(tokenizer) else data.prompt,
+            INPUT if is_default_prompt and sentences_of(tokenizer) else data.prompt,
             data.max_tokens,
             data.label_loss,
             in_context,
@@ -110,26 +110,30 @@ class Config(Section):
             soft_tokens=self.soft_tokens,
         )
 
-    @whole(mode="after")
+    @model_validator(mode="after")
     def _choices_go_together(self) -> "Config":
-        reasons = impossible(self)
-        if reasons:
+        if reasons := list(conflicts(self)):
             raise ValueError("; ".join(reasons))
         return self
 
     @property
     def learns_inner_lrs(self) -> bool:
-        """Whether inner rates are learned."""
+        """Whether the inner rates are learned."""
         return self.mode == "adapters" and self.algorithm.learned_rates != "none"
 
     @property
     def soft_tokens(self) -> int:
-        """Soft tokens in front of every row."""
+        """Number of soft tokens in front of every row."""
         return self.soft_prompt.tokens if self.mode == "adapters" and self.adapter == "soft_prompt" else 0
 
     @property
+    def lora_shape(self) -> dict[str, Any]:
+        """What fixes the tensors of LoRA adapters and how they act; empty where there are none."""
+        return self.lora.shape() if self.mode == "adapters" and self.adapter == "lora" else {}
+
+    @property
     def is_sharded(self) -> bool:
-        """Whether what is learned is itself sharded over the workers."""
+        """Whether the trained parameters are themselves sharded over the workers."""
         return self.mode == "full" and self.engine == "zero"
 
     @property
@@ -142,43 +146,43 @@ class Config(Section):
 
     @property
     def tasks_per_worker(self) -> int:
-        """The most that one worker adapts in an outer step."""
+        """Most tasks that one worker adapts in an outer step."""
         return -(-self.tasks_per_step // self.fewest_workers)
 
     @property
     def tasks_together(self) -> int:
-        """The most that one worker adapts side by side; mode full takes them one by one."""
+        """Most tasks that one worker adapts side by side; in mode full one at a time."""
         if self.mode == "full":
             return 1
         return min(self.tasks_at_once or self.tasks_per_worker, self.tasks_per_worker)
 
 
-def impossible(config: Config) -> list[str]:
-    """Return why choices that are each fine do not go together."""
-    full = config.mode == "full"
-    rules = {
-        f"workers: the first of [fewest, most] is larger than the second: {config.workers}": config.fewest_workers
-        > config.most_workers,
-        "workers: shards of mode=full with engine=zero are for one number of workers; give one": config.is_sharded
-        and config.fewest_workers < config.most_workers,
-        "regularize.adversarial: the inner loop of mode=full with engine=zero knows none": config.is_sharded
-        and config.regularize.adversarial > 0,
-        "inner.unfreeze_every: mode=full with engine=zero unfreezes nothing gradually": config.is_sharded
-        and config.inner.unfreeze_every > 0,
-        "inner.layer_decay: mode=full with engine=zero has one rate": config.inner.layer_decay < 1
-        and config.is_sharded,
-        "regularize.lora_dropout: it is for adapter=lora, and mode=adapters": (full or config.adapter != "lora")
-        and config.regularize.lora_dropout > 0,
-        "adapter: mode=full has none": full and config.adapter != "lora",
-        "zero.stage: adapters leave the base frozen, so only stage 3 saves anything; use zero.stage=3": not full
-        and config.engine == "zero"
-        and config.zero.stage != 3,
-        "zero.offload: it is for mode=full with engine=zero": config.zero.offload != "none" and not config.is_sharded,
-        "zero.offload: all needs zero.stage=3": config.zero.offload == "all" and config.zero.stage != 3,
-        "validation.patience: without validations (validation.every=0) it never stops": config.validation.patience > 0
-        and not config.validation.every,
-    }
-    return [reason for reason, holds in rules.items() if holds] + list(config.algorithm.refuses(config))
+def conflicts(config: Config) -> Iterator[str]:
+    """Yield why settings that are each valid cannot be combined."""
+    is_full, sharded, zero = config.mode == "full", config.is_sharded, config.zero
+    if config.fewest_workers > config.most_workers:
+        yield f"workers: the first of [fewest, most] is larger than the second: {config.workers}"
+    if sharded and config.fewest_workers < config.most_workers:
+        yield "workers: shards of mode=full with engine=zero are for one number of workers; give one"
+    if sharded and config.regularize.adversarial > 0:
+        yield "regularize.adversarial: the inner loop of mode=full with engine=zero does not support it"
+    if sharded and config.inner.unfreeze_every > 0:
+        yield "inner.unfreeze_every: mode=full with engine=zero does not support gradual unfreezing"
+    if sharded and config.inner.layer_decay < 1:
+        yield "inner.layer_decay: mode=full with engine=zero has the same rate for all layers"
+    if config.regularize.lora_dropout > 0 and (is_full or config.adapter != "lora"):
+        yield "regularize.lora_dropout: it is for adapter=lora, and mode=adapters"
+    if is_full and config.adapter != "lora":
+        yield "adapter: mode=full has none"
+    if not is_full and config.engine == "zero" and zero.stage != 3:
+        yield "zero.stage: adapters leave the base frozen, so only stage 3 saves anything; use zero.stage=3"
+    if zero.offload != "none" and not sharded:
+        yield "zero.offload: it is for mode=full with engine=zero"
+    if zero.offload == "all" and zero.stage != 3:
+        yield "zero.offload: all needs zero.stage=3"
+    if config.validation.patience > 0 and not config.validation.every:
+        yield "validation.patience: without validations (validation.every=0) it never stops"
+    yield from config.algorithm.refuses(config)
 
 
 def load_config(config: "Config | Mapping[str, Any] | str | AnyPath", overrides: Overrides | None = None) -> Config:
@@ -189,16 +193,16 @@ def load_config(config: "Config | Mapping[str, Any] | str | AnyPath", overrides:
         overrides: `{"inner.lr": 0.1}`, `{"inner": {"lr": 0.1}}`, or `["inner.lr=0.1"]`.
 
     Raises:
-        ConfigError: the file cannot be read, or with every mistake in it.
+        ConfigError: the file cannot be read, or it has mistakes; the message lists all of them.
     """
-    return parse_config(*values_of(config, overrides))
+    return parse_config(*merged_values(config, overrides))
 
 
 def read_values(path: "str | AnyPath") -> dict[str, Any]:
-    """Return the nested values of a YAML file, or URI, not checked yet.
+    """Return the nested values of a YAML file, or URI, without checking them.
 
     Raises:
-        ConfigError: the file cannot be read, or is no YAML of keys and values.
+        ConfigError: the file cannot be read, or is not a YAML mapping.
     """
     from rayml.runs.files import as_path  # pyarrow is slow to import
 
@@ -217,18 +221,17 @@ def read_values(path: "str | AnyPath") -> dict[str, Any]:
 
 
 def parse_config(values: dict[str, Any], source: str, overrides: Sequence[str] = ()) -> Config:
-    """Return the config that nested `values` give after the overrides; `source` names them in the errors."""
+    """Return the config of nested `values` after the overrides; `source` names it in errors."""
     return parse_section(Config, values, source, overrides)
 
 
 def parse_section(kind: type[S], values: dict[str, Any], source: str, overrides: Sequence[str] = ()) -> S:
-    """Return settings of any kind, as `parse_config` does."""
-    values = copy.deepcopy(values)
-    _override_all(values, overrides, kind)
+    """Return settings of any kind as `parse_config` returns a config."""
+    changes = dict(parsed(override, kind) for override in overrides)
     try:
-        return kind.model_validate(values)
+        return kind.model_validate(with_values(values, changes))
     except ValidationError as error:
-        lines = [_explain(mistake, kind) for mistake in error.errors()]
+        lines = [_explain(details, kind) for details in error.errors()]
         raise ConfigError("\n  ".join([f"{source}: {len(lines)} mistake(s)", *lines])) from None
 
 
@@ -238,110 +241,104 @@ def dump_config(config: Config) -> str:
 
 
 def keys(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, tuple[Any, str]]:
-    """Return every dotted key with its default (`...` where it is required) and what it means."""
-    found: dict[str, tuple[Any, str]] = {}
+    """Return every dotted key with its default (`...` if it is required) and its meaning."""
+    defaults: dict[str, tuple[Any, str]] = {}
     for name, field in section.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
-            found |= keys(kind, f"{prefix}{name}.")
+            defaults |= keys(kind, f"{prefix}{name}.")
             if kind is Algorithm:
-                found |= settings_of_algorithms(f"{prefix}{name}.")
+                defaults |= algorithm_keys(f"{prefix}{name}.")
         else:
-            found[prefix + name] = (... if field.is_required() else field.default, field.description or "")
-    return found
+            defaults[prefix + name] = (... if field.is_required() else field.default, field.description or "")
+    return defaults
 
 
-def settings_of_algorithms(prefix: str) -> dict[str, tuple[Any, str]]:
-    """Return what `keys` does of the registered algorithms' own settings, with the names of those that have each."""
-    found: dict[str, tuple[Any, str]] = {prefix + "name": (DEFAULT, Algorithm.model_fields["name"].description or "")}
-    having: dict[str, list[str]] = {}
+def algorithm_keys(prefix: str) -> dict[str, tuple[Any, str]]:
+    """Return `keys` for the settings of all registered algorithms; each meaning begins with the algorithms' names."""
+    defaults = {prefix + "name": (DEFAULT, Algorithm.model_fields["name"].description or "")}
+    owners: dict[str, list[str]] = {}
     for name in REGISTERED:
         for setting, field in algorithm_class(name).model_fields.items():
-            having.setdefault(prefix + setting, []).append(f"{name} (default {field.default!r})")
-            found.setdefault(prefix + setting, (field.default, field.description or ""))
-    own = {key: f"{', '.join(having[key])}: " for key in found if key != prefix + "name"}
-    return {key: (default, own.get(key, "") + meaning) for key, (default, meaning) in found.items()}
+            owners.setdefault(prefix + setting, []).append(f"{name} (default {field.default!r})")
+            defaults.setdefault(prefix + setting, (field.default, field.description or ""))
+    del owners[prefix + "name"]  # all have it
+    return defaults | {
+        key: (defaults[key][0], f"{', '.join(names)}: {defaults[key][1]}") for key, names in owners.items()
+    }
 
 
 def with_values(values: dict[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return nested values with dotted keys set to what `settings` gives, the algorithm before its settings."""
+    """Return nested values with the dotted keys of `settings` set, the algorithm before its settings."""
     values = copy.deepcopy(values)
-    for key in sorted(settings, key=lambda key: key != ALGORITHM):
-        _set(values, key, settings[key])
+    for key, value in sorted(settings.items(), key=lambda item: item[0] != ALGORITHM):
+        if key == ALGORITHM and (values.get("algorithm") or {}).get("name", DEFAULT) != value:
+            values["algorithm"] = {}
+        section = values
+        *parents, last = key.split(".")
+        for parent in parents:
+            section = section.setdefault(parent, {})
+            if not isinstance(section, dict):
+                raise ConfigError(f"{key}: {parent} is a value, not a section")
+        section[last] = value
     return values
 
 
-def values_of(
+def merged_values(
     config: "Config | Mapping[str, Any] | str | AnyPath", overrides: Overrides | None = None, **more: Any
 ) -> tuple[dict[str, Any], str]:
-    """Return the nested values of a config in any form after all overrides, not checked yet, and what to call it.
+    """Return the unchecked nested values of a config in any form after all overrides, and its name for errors.
 
     Args:
         config: the path or URI of a YAML file, a `Config`, or nested values.
         overrides: `{"inner.lr": 0.1}`, `{"inner": {"lr": 0.1}}`, or `["inner.lr=0.1"]`.
-        more: the same as keywords: `workers=2`, `inner={"lr": 0.1}`, `**{"inner.lr": 0.1}`.
+        more: overrides as keywords: `workers=2`, `inner={"lr": 0.1}`, `**{"inner.lr": 0.1}`.
 
     Raises:
-        ConfigError: the file cannot be read, or an override is none.
+        ConfigError: the file cannot be read, or an override is malformed.
     """
     source = "the config"
     if isinstance(config, Config):
         values = config.model_dump(mode="json")
     elif isinstance(config, Mapping):
-        values = with_values({}, dotted(config))
+        values = with_values({}, flatten(config))
     else:
         values, source = read_values(config), str(config)
     if isinstance(overrides, Mapping):
-        values = with_values(values, dotted(overrides))
+        changes = flatten(overrides)
     else:
-        _override_all(values, once(overrides or ()), Config)
-    return with_values(values, dotted(more)), source
+        changes = dict(parsed(override, Config) for override in once(overrides or ()))
+    return with_values(with_values(values, changes), flatten(more)), source
 
 
-def dotted(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return settings by dotted keys: `{"inner": {"lr": 0.1}}` and `{"inner.lr": 0.1}` are the same."""
-    found: dict[str, Any] = {}
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return settings by dotted keys: `{"inner": {"lr": 0.1}}` and `{"inner.lr": 0.1}` give the same."""
+    flat: dict[str, Any] = {}
     for name, value in settings.items():
         key = prefix + name
         if isinstance(value, Mapping) and any(known.startswith(f"{key}.") for known in keys()):
-            found |= dotted(value, f"{key}.")
+            flat |= flatten(value, f"{key}.")
         else:
-            found[key] = os.fspath(value) if isinstance(value, os.PathLike) else value
-    return found
+            flat[key] = os.fspath(value) if isinstance(value, os.PathLike) else value
+    return flat
 
 
-def _override_all(values: dict[str, Any], overrides: Sequence[str], kind: type[BaseModel]) -> None:
-    """Override values in place, the algorithm before its settings."""
-    for override in sorted(overrides, key=lambda override: not override.startswith(f"{ALGORITHM}=")):
-        _set(values, *parsed(override, kind))
-
-
-def _set(values: dict[str, Any], key: str, value: Any) -> None:
-    if key == ALGORITHM and (values.get("algorithm") or {}).get("name", DEFAULT) != value:
-        values["algorithm"] = {}
-    *parents, last = key.split(".")
-    for parent in parents:
-        values = values.setdefault(parent, {})
-        if not isinstance(values, dict):
-            raise ConfigError(f"{key}: {parent} is a value, not a section")
-    values[last] = value
-
-
-def _explain(mistake: Any, kind: type[BaseModel]) -> str:
-    """Say in one line what is wrong with which key."""
-    key = ".".join(str(part) for part in mistake["loc"])
-    if mistake["type"] == "extra_forbidden":
+def _explain(error: Any, kind: type[BaseModel]) -> str:
+    """Return one line that says what is wrong with which key."""
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
         known = list(keys(kind)) + list(kind.model_fields)
         if key in MOVED or key in known:
             return f"{key}: {MOVED.get(key, 'no setting of this algorithm')}"
-        last_parts = {name.rsplit(".", 1)[-1]: name for name in known}
-        close = difflib.get_close_matches(key, known, n=1) or [
-            last_parts[name] for name in difflib.get_close_matches(key.rsplit(".", 1)[-1], last_parts, n=1)
-        ]
+        by_last_part = {name.rsplit(".", 1)[-1]: name for name in known}
+        close = difflib.get_close_matches(key, known, n=1)
+        if not close:
+            close_last_parts = difflib.get_close_matches(key.rsplit(".", 1)[-1], by_last_part, n=1)
+            close = [by_last_part[last_part] for last_part in close_last_parts]
         return f"{key}: no such key" + (f"; did you mean {close[0]}?" if close else "")
-    if mistake["type"] == "missing":
-        return f"{key}: required, and not there"
-    message = mistake["msg"].removeprefix("Value error, ")
-    if mistake["type"] == "string_type" and isinstance(mistake["input"], bool | int | float):
+    if error["type"] == "missing":
+        return f"{key}: required, but missing"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "string_type" and isinstance(error["input"], bool | int | float):
         message += ": quote it in YAML"
-    return f"{key}: {message}, got {mistake['input']!r}" if key and mistake["type"] != "value_error" else message
+    return f"{key}: {message}, got {error['input']!r}" if key and error["type"] != "value_error" else message

@@ -1,8 +1,8 @@
-"""What rayml raises when the user can put it right. All picklable: they cross Ray processes."""
+"""Errors that the user can fix. All can be pickled, since they cross Ray processes."""
 
 
 class RaymlError(Exception):
-    """Root of the errors below. The message says what, where, what was expected, what to do."""
+    """Base of all errors. The message says what is wrong, where, what was expected, and what to do."""
 
 
 class ConfigError(RaymlError, ValueError):
@@ -10,7 +10,7 @@ class ConfigError(RaymlError, ValueError):
 
 
 class DataError(RaymlError, ValueError):
-    """Tasks that cannot be read, or that no episode can be drawn from."""
+    """Tasks that cannot be read, or that are too small for an episode."""
 
 
 class RunError(RaymlError, RuntimeError):
@@ -18,8 +18,8 @@ class RunError(RaymlError, RuntimeError):
 
 
 class TrainingError(RaymlError, RuntimeError):
-    """Training that must not go on, such as a loss that is not finite."""
+    """Training that must not continue, for instance because a loss is not finite."""
 
 
 class StorageError(RaymlError, OSError):
-    """Storage by URI that does not answer, or refuses."""
+    """Storage at a URI that does not answer, or refuses access."""

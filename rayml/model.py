@@ -1,6 +1,6 @@
 """A meta-trained model in memory: load it, and let it learn tasks.
 
-The command line, the server and `compare` use what stands here; nobody adapts in another way.
+The command line, the server and `compare` all adapt through this module.
 """
 
 import logging
@@ -43,20 +43,20 @@ from rayml.tasks.task import Task
 log = logging.getLogger(__name__)
 R = TypeVar("R")
 AT_ONCE = 16
-"""Tasks in one batched inner loop."""
+"""Most tasks in one batched inner loop."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class MetaModel:
-    """A base model in memory with what a run learned: a start, from which a task takes a few inner steps.
+    """A base model in memory with what a run learned: a start, from which a few inner steps learn a task.
 
-    `load` and `train` make them. Adapters that are learned from it share its base.
+    `load` and `train` return it. Adapters that it learns share its base.
     """
 
     config: Config
-    """As the run was trained."""
+    """The config that the run was trained with."""
     lm: TaskLM
-    """The base, with the hooks that adapters act by."""
+    """The base with the hooks that apply adapters."""
     encoder: Encoder
     """How examples are shown to the model."""
     base: str
@@ -64,29 +64,29 @@ class MetaModel:
     start: Params
     """The shared start, `[...]` each, in float32."""
     inner_lrs: Params
-    """The inner rate of each tensor that the inner loop changes, `[]`, or `[...]` as the tensor (Meta-SGD)."""
+    """Inner rate of each tensor that the inner loop changes: `[]`, or with the tensor's own shape (Meta-SGD)."""
     step: int
-    """Outer steps that were taken; 0 for an untrained start."""
+    """Outer steps taken; 0 for an untrained start."""
     untrained: Params
-    """Where training began."""
+    """The start that training began from."""
     precision: Precision
-    """What the base runs in here, and why; `config.model` has it, too."""
+    """The dtype and attention that the base runs with here, and why; `config.model` has them, too."""
     run: RunFolder | None = None
-    """Where it was trained; None for an untrained start."""
+    """The run that it was trained in; None for an untrained start."""
     checkpoint: str = "untrained"
-    """Which of its checkpoints this is, in words."""
+    """Which checkpoint of the run this is, in words."""
 
     def __repr__(self) -> str:
-        where = f" from {self.run.path}" if self.run else ""
+        run = f" from {self.run.path}" if self.run else ""
         name = f"{self.config.model.name}, {self.config.algorithm.name}"
-        return f"<MetaModel {name}, {self.checkpoint}{where}; .adapt([(input, target), ...]) learns a task>"
+        return f"<MetaModel {name}, {self.checkpoint}{run}; .adapt([(input, target), ...]) learns a task>"
 
     @property
     def device(self) -> torch.device:
         return next(iter(self.start.values())).device
 
     def scorer(self) -> Scorer:
-        """Return what scores episodes as the run's own algorithm does."""
+        """Return a scorer of episodes that uses the run's own algorithm."""
         inner = self.config.inner
         return Scorer(self.lm, self.encoder, self.config.algorithm, inner.steps, inner.unfreeze_every)
 
@@ -95,14 +95,14 @@ class MetaModel:
 
         Args:
             examples: pairs `(input, target)`; dicts, such as `{"input", "target", "options"}`; a pandas DataFrame or a
-                `datasets.Dataset` with such columns; or a path or URI as `data.path` takes it. An input is a
-                text, or a dict of fields; a target is a text, a list of labels, or of spans `{"text", "type"}`.
-                Labels are the user's own. A run on label tasks takes two different targets or more for labels.
-            name: of the task.
-            steps: inner steps; else the run's own `inner.steps`.
+                `datasets.Dataset` with such columns; or a path or URI as `data.path` takes it. An input is a text or a
+                dict of fields; a target is a text, a list of labels, or a list of spans `{"text", "type"}`. Labels are
+                your own. If the run was trained on label tasks, two or more different targets are taken for labels.
+            name: the task's name.
+            steps: number of inner steps; by default the run's `inner.steps`.
 
         Raises:
-            DataError: examples that cannot be read or learned, or of several tasks.
+            DataError: examples that cannot be read or learned, or that belong to several tasks.
             TrainingError: the inner steps diverged.
         """
         return self.adapt_many({name: examples}, steps=steps)[name]
@@ -110,38 +110,38 @@ class MetaModel:
     def adapt_many(
         self, tasks: Mapping[str, Examples], *, steps: int | None = None, at_once: int = AT_ONCE
     ) -> dict[str, Adapter]:
-        """Learn T tasks side by side, in one batched inner loop: each comes out as it would alone.
+        """Learn T tasks side by side, in one batched inner loop; each gets the same weights as on its own.
 
         Args:
             tasks: examples by the name of their task, in any form that `adapt` takes.
-            steps: inner steps of each; else the run's own.
-            at_once: most tasks in one loop, for memory. In mode full it is one at a time.
+            steps: inner steps of each task; by default the run's.
+            at_once: most tasks in one loop, to limit memory. In mode full tasks are learned one at a time.
 
         Raises:
             DataError, TrainingError: as `adapt`.
         """
         if steps is not None and (not isinstance(steps, int) or steps < 0):
             raise ConfigError(f"steps: expected a whole number, 0 or more, got {steps}")
-        taken = inner_steps(self, steps)
-        new = [self.task(rows_given(examples), name) for name, examples in tasks.items()]
-        prepared = [adaptation_request(self, task) for task in new]
-        found: dict[str, Adapter] = {}
+        steps = inner_steps(self, steps)
+        new_tasks = [self.task(rows_given(examples), name) for name, examples in tasks.items()]
+        requests = [adaptation_request(self, task) for task in new_tasks]
+        adapters: dict[str, Adapter] = {}
         at_once = at_once if self.lm.adapter else 1
-        for first in range(0, len(new), at_once):
-            some, began = prepared[first : first + at_once], perf_counter()
-            learned = returned(adapt_requests(self, some, [taken] * len(some)))
+        for first in range(0, len(requests), at_once):
+            batch, began = requests[first : first + at_once], perf_counter()
+            results = run_to_end(adapt_requests(self, batch, [steps] * len(batch)))
             seconds = perf_counter() - began
-            for task, one, (weights, losses) in zip(new[first:], some, learned, strict=False):
+            for task, request, (weights, losses) in zip(new_tasks[first:], batch, results, strict=False):
                 refuse_diverged(task.name, weights)
-                told = {"examples": len(task.examples), "losses": losses, "seconds": seconds}
-                found[task.name] = self.adapter(weights, one.card, **told)
-        return found
+                details = {"examples": len(task.examples), "losses": losses, "seconds": seconds}
+                adapters[task.name] = self.adapter(weights, request.card, **details)
+        return adapters
 
     def task(self, rows: Sequence[Row], name: str) -> Task:
-        """Return the task of some rows, as the run takes tasks: for labels where it was trained on label tasks.
+        """Return rows as one task. Its targets are taken for labels if the run was trained on label tasks.
 
         Raises:
-            DataError: rows of several tasks, or one text under two labels.
+            DataError: rows of several tasks, or the same text with two labels.
         """
         if len({row.task for row in rows}) > 1:
             raise DataError(f"{name}: holds {len({row.task for row in rows})} tasks; adapt to one at a time")
@@ -149,19 +149,19 @@ class MetaModel:
 
     @cached_property
     def takes_labels(self) -> bool:
-        """Whether targets are taken for labels, where rows do not tell: the run was trained on label tasks."""
+        """Whether targets are taken for labels where rows do not say: the run was trained on label tasks."""
         return self.run.learned_labels() if self.run else True
 
     @cached_property
     def kind(self) -> str:
-        """The kind of all tasks that the run was trained on; "" where there are several."""
+        """The kind of all tasks that the run was trained on; "" if there were several kinds."""
         return self.run.learned_kind() if self.run else ""
 
     def adapter(self, weights: Params | None, card: AdapterCard, **told: Any) -> Adapter:
         """Return an adapter on this base, from its weights and its card.
 
         Args:
-            told: what else there is to be known of it: `examples`, `losses`, `seconds`, `encoder`.
+            told: other fields of the `Adapter`, if known: `examples`, `losses`, `seconds`, `encoder`.
         """
         on_device = {name: weight.to(self.lm.device) for name, weight in (weights or {}).items()} or None
         encoder = told.pop("encoder", None) or encoder_of(card, self.encoder.tokenizer)
@@ -170,44 +170,45 @@ class MetaModel:
     def save(self, folder: str | AnyPath) -> AnyPath:
         """Write the learned start for other libraries: a PEFT adapter, or, in mode full, the whole model.
 
-        Starting from it takes the inner loop that the run was trained for.
+        It is a starting point for the inner loop that the run was trained for, not an adapter to answer with.
 
         Raises:
             RunError: the folder exists already.
         """
-        to, lora = new_folder(folder), lora_of(self.config)
-        with made_here(to) as here:
-            write_weights(here, self.lm, self.encoder, self.start, lora, self.base)
-            refuse_unlike_peft(here, self.lm, self.start, lora, self.base)
-        return to
+        path, lora = new_folder(folder), self.config.lora_shape
+        with made_here(path) as local:
+            write_weights(local, self.lm, self.encoder, self.start, lora, self.base)
+            refuse_unlike_peft(local, self.lm, self.start, lora, self.base)
+        return path
 
 
 def load(run: str | AnyPath | RunFolder, *, checkpoint: str | None = None, every_linear: bool = False) -> MetaModel:
-    """Load a run's base and what it learned, on this machine's GPU, or else its CPU.
+    """Load a run's base and what it learned, on this machine's GPU if there is one, else on its CPU.
 
     Args:
-        run: the folder that `train` made, its URI, or a `RunFolder`.
-        checkpoint: "best" by meta-val, or "newest"; else the best where there were validations.
-        every_linear: let adapters change linears that this run's do not (in mode adapters).
+        run: the folder that `train` wrote, its URI, or a `RunFolder`; or a start by its name, such as `minilm`.
+        checkpoint: "best" by meta-val, or "newest"; by default the best if there were validations, else the newest.
+        every_linear: hook every linear, for adapters that change more linears than this run's (in mode adapters).
 
     Raises:
-        RunError: no run there, or no such checkpoint in it.
+        RunError: there is no run, or no such checkpoint in it.
         ConfigError: its base cannot be loaded here.
     """
     folder = run if isinstance(run, RunFolder) else RunFolder(run)
-    config, at = folder.trained(checkpoint)
+    config, checkpoint_path = folder.trained(checkpoint)
     config, precision, lm, encoder, base = load_base(config, every_linear, folder.made_in())
     if lm.adapter:
         untrained = {name: weight.to(lm.device) for name, weight in folder.read_untrained().items()}
     else:
         untrained = {n: p.detach().float() for n, p in trained_parameters(lm.module, config.full).items()}
-    start, log_inner_lrs, step = learned(config, at, untrained, lm.device)
+    start, log_inner_lrs, step = read_learned(config, checkpoint_path, untrained, lm.device)
     inner_lrs = {name: rate.exp() for name, rate in log_inner_lrs.items()}
-    return MetaModel(config, lm, encoder, base, start, inner_lrs, step, untrained, precision, folder, folder.told(at))
+    described = folder.told(checkpoint_path)
+    return MetaModel(config, lm, encoder, base, start, inner_lrs, step, untrained, precision, folder, described)
 
 
 def untrained_model(config: Config, tasks: Sequence[Task]) -> MetaModel:
-    """Load a config's base, with the start that training on these tasks would begin from, and its rates."""
+    """Load a config's base, with the start and the inner rates that training on these tasks would begin with."""
     config, precision, lm, encoder, base = load_base(config)
     start = {name: weight.to(lm.device) for name, weight in untrained_start(config, lm, encoder, tasks).items()}
     factors = rate_factors(lm.module, start, config.inner.layer_decay)
@@ -221,12 +222,14 @@ def untrained_model(config: Config, tasks: Sequence[Task]) -> MetaModel:
 def load_base(
     config: Config, every_linear: bool = False, made_in: str | None = None
 ) -> tuple[Config, Precision, TaskLM, Encoder, str]:
-    """Return the base with its hooks, whole, what encodes for it, and where it was loaded from.
-
-    Before them come the config with the dtype and the attention that it was loaded with, and why those.
+    """Load a config's base, unsharded.
 
     Args:
-        made_in: the dtype that a run was trained in.
+        made_in: the dtype that the run was trained in.
+
+    Returns:
+        The config with the dtype and attention that the base was loaded with, why it has those, the base with its
+        hooks, its encoder, and where it was loaded from.
     """
     device = own_device(config)
     base = resolve_model(config.model.name)
@@ -244,25 +247,31 @@ def load_base(
     return config, precision, lm, config.encoder(tokenizer), base
 
 
-def learned(config: Config, folder: AnyPath, names: Iterable[str], device: torch.device) -> tuple[Params, Params, int]:
-    """Return the start, the logarithms of its inner rates, and the outer step, of a checkpoint."""
+def read_learned(
+    config: Config, folder: AnyPath, names: Iterable[str], device: torch.device
+) -> tuple[Params, Params, int]:
+    """Return a checkpoint's start, the logarithms of its inner rates, and its outer step.
+
+    Args:
+        names: the start's tensors, to select from a sharded checkpoint, which holds all parameters of the model.
+    """
     if config.is_sharded:
-        with local_copy(folder) as here:
-            step, whole = step_of(folder), zero.consolidate(here)
-        start = {name: whole[name].to(device) for name in names}
+        with local_copy(folder) as local:
+            step, parameters = step_of(folder), zero.consolidate(local)
+        start = {name: parameters[name].to(device) for name in names}
         return start, initial_log_inner_lrs(start, config.inner.lr, config.inner.modules, per_weight=False), step
     saved = read_checkpoint(folder)
-    parts = [
-        {k.removeprefix(kind): v.to(device) for k, v in saved.tensors.items() if k.startswith(kind)}
-        for kind in ("start/", "log_rate/")
-    ]
-    return parts[0], parts[1], saved.step
+    start, log_inner_lrs = (
+        {key.removeprefix(prefix): t.to(device) for key, t in saved.tensors.items() if key.startswith(prefix)}
+        for prefix in ("start/", "log_rate/")
+    )
+    return start, log_inner_lrs, saved.step
 
 
 def start_of(run: RunFolder) -> tuple[Params, Params]:
-    """Return what a run of adapters has learned: its start, and the logarithms of its inner rates; on the CPU."""
+    """Return what a run of adapters learned: its start, and the logarithms of its inner rates; on the CPU."""
     config, folder = run.trained()
-    return learned(config, folder, (), torch.device("cpu"))[:2]
+    return read_learned(config, folder, (), torch.device("cpu"))[:2]
 
 
 def refuse_diverged(name: str, weights: Params) -> None:
@@ -271,15 +280,10 @@ def refuse_diverged(name: str, weights: Params) -> None:
         raise TrainingError(f"{name}: the adaptation diverged: its numbers are not finite; take fewer steps")
 
 
-def returned(loop: Generator[Any, None, R]) -> R:
-    """Run a loop to its end, and return what it returns."""
+def run_to_end(loop: Generator[Any, None, R]) -> R:
+    """Run a generator to its end, and return its return value."""
     while True:
         try:
             next(loop)
-        except StopIteration as end:
-            return end.value
-
-
-def lora_of(config: Config) -> dict[str, Any]:
-    """Return the shape of a config's LoRA adapters; nothing where it has none."""
-    return config.lora.shape() if config.mode == "adapters" and config.adapter == "lora" else {}
+        except StopIteration as stop:
+            return stop.value

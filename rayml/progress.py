@@ -1,4 +1,4 @@
-"""Long work shows that it lives: bars on a terminal; elsewhere, as in a job's log, a line every ten seconds or less."""
+"""Progress of long work: bars on a terminal; elsewhere, as in a job's log, a line at least every ten seconds."""
 
 import threading
 import time
@@ -20,14 +20,14 @@ QUIET_SECONDS = 10.0
 """The longest time without a line where there is no terminal."""
 
 Bar = Callable[[str, int], Callable[..., None]]
-"""From a name and a total to what moves that bar on: by one, or by as many as it is told."""
+"""Adds a bar with a name and a total, and returns a function that advances it by one, or by the given number."""
 
 
 class Lines:
-    """Prints lines where there is no terminal, and repeats where things stand while nothing else is said.
+    """Prints lines where there is no terminal, and the current status when nothing was printed for a while.
 
     Args:
-        status: returns what goes on at the moment; "" for nothing.
+        status: returns a line about the current work; "" for none.
     """
 
     def __init__(self, console: Console, status: Callable[[], str]):
@@ -48,7 +48,7 @@ class Lines:
 
     @property
     def is_quiet(self) -> bool:
-        """Whether nothing was said for a while."""
+        """Whether nothing was printed for a while."""
         return time.monotonic() - self.last >= QUIET_SECONDS
 
     def print(self, text: str) -> None:
@@ -65,12 +65,12 @@ class Lines:
 
 @contextmanager
 def doing(console: Console, what: str) -> Iterator[None]:
-    """Say what goes on inside the block, and, while it does, for how long."""
+    """Show what the block does, and for how long it has run."""
     began = time.monotonic()
     if console.is_terminal:
         columns = SpinnerColumn(), TextColumn("{task.description}", style="dim", markup=False), TimeElapsedColumn()
-        with Progress(*columns, console=console, transient=True) as shown:
-            shown.add_task(f"{what} ...", total=None)
+        with Progress(*columns, console=console, transient=True) as bars:
+            bars.add_task(f"{what} ...", total=None)
             yield
         return
     with Lines(console, lambda: f"{what}: {time.monotonic() - began:.0f} s so far") as lines:
@@ -80,42 +80,42 @@ def doing(console: Console, what: str) -> Iterator[None]:
 
 @contextmanager
 def progress(console: Console, transient: bool = False) -> Iterator[Bar]:
-    """Yield what adds a bar; of no work at all none is shown, and those that are `transient` go with the block.
+    """Yield a function that adds a bar. A bar with a total of 0 is not shown; `transient` bars vanish with the block.
 
-    Without a terminal there is a line for each tenth, and one every ten seconds, with about what is left.
+    Without a terminal a line is printed at each tenth of the total and every ten seconds, with the estimated time left.
     """
     columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    left = TextColumn("left"), TimeRemainingColumn()
-    current: list[Callable[[], str]] = []
+    remaining = TextColumn("left"), TimeRemainingColumn()
+    statuses: list[Callable[[], str]] = []
     with (
-        Progress(*columns, *left, console=console, disable=not console.is_terminal, transient=transient) as shown,
-        Lines(console, lambda: current[-1]() if current else "") as lines,
+        Progress(*columns, *remaining, console=console, disable=not console.is_terminal, transient=transient) as bars,
+        Lines(console, lambda: statuses[-1]() if statuses else "") as lines,
     ):
 
-        def add(name: str, total: int) -> Callable[..., None]:
-            row = shown.add_task(name, total=total, visible=total > 0)
+        def add_bar(name: str, total: int) -> Callable[..., None]:
+            bar = bars.add_task(name, total=total, visible=total > 0)
             began, done = time.monotonic(), 0
 
             def status() -> str:
-                took = time.monotonic() - began
-                left = f", about {duration(took / done * (total - done))} left" if done and took > 1 else ""
+                elapsed = time.monotonic() - began
+                left = f", about {duration(elapsed / done * (total - done))} left" if done and elapsed > 1 else ""
                 return f"{name}: {done} of {total}{left if done < total else ''}"
 
             def advance(count: int = 1) -> None:
                 nonlocal done
                 done += count
-                shown.advance(row, count)
+                bars.advance(bar, count)
                 if 10 * done // total > 10 * (done - count) // total or lines.is_quiet:
                     lines.print(status())
 
-            current.append(status)
+            statuses.append(status)
             return advance
 
-        yield add
+        yield add_bar
 
 
 def duration(seconds: float) -> str:
-    """Return seconds as people say them: `40 s`, `12 min`, `3 h 20 min`."""
+    """Return a duration in words: `40 s`, `12 min`, `3 h 20 min`."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

@@ -1,6 +1,6 @@
-"""YAML 1.2, where PyYAML has 1.1: `yes`, `no`, `on` and dates are text, `010` is ten, and `1e-3` a number.
+"""YAML 1.2, unlike PyYAML's 1.1: `yes`, `no`, `on` and dates are text, `010` is ten, and `1e-3` is a number.
 
-No key may stand twice: the first would be lost.
+A repeated key is an error, since its first value would be lost.
 """
 
 import re
@@ -17,11 +17,11 @@ RESOLVERS = (
     ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", list("-+.")),
     ("merge", r"<<", ["<"]),
 )
-"""What plain scalars are, by their text, and the characters that it begins with."""
+"""For each type of plain scalar its pattern, and its possible first characters."""
 
 
 class TextLoader(yaml.SafeLoader):
-    """Takes all scalars for text."""
+    """Reads every scalar as text."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -36,7 +36,7 @@ TextLoader.yaml_implicit_resolvers = {}
 
 
 class Loader(TextLoader):
-    """Takes scalars for what YAML 1.2 says that they are."""
+    """Reads scalars as YAML 1.2 does."""
 
     def construct_int(self, node: yaml.ScalarNode) -> int:
         text = str(self.construct_scalar(node))
@@ -44,7 +44,7 @@ class Loader(TextLoader):
 
 
 class Dumper(yaml.SafeDumper):
-    """Quotes what either version would take for other than text."""
+    """Quotes text that YAML 1.1 or 1.2 would read as another type."""
 
 
 Loader.add_constructor(f"{PREFIX}int", Loader.construct_int)
@@ -57,13 +57,13 @@ def load(text: str, loader: type[TextLoader] = Loader) -> Any:
     """Return the value of a YAML text.
 
     Raises:
-        yaml.YAMLError: it is none.
+        yaml.YAMLError: it is not YAML.
     """
     try:
         return yaml.load(text, loader)
     except RecursionError:
         raise yaml.YAMLError("too many lists or mappings within each other") from None
-    except ValueError as error:  # a number that Python does not take
+    except ValueError as error:  # a number that Python cannot parse
         raise yaml.YAMLError(str(error)) from None
 
 

@@ -13,7 +13,7 @@ from conftest import SPLITS, make_config
 from serving_run import make_run
 
 import rayml
-from rayml.config import dotted, values_of
+from rayml.config import flatten, merged_values
 from rayml.errors import ConfigError
 
 REPOSITORY = Path(__file__).parent.parent
@@ -121,12 +121,12 @@ def test_settings_are_changed_in_any_form(tmp_path):
             (None, {"inner": {"lr": 0.7}, "workers": 2}),
             (None, {"inner.lr": 0.7, "workers": 2}),
         ):
-            values, _ = values_of(given, overrides, **more)
+            values, _ = merged_values(given, overrides, **more)
             found = rayml.load_config(values)
             assert (found.inner.lr, found.inner.steps, found.workers) == (0.7, config.inner.steps, 2)
     assert rayml.load_config(file, {"sweep.search": {"inner.lr": "uniform(0, 1)"}}).sweep.search
-    assert dotted({"sweep": {"search": {"inner.lr": "x"}}}) == {"sweep.search": {"inner.lr": "x"}}
-    assert dotted({"run": {"dir": Path("here")}}) == {"run.dir": "here"}
+    assert flatten({"sweep": {"search": {"inner.lr": "x"}}}) == {"sweep.search": {"inner.lr": "x"}}
+    assert flatten({"run": {"dir": Path("here")}}) == {"run.dir": "here"}
     with pytest.raises(ConfigError, match=r"did you mean inner\.lr"):
         rayml.load_config(config, {"inner.lrr": 0.1})
 

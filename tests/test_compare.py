@@ -19,7 +19,7 @@ from rayml.cli import app
 from rayml.config import with_values
 from rayml.errors import ConfigError, DataError, RunError
 from rayml.experiments.answers import LearnedMethod, Setting, adapted_weights, choose_setting, label_answers
-from rayml.experiments.compare import code, compare, fingerprint_of
+from rayml.experiments.compare import code_version, compare, result_fingerprint
 from rayml.experiments.method_runs import METHODS, MethodRun, Request, plan, tokens_per_step
 from rayml.lm.sides import trained_tokens, training_sides
 from rayml.model import untrained_model
@@ -255,7 +255,7 @@ def test_an_answer_depends_on_the_engine_the_run_that_is_continued_and_the_code(
 
     def asked(**changes):
         method_run = MethodRun("fomaml", 0, METHODS["fomaml"], make_config(tmp_path, **changes))
-        return fingerprint_of(method_run, config, splits, REQUEST)
+        return result_fingerprint(method_run, config, splits, REQUEST)
 
     def begun():
         return asked(run={"continues": str(old.path)})
@@ -266,10 +266,10 @@ def test_an_answer_depends_on_the_engine_the_run_that_is_continued_and_the_code(
     found.append(begun())
     assert asked() == found[0] == asked(workers=2)
     monkeypatch.setattr("rayml.__version__", "9")
-    code.cache_clear()
+    code_version.cache_clear()
     found.append(asked())
     assert len(set(found)) == 5
-    code.cache_clear()
+    code_version.cache_clear()
 
 
 @pytest.mark.ray
@@ -339,7 +339,7 @@ def test_a_comparison_goes_on_where_it_stopped_and_its_tables_follow_from_its_an
 
     # By other code, answers are given anew; and what other code trained is not gone on with.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rayml.experiments.compare.code", lambda: "other")
+        patch.setattr("rayml.experiments.compare.code_version", lambda: "other")
         compare(values, "here", replace(request, methods=["lora"]), folder, "", False, out)
         assert json.loads((folder / "results" / "lora-0.json").read_text())["asked"] != results["lora-0"]["asked"]
         with pytest.raises(RunError, match="fomaml-0: was trained with other code; remove it"):

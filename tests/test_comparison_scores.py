@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rayml.compression.measure import compared
-from rayml.experiments.evaluate import Answered, Evaluation
+from rayml.experiments.evaluate import EpisodeAnswers, Evaluation
 from rayml.experiments.metrics import BINS, calibration_error, label_scores, text_scores
 from rayml.experiments.report import scores_table
 from rayml.experiments.summaries import summarize, summarize_evaluation
@@ -79,9 +79,9 @@ def test_the_headline_of_an_evaluation_is_over_tasks_and_a_task_is_over_its_epis
     assert "3 tasks and their episodes" in str(caption)
 
 
-def answered(tasks) -> list[Answered]:
+def answered(tasks) -> list[EpisodeAnswers]:
     one = [{"target": "yes", "answer": "yes", "confidence": 0.5}]
-    return [Answered(task, "", one, one) for task in tasks]
+    return [EpisodeAnswers(task, "", one, one) for task in tasks]
 
 
 def test_label_scores_are_those_of_their_formulas():

@@ -17,9 +17,9 @@ from conftest import make_config
 
 from rayml.config import dump_config, load_config
 from rayml.errors import ConfigError, RunError
-from rayml.experiments.search_space import Range, check_space, parse_space, rounded
-from rayml.experiments.sweep import begin, concurrency, scored
-from rayml.experiments.sweep_report import Trial, TrialTable, conclude, plot
+from rayml.experiments.search_space import Range, check_space, parse_space, round_point
+from rayml.experiments.sweep import begin_sweep, concurrency, validation_scores
+from rayml.experiments.sweep_report import Trial, TrialTable, plot, report_sweep
 
 
 def test_ranges_are_read():
@@ -57,7 +57,7 @@ def test_a_grid_has_equal_ratios_or_distances():
 def test_what_is_drawn_is_rounded_and_what_is_chosen_is_not():
     space = [Range("inner.lr", "loguniform", (0.01, 1.0)), Range("outer.lr", "choice", (0.03125, 0.5))]
     point = {"inner.lr": 0.123456, "outer.lr": 0.03125}
-    assert rounded(point, space) == {"inner.lr": 0.123, "outer.lr": 0.03125}
+    assert round_point(point, space) == {"inner.lr": 0.123, "outer.lr": 0.03125}
 
 
 def test_an_end_that_the_config_refuses_is_refused_before_the_start(tmp_path):
@@ -95,14 +95,14 @@ def test_more_trials_than_find_room_are_refused(tmp_path):
 def test_what_is_raised_is_a_score():
     accuracy = {"step": 5, "val_accuracy_before": 0.25, "val_accuracy_after": 0.75}
     loss = {"step": 5, "val_loss_before": 3.0, "val_loss_after": 1.0}
-    assert scored(accuracy, "after")["score"] == 0.75
-    assert scored(accuracy, "gain")["score"] == 0.5
-    assert scored(loss, "after")["score"] == math.exp(-1)
-    assert scored(loss, "gain")["score"] == math.exp(-1) - math.exp(-3)
+    assert validation_scores(accuracy, "after")["score"] == 0.75
+    assert validation_scores(accuracy, "gain")["score"] == 0.5
+    assert validation_scores(loss, "after")["score"] == math.exp(-1)
+    assert validation_scores(loss, "gain")["score"] == math.exp(-1) - math.exp(-3)
     both = accuracy | loss | {"val_score_before": 0.1, "val_score_after": 0.4}
-    assert scored(both, "after") == {"step": 5, "before": 0.1, "after": 0.4, "score": 0.4}
-    assert scored({"step": 5, "query_loss": 1.0}, "after") == {}
-    assert scored(loss | {"val_loss_after": math.nan}, "after")["score"] == -math.inf
+    assert validation_scores(both, "after") == {"step": 5, "before": 0.1, "after": 0.4, "score": 0.4}
+    assert validation_scores({"step": 5, "query_loss": 1.0}, "after") == {}
+    assert validation_scores(loss | {"val_loss_after": math.nan}, "after")["score"] == -math.inf
 
 
 RATES = [Range("inner.lr", "loguniform", (0.01, 1.0)), Range("outer.lr", "loguniform", (1e-4, 1e-2))]
@@ -124,7 +124,7 @@ def test_the_best_trial_is_a_config_to_train(tmp_path, capsys):
     from rich.console import Console
 
     config = make_config(tmp_path, sweep={"search": {"inner.lr": "loguniform(0.01, 1)"}})
-    best = conclude(config, RATES, trials(RATES), tmp_path, Console(width=200))
+    best = report_sweep(config, RATES, trials(RATES), tmp_path, Console(width=200))
     assert best.name == "t2"  # the best of those that ran to their end
     written = load_config(tmp_path / "best.yaml")
     assert written.inner.lr == best.point["inner.lr"]
@@ -205,7 +205,7 @@ def test_a_sweep_that_is_killed_goes_on_and_a_trial_that_fails_is_reported(tmp_p
     assert len(before) == 3
 
     with pytest.raises(RunError, match="holds a sweep already; --resume it"):
-        begin(folder, load_config(path), resume=False)
+        begin_sweep(folder, load_config(path), resume=False)
 
     time.sleep(2)
     second = run_sweep(path, "--resume")

@@ -1,6 +1,6 @@
-"""The command line. Heavy libraries are imported by the command that needs them, so that `--help` is quick."""
+"""The command line. Each command imports the heavy libraries that it needs, so that `--help` is quick."""
 
-from rayml.cli import training  # each adds its commands, in the order of `--help`
+from rayml.cli import training  # each module adds its commands, in the order of `--help`
 
 # isort: split
 from rayml.cli import learning

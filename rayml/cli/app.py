@@ -1,4 +1,4 @@
-"""The application that all commands belong to, and what they share."""
+"""The application that all commands belong to, and what the commands share."""
 
 import atexit
 import gc
@@ -22,16 +22,17 @@ if TYPE_CHECKING:
 
 
 class Commands(TyperGroup):
-    """Ends any command that Ctrl-C or SIGTERM interrupts with one line: what it says is kept, if anything."""
+    """Ends an interrupted command (Ctrl-C, SIGTERM) with one line, which says what is kept, if anything."""
 
     def invoke(self, ctx: Any) -> Any:
         heed()
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt as end:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # what ends now is not to be interrupted again
-            err.print(f"stopped{f': {end}' if str(end) else ''}", markup=False, highlight=False, soft_wrap=True)
-            raise typer.Exit(status(end)) from None
+        except KeyboardInterrupt as interrupt:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not interrupt the clean-up
+            message = f"stopped: {interrupt}" if str(interrupt) else "stopped"
+            err.print(message, markup=False, highlight=False, soft_wrap=True)
+            raise typer.Exit(status(interrupt)) from None
 
 
 app = typer.Typer(
@@ -48,22 +49,25 @@ app.add_typer(data_app, name="data")
 out = Console(width=None if sys.stdout.isatty() else 110, markup=False)  # room for tables in files and logs
 err = Console(stderr=True, markup=False)
 
-ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="One YAML a run; see configs/.")]
+ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="The run's YAML; see configs/.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[key=value]...", help="Such as `inner.lr=0.3 workers=2`.")
+    list[str] | None,
+    typer.Argument(metavar="[key=value]...", help="Settings to change, such as `inner.lr=0.3 workers=2`."),
 ]
 RunPath = Annotated[
     str,
-    typer.Argument(metavar="RUN", help="A run folder that `rayml train` made, or its URI; or a start, as `minilm`."),
+    typer.Argument(
+        metavar="RUN", help="A run folder that `rayml train` made, or its URI; or a start, such as `minilm`."
+    ),
 ]
 Checkpoint = Annotated[
     str | None,
-    typer.Option(help="`best` by meta-val, or `newest`; else the best where there were validations."),
+    typer.Option(help="`best` by meta-val, or `newest`. Default: the best if there were validations, else the newest."),
 ]
 
 
 def path(text: str) -> Path:
-    """Return a path of the command line, `~` as home: no shell expands it behind `--out=`, nor within quotes."""
+    """Return a path of the command line with `~` expanded, which no shell does behind `--out=` or within quotes."""
     return Path(text).expanduser()
 
 
@@ -71,14 +75,14 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def main() -> None:
-    """Run the command line; what the user can put right is one message, not a traceback."""
-    # torch and the rest leave a million objects, and none is garbage: looking for some every 700 new ones, and once
-    # more at the end, takes a fourth of a short command's time.
+    """Run the command line. An error that the user can fix is printed as one message without a traceback."""
+    # torch and other libraries create a million objects that are never garbage. Collecting after every 700 new ones and
+    # at exit takes a quarter of a short command's time.
     gc.set_threshold(50_000, 20, 20)
     atexit.register(gc.freeze)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     warnings.filterwarnings("ignore", category=FutureWarning)
-    # On import they say which kernels, for other machines, were not loaded.
+    # On import these warn about kernels for other machines that they could not load.
     for noisy in ("torchao", "bitsandbytes", "torch.utils._pytree"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
@@ -93,6 +97,6 @@ def print_keys(section: type["BaseModel"]) -> None:
     from rayml.config import keys
 
     for name, (default, meaning) in keys(section).items():
-        shown = "required" if default is ... else f"default {default!r}"
-        out.print(Text.assemble((name, "bold"), "  ", (shown, "dim")), highlight=False)
+        note = "required" if default is ... else f"default {default!r}"
+        out.print(Text.assemble((name, "bold"), "  ", (note, "dim")), highlight=False)
         out.print(f"    {meaning}", highlight=False, markup=False)

@@ -1,4 +1,4 @@
-"""Looking at tasks, and making some: `rayml data`."""
+"""`rayml data`: check, convert and make tasks."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,11 +11,14 @@ from rayml.cli.app import data_app, out, path
 @data_app.command()
 def check(
     paths: Annotated[
-        list[str] | None, typer.Argument(metavar="PATH...", help="What `data.path` takes, and data.key=value.")
+        list[str] | None,
+        typer.Argument(metavar="PATH...", help="Paths as in `data.path`, and settings such as data.shots=4."),
     ] = None,
-    config: Annotated[Path | None, typer.Option(parser=path, help="Check against this YAML's data section.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(parser=path, help="Check with the `data` section of this YAML.")
+    ] = None,
 ) -> None:
-    """Print tasks, classes, lengths, duplicates, and texts that leak between splits. Exits with 1 on an error.
+    """Print tasks, classes, lengths, duplicates, and texts that leak between splits. Exits with 1 if there is an error.
 
     `rayml data check tasks.jsonl data.shots=4 data.splits.test=0.2` checks with those settings.
     """
@@ -29,31 +32,31 @@ def check(
 
 @data_app.command()
 def convert(
-    given: Annotated[
+    source: Annotated[
         str,
-        typer.Argument(metavar="IN", help="What `data.path` takes: files, folders, globs, `hf:NAME[/CONFIG][:SPLIT]`."),
+        typer.Argument(metavar="IN", help="As in `data.path`: files, folders, globs, `hf:NAME[/CONFIG][:SPLIT]`."),
     ],
-    to: Annotated[Path, typer.Argument(parser=path, metavar="OUT", help="What to write: .jsonl or .parquet.")],
-    format: Annotated[str | None, typer.Option(help="What IN is, where it does not tell.")] = None,
+    to: Annotated[Path, typer.Argument(parser=path, metavar="OUT", help="The file to write: .jsonl or .parquet.")],
+    format: Annotated[str | None, typer.Option(help="The format of IN, if it cannot be recognized.")] = None,
     columns: Annotated[
         str | None,
-        typer.Option(help="Own names, such as `input=text,target=label` or `input.premise=s1,input.hypothesis=s2`."),
+        typer.Option(help="Column names: `input=text,target=label` or `input.premise=s1,input.hypothesis=s2`."),
     ] = None,
-    task: Annotated[str | None, typer.Option(help="The task's name; else the data's own, or the file's.")] = None,
-    kind: Annotated[str | None, typer.Option(help="The kind of its tasks, where the data does not tell.")] = None,
+    task: Annotated[str | None, typer.Option(help="The task's name. Default: from the data, or the file.")] = None,
+    kind: Annotated[str | None, typer.Option(help="The kind of the tasks, if the data does not tell.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT.")] = False,
     encoding: Annotated[
-        str | None, typer.Option(help="What text is written in, such as big5; else as it looks.")
+        str | None, typer.Option(help="The encoding of texts, such as big5. Default: detected.")
     ] = None,
     skip: Annotated[bool, typer.Option("--skip", help="Leave out rows that cannot be used.")] = False,
 ) -> None:
-    """Convert what people have into rows that `data.path` takes; the format is recognised, and said.
+    """Convert a data set into rows that `data.path` reads. The format is recognized and reported.
 
     JSONL, JSON and Parquet of your own columns, CSV and TSV, chats (OpenAI's and ShareGPT's), Alpaca's, CoNLL (BIO,
-    BMES, BIOES), SQuAD, Natural-Instructions, BIG-bench, CrossFit's TSV, MetaICL's, Hugging Face data sets; also packed
-    by gzip, zstd, bzip2 or xz, and in UTF-16, Big5 and other encodings. `data.path` reads the same.
+    BMES, BIOES), SQuAD, Natural-Instructions, BIG-bench, CrossFit's TSV, MetaICL's, Hugging Face data sets; also
+    compressed by gzip, zstd, bzip2 or xz, and in UTF-16, Big5 and other encodings. `data.path` reads the same.
 
-    Columns of the usual names (text and label, question and answer, ...) are guessed, and said.
+    Common column names (text and label, question and answer, ...) are recognized and reported.
 
     `rayml data convert people.conll ner.jsonl --columns input=0,target=3`
 
@@ -61,7 +64,7 @@ def convert(
     """
     from rayml.tasks.convert import convert_data
 
-    convert_data(given, to, format, columns, task, kind, force, out, encoding, skip)
+    convert_data(source, to, format, columns, task, kind, force, out, encoding, skip)
 
 
 @data_app.command()
@@ -75,7 +78,7 @@ def quickstart(folder: Annotated[Path, typer.Argument(parser=path, metavar="DIR"
 
 @data_app.command()
 def evals(folder: Annotated[Path, typer.Argument(parser=path, metavar="DIR")]) -> None:
-    """Write DIR/evals.jsonl: some eighty small label tasks from the wheel evals (OpenAI's), for meta-training."""
+    """Write DIR/evals.jsonl: about eighty small label tasks from the wheel evals (OpenAI's), for meta-training."""
     from rayml.tasks.evals import write_tasks
 
     rows = write_tasks(folder)
@@ -85,7 +88,7 @@ def evals(folder: Annotated[Path, typer.Argument(parser=path, metavar="DIR")]) -
 
 @data_app.command()
 def recipes(folder: Annotated[Path, typer.Argument(parser=path, metavar="DIR")]) -> None:
-    """Write the tasks of configs/recipes, one JSONL a family, made here: small, and the same every time."""
+    """Generate the small tasks of configs/recipes, one JSONL per family; they are the same every time."""
     from rayml.tasks.recipes.make import write_tasks
 
     for name, rows in write_tasks(folder).items():

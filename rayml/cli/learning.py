@@ -1,4 +1,4 @@
-"""What a run has learned, put to use: `rayml adapt`, `predict`, `serve`, `publish`, `export`."""
+"""Using what a run learned: `rayml adapt`, `predict`, `serve`, `publish`, `export`."""
 
 import json
 import shlex
@@ -23,74 +23,74 @@ STARTS = "A run folder that `rayml train` made, or its URI; or a start: `minilm`
 @app.command()
 def adapt(
     examples: Annotated[
-        Path, typer.Option(parser=path, help="Rows of input and target, in any format that `data.path` takes.")
+        Path, typer.Option(parser=path, help="Rows of input and target, in any format that `data.path` reads.")
     ],
-    out_dir: Annotated[str, typer.Option("--out", help="The adapter's folder; must not exist.", metavar="DIR")],
+    out_dir: Annotated[str, typer.Option("--out", help="The adapter's folder, which must not exist.", metavar="DIR")],
     run: Annotated[str | None, typer.Argument(metavar="[RUN]", help=STARTS)] = None,
-    name: Annotated[str | None, typer.Option(help="The adapter's name; else the folder's.")] = None,
+    name: Annotated[str | None, typer.Option(help="The adapter's name. Default: the folder's.")] = None,
     checkpoint: Checkpoint = None,
 ) -> None:
-    """Learn one new task from a few examples: writes a stock PEFT folder that also vLLM and LoRAX load.
+    """Learn one new task from a few examples. Writes a stock PEFT folder, which vLLM and LoRAX load, too.
 
-    Labels are your own: what the model sees of them is kept in the folder. Without a RUN it takes the start, of those
-    that come with rayml, that does better on half of your examples after learning the other half.
+    You get your own labels back: the folder records how the model sees them. Without a RUN, each start that comes with
+    rayml learns one half of your examples and answers the other, and the better one is used.
     """
     from rayml.adapter import new_folder
     from rayml.runs.folder import RunFolder
     from rayml.tasks.read import read_rows
 
-    to = new_folder(out_dir)
+    folder = new_folder(out_dir)
     rows = read_rows([str(examples)])
     if run is None:
         with doing(err, "each start learns one half of the examples, and answers the other"):
-            model, why, _ = rayml.choose_start(rows)
-        err.print(why, style="dim", markup=False, highlight=False, soft_wrap=True)
+            model, reason, _ = rayml.choose_start(rows)
+        err.print(reason, style="dim", markup=False, highlight=False, soft_wrap=True)
     else:
         refuse_no_run(run)
-        RunFolder(run).trained(checkpoint)  # refuse early what is no finished run
+        RunFolder(run).trained(checkpoint)  # raises at once if it is no finished run
         with doing(err, "loading libraries and model"):
             model = rayml.load(run, checkpoint=checkpoint)
-    folder = model.run
-    assert folder is not None
-    for line in (f"{folder.start or folder.path}: {model.checkpoint}", str(model.precision)):
+    assert model.run is not None
+    for line in (f"{model.run.start or model.run.path}: {model.checkpoint}", str(model.precision)):
         err.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
-    adapter = model.adapt(rows, name=name or to.name)
-    adapter.save(to)
-    out.print(learned(adapter))
+    adapter = model.adapt(rows, name=name or folder.name)
+    adapter.save(folder)
+    out.print(describe_adapter(adapter))
     if adapter.losses[-1] > adapter.losses[0]:
-        rose = "the loss rose: the inner steps are too long for this task; lower inner.lr, or learn it"
-        out.print(rose, style="yellow")
-    out.print(f'next: rayml predict {shlex.quote(str(to))} --input "..."', highlight=False, soft_wrap=True)
+        warning = "the loss rose: the inner steps are too long for this task; lower inner.lr, or learn it"
+        out.print(warning, style="yellow")
+    out.print(f'next: rayml predict {shlex.quote(str(folder))} --input "..."', highlight=False, soft_wrap=True)
 
 
-def learned(adapter: "Adapter") -> str:
-    """Say in one line what an adapter has learned, and how."""
+def describe_adapter(adapter: "Adapter") -> str:
+    """Return a line about what an adapter learned, and how."""
     kind = f"{len(adapter.labels)} labels" if adapter.labels else "free text"
-    how = f"loss {adapter.losses[0]:.3f} -> {adapter.losses[-1]:.3f}"
     if not adapter.algorithm.takes_steps and (adapter.shown or adapter.labels):
         how = f"kept for {'the prompt' if adapter.algorithm.keeps == 'prompt' else 'their hidden states'}"
+    else:
+        how = f"loss {adapter.losses[0]:.3f} -> {adapter.losses[-1]:.3f}"
     return f"learned {adapter.card.name!r}: {adapter.examples} examples, {kind}, {adapter.seconds:.2f} s, {how}"
 
 
 @app.command()
 def export(
     run: RunPath,
-    out_dir: Annotated[str, typer.Option("--out", help="The folder to write; must not exist.", metavar="DIR")],
+    out_dir: Annotated[str, typer.Option("--out", help="The folder to write, which must not exist.", metavar="DIR")],
     checkpoint: Checkpoint = None,
 ) -> None:
-    """Write what a run learned for other libraries: its start as a PEFT adapter, or, in mode full, the whole model.
+    """Write what a run learned for other libraries: its start as a PEFT adapter, or in mode full the whole model.
 
-    `AutoModelForCausalLM.from_pretrained` loads the whole model, `PeftModel.from_pretrained` the adapter. Starting
-    from it takes the inner loop that the run was trained for: without one, it answers no better than by chance.
+    `AutoModelForCausalLM.from_pretrained` loads the whole model, `PeftModel.from_pretrained` the adapter. It is a
+    starting point for the run's inner loop; without inner steps it answers no better than chance.
     """
     from rayml.adapter import new_folder
 
     refuse_no_run(run)
     new_folder(out_dir)
     model = rayml.load(run, checkpoint=checkpoint)
-    to = model.save(out_dir)
-    what = f"a PEFT adapter on {model.base}" if model.lm.adapter else "a Hugging Face model"
-    out.print(f"{to}: {what}, after {model.step} outer steps", highlight=False, soft_wrap=True)
+    folder = model.save(out_dir)
+    kind = f"a PEFT adapter on {model.base}" if model.lm.adapter else "a Hugging Face model"
+    out.print(f"{folder}: {kind}, after {model.step} outer steps", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -98,33 +98,32 @@ def predict(
     adapter: Annotated[str, typer.Argument(metavar="DIR", help="A folder that `rayml adapt` made, or its URI.")],
     text: Annotated[
         str,
-        typer.Option(
-            "--input", help='What to answer; or JSON: fields, or messages `[{"role", "content"}]`.', metavar="TEXT"
-        ),
+        typer.Option("--input", help='A text; or JSON: fields, or messages `[{"role", "content"}]`.', metavar="TEXT"),
     ],
     options: Annotated[
         str | None,
-        typer.Option(help="Choose among these, comma-separated, those with a comma in quotes; else all labels."),
+        typer.Option(help="Choose among these: comma-separated, quoted if they hold a comma. Default: all labels."),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Answer with a learned task: the most probable of its labels, or generated text."""
-    chosen = comma_separated(options) if options else None
+    """Answer with a learned task: its most probable label, or a generated text."""
+    choices = comma_separated(options) if options else None
     if "://" not in adapter and not (Path(adapter).expanduser() / "rayml.json").exists():
         raise RunError(f"{adapter}: no adapter that `rayml adapt` wrote: there is no rayml.json in it")
     with doing(err, "loading libraries and model"):
-        learned = rayml.load_adapter(adapter)
-    answer = learned.predict(given(text), chosen)
+        loaded = rayml.load_adapter(adapter)
+    prediction = loaded.predict(parse_input(text), choices)
     if as_json:
-        print(json.dumps({"prediction": answer.text, "probabilities": answer.probabilities}, ensure_ascii=False))
+        result = {"prediction": prediction.text, "probabilities": prediction.probabilities}
+        print(json.dumps(result, ensure_ascii=False))
         return
-    out.print(answer.text, style="bold", markup=False, highlight=False)
-    for option, probability in sorted(answer.probabilities.items(), key=lambda item: -item[1]):
+    out.print(prediction.text, style="bold", markup=False, highlight=False)
+    for option, probability in sorted(prediction.probabilities.items(), key=lambda item: -item[1]):
         out.print(f"  {probability:.3f}  {option}", markup=False, highlight=False)
 
 
-def given(text: str) -> Any:
-    """Return what is to be answered: a text as it is, and fields or a dialogue's turns from JSON."""
+def parse_input(text: str) -> Any:
+    """Return the fields or the dialogue that a text holds as JSON; else the text itself."""
     try:
         value = json.loads(text) if text.lstrip()[:1] in ("{", "[") else None
     except ValueError:
@@ -138,26 +137,29 @@ def given(text: str) -> Any:
 
 @app.command("serve")
 def serve_run(
-    run: Annotated[str | None, typer.Argument(metavar="RUN", help="As `rayml train` made it.")] = None,
+    run: Annotated[str | None, typer.Argument(metavar="RUN", help="A run folder that `rayml train` made.")] = None,
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[key=value]...", help="Such as `replicas.max=4 limits.steps=5`.")
+        list[str] | None,
+        typer.Argument(metavar="[key=value]...", help="Settings, such as `replicas.max=4 limits.steps=5`."),
     ] = None,
-    host: Annotated[str, typer.Option(help="Where to listen; beyond this machine an API key is needed.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Where to listen.", min=1, max=65535)] = 8000,
-    store: Annotated[str | None, typer.Option(help="Where adapters are kept; else RUN/adapters.")] = None,
+    host: Annotated[
+        str, typer.Option(help="The address to listen on; beyond this machine an API key is needed.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="The port to listen on.", min=1, max=65535)] = 8000,
+    store: Annotated[str | None, typer.Option(help="Where adapters are kept. Default: RUN/adapters.")] = None,
     keys_file: Annotated[
         Path | None,
-        typer.Option(parser=path, help="API keys, one a line, as `name: key`; RAYML_API_KEYS adds to them."),
+        typer.Option(parser=path, help="API keys, one per line, as `name: key`; those in RAYML_API_KEYS are added."),
     ] = None,
-    metrics_port: Annotated[int | None, typer.Option(help="Where Prometheus finds the metrics.")] = None,
+    metrics_port: Annotated[int | None, typer.Option(help="The port of the metrics for Prometheus.")] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Listen beyond this machine without a key.")] = False,
     keys: Annotated[bool, typer.Option("--keys", help="Print every setting with its default and meaning.")] = False,
     checkpoint: Checkpoint = None,
 ) -> None:
     """Serve a run: post a few examples, get an adapter in about a second, and ask it by name.
 
-    OpenAI's API at /v1/completions and /v1/chat/completions, with /v1/classify and /v1/adapters beside it; /docs shows
-    all of it. Ctrl-C lets what has begun end, and stops.
+    It has OpenAI's API at /v1/completions and /v1/chat/completions, and also /v1/classify and /v1/adapters; /docs shows
+    all of it. Ctrl-C stops it after the current requests.
     """
     if keys:
         from rayml.serving.settings import Serving
@@ -176,16 +178,16 @@ def serve_run(
 @app.command()
 def publish(
     adapter: Annotated[
-        Path, typer.Argument(parser=path, metavar="DIR", help="A folder, or a zip, of `rayml adapt` or PEFT.")
+        Path, typer.Argument(parser=path, metavar="DIR", help="A folder or zip file, made by `rayml adapt` or PEFT.")
     ],
-    run: Annotated[str, typer.Option(help="The run folder that is served.", metavar="RUN")],
-    name: Annotated[str | None, typer.Option(help="The adapter's name; else the folder's.")] = None,
-    store: Annotated[str | None, typer.Option(help="The server's store; else RUN/adapters.")] = None,
-    owner: Annotated[str | None, typer.Option(help="The name of the key that it is for.")] = None,
+    run: Annotated[str, typer.Option(help="The served run's folder.", metavar="RUN")],
+    name: Annotated[str | None, typer.Option(help="The adapter's name. Default: the folder's.")] = None,
+    store: Annotated[str | None, typer.Option(help="The server's store. Default: RUN/adapters.")] = None,
+    owner: Annotated[str | None, typer.Option(help="The name of the API key that owns it.")] = None,
 ) -> None:
-    """Put an adapter that was learned elsewhere into a server's store, once it is seen to fit the run's base.
+    """Put an adapter that was learned elsewhere into a server's store, after checking that it fits the run's base.
 
-    It belongs to --owner, or to the key without a name in RAYML_API_KEY; else to servers that ask for no key.
+    It belongs to --owner, or else to the unnamed key in RAYML_API_KEY, or else to servers without keys.
     """
     from rayml.serving.command import publish_adapter
 

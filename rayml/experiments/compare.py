@@ -1,8 +1,8 @@
-"""Methods side by side: trained with equal forward-backward tokens, adapted with equal care, asked the same questions.
+"""Methods side by side: trained with equal forward-backward tokens, tuned with equal effort, asked the same questions.
 
-Every method and seed leaves its run (where it trains) and `results/NAME-SEED.json` with every answer; the report is
-derived from those files alone. Cut off, a comparison goes on with what is missing, and asks anew what was asked of
-other code, or otherwise.
+Every method and seed leaves its run (if it trains) and `results/NAME-SEED.json` with every answer; the report is
+derived from those files alone. A comparison that was cut off continues with what is missing. A result that came from
+other code, tasks or settings is computed again.
 """
 
 import hashlib
@@ -20,8 +20,8 @@ from rich.console import Console
 import rayml
 from rayml.config import Config, parse_config
 from rayml.errors import DataError, RunError, TrainingError
-from rayml.experiments.answers import Choice, LearnedMethod, answer, choose_setting
-from rayml.experiments.classifiers import ask, choose_head, classifier_for, versions
+from rayml.experiments.answers import Choice, LearnedMethod, answer_episodes, choose_setting
+from rayml.experiments.classifiers import answer_by_classifier, choose_head, classifier_for, package_versions
 from rayml.experiments.method_runs import MethodRun, Request, plan, show_plan
 from rayml.experiments.report import print_summary, write_report
 from rayml.experiments.summaries import summarize
@@ -41,17 +41,17 @@ from rayml.training.driver import start_ray, train
 def compare(
     values: dict[str, Any], source: str, request: Request, to: str | AnyPath, command: str, dry_run: bool, out: Console
 ) -> dict[str, Any]:
-    """Train what is to be trained, choose each one's adaptation on meta-val, ask all, and write the report.
+    """Train the methods, choose how each adapts on meta-val, let all answer meta-test, and write the report.
 
     Args:
-        values: the config, nested; its outer steps, by the algorithm BUDGET, fix everyone's tokens.
+        values: the config, nested; its outer steps with the algorithm BUDGET fix the tokens of every method.
         source: names the config in errors.
-        to: the folder, or its URI, where runs, answers and the report go.
-        command: stands in the report.
+        to: the folder, or its URI, for runs, answers and the report.
+        command: quoted in the report.
 
     Raises:
         ConfigError, DataError, RunError: the input is bad; nothing was started.
-        TrainingError: not one method could be trained.
+        TrainingError: no method could be trained.
     """
     base, folder = parse_config(values, source), as_path(to)
     splits = prepare_splits(base.data)
@@ -62,19 +62,18 @@ def compare(
         show_plan(method_runs, base, splits, request, out)
         return {}
     for method_run in method_runs:
-        check_trained_by(method_run, folder)
+        check_provenance(method_run, folder)
     own_ray = not ray.is_initialized()
     results, failed = [], {}
     for method_run in method_runs:
         if method_run.name in failed:
             continue
         try:
-            results.append(one(method_run, base, splits, request, folder, out))
-        except TrainingError as error:  # the others go on; a method counts with all its seeds or not at all
+            results.append(method_result(method_run, base, splits, request, folder, out))
+        except TrainingError as error:  # other methods continue; one that fails is left out with all its seeds
             failed[method_run.name] = f"seed {method_run.seed}: {error}"
-            out.print(
-                f"{method_run.name} is left out, {failed[method_run.name]}", style="red", markup=False, soft_wrap=True
-            )
+            message = f"{method_run.name} is left out, {failed[method_run.name]}"
+            out.print(message, style="red", markup=False, soft_wrap=True)
     if own_ray and ray.is_initialized():
         ray.shutdown()
     results = [result for result in results if result["method"] not in failed]
@@ -86,80 +85,87 @@ def compare(
     return summary
 
 
-def one(
+def method_result(
     method_run: MethodRun, base: Config, splits: Splits, request: Request, folder: AnyPath, out: Console
 ) -> dict[str, Any]:
-    """Return what one method answered with one seed: from its file, if it was asked the same before."""
-    written = folder / "results" / f"{method_run.name}-{method_run.seed}.json"
-    asked = fingerprint_of(method_run, base, splits, request)
-    if written.exists():
-        found = json.loads(written.read_text(encoding="utf-8"))
-        if found["asked"] == asked:
-            return found
+    """Return the answers of one method with one seed: from its file, if that has the same fingerprint."""
+    path = folder / "results" / f"{method_run.name}-{method_run.seed}.json"
+    fingerprint = result_fingerprint(method_run, base, splits, request)
+    if path.exists():
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if result["asked"] == fingerprint:
+            return result
     if method_run.trains:
         method_run.check_length()
-        note = trained_by_file(method_run, folder)
+        note = provenance_path(method_run, folder)
         note.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(note, json.dumps(trained_by(method_run.config)) + "\n")
+        write_whole(note, json.dumps(provenance(method_run.config)) + "\n")
         if not ray.is_initialized():
             start_ray(method_run.config)
-        out.print(
-            f"{method_run.name}, seed {method_run.seed}: {method_run.config.outer.steps} outer steps", highlight=False
-        )
+        steps = method_run.config.outer.steps
+        out.print(f"{method_run.name}, seed {method_run.seed}: {steps} outer steps", highlight=False)
         train(method_run.config, resume=True)
     result = {
         "method": method_run.name,
         "seed": method_run.seed,
         "algorithm": method_run.config.algorithm.name,
         "labels": method_run.config.data.labels,
-        "asked": asked,
-        **encoder_of(method_run, request),
-        **costs(method_run),
-        **adapted_and_asked(method_run, base, splits, request),
+        "asked": fingerprint,
+        **encoder_versions(method_run, request),
+        **training_costs(method_run),
+        **adapt_and_answer(method_run, base, splits, request),
     }
-    written.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(written, json.dumps(result, ensure_ascii=False) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(result, ensure_ascii=False) + "\n")
     return result
 
 
-def adapted_and_asked(method_run: MethodRun, base: Config, splits: Splits, request: Request) -> dict[str, Any]:
-    """Choose how an entry adapts on meta-val, and ask it the comparison's own episodes under its own labels."""
+def adapt_and_answer(method_run: MethodRun, base: Config, splits: Splits, request: Request) -> dict[str, Any]:
+    """Choose on meta-val how a method adapts, and let it answer the meta-test episodes.
+
+    All methods get the same episodes, with labels shown as the method's own config says.
+    """
     data = base.data.model_copy(update={"labels": method_run.config.data.labels})
     val = splits.val, data.sampler(VALIDATION_SEED), request.val_episodes
     test = splits.test, data.sampler(EVALUATION_SEED), request.episodes
     choice: Choice[Any]
-    with progress(Console(stderr=True, markup=False), transient=True) as bar:
+    with progress(Console(stderr=True, markup=False), transient=True) as add_bar:
         began = time.perf_counter()
         if method_run.method.start == "encoder":
             classifier = classifier_for(method_run.name, request.encoder, own_device(base), method_run.seed)
             tries = len(classifier.heads) * request.val_episodes * (len(classifier.heads) > 1)
-            choice = choose_head(classifier, *val, bar(f"adapting {method_run.name}", tries))
-            asking = ask(classifier, *test, choice.setting)
+            choice = choose_head(classifier, *val, add_bar(f"adapting {method_run.name}", tries))
+            answers = answer_by_classifier(classifier, *test, choice.setting)
         else:
             method = learned_method(method_run, splits.train)
             tries = len(request.factors) * request.val_episodes * method.takes_steps
-            told = bar(f"adapting {method_run.name}", tries)
-            choice = choose_setting(method, *val, request.factors, request.steps, told)
-            most = max(request.steps) if method.takes_steps else 0
-            asking = answer(method, *test, choice.setting, most)
+            advance = add_bar(f"adapting {method_run.name}", tries)
+            choice = choose_setting(method, *val, request.factors, request.steps, advance)
+            most_steps = max(request.steps) if method.takes_steps else 0
+            answers = answer_episodes(method, *test, choice.setting, most_steps)
         seconds = time.perf_counter() - began
-        asked = bar(f"asking {method_run.name}", len(splits.test) * request.episodes)
+        advance = add_bar(f"asking {method_run.name}", len(splits.test) * request.episodes)
         episodes = []
-        for episode in asking:
+        for episode in answers:
             episodes.append(episode)
-            asked()
-    return {"choosing_seconds": round(seconds, 1), **described(choice), "episodes": episodes}
+            advance()
+    return {
+        "choosing_seconds": round(seconds, 1),
+        "setting": asdict(choice.setting),
+        "tried": [{**asdict(setting), "score": score} for setting, score in choice.tried],
+        "episodes": episodes,
+    }
 
 
 def learned_method(method_run: MethodRun, tasks: Sequence[Task]) -> LearnedMethod:
-    """Load what takes part: a trained run, an untrained start, or the bare base."""
+    """Load a method: a trained run, an untrained start, or the bare base."""
     model = load(method_run.run) if method_run.run else untrained_model(method_run.config, tasks)
     start = None if method_run.method.start == "base" else model.start
     return LearnedMethod(model.scorer(), start, model.inner_lrs, method_run.method.takes_support)
 
 
-def costs(method_run: MethodRun) -> dict[str, Any]:
-    """Return outer steps, forward-backward tokens and seconds of training: as counted, else as planned."""
+def training_costs(method_run: MethodRun) -> dict[str, Any]:
+    """Return the outer steps, forward-backward tokens (as counted, else as planned) and seconds of training."""
     records = method_run.run.records() if method_run.run else []
     return {
         "outer_steps": records[-1]["step"] if records else 0,
@@ -168,47 +174,43 @@ def costs(method_run: MethodRun) -> dict[str, Any]:
     }
 
 
-def encoder_of(method_run: MethodRun, request: Request) -> dict[str, str]:
-    """Return what a classifier begins with, and by which packages."""
+def encoder_versions(method_run: MethodRun, request: Request) -> dict[str, str]:
+    """Return a classifier's sentence encoder with the versions of its packages; nothing for other methods."""
     is_classifier = method_run.method.start == "encoder"
-    return {"encoder": f"{request.encoder} ({versions(method_run.name)})"} if is_classifier else {}
+    return {"encoder": f"{request.encoder} ({package_versions(method_run.name)})"} if is_classifier else {}
 
 
-def described(choice: Choice[Any]) -> dict[str, Any]:
-    return {"setting": asdict(choice.setting), "tried": [{**asdict(s), "score": score} for s, score in choice.tried]}
-
-
-def fingerprint_of(method_run: MethodRun, base: Config, splits: Splits, request: Request) -> str:
+def result_fingerprint(method_run: MethodRun, base: Config, splits: Splits, request: Request) -> str:
     """Return a checksum of everything that a result depends on."""
     config = method_run.config.model_dump(mode="json", exclude={"run", "workers", "device", "validation", "sweep"})
     config["data"].pop("path")
     episodes = base.data.ways, base.data.shots, base.data.queries
-    how = request.episodes, request.val_episodes, list(request.factors), list(request.steps), episodes
+    effort = request.episodes, request.val_episodes, list(request.factors), list(request.steps), episodes
     checkpoint = identity(method_run.run.trained()[1]) if method_run.run and not method_run.trains else None
     tasks = [fingerprint(part) for part in splits]
-    made_of = trained_by(method_run.config), encoder_of(method_run, request)
-    asked = repr((config, method_run.method, how, tasks, checkpoint, made_of))
-    return hashlib.sha256(asked.encode()).hexdigest()[:16]
+    versions = provenance(method_run.config), encoder_versions(method_run, request)
+    text = repr((config, method_run.method, effort, tasks, checkpoint, versions))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def trained_by(config: Config) -> dict[str, Any]:
-    """Return what training depends on beside a config's settings and tasks: the code, and what is continued."""
-    continued = config.run.continues
-    begun = identity(RunFolder(continued).trained()[1]) if continued else []
-    return {"code": code(), "engine": config.engine, "run.continues": begun}
+def provenance(config: Config) -> dict[str, Any]:
+    """Return what training depends on beside settings and tasks: the code, the engine, and a run that it continues."""
+    old_run = config.run.continues
+    start = identity(RunFolder(old_run).trained()[1]) if old_run else []
+    return {"code": code_version(), "engine": config.engine, "run.continues": start}
 
 
-def trained_by_file(method_run: MethodRun, folder: AnyPath) -> AnyPath:
+def provenance_path(method_run: MethodRun, folder: AnyPath) -> AnyPath:
     return folder / "trained_by" / f"{method_run.name}-{method_run.seed}.json"
 
 
-def check_trained_by(method_run: MethodRun, folder: AnyPath) -> None:
-    """Raise RunError if what was trained so far was trained by other code, by another engine, or from another run."""
+def check_provenance(method_run: MethodRun, folder: AnyPath) -> None:
+    """Raise RunError if the run there was begun by other code, by another engine, or from another run."""
     if not (method_run.trains and method_run.run and any(method_run.run.checkpoints.glob("step_*"))):
         return
-    written, now = trained_by_file(method_run, folder), trained_by(method_run.config)
-    then = json.loads(written.read_text(encoding="utf-8")) if written.exists() else {}
-    changed = [key for key in now if now[key] != then.get(key)]
+    path, now = provenance_path(method_run, folder), provenance(method_run.config)
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    changed = [key for key in now if now[key] != before.get(key)]
     if changed:
         raise RunError(
             f"{method_run.run.path}: was trained with other {', '.join(changed)}; remove it to train it again, or give "
@@ -217,10 +219,10 @@ def check_trained_by(method_run: MethodRun, folder: AnyPath) -> None:
 
 
 @cache
-def code() -> str:
-    """Return the version of rayml, and a checksum of its source files."""
+def code_version() -> str:
+    """Return the version of rayml with a checksum of its source files."""
     root = Path(rayml.__file__).parent
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for file in sorted(root.rglob("*.py")):
-        found.update(f"{file.relative_to(root)} {checksum(file)}\n".encode())
-    return f"{rayml.__version__} {found.hexdigest()[:16]}"
+        digest.update(f"{file.relative_to(root)} {checksum(file)}\n".encode())
+    return f"{rayml.__version__} {digest.hexdigest()[:16]}"

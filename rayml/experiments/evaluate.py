@@ -6,20 +6,24 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from rayml.experiments.answers import LearnedMethod, Setting, label_answers, text_answers
+from rayml.experiments.classifiers import Embedding, Head, answer_by_classifier, missing
+from rayml.lm.catalog import MINILM, resolve_model
 from rayml.lm.fine_tuning import rate_factors
 from rayml.lm.scorer import Outputs, Scorer, batches, curves_of
+from rayml.progress import Bar
 from rayml.runs.files import AnyPath
 from rayml.tasks.episodes import Episode, Sampler
-from rayml.tasks.statistics import Curve
+from rayml.tasks.statistics import Curve, by_task, intervals
 from rayml.tasks.task import Task
 
 if TYPE_CHECKING:
     from rayml.model import MetaModel
 
-FILE = "evaluation.part.jsonl"
+PARTS_FILE = "evaluation.part.jsonl"
 
 
 @dataclass(frozen=True)
@@ -28,18 +32,18 @@ class Evaluation:
 
     trained: list[Curve]
     untrained: list[Curve]
-    answered: list["Answered"]
+    answers: list["EpisodeAnswers"]
     """From the trained start."""
 
     def add(self, part: "Evaluation") -> None:
         self.trained.extend(part.trained)
         self.untrained.extend(part.untrained)
-        self.answered.extend(part.answered)
+        self.answers.extend(part.answers)
 
 
 @dataclass(frozen=True)
-class Answered:
-    """What was answered to one episode's queries (`rayml.experiments.answers`), before adapting and after."""
+class EpisodeAnswers:
+    """The answers to one episode's queries (`rayml.experiments.answers`), before adapting and after."""
 
     task: str
     kind: str
@@ -48,46 +52,51 @@ class Answered:
 
 
 class Parts:
-    """The parts of an evaluation in a run's folder, in order; those of another evaluation are forgotten.
+    """The finished parts of an evaluation, kept in a run's folder, so that one that is interrupted can continue.
+
+    Parts of another evaluation are dropped.
 
     Args:
-        asked: all that the results depend on.
+        inputs: everything that the results depend on.
     """
 
-    def __init__(self, folder: AnyPath, asked: Any):
-        self.path = folder / FILE
-        self.asked = hashlib.sha256(repr(asked).encode()).hexdigest()
+    def __init__(self, folder: AnyPath, inputs: Any):
+        self.path = folder / PARTS_FILE
+        self.fingerprint = hashlib.sha256(repr(inputs).encode()).hexdigest()
         self.episodes = 0
-        """Done so far."""
-        known = list(self._read()) if self.path.exists() else []
-        self._waiting = iter(known)
-        self._file = self.path.open("a", buffering=1) if known else None
+        """Number of episodes done so far."""
+        parts = list(self._read()) if self.path.exists() else []
+        self._unread = iter(parts)
+        self._file = self.path.open("a", buffering=1) if parts else None
 
     def _read(self) -> Iterator[Evaluation]:
         head, *lines = self.path.read_text(encoding="utf-8").split("\n")[:-1] or [""]
-        for line in lines if head == self.asked else []:
-            trained, untrained, answered = json.loads(line)
-            first, second = ([Curve(**curve) for curve in each] for each in (trained, untrained))
-            yield Evaluation(first, second, [Answered(**one) for one in answered])
+        for line in lines if head == self.fingerprint else []:
+            trained, untrained, answers = json.loads(line)
+            yield Evaluation(
+                [Curve(**curve) for curve in trained],
+                [Curve(**curve) for curve in untrained],
+                [EpisodeAnswers(**episode) for episode in answers],
+            )
 
     def next(self) -> Evaluation | None:
-        """Return the next part that was done before; None, if it is to be done now."""
-        part = next(self._waiting, None)
+        """Return the next part if it was done before, else None."""
+        part = next(self._unread, None)
         self.episodes += len(part.trained) if part else 0
         return part
 
     def keep(self, part: Evaluation) -> None:
-        """Write down a part that was just done."""
+        """Write a new part to the file."""
         if self._file is None:
             self.path.unlink(missing_ok=True)
             self._file = self.path.open("a", buffering=1)
-            self._file.write(self.asked + "\n")
-        lists = [[asdict(one) for one in each] for each in (part.trained, part.untrained, part.answered)]
+            self._file.write(self.fingerprint + "\n")
+        lists = [[asdict(item) for item in items] for items in (part.trained, part.untrained, part.answers)]
         self._file.write(json.dumps(lists, ensure_ascii=False) + "\n")
         self.episodes += len(part.trained)
 
     def remove(self) -> None:
-        """Forget the parts: the whole is written."""
+        """Remove the file, once the whole evaluation is written."""
         if self._file:
             self._file.close()
         self.path.unlink(missing_ok=True)
@@ -103,48 +112,70 @@ def evaluate(
 ) -> Evaluation:
     """Adapt to `episodes` episodes of each task from both starts, by the run's own algorithm and inner steps.
 
-    Every task gets the same number of episodes. The untrained start's rates are those that training began with:
-    `inner.lr`, less by `inner.layer_decay`. What `parts` holds already is not done again. `progress` is told after each
-    few episodes how many are done.
+    The untrained start has the inner rates that training began with: `inner.lr` with `inner.layer_decay`. Parts that
+    `parts` holds are not done again. `progress` is called after every few episodes with their number.
     """
     inner = model.config.inner
     factors = rate_factors(model.lm.module, model.inner_lrs, inner.layer_decay)
     inner_lrs = {n: torch.tensor(inner.lr * factors.get(n, 1.0), device=model.device) for n in model.inner_lrs}
-    found = Evaluation([], [], [])
+    evaluation = Evaluation([], [], [])
     scorer = model.scorer()
     for batch in batches(model, tasks, sampler, episodes):
-        known = parts.next()
-        if known:
-            found.add(known)
-            progress(len(batch))
-            continue
-        prepared, at = scorer.prepare(batch), range(scorer.steps + 1)
-        points = list(scorer.outputs(prepared, model.start, model.inner_lrs, at))
-        # Before the first outer step the two starts are one.
-        other = list(scorer.outputs(prepared, model.untrained, inner_lrs, at)) if model.step else points
-        part = Evaluation(
-            curves_of(batch, points),
-            curves_of(batch, other),
-            list(answered(model, scorer, batch, points)),
-        )
-        parts.keep(part)
-        found.add(part)
+        part = parts.next()
+        if part is None:
+            prepared, at = scorer.prepare(batch), range(scorer.steps + 1)
+            points = list(scorer.outputs(prepared, model.start, model.inner_lrs, at))
+            # Before the first outer step both starts are the same.
+            untrained_points = list(scorer.outputs(prepared, model.untrained, inner_lrs, at)) if model.step else points
+            answers = list(episode_answers(model, scorer, batch, points))
+            part = Evaluation(curves_of(batch, points), curves_of(batch, untrained_points), answers)
+            parts.keep(part)
+        evaluation.add(part)
         progress(len(batch))
-    return found
+    return evaluation
 
 
-def answered(
+def episode_answers(
     model: "MetaModel", scorer: Scorer, episodes: Sequence[Episode], points: Sequence[Outputs]
-) -> Iterator[Answered]:
-    """Yield the answers to episodes: of labels, from what was made of the queries; texts are written, both times."""
+) -> Iterator[EpisodeAnswers]:
+    """Yield the answers to each episode: labels from the outputs after each step, texts by generating them now."""
     method = LearnedMethod(scorer, model.start, model.inner_lrs)
-    asked = replace(method, takes_support=False)
+    unadapted = replace(method, takes_support=False)
     for index, episode in enumerate(episodes):
         if episode.labels:
-            ends = [label_answers(episode, points[k][index]) for k in (0, -1)]
+            before, after = (label_answers(episode, outputs[index]) for outputs in (points[0], points[-1]))
         else:
-            ends = [
-                text_answers(asked, episode, Setting()),
-                text_answers(method, episode, Setting(steps=scorer.steps)),
-            ]
-        yield Answered(episode.task, episode.kind, *ends)
+            before = text_answers(unadapted, episode, Setting())
+            after = text_answers(method, episode, Setting(steps=scorer.steps))
+        yield EpisodeAnswers(episode.task, episode.kind, before, after)
+
+
+def encoder_beside(
+    evaluation: Evaluation, tasks: Sequence[Task], sampler: Sampler, episodes: int, add_bar: Bar
+) -> dict[str, Any] | None:
+    """Return MiniLM's accuracy on the label tasks of an evaluation, without training: the first baseline to look at.
+
+    It comes with the paired difference, ours less MiniLM's, for each task and `overall`, with 95 % intervals. None if
+    MiniLM is not installed, or there are no label tasks.
+    """
+    labelled = [task for task in tasks if task.options]
+    if not labelled or missing("embedding", MINILM):
+        return None
+    advance = add_bar("a sentence encoder beside it", len(labelled) * episodes)
+    encoder, head = Embedding(resolve_model(MINILM), torch.device("cpu"), seed=0), Head("nearest centroid")
+    accuracies = []
+    for record in answer_by_classifier(encoder, labelled, sampler, episodes, head):
+        accuracies += record["curve"]
+        advance()
+    theirs = np.array(accuracies).reshape(len(labelled), episodes)
+    ours = by_task([curve for curve in evaluation.trained if curve.is_accuracy])[-1]
+    both = np.stack([theirs, ours - theirs])
+
+    def summarize(rows: slice) -> dict[str, Any]:
+        return dict(zip(("accuracy", "ours_less_it"), intervals(both[:, rows]), strict=True))
+
+    return {
+        "encoder": f"MiniLM, {head.head}",
+        "overall": summarize(slice(None)),
+        "tasks": {task.name: summarize(slice(row, row + 1)) for row, task in enumerate(labelled)},
+    }

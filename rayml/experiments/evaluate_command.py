@@ -1,4 +1,4 @@
-"""A run's evaluation, from its folder to a table, `evaluation.json` and `adaptation.png`."""
+"""`rayml evaluate`: from a run's folder to a table, `evaluation.json` and `adaptation.png`."""
 
 import json
 import logging
@@ -41,9 +41,9 @@ def evaluate_run(
     out: Console,
     err: Console,
 ) -> dict[str, Any]:
-    """Evaluate a run; print the table, write the JSON and the plot, and return what the JSON holds.
+    """Evaluate a run: print the table, write the JSON and the plot, and return what the JSON holds.
 
-    Everything that can be wrong with the input is found before a model is loaded.
+    All input is checked before the model is loaded.
 
     Raises:
         RunError, DataError, ConfigError: no run, no tasks, or an unknown split.
@@ -55,14 +55,16 @@ def evaluate_run(
     start = folder.start if folder else None
     if start and not data:
         raise DataError(f"{start}: comes without tasks to be tested on; give --data")
-    shown = config.data.model_copy(update={k: v for k, v in {"ways": ways, "shots": shots}.items() if v})
-    tasks = held_out_tasks(config, shown, data, split, bool(start))
+    changes = {key: value for key, value in {"ways": ways, "shots": shots}.items() if value}
+    sampling = config.data.model_copy(update=changes)
+    tasks = held_out_tasks(config, sampling, data, split, bool(start))
     config.algorithm.check(tasks)
-    model = _ready(run, config, tasks, checkpoint, err)
+    model = _load_model(run, config, tasks, checkpoint, err)
     outputs = model.run.outputs
     if isinstance(outputs, Path):
         outputs.mkdir(parents=True, exist_ok=True)
-    settings = {"ways": shown.ways, "shots": shown.shots, "queries": shown.queries, "episodes": episodes, "seed": seed}
+    sizes = {"ways": sampling.ways, "shots": sampling.shots, "queries": sampling.queries}
+    settings = {**sizes, "episodes": episodes, "seed": seed}
     summary = {
         "run": model.run.start or str(model.run.path),
         "checkpoint": model.checkpoint,
@@ -71,21 +73,21 @@ def evaluate_run(
         "inner_steps": config.inner.steps,
         "tasks_from": data or f"meta-{split}",
         **settings,
-        **_asked(model, config, tasks, shown, settings, err),
+        **_scores(model, config, tasks, sampling, settings, err),
     }
-    kind = "-data" if data else "" if split == "test" else f"-{split}"
-    written, picture = json_file or outputs / f"evaluation{kind}.json", outputs / f"adaptation{kind}.png"
-    write_whole(written, json.dumps(summary, indent=2) + "\n")
+    suffix = "-data" if data else "" if split == "test" else f"-{split}"
+    json_path, plot_path = json_file or outputs / f"evaluation{suffix}.json", outputs / f"adaptation{suffix}.png"
+    write_whole(json_path, json.dumps(summary, indent=2) + "\n")
     method = "" if config.algorithm.name == DEFAULT else f"{config.algorithm.name}, "
-    title = f"{config.model.name}, {shown.ways}-way {shown.shots}-shot, {method}after {model.step} outer steps"
-    report.plot_adaptation(summary, picture, title)
+    title = f"{config.model.name}, {sampling.ways}-way {sampling.shots}-shot, {method}after {model.step} outer steps"
+    report.plot_adaptation(summary, plot_path, title)
     report.print_evaluation(summary, title, out)
-    out.print(f"{written}\n{picture}", highlight=False, soft_wrap=True)
+    out.print(f"{json_path}\n{plot_path}", highlight=False, soft_wrap=True)
     return summary
 
 
-def _ready(run: Any, config: Config, tasks: Sequence[Task], checkpoint: str | None, err: Console) -> Any:
-    """Return the model of a run, loaded and able to answer the tasks."""
+def _load_model(run: Any, config: Config, tasks: Sequence[Task], checkpoint: str | None, err: Console) -> Any:
+    """Load the model of a run, and check that it can answer the tasks."""
     with doing(err, "loading libraries and model"):
         from rayml.lm.abilities import refuse_mute
         from rayml.model import load
@@ -100,44 +102,44 @@ def _ready(run: Any, config: Config, tasks: Sequence[Task], checkpoint: str | No
     return model
 
 
-def _asked(
-    model: "MetaModel", config: Config, tasks: Sequence[Task], shown: Data, settings: dict[str, int], err: Console
+def _scores(
+    model: "MetaModel", config: Config, tasks: Sequence[Task], data: Data, settings: dict[str, int], err: Console
 ) -> dict[str, Any]:
-    """Return the scores of all episodes; what was done before an interruption is not done again."""
-    from rayml.experiments.beside import encoder_beside
-    from rayml.experiments.evaluate import Parts, evaluate
+    """Return the scores of all episodes. Those that were done before an interruption are not done again."""
+    from rayml.experiments.evaluate import Parts, encoder_beside, evaluate
     from rayml.experiments.summaries import summarize_evaluation
 
-    assert model.run, "it was asked for"
-    episodes, sampler = settings["episodes"], shown.sampler(EVALUATION_SEED + settings["seed"])
-    asked = [model.step, model.precision.dtype, settings, fingerprint(tasks), dump_config(config)]
-    total, parts = len(tasks) * episodes, Parts(model.run.outputs, asked)
+    assert model.run, "checked by `_load_model`"
+    episodes, sampler = settings["episodes"], data.sampler(EVALUATION_SEED + settings["seed"])
+    inputs = [model.step, model.precision.dtype, settings, fingerprint(tasks), dump_config(config)]
+    total, parts = len(tasks) * episodes, Parts(model.run.outputs, inputs)
     err.print(f"{len(tasks)} tasks x {episodes} episodes, each from two starts: {2 * total} adaptations", style="dim")
     try:
-        with progress(err) as bar:
-            found = evaluate(model, tasks, sampler, episodes, parts, bar("adapting", total))
-            beside = encoder_beside(found, tasks, sampler, episodes, bar)
-    except KeyboardInterrupt as end:
+        with progress(err) as add_bar:
+            evaluation = evaluate(model, tasks, sampler, episodes, parts, add_bar("adapting", total))
+            beside = encoder_beside(evaluation, tasks, sampler, episodes, add_bar)
+    except KeyboardInterrupt as interrupt:
         message = f"{parts.episodes} of {total} episodes are kept; the same command goes on with the others"
-        raise kept(end, message) from None
+        raise kept(interrupt, message) from None
     parts.remove()
-    return summarize_evaluation(found) | {"beside": beside}
+    return summarize_evaluation(evaluation) | {"beside": beside}
 
 
 def held_out_tasks(
     config: Config, data: Data, paths: list[str] | None, split: str, is_start: bool = False
 ) -> tuple[Task, ...]:
-    """Return the tasks of `paths`, or else of the run's own split; `data` says what an episode takes.
+    """Return the tasks of `paths`, or else of the run's own split.
 
     Args:
-        is_start: it comes with rayml, and what it was trained on does not.
+        data: the sizes of episodes.
+        is_start: whether it is a start that comes with rayml, without the tasks that it was trained on.
 
     Raises:
-        DataError: there are none, they are too small for an episode, or they hold a text of meta-train.
+        DataError: there are no tasks, they are too small for an episode, or they hold a text of meta-train.
     """
     if paths:
         tasks = prepare_tasks(data.model_copy(update={"path": tuple(paths), "drop_small_classes": True}))
-        refuse_leaks("--data", () if is_start else trained_on(config), tasks)
+        refuse_leaks("--data", () if is_start else training_tasks(config), tasks)
     else:
         tasks = getattr(prepare_splits(config.data), split)
         data.sampler(seed=0).check(tasks)
@@ -146,8 +148,8 @@ def held_out_tasks(
     return tasks
 
 
-def trained_on(config: Config) -> tuple[Task, ...]:
-    """Return the run's meta-train tasks; none, with a warning, where its data cannot be read any more."""
+def training_tasks(config: Config) -> tuple[Task, ...]:
+    """Return the run's meta-train tasks; none, with a warning, if its data can no longer be read."""
     try:
         return prepare_splits(config.data).train
     except DataError as error:

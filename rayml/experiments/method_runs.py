@@ -1,4 +1,4 @@
-"""What takes part in a comparison: methods and seeds, each trained with equal tokens; and about how long it takes."""
+"""The runs of a comparison: methods and seeds, each trained with equal tokens; and about how long they take."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from rayml.algorithms.methods import BUDGET, METHODS, NOT_RUN, USUAL, Method
 from rayml.config import Config, parse_config
 from rayml.errors import ConfigError, RunError
 from rayml.experiments.classifiers import check_classifier, missing
-from rayml.experiments.evaluate_command import trained_on
+from rayml.experiments.evaluate_command import training_tasks
 from rayml.lm.abilities import checked_model
 from rayml.lm.catalog import MINILM, resolve_model
 from rayml.lm.load import load_tokenizer
@@ -28,34 +28,34 @@ from rayml.tasks.prepare import prepare_splits
 from rayml.tasks.splits import Splits, refuse_leaks
 from rayml.tasks.task import Task
 
-OURS = "outer.steps", "seed", "run.dir", "validation.every"
-"""Keys that the comparison sets itself."""
+RESERVED_KEYS = "outer.steps", "seed", "run.dir", "validation.every"
+"""Keys that the comparison sets for every method."""
 COUNTED_EPISODES = 64
 START_SECONDS = 30
-"""Of a training run's workers, about."""
+"""About how long the workers of a training run take to start."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is compared, and how carefully."""
+    """What to compare, and how carefully."""
 
     methods: Sequence[str]
-    """Of none, the usual ones that know all kinds of tasks there are."""
+    """If empty, the usual methods that can answer all the tasks."""
     variants: Mapping[str, tuple[str, ...]]
-    """More methods by name, each by its overrides."""
+    """More methods: their names and their overrides."""
     runs: Sequence[str]
-    """Run folders that take part as they are."""
+    """Folders of finished runs to compare as they are."""
     seeds: int
     episodes: int
-    """Of each meta-test task."""
+    """Episodes of each meta-test task."""
     val_episodes: int
-    """That the adaptation's settings are chosen on, over all meta-val tasks."""
+    """Episodes of all meta-val tasks together, on which each method's adaptation is chosen."""
     factors: Sequence[float]
-    """On the inner rates, each tried."""
+    """Factors on the inner rates to try."""
     steps: Sequence[int]
-    """Numbers of inner steps, each tried."""
+    """Numbers of inner steps to try."""
     encoder: str = MINILM
-    """The sentence encoder that classifiers begin with."""
+    """The sentence encoder of the classifiers."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,11 @@ class MethodRun:
     method: Method
     config: Config
     tokens_per_step: int = 0
-    """Forward and backward, on average, without padding; 0 where nothing is trained."""
+    """Forward-backward tokens of an outer step, on average, without padding; 0 where nothing is trained."""
     run: RunFolder | None = None
-    """Where it is trained; None: it is not."""
+    """The run folder of a trained method, else None."""
     is_given: bool = False
-    """Whether that run takes part as it is."""
+    """Whether that run is finished already, and compared as it is."""
 
     @property
     def tokens(self) -> int:
@@ -82,7 +82,7 @@ class MethodRun:
         return self.run is not None and not self.is_given
 
     def check_length(self) -> None:
-        """Raise RunError if the run there was trained for longer than it is to be."""
+        """Raise RunError if the run in that folder has taken more outer steps than this one is to take."""
         newest, steps = newest_checkpoint(self.run.checkpoints) if self.run else None, self.config.outer.steps
         if self.trains and newest and step_of(newest) > steps:
             raise RunError(f"{newest.parent.parent}: was trained for more than {steps} outer steps; use another --out")
@@ -91,57 +91,57 @@ class MethodRun:
 def plan(
     values: dict[str, Any], source: str, base: Config, splits: Splits, request: Request, folder: AnyPath
 ) -> list[MethodRun]:
-    """Return every method and seed, each with as many outer steps as come to the same number of tokens.
+    """Return every method with every seed, each with as many outer steps as use up the same number of tokens.
 
     Args:
-        values: the config, nested; its outer steps, by the algorithm BUDGET, fix everyone's tokens.
+        values: the config, nested; its outer steps with the algorithm BUDGET fix the tokens of every method.
         source: names the config in errors.
         folder: where runs go.
 
     Raises:
-        ConfigError, DataError, RunError: something cannot take part.
+        ConfigError, DataError, RunError: something cannot be compared.
     """
     known = METHODS | {name: Method(overrides) for name, overrides in request.variants.items()}
-    methods = request.methods or usual(base, splits, request.encoder)
+    methods = request.methods or default_methods(base, splits, request.encoder)
     for name in NOT_RUN.keys() & set(methods):
         raise ConfigError(f"--methods: {name} does not run here: {NOT_RUN[name]}")
     unknown = [name for name in methods if name not in known]
     if unknown:
         raise ConfigError(f"--methods: {', '.join(unknown)} unknown; there are {', '.join(known)}")
     check_names(request)
-    # An algorithm that is named anew has its own readout, and a sentence encoder knows one alone.
+    # Naming an algorithm resets its readout to the default, and a sentence encoder has only this one.
     readout = ["algorithm.readout=prototypes"] if is_encoder(base) else []
-    by_prompt = [name for name in methods if known[name].by_prompt and readout]
-    if by_prompt:
+    by_prompt = [name for name in methods if known[name].by_prompt]
+    if by_prompt and readout:
         raise ConfigError(f"--methods: {', '.join(by_prompt)} answer by a prompt; {base.model.name} is an encoder")
     counted = parse_config(values, source, [f"algorithm.name={BUDGET}", *readout])
     budget = base.outer.steps * tokens_per_step(counted, splits.train)
     method_runs = []
     for name in dict.fromkeys([*methods, *request.variants]):
-        method, run = known[name], RunFolder(folder / f"{name}-0")
+        method = known[name]
         overrides = [*readout, *method.overrides, "validation.every=0", "validation.patience=0"]
-        config = parse_config(values, f"{source} for {name}", [*overrides, f"run.dir={run.path}"])
+        config = parse_config(values, f"{source} for {name}", [*overrides, f"run.dir={folder / f'{name}-0'}"])
         if method.start == "encoder":
             check_classifier(name, request.encoder, [*splits.val, *splits.test])
         else:
             check_method_run(config, base, splits)
-        each = tokens_per_step(config, splits.train) if method.start == "trained" else 0
-        overrides += [f"outer.steps={max(1, round(budget / each))}"] if each else []
+        step_tokens = tokens_per_step(config, splits.train) if method.start == "trained" else 0
+        overrides += [f"outer.steps={max(1, round(budget / step_tokens))}"] if step_tokens else []
         for seed in range(request.seeds if method.has_seeds else 1):
             run = RunFolder(folder / f"{name}-{seed}")
             config = parse_config(values, source, [*overrides, f"seed={seed}", f"run.dir={run.path}"])
-            method_runs.append(MethodRun(name, seed, method, config, each, run if each else None))
-    method_runs.sort(key=lambda method_run: method_run.seed)  # what is cut off has compared all methods with some seeds
-    return method_runs + [of_run(RunFolder(path), splits) for path in request.runs]
+            method_runs.append(MethodRun(name, seed, method, config, step_tokens, run if step_tokens else None))
+    method_runs.sort(key=lambda method_run: method_run.seed)  # so that one that is cut off has compared all methods
+    return method_runs + [given_method_run(RunFolder(path), splits) for path in request.runs]
 
 
-def usual(base: Config, splits: Splits, encoder: str) -> list[str]:
-    """Return what is compared unless told otherwise: what knows the base and all kinds of tasks, and can run here."""
+def default_methods(base: Config, splits: Splits, encoder: str) -> list[str]:
+    """Return the usual methods that suit the base and all tasks, and can run here."""
     is_label = all(task.options for tasks in splits for task in tasks)
-    known = [name for name in USUAL if is_label or not METHODS[name].labels_only]
+    methods = [name for name in USUAL if is_label or not METHODS[name].labels_only]
     if is_encoder(base):
-        known = [name for name in known if not METHODS[name].by_prompt]
-    return [name for name in known if METHODS[name].start != "encoder" or not missing(name, encoder)]
+        methods = [name for name in methods if not METHODS[name].by_prompt]
+    return [name for name in methods if METHODS[name].start != "encoder" or not missing(name, encoder)]
 
 
 def is_encoder(config: Config) -> bool:
@@ -150,41 +150,40 @@ def is_encoder(config: Config) -> bool:
 
 
 def check_names(request: Request) -> None:
-    """Raise ConfigError where two methods would have one name, or a variant sets what the comparison sets."""
+    """Raise ConfigError if two methods have the same name, or a variant sets a key that the comparison sets."""
     for name, overrides in request.variants.items():
-        taken = [override for override in overrides if override.partition("=")[0] in OURS]
-        if taken:
-            raise ConfigError(f"--variant {name}: {', '.join(taken)}: the comparison sets it for every method")
+        reserved = [override for override in overrides if override.partition("=")[0] in RESERVED_KEYS]
+        if reserved:
+            raise ConfigError(f"--variant {name}: {', '.join(reserved)}: the comparison sets it for every method")
     names = [*METHODS, *request.variants, *(as_path(path).name for path in request.runs)]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ConfigError(f"two methods, variants or run folders are named {', '.join(twice)}; rename one")
+    duplicates = sorted({name for name in names if names.count(name) > 1})
+    if duplicates:
+        raise ConfigError(f"two methods, variants or run folders are named {', '.join(duplicates)}; rename one")
 
 
 def check_method_run(config: Config, base: Config, splits: Splits) -> None:
-    """Raise what training would refuse, and DataError if it would see a text of meta-test."""
+    """Raise what training would raise, and DataError if a variant would train on a text of meta-test."""
     checked_model(config, [task for part in splits for task in part])
     if config.data.model_copy(update={"labels": base.data.labels}) != base.data:
         refuse_leaks(config.run.dir, prepare_splits(config.data).train, splits.test)
 
 
-def of_run(run: RunFolder, splits: Splits) -> MethodRun:
-    """Return a run folder's entry.
+def given_method_run(run: RunFolder, splits: Splits) -> MethodRun:
+    """Return the entry of a finished run.
 
     Raises:
-        RunError: there is no run.
+        RunError: the folder holds no trained run.
         DataError: it was trained on a text of meta-test.
     """
     config, _ = run.trained()
-    refuse_leaks(str(run.path), trained_on(config), splits.test)
+    refuse_leaks(str(run.path), training_tasks(config), splits.test)
     tokens = sum(record.get("tokens", 0) for record in run.records())
-    return MethodRun(
-        run.path.name, config.seed, Method(()), config, round(tokens / config.outer.steps), run, is_given=True
-    )
+    step_tokens = round(tokens / config.outer.steps)
+    return MethodRun(run.path.name, config.seed, Method(()), config, step_tokens, run, is_given=True)
 
 
 def tokens_per_step(config: Config, tasks: Sequence[Task]) -> int:
-    """Return the tokens that run forward and backward in an outer step, on average, without padding."""
+    """Return the tokens that go forward and backward in an outer step, on average, without padding."""
     encoder = config.encoder(load_tokenizer(resolve_model(config.model.name)))
     sampler = config.data.sampler(config.seed)
     episodes = [encoder.episode(sampler.episode(tasks, index)) for index in range(COUNTED_EPISODES)]
@@ -193,30 +192,30 @@ def tokens_per_step(config: Config, tasks: Sequence[Task]) -> int:
 
 
 def show_plan(method_runs: Sequence[MethodRun], base: Config, splits: Splits, request: Request, out: Console) -> None:
-    """Print what would be trained and asked, and about how long it would take."""
-    pace = seconds_per_token(base, splits.train)
+    """Print the planned runs and questions, and about how long they take."""
+    token_seconds = seconds_per_token(base, splits.train)
     heads = "method", "seeds", "outer steps", "tokens a step", "tokens", "minutes a run"
-    shown = table(heads, left=["method"], no_wrap=True)
+    rows = table(heads, left=["method"], no_wrap=True)
     hours = 0.0
     for first in (method_run for method_run in method_runs if method_run.seed == 0 or method_run.is_given):
         seeds = 1 if first.is_given else sum(method_run.name == first.name for method_run in method_runs)
-        minutes = (first.tokens * pace + START_SECONDS) / 60
+        minutes = (first.tokens * token_seconds + START_SECONDS) / 60
         hours += seeds * minutes / 60 if first.trains else 0
         counts = first.config.outer.steps, first.tokens_per_step, first.tokens
         cells = [*map(str, counts)] if first.run else ["-"] * 3
-        shown.add_row(first.name, str(seeds), *cells, f"{minutes:.1f}" if first.trains else "-")
-    out.print(shown)
+        rows.add_row(first.name, str(seeds), *cells, f"{minutes:.1f}" if first.trains else "-")
+    out.print(rows)
     tries = len(request.factors) * len(request.steps)
     for line in (
         f"adaptation: {tries} settings tried on {request.val_episodes} meta-val episodes; "
         f"asked: {request.episodes} episodes of each of {len(splits.test)} meta-test tasks",
-        f"training about {hours:.1f} h on this machine, by one episode that was timed; choosing and asking come on top",
+        f"training takes about {hours:.1f} h on this machine (from one timed episode); choosing and asking come on top",
     ):
         out.print(line, highlight=False, soft_wrap=True)
 
 
 def seconds_per_token(config: Config, tasks: Sequence[Task]) -> float:
-    """Time the forward and backward of an episode's support here, in one process."""
+    """Time the forward and backward of an episode's support on this machine, in one process."""
     model = untrained_model(config, tasks)
     episode = config.data.sampler(config.seed).episode(tasks, 0)
     fast = expand(model.start, 1)

@@ -1,9 +1,9 @@
-"""Scores of answers, by torchmetrics, sacrebleu and seqeval, from 0 to 1; of the calibration error less is better.
+"""Scores of answers by torchmetrics, sacrebleu and seqeval, from 0 to 1; higher is better, except calibration error.
 
-Words are runs of letters and digits of any script; where a script sets no spaces (Han, Kana, Thai), characters.
+A word is a run of letters and digits of any script; in scripts without spaces (Han, Kana, Thai), a character.
 
-torchmetrics and scikit-learn (seqeval's) take seconds to import, for which every worker would wait: so each function
-imports what it uses.
+torchmetrics and scikit-learn (for seqeval) take seconds to import, and every worker would wait for them. So each
+function imports what it uses.
 """
 
 from collections.abc import Sequence
@@ -20,11 +20,11 @@ UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}]"
 WORD = regex.compile(rf"{UNSPACED}|(?:(?!{UNSPACED})[\p{{L}}\p{{M}}\p{{N}}])+")
 TOKEN = regex.compile(rf"{UNSPACED}|(?:(?!{UNSPACED})\S)+")
 Queries = Sequence[dict[str, Any]]
-"""What was answered: `target`, `answer`, for labels `confidence`, for texts `input` and other right `answers`."""
+"""Answered queries: `target`, `answer`, for labels `confidence`, for texts `input` and other correct `answers`."""
 
 
 def metrics_of(kind: str, is_label: bool) -> tuple[str, ...]:
-    """Return the names of a task's metrics; the first decides."""
+    """Return the names of a task's metrics, the main metric first."""
     if is_label:
         return KINDS[kind].metrics if kind in ("pair", "relation") else LABELS
     return KINDS[kind if kind in KINDS else "text"].metrics
@@ -35,68 +35,70 @@ def scores(kind: str, queries: Queries) -> dict[str, float]:
     is_label = "confidence" in queries[0]
     targets, answers = [q["target"] for q in queries], [q["answer"] for q in queries]
     if is_label:
-        found = label_scores(targets, answers)
+        values = label_scores(targets, answers)
     elif kind == "multilabel":
-        found = multilabel_scores(targets, answers)
+        values = multilabel_scores(targets, answers)
     elif kind == "ner":
-        found = span_scores(queries)
+        values = span_scores(queries)
     else:
-        found = text_scores(targets, answers, [q.get("answers", []) for q in queries])
-    return {name: found[name] for name in metrics_of(kind, is_label)}
+        values = text_scores(targets, answers, [q.get("answers", []) for q in queries])
+    return {name: values[name] for name in metrics_of(kind, is_label)}
 
 
 def label_scores(targets: Sequence[str], answers: Sequence[str]) -> dict[str, float]:
-    """Return accuracy, the mean of the classes' F1, and the F1 over all relations that are one."""
+    """Return accuracy, macro F1, and the micro F1 of relations, which does not count "no relation"."""
     from torchmetrics.functional.classification import multiclass_f1_score
 
-    indices = {label: start for start, label in enumerate(dict.fromkeys([*targets, *answers]))}
-    right, chosen = (torch.tensor([indices[label] for label in labels]) for labels in (targets, answers))
-    f1 = multiclass_f1_score(chosen, right, num_classes=max(2, len(indices)), average="macro")
-    related = [({t} - none(t), {a} - none(a)) for t, a in zip(targets, answers, strict=True)]
+    indices = {label: index for index, label in enumerate(dict.fromkeys([*targets, *answers]))}
+    target_ids, answer_ids = (torch.tensor([indices[label] for label in labels]) for labels in (targets, answers))
+    f1 = multiclass_f1_score(answer_ids, target_ids, num_classes=max(2, len(indices)), average="macro")
+    relations = [(relation_set(target), relation_set(answer)) for target, answer in zip(targets, answers, strict=True)]
     return {
-        "accuracy": float((right == chosen).float().mean()),
+        "accuracy": float((target_ids == answer_ids).float().mean()),
         "macro_f1": float(f1),
-        "relation_f1": multilabel_f1(related, "micro"),
+        "relation_f1": multilabel_f1(relations, "micro"),
     }
 
 
-def none(relation: str) -> set[str]:
-    return {relation} if relation.lower().replace(" ", "_") in NO_RELATION else set()
+def relation_set(relation: str) -> set[str]:
+    return set() if relation.lower().replace(" ", "_") in NO_RELATION else {relation}
 
 
 def multilabel_scores(targets: Sequence[str], answers: Sequence[str]) -> dict[str, float]:
-    """Return the F1 over all labels, the mean of the labels' F1, and how many answers have all labels and no other."""
+    """Return micro F1, macro F1, and the share of answers with exactly the target's labels."""
     pairs = [(set(listed(target)), set(listed(answer))) for target, answer in zip(targets, answers, strict=True)]
     return {
         "micro_f1": multilabel_f1(pairs, "micro"),
         "macro_f1": multilabel_f1(pairs, "macro"),
-        "exact_match": sum(right == said for right, said in pairs) / len(pairs),
+        "exact_match": sum(target == answer for target, answer in pairs) / len(pairs),
     }
 
 
 def multilabel_f1(pairs: Sequence[tuple[set[str], set[str]]], average: Any) -> float:
-    """Return the F1 of (right, said) labels; 1 where there is none in either."""
+    """Return the F1 of (target, answer) label sets; 1 if all are empty."""
     from torchmetrics.functional.classification import multilabel_f1_score
 
-    labels = sorted(set().union(*(right | said for right, said in pairs)))
+    labels = sorted(set().union(*(target | answer for target, answer in pairs)))
     if not labels:
         return 1.0
-    columns = [*labels, *[""] * (2 - len(labels))]  # torchmetrics wants two
-    right, said = (torch.tensor([[label in pair[k] for label in columns] for pair in pairs]).int() for k in (0, 1))
-    return float(multilabel_f1_score(said, right, num_labels=len(columns), average=average))
+    columns = [*labels, *[""] * (2 - len(labels))]  # torchmetrics requires two
+    targets, answers = (
+        torch.tensor([[label in pair[side] for label in columns] for pair in pairs]).int() for side in (0, 1)
+    )
+    return float(multilabel_f1_score(answers, targets, num_labels=len(columns), average=average))
 
 
 def span_scores(queries: Queries) -> dict[str, float]:
-    """Return precision, recall and F1 of whole spans with their types, as CoNLL counts them."""
+    """Return precision, recall and F1 of whole spans with their types, as in CoNLL."""
     from seqeval.metrics import f1_score, precision_score, recall_score
 
-    right, said = tagged(queries)
-    if not any(tag != "O" for tags in (*right, *said) for tag in tags):
+    targets, answers = bio_tags(queries)
+    if not any(tag != "O" for tags in (*targets, *answers) for tag in tags):
         return dict.fromkeys(("span_f1", "span_precision", "span_recall"), 1.0)
     return {
-        "span_f1": float(f1_score(right, said, zero_division=0)),
-        "span_precision": float(precision_score(right, said, zero_division=0)),
-        "span_recall": float(recall_score(right, said, zero_division=0)),
+        "span_f1": float(f1_score(targets, answers, zero_division=0)),
+        "span_precision": float(precision_score(targets, answers, zero_division=0)),
+        "span_recall": float(recall_score(targets, answers, zero_division=0)),
     }
 
 
@@ -104,80 +106,83 @@ def span_report(queries: Queries) -> str:
     """Return seqeval's report: precision, recall, F1 and number of spans, by type."""
     from seqeval.metrics import classification_report
 
-    return str(classification_report(*tagged(queries), zero_division=0))
+    return str(classification_report(*bio_tags(queries), zero_division=0))
 
 
-def tagged(queries: Queries) -> tuple[list[list[str]], list[list[str]]]:
-    """Return the BIO tags of every input's tokens, as they are and as they were answered.
+def bio_tags(queries: Queries) -> tuple[list[list[str]], list[list[str]]]:
+    """Return the BIO tags of every input's tokens, for the targets and for the answers.
 
-    A span that the input does not hold gets tokens of its own behind it: it is wrong, and counts as said.
+    An answered span that does not occur in the input is tagged on extra tokens behind it, so that it counts as wrong.
     """
-    rights, saids = [], []
+    targets, answers = [], []
     for query in queries:
         tokens = TOKEN.findall(query["input"])
-        right, said = (tags(tokens, spans(query[key])) for key in ("target", "answer"))
-        longest = max(len(right[1]), len(said[1]))
-        right_more, said_more = (more + ["O"] * (longest - len(more)) for _, more in (right, said))
-        rights.append(right[0] + right_more)
-        saids.append(said[0] + said_more)
-    return rights, saids
+        (target, more_target), (answer, more_answer) = (
+            tag_spans(tokens, spans(query[key])) for key in ("target", "answer")
+        )
+        extra = max(len(more_target), len(more_answer))
+        targets.append(target + more_target + ["O"] * (extra - len(more_target)))
+        answers.append(answer + more_answer + ["O"] * (extra - len(more_answer)))
+    return targets, answers
 
 
-def tags(tokens: Sequence[str], found: Sequence[tuple[str, str]]) -> tuple[list[str], list[str]]:
-    """Return the tags of the tokens, and those of spans that are not among them."""
-    within, beyond = ["O"] * len(tokens), []
-    for kind, text in found:
+def tag_spans(tokens: Sequence[str], typed_spans: Sequence[tuple[str, str]]) -> tuple[list[str], list[str]]:
+    """Return the tags of the tokens, and the tags of spans that are not among them."""
+    tags, extra = ["O"] * len(tokens), []
+    for kind, text in typed_spans:
         span = TOKEN.findall(text)
-        marks = [f"B-{kind}", *[f"I-{kind}"] * (len(span) - 1)]
+        span_tags = [f"B-{kind}", *[f"I-{kind}"] * (len(span) - 1)]
         for start in range(len(tokens) - len(span) + 1):
             end = start + len(span)
-            if matches(tokens[start:end], span) and set(within[start:end]) == {"O"}:
-                within[start:end] = marks
+            if is_span(tokens[start:end], span) and set(tags[start:end]) == {"O"}:
+                tags[start:end] = span_tags
                 break
         else:
-            beyond += marks
-    return within, beyond
+            extra += span_tags
+    return tags, extra
 
 
-def matches(tokens: Sequence[str], span: Sequence[str]) -> bool:
-    """Return whether tokens are a span's, but for punctuation that is written on to them."""
+def is_span(tokens: Sequence[str], span: Sequence[str]) -> bool:
+    """Return whether tokens equal a span's, ignoring punctuation that is attached to them."""
     return all(a == b or WORD.findall(a) == WORD.findall(b) != [] for a, b in zip(tokens, span, strict=True))
 
 
 def text_scores(
     targets: Sequence[str], answers: Sequence[str], others: Sequence[Sequence[str]] = ()
 ) -> dict[str, float]:
-    """Return exact match and token F1 as SQuAD has them (Rajpurkar et al. 2016), ROUGE (Lin 2004), chrF (Popović 2015)
-    and BLEU (Papineni et al. 2002) of single sentences, each the mean over the answers.
+    """Return SQuAD's exact match and token F1 (Rajpurkar et al. 2016), ROUGE (Lin 2004), chrF (Popović 2015) and
+    sentence BLEU (Papineni et al. 2002), each averaged over the answers.
 
     Args:
-        others: right answers beside each target; the best counts.
+        others: other correct answers for each target; the best match counts.
     """
     from torchmetrics.functional.text import rouge_score, squad
 
-    right = [[target, *more] for target, more in zip(targets, others or [()] * len(targets), strict=True)]
-    asked: list[Any] = [
-        {"answers": {"answer_start": [0] * len(texts), "text": [spaced(text) for text in texts]}, "id": str(n)}
-        for n, texts in enumerate(right)
+    references = [[target, *more] for target, more in zip(targets, others or [()] * len(targets), strict=True)]
+    squad_targets: list[Any] = [
+        {"answers": {"answer_start": [0] * len(texts), "text": [split_words(text) for text in texts]}, "id": str(index)}
+        for index, texts in enumerate(references)
     ]
-    said: list[Any] = [{"prediction_text": spaced(text), "id": str(n)} for n, text in enumerate(answers)]
-    by_squad = squad(said, asked)
+    squad_answers: list[Any] = [
+        {"prediction_text": split_words(text), "id": str(index)} for index, text in enumerate(answers)
+    ]
+    squad_scores = squad(squad_answers, squad_targets)
     rouge = rouge_score(
         list(answers),
-        right,
+        references,
         rouge_keys=("rouge1", "rouge2", "rougeL"),
         normalizer=str.lower,
         tokenizer=WORD.findall,
     )
-    # torchmetrics' own chrF counts orders that a short text does not have: two equal words of three letters score 0.5.
-    chrf = [CHRF().sentence_score(answer, texts).score for answer, texts in zip(answers, right, strict=True)]
+    # Not torchmetrics' chrF: it counts n-grams longer than the text, so that two equal three-letter words score 0.5.
+    chrf = [CHRF().sentence_score(answer, texts).score for answer, texts in zip(answers, references, strict=True)]
     bleu = [
         BLEU(effective_order=True, tokenize=bleu_tokens(texts[0])).sentence_score(answer, texts).score
-        for answer, texts in zip(answers, right, strict=True)
+        for answer, texts in zip(answers, references, strict=True)
     ]
     return {
-        "exact_match": float(by_squad["exact_match"]) / 100,
-        "token_f1": float(by_squad["f1"]) / 100,
+        "exact_match": float(squad_scores["exact_match"]) / 100,
+        "token_f1": float(squad_scores["f1"]) / 100,
         "rouge_1": float(rouge["rouge1_fmeasure"]),
         "rouge_2": float(rouge["rouge2_fmeasure"]),
         "rouge_l": float(rouge["rougeL_fmeasure"]),
@@ -186,13 +191,13 @@ def text_scores(
     }
 
 
-def spaced(text: str) -> str:
-    """Return a text with its words apart, for what splits at spaces."""
+def split_words(text: str) -> str:
+    """Return a text with spaces between the characters of scripts without spaces."""
     return regex.sub(rf"({UNSPACED})", r" \1 ", text)
 
 
 def bleu_tokens(text: str) -> str:
-    """Return sacrebleu's tokenizer for a text's script."""
+    """Return the name of sacrebleu's tokenizer for a text's script."""
     if regex.search(r"[\p{Hiragana}\p{Katakana}\p{Thai}]", text):
         return "char"
     return "zh" if regex.search(r"\p{Han}", text) else "13a"
@@ -203,5 +208,5 @@ def calibration_error(queries: Queries) -> float:
     from torchmetrics.functional.classification import binary_calibration_error
 
     confidence = torch.tensor([query["confidence"] for query in queries], dtype=torch.float32)
-    right = torch.tensor([int(query["answer"] == query["target"]) for query in queries])
-    return float(binary_calibration_error(confidence, right, n_bins=BINS))
+    correct = torch.tensor([int(query["answer"] == query["target"]) for query in queries])
+    return float(binary_calibration_error(confidence, correct, n_bins=BINS))

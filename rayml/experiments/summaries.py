@@ -1,4 +1,4 @@
-"""From what was answered to the numbers of `compare.json` and `evaluation.json`. Nothing else goes in."""
+"""The numbers of `compare.json` and `evaluation.json`, computed from answers alone."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,154 +6,152 @@ from typing import Any
 import numpy as np
 
 from rayml.algorithms.methods import BASELINE
-from rayml.experiments.evaluate import Answered, Evaluation
+from rayml.experiments.evaluate import EpisodeAnswers, Evaluation
 from rayml.experiments.metrics import calibration_error, metrics_of, scores, span_report
 from rayml.tasks.statistics import Curve, by_task, interval, intervals
 
 Result = dict[str, Any]
+"""The answers of one method with one seed: `results/NAME-SEED.json` of a comparison."""
 
 
 def summarize(results: Sequence[Result]) -> dict[str, Any]:
-    """Return, for each kind of tasks, a row for each method, in the order that they come in.
+    """Return, for each kind of tasks, a row for each method, in the order of `results`.
 
-    Differences are to multi-task learning, or to the first method where that is not there, paired by episode.
+    Differences are paired by episode. They are to multi-task learning if that was compared, else to the first method.
     """
     names = list(dict.fromkeys(result["method"] for result in results))
-    found: dict[str, Any] = {"baseline": BASELINE if BASELINE in names else names[0], "kinds": {}}
-    for kind in dict.fromkeys(kind_of(e) for r in results for e in r["episodes"]):
-        groups = {name: [only(r, kind) for r in results if r["method"] == name] for name in names}
-        found["kinds"][kind] = summarize_kind(groups, kind, found["baseline"])
-    return found
+    baseline = BASELINE if BASELINE in names else names[0]
+    kinds: dict[str, Any] = {}
+    for kind in dict.fromkeys(group_of(episode) for result in results for episode in result["episodes"]):
+        by_method = {name: [of_kind(result, kind) for result in results if result["method"] == name] for name in names}
+        kinds[kind] = summarize_kind(by_method, kind, baseline)
+    return {"baseline": baseline, "kinds": kinds}
 
 
-def kind_of(episode: dict[str, Any]) -> str:
-    """Return what an episode is summed up with: its kind, or, of answers chosen among options, `label`."""
+def group_of(episode: dict[str, Any]) -> str:
+    """Return the group that an episode is summarized in: its kind, or `label` for plain labels."""
+    kind = episode.get("kind")
     if is_label(episode):
-        return episode.get("kind") if episode.get("kind") in ("pair", "relation") else "label"  # type: ignore[return-value]
-    return episode.get("kind") or "text"
+        return kind if kind in ("pair", "relation") else "label"
+    return kind or "text"
 
 
 def is_label(episode: dict[str, Any]) -> bool:
+    """Return whether answers were chosen among options."""
     return "confidence" in episode["queries"][0]
 
 
-def only(result: Result, kind: str) -> Result:
-    """Return the result with its episodes of one kind, and the scores of each."""
-    kept = [e for e in result["episodes"] if kind_of(e) == kind]
-    return result | {"episodes": [e | {"scores": scores(kind, e["queries"])} for e in kept]}
+def of_kind(result: Result, kind: str) -> Result:
+    """Return a result with only its episodes of one kind, and the scores of each."""
+    episodes = [episode for episode in result["episodes"] if group_of(episode) == kind]
+    return result | {"episodes": [episode | {"scores": scores(kind, episode["queries"])} for episode in episodes]}
 
 
-def summarize_kind(groups: dict[str, list[Result]], kind: str, baseline: str) -> dict[str, Any]:
-    """Return the tasks, the metric that decides, and each method's row."""
-    tasks = list(dict.fromkeys(e["task"] for group in groups.values() for r in group for e in r["episodes"]))
-    chosen = is_label(next(e for group in groups.values() for r in group for e in r["episodes"]))
-    metrics = metrics_of(kind, chosen)
-    tables = {name: {key: table(group, tasks, key) for key in metrics} for name, group in groups.items()}
+def summarize_kind(by_method: dict[str, list[Result]], kind: str, baseline: str) -> dict[str, Any]:
+    """Return the tasks of a kind, their main metric, and a row for each method."""
+    episodes = [episode for results in by_method.values() for result in results for episode in result["episodes"]]
+    tasks = list(dict.fromkeys(episode["task"] for episode in episodes))
+    has_labels = is_label(episodes[0])
+    metrics = metrics_of(kind, has_labels)
     main = metrics[0]
+    arrays = {name: {key: score_array(results, tasks, key) for key in metrics} for name, results in by_method.items()}
     rows = []
-    for name, group in groups.items():
-        after = tables[name][main]
-        of_tasks = after.mean((0, 2))
+    for name, results in by_method.items():
+        main_scores = arrays[name][main]
+        task_scores = main_scores.mean((0, 2))
+        curves = [np.mean([episode["curve"] for episode in result["episodes"]], axis=0) for result in results]
+        seconds = [e["seconds"] for result in results for e in result["episodes"] if "seconds" in e]
         rows.append(
             {
                 "method": name,
-                "main": interval(after),
-                "over_baseline": interval(after - tables[baseline][main]) if name != baseline else None,
-                "metrics": {key: float(values.mean()) for key, values in tables[name].items()},
-                "calibration_error": calibration(group) if chosen else None,
-                "worst": {"task": tasks[int(of_tasks.argmin())], "score": float(of_tasks.min())},
-                "tasks": dict(zip(tasks, of_tasks.tolist(), strict=True)),
-                "seeds": after.mean((1, 2)).tolist(),
-                "curve": np.mean(
-                    [np.mean([e["curve"] for e in r["episodes"]], axis=0) for r in group], axis=0
-                ).tolist(),
-                "settings": [result["setting"] for result in group],
-                "adapts": "steps" in group[0]["setting"] and bool(group[0]["tried"]),
-                "labels": group[0]["labels"],
-                "outer_steps": mean_of(group, "outer_steps"),
-                "tokens": mean_of(group, "tokens"),
-                "seconds": mean_of(group, "seconds"),
-                "task_seconds": float(
-                    np.median([e["seconds"] for r in group for e in r["episodes"] if "seconds" in e])
-                ),
+                "main": interval(main_scores),
+                "over_baseline": interval(main_scores - arrays[baseline][main]) if name != baseline else None,
+                "metrics": {key: float(values.mean()) for key, values in arrays[name].items()},
+                "calibration_error": mean_calibration_error(results) if has_labels else None,
+                "worst": {"task": tasks[int(task_scores.argmin())], "score": float(task_scores.min())},
+                "tasks": dict(zip(tasks, task_scores.tolist(), strict=True)),
+                "seeds": main_scores.mean((1, 2)).tolist(),
+                "curve": np.mean(curves, axis=0).tolist(),
+                "settings": [result["setting"] for result in results],
+                "adapts": "steps" in results[0]["setting"] and bool(results[0]["tried"]),
+                "labels": results[0]["labels"],
+                **{key: float(np.mean([r[key] for r in results])) for key in ("outer_steps", "tokens", "seconds")},
+                "task_seconds": float(np.median(seconds)),
             }
         )
-    return {"metric": main, "tasks": tasks, "episodes": tables[baseline][main].shape[2], "methods": rows}
+    return {"metric": main, "tasks": tasks, "episodes": arrays[baseline][main].shape[2], "methods": rows}
 
 
-def table(group: Sequence[Result], tasks: Sequence[str], key: str) -> np.ndarray:
-    """Return one metric of every episode, `[seeds, tasks, episodes]`, in the order of the episodes' numbers."""
-    found = [[[e["scores"][key] for e in episodes_of(r, task)] for task in tasks] for r in group]
-    return np.array(found, dtype=float)
+def score_array(results: Sequence[Result], tasks: Sequence[str], metric: str) -> np.ndarray:
+    """Return one metric of every episode, `[seeds, tasks, episodes]`, with episodes sorted by index."""
+
+    def task_scores(result: Result, task: str) -> list[float]:
+        episodes = [episode for episode in result["episodes"] if episode["task"] == task]
+        return [episode["scores"][metric] for episode in sorted(episodes, key=lambda episode: episode["index"])]
+
+    return np.array([[task_scores(result, task) for task in tasks] for result in results], dtype=float)
 
 
-def episodes_of(result: Result, task: str) -> list[dict[str, Any]]:
-    return sorted((e for e in result["episodes"] if e["task"] == task), key=lambda e: e["index"])
+def mean_calibration_error(results: Sequence[Result]) -> float:
+    """Return the calibration error of each seed's answers, averaged over the seeds."""
+    queries = [[query for episode in result["episodes"] for query in episode["queries"]] for result in results]
+    return float(np.mean([calibration_error(answers) for answers in queries]))
 
 
-def calibration(group: Sequence[Result]) -> float:
-    """Return the mean over the seeds."""
-    return float(np.mean([calibration_error([q for e in r["episodes"] for q in e["queries"]]) for r in group]))
-
-
-def mean_of(group: Sequence[Result], key: str) -> float:
-    return float(np.mean([result[key] for result in group]))
-
-
-# Of an evaluation
+# Summaries of an evaluation
 
 
 def summarize_evaluation(evaluation: Evaluation) -> dict[str, Any]:
-    """Return what `evaluation.json` holds, each number with a 95 % interval: of a task over its episodes, overall over
-    tasks and episodes.
+    """Return what `evaluation.json` holds, each number with its 95 % interval.
 
-    "overall" is the accuracy over label tasks, or the loss where there is none; "overall_loss" is the loss over free
-    text where there are both.
+    The interval of a task is over its episodes, the interval of "overall" over tasks and episodes. "overall" is the
+    accuracy over label tasks, or the loss if there are none; "overall_loss" is the loss over free text if there are
+    both.
     """
-    groups = {name: _only(evaluation, task=name) for name in dict.fromkeys(c.task for c in evaluation.trained)}
-    by_kind = [
-        both_starts(part) for part in (_only(evaluation, is_accuracy=kind) for kind in (True, False)) if part.trained
-    ]
-    return {
-        "overall": by_kind[0],
-        "overall_loss": by_kind[1] if len(by_kind) > 1 else None,
-        "tasks": {
-            name: both_starts(group) | answer_summary([a for a in evaluation.answered if a.task == name])
-            for name, group in groups.items()
-        },
-    }
+    overall = []
+    for is_accuracy in (True, False):
+        part = select_curves(evaluation, is_accuracy=is_accuracy)
+        if part.trained:
+            overall.append(summarize_curves(part))
+    tasks = {}
+    for name in dict.fromkeys(curve.task for curve in evaluation.trained):
+        part = select_curves(evaluation, task=name)
+        answers = [episode for episode in evaluation.answers if episode.task == name]
+        tasks[name] = summarize_curves(part) | summarize_answers(answers)
+    return {"overall": overall[0], "overall_loss": overall[1] if len(overall) > 1 else None, "tasks": tasks}
 
 
-def answer_summary(answered: Sequence[Answered]) -> dict[str, Any]:
-    """Return one task's kind and the scores of its answers by its kind's metrics; of spans, also seqeval's report."""
-    kind = answered[0].kind
-    before, after = ([scores(kind, getattr(a, when)) for a in answered] for when in ("before", "after"))
-    found: dict[str, Any] = {"kind": kind, "answers": {}}
-    for name in before[0]:
-        ends = [np.array([of[name] for of in each]) for each in (before, after)]
-        scored = intervals(np.stack([*ends, ends[1] - ends[0]]))
-        found["answers"][name] = dict(zip(("before", "after", "gain"), scored, strict=True))
+def summarize_answers(episodes: Sequence[EpisodeAnswers]) -> dict[str, Any]:
+    """Return one task's kind, and its answers' scores by the metrics of the kind; for spans also seqeval's report."""
+    kind = episodes[0].kind
+    before = [scores(kind, episode.before) for episode in episodes]
+    after = [scores(kind, episode.after) for episode in episodes]
+    summary: dict[str, Any] = {"kind": kind, "answers": {}}
+    for metric in before[0]:
+        first, last = (np.array([episode[metric] for episode in point]) for point in (before, after))
+        means = intervals(np.stack([first, last, last - first]))
+        summary["answers"][metric] = dict(zip(("before", "after", "gain"), means, strict=True))
     if kind == "ner":
-        found["spans"] = span_report([query for a in answered for query in a.after])
-    return found
+        summary["spans"] = span_report([query for episode in episodes for query in episode.after])
+    return summary
 
 
-def _only(evaluation: Evaluation, **wanted: Any) -> Evaluation:
-    """Return the curves whose attributes have the wanted values."""
+def select_curves(evaluation: Evaluation, **attributes: Any) -> Evaluation:
+    """Return the curves whose attributes have these values."""
 
     def keep(curve: Curve) -> bool:
-        return all(getattr(curve, name) == value for name, value in wanted.items())
+        return all(getattr(curve, name) == value for name, value in attributes.items())
 
     return Evaluation(list(filter(keep, evaluation.trained)), list(filter(keep, evaluation.untrained)), [])
 
 
-def both_starts(evaluation: Evaluation) -> dict[str, Any]:
-    """Return before, after and the curves, from both starts, and the paired differences."""
+def summarize_curves(evaluation: Evaluation) -> dict[str, Any]:
+    """Return before, after and the curves from both starts, and the paired differences."""
     trained, untrained = by_task(evaluation.trained), by_task(evaluation.untrained)
     points, tasks, episodes = trained.shape
     differences = trained[-1] - trained[0], trained[-1] - untrained[-1]
-    found = intervals(np.stack([*trained, *untrained, *differences]))
-    curve, untrained_curve, (gain, over_untrained) = found[:points], found[points : 2 * points], found[2 * points :]
+    means = intervals(np.stack([*trained, *untrained, *differences]))
+    curve, untrained_curve, (gain, over_untrained) = means[:points], means[points : 2 * points], means[2 * points :]
     return {
         "metric": "accuracy" if evaluation.trained[0].is_accuracy else "loss",
         "episodes": tasks * episodes,

@@ -1,4 +1,4 @@
-"""The trials of a sweep, as they go; at the end a table, `best.yaml`, `trials.csv` and `trials.json`, and a picture."""
+"""How a sweep is shown: a live table of its trials; at the end `best.yaml`, `trials.csv`, `trials.json` and a plot."""
 
 import csv
 import io
@@ -19,33 +19,35 @@ from rayml.experiments.search_space import Range
 from rayml.runs.files import AnyPath, write_whole
 from rayml.runs.reports import OURS, THEIRS, file_pyplot, save_figure, table
 
-MAP = "viridis"
+COLOUR_MAP = "viridis"
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """What came of one trial."""
+    """The outcome of one trial."""
 
     name: str
     point: dict[str, Any]
-    """Its values of the keys that were searched."""
+    """Its value of each searched key."""
     state: str
-    """`finished` its outer steps, `stopped` early, or `failed`."""
+    """`finished` (all outer steps taken), `stopped` (early) or `failed`."""
     score: float | None
-    """What the sweep raised, at the last validation; None if there was none."""
+    """What the sweep maximizes, at the last validation; None without a validation."""
     before: float | None
     after: float | None
     step: int
-    """Of the last validation."""
+    """Outer step of the last validation."""
     seconds: float
-    """Of all its steps."""
+    """Total time of its outer steps."""
     run: str
     error: str | None
 
 
-def conclude(config: Config, space: Sequence[Range], trials: Sequence[Trial], folder: AnyPath, out: Console) -> Trial:
-    """Write all files, print the table, and return the best trial: finished ones come before those stopped early."""
-    ranked = sorted(trials, key=rank, reverse=True)
+def report_sweep(
+    config: Config, space: Sequence[Range], trials: Sequence[Trial], folder: AnyPath, out: Console
+) -> Trial:
+    """Write all files, print the table, and return the best trial. Finished trials rank before those stopped early."""
+    ranked = sorted(trials, key=sort_key, reverse=True)
     best = ranked[0]
     write_best(config, best, folder / "best.yaml")
     write_whole(folder / "trials.json", json.dumps([asdict(trial) for trial in ranked], indent=2) + "\n")
@@ -61,23 +63,24 @@ def conclude(config: Config, space: Sequence[Range], trials: Sequence[Trial], fo
     return best
 
 
-def rank(trial: Trial) -> tuple[bool, bool, float]:
-    """Return what trials are ordered by, the best highest."""
+def sort_key(trial: Trial) -> tuple[bool, bool, float]:
+    """Return the key that trials are sorted by; the best trial has the largest."""
     return trial.score is not None, trial.state == "finished", -np.inf if trial.score is None else trial.score
 
 
 def write_best(config: Config, best: Trial, path: AnyPath) -> None:
-    """Write the config with the best trial's values: the same run, at its full length, into a folder of its own."""
+    """Write the config of the best trial: the same run at its full length, in a folder of its own."""
     values = config.model_dump(mode="json", exclude={"sweep"})
     values = with_values(values, best.point | {"run.dir": str(path.parent / "best")})
-    found = ", ".join(f"{key}={value}" for key, value in best.point.items())
-    head = f"# The best trial of a sweep, {best.name}: {found}.\n"
-    head += f"# On meta-val {best.before:.3f} before adapting, {best.after:.3f} after, at outer step {best.step}.\n"
-    write_whole(path, head + dump_config(parse_config(values, str(path))))
+    settings = ", ".join(f"{key}={value}" for key, value in best.point.items())
+    header = f"# The best trial of a sweep, {best.name}: {settings}.\n"
+    header += f"# On meta-val {best.before:.3f} before adapting, {best.after:.3f} after, at outer step {best.step}.\n"
+    write_whole(path, header + dump_config(parse_config(values, str(path))))
 
 
 def write_csv(trials: Sequence[Trial], path: AnyPath) -> None:
-    rows = [{**(flat := asdict(trial)).pop("point"), **flat} for trial in trials]
+    records = [asdict(trial) for trial in trials]
+    rows = [record.pop("point") | record for record in records]
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]))
     writer.writeheader()
@@ -86,118 +89,126 @@ def write_csv(trials: Sequence[Trial], path: AnyPath) -> None:
 
 
 def trials_table(space: Sequence[Range], ranked: Sequence[Trial]) -> Table:
-    """Return a row for each trial, the best first."""
-    heads = "trial", *(one.key for one in space), "before", "after", "step", "seconds", "state"
-    found = table(heads, no_wrap=True, title="trials, the best first")
+    """Return a table with a row for each trial."""
+    keys = [searched.key for searched in space]
+    heads = "trial", *keys, "before", "after", "step", "seconds", "state"
+    rows = table(heads, no_wrap=True, title="trials, the best first")
     for trial in ranked:
         scores = ["-" if score is None else f"{score:.3f}" for score in (trial.before, trial.after)]
-        point = [str(trial.point[one.key]) for one in space]
-        found.add_row(trial.name, *point, *scores, str(trial.step), f"{trial.seconds:.0f}", trial.state)
-    return found
+        point = [str(trial.point[key]) for key in keys]
+        rows.add_row(trial.name, *point, *scores, str(trial.step), f"{trial.seconds:.0f}", trial.state)
+    return rows
 
 
 def plot(space: Sequence[Range], trials: Sequence[Trial], path: AnyPath, label: str) -> None:
-    """Draw the scores to a PNG: over the values of one key, as a map of two, else as parallel coordinates."""
+    """Plot the scores to a PNG: against one key, as a map of two keys, or for more as parallel coordinates."""
     pyplot = file_pyplot()
     scored = [trial for trial in trials if trial.score is not None]
     figure, axis = pyplot.subplots(figsize=(max(6.4, 1.9 * len(space)), 4.8), layout="constrained")
-    draw = {1: one_key, 2: two_keys}.get(len(space), many_keys)
+    draw = {1: draw_1d, 2: draw_2d}.get(len(space), draw_nd)
     draw(axis, space, scored, [trial for trial in trials if trial.score is None], label)
     save_figure(figure, path)
 
 
-def one_key(axis: Any, space: Sequence[Range], scored: Sequence[Trial], failed: Sequence[Trial], label: str) -> None:
-    (one,) = space
-    coordinates = [coordinate(one, trial) for trial in scored]
-    for trial, x in zip(scored, coordinates, strict=True):
-        axis.plot(x, trial.score, "o", color=OURS, fillstyle="full" if trial.state == "finished" else "none")
+def draw_1d(axis: Any, space: Sequence[Range], scored: Sequence[Trial], failed: Sequence[Trial], label: str) -> None:
+    (searched,) = space
+    for trial in scored:
+        fill = "full" if trial.state == "finished" else "none"
+        axis.plot(coordinate(searched, trial), trial.score, "o", color=OURS, fillstyle=fill)
     for trial in failed:
-        axis.axvline(coordinate(one, trial), color=THEIRS, linestyle=":")
-    ticks(axis.xaxis, one)
-    axis.set(xlabel=one.key, ylabel=f"{label} (hollow: stopped early; dotted: failed)")
+        axis.axvline(coordinate(searched, trial), color=THEIRS, linestyle=":")
+    set_ticks(axis.xaxis, searched)
+    axis.set(xlabel=searched.key, ylabel=f"{label} (hollow: stopped early; dotted: failed)")
     axis.grid(alpha=0.25)
 
 
-def two_keys(axis: Any, space: Sequence[Range], scored: Sequence[Trial], failed: Sequence[Trial], label: str) -> None:
-    """Draw a dot a trial; between them, the surface that is linear over their triangles."""
-    across, up = space
-    xs, ys = ([coordinate(one, trial) for trial in scored] for one in space)
+def draw_2d(axis: Any, space: Sequence[Range], scored: Sequence[Trial], failed: Sequence[Trial], label: str) -> None:
+    """Draw a dot for each trial over contours of the score, interpolated linearly between the dots."""
+    horizontal, vertical = space
+    xs, ys = ([coordinate(searched, trial) for trial in scored] for searched in space)
     scores = np.array([trial.score for trial in scored], dtype=float)
     low, high = float(scores.min()), float(scores.max())
+    # A triangulation needs three different points that do not lie on a line.
     if len(set(zip(xs, ys, strict=True))) >= 3 and np.linalg.matrix_rank(np.array([xs, ys, np.ones(len(xs))])) == 3:
         levels = np.linspace(low, max(high, low + 1e-6), 12)
-        axis.tricontourf(xs, ys, scores, levels=levels, cmap=MAP, alpha=0.55)
+        axis.tricontourf(xs, ys, scores, levels=levels, cmap=COLOUR_MAP, alpha=0.55)
     for trial, x, y in zip(scored, xs, ys, strict=True):
         edge = "black" if trial.state == "finished" else "white"
-        axis.scatter(x, y, c=[trial.score], s=90, cmap=MAP, vmin=low, vmax=high, edgecolors=edge, linewidths=1.5)
+        colour = {"c": [trial.score], "cmap": COLOUR_MAP, "vmin": low, "vmax": high}
+        axis.scatter(x, y, s=90, edgecolors=edge, linewidths=1.5, **colour)
         axis.annotate(f"{trial.score:.2f}", (x, y), xytext=(7, 6), textcoords="offset points", fontsize=8)
     for trial in failed:
-        axis.plot(coordinate(across, trial), coordinate(up, trial), "x", color=THEIRS, markersize=9)
-    ticks(axis.xaxis, across)
-    ticks(axis.yaxis, up)
-    axis.set(xlim=edges(across), ylim=edges(up))
-    axis.set(xlabel=across.key, ylabel=up.key, title=f"{label} (white rim: stopped early; cross: failed)")
+        axis.plot(*(coordinate(searched, trial) for searched in space), "x", color=THEIRS, markersize=9)
+    set_ticks(axis.xaxis, horizontal)
+    set_ticks(axis.yaxis, vertical)
+    axis.set(xlim=limits(horizontal), ylim=limits(vertical))
+    axis.set(xlabel=horizontal.key, ylabel=vertical.key, title=f"{label} (white rim: stopped early; cross: failed)")
 
 
-def many_keys(axis: Any, space: Sequence[Range], scored: Sequence[Trial], failed: Sequence[Trial], label: str) -> None:
-    """Draw a line a trial through its values, each axis from its least to its largest, and the score at the end."""
+def draw_nd(axis: Any, space: Sequence[Range], scored: Sequence[Trial], failed: Sequence[Trial], label: str) -> None:
+    """Draw a line for each trial through its values, each key scaled from its least to its largest, up to its score."""
     from matplotlib import colormaps
 
     scores = np.array([trial.score for trial in scored], dtype=float)
     low, span = scores.min(), max(float(np.ptp(scores)), 1e-9)
-    ends = [[coordinate(one, trial) for trial in [*scored, *failed]] for one in space]
-    for trial in [*scored, *failed]:
-        heights = [
-            (coordinate(one, trial) - min(end)) / max(max(end) - min(end), 1e-9)
-            for one, end in zip(space, ends, strict=True)
-        ]
+    trials = [*scored, *failed]
+    columns = [np.array([coordinate(searched, trial) for trial in trials]) for searched in space]
+    scaled = np.array([(column - column.min()) / max(float(np.ptp(column)), 1e-9) for column in columns])
+    for trial, heights in zip(trials, scaled.T, strict=True):
         if trial.score is None:
             axis.plot(heights, color=THEIRS, linestyle=":")
             continue
         height = (trial.score - low) / span
         style = "-" if trial.state == "finished" else "--"
-        axis.plot([*heights, height], style, color=colormaps[MAP](height), alpha=0.8)
-    for number, (one, end) in enumerate(zip(space, ends, strict=True)):
-        for height, value in ((0, min(end)), (1, max(end))):
-            axis.annotate(tick(one, value), (number, height), xytext=(3, 3), textcoords="offset points", fontsize=8)
-    for height, score in ((0, low), (1, scores.max())):
-        axis.annotate(f"{score:.3f}", (len(space), height), xytext=(3, 3), textcoords="offset points", fontsize=8)
-    axis.set_xticks(range(len(space) + 1), [*(one.key for one in space), label])
+        axis.plot([*heights, height], style, color=colormaps[COLOUR_MAP](height), alpha=0.8)
+    ends = [
+        (tick_label(searched, column.min()), tick_label(searched, column.max()))
+        for searched, column in zip(space, columns, strict=True)
+    ]
+    for x, (least, largest) in enumerate([*ends, (f"{low:.3f}", f"{scores.max():.3f}")]):
+        axis.annotate(least, (x, 0), xytext=(3, 3), textcoords="offset points", fontsize=8)
+        axis.annotate(largest, (x, 1), xytext=(3, 3), textcoords="offset points", fontsize=8)
+    axis.set_xticks(range(len(space) + 1), [*(searched.key for searched in space), label])
     axis.set(yticks=[], title="dashed: stopped early; dotted: failed")
     axis.grid(axis="x", alpha=0.5)
 
 
-def coordinate(one: Range, trial: Trial) -> float:
-    """Return where a trial's value lies on the key's axis: its logarithm, its number, or its place in the choices."""
-    value = trial.point[one.key]
-    if one.kind == "choice":
-        return float(one.values.index(value))
-    return float(np.log10(value)) if one.kind == "loguniform" else float(value)
+def coordinate(searched: Range, trial: Trial) -> float:
+    """Return where a trial lies on the axis of a key."""
+    return position(searched, trial.point[searched.key])
 
 
-def edges(one: Range) -> tuple[float, float]:
-    """Return the ends of the key's axis: all that was searched, and a little room."""
-    if one.kind == "choice":
-        return -0.5, len(one.values) - 0.5
-    low, high = (float(np.log10(v)) if one.kind == "loguniform" else float(v) for v in one.values)
-    return low - 0.07 * (high - low), high + 0.07 * (high - low)
+def position(searched: Range, value: Any) -> float:
+    """Return where a value lies on the axis of its key: its index among choices, its logarithm, or the value itself."""
+    if searched.kind == "choice":
+        return float(searched.values.index(value))
+    return float(np.log10(value)) if searched.kind == "loguniform" else float(value)
 
 
-def tick(one: Range, value: float) -> str:
-    if one.kind == "choice":
-        return str(one.values[round(value)])
-    return f"{10**value:.2g}" if one.kind == "loguniform" else f"{value:.3g}"
+def limits(searched: Range) -> tuple[float, float]:
+    """Return the limits of the axis of a key: the searched range with a margin."""
+    if searched.kind == "choice":
+        return -0.5, len(searched.values) - 0.5
+    low, high = (position(searched, value) for value in searched.values)
+    margin = 0.07 * (high - low)
+    return low - margin, high + margin
 
 
-def ticks(axis: Any, one: Range) -> None:
-    if one.kind == "choice":
-        axis.set_ticks(range(len(one.values)), [str(value) for value in one.values])
+def tick_label(searched: Range, coordinate: float) -> str:
+    if searched.kind == "choice":
+        return str(searched.values[round(coordinate)])
+    return f"{10**coordinate:.2g}" if searched.kind == "loguniform" else f"{coordinate:.3g}"
+
+
+def set_ticks(axis: Any, searched: Range) -> None:
+    if searched.kind == "choice":
+        axis.set_ticks(range(len(searched.values)), [str(value) for value in searched.values])
     else:
-        axis.set_major_formatter(lambda value, _: tick(one, value))
+        axis.set_major_formatter(lambda value, _: tick_label(searched, value))
 
 
 class TrialTable(ray.tune.Callback):
-    """Follows the trials: plain data, since Ray Tune pickles it; the terminal is taken anew in every process."""
+    """The live table of the trials. Ray Tune pickles it, so the terminal (`live`) is opened anew in each process."""
 
     def __init__(self, keys: list[str], steps: int):
         self.keys, self.steps = keys, steps
@@ -239,22 +250,21 @@ class TrialTable(ray.tune.Callback):
         row = self.rows.setdefault(trial.trial_id, {"point": trial.config, "result": {}})
         row |= {"state": state, "result": result or row["result"]}
         if self.live and self.live.is_started:
-            self.live.update(self.shown())
+            self.live.update(self._table())
         elif self.live:
             cells = self._cells(list(self.rows).index(trial.trial_id) + 1, row)
             self.live.console.print("  ".join(cells), highlight=False, soft_wrap=True)
 
-    def shown(self) -> Table:
+    def _table(self) -> Table:
         heads = "trial", *self.keys, "step", "before", "after", "state"
-        found = table(heads, left=["state"], no_wrap=True, title="sweep")
+        live_table = table(heads, left=["state"], no_wrap=True, title="sweep")
         for number, row in enumerate(self.rows.values(), start=1):
-            found.add_row(*self._cells(number, row))
-        return found
+            live_table.add_row(*self._cells(number, row))
+        return live_table
 
     def _cells(self, number: int, row: dict[str, Any]) -> list[str]:
         result = row["result"]
-        point = [
-            f"{value:.3g}" if isinstance(value, float) else str(value) for value in map(row["point"].get, self.keys)
-        ]
+        values = [row["point"].get(key) for key in self.keys]
+        point = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in values]
         scores = [f"{result[name]:.3f}" if name in result else "-" for name in ("before", "after")]
         return [str(number), *point, f"{result.get('step', 0)}/{self.steps}", *scores, row["state"]]
