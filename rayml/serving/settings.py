@@ -211,27 +211,3 @@ def check_host(host: str, keys: Collection[str], insecure: bool) -> None:
             f"--host {host}: others reach this server there, and no API key is set; give --keys-file or "
             "RAYML_API_KEYS, or say --insecure where something in front of it asks for keys"
         )
-
-
-def describe(manifest: Any, base: str) -> dict[str, Any]:
-    """Return an adapter as the API shows it."""
-    return {
-        "id": manifest.id,
-        "object": "adapter",
-        "model": f"{base}:{manifest.id}",
-        "name": manifest.name,
-        "status": "ready",
-        "created": int(manifest.created_at),
-        "expires_at": manifest.expires_at and int(manifest.expires_at),
-        "examples": manifest.examples,
-        "steps": manifest.steps,
-        "loss_before": manifest.loss_before,
-        "loss_after": manifest.loss_after,
-        "seconds": round(manifest.seconds, 3),
-    }
-
-
-def learning(adapter: str, base: str) -> dict[str, Any]:
-    """Return an adapter that is being learned, as the API shows it."""
-    name = adapter.rpartition(".")[0]
-    return {"id": adapter, "object": "adapter", "model": f"{base}:{adapter}", "name": name, "status": "learning"}
