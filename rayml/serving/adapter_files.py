@@ -41,6 +41,8 @@ KNOWN = set(
     "prompt_tuning_init_text tokenizer_name_or_path tokenizer_kwargs".split()
 )
 """Fields of PEFT's configs that are applied here, or do not change what is computed. All others must be unset."""
+PLAIN_CARD = AdapterCard("", "", "", "{input}", 0)
+"""The card of plain PEFT's adapters, and of the bare base: it takes texts as they are, and has no labels."""
 PLAIN_INITS = True, False, None, "gaussian", "orthogonal", "eva"
 """Values of init_lora_weights that do not change the base's weights, as PiSSA, OLoRA, CorDA and LoftQ do."""
 
@@ -222,9 +224,9 @@ def _check_shape(key: str, name: str, shape: list[int], fits: Fits) -> None:
 
 
 def _read_card(path: Path) -> AdapterCard:
-    """Return rayml's card. An adapter by plain PEFT has none: it takes texts as they are, and has no labels."""
+    """Return rayml's card; `PLAIN_CARD` if the adapter is by plain PEFT."""
     if not path.exists():
-        return AdapterCard("", "", "", "{input}", 0)
+        return PLAIN_CARD
     content = _read_json(path)
     try:
         card = TypeAdapter(AdapterCard).validate_json(json.dumps(content), strict=True)
