@@ -1,4 +1,4 @@
-"""The adapters that a replica holds in memory: the least recently used leave when there are too many bytes of them."""
+"""The adapters in a replica's memory. The least recently used are evicted when they take too many bytes."""
 
 import asyncio
 import logging
@@ -22,11 +22,11 @@ Key = tuple[str, str]
 
 
 class AdapterCache:
-    """Adapters by (owner, id). What is in use outlives its eviction: whoever uses it holds it.
+    """Adapters by (owner, id). A request keeps its adapter, even if that is evicted meanwhile.
 
     Args:
-        adapter_of: puts weights on the model that is served.
-        most_bytes: of all of them together; the newest stays whatever its size.
+        adapter_of: makes an adapter on the served model from its weights and its card.
+        most_bytes: of all adapters together. The newest stays, whatever its size.
     """
 
     def __init__(
@@ -42,13 +42,13 @@ class AdapterCache:
         self._held: OrderedDict[Key, Adapter] = OrderedDict()
         self._loading: dict[Key, asyncio.Task[Adapter]] = {}
         self._bytes = 0
-        self._pool = ThreadPoolExecutor(8, "rayml-store")  # so that slow storage holds up nothing else
+        self._pool = ThreadPoolExecutor(8, "rayml-store")  # so that slow storage delays nothing else
 
     async def get(self, owner: str, adapter: str) -> Adapter:
-        """Return an adapter, read from the store beside the hot path where it is not held.
+        """Return an adapter. It is read from the store if it is not in memory.
 
         Raises:
-            ApiError: 404, there is none; 422, it was refused, and why; 500, it is damaged.
+            ApiError: 404, there is no such adapter; 422, it was refused, with the reason; 500, it is damaged.
         """
         key = owner, adapter
         if key in self._held:
@@ -65,8 +65,8 @@ class AdapterCache:
         self._held[key] = loaded
         self._held.move_to_end(key)
         while self._bytes > self.most_bytes and len(self._held) > 1:
-            _, gone = self._held.popitem(last=False)
-            self._bytes -= gone.size
+            _, evicted = self._held.popitem(last=False)
+            self._bytes -= evicted.size
             self.observe("evictions", 1)
         self.observe("cached_adapters", len(self._held))
         self.observe("cached_bytes", self._bytes)
@@ -89,7 +89,7 @@ def fetched(
     """Copy an adapter's files into a folder and check them; return its weights, its card, and its weights' SHA-256.
 
     Raises:
-        ApiError: 404, there is none; 422, it was refused, and why; 500, its files are damaged.
+        ApiError: 404, there is no such adapter; 422, it was refused, with the reason; 500, its files are damaged.
     """
     try:
         manifest = _fetch(store, owner, adapter, folder, fits.most_bytes)
@@ -110,7 +110,7 @@ def _fetch(store: AdapterStore, owner: str, adapter: str, folder: Path, most_byt
         try:
             store.fetch(owner, manifest, folder, most_bytes)
             return manifest
-        except DamagedError:  # it may be being published by two at this moment
+        except DamagedError:  # maybe two replicas are publishing it at this moment
             if pause is None:
                 raise
             time.sleep(pause)
@@ -118,7 +118,12 @@ def _fetch(store: AdapterStore, owner: str, adapter: str, folder: Path, most_byt
 
 
 def forget_task(tasks: dict, key: Key, task: asyncio.Task) -> None:
-    """Drop a task that is done. Its error is looked at: asyncio logs what nobody saw, and it may quote clients."""
+    """Remove a task that is done."""
     tasks.pop(key, None)
+    retrieve_error(task)
+
+
+def retrieve_error(task: asyncio.Task) -> None:
+    """Retrieve a task's error. Otherwise asyncio would log it, and it may quote a client's texts."""
     if not task.cancelled():
         task.exception()
