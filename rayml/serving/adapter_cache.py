@@ -16,6 +16,7 @@ from rayml.lm.peft_files import WEIGHTS, AdapterCard
 from rayml.serving.adapter_files import Fits, read_adapter
 from rayml.serving.errors import ApiError
 from rayml.serving.store import AdapterStore, DamagedError, Manifest, damaged
+from rayml.serving.work import Observe
 
 log = logging.getLogger(__name__)
 Key = tuple[str, str]
@@ -35,7 +36,7 @@ class AdapterCache:
         fits: Fits,
         most_bytes: int,
         adapter_of: Callable[[Params, AdapterCard], Adapter],
-        observe: Callable[[str, float], None],
+        observe: Observe,
     ):
         self.store, self.fits, self.most_bytes = store, fits, most_bytes
         self.adapter_of, self.observe = adapter_of, observe
@@ -84,7 +85,7 @@ class AdapterCache:
 
 
 def fetched(
-    store: AdapterStore, owner: str, adapter: str, folder: Path, fits: Fits, observe: Callable[[str, float], None]
+    store: AdapterStore, owner: str, adapter: str, folder: Path, fits: Fits, observe: Observe
 ) -> tuple[Params, AdapterCard, str]:
     """Copy an adapter's files into a folder and check them; return its weights, its card, and its weights' SHA-256.
 

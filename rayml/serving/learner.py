@@ -15,14 +15,14 @@ from rayml.errors import DataError, TrainingError
 from rayml.lm.peft_files import AdapterCard
 from rayml.model import MetaModel, refuse_diverged
 from rayml.serving.adapter_cache import AdapterCache, forget_task
-from rayml.serving.engine import Engine, Observe
+from rayml.serving.engine import Engine
 from rayml.serving.errors import ApiError, busy
 from rayml.serving.http import as_api_error
 from rayml.serving.queries import unlimited
 from rayml.serving.schema import AdapterRequest
 from rayml.serving.settings import Serving
 from rayml.serving.store import Manifest
-from rayml.serving.work import Adaptation
+from rayml.serving.work import Adaptation, Observe
 from rayml.tasks.episodes import relabel
 from rayml.tasks.row import Row
 from rayml.tasks.table import FREE_TEXT

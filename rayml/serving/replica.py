@@ -23,7 +23,7 @@ from rayml.runs.folder import RunFolder
 from rayml.serving.adapter_cache import AdapterCache
 from rayml.serving.adapter_files import PLAIN_CARD
 from rayml.serving.answers import IndexedPiece
-from rayml.serving.engine import Engine, Observe
+from rayml.serving.engine import Engine
 from rayml.serving.errors import ApiError
 from rayml.serving.learner import Learner
 from rayml.serving.queries import Given, classification, label_options, label_pieces, queries_of, unlimited
@@ -31,7 +31,7 @@ from rayml.serving.schema import AdapterRequest, ClassifyRequest, Message, is_bl
 from rayml.serving.served import fits_of, servable, store_root
 from rayml.serving.settings import Serving
 from rayml.serving.store import AdapterStore, Manifest
-from rayml.serving.work import Adaptation, Waiting, Writing
+from rayml.serving.work import Adaptation, Observe, Waiting, Writing
 from rayml.tasks.row import unanswered
 from rayml.tasks.task import Example, Task
 

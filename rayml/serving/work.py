@@ -13,6 +13,9 @@ from rayml.lm.generate import Generation
 from rayml.lm.queries import Query
 from rayml.lm.sampling import Piece
 
+Observe = Callable[[str, float], None]
+"""Takes the name and the value of a metric."""
+
 
 class Waiting:
     """A query to classify. Its result are the log-probabilities of its options, `[options]`."""

@@ -21,7 +21,6 @@ from rayml.runs.folder import RunFolder
 from rayml.serving.adapter_files import PLAIN_CARD
 from rayml.serving.answering import LearnerAnswers
 from rayml.serving.answers import IndexedPiece, ResponseBodies
-from rayml.serving.engine import Observe
 from rayml.serving.errors import ApiError
 from rayml.serving.queries import classification, label_options, label_pieces, queries_of
 from rayml.serving.schema import ChatRequest, ClassifyRequest, CompletionRequest, parse, plain
@@ -31,6 +30,7 @@ from rayml.serving.store import AdapterStore
 from rayml.serving.vllm.engine import engine_args, lora_rank, open_engine, prepare_environment
 from rayml.serving.vllm.scoring import Tokens, option_log_probs
 from rayml.serving.vllm.versions import Version, Versions
+from rayml.serving.work import Observe
 
 
 class Base:

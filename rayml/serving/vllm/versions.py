@@ -22,6 +22,7 @@ from rayml.lm.peft_files import AdapterCard
 from rayml.serving.adapter_cache import Key, fetched, retrieve_error
 from rayml.serving.adapter_files import Fits
 from rayml.serving.store import AdapterStore
+from rayml.serving.work import Observe
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Versions:
         folder: Path,
         most_bytes: int,
         drop: Callable[[Version], Awaitable[Any]],
-        observe: Callable[[str, float], None],
+        observe: Observe,
     ):
         self.store, self.fits, self.adapter_of, self.folder = store, fits, adapter_of, folder
         self.most_bytes, self.drop, self.observe = most_bytes, drop, observe
