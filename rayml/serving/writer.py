@@ -81,8 +81,8 @@ class Writer:
     def _is_long(self, writing: Writing) -> bool:
         return writing.prompt_tokens > self.turn_tokens
 
-    def _waiting_clients(self) -> list[Writing]:
-        """Return the waiting texts, and drop those whose clients have left. Other threads may add texts meanwhile."""
+    def _drop_cancelled(self) -> list[Writing]:
+        """Drop the waiting texts whose clients have left; return the others. Other threads may add texts meanwhile."""
         for writing in list(self.waiting):
             if writing.cancelled:
                 self.waiting.remove(writing)
@@ -103,7 +103,7 @@ class Writer:
     def _take_short(self) -> list[Writing]:
         batch: list[Writing] = []
         longest = 0
-        for writing in self._waiting_clients():
+        for writing in self._drop_cancelled():
             if self._is_long(writing):
                 continue
             longest = max(longest, writing.prompt_tokens)
@@ -140,7 +140,7 @@ class Writer:
         return max(1, int(self.turn_tokens / (1 + reader.tokens_read / ATTENTION_TOKENS)))
 
     def _next_reader(self) -> PromptReader | None:
-        for writing in self._waiting_clients():
+        for writing in self._drop_cancelled():
             if self._is_long(writing) and self.long.has_room([writing]):
                 self.waiting.remove(writing)
                 return self.long.reader(writing)
