@@ -226,7 +226,7 @@ def test_names_own_adapters_so_that_a_key_can_be_changed(tmp_path, monkeypatch):
     odd = "odd:" + "d" * 20  # no space behind the name: a key of its own
     assert api_keys(str(file)) == {"a" * 20: "desk", "b" * 20: "desk", "c" * 20: "lab", odd: owner_of(odd)}
     file.write_text(f"{owner_of('x' * 20)}: {'a' * 20}\n")
-    with pytest.raises(ConfigError, match="made of another key"):
+    with pytest.raises(ConfigError, match="hash of another key"):
         api_keys(str(file))
 
 
