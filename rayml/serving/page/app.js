@@ -97,10 +97,10 @@ $("teach").addEventListener("submit", (event) => {
       const adapter = await api("/v1/adapters", body);
       curls = [];
       showCurl(0, "/v1/adapters", body);
-      const loss = losses(adapter, 3);
-      show($("learned"), el("p", "", { className: "big" }));
-      $("learned").firstChild.append(el("b", adapter.name),
-        ` learned ${adapter.examples} examples in ${adapter.seconds.toFixed(2)} s: ${loss ? `loss ${loss}` : "kept as they are"}`);
+      const result = adapter.loss_before === null ? "kept as they are" : `loss ${losses(adapter, 3)}`;
+      const line = el("p", "", { className: "big" });
+      line.append(el("b", adapter.name), ` learned ${adapter.examples} examples in ${adapter.seconds.toFixed(2)} s: ${result}`);
+      show($("learned"), line);
       choose(adapter);
       await listAdapters();
     } catch (error) { showError($("learned"), error); }
