@@ -38,7 +38,7 @@ def parsed(kind: type[Body], changes: dict):
         (AdapterRequest, {"steps": "3"}, "steps", "integer"),
         (AdapterRequest, {"steps": True}, "steps", "integer"),
         (AdapterRequest, {"ttl_seconds": 1e-9}, "ttl_seconds", "greater than or equal to 1"),
-        (AdapterRequest, {"strict": True}, "strict", "strict: unknown field; there are examples"),
+        (AdapterRequest, {"strict": True}, "strict", "strict: unknown field; the fields are examples"),
         (AdapterRequest, {"str": 1}, "str", "unknown field"),
         (AdapterRequest, {"examples": [{"input": "a", "target": "b", "list[x": 1}]}, "examples.0.list[x", "unknown"),
         (CompletionRequest, {"temperature": "1"}, "temperature", "number"),

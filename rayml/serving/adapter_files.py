@@ -78,9 +78,9 @@ def read_adapter(folder: Path, fits: Fits) -> tuple[Params, AdapterCard]:
     try:
         size = (folder / WEIGHTS).stat().st_size
     except OSError:
-        raise RunError(f"no {WEIGHTS} in it (safetensors alone are read, never pickles)") from None
+        raise RunError(f"has no {WEIGHTS} (only safetensors files are read, never pickles)") from None
     if size > fits.most_bytes:
-        raise RunError(f"{size} bytes; at most {fits.most_bytes}")
+        raise RunError(f"has {size} bytes; at most {fits.most_bytes}")
     config = _read_json(folder / CONFIG)
     _check_base(config, fits)
     unknown = [key for key, value in config.items() if key not in KNOWN and value and (key, value) != ("bias", "none")]
@@ -106,7 +106,7 @@ def read_adapter(folder: Path, fits: Fits) -> tuple[Params, AdapterCard]:
         if not torch.isfinite(weight).all():
             raise RunError(f"{name} holds numbers that are not finite")
     if algorithm.keeps_states and not (card.labels and (card.shown or MEANS in weights)):
-        raise RunError(f"{CARD} keeps no examples, which {algorithm.name} answers by")
+        raise RunError(f"{CARD} keeps no examples, which {algorithm.name} needs for its answers")
     return weights, card
 
 
@@ -125,7 +125,7 @@ def _read_readout(path: Path, card: AdapterCard, fits: Fits) -> Params:
         if any(abs(readout[name]) > MOST_LOG for name in (SCALE, MIX) if name in readout):
             raise RunError(f"{READOUT} has a scale or a mix that is out of range")
     except (SafetensorError, OSError, ValueError) as error:
-        raise RunError(f"{READOUT} is no safetensors file: {error}") from None
+        raise RunError(f"{READOUT} is not a safetensors file: {error}") from None
     has_unknown_tokens = any(not 0 <= token < fits.vocabulary for token in card.label_tokens)
     if has_unknown_tokens or len(card.label_tokens) != (len(card.labels) if fits.vocabulary else 0):
         raise RunError(f"{CARD} has label_tokens that are not one token of this base for each label")
@@ -140,7 +140,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{path.name} cannot be read: {type(error).__name__}") from None
     if not isinstance(content, dict):
-        raise RunError(f"{path.name} is no JSON object")
+        raise RunError(f"{path.name} is not a JSON object")
     return content
 
 
@@ -149,21 +149,21 @@ def _check_lora_config(config: dict[str, Any], fits: Fits) -> float:
     init = config.get("init_lora_weights", True)
     if init not in PLAIN_INITS:
         raise RunError(
-            f"init_lora_weights={init!r} changes the base, too, and here is the plain one; save it as plain LoRA "
-            "(save_pretrained with path_initial_model_for_weight_conversion)"
+            f"init_lora_weights={init!r} changes the base's weights, but this server has the original ones; save it as "
+            "plain LoRA (save_pretrained with path_initial_model_for_weight_conversion)"
         )
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if type(rank) is not int or not 1 <= rank <= fits.most_rank:
         raise RunError(f"rank r={rank!r}; 1 to {fits.most_rank} are served")
     if not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise RunError(f"lora_alpha={alpha!r} is no number")
+        raise RunError(f"lora_alpha={alpha!r} is not a number")
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _check_base(config: dict[str, Any], fits: Fits) -> None:
     peft_type = "PROMPT_TUNING" if fits.prompt_width else "LORA"
     if config.get("peft_type") != peft_type:
-        raise RunError(f"peft_type is {config.get('peft_type')!r}; {peft_type} alone is served")
+        raise RunError(f"peft_type is {config.get('peft_type')!r}; only {peft_type} is served")
 
     def last_part(name: str) -> str:
         return name.rstrip("/").rsplit("/", 1)[-1].lower()
@@ -184,7 +184,7 @@ def _read_prompt(path: Path, config: dict[str, Any], fits: Fits) -> Params:
                 raise RunError(f"{PROMPT_KEY} has the shape {shape}; this base needs {[tokens, fits.prompt_width]}")
             return {PROMPT: file.get_tensor(PROMPT_KEY).float()}
     except (SafetensorError, OSError, ValueError) as error:
-        raise RunError(f"{WEIGHTS} is no safetensors file: {error}") from None
+        raise RunError(f"{WEIGHTS} is not a safetensors file: {error}") from None
 
 
 def _read_lora(path: Path, fits: Fits, rank: int) -> Params:
@@ -196,7 +196,7 @@ def _read_lora(path: Path, fits: Fits, rank: int) -> Params:
                 _check_shape(key, name, file.get_slice(key).get_shape(), fits)
                 weights[name] = file.get_tensor(key).float()
     except (SafetensorError, OSError, ValueError) as error:
-        raise RunError(f"{WEIGHTS} is no safetensors file: {error}") from None
+        raise RunError(f"{WEIGHTS} is not a safetensors file: {error}") from None
     if not weights:
         raise RunError("holds no weights")
     unpaired = [name for name in weights if _partner(name) not in weights]
@@ -215,7 +215,7 @@ def _partner(name: str) -> str:
 def _check_shape(key: str, name: str, shape: list[int], fits: Fits) -> None:
     linear = name.removesuffix(A).removesuffix(B)
     if not key.startswith(PREFIX) or linear not in fits.linears or linear == name:
-        raise RunError(f"adapts {key[:120]!r}, which is no linear layer of this base")
+        raise RunError(f"adapts {key[:120]!r}, which is not a linear layer of this base")
     out_features, in_features = fits.linears[linear]
     rank = shape[0] if name.endswith(A) else shape[-1]
     expected = [rank, in_features] if name.endswith(A) else [out_features, rank]
@@ -233,7 +233,7 @@ def _read_card(path: Path) -> AdapterCard:
     except ValidationError:
         raise RunError(f"{CARD} is not what rayml writes") from None
     if card.max_tokens < 1 or len(card.ensemble) > MOST_PROMPTS or len(card.shown_parts) not in (0, len(card.shown)):
-        raise RunError(f"{CARD} is not what rayml writes: it reads nothing, or has more than {MOST_PROMPTS} prompts")
+        raise RunError(f"{CARD} is not what rayml writes: it reads no tokens, or has more than {MOST_PROMPTS} prompts")
     try:
         for prompt in (card.prompt, *card.ensemble):
             compiled(prompt)

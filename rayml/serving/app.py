@@ -128,7 +128,7 @@ def build(args: Serving) -> serve.Application:
     serving = args.model_copy(update={"run": run.start or str(run.path), "store": root})
     keys = api_keys(args.keys_file)
     if not keys:
-        log.warning("no API key is set: whoever reaches the port may use this server")
+        log.warning("no API key is set: anyone who reaches the port may use this server")
     manifests = [path.read_text() for path in listed(checkpoint, "manifest_*.json")]  # with the parts' checksums
     content = [str(step_of(checkpoint)), dump_config(config), *manifests]
     fingerprint = hashlib.sha256("\n".join(content).encode()).hexdigest()

@@ -208,6 +208,6 @@ def copy_files(source: Path, folder: Path) -> None:
             with zipfile.ZipFile(source) as archive:
                 contents = {name: archive.read(name) for name in FILES if name in archive.namelist()}
     except (OSError, zipfile.BadZipFile) as error:
-        raise RunError(f"{source}: no folder of an adapter, and no zip of one: {error}") from error
+        raise RunError(f"{source}: neither an adapter's folder nor a zip of one: {error}") from error
     for name, data in contents.items():
         (folder / name).write_bytes(data)

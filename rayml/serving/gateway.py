@@ -94,7 +94,7 @@ class Gateway:
             try:
                 self.store.sweep()
             except OSError:
-                log.exception("expired adapters were not swept")
+                log.exception("expired adapters were not deleted")
 
     @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def page(self) -> Response:
@@ -164,7 +164,7 @@ class Gateway:
         async def handle(owner: str) -> Response:
             adapter = await self.names.adapter(owner, model)
             if adapter is None:
-                raise ApiError(403, "the base is served for all, and cannot be deleted; adapters can", "model")
+                raise ApiError(403, "the base cannot be deleted, since it is served for all; adapters can", "model")
             await self.names.delete(owner, adapter)
             return JSONResponse({"id": model, "object": "model", "deleted": True})
 
@@ -189,7 +189,7 @@ class Gateway:
             lesson: AdapterRequest = parse(AdapterRequest, await read_body(request, self.limits))
             count = len(lesson.examples)
             if not 2 <= count <= self.limits.examples:
-                raise ApiError(422, f"examples: {count} given; 2 to {self.limits.examples} are taken", "examples")
+                raise ApiError(422, f"examples: {count} given; 2 to {self.limits.examples} are allowed", "examples")
             if lesson.steps is not None and lesson.steps > self.limits.steps:
                 raise ApiError(422, f"steps: at most {self.limits.steps}", "steps")
             check_count("options", lesson.options, self.limits.options)

@@ -53,9 +53,9 @@ def model_of(body: bytes) -> str:
     try:
         fields = json.loads(body)
     except (ValueError, RecursionError):
-        raise ApiError(400, "the body is no JSON") from None
+        raise ApiError(400, "the body is not JSON") from None
     if not isinstance(fields, dict) or not isinstance(fields.get("model"), str):
-        raise ApiError(400, "model: a text is missing", "model", "missing")
+        raise ApiError(400, "model: missing, or not a text", "model", "missing")
     return fields["model"]
 
 
@@ -101,7 +101,7 @@ async def read_body(request: Request, limits: Limits) -> bytes:
 
 def check_count(field: str, values: Sized | None, limit: int) -> None:
     if values is not None and not 1 <= len(values) <= limit:
-        raise ApiError(422, f"{field}: {len(values)} given; 1 to {limit} are taken", field)
+        raise ApiError(422, f"{field}: {len(values)} given; 1 to {limit} are allowed", field)
 
 
 def routing_key(owner: str, adapter: str | None) -> str:

@@ -73,7 +73,7 @@ class Learner:
 
     def _count_unfinished(self) -> None:
         if self._unfinished >= self._most_unfinished:
-            raise busy(f"{self._unfinished} adaptations are under way in this replica, as many as may be")
+            raise busy(f"{self._unfinished} adaptations are under way in this replica, the most that it takes")
         self._unfinished += 1
 
     async def _find_or_learn(self, owner: str, adapter: str, request: AdapterRequest) -> tuple[Manifest, bool]:
@@ -171,7 +171,9 @@ class Learner:
         if self.store.count(owner) >= limit:
             self.store.sweep()
             if self.store.count(owner) >= limit:
-                raise ApiError(429, f"this key has {limit} adapters, as many as it may; delete one", code="too_many")
+                raise ApiError(
+                    429, f"this key has {limit} adapters, the most that it may have; delete one", code="too_many"
+                )
 
     def prepared(self, request: AdapterRequest) -> AdaptationRequest:
         """Return a request as the engine learns it.
@@ -209,7 +211,9 @@ class Learner:
             shown = relabel(example, shown_labels.get(example.target))
             tokens = len(unlimited(encoder).row(shown, bool(task.options)).tokens) - encoder.soft_tokens
             if tokens > encoder.max_tokens + (not task.options):  # the token that ends a free text does not count
-                message = f"examples.{index}: has {tokens} tokens; this model reads {encoder.max_tokens} of an example"
+                message = (
+                    f"examples.{index}: has {tokens} tokens; this model reads at most {encoder.max_tokens} per example"
+                )
                 raise ApiError(422, message, f"examples.{index}", "example_too_long")
 
     def _check_size(self, task: Task, prepared: AdaptationRequest) -> None:
@@ -219,7 +223,7 @@ class Learner:
         tokens = len(prepared.rows) * max(len(row.tokens) for row in prepared.rows)
         if tokens > limits.whole_tokens and not splits(self.model):
             algorithm = self.model.config.algorithm.name
-            message = f"{tokens} tokens; {algorithm} reads them in one piece, and at most {limits.whole_tokens}"
+            message = f"{tokens} tokens; {algorithm} reads them in one piece, of at most {limits.whole_tokens}"
             raise ApiError(422, f"examples: {message}", "examples")
 
     def _publish(self, owner: str, manifest: Manifest, adapter: Adapter) -> Manifest:

@@ -69,7 +69,7 @@ def queries_of(
         except DataError as error:
             if str(error).startswith(("template", "an input")):
                 raise ApiError(422, f"input.{number}: {error}", f"input.{number}") from None
-            message = f"options: one of them has no token, or is too long beside input.{number}"
+            message = f"options: one of them has no tokens, or is too long to be read with input.{number}"
             raise ApiError(422, message, "options") from None
         tokens = sum(len(tree.tokens) for option_query in query.option_queries for tree in option_query.trees)
         if tokens > context:
@@ -83,7 +83,7 @@ def refuse_unseen_fields(prompt: str, given: object, field: str) -> None:
     unknown = unseen(prompt, given) if isinstance(given, dict) else []
     if unknown:
         known = ", ".join(sorted(names(prompt)))
-        raise ApiError(422, f"{field}: the adapter reads no {unknown[0][:60]!r}; it reads {known}", field)
+        raise ApiError(422, f"{field}: the adapter has no field {unknown[0][:60]!r}; it has {known}", field)
 
 
 def last_characters(given: Given, count: int) -> Given:
@@ -92,7 +92,7 @@ def last_characters(given: Given, count: int) -> Given:
 
 
 def too_long(number: int, tokens: int, limit: int) -> ApiError:
-    message = f"input.{number}: has {tokens} tokens; {limit} are read. Shorten it, or say truncate"
+    message = f"input.{number}: has {tokens} tokens; at most {limit} are read. Shorten it, or set truncate"
     return ApiError(400, message, f"input.{number}", "context_length_exceeded")
 
 

@@ -114,7 +114,7 @@ class ExampleBody(Body):
         if given not in ((True, True, False), (False, False, True)):
             raise ValueError("give input and target, or messages")
         if self.messages is not None and (len(self.messages) < 2 or self.messages[-1].role != "assistant"):
-            raise ValueError("messages end with the assistant's answer, and have something before it")
+            raise ValueError("messages must end with the assistant's answer, and have another message before it")
         example = self.example()
         if is_blank(example.input) or is_blank(example.target):
             raise ValueError("the messages, or the fields, hold no text")
@@ -285,7 +285,7 @@ def parse(kind: type[Body], body: bytes) -> Any:
         field = ".".join(path)
         message = mistake["msg"].removeprefix("Value error, ")
         if mistake["type"] == "extra_forbidden":
-            known_fields = f"; there are {', '.join(kind.model_fields)}" if len(mistake["loc"]) == 1 else ""
+            known_fields = f"; the fields are {', '.join(kind.model_fields)}" if len(mistake["loc"]) == 1 else ""
             message = f"unknown field{known_fields}"
         raise ApiError(400, f"{field}: {message}" if field else message, field or None, mistake["type"]) from None
     except DuplicateKeyError as error:

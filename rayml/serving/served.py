@@ -78,6 +78,4 @@ def refuse_unlike_peft(folder: Path, weights: Params, config: Config, base: str,
     lora = {} if config.soft_tokens else {"targets": linear_kinds(module), "rank": 1, "alpha": fits.scale}
     lm = TaskLM(module, hooks(module, lora, next(iter(weights.values())).shape[0] if config.soft_tokens else 0))
     if not same_in_peft(lm, weights, folder):
-        raise RunError(
-            "PEFT computes something else with it than what would be served: its weights are not all there is"
-        )
+        raise RunError("PEFT computes something else with it than this server would: it is more than its weights")

@@ -213,6 +213,6 @@ def check_host(host: str, keys: Collection[str], insecure: bool) -> None:
     """Raise ConfigError if others than this machine could reach the server, and need no key."""
     if host not in ("127.0.0.1", "localhost", "::1") and not keys and not insecure:
         raise ConfigError(
-            f"--host {host}: others reach this server there, and no API key is set; give --keys-file or "
-            "RAYML_API_KEYS, or say --insecure where something in front of it asks for keys"
+            f"--host {host}: others can reach this server there, but no API key is set; give --keys-file or "
+            "RAYML_API_KEYS, or --insecure if something in front of it asks for keys"
         )

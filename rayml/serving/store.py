@@ -176,7 +176,7 @@ class AdapterStore:
 
     def read(self, owner: str, adapter: str, name: str) -> bytes:
         if name not in FILES:
-            raise RunError(f"{name[:120]!r} is no file of an adapter")
+            raise RunError(f"{name[:120]!r} is not a file of an adapter")
         data = self._read(owner, adapter, name)
         if data is None:
             raise DamagedError(f"{name} is gone")

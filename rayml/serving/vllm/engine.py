@@ -31,15 +31,17 @@ def refuse_without_vllm(config: Config, base: str) -> None:
     if config.soft_tokens:
         raise ConfigError(f"engine: vLLM takes LoRA adapters, and this run learns soft prompts{instead}")
     if read_sentences(base):
-        raise ConfigError(f"engine: {config.model.name} is a sentence encoder, and vLLM writes no prototypes{instead}")
+        raise ConfigError(
+            f"engine: {config.model.name} is a sentence encoder, and vLLM cannot answer by prototypes{instead}"
+        )
     if is_masked(base):
-        raise ConfigError(f"engine: {config.model.name} predicts masked tokens, and vLLM the next ones{instead}")
+        raise ConfigError(f"engine: {config.model.name} predicts masked tokens, but vLLM predicts next tokens{instead}")
     if reason := unable(base, {}, 0, writes=True):
         raise ConfigError(f"engine: {reason}{instead}")
     if not installed():
         raise ConfigError(
-            "engine: vLLM is not installed here; `pip install 'rayml[vllm]'` brings it on a machine with GPUs, "
-            "`make .venv/.vllm` in a checkout without"
+            "engine: vLLM is not installed here; `pip install 'rayml[vllm]'` installs it on a machine with GPUs, "
+            "`make .venv/.vllm` in a checkout without GPUs"
         )
 
 

@@ -148,7 +148,7 @@ class Protocol:
         prompts = prompt if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else [prompt]
         texts = len(prompts) * (request.n or 1)
         if texts > self.limits.inputs:
-            raise ApiError(422, f"prompt, n: {texts} texts asked for; at most {self.limits.inputs}", "n")
+            raise ApiError(422, f"prompt, n: {texts} texts requested; at most {self.limits.inputs}", "n")
         max_tokens = max(getattr(request, "max_completion_tokens", None) or 0, request.max_tokens or 0)
         if max_tokens > self.limits.max_tokens:
             raise ApiError(422, f"max_tokens: at most {self.limits.max_tokens}", "max_tokens")
