@@ -168,15 +168,13 @@ class Replica:
             raise ApiError(400, str(error), field) from None
         if not tokens:
             raise ApiError(400, f"prompt {index} is empty", "prompt")
+        message, limit = f"prompt {index} has {len(tokens)} tokens", self.serving.limits.whole_tokens
         if len(tokens) + (1 if sampling.shrinks else sampling.max_tokens) > self.context:
-            max_tokens = "" if sampling.shrinks else f" and max_tokens={sampling.max_tokens}"
-            message = f"prompt {index} has {len(tokens)} tokens{max_tokens}; the context holds {self.context}, answer included"
+            message += "" if sampling.shrinks else f" and max_tokens={sampling.max_tokens}"
+            message += f"; the context holds {self.context}, answer included"
             raise ApiError(400, message, "prompt", "context_length_exceeded")
-        limit = self.serving.limits.whole_tokens
         if len(tokens) > limit and not self.engine.writer.long.reads_in_parts:
-            message = (
-                f"prompt {index} has {len(tokens)} tokens; this model reads a prompt in one piece, of at most {limit}"
-            )
+            message += f"; this model reads a prompt in one piece, of at most {limit}"
             raise ApiError(400, message, "prompt", "context_length_exceeded")
         return tokens
 
