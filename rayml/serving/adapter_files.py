@@ -4,9 +4,10 @@ Only safetensors files are opened, never a pickle. The names, ranks and shapes o
 number are checked against the model that is served.
 """
 
+import contextlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,22 +115,28 @@ def _read_readout(path: Path, card: AdapterCard, fits: Fits) -> Params:
     """Return a task's prototypes, their scale and their mix; nothing if the card keeps the task's examples instead."""
     if card.shown and not path.exists():
         return {}
-    try:
-        with safe_open(path, "pt") as file:
-            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-            classes = shapes.get(MEANS, [0])[0]
-            expected = {SCALE: [], MIX: [], MEANS: [classes, fits.hidden_size]}
-            if not 1 <= classes <= len(card.labels) or any(expected.get(name) != shapes[name] for name in shapes):
-                raise RunError(f"{READOUT} holds {shapes}; expected {MEANS} of {len(card.labels)} x {fits.hidden_size}")
-            readout = {name: file.get_tensor(name).float() for name in shapes}
-        if any(abs(readout[name]) > MOST_LOG for name in (SCALE, MIX) if name in readout):
-            raise RunError(f"{READOUT} has a scale or a mix that is out of range")
-    except (SafetensorError, OSError, ValueError) as error:
-        raise RunError(f"{READOUT} is not a safetensors file: {error}") from None
+    with open_safetensors(path) as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+        classes = shapes.get(MEANS, [0])[0]
+        expected = {SCALE: [], MIX: [], MEANS: [classes, fits.hidden_size]}
+        if not 1 <= classes <= len(card.labels) or any(expected.get(name) != shapes[name] for name in shapes):
+            raise RunError(f"{READOUT} holds {shapes}; expected {MEANS} of {len(card.labels)} x {fits.hidden_size}")
+        readout = {name: file.get_tensor(name).float() for name in shapes}
+    if any(abs(readout[name]) > MOST_LOG for name in (SCALE, MIX) if name in readout):
+        raise RunError(f"{READOUT} has a scale or a mix that is out of range")
     has_unknown_tokens = any(not 0 <= token < fits.vocabulary for token in card.label_tokens)
     if has_unknown_tokens or len(card.label_tokens) != (len(card.labels) if fits.vocabulary else 0):
         raise RunError(f"{CARD} has label_tokens that are not one token of this base for each label")
     return readout
+
+
+@contextlib.contextmanager
+def open_safetensors(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (SafetensorError, OSError, ValueError) as error:
+        raise RunError(f"{path.name} is not a safetensors file: {error}") from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -177,26 +184,20 @@ def _read_prompt(path: Path, config: dict[str, Any], fits: Fits) -> Params:
     tokens = config.get("num_virtual_tokens")
     if type(tokens) is not int or not 1 <= tokens <= fits.most_rank:
         raise RunError(f"num_virtual_tokens={tokens!r}; 1 to {fits.most_rank} are served")
-    try:
-        with safe_open(path, "pt") as file:
-            shape = file.get_slice(PROMPT_KEY).get_shape() if list(file.keys()) == [PROMPT_KEY] else None
-            if shape != [tokens, fits.prompt_width]:
-                raise RunError(f"{PROMPT_KEY} has the shape {shape}; this base needs {[tokens, fits.prompt_width]}")
-            return {PROMPT: file.get_tensor(PROMPT_KEY).float()}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise RunError(f"{WEIGHTS} is not a safetensors file: {error}") from None
+    with open_safetensors(path) as file:
+        shape = file.get_slice(PROMPT_KEY).get_shape() if list(file.keys()) == [PROMPT_KEY] else None
+        if shape != [tokens, fits.prompt_width]:
+            raise RunError(f"{PROMPT_KEY} has the shape {shape}; this base needs {[tokens, fits.prompt_width]}")
+        return {PROMPT: file.get_tensor(PROMPT_KEY).float()}
 
 
 def _read_lora(path: Path, fits: Fits, rank: int) -> Params:
     weights: Params = {}
-    try:
-        with safe_open(path, "pt") as file:
-            for key in list(file.keys()):
-                name = key.removeprefix(PREFIX).removesuffix(".weight")
-                _check_shape(key, name, file.get_slice(key).get_shape(), fits)
-                weights[name] = file.get_tensor(key).float()
-    except (SafetensorError, OSError, ValueError) as error:
-        raise RunError(f"{WEIGHTS} is not a safetensors file: {error}") from None
+    with open_safetensors(path) as file:
+        for key in list(file.keys()):
+            name = key.removeprefix(PREFIX).removesuffix(".weight")
+            _check_shape(key, name, file.get_slice(key).get_shape(), fits)
+            weights[name] = file.get_tensor(key).float()
     if not weights:
         raise RunError("holds no weights")
     unpaired = [name for name in weights if _partner(name) not in weights]

@@ -288,21 +288,16 @@ def parse(kind: type[Body], body: bytes) -> Any:
             known_fields = f"; the fields are {', '.join(kind.model_fields)}" if len(mistake["loc"]) == 1 else ""
             message = f"unknown field{known_fields}"
         raise ApiError(400, f"{field}: {message}" if field else message, field or None, mistake["type"]) from None
-    except DuplicateKeyError as error:
-        raise ApiError(400, f"{error}: appears twice", str(error), "duplicate_key") from None
     return request
 
 
-class DuplicateKeyError(Exception):
-    """A key appears twice in a JSON object. Parsers disagree on which of the values counts."""
-
-
 def refuse_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise DuplicateKeyError(next(key for key in keys if keys.count(key) > 1)[:60])
-    return fields
+    """Return a JSON object. If a key appears twice it is refused: parsers disagree on which of the values counts."""
+    keys = [key for key, _ in pairs]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ApiError(400, f"{key[:60]}: appears twice", key[:60], "duplicate_key")
+    return dict(pairs)
 
 
 def client_path(mistake: Any, body: bytes) -> list[str]:
