@@ -5,9 +5,10 @@ import logging
 import tempfile
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, TypeVar
 
 from rayml.adapter import Adapter
 from rayml.algorithms.inner_loop import Params
@@ -20,6 +21,8 @@ from rayml.serving.work import Observe
 
 log = logging.getLogger(__name__)
 Key = tuple[str, str]
+"""An adapter's owner and id."""
+T = TypeVar("T")
 
 
 class AdapterCache:
@@ -56,8 +59,7 @@ class AdapterCache:
             self._held.move_to_end(key)
             return self._held[key]
         if key not in self._loading:
-            self._loading[key] = asyncio.create_task(self._load(key))
-            self._loading[key].add_done_callback(lambda task: forget_task(self._loading, key, task))
+            start_task(self._loading, key, self._load(key))
         return await asyncio.shield(self._loading[key])
 
     def hold(self, owner: str, adapter: str, loaded: Adapter) -> None:
@@ -118,13 +120,14 @@ def _fetch(store: AdapterStore, owner: str, adapter: str, folder: Path, most_byt
     raise AssertionError("unreachable")
 
 
-def forget_task(tasks: dict, key: Key, task: asyncio.Task) -> None:
-    """Remove a task that is done."""
-    tasks.pop(key, None)
-    retrieve_error(task)
+def start_task(tasks: dict[Key, asyncio.Task[T]], key: Key, coroutine: Coroutine[Any, Any, T]) -> None:
+    """Run a coroutine as a task, which is in `tasks` until it is done."""
+    task = tasks[key] = asyncio.create_task(coroutine)
 
+    def forget(_: asyncio.Task[T]) -> None:
+        if tasks.get(key) is task:
+            del tasks[key]
+        if not task.cancelled():
+            task.exception()  # otherwise asyncio would log the error, which may quote a client's texts
 
-def retrieve_error(task: asyncio.Task) -> None:
-    """Retrieve a task's error. Otherwise asyncio would log it, and it may quote a client's texts."""
-    if not task.cancelled():
-        task.exception()
+    task.add_done_callback(forget)

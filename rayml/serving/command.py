@@ -19,11 +19,11 @@ from ray import serve
 from ray.serve.context import _get_global_client
 from rich.console import Console
 
-from rayml.config import Config, parse_section
+from rayml.config import parse_section
 from rayml.errors import ConfigError, RunError
 from rayml.lm.catalog import resolve_model
 from rayml.lm.load import load_shape
-from rayml.lm.precision import Precision, own_device, settled_here
+from rayml.lm.precision import own_device, settled_here
 from rayml.overrides import once
 from rayml.progress import doing
 from rayml.runs.folder import RunFolder
@@ -96,7 +96,8 @@ def serve_forever(
         out.print(f"serving {run} at {base} ({time.perf_counter() - began:.0f} s to start; {base}/docs shows the API)")
         out.print(f"it serves {folder.told(served_checkpoint)}", style="dim", highlight=False)
         if is_own_ray:  # the replicas are on this machine
-            out.print(f"in {precision_of(folder, config)}", style="dim", highlight=False, markup=False)
+            precision = settled_here(config, resolve_model(config.model.name), own_device(config), folder.made_in())[1]
+            out.print(f"in {precision}", style="dim", highlight=False, markup=False)
         out.print("teach it a task:", style="dim")
         out.print(f"  curl {base}/v1/adapters{key} -d '{json.dumps(EXAMPLE)}'", markup=False, soft_wrap=True)
         out.print("Ctrl-C stops it.", style="dim")
@@ -111,11 +112,6 @@ def serve_forever(
             serve.delete(APPLICATION)
     finally:
         ray.shutdown()  # ends a Ray of our own; on a cluster, Serve and the applications of others go on
-
-
-def precision_of(folder: RunFolder, config: Config) -> Precision:
-    """Return the precision in which a replica on this machine runs a run's model."""
-    return settled_here(config, resolve_model(config.model.name), own_device(config), folder.made_in())[1]
 
 
 def listening() -> tuple[str, int]:
@@ -150,7 +146,11 @@ def start_cluster(serving: Serving, metrics_port: int | None) -> None:
         ray.init(**common)
         return
     needed = sum(most_replicas(scaled) * (scaled.cpus or 1) for scaled in replica_settings(serving).values())
-    local = {"address": "local", "num_cpus": max(processors(), math.ceil(needed)), "include_dashboard": False}
+    local: dict[str, Any] = {
+        "address": "local",
+        "num_cpus": max(processors(), math.ceil(needed)),
+        "include_dashboard": False,
+    }
     if metrics_port:
         local["_metrics_export_port"] = metrics_port
     seldom_look_for_logs()
@@ -182,17 +182,7 @@ def publish_adapter(
         except RunError as error:
             raise RunError(f"{source}: {error}") from error
         content = [path.read_bytes().hex() for path in (Path(folder) / file for file in FILES) if path.exists()]
-        manifest = Manifest(
-            id=adapter_id(name, content),
-            name=name,
-            created_at=time.time(),
-            expires_at=None,
-            examples=0,
-            steps=0,
-            loss_before=None,
-            loss_after=None,
-            seconds=0,
-        )
+        manifest = Manifest(id=adapter_id(name, content), name=name, created_at=time.time())
         adapters = AdapterStore(store_root(run, store))
         adapters.publish(owner or owner_of(os.environ.get("RAYML_API_KEY")), manifest, Path(folder))
     labels = f"labels {', '.join(card.labels.values())}" if card.labels else "no labels of its own"

@@ -14,7 +14,7 @@ from rayml.algorithms.inner_loop import Params
 from rayml.errors import DataError, TrainingError
 from rayml.lm.peft_files import AdapterCard
 from rayml.model import MetaModel, refuse_diverged
-from rayml.serving.adapter_cache import AdapterCache, forget_task
+from rayml.serving.adapter_cache import AdapterCache, Key, start_task
 from rayml.serving.engine import Engine
 from rayml.serving.errors import ApiError, busy
 from rayml.serving.http import as_api_error
@@ -52,9 +52,9 @@ class Learner:
         self.serving, self.model, self.engine, self.observe = serving, model, engine, observe
         self.adapter_cache, self._adapter_of = adapter_cache, adapter_of
         self.store = adapter_cache.store
-        self._learning: dict[tuple[str, str], asyncio.Task[Manifest]] = {}
-        self._adaptations: dict[tuple[str, str], Adaptation] = {}
-        self._background: dict[tuple[str, str], asyncio.Task[None]] = {}
+        self._learning: dict[Key, asyncio.Task[Manifest]] = {}
+        self._adaptations: dict[Key, Adaptation] = {}
+        self._background: dict[Key, asyncio.Task[None]] = {}
         self._unfinished = 0
         # Each holds one of the requests that Serve admits at a time; half of these are left for queries.
         self._most_unfinished = min(serving.limits.waiting_adaptations, max(1, serving.replicas.ongoing_requests // 2))
@@ -82,8 +82,7 @@ class Learner:
             key = owner, adapter
             is_first = key not in self._learning
             if is_first:
-                self._learning[key] = asyncio.create_task(self._learn(owner, adapter, request))
-                self._learning[key].add_done_callback(lambda task: forget_task(self._learning, key, task))
+                start_task(self._learning, key, self._learn(owner, adapter, request))
             manifest = await asyncio.shield(self._learning[key])
             if is_first:
                 return manifest, True
@@ -112,8 +111,7 @@ class Learner:
         except BaseException:
             self._unfinished -= 1
             raise
-        self._background[key] = asyncio.create_task(self._learn_in_background(owner, adapter, request))
-        self._background[key].add_done_callback(lambda task: forget_task(self._background, key, task))
+        start_task(self._background, key, self._learn_in_background(owner, adapter, request))
 
     async def _learn_in_background(self, owner: str, adapter: str, request: AdapterRequest) -> None:
         try:

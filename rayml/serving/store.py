@@ -50,12 +50,12 @@ class Manifest(BaseModel):
     id: str
     name: str
     created_at: float
-    expires_at: float | None
-    examples: int
-    steps: int
-    loss_before: float | None
-    loss_after: float | None
-    seconds: float
+    expires_at: float | None = None
+    examples: int = 0
+    steps: int = 0
+    loss_before: float | None = None
+    loss_after: float | None = None
+    seconds: float = 0
     files: dict[str, str] = {}
     """The SHA-256 of each file, by its name."""
 

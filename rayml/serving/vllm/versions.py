@@ -19,7 +19,7 @@ from rayml.adapter import Adapter
 from rayml.algorithms.base import Algorithm
 from rayml.lm.lora import A
 from rayml.lm.peft_files import AdapterCard
-from rayml.serving.adapter_cache import Key, fetched, retrieve_error
+from rayml.serving.adapter_cache import Key, fetched, start_task
 from rayml.serving.adapter_files import Fits
 from rayml.serving.store import AdapterStore
 from rayml.serving.work import Observe
@@ -97,8 +97,7 @@ class Versions:
             self._held.move_to_end(key)
             return self._held[key]
         if key not in self._loading:
-            self._loading[key] = asyncio.create_task(self._load(key))
-            self._loading[key].add_done_callback(retrieve_error)
+            start_task(self._loading, key, self._load(key))
         return await asyncio.shield(self._loading[key])
 
     async def _load(self, key: Key) -> Version:
