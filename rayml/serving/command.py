@@ -146,16 +146,11 @@ def start_cluster(serving: Serving, metrics_port: int | None) -> None:
         ray.init(**common)
         return
     needed = sum(most_replicas(scaled) * (scaled.cpus or 1) for scaled in replica_settings(serving).values())
-    local: dict[str, Any] = {
-        "address": "local",
-        "num_cpus": max(processors(), math.ceil(needed)),
-        "include_dashboard": False,
-    }
-    if metrics_port:
-        local["_metrics_export_port"] = metrics_port
+    cpus = max(processors(), math.ceil(needed))
+    metrics = {"_metrics_export_port": metrics_port} if metrics_port else {}
     seldom_look_for_logs()
     with listening_here():
-        context: Any = ray.init(**common, **local)
+        context: Any = ray.init("local", num_cpus=cpus, include_dashboard=False, **metrics, **common)
     mark_session(Path(context.address_info["session_dir"]))
 
 

@@ -28,6 +28,7 @@ from rayml.serving.http import (
     check_count,
     error_response,
     event_stream,
+    handles,
     model_of,
     prepend,
     raise_refusal,
@@ -44,8 +45,6 @@ from rayml.serving.store import AdapterStore, DamagedError, Manifest, adapter_id
 log = logging.getLogger("ray.serve")
 DESCRIPTION = "Learn a task from a few examples, and ask it by name."
 app = FastAPI(title="rayml", description=DESCRIPTION, docs_url=None, redoc_url=None)
-Handler = Callable[[str], Awaitable[Response]]
-"""Handles a request of an owner."""
 COMPLETION_TOKENS = 64
 """The default length of a completion."""
 
@@ -132,13 +131,10 @@ class Gateway:
         return None
 
     @app.get("/v1/models")
-    async def models(self, request: Request, after: str = "") -> Response:
+    @handles("models")
+    async def models(self, owner: str, request: Request, after: str = "") -> Response:
         """The base, and the adapters of this key, a thousand at a time as in `/v1/adapters`."""
-
-        async def handle(owner: str) -> Response:
-            return await self._list(owner, after, self.names.model, first=[] if after else [self.names.model(None)])
-
-        return await self._respond(request, "models", handle)
+        return await self._list(owner, after, self.names.model, first=[] if after else [self.names.model(None)])
 
     async def _list(
         self, owner: str, after: str, describe: Callable[[Manifest], dict[str, Any]], first: list[dict[str, Any]]
@@ -148,82 +144,64 @@ class Gateway:
         return JSONResponse({"object": "list", "data": entries, "has_more": bool(last_id), "last_id": last_id})
 
     @app.get("/v1/models/{model}")
-    async def one_model(self, request: Request, model: str) -> Response:
+    @handles("models")
+    async def one_model(self, owner: str, request: Request, model: str) -> Response:
         """The base, or an adapter."""
-
-        async def handle(owner: str) -> Response:
-            adapter = await self.names.adapter(owner, model)
-            return JSONResponse(self.names.model(await self.names.find(owner, adapter) if adapter else None))
-
-        return await self._respond(request, "models", handle)
+        adapter = await self.names.adapter(owner, model)
+        return JSONResponse(self.names.model(await self.names.find(owner, adapter) if adapter else None))
 
     @app.delete("/v1/models/{model}")
-    async def delete_model(self, request: Request, model: str) -> Response:
+    @handles("models")
+    async def delete_model(self, owner: str, request: Request, model: str) -> Response:
         """Delete an adapter, as OpenAI's clients delete a fine-tuned model."""
-
-        async def handle(owner: str) -> Response:
-            adapter = await self.names.adapter(owner, model)
-            if adapter is None:
-                raise ApiError(403, "the base cannot be deleted, since it is served for all; adapters can", "model")
-            await self.names.delete(owner, adapter)
-            return JSONResponse({"id": model, "object": "model", "deleted": True})
-
-        return await self._respond(request, "models", handle)
+        adapter = await self.names.adapter(owner, model)
+        if adapter is None:
+            raise ApiError(403, "the base cannot be deleted, since it is served for all; adapters can", "model")
+        await self.names.delete(owner, adapter)
+        return JSONResponse({"id": model, "object": "model", "deleted": True})
 
     @app.post("/v1/embeddings", include_in_schema=False)
     @app.post("/v1/responses", include_in_schema=False)
-    async def not_here(self, request: Request) -> Response:
+    @handles("none")
+    async def not_here(self, owner: str, request: Request) -> Response:
         """Name the routes that this server has instead."""
-
-        async def handle(owner: str) -> Response:
-            routes = "/v1/chat/completions, /v1/completions, /v1/classify and /v1/adapters"
-            raise ApiError(404, f"this server has no {request.url.path}; it has {routes}", code="no_such_route")
-
-        return await self._respond(request, "none", handle)
+        routes = "/v1/chat/completions, /v1/completions, /v1/classify and /v1/adapters"
+        raise ApiError(404, f"this server has no {request.url.path}; it has {routes}", code="no_such_route")
 
     @app.post("/v1/adapters", status_code=201, openapi_extra=body_schema(AdapterRequest))
-    async def create(self, request: Request) -> Response:
+    @handles("adapters")
+    async def create(self, owner: str, request: Request) -> Response:
         """Learn an adapter from a few examples. 201; 200, if the same was learned before; 202, in the background."""
-
-        async def handle(owner: str) -> Response:
-            lesson: AdapterRequest = parse(AdapterRequest, await read_body(request, self.limits))
-            count = len(lesson.examples)
-            if not 2 <= count <= self.limits.examples:
-                raise ApiError(422, f"examples: {count} given; 2 to {self.limits.examples} are allowed", "examples")
-            if lesson.steps is not None and lesson.steps > self.limits.steps:
-                raise ApiError(422, f"steps: at most {self.limits.steps}", "steps")
-            check_count("options", lesson.options, self.limits.options)
-            content = [self.fingerprint, lesson.name, lesson.pairs, lesson.options, lesson.steps]
-            content += [lesson.kind] if lesson.kind else []
-            adapter = adapter_id(lesson.name, content)
-            if lesson.background or "respond-async" in request.headers.get("prefer", ""):
-                return await self._learn_in_background(owner, adapter, lesson)
-            manifest, is_new = await self._call_replica("learn", owner, adapter, lesson)
-            self.names.refresh(owner, lesson.name)
-            return JSONResponse(self.names.ready(manifest), 201 if is_new else 200)
-
-        return await self._respond(request, "adapters", handle)
+        lesson: AdapterRequest = parse(AdapterRequest, await read_body(request, self.limits))
+        count = len(lesson.examples)
+        if not 2 <= count <= self.limits.examples:
+            raise ApiError(422, f"examples: {count} given; 2 to {self.limits.examples} are allowed", "examples")
+        if lesson.steps is not None and lesson.steps > self.limits.steps:
+            raise ApiError(422, f"steps: at most {self.limits.steps}", "steps")
+        check_count("options", lesson.options, self.limits.options)
+        content = [self.fingerprint, lesson.name, lesson.pairs, lesson.options, lesson.steps]
+        content += [lesson.kind] if lesson.kind else []
+        adapter = adapter_id(lesson.name, content)
+        if lesson.background or "respond-async" in request.headers.get("prefer", ""):
+            return await self._learn_in_background(owner, adapter, lesson)
+        manifest, is_new = await self._call_replica("learn", owner, adapter, lesson)
+        self.names.refresh(owner, lesson.name)
+        return JSONResponse(self.names.ready(manifest), 201 if is_new else 200)
 
     @app.get("/v1/adapters")
-    async def adapters(self, request: Request, after: str = "") -> Response:
+    @handles("adapters")
+    async def adapters(self, owner: str, request: Request, after: str = "") -> Response:
         """The adapters of this key in the order of their ids, a thousand at a time: `after` is `last_id`."""
-
-        async def handle(owner: str) -> Response:
-            return await self._list(owner, after, self.names.ready, first=[])
-
-        return await self._respond(request, "adapters", handle)
+        return await self._list(owner, after, self.names.ready, first=[])
 
     @app.get("/v1/adapters/{adapter}")
-    async def adapter(self, request: Request, adapter: str) -> Response:
+    @handles("adapters")
+    async def adapter(self, owner: str, request: Request, adapter: str) -> Response:
         """One adapter, by its id or its name. For one that is being learned, the progress."""
-
-        async def handle(owner: str) -> Response:
-            manifest = await asyncio.to_thread(self.store.find, owner, adapter)
-            if manifest is None and (progress := await self._progress(owner, adapter)):
-                return JSONResponse(progress)
-            return JSONResponse(self.names.ready(manifest or await self.names.find(owner, adapter)))
-
-        return await self._respond(request, "adapters", handle)
+        manifest = await asyncio.to_thread(self.store.find, owner, adapter)
+        if manifest is None and (progress := await self._progress(owner, adapter)):
+            return JSONResponse(progress)
+        return JSONResponse(self.names.ready(manifest or await self.names.find(owner, adapter)))
 
     async def _learn_in_background(self, owner: str, adapter: str, lesson: AdapterRequest) -> Response:
         manifest = await asyncio.to_thread(self.store.find, owner, adapter)
@@ -249,26 +227,20 @@ class Gateway:
         return self.names.learning(adapter) | (progress or {})
 
     @app.delete("/v1/adapters/{adapter}")
-    async def delete(self, request: Request, adapter: str) -> Response:
+    @handles("adapters")
+    async def delete(self, owner: str, request: Request, adapter: str) -> Response:
         """Delete an adapter."""
-
-        async def handle(owner: str) -> Response:
-            manifest = await self.names.delete(owner, adapter)
-            return JSONResponse({"id": manifest.id, "object": "adapter", "deleted": True})
-
-        return await self._respond(request, "adapters", handle)
+        manifest = await self.names.delete(owner, adapter)
+        return JSONResponse({"id": manifest.id, "object": "adapter", "deleted": True})
 
     @app.get("/v1/adapters/{adapter}/download")
-    async def download(self, request: Request, adapter: str) -> Response:
+    @handles("download")
+    async def download(self, owner: str, request: Request, adapter: str) -> Response:
         """The adapter's PEFT files, as a zip."""
-
-        async def handle(owner: str) -> Response:
-            manifest = await self.names.find(owner, adapter)
-            data = await asyncio.to_thread(self._zip, owner, manifest)
-            headers = {"Content-Disposition": f'attachment; filename="{manifest.id}.zip"'}
-            return Response(data, media_type="application/zip", headers=headers)
-
-        return await self._respond(request, "download", handle)
+        manifest = await self.names.find(owner, adapter)
+        data = await asyncio.to_thread(self._zip, owner, manifest)
+        headers = {"Content-Disposition": f'attachment; filename="{manifest.id}.zip"'}
+        return Response(data, media_type="application/zip", headers=headers)
 
     def _zip(self, owner: str, manifest: Manifest) -> bytes:
         """Return a zip of an adapter's files, each as it was published."""
@@ -282,39 +254,30 @@ class Gateway:
         return buffer.getvalue()
 
     @app.post("/v1/classify", openapi_extra=body_schema(ClassifyRequest))
-    async def classify(self, request: Request) -> Response:
+    @handles("classify")
+    async def classify(self, owner: str, request: Request) -> Response:
         """The label of each input, with probabilities."""
-
-        async def handle(owner: str) -> Response:
-            body: ClassifyRequest = parse(ClassifyRequest, await read_body(request, self.limits))
-            check_count("input", body.inputs, self.limits.inputs)
-            check_count("options", body.options, self.limits.options)
-            adapter = await self.names.adapter(owner, body.model)
-            result = await self.vllm.classify(owner, adapter, body) if self.vllm else None
-            result = result or await self._call_replica("classify", owner, adapter, body)
-            answers = [{"index": index} | answer for index, answer in enumerate(result["answers"])]
-            usage = {"prompt_tokens": result["tokens"], "total_tokens": result["tokens"]}
-            return JSONResponse({"object": "list", "model": body.model, "data": answers, "usage": usage})
-
-        return await self._respond(request, "classify", handle)
+        body: ClassifyRequest = parse(ClassifyRequest, await read_body(request, self.limits))
+        check_count("input", body.inputs, self.limits.inputs)
+        check_count("options", body.options, self.limits.options)
+        adapter = await self.names.adapter(owner, body.model)
+        result = await self.vllm.classify(owner, adapter, body) if self.vllm else None
+        result = result or await self._call_replica("classify", owner, adapter, body)
+        answers = [{"index": index} | answer for index, answer in enumerate(result["answers"])]
+        usage = {"prompt_tokens": result["tokens"], "total_tokens": result["tokens"]}
+        return JSONResponse({"object": "list", "model": body.model, "data": answers, "usage": usage})
 
     @app.post("/v1/completions", openapi_extra=body_schema(CompletionRequest))
-    async def complete(self, request: Request) -> Response:
+    @handles("completions")
+    async def complete(self, owner: str, request: Request) -> Response:
         """Continue a prompt. An adapter takes the prompt for an input of its task."""
-
-        async def handle(owner: str) -> Response:
-            return await self._generate(owner, request, "completions", CompletionRequest)
-
-        return await self._respond(request, "completions", handle)
+        return await self._generate(owner, request, "completions", CompletionRequest)
 
     @app.post("/v1/chat/completions", openapi_extra=body_schema(ChatRequest))
-    async def chat(self, request: Request) -> Response:
+    @handles("chat")
+    async def chat(self, owner: str, request: Request) -> Response:
         """Answer a conversation. An adapter takes it for an input of its task."""
-
-        async def handle(owner: str) -> Response:
-            return await self._generate(owner, request, "chat", ChatRequest)
-
-        return await self._respond(request, "chat", handle)
+        return await self._generate(owner, request, "chat", ChatRequest)
 
     async def _generate(
         self, owner: str, request: Request, kind: str, body_type: type[CompletionRequest] | type[ChatRequest]
@@ -365,11 +328,11 @@ class Gateway:
             raise as_api_error(error) from error
         return raise_refusal(answer)
 
-    async def _respond(self, request: Request, route: str, handle: Handler) -> Response:
-        """Handle a request of its key's owner. Count it, and log one line, which holds no client's text."""
+    async def respond(self, request: Request, route: str, handle: Callable[..., Awaitable[Response]]) -> Response:
+        """Handle a request for its key's owner. Count it, and log one line, which holds no client's text."""
         began = time.perf_counter()
         try:
-            response = await handle(authenticate(request, self.keys))
+            response = await handle(owner=authenticate(request, self.keys))
         except Exception as error:
             api_error = as_api_error(error)
             if api_error.status == 500:

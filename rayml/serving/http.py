@@ -6,8 +6,10 @@ They are not in gateway.py because Serve pickles an ingress class while its modu
 import asyncio
 import hashlib
 import hmac
+import inspect
 import json
-from collections.abc import AsyncIterator, Mapping, Sized
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sized
+from functools import partial, wraps
 from typing import Any, TypeVar
 
 from fastapi import Request, Response
@@ -23,6 +25,27 @@ from rayml.serving.store import owner_of
 
 LOST = RayError, DeploymentUnavailableError, ReplicaUnavailableError
 T = TypeVar("T")
+
+
+def handles(route: str) -> Callable[[Callable[..., Awaitable[Response]]], Callable[..., Awaitable[Response]]]:
+    """Make an endpoint of a gateway's method. `Gateway.respond` calls the method, with the `owner` of the request.
+
+    Args:
+        route: its name in metrics and in the log.
+    """
+
+    def decorate(method: Callable[..., Awaitable[Response]]) -> Callable[..., Awaitable[Response]]:
+        @wraps(method)
+        async def endpoint(self: Any, request: Request, **parameters: Any) -> Response:
+            return await self.respond(request, route, partial(method, self, request=request, **parameters))
+
+        # FastAPI takes the parameters from the signature, and must not look for the owner among the client's.
+        signature = inspect.signature(method)
+        parameters = [parameter for name, parameter in signature.parameters.items() if name != "owner"]
+        endpoint.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        return endpoint
+
+    return decorate
 
 
 def body_schema(body_type: type[Body]) -> dict[str, Any]:
