@@ -16,7 +16,7 @@ from rayml.errors import RunError
 from rayml.lm.peft_files import WEIGHTS, AdapterCard
 from rayml.serving.adapter_files import Fits, read_adapter
 from rayml.serving.errors import ApiError
-from rayml.serving.store import AdapterStore, DamagedError, Manifest, damaged
+from rayml.serving.store import AdapterStore, DamagedError, Manifest, damaged_error
 from rayml.serving.work import Observe
 
 log = logging.getLogger(__name__)
@@ -82,11 +82,11 @@ class AdapterCache:
 
     def _read(self, owner: str, adapter: str) -> Adapter:
         with tempfile.TemporaryDirectory() as folder:
-            weights, card, _ = fetched(self.store, owner, adapter, Path(folder), self.fits, self.observe)
+            weights, card, _ = fetch_adapter(self.store, owner, adapter, Path(folder), self.fits, self.observe)
         return self.adapter_of(weights, card)
 
 
-def fetched(
+def fetch_adapter(
     store: AdapterStore, owner: str, adapter: str, folder: Path, fits: Fits, observe: Observe
 ) -> tuple[Params, AdapterCard, str]:
     """Copy an adapter's files into a folder and check them; return its weights, its card, and its weights' SHA-256.
@@ -98,7 +98,7 @@ def fetched(
         manifest = _fetch(store, owner, adapter, folder, fits.most_bytes)
         return *read_adapter(folder, fits), manifest.files[WEIGHTS]
     except DamagedError as error:
-        raise damaged(owner, adapter, error) from None
+        raise damaged_error(owner, adapter, error) from None
     except RunError as error:
         log.error("adapter %s of %s refused: %s", adapter, owner, error)
         observe("refused", 1)

@@ -87,7 +87,7 @@ def serve_forever(
         began = time.perf_counter()
         application = build(serving)
         serve.start(http_options={"host": host, "port": port})
-        host, port = listening()
+        host, port = server_address()
         check_host(host, keys, insecure)
         with doing(err, "loading the model in its replicas"):
             serve.run(application, name=APPLICATION, route_prefix="/", logging_config={"encoding": "JSON"})
@@ -114,7 +114,7 @@ def serve_forever(
         ray.shutdown()  # ends a Ray of our own; on a cluster, Serve and the applications of others go on
 
 
-def listening() -> tuple[str, int]:
+def server_address() -> tuple[str, int]:
     """Return where Serve listens. If it ran before, it keeps its address, whatever it was given just now."""
     client = _get_global_client()
     assert client is not None

@@ -23,7 +23,7 @@ from torch import Tensor
 from rayml.lm.precision import fused_attention
 from rayml.lm.queries import first_batch, log_probs
 from rayml.model import MetaModel
-from rayml.serving.errors import ApiError, busy
+from rayml.serving.errors import ApiError, busy_error
 from rayml.serving.lessons import Lessons
 from rayml.serving.settings import Batching, Limits
 from rayml.serving.work import Adaptation, Observe, Waiting, Writing, settle
@@ -105,7 +105,7 @@ class Engine:
             if not self._thread.is_alive():
                 raise ApiError(503, "this replica is going away; send the request again", code="replica_lost")
             if limit is not None and len(queue) + len(jobs) > limit:
-                raise busy(f"{len(queue)} {plural} wait in this replica already; at most {limit} may")
+                raise busy_error(f"{len(queue)} {plural} wait in this replica already; at most {limit} may")
             queue.extend(jobs)
             self._changed.notify()
 

@@ -29,6 +29,6 @@ class ApiError(RaymlError):
         return {"error": {"message": self.message, "type": error_type, "param": self.param, "code": self.code}}
 
 
-def busy(message: str) -> ApiError:
+def busy_error(message: str) -> ApiError:
     """Return the error for a request that may be sent again a little later."""
     return ApiError(429, message, code="overloaded")

@@ -40,7 +40,7 @@ from rayml.serving.metrics import Metrics
 from rayml.serving.names import Names
 from rayml.serving.schema import AdapterRequest, ChatRequest, ClassifyRequest, CompletionRequest, parse
 from rayml.serving.settings import Serving
-from rayml.serving.store import AdapterStore, DamagedError, Manifest, adapter_id, damaged
+from rayml.serving.store import AdapterStore, DamagedError, Manifest, adapter_id, damaged_error
 
 log = logging.getLogger("ray.serve")
 DESCRIPTION = "Learn a task from a few examples, and ask it by name."
@@ -250,7 +250,7 @@ class Gateway:
                 for name in manifest.files:
                     file.writestr(name, self.store.verified(owner, manifest, name))
         except DamagedError as error:
-            raise damaged(owner, manifest.id, error) from None
+            raise damaged_error(owner, manifest.id, error) from None
         return buffer.getvalue()
 
     @app.post("/v1/classify", openapi_extra=body_schema(ClassifyRequest))

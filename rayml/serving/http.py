@@ -18,7 +18,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 
 from rayml.serving.answers import event
-from rayml.serving.errors import ApiError, busy
+from rayml.serving.errors import ApiError, busy_error
 from rayml.serving.schema import Body
 from rayml.serving.settings import Limits
 from rayml.serving.store import owner_of
@@ -145,7 +145,7 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(cause, ApiError):
         return cause
     if isinstance(cause, BackPressureError):
-        return busy("all replicas are busy, and too many requests wait")
+        return busy_error("all replicas are busy, and too many requests wait")
     if isinstance(cause, OSError):
         return ApiError(503, "the store of adapters does not answer; send the request again", code="storage")
     if isinstance(cause, LOST) or (isinstance(error, RayError) and not isinstance(error, RayTaskError)):

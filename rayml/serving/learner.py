@@ -16,9 +16,9 @@ from rayml.lm.peft_files import AdapterCard
 from rayml.model import MetaModel, refuse_diverged
 from rayml.serving.adapter_cache import AdapterCache, Key, start_task
 from rayml.serving.engine import Engine
-from rayml.serving.errors import ApiError, busy
+from rayml.serving.errors import ApiError, busy_error
 from rayml.serving.http import as_api_error
-from rayml.serving.queries import unlimited
+from rayml.serving.queries import without_limit
 from rayml.serving.schema import AdapterRequest
 from rayml.serving.settings import Serving
 from rayml.serving.store import Manifest
@@ -73,7 +73,7 @@ class Learner:
 
     def _count_unfinished(self) -> None:
         if self._unfinished >= self._most_unfinished:
-            raise busy(f"{self._unfinished} adaptations are under way in this replica, the most that it takes")
+            raise busy_error(f"{self._unfinished} adaptations are under way in this replica, the most that it takes")
         self._unfinished += 1
 
     async def _find_or_learn(self, owner: str, adapter: str, request: AdapterRequest) -> tuple[Manifest, bool]:
@@ -207,7 +207,7 @@ class Learner:
         shown_labels = {option: label for label, option in labels.items()}
         for index, example in enumerate(task.examples):
             shown = relabel(example, shown_labels.get(example.target))
-            tokens = len(unlimited(encoder).row(shown, bool(task.options)).tokens) - encoder.soft_tokens
+            tokens = len(without_limit(encoder).row(shown, bool(task.options)).tokens) - encoder.soft_tokens
             if tokens > encoder.max_tokens + (not task.options):  # the token that ends a free text does not count
                 message = (
                     f"examples.{index}: has {tokens} tokens; this model reads at most {encoder.max_tokens} per example"

@@ -61,10 +61,10 @@ def queries_of(
         try:
             fields = adapter.card.fields
             longest_option = relabel(unanswered(given, fields), max(labels, key=len))
-            tokens = len(unlimited(encoder).row(longest_option, is_label=True, shown=shown).tokens)
+            tokens = len(without_limit(encoder).row(longest_option, is_label=True, shown=shown).tokens)
             is_too_long = tokens > most_tokens
             if is_too_long and not truncate:
-                raise too_long(number, tokens, most_tokens)
+                raise too_long_error(number, tokens, most_tokens)
             query = adapter.query(unanswered(last_characters(given, LONGEST_TOKEN * most_tokens), fields), labels)
         except DataError as error:
             if str(error).startswith(("template", "an input")):
@@ -73,7 +73,7 @@ def queries_of(
             raise ApiError(422, message, "options") from None
         tokens = sum(len(tree.tokens) for option_query in query.option_queries for tree in option_query.trees)
         if tokens > context:
-            raise too_long(number, tokens, context)
+            raise too_long_error(number, tokens, context)
         queries.append((query, is_too_long))
     return queries
 
@@ -91,12 +91,12 @@ def last_characters(given: Given, count: int) -> Given:
     return given[-count:] if isinstance(given, str) else {name: text[-count:] for name, text in given.items()}
 
 
-def too_long(number: int, tokens: int, limit: int) -> ApiError:
+def too_long_error(number: int, tokens: int, limit: int) -> ApiError:
     message = f"input.{number}: has {tokens} tokens; at most {limit} are read. Shorten it, or set truncate"
     return ApiError(400, message, f"input.{number}", "context_length_exceeded")
 
 
-def unlimited(encoder: Encoder) -> Encoder:
+def without_limit(encoder: Encoder) -> Encoder:
     """Return the encoder without its limit on tokens: it shows how long an input is, in place of cutting it."""
     return dataclasses.replace(encoder, max_tokens=1 << 30)
 

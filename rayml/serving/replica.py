@@ -26,7 +26,7 @@ from rayml.serving.answers import IndexedPiece
 from rayml.serving.engine import Engine
 from rayml.serving.errors import ApiError
 from rayml.serving.learner import Learner
-from rayml.serving.queries import Given, classification, label_options, label_pieces, queries_of, unlimited
+from rayml.serving.queries import Given, classification, label_options, label_pieces, queries_of, without_limit
 from rayml.serving.schema import AdapterRequest, ClassifyRequest, Message, is_blank, plain, turns_of
 from rayml.serving.served import fits_of, servable, store_root
 from rayml.serving.settings import Serving
@@ -186,7 +186,7 @@ class Replica:
             given = turns_of(prompt) if is_dialogue and isinstance(prompt, list) else plain(prompt)
             if isinstance(given, str) and is_blank(given):
                 raise ApiError(400, f"{field}: is empty", field)
-            return unlimited(adapter.encoder).asked(unanswered(given), adapter.shown)
+            return without_limit(adapter.encoder).asked(unanswered(given), adapter.shown)
         if not isinstance(prompt, list):
             return tokenize(tokenizer, marked(tokenizer, str(prompt)))[0]
         if own_template(tokenizer):

@@ -75,7 +75,7 @@ def owner_of(api_key: str | None) -> str:
     return hashlib.sha256(api_key.encode()).hexdigest()[:16] if api_key else PUBLIC
 
 
-def damaged(owner: str, adapter: str, error: DamagedError) -> ApiError:
+def damaged_error(owner: str, adapter: str, error: DamagedError) -> ApiError:
     """Log that an adapter's files are damaged, and return the client's error: it is the server's fault."""
     log.error("adapter %s of %s is damaged in the store: %s", adapter, owner, error)
     return ApiError(500, f"adapter {adapter} is damaged in the server's store", "model", "adapter_damaged")

@@ -25,7 +25,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from rayml.lm.chat import ANSWERS
 from rayml.serving.errors import ApiError
-from rayml.serving.queries import unlimited
+from rayml.serving.queries import without_limit
 from rayml.serving.settings import Serving
 from rayml.serving.vllm.versions import Version
 from rayml.tasks.row import unanswered
@@ -85,7 +85,7 @@ def text_of(content: Any) -> str:
 
 
 def prompt_tokens(version: Version, text: str) -> list[int]:
-    return unlimited(version.adapter.encoder).asked(unanswered(text), version.adapter.shown)
+    return without_limit(version.adapter.encoder).asked(unanswered(text), version.adapter.shown)
 
 
 class Protocol:

@@ -19,7 +19,7 @@ from rayml.adapter import Adapter
 from rayml.algorithms.base import Algorithm
 from rayml.lm.lora import A
 from rayml.lm.peft_files import AdapterCard
-from rayml.serving.adapter_cache import Key, fetched, start_task
+from rayml.serving.adapter_cache import Key, fetch_adapter, start_task
 from rayml.serving.adapter_files import Fits
 from rayml.serving.store import AdapterStore
 from rayml.serving.work import Observe
@@ -114,7 +114,7 @@ class Versions:
         folder = self.folder / str(number)
         folder.mkdir(parents=True)
         try:
-            weights, card, checksum = fetched(self.store, owner, adapter, folder, self.fits, self.observe)
+            weights, card, checksum = fetch_adapter(self.store, owner, adapter, folder, self.fits, self.observe)
         except BaseException:
             shutil.rmtree(folder)
             raise
