@@ -147,7 +147,7 @@ def start_cluster(serving: Serving, metrics_port: int | None) -> None:
         return
     needed = sum(most_replicas(scaled) * (scaled.cpus or 1) for scaled in replica_settings(serving).values())
     cpus = max(processors(), math.ceil(needed))
-    metrics = {"_metrics_export_port": metrics_port} if metrics_port else {}
+    metrics: dict[str, Any] = {"_metrics_export_port": metrics_port} if metrics_port else {}
     seldom_look_for_logs()
     with listening_here():
         context: Any = ray.init("local", num_cpus=cpus, include_dashboard=False, **metrics, **common)
