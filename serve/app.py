@@ -1,4 +1,4 @@
-"""The application for Ray Serve: `serve run serve.app:app run=RUN`, or `serve deploy serve/serve.yaml`."""
+"""The application for Ray Serve: `serve run serve.app:app run=RUN`."""
 
 from rayml.serving.app import build as app
 

@@ -1,4 +1,4 @@
-"""A small client of a rayml server. It needs `requests` alone, and can be copied into another project.
+"""A small client of a rayml server. It needs only `requests`, and can be copied into another project.
 
 client = Client("http://127.0.0.1:8000")
 adapter = client.learn([("I was charged twice", "billing"), ("It crashes", "bug")], name="tickets")
@@ -18,7 +18,7 @@ RETRYABLE = 429, 503
 
 
 class ApiError(Exception):
-    """The server's refusal: HTTP's `status`, what is wrong, the field, and a code for programs."""
+    """An error of the server: the HTTP status, what is wrong, the field at fault, and a code for programs."""
 
     def __init__(self, status: int, message: str, param: str | None, code: str | None):
         super().__init__(f"{status}: {message}")
@@ -31,7 +31,7 @@ class Adapter:
 
     id: str
     model: str
-    """What to ask it by."""
+    """The `model` of requests that ask it."""
     name: str
     created: int
     expires_at: int | None
@@ -53,9 +53,9 @@ class Answer:
 class Client:
     """Args:
     url: of the server, such as `http://127.0.0.1:8000`.
-    api_key: where the server asks for one.
-    tries: times that a request is sent while the server says that it is busy, or has lost a replica.
-    timeout_seconds: for each try.
+    api_key: if the server asks for one.
+    tries: how often a request is sent while the server is busy, or has lost a replica.
+    timeout_seconds: of each try.
     """
 
     def __init__(self, url: str, api_key: str | None = None, tries: int = 5, timeout_seconds: float = 120):
@@ -73,32 +73,31 @@ class Client:
         ttl_seconds: float | None = None,
         background: bool = False,
     ) -> Adapter:
-        """Learn a task from (input, target) pairs. The same again gives the same adapter, and costs nothing.
+        """Learn a task from (input, target) pairs. The same pairs again give the same adapter at no cost.
 
         Args:
-            background: ask now and then whether it is learned, in place of one long request.
+            background: ask repeatedly whether it is learned, instead of sending one long request.
         """
-        pairs = [{"input": text, "target": target} for text, target in examples]
-        body: dict[str, Any] = {"examples": pairs, "name": name}
-        more = {"options": options and list(options), "steps": steps, "ttl_seconds": ttl_seconds}
-        body |= {k: v for k, v in more.items() if v is not None} | ({"background": True} if background else {})
-        found = self._post("/v1/adapters", body)
-        while found["status"] == "learning":
+        body: dict[str, Any] = {"examples": [{"input": text, "target": target} for text, target in examples]}
+        settings = {"name": name, "options": options and list(options), "steps": steps, "ttl_seconds": ttl_seconds}
+        body |= {key: value for key, value in settings.items() if value is not None}
+        body |= {"background": True} if background else {}
+        adapter = self._post("/v1/adapters", body)
+        while adapter["status"] == "learning":
             time.sleep(0.5)
-            found = self._request("GET", f"/v1/adapters/{found['id']}").json()
-        if found["status"] == "failed":
-            error = found["error"]
-            raise ApiError(422, error["message"], error["param"], error["code"])
-        return _adapter(found)
+            adapter = self._request("GET", f"/v1/adapters/{adapter['id']}").json()
+        if adapter["status"] == "failed":
+            raise _error(422, adapter["error"])
+        return _adapter(adapter)
 
     def adapters(self) -> list[Adapter]:
-        found: list[Adapter] = []
+        adapters: list[Adapter] = []
         after: str | None = ""
         while after is not None:
             page = self._request("GET", "/v1/adapters", params={"after": after}).json()
-            found += [_adapter(one) for one in page["data"]]
+            adapters += map(_adapter, page["data"])
             after = page["last_id"]
-        return found
+        return adapters
 
     def adapter(self, name_or_id: str) -> Adapter:
         return _adapter(self._request("GET", f"/v1/adapters/{name_or_id}").json())
@@ -111,32 +110,32 @@ class Client:
         Path(file).write_bytes(self._request("GET", f"/v1/adapters/{name_or_id}/download").content)
 
     def classify(self, model: str, inputs: Sequence[str], options: Sequence[str] | None = None) -> list[Answer]:
-        """Choose a label for each input, among `options`, or the adapter's own labels."""
+        """Choose a label for each input, among `options` or the adapter's own labels."""
         body: dict[str, Any] = {"model": model, "input": list(inputs)}
         if options:
             body["options"] = list(options)
-        found = self._post("/v1/classify", body)["data"]
-        return [Answer(one["label"], one["probabilities"], one["truncated"]) for one in found]
+        answers = self._post("/v1/classify", body)["data"]
+        return [Answer(answer["label"], answer["probabilities"], answer["truncated"]) for answer in answers]
 
     def complete(self, model: str, prompt: str, **sampling: Any) -> str:
-        """Write on; `max_tokens`, `temperature`, `top_p`, `seed`, `stop` as OpenAI has them."""
+        """Continue a prompt. `sampling` is OpenAI's: `max_tokens`, `temperature`, `top_p`, `seed`, `stop`."""
         return self._post("/v1/completions", {"model": model, "prompt": prompt} | sampling)["choices"][0]["text"]
 
     def stream(self, model: str, prompt: str, **sampling: Any) -> Iterator[str]:
-        """Yield the text as it comes."""
+        """Continue a prompt; yield the text piece by piece."""
         body = {"model": model, "prompt": prompt, "stream": True} | sampling
         with self._request("POST", "/v1/completions", json=body, stream=True) as response:
             for line in response.iter_lines():
                 data = line.decode().removeprefix("data: ")
                 if data and data != "[DONE]":
-                    yield _event(json.loads(data))
+                    yield _piece(json.loads(data))
 
     def _post(self, path: str, body: dict[str, Any]) -> Any:
         return self._request("POST", path, json=body).json()
 
-    def _request(self, method: str, path: str, **more: Any) -> requests.Response:
+    def _request(self, method: str, path: str, **arguments: Any) -> requests.Response:
         for attempt in range(1, self.tries + 1):
-            response = self._http.request(method, self.url + path, timeout=self.timeout_seconds, **more)
+            response = self._http.request(method, self.url + path, timeout=self.timeout_seconds, **arguments)
             response.encoding = "utf-8"
             if response.ok:
                 return response
@@ -147,15 +146,18 @@ class Client:
             error = response.json()["error"]
         except (ValueError, KeyError, TypeError):
             raise ApiError(response.status_code, response.text[:200], None, None) from None
-        raise ApiError(response.status_code, error["message"], error["param"], error["code"])
+        raise _error(response.status_code, error)
 
 
 def _adapter(body: dict[str, Any]) -> Adapter:
     return Adapter(**{key: value for key, value in body.items() if key != "object"})
 
 
-def _event(body: dict[str, Any]) -> str:
-    if "error" in body:
-        error = body["error"]
-        raise ApiError(500, error["message"], error["param"], error["code"])
-    return body["choices"][0]["text"] if body["choices"] else ""
+def _error(status: int, error: dict[str, Any]) -> ApiError:
+    return ApiError(status, error["message"], error["param"], error["code"])
+
+
+def _piece(event: dict[str, Any]) -> str:
+    if "error" in event:
+        raise _error(500, event["error"])
+    return event["choices"][0]["text"] if event["choices"] else ""

@@ -91,7 +91,7 @@ def test_a_full_round_of_teaching_trying_and_deleting(page, server):
     for side, wanted in (("adapter", own), ("base", plain)):
         shown = page.find_elements(By.CSS_SELECTOR, f".{side}")
         for element, answer in zip(shown, wanted, strict=True):
-            assert element.find_element(By.CLASS_NAME, "said").text == answer.label
+            assert element.find_element(By.CLASS_NAME, "answer").text == answer.label
             for label, probability in answer.probabilities.items():
                 assert f"{label}\n{100 * probability:.1f} %" in element.text
     curl = text(page, "curl")
@@ -104,7 +104,7 @@ def test_a_full_round_of_teaching_trying_and_deleting(page, server):
     assert rows(page) == ["desk"]
     page.find_element(By.CSS_SELECTOR, "[aria-label='Delete desk']").click()
     page.find_element(By.CSS_SELECTOR, "[aria-label='Delete desk for good']").click()
-    wait(page, lambda: text(page, "said") == "desk is deleted.")
+    wait(page, lambda: text(page, "status") == "desk is deleted.")
     assert rows(page) == []
     assert server.client().adapters() == []
     assert not page.find_element(By.ID, "ask").is_enabled()
@@ -142,7 +142,7 @@ def test_the_keyboard_alone_will_do(page, server):
     assert page.switch_to.active_element.text == "Keep"  # the harmless one has the focus
     page.switch_to.active_element.send_keys(Keys.SHIFT, Keys.TAB)
     page.find_element(By.CSS_SELECTOR, "[aria-label='Delete kefu for good']").send_keys(Keys.ENTER)
-    wait(page, lambda: text(page, "said") == "kefu is deleted.")
+    wait(page, lambda: text(page, "status") == "kefu is deleted.")
 
 
 def test_answers_may_be_written_instead_of_chosen(page, server):

@@ -56,9 +56,9 @@ def changed(**tensors):
 
 
 BROKEN = {
-    "readout.safetensors is no safetensors file": lambda folder: (folder / READOUT).write_bytes(b"\x08" * 40),
+    "readout.safetensors is not a safetensors file": lambda folder: (folder / READOUT).write_bytes(b"\x08" * 40),
     r"readout.safetensors holds .*; expected readout.means of 3 x 64": changed(**{MEANS: torch.zeros(3, 63)}),
-    "readout.safetensors has a scale or a mix beyond all measure": changed(**{SCALE: torch.tensor(99.0)}),
+    "readout.safetensors has a scale or a mix that is out of range": changed(**{SCALE: torch.tensor(99.0)}),
     "readout.means holds numbers that are not finite": changed(**{MEANS: torch.full((3, 64), torch.nan)}),
 }
 

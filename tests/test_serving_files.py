@@ -57,16 +57,16 @@ HEAD = "base_model.model.lm_head.lora_A.weight"
 POISON = {
     "not finite": poison_weights(lambda t: t[first(t, "lora_B")].fill_(float("nan"))),
     "has the shape": poison_weights(lambda t: swap(t, "lora_A", torch.zeros(4, 7))),
-    "not the rank r=4": poison_weights(narrower),
+    "not have the rank r=4": poison_weights(narrower),
     "B.* finite": poison_config(lora_alpha=1e300),
     "do not come in pairs": poison_weights(lambda t: t.pop(first(t, "lora_A"))),
-    "no linear layer": poison_weights(lambda t: t.update({HEAD: torch.zeros(4, 64)})),
+    "not a linear layer": poison_weights(lambda t: t.update({HEAD: torch.zeros(4, 64)})),
     "holds no weights": poison_weights(lambda t: t.clear()),
-    "no safetensors": lambda d: (d / "adapter_model.safetensors").write_bytes(b"\x80\x04pickle"),
+    "not a safetensors": lambda d: (d / "adapter_model.safetensors").write_bytes(b"\x80\x04pickle"),
     "never pickles": lambda d: (d / "adapter_model.safetensors").rename(d / "adapter_model.bin"),
     "cannot be read": lambda d: (d / "adapter_config.json").write_text("[" * 100_000),
-    "no JSON object": lambda d: (d / "adapter_config.json").write_text("[]"),
-    "LORA alone": poison_config(peft_type="IA3"),
+    "not a JSON object": lambda d: (d / "adapter_config.json").write_text("[]"),
+    "only LORA": poison_config(peft_type="IA3"),
     "use_dora": poison_config(use_dora=True),
     "bias": poison_config(bias="all"),
     "asks for arrow_config, use_qalora": poison_config(use_qalora=True, arrow_config={"top_k": 2}),
@@ -79,7 +79,7 @@ POISON = {
     "what rayml writes$": lambda d: change_card(d, prompt=5),
     "rayml.json is not": lambda d: change_card(d, max_tokens="x"),
     "nothing of the input": lambda d: change_card(d, prompt="x"),
-    "reads nothing": lambda d: change_card(d, max_tokens=0),
+    "reads no tokens": lambda d: change_card(d, max_tokens=0),
 }
 
 
@@ -171,7 +171,7 @@ def test_a_zip_is_published_without_following_its_paths(run, learned, tmp_path):
     assert not (Path(tempfile.gettempdir()) / "rayml-escaped").exists()
     with pytest.raises(ConfigError, match="--name"):
         publish_adapter(packed, run.path, "../x", str(tmp_path / "store"), Console(quiet=True))
-    with pytest.raises(RunError, match="no zip"):
+    with pytest.raises(RunError, match="nor a zip"):
         publish_adapter(learned / "rayml.json", run.path, "z", str(tmp_path / "store"), Console(quiet=True))
 
 

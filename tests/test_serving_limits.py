@@ -138,7 +138,7 @@ def test_lessons_share_a_loop_as_long_as_they_are_small(run):
     assert 1 < 200 // rows < 6
     for requests, together in (([small] * 6, 200 // rows), ([small, large], 1), ([large, small], 1)):
         lessons.waiting.extend(Adaptation(one, 1) for one in requests)
-        assert len(lessons._next("")) == together
+        assert len(lessons._take_next("")) == together
         lessons.waiting.clear()
 
 

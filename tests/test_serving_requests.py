@@ -24,11 +24,11 @@ def parsed(kind: type[Body], changes: dict):
 @pytest.mark.parametrize(
     ("kind", "changes", "field", "says"),
     [
-        (ClassifyRequest, {"options": ["a", "a"]}, "options", "stands twice"),
-        (ClassifyRequest, {"options": ["a", " a"]}, "options", "stands twice"),
+        (ClassifyRequest, {"options": ["a", "a"]}, "options", "appears twice"),
+        (ClassifyRequest, {"options": ["a", " a"]}, "options", "appears twice"),
         (ClassifyRequest, {"options": ["a"]}, "options", "at least 2"),
         (ClassifyRequest, {"options": []}, "options", "at least 2"),
-        (AdapterRequest, {"options": ["a", "a"]}, "options", "stands twice"),
+        (AdapterRequest, {"options": ["a", "a"]}, "options", "appears twice"),
         (ClassifyRequest, {"input": ""}, "input", "empty"),
         (ClassifyRequest, {"input": "\u200b \ufeff"}, "input", "empty"),
         (ClassifyRequest, {"input": ["x", "\u2060"]}, "input.1", "empty"),
@@ -38,7 +38,7 @@ def parsed(kind: type[Body], changes: dict):
         (AdapterRequest, {"steps": "3"}, "steps", "integer"),
         (AdapterRequest, {"steps": True}, "steps", "integer"),
         (AdapterRequest, {"ttl_seconds": 1e-9}, "ttl_seconds", "greater than or equal to 1"),
-        (AdapterRequest, {"strict": True}, "strict", "strict: unknown field; there are examples"),
+        (AdapterRequest, {"strict": True}, "strict", "strict: unknown field; the fields are examples"),
         (AdapterRequest, {"str": 1}, "str", "unknown field"),
         (AdapterRequest, {"examples": [{"input": "a", "target": "b", "list[x": 1}]}, "examples.0.list[x", "unknown"),
         (CompletionRequest, {"temperature": "1"}, "temperature", "number"),
@@ -61,7 +61,7 @@ def test_what_would_succeed_wrongly_is_refused_by_name(kind, changes, field, say
 
 @pytest.mark.parametrize("body", [b'{"model": "m", "input": "x", "input": "y"}', b'{"model": "m", "input": {"input": "x", "input": "y"}}'])  # fmt: skip  # noqa: E501
 def test_a_key_that_stands_twice_is_refused(body):
-    with pytest.raises(ApiError, match="input: stands twice") as refused:
+    with pytest.raises(ApiError, match="input: appears twice") as refused:
         parse(ClassifyRequest, body)
     assert refused.value.code == "duplicate_key"
 

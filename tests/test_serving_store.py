@@ -91,7 +91,7 @@ def test_damaged_files_are_not_believed(store, learned, tmp_path):
         store.fetch("public", whole, tmp_path)
     with pytest.raises(DamagedError, match="checksum"):
         store.verified("public", whole, "rayml.json")
-    with pytest.raises(RunError, match="no file"):
+    with pytest.raises(RunError, match="not a file"):
         store.read("public", whole.id, "../../secret")
 
 
@@ -226,7 +226,7 @@ def test_names_own_adapters_so_that_a_key_can_be_changed(tmp_path, monkeypatch):
     odd = "odd:" + "d" * 20  # no space behind the name: a key of its own
     assert api_keys(str(file)) == {"a" * 20: "desk", "b" * 20: "desk", "c" * 20: "lab", odd: owner_of(odd)}
     file.write_text(f"{owner_of('x' * 20)}: {'a' * 20}\n")
-    with pytest.raises(ConfigError, match="made of another key"):
+    with pytest.raises(ConfigError, match="hash of another key"):
         api_keys(str(file))
 
 

@@ -1,13 +1,14 @@
-"""The adapters that a replica holds in memory: the least recently used leave when there are too many bytes of them."""
+"""The adapters in a replica's memory. The least recently used are evicted when they take too many bytes."""
 
 import asyncio
 import logging
 import tempfile
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, TypeVar
 
 from rayml.adapter import Adapter
 from rayml.algorithms.inner_loop import Params
@@ -15,18 +16,21 @@ from rayml.errors import RunError
 from rayml.lm.peft_files import WEIGHTS, AdapterCard
 from rayml.serving.adapter_files import Fits, read_adapter
 from rayml.serving.errors import ApiError
-from rayml.serving.store import AdapterStore, DamagedError, Manifest, damaged
+from rayml.serving.store import AdapterStore, DamagedError, Manifest, damaged_error
+from rayml.serving.work import Observe
 
 log = logging.getLogger(__name__)
 Key = tuple[str, str]
+"""An adapter's owner and id."""
+T = TypeVar("T")
 
 
 class AdapterCache:
-    """Adapters by (owner, id). What is in use outlives its eviction: whoever uses it holds it.
+    """Adapters by (owner, id). A request keeps its adapter, even if that is evicted meanwhile.
 
     Args:
-        adapter_of: puts weights on the model that is served.
-        most_bytes: of all of them together; the newest stays whatever its size.
+        adapter_of: makes an adapter on the served model from its weights and its card.
+        most_bytes: of all adapters together. The newest stays, whatever its size.
     """
 
     def __init__(
@@ -35,28 +39,27 @@ class AdapterCache:
         fits: Fits,
         most_bytes: int,
         adapter_of: Callable[[Params, AdapterCard], Adapter],
-        observe: Callable[[str, float], None],
+        observe: Observe,
     ):
         self.store, self.fits, self.most_bytes = store, fits, most_bytes
         self.adapter_of, self.observe = adapter_of, observe
         self._held: OrderedDict[Key, Adapter] = OrderedDict()
         self._loading: dict[Key, asyncio.Task[Adapter]] = {}
         self._bytes = 0
-        self._pool = ThreadPoolExecutor(8, "rayml-store")  # so that slow storage holds up nothing else
+        self._pool = ThreadPoolExecutor(8, "rayml-store")  # so that slow storage delays nothing else
 
     async def get(self, owner: str, adapter: str) -> Adapter:
-        """Return an adapter, read from the store beside the hot path where it is not held.
+        """Return an adapter. It is read from the store if it is not in memory.
 
         Raises:
-            ApiError: 404, there is none; 422, it was refused, and why; 500, it is damaged.
+            ApiError: 404, there is no such adapter; 422, it was refused, with the reason; 500, it is damaged.
         """
         key = owner, adapter
         if key in self._held:
             self._held.move_to_end(key)
             return self._held[key]
         if key not in self._loading:
-            self._loading[key] = asyncio.create_task(self._load(key))
-            self._loading[key].add_done_callback(lambda task: forget_task(self._loading, key, task))
+            start_task(self._loading, key, self._load(key))
         return await asyncio.shield(self._loading[key])
 
     def hold(self, owner: str, adapter: str, loaded: Adapter) -> None:
@@ -65,8 +68,8 @@ class AdapterCache:
         self._held[key] = loaded
         self._held.move_to_end(key)
         while self._bytes > self.most_bytes and len(self._held) > 1:
-            _, gone = self._held.popitem(last=False)
-            self._bytes -= gone.size
+            _, evicted = self._held.popitem(last=False)
+            self._bytes -= evicted.size
             self.observe("evictions", 1)
         self.observe("cached_adapters", len(self._held))
         self.observe("cached_bytes", self._bytes)
@@ -79,23 +82,23 @@ class AdapterCache:
 
     def _read(self, owner: str, adapter: str) -> Adapter:
         with tempfile.TemporaryDirectory() as folder:
-            weights, card, _ = fetched(self.store, owner, adapter, Path(folder), self.fits, self.observe)
+            weights, card, _ = fetch_adapter(self.store, owner, adapter, Path(folder), self.fits, self.observe)
         return self.adapter_of(weights, card)
 
 
-def fetched(
-    store: AdapterStore, owner: str, adapter: str, folder: Path, fits: Fits, observe: Callable[[str, float], None]
+def fetch_adapter(
+    store: AdapterStore, owner: str, adapter: str, folder: Path, fits: Fits, observe: Observe
 ) -> tuple[Params, AdapterCard, str]:
     """Copy an adapter's files into a folder and check them; return its weights, its card, and its weights' SHA-256.
 
     Raises:
-        ApiError: 404, there is none; 422, it was refused, and why; 500, its files are damaged.
+        ApiError: 404, there is no such adapter; 422, it was refused, with the reason; 500, its files are damaged.
     """
     try:
         manifest = _fetch(store, owner, adapter, folder, fits.most_bytes)
         return *read_adapter(folder, fits), manifest.files[WEIGHTS]
     except DamagedError as error:
-        raise damaged(owner, adapter, error) from None
+        raise damaged_error(owner, adapter, error) from None
     except RunError as error:
         log.error("adapter %s of %s refused: %s", adapter, owner, error)
         observe("refused", 1)
@@ -110,15 +113,21 @@ def _fetch(store: AdapterStore, owner: str, adapter: str, folder: Path, most_byt
         try:
             store.fetch(owner, manifest, folder, most_bytes)
             return manifest
-        except DamagedError:  # it may be being published by two at this moment
+        except DamagedError:  # maybe two replicas are publishing it at this moment
             if pause is None:
                 raise
             time.sleep(pause)
     raise AssertionError("unreachable")
 
 
-def forget_task(tasks: dict, key: Key, task: asyncio.Task) -> None:
-    """Drop a task that is done. Its error is looked at: asyncio logs what nobody saw, and it may quote clients."""
-    tasks.pop(key, None)
-    if not task.cancelled():
-        task.exception()
+def start_task(tasks: dict[Key, asyncio.Task[T]], key: Key, coroutine: Coroutine[Any, Any, T]) -> None:
+    """Run a coroutine as a task, which is in `tasks` until it is done."""
+    task = tasks[key] = asyncio.create_task(coroutine)
+
+    def forget(_: asyncio.Task[T]) -> None:
+        if tasks.get(key) is task:
+            del tasks[key]
+        if not task.cancelled():
+            task.exception()  # otherwise asyncio would log the error, which may quote a client's texts
+
+    task.add_done_callback(forget)

@@ -1,12 +1,13 @@
-"""Read an adapter's folder as if its author meant harm: nothing in it is believed before it was checked.
+"""Read an adapter's folder without trusting its author.
 
-safetensors alone are opened, never a pickle; names, ranks, shapes, the base and every number are checked against the
-model that is served.
+Only safetensors files are opened, never a pickle. The names, ranks and shapes of the tensors, the base, and every
+number are checked against the model that is served.
 """
 
+import contextlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,45 +31,47 @@ FILES = CONFIG, WEIGHTS, CARD, READOUT
 MOST_CONFIG_BYTES = 1_000_000
 MOST_PROMPTS = 16
 MOST_LOG = 20
-"""Of a readout's scale, and of its mix."""
+"""The largest log-scale, and log-mix, of a readout."""
 KNOWN = set(
     "peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode "  # noqa: SIM905
-    # of LoRA; what it adapts is seen in its weights
+    # Of LoRA. Its target modules are read off the names of its weights.
     "r lora_alpha lora_dropout use_rslora init_lora_weights target_modules exclude_modules layers_to_transform "
     "layers_pattern megatron_core eva_config loftq_config corda_config qalora_group_size "
-    # of a prompt; how it began is of no account
+    # Of a soft prompt. Its initialization does not matter.
     "num_virtual_tokens token_dim num_transformer_submodules num_attention_heads num_layers prompt_tuning_init "
     "prompt_tuning_init_text tokenizer_name_or_path tokenizer_kwargs".split()
 )
-"""Fields of PEFT's configs that are heeded, or change nothing that is computed; others have to be as PEFT has them."""
-PLAIN_STARTS = True, False, None, "gaussian", "orthogonal", "eva"
-"""Values of init_lora_weights that leave the base alone: not PiSSA, OLoRA, CorDA, LoftQ."""
+"""Fields of PEFT's configs that are applied here, or do not change what is computed. All others must be unset."""
+PLAIN_CARD = AdapterCard("", "", "", "{input}", 0)
+"""The card of plain PEFT's adapters, and of the bare base: it takes texts as they are, and has no labels."""
+PLAIN_INITS = True, False, None, "gaussian", "orthogonal", "eva"
+"""Values of init_lora_weights that do not change the base's weights, as PiSSA, OLoRA, CorDA and LoftQ do."""
 
 
 @dataclass(frozen=True)
 class Fits:
-    """What an adapter has to fit."""
+    """What an adapter has to fit in order to be served."""
 
     names: tuple[str, ...]
-    """Names of the base: of the run's config, where it was loaded from, and on the Hub."""
+    """The base's names: in the run's config, where it was loaded from, and on the Hub."""
     linears: Mapping[str, tuple[int, int]]
-    """`(out, in)` of every linear that may be adapted."""
+    """`(out, in)` of every linear layer that may be adapted."""
     scale: float
-    """What the task-batched layer multiplies every update by: the run's alpha / rank."""
+    """The factor of every update in the task-batched layer: the run's alpha / rank."""
     most_rank: int
     most_bytes: int
     algorithm: Algorithm
-    """The run's: what adapters may have been learned by, beside what comes with rayml."""
+    """The run's. Adapters may have been learned by it, or by any that comes with rayml."""
     prompt_width: int = 0
-    """Of the embeddings, where soft prompts are served; else LoRA is."""
+    """The width of the embeddings if soft prompts are served; 0 if LoRA is."""
     hidden_size: int = 0
-    """Of the states that prototypes are made of."""
+    """The width of prototypes."""
     vocabulary: int = 0
-    """0 for a sentence encoder, which has no label tokens."""
+    """The number of tokens; 0 for a sentence encoder, which has no label tokens."""
 
 
 def read_adapter(folder: Path, fits: Fits) -> tuple[Params, AdapterCard]:
-    """Return the weights and the card of the adapter in a folder that rayml or plain PEFT wrote.
+    """Return the weights and the card of an adapter in a folder, which rayml or plain PEFT wrote.
 
     Raises:
         RunError: it does not fit the base, or cannot be trusted; with the reason.
@@ -76,99 +79,104 @@ def read_adapter(folder: Path, fits: Fits) -> tuple[Params, AdapterCard]:
     try:
         size = (folder / WEIGHTS).stat().st_size
     except OSError:
-        raise RunError(f"no {WEIGHTS} in it (safetensors alone are read, never pickles)") from None
+        raise RunError(f"has no {WEIGHTS} (only safetensors files are read, never pickles)") from None
     if size > fits.most_bytes:
-        raise RunError(f"{size} bytes; at most {fits.most_bytes}")
+        raise RunError(f"has {size} bytes; at most {fits.most_bytes}")
     config = _read_json(folder / CONFIG)
     _check_base(config, fits)
-    asked = [key for key, value in config.items() if key not in KNOWN and value and (key, value) != ("bias", "none")]
-    if asked:
-        raise RunError(f"asks for {', '.join(asked)[:120]}, which is not served")
-    scale = fits.scale
+    unknown = [key for key, value in config.items() if key not in KNOWN and value and (key, value) != ("bias", "none")]
+    if unknown:
+        raise RunError(f"asks for {', '.join(unknown)[:120]}, which is not served")
+    extra_scale = 1.0
     if fits.prompt_width:
         weights = _read_prompt(folder / WEIGHTS, config, fits)
     else:
-        scale = _check_config(config, fits)
-        weights = _read_weights(folder / WEIGHTS, fits, config["r"])
+        # The layer scales all adapters alike, so B takes what this adapter's config asks for beyond that.
+        extra_scale = _check_lora_config(config, fits) / fits.scale
+        weights = _read_lora(folder / WEIGHTS, fits, config["r"])
     card = _read_card(folder / CARD)
-    algorithm = _algorithm_of(card, fits)
+    try:
+        algorithm = trusted(card.algorithm, card.settings, fits.algorithm)
+    except ConfigError as error:
+        raise RunError(str(error)) from None
     if algorithm.prototypes:
         weights |= _read_readout(folder / READOUT, card, fits)
-    # The layer scales every adapter alike, so what this one asks for beyond that goes into B.
-    extra = scale / fits.scale
-    weights = {name: weight * extra if name.endswith(B) and extra != 1 else weight for name, weight in weights.items()}
-    broken = [name for name, weight in weights.items() if not torch.isfinite(weight).all()]
-    if broken:
-        raise RunError(f"{broken[0]} holds numbers that are not finite")
+    if extra_scale != 1:
+        weights |= {name: weight * extra_scale for name, weight in weights.items() if name.endswith(B)}
+    for name, weight in weights.items():
+        if not torch.isfinite(weight).all():
+            raise RunError(f"{name} holds numbers that are not finite")
     if algorithm.keeps_states and not (card.labels and (card.shown or MEANS in weights)):
-        raise RunError(f"{CARD} keeps no examples, which {algorithm.name} answers by")
+        raise RunError(f"{CARD} keeps no examples, which {algorithm.name} needs for its answers")
     return weights, card
 
 
-def _algorithm_of(card: AdapterCard, fits: Fits) -> Algorithm:
-    try:
-        return trusted(card.algorithm, card.settings, fits.algorithm)
-    except ConfigError as error:
-        raise RunError(str(error)) from None
-
-
 def _read_readout(path: Path, card: AdapterCard, fits: Fits) -> Params:
-    """Return a task's prototypes and what weighs them; nothing where its own examples are kept in their place."""
+    """Return a task's prototypes, their scale and their mix; nothing if the card keeps the task's examples instead."""
     if card.shown and not path.exists():
         return {}
+    with open_safetensors(path) as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+        classes = shapes.get(MEANS, [0])[0]
+        expected = {SCALE: [], MIX: [], MEANS: [classes, fits.hidden_size]}
+        if not 1 <= classes <= len(card.labels) or any(expected.get(name) != shapes[name] for name in shapes):
+            raise RunError(f"{READOUT} holds {shapes}; expected {MEANS} of {len(card.labels)} x {fits.hidden_size}")
+        readout = {name: file.get_tensor(name).float() for name in shapes}
+    if any(abs(readout[name]) > MOST_LOG for name in (SCALE, MIX) if name in readout):
+        raise RunError(f"{READOUT} has a scale or a mix that is out of range")
+    has_unknown_tokens = any(not 0 <= token < fits.vocabulary for token in card.label_tokens)
+    if has_unknown_tokens or len(card.label_tokens) != (len(card.labels) if fits.vocabulary else 0):
+        raise RunError(f"{CARD} has label_tokens that are not one token of this base for each label")
+    return readout
+
+
+@contextlib.contextmanager
+def open_safetensors(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, "pt") as file:
-            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-            classes = shapes.get(MEANS, [0])[0]
-            wanted = {SCALE: [], MIX: [], MEANS: [classes, fits.hidden_size]}
-            if not 1 <= classes <= len(card.labels) or any(wanted.get(name) != shape for name, shape in shapes.items()):
-                raise RunError(f"{READOUT} holds {shapes}; expected {MEANS} of {len(card.labels)} x {fits.hidden_size}")
-            found = {name: file.get_tensor(name).float() for name in shapes}
-        if any(abs(found[name]) > MOST_LOG for name in (SCALE, MIX) if name in found):
-            raise RunError(f"{READOUT} has a scale or a mix beyond all measure")
+            yield file
     except (SafetensorError, OSError, ValueError) as error:
-        raise RunError(f"{READOUT} is no safetensors file: {error}") from None
-    unknown = any(not 0 <= token < fits.vocabulary for token in card.label_tokens)
-    if unknown or len(card.label_tokens) != (len(card.labels) if fits.vocabulary else 0):
-        raise RunError(f"{CARD} has label_tokens that are not one token of this base for each label")
-    return found
+        raise RunError(f"{path.name} is not a safetensors file: {error}") from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MOST_CONFIG_BYTES:
             raise RunError(f"{path.name} is larger than {MOST_CONFIG_BYTES} bytes")
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{path.name} cannot be read: {type(error).__name__}") from None
-    if not isinstance(found, dict):
-        raise RunError(f"{path.name} is no JSON object")
-    return found
+    if not isinstance(content, dict):
+        raise RunError(f"{path.name} is not a JSON object")
+    return content
 
 
-def _check_config(config: dict[str, Any], fits: Fits) -> float:
-    """Return alpha / rank, or what the config asks for in its place."""
-    begun = config.get("init_lora_weights", True)
-    if begun not in PLAIN_STARTS:
+def _check_lora_config(config: dict[str, Any], fits: Fits) -> float:
+    """Return the factor of the adapter's updates: alpha / rank, or alpha / sqrt(rank)."""
+    init = config.get("init_lora_weights", True)
+    if init not in PLAIN_INITS:
         raise RunError(
-            f"init_lora_weights={begun!r} changes the base, too, and here is the plain one; save it as plain LoRA "
-            "(save_pretrained with path_initial_model_for_weight_conversion)"
+            f"init_lora_weights={init!r} changes the base's weights, but this server has the original ones; save it as "
+            "plain LoRA (save_pretrained with path_initial_model_for_weight_conversion)"
         )
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if type(rank) is not int or not 1 <= rank <= fits.most_rank:
         raise RunError(f"rank r={rank!r}; 1 to {fits.most_rank} are served")
     if not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise RunError(f"lora_alpha={alpha!r} is no number")
+        raise RunError(f"lora_alpha={alpha!r} is not a number")
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _check_base(config: dict[str, Any], fits: Fits) -> None:
-    kind = "PROMPT_TUNING" if fits.prompt_width else "LORA"
-    if config.get("peft_type") != kind:
-        raise RunError(f"peft_type is {config.get('peft_type')!r}; {kind} alone is served")
+    peft_type = "PROMPT_TUNING" if fits.prompt_width else "LORA"
+    if config.get("peft_type") != peft_type:
+        raise RunError(f"peft_type is {config.get('peft_type')!r}; only {peft_type} is served")
+
+    def last_part(name: str) -> str:
+        return name.rstrip("/").rsplit("/", 1)[-1].lower()
+
     base = str(config.get("base_model_name_or_path") or "")
-    last = base.rstrip("/").rsplit("/", 1)[-1].lower()
-    if base and base not in fits.names and last not in {n.rstrip("/").rsplit("/", 1)[-1].lower() for n in fits.names}:
+    if base and base not in fits.names and last_part(base) not in map(last_part, fits.names):
         raise RunError(f"was made for the base {base!r}; this server has {fits.names[0]!r}")
 
 
@@ -176,32 +184,28 @@ def _read_prompt(path: Path, config: dict[str, Any], fits: Fits) -> Params:
     tokens = config.get("num_virtual_tokens")
     if type(tokens) is not int or not 1 <= tokens <= fits.most_rank:
         raise RunError(f"num_virtual_tokens={tokens!r}; 1 to {fits.most_rank} are served")
-    try:
-        with safe_open(path, "pt") as file:
-            shape = file.get_slice(PROMPT_KEY).get_shape() if list(file.keys()) == [PROMPT_KEY] else None
-            if shape != [tokens, fits.prompt_width]:
-                raise RunError(f"{PROMPT_KEY} has the shape {shape}; this base needs {[tokens, fits.prompt_width]}")
-            return {PROMPT: file.get_tensor(PROMPT_KEY).float()}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise RunError(f"{WEIGHTS} is no safetensors file: {error}") from None
+    with open_safetensors(path) as file:
+        shape = file.get_slice(PROMPT_KEY).get_shape() if list(file.keys()) == [PROMPT_KEY] else None
+        if shape != [tokens, fits.prompt_width]:
+            raise RunError(f"{PROMPT_KEY} has the shape {shape}; this base needs {[tokens, fits.prompt_width]}")
+        return {PROMPT: file.get_tensor(PROMPT_KEY).float()}
 
 
-def _read_weights(path: Path, fits: Fits, rank: int) -> Params:
+def _read_lora(path: Path, fits: Fits, rank: int) -> Params:
     weights: Params = {}
-    try:
-        with safe_open(path, "pt") as file:
-            for key in list(file.keys()):
-                name = key.removeprefix(PREFIX).removesuffix(".weight")
-                _check_shape(key, name, file.get_slice(key).get_shape(), fits)
-                weights[name] = file.get_tensor(key).float()
-    except (SafetensorError, OSError, ValueError) as error:
-        raise RunError(f"{WEIGHTS} is no safetensors file: {error}") from None
-    alone = [name for name in weights if _partner(name) not in weights]
-    if alone or not weights:
-        raise RunError(f"A and B do not come in pairs: {alone[:3]}" if alone else "holds no weights")
+    with open_safetensors(path) as file:
+        for key in list(file.keys()):
+            name = key.removeprefix(PREFIX).removesuffix(".weight")
+            _check_shape(key, name, file.get_slice(key).get_shape(), fits)
+            weights[name] = file.get_tensor(key).float()
+    if not weights:
+        raise RunError("holds no weights")
+    unpaired = [name for name in weights if _partner(name) not in weights]
+    if unpaired:
+        raise RunError(f"A and B do not come in pairs: {unpaired[:3]}")
     for name, weight in weights.items():
         if weight.shape[0 if name.endswith(A) else 1] != rank:
-            raise RunError(f"{name} has not the rank r={rank} of {CONFIG}")
+            raise RunError(f"{name} does not have the rank r={rank} of {CONFIG}")
     return weights
 
 
@@ -212,25 +216,25 @@ def _partner(name: str) -> str:
 def _check_shape(key: str, name: str, shape: list[int], fits: Fits) -> None:
     linear = name.removesuffix(A).removesuffix(B)
     if not key.startswith(PREFIX) or linear not in fits.linears or linear == name:
-        raise RunError(f"adapts {key[:120]!r}, which is no linear layer of this base")
-    out, into = fits.linears[linear]
+        raise RunError(f"adapts {key[:120]!r}, which is not a linear layer of this base")
+    out_features, in_features = fits.linears[linear]
     rank = shape[0] if name.endswith(A) else shape[-1]
-    wanted = [rank, into] if name.endswith(A) else [out, rank]
-    if shape != wanted or not 1 <= rank <= fits.most_rank:
-        raise RunError(f"{name} has the shape {shape}; this base needs {wanted}, with ranks up to {fits.most_rank}")
+    expected = [rank, in_features] if name.endswith(A) else [out_features, rank]
+    if shape != expected or not 1 <= rank <= fits.most_rank:
+        raise RunError(f"{name} has the shape {shape}; this base needs {expected}, with ranks up to {fits.most_rank}")
 
 
 def _read_card(path: Path) -> AdapterCard:
-    """Return what rayml keeps beside the weights; for an adapter by plain PEFT, texts as they are and no labels."""
+    """Return rayml's card; `PLAIN_CARD` if the adapter is by plain PEFT."""
     if not path.exists():
-        return AdapterCard("", "", "", "{input}", 0)
-    read = _read_json(path)
+        return PLAIN_CARD
+    content = _read_json(path)
     try:
-        card = TypeAdapter(AdapterCard).validate_json(json.dumps(read), strict=True)
+        card = TypeAdapter(AdapterCard).validate_json(json.dumps(content), strict=True)
     except ValidationError:
         raise RunError(f"{CARD} is not what rayml writes") from None
     if card.max_tokens < 1 or len(card.ensemble) > MOST_PROMPTS or len(card.shown_parts) not in (0, len(card.shown)):
-        raise RunError(f"{CARD} is not what rayml writes: it reads nothing, or has more than {MOST_PROMPTS} prompts")
+        raise RunError(f"{CARD} is not what rayml writes: it reads no tokens, or has more than {MOST_PROMPTS} prompts")
     try:
         for prompt in (card.prompt, *card.ensemble):
             compiled(prompt)

@@ -1,16 +1,14 @@
-"""What a gateway asks of the replicas of vLLM. A request whose replica was lost is sent to another."""
+"""The gateway's client of the vLLM replicas. It resends a request whose replica was lost to another one."""
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple, TypeVar
 
 from fastapi import Response
-from fastapi.responses import StreamingResponse
 from ray.serve.handle import DeploymentHandle
 
-from rayml.serving.errors import ApiError
-from rayml.serving.http import as_api_error, chained, session, until_error
+from rayml.serving.http import as_api_error, event_stream, prepend, raise_refusal, raise_refusals, routing_key
 from rayml.serving.schema import ClassifyRequest
 
 LOST = "replica_lost"
@@ -18,78 +16,61 @@ PAUSE_SECONDS = 0.2
 R = TypeVar("R")
 
 
-class Elsewhere(NamedTuple):
-    """What vLLM cannot answer, and the learners have to."""
+class LearnerAnswers(NamedTuple):
+    """An answerer returns this in place of an answer: vLLM cannot give it, so a learner has to."""
 
     reason: str
 
 
 class Answering:
     """Args:
-    handle: of the replicas.
-    again_seconds: how long a lost request is sent anew.
+    handle: of the vLLM replicas.
+    again_seconds: how long a lost request is sent again.
     """
 
     def __init__(self, handle: DeploymentHandle, again_seconds: float):
         self.handle, self.again_seconds = handle, again_seconds
 
-    async def classify(self, owner: str, adapter: str | None, asked: ClassifyRequest) -> dict[str, Any] | None:
-        """Return the answers and the tokens that were read; None, where the learners have to answer."""
+    async def classify(self, owner: str, adapter: str | None, body: ClassifyRequest) -> dict[str, Any] | None:
+        """Return the answers and the number of tokens that were read; None if a learner has to answer."""
 
-        async def once() -> Any:
-            handle = self.handle.options(session_id=session(owner, adapter))
-            return raised(await handle.classify.remote(owner, adapter, asked))
+        async def send() -> Any:
+            handle = self.handle.options(session_id=routing_key(owner, adapter))
+            return raise_refusal(await handle.classify.remote(owner, adapter, body))
 
-        found = await self._until_answered(once)
-        return None if isinstance(found, Elsewhere) else found
+        answer = await self._until_answered(send)
+        return None if isinstance(answer, LearnerAnswers) else answer
 
     async def respond(self, owner: str, adapter: str | None, kind: str, body: bytes) -> Response | None:
-        """Return what vLLM answers to completions, or to a chat; None, where the learners have to."""
+        """Return vLLM's response to a request for completions or chat; None if a learner has to answer."""
 
-        async def once() -> Any:
-            handle = self.handle.options(stream=True, session_id=session(owner, adapter))
-            told: Any = handle.respond.remote(owner, adapter, kind, body)
-            first = raised(await anext(told))
+        async def send() -> Any:
+            handle = self.handle.options(stream=True, session_id=routing_key(owner, adapter))
+            stream: Any = handle.respond.remote(owner, adapter, kind, body)
+            first = raise_refusal(await anext(stream))
             if first is not None:
                 return first
-            # An event is waited for: whoever was lost before it can still be replaced.
-            return chained(raised(await anext(told)), each_raised(told))
+            # None announces events. Wait for the first one: until it is here, another replica can take over.
+            return prepend(raise_refusal(await anext(stream)), raise_refusals(stream))
 
-        found = await self._until_answered(once)
-        if isinstance(found, Elsewhere):
+        answer = await self._until_answered(send)
+        if isinstance(answer, LearnerAnswers):
             return None
-        if isinstance(found, str):
-            return Response(found, media_type="application/json")
-        headers = {"Cache-Control": "no-cache"}
-        return StreamingResponse(until_error(found), media_type="text/event-stream", headers=headers)
+        if isinstance(answer, str):
+            return Response(answer, media_type="application/json")
+        return event_stream(answer)
 
     async def check(self, seconds: float) -> None:
-        """Raise where no replica runs its model."""
+        """Raise if no replica runs its model."""
         await self.handle.check.remote(seconds)
 
-    async def _until_answered(self, once: Callable[[], Awaitable[R]]) -> R:
-        until = time.monotonic() + self.again_seconds
+    async def _until_answered(self, send: Callable[[], Awaitable[R]]) -> R:
+        deadline = time.monotonic() + self.again_seconds
         while True:
             try:
-                return await once()
+                return await send()
             except Exception as error:
-                known = as_api_error(error)
-                if known.code != LOST or time.monotonic() > until:
-                    raise known from error
+                api_error = as_api_error(error)
+                if api_error.code != LOST or time.monotonic() > deadline:
+                    raise api_error from error
                 await asyncio.sleep(PAUSE_SECONDS)
-
-
-def raised(answer: Any) -> Any:
-    """Return an answer, or raise the refusal that it is."""
-    if isinstance(answer, ApiError):
-        raise answer
-    return answer
-
-
-async def each_raised(told: Any) -> AsyncIterator[Any]:
-    """Yield what is told; a refusal, or a replica that was lost, becomes an ApiError."""
-    try:
-        async for one in told:
-            yield raised(one)
-    except Exception as error:
-        raise as_api_error(error) from error

@@ -1,4 +1,4 @@
-"""OpenAI's shapes for what a replica wrote: one body, or server-sent events."""
+"""Generated text in OpenAI's response formats: one JSON body, or server-sent events."""
 
 import json
 import time
@@ -7,88 +7,80 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from rayml.lm.sampling import Piece, TokenScore
+from rayml.serving.schema import ChatRequest, CompletionRequest
 
-Written = AsyncIterator[tuple[int, Piece, int]]
-"""Which prompt, what its text grew by, and the tokens of the prompt."""
+IndexedPiece = tuple[int, Piece, int]
+"""The index of a prompt, the next piece of its text, and the prompt's number of tokens."""
 
 
 class ResponseBodies:
-    """The bodies of one request.
+    """The response bodies to one request."""
 
-    Args:
-        model: as the client named it.
-        chat: chat completions, or completions.
-        logprobs: give log-probabilities.
-    """
+    def __init__(self, request: CompletionRequest | ChatRequest):
+        self.is_chat, self.has_scores = isinstance(request, ChatRequest), request.top_count is not None
+        prefix, self.object = ("chatcmpl", "chat.completion") if self.is_chat else ("cmpl", "text_completion")
+        self.chunk_object = f"{self.object}.chunk" if self.is_chat else self.object
+        self.head = {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": request.model}
 
-    def __init__(self, model: str, chat: bool, logprobs: bool):
-        self.chat, self.logprobs = chat, logprobs
-        kind = "chat.completion" if chat else "text_completion"
-        prefix = "chatcmpl" if chat else "cmpl"
-        self.head = {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
-        self.kind, self.chunk_kind = kind, f"{kind}.chunk" if chat else kind
+    def whole(self, pieces: Sequence[IndexedPiece]) -> dict[str, Any]:
+        """Return the body with all texts."""
+        texts: dict[int, str] = {}
+        scores: dict[int, list[TokenScore]] = {}
+        finish_reasons: dict[int, str | None] = {}
+        for index, piece, _ in pieces:
+            texts[index] = texts.get(index, "") + piece.text
+            scores.setdefault(index, []).extend(piece.scores)
+            finish_reasons[index] = piece.finish_reason
+        choices = [self._choice(index, texts[index], scores[index], finish_reasons[index]) for index in sorted(texts)]
+        return self.head | {"object": self.object, "choices": choices, "usage": usage(pieces)}
 
-    def whole(self, pieces: Sequence[tuple[int, Piece, int]]) -> dict[str, Any]:
-        """Return the one body of everything that was written."""
-        texts, scores, ends, usage = gather(pieces)
-        choices = [self.choice(index, texts[index], scores[index], ends[index]) for index in sorted(ends)]
-        return self.head | {"object": self.kind, "choices": choices, "usage": usage}
+    def _choice(self, index: int, text: str, scores: list[TokenScore], finish_reason: str | None) -> dict[str, Any]:
+        content = {"message": {"role": "assistant", "content": text}} if self.is_chat else {"text": text}
+        return {"index": index, **content, "logprobs": self._logprobs(scores), "finish_reason": finish_reason}
 
-    def choice(self, index: int, text: str, scores: list[TokenScore], end: str | None) -> dict[str, Any]:
-        content = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
-        return {"index": index, **content, "logprobs": self.scores(scores), "finish_reason": end}
-
-    def scores(self, scores: list[TokenScore]) -> dict[str, Any] | None:
-        if not self.logprobs:
+    def _logprobs(self, scores: list[TokenScore]) -> dict[str, Any] | None:
+        if not self.has_scores:
             return None
-        if self.chat:
-            tops = [[entry(*other) for other in score.top] for score in scores]
-            entries = zip(scores, tops, strict=True)
-            return {"content": [entry(score.text, score.logprob) | {"top_logprobs": top} for score, top in entries]}
-        offsets = [sum(len(score.text) for score in scores[:index]) for index in range(len(scores))]
+        if self.is_chat:
+            content = [
+                chat_logprob(score.text, score.logprob) | {"top_logprobs": [chat_logprob(*top) for top in score.top]}
+                for score in scores
+            ]
+            return {"content": content}
         return {
             "tokens": [score.text for score in scores],
             "token_logprobs": [score.logprob for score in scores],
             "top_logprobs": [dict(score.top) for score in scores],
-            "text_offset": offsets,
+            "text_offset": [sum(len(score.text) for score in scores[:index]) for index in range(len(scores))],
         }
 
-    async def events(self, written: Written, with_usage: bool) -> AsyncIterator[str]:
-        """Yield server-sent events, the last of them `[DONE]`; with the usage before it, if it is wanted."""
-        seen: list[tuple[int, Piece, int]] = []
+    async def events(self, pieces: AsyncIterator[IndexedPiece], with_usage: bool) -> AsyncIterator[str]:
+        """Yield the pieces as server-sent events; then, if wanted, the usage; and `[DONE]` at the end."""
+        seen: list[IndexedPiece] = []
         begun: set[int] = set()
-        async for index, piece, prompt_tokens in written:
-            seen.append((index, Piece("", [], piece.tokens, piece.finish_reason), prompt_tokens))
-            choice = self.choice(index, piece.text, piece.scores, piece.finish_reason)
-            if self.chat:
+        async for index, piece, prompt_tokens in pieces:
+            seen.append((index, Piece("", tokens=piece.tokens), prompt_tokens))
+            choice = self._choice(index, piece.text, piece.scores, piece.finish_reason)
+            if self.is_chat:
                 delta: dict[str, str] = {} if index in begun else {"role": "assistant"}
                 choice.pop("message")
                 choice["delta"] = delta | ({"content": piece.text} if piece.text or delta else {})
             begun.add(index)
-            yield event(self.head | {"object": self.chunk_kind, "choices": [choice]})
+            yield event(self.head | {"object": self.chunk_object, "choices": [choice]})
         if with_usage:
-            yield event(self.head | {"object": self.chunk_kind, "choices": [], "usage": gather(seen)[3]})
+            yield event(self.head | {"object": self.chunk_object, "choices": [], "usage": usage(seen)})
         yield "data: [DONE]\n\n"
 
 
-def gather(
-    pieces: Sequence[tuple[int, Piece, int]],
-) -> tuple[dict[int, str], dict[int, list[TokenScore]], dict[int, str | None], dict[str, int]]:
-    """Return, by prompt, the text, the scores and why it ended; and the tokens of all."""
-    texts: dict[int, str] = {}
-    scores: dict[int, list[TokenScore]] = {}
-    ends: dict[int, str | None] = {}
-    prompts: dict[int, int] = {}
-    tokens: dict[int, int] = {}
-    for index, piece, prompt_tokens in pieces:
-        texts[index] = texts.get(index, "") + piece.text
-        scores.setdefault(index, []).extend(piece.scores)
-        ends[index], prompts[index], tokens[index] = piece.finish_reason, prompt_tokens, piece.tokens
-    read, made = sum(prompts.values()), sum(tokens.values())
-    return texts, scores, ends, {"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made}
+def usage(pieces: Sequence[IndexedPiece]) -> dict[str, int]:
+    """Return the tokens of all prompts and texts. Each piece has its text's number of tokens so far."""
+    prompt_tokens = sum({index: tokens for index, _, tokens in pieces}.values())
+    completion_tokens = sum({index: piece.tokens for index, piece, _ in pieces}.values())
+    total = prompt_tokens + completion_tokens
+    return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": total}
 
 
-def entry(text: str, logprob: float) -> dict[str, Any]:
+def chat_logprob(text: str, logprob: float) -> dict[str, Any]:
     return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
 

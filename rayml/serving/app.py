@@ -1,4 +1,4 @@
-"""The Serve application: gateways, and behind them replicas of the model that autoscale."""
+"""The Serve application: gateways, and behind them autoscaling replicas of the model."""
 
 import hashlib
 import logging
@@ -14,13 +14,13 @@ from ray.serve.config import AutoscalingConfig, BackpressureConfig, RequestRoute
 from rayml.config import dump_config
 from rayml.lm.catalog import resolve_model
 from rayml.runs.checkpoint import step_of
-from rayml.runs.files import AnyPath, listed
+from rayml.runs.files import listed
 from rayml.runs.folder import RunFolder
 from rayml.serving.errors import ApiError
 from rayml.serving.gateway import Gateway
 from rayml.serving.metrics import Metrics
 from rayml.serving.replica import Replica
-from rayml.serving.served import refuse_unservable, servable
+from rayml.serving.served import refuse_unservable, servable, store_root
 from rayml.serving.settings import Scaled, Serving, api_keys
 from rayml.serving.store import PUBLIC, AdapterStore, every, owner_of
 from rayml.serving.vllm.answerer import Answerer
@@ -33,65 +33,72 @@ ROUTER: Any = "ray.serve.experimental.consistent_hash_router.ConsistentHashRoute
 
 
 class ServedReplica(Replica):
-    """A replica, as Serve runs it."""
+    """A replica as Ray Serve runs it."""
 
     def __init__(self, serving: Serving):
         torch.set_num_threads(max(1, int(serving.replicas.cpus or 1)))
-        share = serving.replicas.gpus or 0
-        if 0 < share < 1 and torch.cuda.is_available():
-            torch.cuda.set_per_process_memory_fraction(share)
+        gpus = serving.replicas.gpus or 0
+        if 0 < gpus < 1 and torch.cuda.is_available():
+            torch.cuda.set_per_process_memory_fraction(gpus)
         self.metrics = Metrics()
         super().__init__(serving, self.metrics.observe)
 
     async def check_health(self) -> None:
-        self.metrics.show_again()
+        self.metrics.refresh_gauges()
         await self.check(HEALTH_SECONDS)
 
-    # Refusals go back as values: Serve writes what is raised into its log, and their messages quote the client.
+    # Refusals are returned, not raised: Serve logs every exception, and their messages quote the client's texts.
 
-    async def learn(self, *request: Any) -> Any:
-        return await refused_or(super().learn(*request))
+    async def learn(self, *args: Any) -> Any:
+        return await result_or_refusal(super().learn(*args))
 
-    async def begin(self, *request: Any) -> Any:
-        return await refused_or(super().begin(*request))
+    async def begin(self, *args: Any) -> Any:
+        return await result_or_refusal(super().begin(*args))
 
-    async def classify(self, *request: Any) -> Any:
-        return await refused_or(super().classify(*request))
+    async def classify(self, *args: Any) -> Any:
+        return await result_or_refusal(super().classify(*args))
 
-    async def write(self, *request: Any) -> AsyncIterator[Any]:
+    async def write(self, *args: Any) -> AsyncIterator[Any]:
         try:
-            async for written in super().write(*request):
-                yield written
+            async for piece in super().write(*args):
+                yield piece
         except ApiError as refusal:
             yield refusal
 
 
+async def result_or_refusal(result: Awaitable[Any]) -> Any:
+    try:
+        return await result
+    except ApiError as refusal:
+        return refusal
+
+
 class ServedAnswerer(Answerer):
-    """A replica of vLLM, as Serve runs it."""
+    """A replica of vLLM as Ray Serve runs it."""
 
     def __init__(self, serving: Serving, name: str):
         self.metrics = Metrics()
         super().__init__(serving, name, self.metrics.observe)
 
     async def check_health(self) -> None:
-        self.metrics.show_again()
+        self.metrics.refresh_gauges()
         await self.check_engine()
 
-    async def classify(self, *request: Any) -> Any:
+    async def classify(self, *args: Any) -> Any:
         try:
-            return await super().classify(*request)
+            return await super().classify(*args)
         except Exception as error:
             return self._refusal(error)
 
-    async def respond(self, *request: Any) -> AsyncIterator[Any]:
+    async def respond(self, *args: Any) -> AsyncIterator[Any]:
         try:
-            async for told in super().respond(*request):
-                yield told
+            async for item in super().respond(*args):
+                yield item
         except Exception as error:
             yield self._refusal(error)
 
     def _refusal(self, error: Exception) -> ApiError:
-        """Return what goes back as a value; where the engine is gone, another replica has to answer."""
+        """Return an error as a refusal, or raise it. If the engine is gone, another replica has to answer."""
         if self.engine.errored:
             return ApiError(503, "the engine was lost; send the request again", code="replica_lost")
         if isinstance(error, ApiError):
@@ -99,19 +106,12 @@ class ServedAnswerer(Answerer):
         raise error
 
     def __del__(self) -> None:
-        if hasattr(self, "versions"):  # it was opened
+        if hasattr(self, "versions"):  # the engine was opened
             self.close()
 
 
-async def refused_or(answer: Awaitable[Any]) -> Any:
-    try:
-        return await answer
-    except ApiError as refusal:
-        return refusal
-
-
 def build(args: Serving) -> serve.Application:
-    """Return the application; `serve run serve.app:app run=RUN` and `rayml serve RUN` both come here.
+    """Return the application, for both `serve run serve.app:app run=RUN` and `rayml serve RUN`.
 
     Raises:
         ConfigError, RunError: the run cannot be served, or the store or the keys cannot be used.
@@ -122,48 +122,48 @@ def build(args: Serving) -> serve.Application:
     if args.engine == "vllm":
         refuse_without_vllm(config, resolve_model(config.model.name))
         args = with_gpus(args, ray.cluster_resources().get("GPU", 0) if ray.is_initialized() else 0)
-    store = args.store or str(run.outputs / "adapters")
-    store = store if "://" in store else str(Path(store).absolute())
-    serving = args.model_copy(update={"run": run.start or str(run.path), "store": store})
-    AdapterStore(store)
+    root = store_root(run, args.store)
+    root = root if "://" in root else str(Path(root).absolute())
+    store = AdapterStore(root)
+    serving = args.model_copy(update={"run": run.start or str(run.path), "store": root})
     keys = api_keys(args.keys_file)
     if not keys:
-        log.warning("no API key is set: whoever reaches the port may use this server")
-    content = [str(step_of(checkpoint)), dump_config(config), *sums(checkpoint)]
+        log.warning("no API key is set: anyone who reaches the port may use this server")
+    manifests = [path.read_text() for path in listed(checkpoint, "manifest_*.json")]  # with the parts' checksums
+    content = [str(step_of(checkpoint)), dump_config(config), *manifests]
     fingerprint = hashlib.sha256("\n".join(content).encode()).hexdigest()
     base = args.name or config.model.name.rstrip("/").rsplit("/", 1)[-1]
-    replicas = args.replicas
-    model = deployed("Model", ServedReplica, replicas).bind(serving)
-    answerers = deployed("Answerer", ServedAnswerer, args.answerers).bind(serving, base)
+    model = deployment("Model", ServedReplica, args.replicas).bind(serving)
+    answerers = None
+    if args.engine == "vllm":
+        answerers = deployment("Answerer", ServedAnswerer, args.answerers).bind(serving, base)
     gateway = serve.deployment(
         name="Gateway",
-        num_replicas=replicas.gateways,
+        num_replicas=args.replicas.gateways,
         ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": WORKER_ENV}},
         max_ongoing_requests=10_000,
         max_queued_requests=10_000,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=args.limits.retry_after_seconds),
-        graceful_shutdown_timeout_s=replicas.drain_seconds,
+        graceful_shutdown_timeout_s=args.replicas.drain_seconds,
     )(Gateway)
-    # The cluster's state keeps no key.
-    settle_owners(AdapterStore(store), keys)
-    digests = {hashlib.sha256(key.encode()).hexdigest(): owner for key, owner in keys.items()}
-    answerer = answerers if args.engine == "vllm" else None
-    return gateway.bind(model, serving, base, fingerprint, store, digests, answerer)
+    settle_owners(store, keys)
+    # The cluster's state holds the arguments, so the gateway gets no key, only digests.
+    owners = {hashlib.sha256(key.encode()).hexdigest(): owner for key, owner in keys.items()}
+    return gateway.bind(model, serving, base, fingerprint, root, owners, answerers)
 
 
 def settle_owners(store: AdapterStore, keys: Mapping[str, str]) -> None:
-    """Give a key's adapters to the name that it has got since; say whose adapters no key sees."""
+    """Move the adapters of a key that has a name now to that name. Warn if there are adapters that no key sees."""
     for key, owner in keys.items():
         if owner != owner_of(key):
             for manifest in every(store, owner_of(key)):
                 store.move(owner_of(key), manifest.id, owner)
     if keys and PUBLIC not in keys.values() and store.count(PUBLIC):
-        gives = f"`rayml store move {store.root} {PUBLIC} NAME` gives them to one"
-        log.warning("%d adapters were made without a key, and no key sees them; %s", store.count(PUBLIC), gives)
+        advice = f"`rayml store move {store.root} {PUBLIC} NAME` gives them to one"
+        log.warning("%d adapters were made without a key, and no key sees them; %s", store.count(PUBLIC), advice)
 
 
-def deployed(name: str, kind: type, scaled: Scaled) -> Any:
-    """Return the deployment of a kind of replicas."""
+def deployment(name: str, replica_class: type, scaled: Scaled) -> Any:
     return serve.deployment(
         name=name,
         ray_actor_options=resources(scaled),
@@ -171,10 +171,10 @@ def deployed(name: str, kind: type, scaled: Scaled) -> Any:
         max_queued_requests=scaled.queued_requests,
         graceful_shutdown_timeout_s=scaled.drain_seconds,
         health_check_timeout_s=2 * HEALTH_SECONDS,
-        # An adapter's requests go to one replica, so that others need not load it; to the next, when that one is full.
+        # An adapter's requests go to one replica, so that no other has to load it; if it is full, to the next one.
         request_router_config=RequestRouterConfig(request_router_class=ROUTER),
         **scaling(scaled),
-    )(kind)
+    )(replica_class)
 
 
 def resources(replicas: Scaled) -> dict[str, Any]:
@@ -196,8 +196,3 @@ def scaling(replicas: Scaled) -> dict[str, Any]:
             downscale_delay_s=replicas.downscale_delay_seconds,
         )
     }
-
-
-def sums(checkpoint: AnyPath) -> list[str]:
-    """Return what tells one checkpoint from another: the manifests of its parts, with their checksums."""
-    return [path.read_text() for path in listed(checkpoint, "manifest_*.json")]

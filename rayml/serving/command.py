@@ -1,6 +1,5 @@
-"""What `rayml serve` and `rayml publish` do."""
+"""The commands `rayml serve` and `rayml publish`."""
 
-import contextlib
 import json
 import logging
 import math
@@ -20,18 +19,18 @@ from ray import serve
 from ray.serve.context import _get_global_client
 from rich.console import Console
 
-from rayml.config import Config, parse_section
+from rayml.config import parse_section
 from rayml.errors import ConfigError, RunError
 from rayml.lm.catalog import resolve_model
 from rayml.lm.load import load_shape
-from rayml.lm.precision import Precision, own_device, settled_here
+from rayml.lm.precision import own_device, settled_here
 from rayml.overrides import once
 from rayml.progress import doing
 from rayml.runs.folder import RunFolder
 from rayml.serving.adapter_files import FILES, read_adapter
 from rayml.serving.app import build
 from rayml.serving.ports import end_orphans, mark_session, refuse_taken
-from rayml.serving.served import fits_of, refuse_unlike_peft, refuse_unservable, servable
+from rayml.serving.served import fits_of, refuse_unlike_peft, refuse_unservable, servable, store_root
 from rayml.serving.settings import Adapters, Scaled, Serving, api_keys, check_host
 from rayml.serving.store import NAME, AdapterStore, Manifest, adapter_id, owner_of
 from rayml.serving.vllm.engine import refuse_without_vllm
@@ -56,7 +55,7 @@ def serve_forever(
     checkpoint: str | None,
     out: Console,
 ) -> None:
-    """Serve until Ctrl-C, or SIGTERM; then let what has begun end.
+    """Serve until Ctrl-C or SIGTERM, and then finish the requests that have begun.
 
     Raises:
         ConfigError, RunError: settings that do not work, a run that cannot be served, or a host without keys.
@@ -67,107 +66,101 @@ def serve_forever(
     keys = api_keys(serving.keys_file)
     check_host(host, keys, insecure)
     folder = RunFolder(run)
-    config, served = servable(folder, serving.checkpoint)
+    config, served_checkpoint = servable(folder, serving.checkpoint)
     refuse_unservable(folder, config)
-    own = not os.environ.get("RAY_ADDRESS")
     if serving.engine == "vllm":
         refuse_without_vllm(config, resolve_model(config.model.name))
-    if own:
-        serving = with_cpus(serving, processors())
     err = Console(stderr=True, markup=False)
-    if own:
+    is_own_ray = not os.environ.get("RAY_ADDRESS")
+    if is_own_ray:
+        serving = with_cpus(serving, processors())
         end_orphans()
         refuse_taken(host, {"--port": port})
         refuse_taken("0.0.0.0", {"--metrics-port": metrics_port})
     with doing(err, "starting Ray"):
         start_cluster(serving, metrics_port)
     stop = threading.Event()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until it serves, both end it at once
+    signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # until it serves, SIGTERM ends it at once, as Ctrl-C does
     try:
         began = time.perf_counter()
         application = build(serving)
         serve.start(http_options={"host": host, "port": port})
-        host, port = listening()
+        host, port = server_address()
         check_host(host, keys, insecure)
         with doing(err, "loading the model in its replicas"):
             serve.run(application, name=APPLICATION, route_prefix="/", logging_config={"encoding": "JSON"})
         base = f"http://{host}:{port}"
         key = ' -H "Authorization: Bearer $KEY"' if keys else ""
         out.print(f"serving {run} at {base} ({time.perf_counter() - began:.0f} s to start; {base}/docs shows the API)")
-        out.print(f"it serves {folder.told(served)}", style="dim", highlight=False)
-        if own:  # the replicas lie on this machine
-            out.print(f"in {precision_of(folder, config)}", style="dim", highlight=False, markup=False)
+        out.print(f"it serves {folder.told(served_checkpoint)}", style="dim", highlight=False)
+        if is_own_ray:  # the replicas are on this machine
+            precision = settled_here(config, resolve_model(config.model.name), own_device(config), folder.made_in())[1]
+            out.print(f"in {precision}", style="dim", highlight=False, markup=False)
         out.print("teach it a task:", style="dim")
         out.print(f"  curl {base}/v1/adapters{key} -d '{json.dumps(EXAMPLE)}'", markup=False, soft_wrap=True)
         out.print("Ctrl-C stops it.", style="dim")
-        for name in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(name, lambda *_: stop.set())
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set())
         stop.wait()
-        out.print("letting what has begun end ...", style="dim")
-        serve.delete(APPLICATION)  # replicas end what they have begun; a shutdown alone would cut it off
+        out.print("finishing the requests that have begun ...", style="dim")
+        serve.delete(APPLICATION)  # lets the replicas finish; a shutdown alone would cut them off
     except KeyboardInterrupt:
         out.print("stopped before it served", style="dim")
-        if not own:
+        if not is_own_ray:
             serve.delete(APPLICATION)
     finally:
-        ray.shutdown()  # of a Ray of our own all ends with it; on a cluster Serve goes on, with others' applications
+        ray.shutdown()  # ends a Ray of our own; on a cluster, Serve and the applications of others go on
 
 
-def precision_of(folder: RunFolder, config: Config) -> Precision:
-    """Return what a replica on this machine runs a run's model in."""
-    return settled_here(config, resolve_model(config.model.name), own_device(config), folder.made_in())[1]
-
-
-def listening() -> tuple[str, int]:
-    """Return where Serve listens: where it ran before, that is not where it was told to just now."""
+def server_address() -> tuple[str, int]:
+    """Return where Serve listens. If it ran before, it keeps its address, whatever it was given just now."""
     client = _get_global_client()
     assert client is not None
     return client.http_config.host or "127.0.0.1", client.http_config.port
 
 
-def kinds(serving: Serving) -> dict[str, Scaled]:
-    """Return the kinds of replicas that run a model, by their settings' names."""
+def replica_settings(serving: Serving) -> dict[str, Scaled]:
+    """Return the settings of each kind of replica that runs a model, by their name in `Serving`."""
     return {"replicas": serving.replicas} | ({"answerers": serving.answerers} if serving.engine == "vllm" else {})
 
 
-def most_of(scaled: Scaled) -> int:
+def most_replicas(scaled: Scaled) -> int:
     return max(scaled.min, scaled.max)
 
 
 def with_cpus(serving: Serving, processors: int) -> Serving:
-    """Return the settings with an equal share of a machine's processors for every replica, where they say nothing."""
-    share = max(1, processors // sum(map(most_of, kinds(serving).values())))
-    changed = {
-        name: scaled.model_copy(update={"cpus": scaled.cpus or share}) for name, scaled in kinds(serving).items()
-    }
-    return serving.model_copy(update=changed)
+    """Return the settings with an equal share of a machine's processors for every replica, where `cpus` is not set."""
+    kinds = replica_settings(serving)
+    share = max(1, processors // sum(map(most_replicas, kinds.values())))
+    changes = {name: scaled.model_copy(update={"cpus": scaled.cpus or share}) for name, scaled in kinds.items()}
+    return serving.model_copy(update=changes)
 
 
 def start_cluster(serving: Serving, metrics_port: int | None) -> None:
     """Start Ray here, with room for all replicas, or join the cluster that RAY_ADDRESS names."""
-    own: dict[str, Any] = {}
-    if not os.environ.get("RAY_ADDRESS"):
-        needed = sum(most_of(scaled) * (scaled.cpus or 1) for scaled in kinds(serving).values())
-        cpus = max(processors(), math.ceil(needed))
-        own = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
-        seldom_look_for_logs()
-        if metrics_port:
-            own["_metrics_export_port"] = metrics_port
-    with listening_here() if own else contextlib.nullcontext():
-        context: Any = ray.init(
-            logging_level=logging.ERROR, log_to_driver=False, runtime_env={"env_vars": WORKER_ENV}, **own
-        )
-    if own:
-        mark_session(Path(context.address_info["session_dir"]))
+    common: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    common["runtime_env"] = {"env_vars": WORKER_ENV}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(**common)
+        return
+    needed = sum(most_replicas(scaled) * (scaled.cpus or 1) for scaled in replica_settings(serving).values())
+    cpus = max(processors(), math.ceil(needed))
+    metrics: dict[str, Any] = {"_metrics_export_port": metrics_port} if metrics_port else {}
+    seldom_look_for_logs()
+    with listening_here():
+        context: Any = ray.init("local", num_cpus=cpus, include_dashboard=False, **metrics, **common)
+    mark_session(Path(context.address_info["session_dir"]))
 
 
 def publish_adapter(
     source: Path, run_path: str, name: str | None, store: str | None, out: Console, owner: str | None = None
 ) -> None:
-    """Check an adapter's folder, or zip, against a run's base, and put it into a server's store.
+    """Check an adapter's folder, or a zip of it, against a run's base, and put it into a server's store.
 
     Raises:
-        RunError, ConfigError: it does not fit, or cannot be read; or the name is none.
+        RunError, ConfigError: it does not fit, or cannot be read; or the name is not allowed.
     """
     run = RunFolder(run_path)
     config, _ = run.trained()
@@ -183,33 +176,23 @@ def publish_adapter(
             refuse_unlike_peft(Path(folder), weights, config, base, fits)
         except RunError as error:
             raise RunError(f"{source}: {error}") from error
-        content = [(Path(folder) / file).read_bytes().hex() for file in FILES if (Path(folder) / file).exists()]
-        manifest = Manifest(
-            id=adapter_id(name, content),
-            name=name,
-            created_at=time.time(),
-            expires_at=None,
-            examples=0,
-            steps=0,
-            loss_before=None,
-            loss_after=None,
-            seconds=0,
-        )
-        there = AdapterStore(store or str(run.outputs / "adapters"))
-        there.publish(owner or owner_of(os.environ.get("RAYML_API_KEY")), manifest, Path(folder))
-    kind = f"labels {', '.join(card.labels.values())}" if card.labels else "no labels of its own"
-    out.print(f"published {manifest.id} ({kind}) in {there.root}", highlight=False, soft_wrap=True)
+        content = [path.read_bytes().hex() for path in (Path(folder) / file for file in FILES) if path.exists()]
+        manifest = Manifest(id=adapter_id(name, content), name=name, created_at=time.time())
+        adapters = AdapterStore(store_root(run, store))
+        adapters.publish(owner or owner_of(os.environ.get("RAYML_API_KEY")), manifest, Path(folder))
+    labels = f"labels {', '.join(card.labels.values())}" if card.labels else "no labels of its own"
+    out.print(f"published {manifest.id} ({labels}) in {adapters.root}", highlight=False, soft_wrap=True)
 
 
 def copy_files(source: Path, folder: Path) -> None:
-    """Copy an adapter's files, and no others, out of a folder or a zip: a path in a zip is never followed."""
+    """Copy an adapter's files, and no others, out of a folder or a zip. Paths in a zip are never followed."""
     try:
         if source.is_dir():
-            found = {name: (source / name).read_bytes() for name in FILES if (source / name).is_file()}
+            contents = {name: (source / name).read_bytes() for name in FILES if (source / name).is_file()}
         else:
-            with zipfile.ZipFile(source) as packed:
-                found = {name: packed.read(name) for name in FILES if name in packed.namelist()}
+            with zipfile.ZipFile(source) as archive:
+                contents = {name: archive.read(name) for name in FILES if name in archive.namelist()}
     except (OSError, zipfile.BadZipFile) as error:
-        raise RunError(f"{source}: no folder of an adapter, and no zip of one: {error}") from error
-    for name, data in found.items():
+        raise RunError(f"{source}: neither an adapter's folder nor a zip of one: {error}") from error
+    for name, data in contents.items():
         (folder / name).write_bytes(data)

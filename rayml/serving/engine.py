@@ -1,16 +1,19 @@
-"""One model, and the thread that shares it: adapters of many tasks answer, and new ones are learned, side by side.
+"""One model, and the thread that runs it: tasks' adapters answer requests, and new ones are learned, side by side.
 
-A turn of the thread takes one step of each kind of work that waits: a batch of queries to classify, one token of every
-text in the making and a part of a new prompt, a part of an inner step of adapters being learned. Each has a budget in
-tokens, so nothing waits for another's end, and adaptations get no more than their share of the time while queries wait.
+In a turn the thread takes one step of each kind of work that waits: it classifies a batch of queries, adds a token to
+every text and reads a part of a new prompt, and runs a part of an inner step of the adapters being learned. Each step
+has a budget in tokens, so that nothing waits for a long job to end. While queries wait, adaptations get no more than
+their share of the time.
 """
 
+import ctypes
 import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from functools import cache
 from itertools import islice
 from typing import Any
 
@@ -20,27 +23,25 @@ from torch import Tensor
 from rayml.lm.precision import fused_attention
 from rayml.lm.queries import first_batch, log_probs
 from rayml.model import MetaModel
-from rayml.serving.errors import ApiError, busy
+from rayml.serving.errors import ApiError, busy_error
 from rayml.serving.lessons import Lessons
-from rayml.serving.memory import give_memory_back
 from rayml.serving.settings import Batching, Limits
-from rayml.serving.work import Adaptation, Waiting, Writing, settle
+from rayml.serving.work import Adaptation, Observe, Waiting, Writing, settle
 from rayml.serving.writer import Writer
 
 log = logging.getLogger(__name__)
-Observe = Callable[[str, float], None]
 IDLE_SECONDS = 1.0
-"""After which memory that nobody uses any more is given back."""
+"""An engine that is idle for this long returns freed memory to the system."""
 TURN_TOKENS = 256, 8192
-"""What a turn reads on a CPU, and on a GPU: some tenths of a second."""
+"""The default budget of a step on a CPU, and on a GPU: some tenths of a second."""
 
 
 class Engine:
-    """Answers queries and learns adapters on one model, from any thread.
+    """Answers queries, writes texts and learns adapters on one model. Its methods may be called from any thread.
 
     Args:
-        model: with hooks on every linear that an adapter may change.
-        observe: takes the name and the value of what is measured.
+        model: with hooks on every linear layer that an adapter may change.
+        observe: takes the name and the value of a metric.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Engine:
         self._queries: deque[Waiting] = deque()
         self._pings: deque[Future[None]] = deque()
         self._owed_seconds = 0.0
+        """The time that queries have to get before adaptations may go on."""
         self._turn_began: float | None = None
         self._changed = threading.Condition()
         self._open = True
@@ -60,7 +62,7 @@ class Engine:
         self._thread.start()
 
     def classify(self, queries: list[Waiting]) -> None:
-        """Take queries in; their answers come as futures.
+        """Queue queries to be classified.
 
         Raises:
             ApiError: 429, too many wait.
@@ -72,11 +74,11 @@ class Engine:
         self._submit(self.writer.waiting, writings, self.limits.waiting_queries, "texts")
 
     def adapt(self, adaptation: Adaptation) -> None:
-        """Queue a request to adapt; raises as `classify` does."""
+        """Queue an adapter to be learned; raises as `classify` does."""
         self._submit(self.lessons.waiting, [adaptation], self.limits.waiting_adaptations, "adaptations")
 
     def ping(self) -> Future[None]:
-        """Run the model on one token, ahead of all that waits."""
+        """Run the model on one token, ahead of all other work."""
         answer: Future[None] = Future()
         self._submit(self._pings, [answer], None, "pings")
         return answer
@@ -98,13 +100,13 @@ class Engine:
             self._changed.notify()
         self._thread.join()
 
-    def _submit(self, waiting: deque, jobs: list[Any], most: int | None, what: str) -> None:
+    def _submit(self, queue: deque, jobs: list[Any], limit: int | None, plural: str) -> None:
         with self._changed:
             if not self._thread.is_alive():
                 raise ApiError(503, "this replica is going away; send the request again", code="replica_lost")
-            if most is not None and len(waiting) + len(jobs) > most:
-                raise busy(f"{len(waiting)} {what} wait in this replica already; at most {most} may")
-            waiting.extend(jobs)
+            if limit is not None and len(queue) + len(jobs) > limit:
+                raise busy_error(f"{len(queue)} {plural} wait in this replica already; at most {limit} may")
+            queue.extend(jobs)
             self._changed.notify()
 
     def _run(self) -> None:
@@ -112,24 +114,24 @@ class Engine:
             self._turn_began = time.monotonic()
             try:
                 self._turn()
-            except Exception as error:  # no work is known to bring this about; whoever waits must not wait for ever
+            except Exception as error:  # not expected; but those who wait must not wait for ever
                 log.exception("a turn failed")
                 self._fail_all(error)
             self._turn_began = None
 
     def _wait(self) -> bool:
-        """Wait until there is something to do; False: the end."""
-        seconds: float | None = IDLE_SECONDS
+        """Wait until there is work; return False when the engine is closed."""
+        timeout: float | None = IDLE_SECONDS
         with self._changed:
-            while self._open and not self._pings and not self._has_queries() and not self._has_adaptations():
-                if not self._changed.wait(seconds):
-                    give_memory_back()
-                    seconds = None
+            while self._open and not self._pings and not self._has_queries() and not self.lessons:
+                if not self._changed.wait(timeout):
+                    trim_memory()
+                    timeout = None
             return self._open
 
     def _fail_all(self, error: Exception) -> None:
-        waiting: list[Future] = [*self._pings, *(asked.answer for asked in self._queries)]
-        for future in waiting:
+        futures: list[Future] = [*self._pings, *(waiting.answer for waiting in self._queries)]
+        for future in futures:
             settle(future, error)
         self._pings.clear()
         self._queries.clear()
@@ -138,25 +140,17 @@ class Engine:
 
     def _turn(self) -> None:
         if self._pings:
-            self._pong([self._pings.popleft() for _ in range(len(self._pings))])
-        if self._has_adaptations() and (self._owed_seconds <= 0 or not self._has_queries()):
+            self._answer_pings([self._pings.popleft() for _ in range(len(self._pings))])
+        if self.lessons and (self._owed_seconds <= 0 or not self._has_queries()):
             share = self.batching.adaptation_share
-            self._owed_seconds = self._timed(self.lessons.turn) * (1 / share - 1)
+            self._owed_seconds = seconds_of(self.lessons.turn) * (1 / share - 1)
         if self._has_queries():
-            self._owed_seconds -= self._timed(self._answer)
+            self._owed_seconds -= seconds_of(self._answer)
 
     def _has_queries(self) -> bool:
         return bool(self._queries or self.writer)
 
-    def _has_adaptations(self) -> bool:
-        return bool(self.lessons)
-
-    def _timed(self, work: Callable[[], None]) -> float:
-        began = time.perf_counter()
-        work()
-        return time.perf_counter() - began
-
-    def _pong(self, answers: list[Future[None]]) -> None:
+    def _answer_pings(self, answers: list[Future[None]]) -> None:
         result: Exception | None = None
         try:
             token = torch.zeros(1, 1, dtype=torch.int64, device=self.model.lm.device)
@@ -170,7 +164,7 @@ class Engine:
             settle(answer, result)
 
     def _answer(self) -> None:
-        """Classify between all else: a query is short, and somebody waits for it."""
+        """Go on with the texts, and classify before and after each part: a query is short, and has a client waiting."""
         for part in self.writer.parts():
             self._classify_batch()
             part()
@@ -180,21 +174,38 @@ class Engine:
         batch = self._next_queries()
         if not batch:
             return
-        found: Sequence[Tensor | Exception]
+        results: Sequence[Tensor | Exception]
         try:
-            queries = [asked.query for asked in batch]
+            queries = [waiting.query for waiting in batch]
             with fused_attention(self.model.lm.module, max(query.longest for query in queries)):
                 scores = log_probs(self.model.lm, self.model.encoder.pad, queries)
-            found = [of.cpu() for of in scores]
+            results = [query_scores.cpu() for query_scores in scores]
             self.observe("classify_batch", len(batch))
         except Exception as error:
             log.exception("classification failed")
-            found = [error] * len(batch)
-        for asked, result in zip(batch, found, strict=True):
-            settle(asked.answer, result)
+            results = [error] * len(batch)
+        for waiting, result in zip(batch, results, strict=True):
+            settle(waiting.answer, result)
 
     def _next_queries(self) -> list[Waiting]:
-        """Take queries that are answered in one way from the front, as many as one forward bears."""
-        waiting = [asked.query for asked in islice(self._queries, self.batching.queries)]
-        taken = [self._queries.popleft() for _ in range(first_batch(waiting, self.turn_tokens))]
-        return [asked for asked in taken if not asked.answer.cancelled()]  # whoever left needs no answer
+        """Take the first queries that one forward can answer together."""
+        queries = [waiting.query for waiting in islice(self._queries, self.batching.queries)]
+        batch = [self._queries.popleft() for _ in range(first_batch(queries, self.turn_tokens))]
+        return [waiting for waiting in batch if not waiting.answer.cancelled()]
+
+
+def seconds_of(work: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+@cache
+def _malloc_trim() -> Any:
+    return getattr(ctypes.CDLL(None), "malloc_trim", None)
+
+
+def trim_memory() -> None:
+    """Return freed memory to the system. glibc would keep what a long prompt took (`WORKER_ENV` says why)."""
+    if malloc_trim := _malloc_trim():
+        malloc_trim(0)

@@ -1,19 +1,19 @@
-"""What the API answers with when it does not answer: OpenAI's error body."""
+"""The API's errors, with OpenAI's error body."""
 
 from typing import Any
 
 from rayml.errors import RaymlError
 
-KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error", 503: "server_error"}
+TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error", 503: "server_error"}
 
 
 class ApiError(RaymlError):
-    """An answer that is an error.
+    """An error response.
 
     Args:
-        status: HTTP's.
+        status: HTTP status code.
         message: what is wrong, and what is allowed.
-        param: the field, if it is one's fault.
+        param: the field at fault, if any.
         code: for programs, such as `context_length_exceeded`.
     """
 
@@ -25,10 +25,10 @@ class ApiError(RaymlError):
         return self.message
 
     def body(self) -> dict[str, Any]:
-        kind = KINDS.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        error_type = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": self.message, "type": error_type, "param": self.param, "code": self.code}}
 
 
-def busy(message: str) -> ApiError:
-    """Return the error that says: the same again, a little later."""
+def busy_error(message: str) -> ApiError:
+    """Return the error for a request that may be sent again a little later."""
     return ApiError(429, message, code="overloaded")

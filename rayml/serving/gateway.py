@@ -1,4 +1,4 @@
-"""The gateway: HTTP to the replicas of the model. It knows keys, limits and adapters' names, and needs no model."""
+"""The gateway: HTTP in front of the model's replicas. It checks keys and limits, resolves names, and loads no model."""
 
 import asyncio
 import io
@@ -11,66 +11,60 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
 from rayml.lm.sampling import Sampling
-from rayml.serving import docs, playground
+from rayml.serving import pages
 from rayml.serving.answering import Answering
 from rayml.serving.answers import ResponseBodies
 from rayml.serving.errors import ApiError
 from rayml.serving.http import (
     as_api_error,
-    chained,
+    authenticate,
+    body_schema,
+    check_count,
+    error_response,
+    event_stream,
+    handles,
     model_of,
-    owner_of_request,
+    prepend,
+    raise_refusal,
+    raise_refusals,
     read_body,
-    refusal,
-    session,
-    takes,
-    translated,
-    until_error,
+    routing_key,
 )
 from rayml.serving.metrics import Metrics
 from rayml.serving.names import Names
-from rayml.serving.schema import (
-    AdapterRequest,
-    Body,
-    ChatRequest,
-    ClassifyRequest,
-    CompletionRequest,
-    Sampled,
-    parse,
-)
-from rayml.serving.settings import Serving, describe, learning
-from rayml.serving.store import AdapterStore, DamagedError, Manifest, adapter_id, damaged
+from rayml.serving.schema import AdapterRequest, ChatRequest, ClassifyRequest, CompletionRequest, parse
+from rayml.serving.settings import Serving
+from rayml.serving.store import AdapterStore, DamagedError, Manifest, adapter_id, damaged_error
 
 log = logging.getLogger("ray.serve")
-ABOUT = "Learn a task from a few examples, and ask it by name."
-app = FastAPI(title="rayml", description=ABOUT, docs_url=None, redoc_url=None)
-Work = Callable[[str], Awaitable[Response]]
+DESCRIPTION = "Learn a task from a few examples, and ask it by name."
+app = FastAPI(title="rayml", description=DESCRIPTION, docs_url=None, redoc_url=None)
 COMPLETION_TOKENS = 64
-"""Of a completion, where nobody says how many."""
+"""The default length of a completion."""
 
 
 @app.exception_handler(HTTPException)
 async def _no_such_route(_request: Request, error: HTTPException) -> Response:
-    return refusal(ApiError(error.status_code, str(error.detail)), retry_after=1)
+    return error_response(ApiError(error.status_code, str(error.detail)), retry_after=1)
 
 
 @serve.ingress(app)
 class Gateway:
-    """One gateway.
+    """A gateway replica.
 
     Args:
-        model: the replicas.
+        model: the replicas that run our own model.
         base: what clients call the bare model.
         fingerprint: of the run; a part of every adapter's id.
         store: where adapters are kept.
-        keys: the owner of each API key, by the key's SHA-256; none, and none is asked for.
-        answerers: the replicas of vLLM; None, where those of the model answer.
+        keys: the owner of each API key, by the key's SHA-256. If empty, no key is needed.
+        answerers: the replicas of vLLM, if any. They answer what they can.
     """
 
     def __init__(
@@ -83,14 +77,14 @@ class Gateway:
         keys: Mapping[str, str],
         answerers: DeploymentHandle | None = None,
     ):
-        again_seconds = serving.answerers.again_seconds
-        self.answering = Answering(answerers, again_seconds) if answerers else None
+        self.vllm = Answering(answerers, serving.answerers.again_seconds) if answerers else None
         self.model, self.serving, self.limits = model, serving, serving.limits
-        self.base, self.fingerprint, self.keys = base, fingerprint, keys
+        self.fingerprint, self.keys = fingerprint, keys
         self.store = AdapterStore(store)
         self.names = Names(base, self.store, serving.adapters.known_seconds)
         self.metrics = Metrics()
-        self._ready: tuple[float, asyncio.Future[str | None]] | None = None
+        self._readiness: tuple[float, asyncio.Future[str | None]] | None = None
+        """When it was last checked, and the problem that was found, if any."""
         threading.Thread(target=self._sweep, daemon=True).start()
 
     def _sweep(self) -> None:
@@ -99,17 +93,17 @@ class Gateway:
             try:
                 self.store.sweep()
             except OSError:
-                log.exception("expired adapters were not swept")
+                log.exception("expired adapters were not deleted")
 
     @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def page(self) -> Response:
         """The playground."""
-        return playground.answer()
+        return pages.playground()
 
     @app.get("/docs", include_in_schema=False)
     async def docs(self) -> Response:
-        """The API, for people."""
-        return docs.page(app.openapi())
+        """The API's documentation for people."""
+        return pages.docs(app.openapi())
 
     @app.get("/healthz")
     async def healthz(self) -> Response:
@@ -119,280 +113,231 @@ class Gateway:
     @app.get("/readyz")
     async def readyz(self) -> Response:
         """Whether a replica runs the model."""
-        if self._ready is None or time.monotonic() > self._ready[0] + 1:  # it asks for no key: one check serves all
-            self._ready = time.monotonic(), asyncio.ensure_future(self._check())
-        problem = await asyncio.shield(self._ready[1])
+        # Anyone may ask this without a key, so all requests within a second share one check.
+        if self._readiness is None or time.monotonic() > self._readiness[0] + 1:
+            self._readiness = time.monotonic(), asyncio.ensure_future(self._find_problem())
+        problem = await asyncio.shield(self._readiness[1])
         if problem:
-            return refusal(ApiError(503, f"no replica is ready: {problem}"), retry_after=2)
+            return error_response(ApiError(503, f"no replica is ready: {problem}"), retry_after=2)
         return JSONResponse({"status": "ready"})
 
-    async def _check(self) -> str | None:
+    async def _find_problem(self) -> str | None:
         try:
             await asyncio.wait_for(self.model.check.remote(10.0), 15)
-            if self.answering:
-                await asyncio.wait_for(self.answering.check(10.0), 15)
+            if self.vllm:
+                await asyncio.wait_for(self.vllm.check(10.0), 15)
         except Exception as error:
             return type(error).__name__
         return None
 
     @app.get("/v1/models")
-    async def models(self, request: Request, after: str = "") -> Response:
-        """The base, and the adapters of this key, a thousand at a time as `/v1/adapters` has them."""
+    @handles("models")
+    async def models(self, owner: str, request: Request, after: str = "") -> Response:
+        """The base, and the adapters of this key, a thousand at a time as in `/v1/adapters`."""
+        return await self._list(owner, after, self.names.model, first=[] if after else [self.names.model(None)])
 
-        async def work(owner: str) -> Response:
-            found, last = await asyncio.to_thread(self.store.page, owner, after)
-            entries = [
-                *([] if after else [self.names.entry(None)]),
-                *(self.names.entry(manifest) for manifest in found),
-            ]
-            return JSONResponse({"object": "list", "data": entries, "has_more": bool(last), "last_id": last})
-
-        return await self._answer(request, "models", work)
+    async def _list(
+        self, owner: str, after: str, describe: Callable[[Manifest], dict[str, Any]], first: list[dict[str, Any]]
+    ) -> Response:
+        manifests, last_id = await asyncio.to_thread(self.store.page, owner, after)
+        entries = [*first, *map(describe, manifests)]
+        return JSONResponse({"object": "list", "data": entries, "has_more": bool(last_id), "last_id": last_id})
 
     @app.get("/v1/models/{model}")
-    async def one_model(self, request: Request, model: str) -> Response:
+    @handles("models")
+    async def one_model(self, owner: str, request: Request, model: str) -> Response:
         """The base, or an adapter."""
-
-        async def work(owner: str) -> Response:
-            adapter = await self.names.adapter(owner, model)
-            return JSONResponse(self.names.entry(await self.names.find(owner, adapter) if adapter else None))
-
-        return await self._answer(request, "models", work)
+        adapter = await self.names.adapter(owner, model)
+        return JSONResponse(self.names.model(await self.names.find(owner, adapter) if adapter else None))
 
     @app.delete("/v1/models/{model}")
-    async def delete_model(self, request: Request, model: str) -> Response:
-        """Forget an adapter, as OpenAI's clients delete a model that they tuned."""
-
-        async def work(owner: str) -> Response:
-            adapter = await self.names.adapter(owner, model)
-            if adapter is None:
-                raise ApiError(403, "the base is served for all, and cannot be deleted; adapters can", "model")
-            await self.names.forget(owner, await self.names.find(owner, adapter))
-            return JSONResponse({"id": model, "object": "model", "deleted": True})
-
-        return await self._answer(request, "models", work)
+    @handles("models")
+    async def delete_model(self, owner: str, request: Request, model: str) -> Response:
+        """Delete an adapter, as OpenAI's clients delete a fine-tuned model."""
+        adapter = await self.names.adapter(owner, model)
+        if adapter is None:
+            raise ApiError(403, "the base cannot be deleted, since it is served for all; adapters can", "model")
+        await self.names.delete(owner, adapter)
+        return JSONResponse({"id": model, "object": "model", "deleted": True})
 
     @app.post("/v1/embeddings", include_in_schema=False)
     @app.post("/v1/responses", include_in_schema=False)
-    async def not_here(self, request: Request) -> Response:
-        """Say what there is in the place of what other servers have."""
+    @handles("none")
+    async def not_here(self, owner: str, request: Request) -> Response:
+        """Name the routes that this server has instead."""
+        routes = "/v1/chat/completions, /v1/completions, /v1/classify and /v1/adapters"
+        raise ApiError(404, f"this server has no {request.url.path}; it has {routes}", code="no_such_route")
 
-        async def work(owner: str) -> Response:
-            there = "/v1/chat/completions, /v1/completions, /v1/classify and /v1/adapters"
-            raise ApiError(404, f"this server has no {request.url.path}; it has {there}", code="no_such_route")
-
-        return await self._answer(request, "none", work)
-
-    @app.post("/v1/adapters", status_code=201, openapi_extra=takes(AdapterRequest))
-    async def create(self, request: Request) -> Response:
+    @app.post("/v1/adapters", status_code=201, openapi_extra=body_schema(AdapterRequest))
+    @handles("adapters")
+    async def create(self, owner: str, request: Request) -> Response:
         """Learn an adapter from a few examples. 201; 200, if the same was learned before; 202, in the background."""
-
-        async def work(owner: str) -> Response:
-            asked: AdapterRequest = await self._body(request, AdapterRequest)
-            count = len(asked.examples)
-            if not 2 <= count <= self.limits.examples:
-                raise ApiError(422, f"examples: {count} given; 2 to {self.limits.examples} are taken", "examples")
-            if asked.steps is not None and asked.steps > self.limits.steps:
-                raise ApiError(422, f"steps: at most {self.limits.steps}", "steps")
-            self._check_count("options", len(asked.options or [""]), self.limits.options)
-            content = [self.fingerprint, asked.name, asked.pairs, asked.options, asked.steps]
-            content += [asked.kind] if asked.kind else []
-            adapter = adapter_id(asked.name, content)
-            if asked.background or "respond-async" in request.headers.get("prefer", ""):
-                return await self._begin(owner, adapter, asked)
-            manifest, new = await self._ask("learn", owner, adapter, asked)
-            self.names.renewed(owner, asked.name)
-            return JSONResponse(describe(manifest, self.base), 201 if new else 200)
-
-        return await self._answer(request, "adapters", work)
+        lesson: AdapterRequest = parse(AdapterRequest, await read_body(request, self.limits))
+        count = len(lesson.examples)
+        if not 2 <= count <= self.limits.examples:
+            raise ApiError(422, f"examples: {count} given; 2 to {self.limits.examples} are allowed", "examples")
+        if lesson.steps is not None and lesson.steps > self.limits.steps:
+            raise ApiError(422, f"steps: at most {self.limits.steps}", "steps")
+        check_count("options", lesson.options, self.limits.options)
+        content = [self.fingerprint, lesson.name, lesson.pairs, lesson.options, lesson.steps]
+        content += [lesson.kind] if lesson.kind else []
+        adapter = adapter_id(lesson.name, content)
+        if lesson.background or "respond-async" in request.headers.get("prefer", ""):
+            return await self._learn_in_background(owner, adapter, lesson)
+        manifest, is_new = await self._call_replica("learn", owner, adapter, lesson)
+        self.names.refresh(owner, lesson.name)
+        return JSONResponse(self.names.ready(manifest), 201 if is_new else 200)
 
     @app.get("/v1/adapters")
-    async def adapters(self, request: Request, after: str = "") -> Response:
+    @handles("adapters")
+    async def adapters(self, owner: str, request: Request, after: str = "") -> Response:
         """The adapters of this key in the order of their ids, a thousand at a time: `after` is `last_id`."""
-
-        async def work(owner: str) -> Response:
-            found, last = await asyncio.to_thread(self.store.page, owner, after)
-            listed = [describe(manifest, self.base) for manifest in found]
-            return JSONResponse({"object": "list", "data": listed, "has_more": bool(last), "last_id": last})
-
-        return await self._answer(request, "adapters", work)
+        return await self._list(owner, after, self.names.ready, first=[])
 
     @app.get("/v1/adapters/{adapter}")
-    async def adapter(self, request: Request, adapter: str) -> Response:
-        """One adapter, by its id or its name; of one that is being learned, how far it is."""
+    @handles("adapters")
+    async def adapter(self, owner: str, request: Request, adapter: str) -> Response:
+        """One adapter, by its id or its name. For one that is being learned, the progress."""
+        manifest = await asyncio.to_thread(self.store.find, owner, adapter)
+        if manifest is None and (progress := await self._progress(owner, adapter)):
+            return JSONResponse(progress)
+        return JSONResponse(self.names.ready(manifest or await self.names.find(owner, adapter)))
 
-        async def work(owner: str) -> Response:
-            manifest = await asyncio.to_thread(self.store.find, owner, adapter)
-            if manifest is None and (lesson := await self._lesson(owner, adapter)):
-                return JSONResponse(lesson)
-            return JSONResponse(describe(manifest or await self.names.find(owner, adapter), self.base))
-
-        return await self._answer(request, "adapters", work)
-
-    async def _begin(self, owner: str, adapter: str, asked: AdapterRequest) -> Response:
-        """Let an adapter be learned while nobody waits for it."""
+    async def _learn_in_background(self, owner: str, adapter: str, lesson: AdapterRequest) -> Response:
         manifest = await asyncio.to_thread(self.store.find, owner, adapter)
         if manifest:
-            return JSONResponse(describe(manifest, self.base))
-        await self._ask("begin", owner, adapter, asked)
-        headers = {"Location": f"/v1/adapters/{adapter}", "Preference-Applied": "respond-async"}
-        return JSONResponse(learning(adapter, self.base), 202, headers | {"Retry-After": "1"})
+            return JSONResponse(self.names.ready(manifest))
+        await self._call_replica("begin", owner, adapter, lesson)
+        headers = {"Location": f"/v1/adapters/{adapter}", "Preference-Applied": "respond-async", "Retry-After": "1"}
+        return JSONResponse(self.names.learning(adapter), 202, headers)
 
-    async def _lesson(self, owner: str, adapter: str) -> dict[str, Any] | None:
-        """Return how far a lesson in the background is. One whose replica was lost is begun again."""
-        noted = await asyncio.to_thread(self.store.begun, owner, adapter)
-        if noted is None:
+    async def _progress(self, owner: str, adapter: str) -> dict[str, Any] | None:
+        """Return the progress of a lesson in the background; None if there is no such lesson.
+
+        A lesson whose replica was lost is started again.
+        """
+        note = await asyncio.to_thread(self.store.begun, owner, adapter)
+        if note is None:
             return None
-        if (failed := json.loads(noted)).get("error"):
-            return learning(adapter, self.base) | {"status": "failed"} | failed
-        progress = await self._ask("progress", owner, adapter)
+        if (failure := json.loads(note)).get("error"):
+            return self.names.learning(adapter) | {"status": "failed"} | failure
+        progress = await self._call_replica("progress", owner, adapter)
         if progress is None:
-            await self._ask("begin", owner, adapter, parse(AdapterRequest, noted))
-        return learning(adapter, self.base) | (progress or {})
+            await self._call_replica("begin", owner, adapter, parse(AdapterRequest, note))
+        return self.names.learning(adapter) | (progress or {})
 
     @app.delete("/v1/adapters/{adapter}")
-    async def delete(self, request: Request, adapter: str) -> Response:
-        """Forget an adapter."""
-
-        async def work(owner: str) -> Response:
-            manifest = await self.names.find(owner, adapter)
-            await self.names.forget(owner, manifest)
-            return JSONResponse({"id": manifest.id, "object": "adapter", "deleted": True})
-
-        return await self._answer(request, "adapters", work)
+    @handles("adapters")
+    async def delete(self, owner: str, request: Request, adapter: str) -> Response:
+        """Delete an adapter."""
+        manifest = await self.names.delete(owner, adapter)
+        return JSONResponse({"id": manifest.id, "object": "adapter", "deleted": True})
 
     @app.get("/v1/adapters/{adapter}/download")
-    async def download(self, request: Request, adapter: str) -> Response:
+    @handles("download")
+    async def download(self, owner: str, request: Request, adapter: str) -> Response:
         """The adapter's PEFT files, as a zip."""
+        manifest = await self.names.find(owner, adapter)
+        data = await asyncio.to_thread(self._zip, owner, manifest)
+        headers = {"Content-Disposition": f'attachment; filename="{manifest.id}.zip"'}
+        return Response(data, media_type="application/zip", headers=headers)
 
-        async def work(owner: str) -> Response:
-            manifest = await self.names.find(owner, adapter)
-            packed = await asyncio.to_thread(self._packed, owner, manifest)
-            headers = {"Content-Disposition": f'attachment; filename="{manifest.id}.zip"'}
-            return Response(packed, media_type="application/zip", headers=headers)
-
-        return await self._answer(request, "download", work)
-
-    def _packed(self, owner: str, manifest: Manifest) -> bytes:
-        """Return an adapter's files in a zip, each as it was published."""
-        packed = io.BytesIO()
+    def _zip(self, owner: str, manifest: Manifest) -> bytes:
+        """Return a zip of an adapter's files, each as it was published."""
+        buffer = io.BytesIO()
         try:
-            with zipfile.ZipFile(packed, "w") as file:
+            with zipfile.ZipFile(buffer, "w") as file:
                 for name in manifest.files:
                     file.writestr(name, self.store.verified(owner, manifest, name))
         except DamagedError as error:
-            raise damaged(owner, manifest.id, error) from None
-        return packed.getvalue()
+            raise damaged_error(owner, manifest.id, error) from None
+        return buffer.getvalue()
 
-    @app.post("/v1/classify", openapi_extra=takes(ClassifyRequest))
-    async def classify(self, request: Request) -> Response:
+    @app.post("/v1/classify", openapi_extra=body_schema(ClassifyRequest))
+    @handles("classify")
+    async def classify(self, owner: str, request: Request) -> Response:
         """The label of each input, with probabilities."""
+        body: ClassifyRequest = parse(ClassifyRequest, await read_body(request, self.limits))
+        check_count("input", body.inputs, self.limits.inputs)
+        check_count("options", body.options, self.limits.options)
+        adapter = await self.names.adapter(owner, body.model)
+        result = await self.vllm.classify(owner, adapter, body) if self.vllm else None
+        result = result or await self._call_replica("classify", owner, adapter, body)
+        answers = [{"index": index} | answer for index, answer in enumerate(result["answers"])]
+        usage = {"prompt_tokens": result["tokens"], "total_tokens": result["tokens"]}
+        return JSONResponse({"object": "list", "model": body.model, "data": answers, "usage": usage})
 
-        async def work(owner: str) -> Response:
-            asked: ClassifyRequest = await self._body(request, ClassifyRequest)
-            self._check_count("input", len(asked.inputs), self.limits.inputs)
-            self._check_count("options", len(asked.options or [""]), self.limits.options)
-            adapter = await self.names.adapter(owner, asked.model)
-            found = await self.answering.classify(owner, adapter, asked) if self.answering else None
-            found = found or await self._ask("classify", owner, adapter, asked)
-            answers = [{"index": index} | answer for index, answer in enumerate(found["answers"])]
-            usage = {"prompt_tokens": found["tokens"], "total_tokens": found["tokens"]}
-            return JSONResponse({"object": "list", "model": asked.model, "data": answers, "usage": usage})
+    @app.post("/v1/completions", openapi_extra=body_schema(CompletionRequest))
+    @handles("completions")
+    async def complete(self, owner: str, request: Request) -> Response:
+        """Continue a prompt. An adapter takes the prompt for an input of its task."""
+        return await self._generate(owner, request, "completions", CompletionRequest)
 
-        return await self._answer(request, "classify", work)
-
-    @app.post("/v1/completions", openapi_extra=takes(CompletionRequest))
-    async def complete(self, request: Request) -> Response:
-        """Write on. An adapter takes the prompt for an input of its task."""
-
-        async def work(owner: str) -> Response:
-            body = await read_body(request, self.limits)
-            if forwarded := await self._forward(owner, body, "completions"):
-                return forwarded
-            asked: CompletionRequest = parse(CompletionRequest, body)
-            self._check_count("prompt", len(asked.prompts), self.limits.inputs)
-            sampling = self._sampling(asked, asked.max_tokens, asked.logprobs)
-            shape = ResponseBodies(asked.model, chat=False, logprobs=asked.logprobs is not None)
-            return await self._write(owner, asked, list(asked.prompts), sampling, shape)
-
-        return await self._answer(request, "completions", work)
-
-    @app.post("/v1/chat/completions", openapi_extra=takes(ChatRequest))
-    async def chat(self, request: Request) -> Response:
+    @app.post("/v1/chat/completions", openapi_extra=body_schema(ChatRequest))
+    @handles("chat")
+    async def chat(self, owner: str, request: Request) -> Response:
         """Answer a conversation. An adapter takes it for an input of its task."""
+        return await self._generate(owner, request, "chat", ChatRequest)
 
-        async def work(owner: str) -> Response:
-            body = await read_body(request, self.limits)
-            if forwarded := await self._forward(owner, body, "chat"):
-                return forwarded
-            asked: ChatRequest = parse(ChatRequest, body)
-            most = asked.max_completion_tokens or asked.max_tokens
-            sampling = self._sampling(asked, most, asked.top_logprobs if asked.logprobs else None)
-            shape = ResponseBodies(asked.model, chat=True, logprobs=asked.logprobs)
-            return await self._write(owner, asked, [asked.messages], sampling, shape)
-
-        return await self._answer(request, "chat", work)
-
-    async def _forward(self, owner: str, body: bytes, kind: str) -> Response | None:
-        """Return what vLLM answers, which reads the body by itself; None, where the replicas of the model have to."""
-        if not self.answering:
-            return None
-        adapter = await self.names.adapter(owner, model_of(body))
-        return await self.answering.respond(owner, adapter, kind, body)
-
-    async def _write(
-        self, owner: str, asked: Sampled, prompts: list[Any], sampling: Sampling, shape: ResponseBodies
+    async def _generate(
+        self, owner: str, request: Request, kind: str, body_type: type[CompletionRequest] | type[ChatRequest]
     ) -> Response:
-        adapter = await self.names.adapter(owner, asked.model)
-        handle = self.model.options(stream=True, session_id=session(owner, adapter))
-        written = translated(handle.write.remote(owner, adapter, prompts, sampling))
-        # The first piece is waited for, so that what is wrong with the request still has a status of its own.
-        first = await anext(written)
-        if not asked.stream:
-            return JSONResponse(shape.whole([first, *[piece async for piece in written]]))
-        usage = asked.stream_options is not None and asked.stream_options.include_usage
-        events = until_error(shape.events(chained(first, written), usage))
-        return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        raw_body = await read_body(request, self.limits)
+        if self.vllm:  # it parses the body itself
+            adapter = await self.names.adapter(owner, model_of(raw_body))
+            if response := await self.vllm.respond(owner, adapter, kind, raw_body):
+                return response
+        body: CompletionRequest | ChatRequest = parse(body_type, raw_body)
+        check_count("prompt", body.prompts, self.limits.inputs)
+        sampling = self._sampling(body)
+        adapter = await self.names.adapter(owner, body.model)
+        replicas = self.model.options(stream=True, session_id=routing_key(owner, adapter))
+        stream: Any = replicas.write.remote(owner, adapter, list(body.prompts), sampling)
+        pieces = raise_refusals(stream)
+        # Wait for the first piece: until it is here, an error still has a status of its own.
+        first = await anext(pieces)
+        bodies = ResponseBodies(body)
+        if not body.stream:
+            return JSONResponse(bodies.whole([first, *[piece async for piece in pieces]]))
+        return event_stream(bodies.events(prepend(first, pieces), body.includes_usage))
 
-    def _sampling(self, asked: Sampled, max_tokens: int | None, logprobs: int | None) -> Sampling:
-        """Return how to sample: a text as long as OpenAI's where nobody says, a chat's answer as long as may be."""
-        most = self.limits.max_tokens
-        if max_tokens is not None and max_tokens > most:
-            raise ApiError(422, f"max_tokens: at most {most}", "max_tokens")
-        if len(asked.stops) > 4:
+    def _sampling(self, body: CompletionRequest | ChatRequest) -> Sampling:
+        """Return how to sample. By default a completion is as long as OpenAI's, and a chat's answer as the limit."""
+        limit = self.limits.max_tokens
+        if body.most_tokens is not None and body.most_tokens > limit:
+            raise ApiError(422, f"max_tokens: at most {limit}", "max_tokens")
+        if len(body.stops) > 4:
             raise ApiError(422, "stop: at most 4", "stop")
-        seed = self.serving.seed if asked.seed is None else asked.seed
-        unasked = most if isinstance(asked, ChatRequest) else min(COMPLETION_TOKENS, most)
-        shrinks = max_tokens is None
-        return Sampling(max_tokens or unasked, asked.temperature, asked.top_p, seed, asked.stops, logprobs, shrinks)
+        seed = self.serving.seed if body.seed is None else body.seed
+        default_tokens = limit if isinstance(body, ChatRequest) else min(COMPLETION_TOKENS, limit)
+        return Sampling(
+            body.most_tokens or default_tokens,
+            body.temperature,
+            body.top_p,
+            seed,
+            body.stops,
+            body.top_count,
+            shrinks=body.most_tokens is None,
+        )
 
-    def _check_count(self, field: str, count: int, most: int) -> None:
-        if not 1 <= count <= most:
-            raise ApiError(422, f"{field}: {count} given; 1 to {most} are taken", field)
-
-    async def _body(self, request: Request, kind: type[Body]) -> Any:
-        return parse(kind, await read_body(request, self.limits))
-
-    async def _ask(self, method: str, owner: str, adapter: str | None, *arguments: Any) -> Any:
-        handle = self.model.options(session_id=session(owner, adapter))
+    async def _call_replica(self, method: str, owner: str, adapter: str | None, *arguments: Any) -> Any:
+        replicas = self.model.options(session_id=routing_key(owner, adapter))
         try:
-            answer = await getattr(handle, method).remote(owner, adapter, *arguments)
+            answer = await getattr(replicas, method).remote(owner, adapter, *arguments)
         except Exception as error:
             raise as_api_error(error) from error
-        if isinstance(answer, ApiError):
-            raise answer
-        return answer
+        return raise_refusal(answer)
 
-    async def _answer(self, request: Request, route: str, work: Work) -> Response:
-        """Do the work of a request for whoever's key it carries; count it, and write one line without anyone's text."""
+    async def respond(self, request: Request, route: str, handle: Callable[..., Awaitable[Response]]) -> Response:
+        """Handle a request for its key's owner. Count it, and log one line, which holds no client's text."""
         began = time.perf_counter()
         try:
-            response = await work(owner_of_request(request, self.keys))
+            response = await handle(owner=authenticate(request, self.keys))
         except Exception as error:
-            known = as_api_error(error)
-            if known.status == 500:
+            api_error = as_api_error(error)
+            if api_error.status == 500:
                 log.exception("request failed")
-            response = refusal(known, self.limits.retry_after_seconds)
+            response = error_response(api_error, self.limits.retry_after_seconds)
         seconds = time.perf_counter() - began
         self.metrics.request(route, request.method, response.status_code, seconds)
         line = {"event": "request", "route": route, "method": request.method, "status": response.status_code}

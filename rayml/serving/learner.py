@@ -1,4 +1,4 @@
-"""What a replica learns: from a request's examples to an adapter in the store, watched or in the background."""
+"""Learning in a replica: from the examples of a request to an adapter in the store."""
 
 import asyncio
 import json
@@ -12,18 +12,17 @@ from rayml.adaptation import AdaptationRequest, adaptation_request, inner_steps,
 from rayml.adapter import Adapter
 from rayml.algorithms.inner_loop import Params
 from rayml.errors import DataError, TrainingError
-from rayml.lm.encode import Encoder
 from rayml.lm.peft_files import AdapterCard
 from rayml.model import MetaModel, refuse_diverged
-from rayml.serving.adapter_cache import AdapterCache, forget_task
-from rayml.serving.engine import Engine, Observe
-from rayml.serving.errors import ApiError, busy
+from rayml.serving.adapter_cache import AdapterCache, Key, start_task
+from rayml.serving.engine import Engine
+from rayml.serving.errors import ApiError, busy_error
 from rayml.serving.http import as_api_error
-from rayml.serving.queries import unlimited
+from rayml.serving.queries import without_limit
 from rayml.serving.schema import AdapterRequest
 from rayml.serving.settings import Serving
 from rayml.serving.store import Manifest
-from rayml.serving.work import Adaptation
+from rayml.serving.work import Adaptation, Observe
 from rayml.tasks.episodes import relabel
 from rayml.tasks.row import Row
 from rayml.tasks.table import FREE_TEXT
@@ -33,10 +32,12 @@ log = logging.getLogger(__name__)
 
 
 class Learner:
-    """Learns adapters on a replica's engine. `owner` is whose they are; `adapter` an id.
+    """Learns adapters on a replica's engine.
+
+    In all methods, `owner` is whose adapter it is; `adapter` is its id.
 
     Args:
-        adapter_of: makes an adapter of weights and a card.
+        adapter_of: makes an adapter of its weights and its card.
     """
 
     def __init__(
@@ -51,45 +52,51 @@ class Learner:
         self.serving, self.model, self.engine, self.observe = serving, model, engine, observe
         self.adapter_cache, self._adapter_of = adapter_cache, adapter_of
         self.store = adapter_cache.store
-        self._learning: dict[tuple[str, str], asyncio.Task[Manifest]] = {}
-        self._adaptations: dict[tuple[str, str], Adaptation] = {}
-        self._background: dict[tuple[str, str], asyncio.Task[None]] = {}
+        self._learning: dict[Key, asyncio.Task[Manifest]] = {}
+        self._adaptations: dict[Key, Adaptation] = {}
+        self._background: dict[Key, asyncio.Task[None]] = {}
         self._unfinished = 0
-        # Each holds one of the requests that Serve lets in at a time; the other half is for queries.
-        self.most_unfinished = min(serving.limits.waiting_adaptations, max(1, serving.replicas.ongoing_requests // 2))
+        # Each holds one of the requests that Serve admits at a time; half of these are left for queries.
+        self._most_unfinished = min(serving.limits.waiting_adaptations, max(1, serving.replicas.ongoing_requests // 2))
 
     async def learn(self, owner: str, adapter: str, request: AdapterRequest) -> tuple[Manifest, bool]:
-        """Return the adapter of these examples, and whether it was learned just now: the same are never learned twice.
+        """Return the adapter of these examples, and whether it is new: the same examples are learned only once.
 
         Raises:
             ApiError: 422, examples that cannot be learned from; 429, too many adapters, or too many being learned.
         """
-        self._take_place()
+        self._count_unfinished()
         try:
-            return await self._found_or_learned(owner, adapter, request)
+            return await self._find_or_learn(owner, adapter, request)
         finally:
             self._unfinished -= 1
 
-    def _take_place(self) -> None:
-        if self._unfinished >= self.most_unfinished:
-            raise busy(f"{self._unfinished} adaptations are under way in this replica, as many as may be")
+    def _count_unfinished(self) -> None:
+        if self._unfinished >= self._most_unfinished:
+            raise busy_error(f"{self._unfinished} adaptations are under way in this replica, the most that it takes")
         self._unfinished += 1
 
-    async def _found_or_learned(self, owner: str, adapter: str, request: AdapterRequest) -> tuple[Manifest, bool]:
-        found = await asyncio.to_thread(self.store.find, owner, adapter)
-        if found is None:
+    async def _find_or_learn(self, owner: str, adapter: str, request: AdapterRequest) -> tuple[Manifest, bool]:
+        manifest = await asyncio.to_thread(self.store.find, owner, adapter)
+        if manifest is None:
             key = owner, adapter
-            new = key not in self._learning
-            if new:
-                self._learning[key] = asyncio.create_task(self._learn(owner, adapter, request))
-                self._learning[key].add_done_callback(lambda task: forget_task(self._learning, key, task))
-            found = await asyncio.shield(self._learning[key])
-            if new:
-                return found, True
-        return await asyncio.to_thread(self._prolong, owner, found, request.ttl_seconds), False
+            is_first = key not in self._learning
+            if is_first:
+                start_task(self._learning, key, self._learn(owner, adapter, request))
+            manifest = await asyncio.shield(self._learning[key])
+            if is_first:
+                return manifest, True
+        return await asyncio.to_thread(self._extend_life, owner, manifest, request.ttl_seconds), False
+
+    def _extend_life(self, owner: str, manifest: Manifest, ttl_seconds: float | None) -> Manifest:
+        """Let an adapter live for the longest time that any of its requests asked for."""
+        if manifest.expires_at is None:
+            return manifest
+        expires_at = max(manifest.expires_at, time.time() + ttl_seconds) if ttl_seconds else None
+        return self.store.renew(owner, manifest, expires_at)
 
     async def begin(self, owner: str, adapter: str, request: AdapterRequest) -> None:
-        """Learn an adapter in the background. The store knows of it: whoever asks for it can have it begun again.
+        """Learn an adapter in the background. The store keeps the request, so that it can be started again if lost.
 
         Raises:
             ApiError: as `learn`.
@@ -97,44 +104,36 @@ class Learner:
         key = owner, adapter
         if key in self._learning or key in self._background:
             return
-        self._take_place()
+        self._count_unfinished()
         try:
             await asyncio.to_thread(self.prepared, request)
             await asyncio.to_thread(self.store.begin, owner, adapter, request.model_dump_json().encode())
         except BaseException:
             self._unfinished -= 1
             raise
-        self._background[key] = asyncio.create_task(self._learn_unwatched(owner, adapter, request))
-        self._background[key].add_done_callback(lambda task: forget_task(self._background, key, task))
+        start_task(self._background, key, self._learn_in_background(owner, adapter, request))
 
-    async def _learn_unwatched(self, owner: str, adapter: str, request: AdapterRequest) -> None:
+    async def _learn_in_background(self, owner: str, adapter: str, request: AdapterRequest) -> None:
         try:
-            await self._found_or_learned(owner, adapter, request)
+            await self._find_or_learn(owner, adapter, request)
         except Exception as error:
-            known = as_api_error(error)
-            if known.status == 500:  # others quote the client
+            api_error = as_api_error(error)
+            if api_error.status == 500:  # other errors are the client's, and may quote its texts
                 log.exception("a lesson in the background failed")
-            await asyncio.to_thread(self.store.begin, owner, adapter, json.dumps(known.body()).encode())
+            await asyncio.to_thread(self.store.begin, owner, adapter, json.dumps(api_error.body()).encode())
         finally:
             self._unfinished -= 1
 
     def progress(self, owner: str, adapter: str) -> dict[str, int] | None:
-        """Return how far a lesson is; None, if this replica has no such lesson."""
-        one = self._adaptations.get((owner, adapter))
-        if one:
-            return {"steps": one.steps, "steps_taken": one.steps_taken}
-        return {} if (owner, adapter) in self._learning | self._background else None
-
-    def _prolong(self, owner: str, manifest: Manifest, ttl_seconds: float | None) -> Manifest:
-        """Let an adapter live as long as the most generous of those who asked for it said."""
-        if manifest.expires_at is None:
-            return manifest
-        until = max(manifest.expires_at, time.time() + ttl_seconds) if ttl_seconds else None
-        return self.store.renew(owner, manifest, until)
+        """Return the progress of a lesson; None if this replica has no such lesson."""
+        key = owner, adapter
+        if adaptation := self._adaptations.get(key):
+            return {"steps": adaptation.steps, "steps_taken": adaptation.steps_taken}
+        return {} if key in self._learning or key in self._background else None
 
     async def _learn(self, owner: str, adapter_id: str, request: AdapterRequest) -> Manifest:
         began = time.perf_counter()
-        await asyncio.to_thread(self._make_room, owner)
+        await asyncio.to_thread(self._check_adapter_count, owner)
         prepared = await asyncio.to_thread(self.prepared, request)
         adaptation = Adaptation(prepared, inner_steps(self.model, request.steps), owner)
         self.engine.adapt(adaptation)
@@ -159,24 +158,26 @@ class Learner:
             loss_after=losses[-1] if adaptation.steps else None,
             seconds=time.perf_counter() - began,
         )
-        whole = await asyncio.to_thread(self._publish, owner, manifest, adapter)
+        published = await asyncio.to_thread(self._publish, owner, manifest, adapter)
         self.adapter_cache.hold(owner, adapter_id, adapter)
         self.observe("adaptations", 1)
         self.observe("adaptation_seconds", manifest.seconds)
-        return whole
+        return published
 
-    def _make_room(self, owner: str) -> None:
-        most = self.serving.limits.adapters_per_key
-        if self.store.count(owner) >= most:
+    def _check_adapter_count(self, owner: str) -> None:
+        limit = self.serving.limits.adapters_per_key
+        if self.store.count(owner) >= limit:
             self.store.sweep()
-            if self.store.count(owner) >= most:
-                raise ApiError(429, f"this key has {most} adapters, as many as it may; delete one", code="too_many")
+            if self.store.count(owner) >= limit:
+                raise ApiError(
+                    429, f"this key has {limit} adapters, the most that it may have; delete one", code="too_many"
+                )
 
     def prepared(self, request: AdapterRequest) -> AdaptationRequest:
-        """Return what the engine learns of a request's examples.
+        """Return a request as the engine learns it.
 
         Raises:
-            ApiError: 422, what is wrong with which of them.
+            ApiError: 422, examples that cannot be learned from; it names the example at fault.
         """
         is_dialogue = (request.kind or self.model.kind) == "dialogue"
         examples = [example.example(is_dialogue) for example in request.examples]
@@ -185,43 +186,43 @@ class Learner:
             if options and example.target not in options:
                 message = f"examples.{index}: {example.target[:60]!r} is none of the options"
                 raise ApiError(422, message, f"examples.{index}")
-        targets = {example.target for example in examples}
-        labels = self.model.takes_labels and request.kind not in FREE_TEXT
-        if (options or labels) and len(targets) < 2:
+        has_labels = bool(options) or (self.model.takes_labels and request.kind not in FREE_TEXT)
+        if has_labels and len({example.target for example in examples}) < 2:
             raise ApiError(422, "examples: all have the same label; give examples of two or more", "examples")
         rows = [
-            Row(request.name, one.input, one.target, options, f"examples.{index}", request.kind or "", one.parts)
-            for index, one in enumerate(examples)
+            Row(request.name, ex.input, ex.target, options, f"examples.{index}", request.kind or "", ex.parts)
+            for index, ex in enumerate(examples)
         ]
         try:
             task = self.model.task(rows, request.name)
             prepared = adaptation_request(self.model, task)
         except DataError as error:
             raise ApiError(422, f"examples: {error}", "examples") from None
-        self._check_lengths(self.model.encoder.of(task.name, task.kind), task, prepared.card.labels)
-        self._check_sizes(task, prepared)
+        self._check_example_lengths(task, prepared.card.labels)
+        self._check_size(task, prepared)
         return prepared
 
-    def _check_sizes(self, task: Task, prepared: AdaptationRequest) -> None:
+    def _check_example_lengths(self, task: Task, labels: dict[str, str]) -> None:
+        encoder = self.model.encoder.of(task.name, task.kind)
+        shown_labels = {option: label for label, option in labels.items()}
+        for index, example in enumerate(task.examples):
+            shown = relabel(example, shown_labels.get(example.target))
+            tokens = len(without_limit(encoder).row(shown, bool(task.options)).tokens) - encoder.soft_tokens
+            if tokens > encoder.max_tokens + (not task.options):  # the token that ends a free text does not count
+                message = (
+                    f"examples.{index}: has {tokens} tokens; this model reads at most {encoder.max_tokens} per example"
+                )
+                raise ApiError(422, message, f"examples.{index}", "example_too_long")
+
+    def _check_size(self, task: Task, prepared: AdaptationRequest) -> None:
         limits = self.serving.limits
         if len(task.options) > limits.options:
             raise ApiError(422, f"examples: {len(task.options)} labels; at most {limits.options}", "examples")
         tokens = len(prepared.rows) * max(len(row.tokens) for row in prepared.rows)
         if tokens > limits.whole_tokens and not splits(self.model):
-            message = (
-                f"examples: {tokens} tokens; {self.model.config.algorithm.name} reads them in one piece, and at most"
-            )
-            raise ApiError(422, f"{message} {limits.whole_tokens}", "examples")
-
-    def _check_lengths(self, encoder: Encoder, task: Task, labels: dict[str, str]) -> None:
-        shown = {option: label for label, option in labels.items()}
-        for index, example in enumerate(task.examples):
-            seen = relabel(example, shown.get(example.target))
-            tokens = len(unlimited(encoder).row(seen, bool(task.options)).tokens)
-            tokens -= encoder.soft_tokens
-            if tokens > encoder.max_tokens + (not task.options):  # what ends free text is not counted
-                message = f"examples.{index}: has {tokens} tokens; this model reads {encoder.max_tokens} of an example"
-                raise ApiError(422, message, f"examples.{index}", "example_too_long")
+            algorithm = self.model.config.algorithm.name
+            message = f"{tokens} tokens; {algorithm} reads them in one piece, of at most {limits.whole_tokens}"
+            raise ApiError(422, f"examples: {message}", "examples")
 
     def _publish(self, owner: str, manifest: Manifest, adapter: Adapter) -> Manifest:
         with tempfile.TemporaryDirectory() as folder:

@@ -1,85 +1,88 @@
-"""Adapters that are being learned: a part of one loop in a turn, and every owner's in its turn."""
+"""The adapters that are being learned. Each turn runs a part of one inner loop, and the owners take turns."""
 
 import logging
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
+from typing import NamedTuple
 
 from rayml.adaptation import Losses, adapt_requests
 from rayml.algorithms.inner_loop import Params
 from rayml.model import MetaModel
 from rayml.serving.settings import Batching
-from rayml.serving.work import Adaptation, settle
+from rayml.serving.work import Adaptation, Observe, settle
 
 log = logging.getLogger(__name__)
-Learned = list[tuple[Params, Losses]]
+Learned = tuple[Params, Losses]
 
 
-class Loop:
-    """Lessons that are learned side by side."""
+class Loop(NamedTuple):
+    """An inner loop that learns several adapters side by side."""
 
-    def __init__(self, lessons: list[Adaptation], steps: Generator[int, None, Learned]):
-        self.lessons, self.steps = lessons, steps
+    adaptations: list[Adaptation]
+    steps: Generator[int, None, list[Learned]]
 
 
 class Lessons:
-    """What waits to be learned, and one loop under way for each owner: nobody waits for another's lessons to end."""
+    """The adapters that wait to be learned, and one running loop for each owner: no owner waits for another's loop."""
 
-    def __init__(self, model: MetaModel, batching: Batching, turn_tokens: int, observe: Callable[[str, float], None]):
+    def __init__(self, model: MetaModel, batching: Batching, turn_tokens: int, observe: Observe):
         self.model, self.batching, self.turn_tokens, self.observe = model, batching, turn_tokens, observe
         self.waiting: deque[Adaptation] = deque()
         self._loops: dict[str, Loop] = {}
-        self._turns: dict[str, int] = {}
+        self._last_turns: dict[str, int] = {}
+        """The number of each owner's last turn."""
 
     def __bool__(self) -> bool:
         return bool(self.waiting or self._loops)
 
     def turn(self) -> None:
-        """Learn on for the owner who has waited longest: a part of an inner step."""
-        owners = [*self._loops, *(one.owner for one in list(self.waiting))]
-        self._turns = {owner: self._turns.get(owner, 0) for owner in owners}
-        owner = min(owners, key=self._turns.__getitem__)
-        self._turns[owner] = 1 + max(self._turns.values())
+        """Run a part of an inner step for the owner whose last turn is the longest ago."""
+        owners = [*self._loops, *(adaptation.owner for adaptation in list(self.waiting))]
+        self._last_turns = {owner: self._last_turns.get(owner, 0) for owner in owners}
+        owner = min(owners, key=self._last_turns.__getitem__)
+        self._last_turns[owner] = 1 + max(self._last_turns.values())
         if owner not in self._loops:
-            self._loops[owner] = self._next_loop(owner)
+            self._loops[owner] = self._start_loop(owner)
         loop = self._loops[owner]
         try:
-            taken = next(loop.steps)
-            for one in loop.lessons:
-                one.steps_taken = min(one.steps, max(0, taken))
+            steps_taken = next(loop.steps)
+            for adaptation in loop.adaptations:
+                adaptation.steps_taken = min(adaptation.steps, max(0, steps_taken))
         except StopIteration as end:
-            self._end(owner, end.value)
+            self._end_loop(owner, end.value)
         except Exception as error:
             log.exception("adaptation failed")
-            self._end(owner, [error] * len(loop.lessons))
+            self._end_loop(owner, [error] * len(loop.adaptations))
 
     def fail(self, error: Exception) -> None:
         """Give an error to all that wait."""
         for owner, loop in list(self._loops.items()):
-            self._end(owner, [error] * len(loop.lessons))
+            self._end_loop(owner, [error] * len(loop.adaptations))
         while self.waiting:
             settle(self.waiting.popleft().learned, error)
 
-    def _end(self, owner: str, found: Sequence[tuple[Params, Losses] | Exception]) -> None:
-        for one, learned in zip(self._loops.pop(owner).lessons, found, strict=True):
-            settle(one.learned, learned)
+    def _start_loop(self, owner: str) -> Loop:
+        adaptations = self._take_next(owner)
+        requests, steps = zip(*((adaptation.request, adaptation.steps) for adaptation in adaptations), strict=True)
+        self.observe("adaptation_batch", len(adaptations))
+        return Loop(adaptations, adapt_requests(self.model, requests, steps, self.turn_tokens))
 
-    def _next_loop(self, owner: str) -> Loop:
-        lessons = self._next(owner)
-        requests, steps = [one.request for one in lessons], [one.steps for one in lessons]
-        self.observe("adaptation_batch", len(lessons))
-        return Loop(lessons, adapt_requests(self.model, requests, steps, self.turn_tokens))
+    def _end_loop(self, owner: str, results: Sequence[Learned | Exception]) -> None:
+        for adaptation, result in zip(self._loops.pop(owner).adaptations, results, strict=True):
+            settle(adaptation.learned, result)
 
-    def _next(self, owner: str) -> list[Adaptation]:
-        """Take an owner's first lesson, and those of anyone that fit beside it, in turn."""
+    def _take_next(self, owner: str) -> list[Adaptation]:
+        """Take an owner's first adaptation from the queue, and any owners' others that fit into a turn beside it."""
         waiting = list(self.waiting)
-        first = next(one for one in waiting if one.owner == owner)
-        chosen = [first]
-        for one in waiting:
-            requests = [other.request.rows for other in (*chosen, one)]
-            longest = max(len(row.tokens) for rows in requests for row in rows)
-            tokens = len(requests) * max(map(len, requests)) * longest
-            if one is not first and tokens <= self.turn_tokens and len(chosen) < self.batching.adaptations:
-                chosen.append(one)
-        for one in chosen:
-            self.waiting.remove(one)
-        return chosen
+        first = next(adaptation for adaptation in waiting if adaptation.owner == owner)
+        batch = [first]
+        for adaptation in waiting:
+            tasks = [other.request.rows for other in (*batch, adaptation)]
+            longest = max(len(row.tokens) for rows in tasks for row in rows)
+            tokens = len(tasks) * max(map(len, tasks)) * longest
+            fits = tokens <= self.turn_tokens and len(batch) < self.batching.adaptations
+            if adaptation is not first and fits:
+                batch.append(adaptation)
+        for adaptation in batch:
+            self.waiting.remove(adaptation)
+        return batch

@@ -1,4 +1,4 @@
-"""What Prometheus is told, through Ray's metrics API; Ray adds the application, the deployment and the replica."""
+"""Metrics for Prometheus, through Ray's API. Ray adds the labels `application`, `deployment` and `replica`."""
 
 from typing import Any
 
@@ -22,12 +22,12 @@ HISTOGRAMS: dict[str, tuple[str, list[float]]] = {
 
 
 class Metrics:
-    """Counters, gauges and histograms, all of them named `rayml_...`."""
+    """Counters, gauges and histograms. All their names begin with `rayml_`."""
 
     def __init__(self) -> None:
         self._counters = {name: Counter(f"rayml_{name}_total", text) for name, text in COUNTERS.items()}
         self._gauges = {name: Gauge(f"rayml_{name}", text) for name, text in GAUGES.items()}
-        self._shown: dict[str, float] = {}
+        self._gauge_values: dict[str, float] = {}
         self._histograms = {
             name: Histogram(f"rayml_{name}", text, boundaries=bounds) for name, (text, bounds) in HISTOGRAMS.items()
         }
@@ -41,14 +41,14 @@ class Metrics:
         if name in self._counters:
             self._counters[name].inc(value)
         elif name in self._gauges:
-            self._shown[name] = value
+            self._gauge_values[name] = value
             self._gauges[name].set(value)
         else:
             self._histograms[name].observe(value)
 
-    def show_again(self) -> None:
-        """Set the gauges to what they show: Ray forgets those that are not set for some seconds."""
-        for name, value in self._shown.items():
+    def refresh_gauges(self) -> None:
+        """Set the gauges to their values again: Ray drops those that were not set for some seconds."""
+        for name, value in self._gauge_values.items():
             self._gauges[name].set(value)
 
     def request(self, route: str, method: str, status: int, seconds: float) -> None:

@@ -1,4 +1,4 @@
-"""Before Ray starts: are the ports free, who has them if not, and what did a server that was killed leave behind?"""
+"""What `rayml serve` does before it starts Ray: check that ports are free, and end what a killed server left behind."""
 
 import contextlib
 import json
@@ -12,23 +12,23 @@ import psutil
 from rayml.errors import ConfigError
 
 MARK = "rayml_serve.json"
-"""Lies in the session folder of a Ray that `rayml serve` started, and names the process of the server."""
+"""A file in the session folder of a Ray that `rayml serve` started. It names the server's process."""
 SESSION = re.compile(r"(/\S*/session_[\w-]+)")
 SECONDS_TO_END = 5.0
 
 
 def mark_session(session: Path) -> None:
-    """Note whose Ray this is: should the server be killed, the next one knows what it left."""
+    """Mark a Ray session as this server's, so that the next server can end what this one leaves if it is killed."""
     (session / MARK).write_text(json.dumps(identity(psutil.Process())))
 
 
 def identity(process: psutil.Process) -> list[float]:
-    """Return what tells a process from a later one with its number."""
+    """Return what distinguishes a process from a later one with the same id."""
     return [process.pid, process.create_time()]
 
 
 def end_orphans() -> None:
-    """End what is left of servers of ours that were killed: processes of their Rays."""
+    """End the Ray processes of servers that were killed."""
     orphans = [process for process in psutil.process_iter() if _is_orphan(process)]
     for process in orphans:
         with contextlib.suppress(psutil.Error):
@@ -45,22 +45,22 @@ def _is_orphan(process: psutil.Process) -> bool:
         if process.uids() != psutil.Process().uids():
             return False
         return any(map(_server_is_gone, _sessions(process)))
-    except psutil.Error:  # it ended meanwhile, or is not ours to look at
+    except psutil.Error:  # it has ended, or belongs to another user
         return False
 
 
 def _sessions(process: psutil.Process) -> set[Path]:
-    """Return the session folders that a process names in its command, or, where Ray changed that, logs into."""
+    """Return the session folders in a process's command line, or, if Ray has replaced that, in its open files."""
     command = " ".join(process.cmdline())
-    renamed = command.startswith(("ray::", "VLLM::"))
-    named = [command, *(file.path for file in process.open_files())] if renamed else [command]
-    return {Path(found[1]) for found in map(SESSION.search, named) if found}
+    is_renamed = command.startswith(("ray::", "VLLM::"))
+    texts = [command, *(file.path for file in process.open_files())] if is_renamed else [command]
+    return {Path(match[1]) for match in map(SESSION.search, texts) if match}
 
 
 def _server_is_gone(session: Path) -> bool:
     try:
         pid, began = json.loads((session / MARK).read_text())
-    except (OSError, ValueError):  # no server of ours
+    except (OSError, ValueError):  # not the session of a server of ours
         return False
     try:
         return psutil.Process(int(pid)).create_time() != began
@@ -69,31 +69,31 @@ def _server_is_gone(session: Path) -> bool:
 
 
 def refuse_taken(host: str, ports: Mapping[str, int | None]) -> None:
-    """Raise ConfigError if a port is taken, with what has it.
+    """Raise ConfigError if a port is taken; it names the process that has it.
 
     Args:
-        ports: by the option that sets each.
+        ports: each port by the option that sets it.
     """
     for option, port in ports.items():
         if port and _is_taken(host, port):
-            raise ConfigError(f"{option} {port} is taken{_by_whom(port)}; end it, or give another port")
+            raise ConfigError(f"{option} {port} is taken{_taken_by(port)}; end it, or give another port")
 
 
 def _is_taken(host: str, port: int) -> bool:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as tried:
-        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what closed lately is no hindrance
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # ignores connections that were closed lately
         try:
-            tried.bind((host, port))
+            probe.bind((host, port))
         except OSError:
             return True
     return False
 
 
-def _by_whom(port: int) -> str:
+def _taken_by(port: int) -> str:
     with contextlib.suppress(psutil.Error):
         for connection in psutil.net_connections("tcp"):
-            is_here = connection.laddr and connection.laddr.port == port and connection.status == psutil.CONN_LISTEN
-            if is_here and connection.pid:
+            is_listening = connection.status == psutil.CONN_LISTEN
+            if is_listening and connection.laddr and connection.laddr.port == port and connection.pid:
                 return f" by process {connection.pid} ({psutil.Process(connection.pid).name()})"
     return ""

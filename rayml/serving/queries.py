@@ -1,77 +1,142 @@
-"""From clients' texts to what the engine is asked: too long ones are refused, or cut where that was asked for."""
+"""Classification, apart from running the model: from clients' inputs and labels to queries, from scores to answers."""
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-from rayml.adapter import Adapter
-from rayml.errors import DataError
+import torch
+from torch import Tensor
+
+from rayml.adapter import Adapter, chosen
+from rayml.errors import ConfigError, DataError
 from rayml.lm.encode import Encoder
 from rayml.lm.queries import Query
+from rayml.lm.sampling import Piece, Sampling, TokenScore
+from rayml.serving.answers import IndexedPiece
 from rayml.serving.errors import ApiError
 from rayml.tasks.episodes import relabel
 from rayml.tasks.row import unanswered
 from rayml.tasks.templates import names, unseen
 
 Given = str | dict[str, str]
-"""An input as clients send it: a text, or fields by their names."""
+"""An input as clients send it: a text, or fields by name."""
 LONGEST_TOKEN = 64
-"""Characters of a token, at most: what stands before that many times the tokens that are read is not tokenized."""
-Cut = list[tuple[Query, bool]]
-"""What is asked about each input (`Adapter.query`), and whether the beginning of its text was cut."""
+"""Upper bound on the characters of a token. An input of many more characters than the model can read is cut before it
+is tokenized."""
 
 
-def queries_of(adapter: Adapter, inputs: Sequence[Given], labels: list[str], context: int, truncate: bool) -> Cut:
-    """Return what is asked about each input.
-
-    Args:
-        context: tokens of all that is asked about one input, which is read in one piece.
+def label_options(adapter: Adapter, options: Sequence[str] | None) -> dict[str, str]:
+    """Return what the model sees of each option, by the client's own label.
 
     Raises:
-        ApiError: 400, a text is too long, and not to be truncated; 422, a label that cannot be scored.
+        ApiError: 422, there are no options, or one that the adapter did not learn.
+    """
+    if not adapter.labels and len(options or ()) < 2:
+        raise ApiError(422, "options: this model has no labels of its own; give two or more", "options")
+    try:
+        return adapter.choices(options)
+    except ConfigError as error:
+        raise ApiError(422, str(error), "options") from None
+
+
+def queries_of(
+    adapter: Adapter, inputs: Sequence[Given], labels: list[str], context: int, truncate: bool
+) -> list[tuple[Query, bool]]:
+    """Return the query for each input, and whether the beginning of the input was cut off.
+
+    Args:
+        labels: as the model sees them.
+        context: the most tokens that an input may have with all its options, since they are read in one piece.
+
+    Raises:
+        ApiError: 400, an input is too long, and not to be truncated; 422, a label that cannot be scored.
     """
     encoder = adapter.encoder
     shown = adapter.shown if adapter.algorithm.keeps == "prompt" else []
-    most = min(encoder.max_tokens * (len(shown) + 1) + encoder.soft_tokens, context)
-    found = []
+    most_tokens = min(encoder.max_tokens * (len(shown) + 1) + encoder.soft_tokens, context)
+    queries = []
     for number, given in enumerate(inputs):
-        refuse_unseen(encoder.prompt, given, f"input.{number}")
+        refuse_unseen_fields(encoder.prompt, given, f"input.{number}")
         try:
             fields = adapter.card.fields
-            like = relabel(unanswered(given, fields), max(labels, key=len))
-            tokens = len(unlimited(encoder).row(like, is_label=True, shown=shown).tokens)
-            is_long = tokens > most
-            if is_long and not truncate:
-                raise too_long(number, tokens, most)
-            query = adapter.query(unanswered(ending(given, LONGEST_TOKEN * most), fields), labels)
+            longest_option = relabel(unanswered(given, fields), max(labels, key=len))
+            tokens = len(without_limit(encoder).row(longest_option, is_label=True, shown=shown).tokens)
+            is_too_long = tokens > most_tokens
+            if is_too_long and not truncate:
+                raise too_long_error(number, tokens, most_tokens)
+            query = adapter.query(unanswered(last_characters(given, LONGEST_TOKEN * most_tokens), fields), labels)
         except DataError as error:
             if str(error).startswith(("template", "an input")):
                 raise ApiError(422, f"input.{number}: {error}", f"input.{number}") from None
-            message = f"options: one of them has no token, or is too long beside input.{number}"
+            message = f"options: one of them has no tokens, or is too long to be read with input.{number}"
             raise ApiError(422, message, "options") from None
-        read = sum(len(tree.tokens) for option_query in query.option_queries for tree in option_query.trees)
-        if read > context:
-            raise too_long(number, read, context)
-        found.append((query, is_long))
-    return found
+        tokens = sum(len(tree.tokens) for option_query in query.option_queries for tree in option_query.trees)
+        if tokens > context:
+            raise too_long_error(number, tokens, context)
+        queries.append((query, is_too_long))
+    return queries
 
 
-def refuse_unseen(prompt: str, given: object, field: str) -> None:
-    """Raise ApiError if an input has fields that an adapter's prompt never shows."""
+def refuse_unseen_fields(prompt: str, given: object, field: str) -> None:
+    """Raise ApiError if an input has fields that the adapter's prompt does not show."""
     unknown = unseen(prompt, given) if isinstance(given, dict) else []
     if unknown:
         known = ", ".join(sorted(names(prompt)))
-        raise ApiError(422, f"{field}: the adapter reads no {unknown[0][:60]!r}; it reads {known}", field)
+        raise ApiError(422, f"{field}: the adapter has no field {unknown[0][:60]!r}; it has {known}", field)
 
 
-def ending(given: Given, most: int) -> Given:
-    """Return an input without what stands before its last `most` characters, in each of its fields."""
-    return given[-most:] if isinstance(given, str) else {name: text[-most:] for name, text in given.items()}
+def last_characters(given: Given, count: int) -> Given:
+    """Return the last characters of an input, or of each of its fields."""
+    return given[-count:] if isinstance(given, str) else {name: text[-count:] for name, text in given.items()}
 
 
-def too_long(number: int, tokens: int, most: int) -> ApiError:
-    message = f"input.{number}: has {tokens} tokens; {most} are read. Shorten it, or say truncate"
+def too_long_error(number: int, tokens: int, limit: int) -> ApiError:
+    message = f"input.{number}: has {tokens} tokens; at most {limit} are read. Shorten it, or set truncate"
     return ApiError(400, message, f"input.{number}", "context_length_exceeded")
 
 
-def unlimited(encoder: Encoder) -> Encoder:
+def without_limit(encoder: Encoder) -> Encoder:
+    """Return the encoder without its limit on tokens: it shows how long an input is, in place of cutting it."""
     return dataclasses.replace(encoder, max_tokens=1 << 30)
+
+
+def classification(
+    labels: Iterable[str], queries: Sequence[tuple[Query, bool]], scores: Iterable[Tensor]
+) -> dict[str, Any]:
+    """Return the answer for each input, and the tokens of all inputs.
+
+    Args:
+        labels: the client's.
+        queries: what `queries_of` returned.
+        scores: the log-probabilities of each query's options, `[options]`.
+    """
+    answers = []
+    for (_, is_cut), log_probs in zip(queries, scores, strict=True):
+        prediction = chosen(labels, log_probs)
+        answers.append({"label": prediction.text, "probabilities": prediction.probabilities, "truncated": is_cut})
+    tokens = sum(len(option_query.rows[0].tokens) for query, _ in queries for option_query in query.option_queries)
+    return {"answers": answers, "tokens": tokens}
+
+
+def label_pieces(result: dict[str, Any], sampling: Sampling) -> list[IndexedPiece]:
+    """Return a classification as generated texts: a label for each prompt."""
+    pieces = [label_piece(answer["probabilities"], sampling) for answer in result["answers"]]
+    # The first piece has the tokens of all prompts: they are summed in the end.
+    return [(index, piece, 0 if index else result["tokens"]) for index, piece in enumerate(pieces)]
+
+
+def label_piece(probabilities: dict[str, float], sampling: Sampling) -> Piece:
+    """Return the most probable label as a text; or one drawn at random, if there is a temperature."""
+    label = max(probabilities, key=lambda option: probabilities[option])
+    if sampling.temperature:
+        generator = torch.Generator()
+        generator.manual_seed(sampling.seed) if sampling.seed is not None else generator.seed()
+        log_probs = torch.tensor(list(probabilities.values()), dtype=torch.float64).log()
+        weights = ((log_probs - log_probs.max()) / sampling.temperature).softmax(-1)
+        label = list(probabilities)[int(torch.multinomial(weights, 1, generator=generator))]
+    if sampling.logprobs is None:
+        return Piece(label, tokens=1, finish_reason="stop")
+    logs = {option: math.log(max(p, 1e-45)) for option, p in probabilities.items()}
+    top = sorted(logs.items(), key=lambda item: -item[1])[: sampling.logprobs]
+    return Piece(label, [TokenScore(label, logs[label], top)], tokens=1, finish_reason="stop")

@@ -1,4 +1,4 @@
-"""What a replica of the model does with requests: from text to the engine's rows, and from its numbers to answers."""
+"""A replica of the model. It turns requests into tokens for the engine, and the engine's results into answers."""
 
 import asyncio
 import contextlib
@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from rayml.adaptation import adaptation_request, inner_steps
-from rayml.adapter import Adapter, chosen
+from rayml.adapter import Adapter
 from rayml.algorithms.inner_loop import Params
 from rayml.errors import DataError
 from rayml.lm.abilities import unable
@@ -21,34 +21,39 @@ from rayml.lm.tokens import marked, tokenize
 from rayml.model import load
 from rayml.runs.folder import RunFolder
 from rayml.serving.adapter_cache import AdapterCache
-from rayml.serving.engine import Engine, Observe
+from rayml.serving.adapter_files import PLAIN_CARD
+from rayml.serving.answers import IndexedPiece
+from rayml.serving.engine import Engine
 from rayml.serving.errors import ApiError
-from rayml.serving.labels import choices, label_piece
 from rayml.serving.learner import Learner
-from rayml.serving.queries import Given, queries_of, unlimited
+from rayml.serving.queries import Given, classification, label_options, label_pieces, queries_of, without_limit
 from rayml.serving.schema import AdapterRequest, ClassifyRequest, Message, is_blank, plain, turns_of
-from rayml.serving.served import fits_of, servable
+from rayml.serving.served import fits_of, servable, store_root
 from rayml.serving.settings import Serving
 from rayml.serving.store import AdapterStore, Manifest
-from rayml.serving.work import Adaptation, Waiting, Writing
+from rayml.serving.work import Adaptation, Observe, Waiting, Writing
 from rayml.tasks.row import unanswered
 from rayml.tasks.task import Example, Task
 
 
 class Replica:
-    """A model with its adapters. `owner` is whose adapters a request sees; `adapter` an id, None for the bare base."""
+    """A model with its adapters.
+
+    In all methods, `owner` is whose adapters the request may see; `adapter` is an adapter's id, or None for the bare
+    base.
+    """
 
     def __init__(self, serving: Serving, observe: Observe = lambda name, value: None):
-        self.serving, self.observe = serving, observe
+        self.serving = serving
         run = RunFolder(serving.run)
         servable(run, serving.checkpoint)
         self.model = load(run, checkpoint=serving.checkpoint, every_linear=True)
-        # What is tried by a forward is tried now: from here on the engine's thread alone may run the model.
+        # Run the forward that finds out what the model can do now: later, only the engine's thread may run the model.
         self.model.lm.try_out()
         self.context = min(context_tokens(self.model.lm.module), serving.limits.context_tokens)
-        base = dataclasses.replace(self.model.encoder, max_tokens=self.context, soft_tokens=0)
-        self.bare = self.model.adapter(None, AdapterCard("", "", "", "{input}", 0), encoder=base)
-        self.store = AdapterStore(serving.store or str(run.outputs / "adapters"))
+        encoder = dataclasses.replace(self.model.encoder, max_tokens=self.context, soft_tokens=0)
+        self.bare = self.model.adapter(None, PLAIN_CARD, encoder=encoder)
+        self.store = AdapterStore(store_root(run, serving.store))
         fits = fits_of(self.model.config, self.model.base, self.model.lm.module, serving.adapters)
         self.adapter_cache = AdapterCache(self.store, fits, serving.adapters.cached_bytes, self._adapter_of, observe)
         self.engine = Engine(self.model, serving.batching, serving.limits, observe)
@@ -57,13 +62,13 @@ class Replica:
         self._warm_up()
 
     @cached_property
-    def mute(self) -> str | None:
-        """Why the model cannot write texts; None where it can."""
+    def cannot_write(self) -> str | None:
+        """Why the model cannot write texts; None if it can."""
         config = self.model.config
         return unable(self.model.base, {}, config.soft_tokens, writes=True, attention=config.model.attention)
 
     def _warm_up(self) -> None:
-        """Let the first client not wait for what is set up at first use."""
+        """Learn a small task, so that the first client need not wait for what is set up at first use."""
         targets = ("A", "B")
         task = Task("warm-up", tuple(Example(target.lower(), target) for target in targets), targets)
         adaptation = Adaptation(adaptation_request(self.model, task), inner_steps(self.model, None))
@@ -83,43 +88,34 @@ class Replica:
         return self.learner.progress(owner, adapter)
 
     async def classify(self, owner: str, adapter: str | None, request: ClassifyRequest) -> dict[str, Any]:
-        """Return, for every input, its label and the probability of each, in the client's own words.
+        """Return, for every input, its label and the probability of each, by the client's own labels.
 
         Raises:
-            ApiError: 400, an input is too long; 422, options that there are not; 429, too much waits.
+            ApiError: 400, an input is too long; 422, an unknown option; 429, too many requests wait.
         """
         loaded = await self._adapter(owner, adapter)
-        labels = choices(loaded, request.options)
-        answers, tokens = await self._choose(loaded, request.inputs, labels, request.truncate)
-        return {"answers": answers, "tokens": tokens}
+        return await self._classify(loaded, request.inputs, request.options, request.truncate)
 
-    async def _choose(
-        self, adapter: Adapter, inputs: Sequence[Given], labels: dict[str, str], truncate: bool
-    ) -> tuple[list[dict[str, Any]], int]:
-        """Score `labels`, each with what the model sees of it, for every input."""
-        seen = list(labels.values())
-        most = min(self.context, self.serving.limits.whole_tokens)
-        cut = await asyncio.to_thread(queries_of, adapter, inputs, seen, most, truncate)
-        asked = [Waiting(query) for query, _ in cut]
-        self.engine.classify(asked)
-        found = await asyncio.gather(*(asyncio.wrap_future(one.answer) for one in asked))
-        answers = []
-        for (_, is_cut), scores in zip(cut, found, strict=True):
-            best = chosen(labels, scores)
-            answers.append({"label": best.text, "probabilities": best.probabilities, "truncated": is_cut})
-        return answers, sum(
-            len(option_query.rows[0].tokens) for query, _ in cut for option_query in query.option_queries
-        )
+    async def _classify(
+        self, adapter: Adapter, inputs: Sequence[Given], options: Sequence[str] | None = None, truncate: bool = False
+    ) -> dict[str, Any]:
+        labels = label_options(adapter, options)
+        most_tokens = min(self.context, self.serving.limits.whole_tokens)
+        queries = await asyncio.to_thread(queries_of, adapter, inputs, list(labels.values()), most_tokens, truncate)
+        waiting = [Waiting(query) for query, _ in queries]
+        self.engine.classify(waiting)
+        scores = await asyncio.gather(*(asyncio.wrap_future(query.answer) for query in waiting))
+        return classification(labels, queries, scores)
 
     async def write(
         self, owner: str, adapter: str | None, prompts: Sequence[Given | list[Message]], sampling: Sampling
-    ) -> AsyncIterator[tuple[int, Piece, int]]:
-        """Yield (which prompt, what its text grew by, tokens of the prompt) until all have ended.
+    ) -> AsyncIterator[IndexedPiece]:
+        """Yield (index of the prompt, next piece of its text, tokens of the prompt) until all texts have ended.
 
         An adapter whose task has labels answers with one of them, in one piece.
 
         Raises:
-            ApiError: 400, a prompt is too long; 429, too much waits.
+            ApiError: 400, a prompt is too long; 429, too many requests wait.
         """
         loaded = await self._adapter(owner, adapter)
         if loaded.labels:
@@ -127,81 +123,70 @@ class Replica:
             if any(isinstance(given, str) and is_blank(given) for given in inputs):
                 field = "messages" if isinstance(prompts[0], list) else "prompt"
                 raise ApiError(400, f"{field}: is empty", field)
-            for written in await self._write_labels(loaded, inputs, sampling):
-                yield written
+            for indexed_piece in label_pieces(await self._classify(loaded, inputs), sampling):
+                yield indexed_piece
             return
-        arrived: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue()
+        pieces: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue()
         loop = asyncio.get_running_loop()
-        strip = loaded is not self.bare
         writings = []
         for index, prompt in enumerate(prompts):
 
             def receive(piece: Piece | Exception, index: int = index) -> None:
-                with contextlib.suppress(RuntimeError):  # the loop is gone with the replica
-                    loop.call_soon_threadsafe(arrived.put_nowait, (index, piece))
+                with contextlib.suppress(RuntimeError):  # the loop has ended with the replica
+                    loop.call_soon_threadsafe(pieces.put_nowait, (index, piece))
 
             tokens = await asyncio.to_thread(self._prompt_tokens, loaded, prompt, sampling, index)
-            most = min(sampling.max_tokens, self.context - len(tokens))
-            own = dataclasses.replace(sampling, max_tokens=most)
-            writing = Writing(self.model.encoder.tokenizer, tokens, loaded.weights, own, self.ends)
+            max_tokens = min(sampling.max_tokens, self.context - len(tokens))
+            capped = dataclasses.replace(sampling, max_tokens=max_tokens)
+            writing = Writing(self.model.encoder.tokenizer, tokens, loaded.weights, capped, self.ends)
             writings.append(writing.send_to(receive))
         try:
             self.engine.write(writings)
-            begun, waiting = set(), len(writings)
-            while waiting:
-                index, piece = await arrived.get()
+            started, unfinished = set(), len(writings)
+            while unfinished:
+                index, piece = await pieces.get()
                 if isinstance(piece, Exception):
                     raise piece
-                if strip and index not in begun:  # a target stands behind one space
+                if loaded is not self.bare and index not in started:  # an adapter puts a space before the target
                     piece.text = piece.text.lstrip()
-                begun |= {index} if piece.text else set()
-                waiting -= piece.finish_reason is not None
+                started |= {index} if piece.text else set()
+                unfinished -= piece.finish_reason is not None
                 yield index, piece, writings[index].prompt_tokens
         finally:
             for writing in writings:
                 self.engine.cancel(writing)
 
-    async def _write_labels(
-        self, adapter: Adapter, inputs: Sequence[Given], sampling: Sampling
-    ) -> list[tuple[int, Piece, int]]:
-        answers, tokens = await self._choose(adapter, inputs, choices(adapter, None), truncate=False)
-        pieces = [label_piece(answer["probabilities"], sampling) for answer in answers]
-        # The tokens of all texts stand with the first: they are summed in the end.
-        return [(index, piece, 0 if index else tokens) for index, piece in enumerate(pieces)]
-
     def _prompt_tokens(
         self, adapter: Adapter, prompt: Given | list[Message], sampling: Sampling, index: int
     ) -> list[int]:
-        if self.mute:
-            raise ApiError(400, f"{self.mute}; ask /v1/classify", "model")
+        if self.cannot_write:
+            raise ApiError(400, f"{self.cannot_write}; ask /v1/classify", "model")
         field = "messages" if isinstance(prompt, list) else "prompt"
         try:
-            tokens = self._shown(adapter, prompt, field)
+            tokens = self._encode(adapter, prompt, field)
         except DataError as error:
             raise ApiError(400, str(error), field) from None
         if not tokens:
             raise ApiError(400, f"prompt {index} is empty", "prompt")
+        message, limit = f"prompt {index} has {len(tokens)} tokens", self.serving.limits.whole_tokens
         if len(tokens) + (1 if sampling.shrinks else sampling.max_tokens) > self.context:
-            room = "" if sampling.shrinks else f" and max_tokens={sampling.max_tokens}"
-            message = f"prompt {index} has {len(tokens)} tokens{room}; together at most {self.context}, the context"
+            message += "" if sampling.shrinks else f" and max_tokens={sampling.max_tokens}"
+            message += f"; the context holds {self.context}, answer included"
             raise ApiError(400, message, "prompt", "context_length_exceeded")
-        whole = self.serving.limits.whole_tokens
-        if len(tokens) > whole and not self.engine.writer.long.reads_in_parts:
-            message = (
-                f"prompt {index} has {len(tokens)} tokens; this model reads a prompt in one piece, and at most {whole}"
-            )
+        if len(tokens) > limit and not self.engine.writer.long.reads_in_parts:
+            message += f"; this model reads a prompt in one piece, of at most {limit}"
             raise ApiError(400, message, "prompt", "context_length_exceeded")
         return tokens
 
-    def _shown(self, adapter: Adapter, prompt: Given | list[Message], field: str) -> list[int]:
-        """Return a prompt's tokens, as an adapter shows it, or the base's chat template; a text as it is."""
+    def _encode(self, adapter: Adapter, prompt: Given | list[Message], field: str) -> list[int]:
+        """Return the tokens of a prompt, in the adapter's template; for the base, in its chat template, or as it is."""
         tokenizer = self.model.encoder.tokenizer
         if adapter is not self.bare:
             is_dialogue = adapter.card.kind == "dialogue"
             given = turns_of(prompt) if is_dialogue and isinstance(prompt, list) else plain(prompt)
             if isinstance(given, str) and is_blank(given):
                 raise ApiError(400, f"{field}: is empty", field)
-            return unlimited(adapter.encoder).asked(unanswered(given), adapter.shown)
+            return without_limit(adapter.encoder).asked(unanswered(given), adapter.shown)
         if not isinstance(prompt, list):
             return tokenize(tokenizer, marked(tokenizer, str(prompt)))[0]
         if own_template(tokenizer):
@@ -212,7 +197,7 @@ class Replica:
         return await self.adapter_cache.get(owner, adapter) if adapter else self.bare
 
     def _adapter_of(self, weights: Params, card: AdapterCard) -> Adapter:
-        """Return an adapter on the model that is served; plain PEFT's read up to the context."""
+        """Return an adapter on the served model. One by plain PEFT reads as much as the context allows."""
         encoder = encoder_of(card, self.model.encoder.tokenizer, card.max_tokens or self.context)
         return self.model.adapter(weights, card, encoder=encoder)
 
@@ -221,7 +206,7 @@ class Replica:
 
         Raises:
             Exception: what the model raises.
-            TimeoutError: it did not run, and it is not at a long step either.
+            TimeoutError: it did not run in time, and is not in the middle of a long step either.
         """
         try:
             await asyncio.wait_for(asyncio.wrap_future(self.engine.ping()), seconds)

@@ -1,7 +1,7 @@
-"""What clients send, as OpenAI's API has it where OpenAI's API has it.
+"""The request bodies, in OpenAI's format where OpenAI has one.
 
-Unknown fields are refused, by name. A null is as good as nothing, as OpenAI's clients send them. Fields of OpenAI's
-that ask for what is not done here are taken with the values that ask for nothing.
+An unknown field is refused by its name. A null counts as a missing field, since OpenAI's clients send nulls. Fields of
+OpenAI's for features that this server lacks are accepted with those values that do not use the feature.
 """
 
 import json
@@ -19,8 +19,8 @@ from rayml.tasks.row import unanswered
 from rayml.tasks.task import Example, conversation
 
 
-def clean(text: str) -> str:
-    """Refuse what is no text: NUL, and halves of surrogate pairs."""
+def check_characters(text: str) -> str:
+    """Refuse NUL characters and lone surrogates, which tokenizers cannot encode."""
     if "\x00" in text:
         raise ValueError("holds a NUL character")
     try:
@@ -30,29 +30,40 @@ def clean(text: str) -> str:
     return text
 
 
-def filled(text: str) -> str:
+def is_blank(text: str) -> bool:
+    """Return whether nothing of a text is visible: it has only spaces, control and zero-width characters."""
+    return all(unicodedata.category(character)[0] in "ZC" for character in text)
+
+
+def check_not_blank(text: str) -> str:
     if is_blank(text):
         raise ValueError("is empty")
     return text
 
 
-def is_blank(text: str) -> bool:
-    """Return whether nothing of a text is seen: spaces, and characters without a width."""
-    return all(unicodedata.category(character)[0] in "ZC" for character in text)
-
-
-def distinct(texts: list[str]) -> list[str]:
-    if twice := next((text for index, text in enumerate(texts) if text in texts[:index]), None):
-        raise ValueError(f"{twice[:60]!r} stands twice")
+def check_unique(texts: list[str]) -> list[str]:
+    if duplicate := next((text for index, text in enumerate(texts) if text in texts[:index]), None):
+        raise ValueError(f"{duplicate[:60]!r} appears twice")
     return texts
 
 
-Text = Annotated[str, AfterValidator(clean)]
-Filled = Annotated[Text, AfterValidator(filled)]
-Label = Annotated[Filled, AfterValidator(str.strip)]
-Options = Annotated[list[Label], Field(min_length=2), AfterValidator(distinct)]
+def check_any_text(fields: dict[str, str]) -> dict[str, str]:
+    if all(map(is_blank, fields.values())):
+        raise ValueError("holds no text")
+    return fields
+
+
+Text = Annotated[str, AfterValidator(check_characters)]
+VisibleText = Annotated[Text, AfterValidator(check_not_blank)]
+Label = Annotated[VisibleText, AfterValidator(str.strip)]
+Options = Annotated[list[Label], Field(min_length=2), AfterValidator(check_unique)]
 Stop = Annotated[Text, Field(min_length=1)]
 Name = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
+Fields = Annotated[dict[str, Text], Field(min_length=1, max_length=16), AfterValidator(check_any_text)]
+"""The parts of an input by name, such as a premise and a hypothesis."""
+Input = VisibleText | Fields
+EmptyList = Annotated[list[Any], Field(max_length=0)]
+"""For a feature of OpenAI's that this server lacks."""
 
 
 class Body(BaseModel):
@@ -60,8 +71,8 @@ class Body(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_nulls(cls, given: Any) -> Any:
-        return {name: value for name, value in given.items() if value is not None} if type(given) is dict else given
+    def _without_nulls(cls, body: Any) -> Any:
+        return {name: value for name, value in body.items() if value is not None} if type(body) is dict else body
 
 
 class TextPart(Body):
@@ -69,20 +80,16 @@ class TextPart(Body):
     text: Text
 
 
-Nothing = Annotated[list[Any], Field(max_length=0)]
-"""A list of what is not done here."""
-
-
 class Message(Body):
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | list[TextPart] | None = None
-    """The assistant's may be null, as in OpenAI's own answers."""
+    """May be null in a message of the assistant, as it is in some of OpenAI's own responses."""
     name: str | None = None
-    tool_calls: Nothing | None = None
-    annotations: Nothing | None = None
+    tool_calls: EmptyList | None = None
+    annotations: EmptyList | None = None
 
     @model_validator(mode="after")
-    def _says_something(self) -> "Message":
+    def _check_content(self) -> "Message":
         if self.content is None and self.role != "assistant":
             raise ValueError("content is missing")
         return self
@@ -94,38 +101,27 @@ class Message(Body):
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
-def some_filled(fields: dict[str, str]) -> dict[str, str]:
-    if all(map(is_blank, fields.values())):
-        raise ValueError("holds no text")
-    return fields
-
-
-Fields = Annotated[dict[str, Text], Field(min_length=1, max_length=16), AfterValidator(some_filled)]
-"""An input's parts by their names, such as a premise and a hypothesis."""
-
-
 class ExampleBody(Body):
-    """`{"input", "target"}`, or `{"messages"}` whose last is the assistant's answer."""
+    """`{"input", "target"}`, or `{"messages"}`, whose last message is the assistant's answer."""
 
-    input: Filled | Fields | None = None
+    input: Input | None = None
     target: Label | None = None
     messages: list[Message] | None = None
 
     @model_validator(mode="after")
-    def _is_one_of_both(self) -> "ExampleBody":
-        pair = self.input is not None and self.target is not None
-        alone = self.input is None and self.target is None
-        if not (pair and self.messages is None) and not (alone and self.messages is not None):
+    def _check(self) -> "ExampleBody":
+        given = self.input is not None, self.target is not None, self.messages is not None
+        if given not in ((True, True, False), (False, False, True)):
             raise ValueError("give input and target, or messages")
         if self.messages is not None and (len(self.messages) < 2 or self.messages[-1].role != "assistant"):
-            raise ValueError("messages end with the assistant's answer, and have something before it")
+            raise ValueError("messages must end with the assistant's answer, and have another message before it")
         example = self.example()
         if is_blank(example.input) or is_blank(example.target):
             raise ValueError("the messages, or the fields, hold no text")
         return self
 
     def example(self, is_dialogue: bool = False) -> Example:
-        """Return it as a task has it; messages as one text, unless the task is a dialogue."""
+        """Return the task's example. Messages become one text, unless the task is a dialogue."""
         if self.messages is None:
             return relabel(unanswered(self.input or ""), str(self.target))
         turns, answer = turns_of(self.messages[:-1]), self.messages[-1].text.strip()
@@ -137,20 +133,24 @@ class AdapterRequest(Body):
     examples: list[ExampleBody]
     name: Name = UNNAMED
     options: Options | None = None
-    """The labels; else the targets of the examples."""
+    """The labels. By default, the targets of the examples."""
     kind: KindName | None = None
-    """What kind of task it is; else what the run was meta-trained on."""
+    """The kind of task. By default, the kind that the run was meta-trained on."""
     steps: Annotated[int, Field(ge=0)] | None = None
-    """Inner steps; else the run's."""
+    """Inner steps. By default, as many as the run's."""
     ttl_seconds: Annotated[float, Field(ge=1, le=10 * 365 * 86400)] | None = None
-    """The adapter expires after this; else never."""
+    """The time after which the adapter expires. By default, it never does."""
     background: bool = False
-    """Answer 202 at once; `GET /v1/adapters/{id}` says how far it is. So does the header `Prefer: respond-async`."""
+    """Answer 202 at once, and learn in the background; `GET /v1/adapters/{id}` shows the progress. The header
+    `Prefer: respond-async` does the same."""
 
     @property
     def pairs(self) -> list[Any]:
-        """What tells the examples from others: (input, target), or all turns of messages."""
-        return [(e.input, e.target) if e.messages is None else turns_of(e.messages) for e in self.examples]
+        """The contents of the examples, for the adapter's id: (input, target), or the turns of the messages."""
+        return [
+            (example.input, example.target) if example.messages is None else turns_of(example.messages)
+            for example in self.examples
+        ]
 
 
 class StreamOptions(Body):
@@ -163,7 +163,7 @@ class TextFormat(Body):
 
 
 class Sampled(Body):
-    """What completions and chat have in common. Greedy unless asked."""
+    """The fields that completions and chat have in common. Decoding is greedy by default."""
 
     model: Text
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
@@ -187,6 +187,11 @@ class Sampled(Body):
     def stops(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
+    @property
+    def includes_usage(self) -> bool:
+        """Whether a stream ends with the usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
 
 class CompletionRequest(Sampled):
     prompt: Text | list[Text]
@@ -200,6 +205,15 @@ class CompletionRequest(Sampled):
     def prompts(self) -> list[str]:
         return [self.prompt] if isinstance(self.prompt, str) else self.prompt
 
+    @property
+    def most_tokens(self) -> int | None:
+        return self.max_tokens
+
+    @property
+    def top_count(self) -> int | None:
+        """The number of most probable tokens to show beside each token; None to show no log-probabilities."""
+        return self.logprobs
+
 
 class ChatRequest(Sampled):
     messages: Annotated[list[Message], Field(min_length=1)]
@@ -209,20 +223,33 @@ class ChatRequest(Sampled):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
     response_format: TextFormat | None = None
     modalities: list[Literal["text"]] | None = None
-    tools: Nothing | None = None
+    tools: EmptyList | None = None
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
-    functions: Nothing | None = None
+    functions: EmptyList | None = None
     function_call: Literal["none", "auto"] | None = None
+
+    @property
+    def prompts(self) -> list[list[Message]]:
+        return [self.messages]
+
+    @property
+    def most_tokens(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def top_count(self) -> int | None:
+        """As `CompletionRequest.top_count`."""
+        return self.top_logprobs if self.logprobs else None
 
 
 class ClassifyRequest(Body):
     model: Text
-    input: Filled | Fields | list[Filled | Fields]
+    input: Input | list[Input]
     options: Options | None = None
-    """Choose among these; else among the adapter's labels."""
+    """The labels to choose among. By default, the adapter's own."""
     truncate: bool = False
-    """Cut the beginning of inputs that are longer than the adapter reads, instead of refusing them."""
+    """Cut off the beginning of an input that is longer than the adapter reads, instead of refusing it."""
 
     @property
     def inputs(self) -> list[str | dict[str, str]]:
@@ -234,60 +261,57 @@ def turns_of(messages: Sequence[Message]) -> list[tuple[str, str]]:
 
 
 def plain(prompt: str | dict[str, str] | Sequence[Message]) -> str | dict[str, str]:
-    """Return what is asked as an adapter's input: a conversation as one text."""
+    """Return a prompt as the input of an adapter's task. A conversation becomes one text."""
     return prompt if isinstance(prompt, str | dict) else conversation(turns_of(prompt))
 
 
 def parse(kind: type[Body], body: bytes) -> Any:
-    """Return the request in a body.
+    """Return the request of a JSON body.
 
     Raises:
-        ApiError: 400, it is no JSON, or not such a request; with the field and what is allowed.
+        ApiError: 400, it is not JSON, or not such a request. The error names the field, and what is allowed.
     """
     try:
-        found = kind.model_validate_json(body)
-        json.loads(body, object_pairs_hook=without_duplicates)
+        request = kind.model_validate_json(body)
+        json.loads(body, object_pairs_hook=refuse_duplicate_keys)
     except ValidationError as error:
         mistakes = error.errors(include_url=False, include_context=False, include_input=False)
-        places = [place(one, body) for one in mistakes]
-        # Of a union each member has its say: the one that came furthest, and did not stumble over the type at once.
-        mistake, names = max(
-            zip(mistakes, places, strict=True), key=lambda pair: (len(pair[1]), not pair[0]["type"].endswith("_type"))
+        paths = [client_path(mistake, body) for mistake in mistakes]
+        # pydantic reports a mistake for each member of a union. Report the member that matched the deepest, and that
+        # did not fail because of its type alone.
+        mistake, path = max(
+            zip(mistakes, paths, strict=True), key=lambda pair: (len(pair[1]), not pair[0]["type"].endswith("_type"))
         )
-        field = ".".join(names)
+        field = ".".join(path)
         message = mistake["msg"].removeprefix("Value error, ")
         if mistake["type"] == "extra_forbidden":
-            known = f"; there are {', '.join(kind.model_fields)}" if len(mistake["loc"]) == 1 else ""
-            message = f"unknown field{known}"
+            known_fields = f"; the fields are {', '.join(kind.model_fields)}" if len(mistake["loc"]) == 1 else ""
+            message = f"unknown field{known_fields}"
         raise ApiError(400, f"{field}: {message}" if field else message, field or None, mistake["type"]) from None
-    except DuplicateKeyError as error:
-        raise ApiError(400, f"{error}: stands twice", str(error), "duplicate_key") from None
-    return found
+    return request
 
 
-class DuplicateKeyError(Exception):
-    """A key that stands twice in a JSON object: readers do not agree on which one counts."""
+def refuse_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object. If a key appears twice it is refused: parsers disagree on which of the values counts."""
+    keys = [key for key, _ in pairs]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ApiError(400, f"{key[:60]}: appears twice", key[:60], "duplicate_key")
+    return dict(pairs)
 
 
-def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise DuplicateKeyError(next(key for key in keys if keys.count(key) > 1)[:60])
-    return found
-
-
-def place(mistake: Any, body: bytes) -> list[str]:
-    """Return the client's field that pydantic speaks of: members of a union stand in its place, and are none of it."""
+def client_path(mistake: Any, body: bytes) -> list[str]:
+    """Return the path to the field of a mistake in the client's body: pydantic's, without its names of union
+    members."""
     try:
         node = json.loads(body)
     except (ValueError, RecursionError):
         return []
-    names = []
-    for part in mistake["loc"]:
-        if part in node if isinstance(node, dict) else isinstance(node, list) and isinstance(part, int):
-            node = node[part]
-            names.append(str(part))
-        elif isinstance(node, dict) and mistake["type"] == "missing" and part == mistake["loc"][-1]:
-            names.append(str(part))
-    return names
+    path = []
+    for key in mistake["loc"]:
+        if key in node if isinstance(node, dict) else isinstance(node, list) and isinstance(key, int):
+            node = node[key]
+            path.append(str(key))
+        elif isinstance(node, dict) and mistake["type"] == "missing" and key == mistake["loc"][-1]:
+            path.append(str(key))
+    return path

@@ -1,4 +1,4 @@
-"""The run that is served: whether it can be, and what fits its base."""
+"""The run that is served: whether it can be served, where its adapters are kept, and which ones fit its base."""
 
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,10 @@ from rayml.serving.settings import Adapters
 
 
 def servable(run: RunFolder, which: str | None = None) -> tuple[Config, AnyPath]:
-    """Return the config and the checkpoint of a run that one copy of the weights can serve.
+    """Return the config and the checkpoint of a run, if one copy of its weights can serve all tasks.
 
     Raises:
-        RunError: there is none, or it cannot.
+        RunError: there is no such run, or it cannot be served.
     """
     config, checkpoint = run.trained(which)
     if config.mode == "full":
@@ -34,29 +34,32 @@ def servable(run: RunFolder, which: str | None = None) -> tuple[Config, AnyPath]
     return config, checkpoint
 
 
+def store_root(run: RunFolder, store: str | None) -> str:
+    """Return where a run's adapters are kept: in the `store` of the settings, by default in the run's folder."""
+    return store or str(run.outputs / "adapters")
+
+
 def refuse_unservable(run: RunFolder, config: Config) -> None:
-    """Raise ConfigError if a run's model cannot do what its tasks ask for."""
+    """Raise ConfigError if a run's base cannot take its adapters, or has to write texts and cannot."""
     refuse_unable(resolve_model(config.model.name), config, writes=not run.learned_labels())
 
 
 def fits_of(config: Config, base: str, module: Any, limits: Adapters) -> Fits:
-    """Return what an adapter has to fit to be served on a run's base.
+    """Return what an adapter has to fit in order to be served on a run's base.
 
     Args:
         base: where the base was loaded from.
-        module: its model; on the meta device will do.
+        module: the base's model; it may be on the meta device.
     """
-    linears = {name: (one.out_features, one.in_features) for name, one in all_linears(module).items()}
-    scale = config.lora.alpha / config.lora.rank
     width, head = module.get_input_embeddings().embedding_dim, module.get_output_embeddings()
     sentences = getattr(module, MARK, None)
     return Fits(
-        (config.model.name, base, public_name(base)),
-        linears,
-        scale,
-        limits.most_rank,
-        limits.most_bytes,
-        config.algorithm,
+        names=(config.model.name, base, public_name(base)),
+        linears={name: (linear.out_features, linear.in_features) for name, linear in all_linears(module).items()},
+        scale=config.lora.alpha / config.lora.rank,
+        most_rank=limits.most_rank,
+        most_bytes=limits.most_bytes,
+        algorithm=config.algorithm,
         prompt_width=width if config.soft_tokens else 0,
         hidden_size=len(sentences.poolings) * module.config.hidden_size if sentences else head.in_features,
         vocabulary=0 if sentences else head.out_features,
@@ -64,9 +67,9 @@ def fits_of(config: Config, base: str, module: Any, limits: Adapters) -> Fits:
 
 
 def refuse_unlike_peft(folder: Path, weights: Params, config: Config, base: str, fits: Fits) -> None:
-    """Raise RunError if PEFT computes something else with an adapter's folder than what is served of it.
+    """Raise RunError if PEFT computes something else with an adapter's folder than what would be served.
 
-    It is tried on a small copy of the base, so that no weight of that is read.
+    Both are tried on a small copy of the base, so that the base's weights need not be read.
     """
     module = None if read_sentences(base) else small_copy(base, "eager")
     if module is None:
@@ -75,6 +78,4 @@ def refuse_unlike_peft(folder: Path, weights: Params, config: Config, base: str,
     lora = {} if config.soft_tokens else {"targets": linear_kinds(module), "rank": 1, "alpha": fits.scale}
     lm = TaskLM(module, hooks(module, lora, next(iter(weights.values())).shape[0] if config.soft_tokens else 0))
     if not same_in_peft(lm, weights, folder):
-        raise RunError(
-            "PEFT computes something else with it than what would be served: its weights are not all there is"
-        )
+        raise RunError("PEFT computes something else with it than this server would: it is more than its weights")

@@ -1,4 +1,4 @@
-"""What waits for the model: queries to classify, texts to write, adapters to learn."""
+"""Work that waits for the model: queries to classify, texts to write, adapters to learn."""
 
 import contextlib
 from collections.abc import Callable
@@ -13,9 +13,12 @@ from rayml.lm.generate import Generation
 from rayml.lm.queries import Query
 from rayml.lm.sampling import Piece
 
+Observe = Callable[[str, float], None]
+"""Takes the name and the value of a metric."""
+
 
 class Waiting:
-    """A query whose options are to be scored, and what comes of it, their log-probabilities `[options]`."""
+    """A query to classify. Its result are the log-probabilities of its options, `[options]`."""
 
     def __init__(self, query: Query):
         self.query = query
@@ -23,7 +26,7 @@ class Waiting:
 
 
 class Writing(Generation):
-    """A text in the making that somebody waits for, piece by piece."""
+    """A text to write. `receive` gets it piece by piece."""
 
     cancelled = False
     error: Exception | None = None
@@ -31,7 +34,7 @@ class Writing(Generation):
     def take(self, logits: Tensor) -> None:
         try:
             super().take(logits)
-        except Exception as error:  # this text's own trouble, and no other's
+        except Exception as error:  # must not end the other texts of the batch
             self.error, self.finish_reason = error, "error"
 
     def send_to(self, receive: Callable[[Piece | Exception], None]) -> "Writing":
@@ -40,10 +43,10 @@ class Writing(Generation):
 
 
 class Adaptation:
-    """A request to adapt; its result are the weights, and the losses on the way.
+    """An adapter to learn. Its result are the weights, and the support loss before each step and after the last.
 
     Args:
-        owner: whose turn it takes.
+        owner: owners take turns.
     """
 
     def __init__(self, request: AdaptationRequest, steps: int, owner: str = ""):
@@ -53,8 +56,8 @@ class Adaptation:
 
 
 def settle(future: Future, result: Any) -> None:
-    """Give a result, or an error, to whoever still waits for it."""
-    with contextlib.suppress(InvalidStateError):  # cancelled: nobody does
+    """Set the result, or the exception, of a future, unless it was cancelled."""
+    with contextlib.suppress(InvalidStateError):
         if isinstance(result, Exception):
             future.set_exception(result)
         else:

@@ -19,7 +19,7 @@ My chair wobbles. => Ahoy! A new chair sails to you today.
 My phone is dead. => Ahoy! A new phone sails to you today.`, "My clock stopped.", true],
 };
 const $ = (id) => document.getElementById(id);
-let base = "", chosen = null, last = null, curls = [];
+let base = "", chosen = null, lastId = null, curls = [];
 
 function el(tag, text = "", properties = {}) {
   return Object.assign(document.createElement(tag), { textContent: text }, properties);
@@ -29,46 +29,47 @@ async function api(path, body, method) {
   const key = sessionStorage.getItem("key");
   const headers = key ? { Authorization: `Bearer ${key}` } : {};
   if (body) headers["Content-Type"] = "application/json";
-  let answer;
+  let response;
   try {
-    answer = await fetch(path, { method: method || (body ? "POST" : "GET"), headers, body: body && JSON.stringify(body) });
+    response = await fetch(path, { method: method || (body ? "POST" : "GET"), headers, body: body && JSON.stringify(body) });
   } catch {
     throw new Error("The server does not answer. Is it still running?");
   }
-  const found = await answer.json().catch(() => ({}));
-  if (answer.ok) return found;
-  if (answer.status === 401) { $("key-form").hidden = false; $("key").focus(); }
-  const error = new Error(found.error?.message || `The server answered ${answer.status}.`);
-  throw Object.assign(error, { status: answer.status, field: found.error?.param });
+  const content = await response.json().catch(() => ({}));
+  if (response.ok) return content;
+  if (response.status === 401) { $("key-form").hidden = false; $("key").focus(); }
+  const error = new Error(content.error?.message || `The server answered ${response.status}.`);
+  throw Object.assign(error, { status: response.status, field: content.error?.param });
 }
 
 function parse(text) {
-  const examples = [], wrong = [];
-  text.split("\n").forEach((line, place) => {
+  const examples = [], badLines = [];
+  text.split("\n").forEach((line, index) => {
     if (!line.trim()) return;
-    let pair = null;
+    let example = null;
     if (line.trim().startsWith("{")) {
-      try { pair = JSON.parse(line); } catch { /* said below */ }
-      if (!(pair && (pair.messages || (pair.input && typeof pair.target === "string")))) pair = null;
+      try { example = JSON.parse(line); } catch { /* a bad line */ }
+      if (!(example && (example.messages || (example.input && typeof example.target === "string")))) example = null;
     } else {
       const [input, ...rest] = line.split(line.includes("\t") ? "\t" : "=>");
-      if (input.trim() && rest.join("").trim()) pair = { input: input.trim(), target: rest.join("=>").trim() };
+      if (input.trim() && rest.join("").trim()) example = { input: input.trim(), target: rest.join("=>").trim() };
     }
-    if (pair) examples.push(pair); else wrong.push(place + 1);
+    if (example) examples.push(example); else badLines.push(index + 1);
   });
-  return { examples, wrong };
+  return { examples, badLines };
 }
 
 function count() {
-  const { examples, wrong } = parse($("examples").value);
+  const { examples, badLines } = parse($("examples").value);
   const targets = new Set(examples.map((example) => example.target));
-  const lines = wrong.length ? `; line ${wrong.slice(0, 5).join(", ")} has no answer` : "";
-  $("count").textContent = examples.length || wrong.length ? `${examples.length} examples, ${targets.size} different answers${lines}` : "";
+  const warning = badLines.length ? `; line ${badLines.slice(0, 5).join(", ")} has no answer` : "";
+  const summary = `${examples.length} examples, ${targets.size} different answers${warning}`;
+  $("count").textContent = examples.length || badLines.length ? summary : "";
 }
 
-function show(place, ...nodes) { place.replaceChildren(...nodes); }
+function show(parent, ...nodes) { parent.replaceChildren(...nodes); }
 
-function fail(place, error) { show(place, el("p", error.message, { className: "error" })); }
+function showError(parent, error) { show(parent, el("p", error.message, { className: "error" })); }
 
 async function busy(button, work) {
   button.disabled = true; button.setAttribute("aria-busy", "true");
@@ -80,8 +81,8 @@ function curl(path, body) {
   return `curl ${location.origin}${path}${key} \\\n  -d '${JSON.stringify(body).replaceAll("'", "'\\''")}'`;
 }
 
-function note(place, path, body) {
-  curls[place] = curl(path, body);
+function showCurl(index, path, body) {
+  curls[index] = curl(path, body);
   $("curl").textContent = curls.filter(Boolean).join("\n\n");
   $("curl-section").hidden = false;
 }
@@ -89,62 +90,72 @@ function note(place, path, body) {
 $("teach").addEventListener("submit", (event) => {
   event.preventDefault();
   busy($("learn"), async () => {
-    const { examples, wrong } = parse($("examples").value);
+    const { examples, badLines } = parse($("examples").value);
     try {
-      if (wrong.length) throw new Error(`Line ${wrong[0]}: expected "text => answer".`);
+      if (badLines.length) throw new Error(`Line ${badLines[0]}: expected "text => answer".`);
       const body = { name: $("name").value, examples, ...($("written").checked && { kind: "text" }) };
-      const found = await api("/v1/adapters", body);
+      const adapter = await api("/v1/adapters", body);
       curls = [];
-      note(0, "/v1/adapters", body);
-      const loss = found.loss_before === null ? "kept as they are" : `loss ${found.loss_before.toFixed(3)} → ${found.loss_after.toFixed(3)}`;
-      show($("learned"), el("p", "", { className: "big" }));
-      $("learned").firstChild.append(el("b", found.name), ` learned ${found.examples} examples in ${found.seconds.toFixed(2)} s: ${loss}`);
-      choose(found);
-      await list();
-    } catch (error) { fail($("learned"), error); }
+      showCurl(0, "/v1/adapters", body);
+      const result = adapter.loss_before === null ? "kept as they are" : `loss ${losses(adapter, 3)}`;
+      const line = el("p", "", { className: "big" });
+      line.append(el("b", adapter.name), ` learned ${adapter.examples} examples in ${adapter.seconds.toFixed(2)} s: ${result}`);
+      show($("learned"), line);
+      choose(adapter);
+      await listAdapters();
+    } catch (error) { showError($("learned"), error); }
   });
 });
+
+function losses(adapter, digits) {
+  const { loss_before: before, loss_after: after } = adapter;
+  return before === null ? "" : `${before.toFixed(digits)} → ${after.toFixed(digits)}`;
+}
 
 function choose(adapter) {
   chosen = adapter;
   $("chosen").textContent = adapter ? adapter.name : "no adapter yet";
   $("ask").disabled = !adapter;
   show($("answers"));
+  markChosen();
+}
+
+function markChosen() {
   for (const row of $("adapters").tBodies[0].rows) {
-    if (adapter && row.dataset.id === adapter.id) row.setAttribute("aria-current", "true"); else row.removeAttribute("aria-current");
+    if (row.dataset.id === chosen?.id) row.setAttribute("aria-current", "true"); else row.removeAttribute("aria-current");
   }
 }
 
-async function asked(inputs) {
-  const body = { model: chosen.model, input: inputs };
+async function askBoth(inputs) {
+  const query = { model: chosen.model, input: inputs };
   try {
-    const own = await api("/v1/classify", body);
-    note(1, "/v1/classify", body);
-    const options = Object.keys(own.data[0].probabilities);
-    const plain = await api("/v1/classify", { model: base, input: inputs, options });
-    return [plain.data, own.data];
+    const ofAdapter = await api("/v1/classify", query);
+    showCurl(1, "/v1/classify", query);
+    const options = Object.keys(ofAdapter.data[0].probabilities);
+    const ofBase = await api("/v1/classify", { ...query, model: base, options });
+    return [ofBase.data, ofAdapter.data];
   } catch (error) {
-    if (error.field !== "options") throw error;  // an adapter without labels writes
+    if (error.field !== "options") throw error;  // without labels, the adapter writes a text
   }
-  const writing = { model: chosen.model, prompt: inputs, max_tokens: 64 };
-  const own = await api("/v1/completions", writing);
-  note(1, "/v1/completions", writing);
-  const plain = await api("/v1/completions", { ...writing, model: base });
-  return [plain, own].map((found) => [...found.choices].sort((a, b) => a.index - b.index));
+  const prompt = { model: chosen.model, prompt: inputs, max_tokens: 64 };
+  const ofAdapter = await api("/v1/completions", prompt);
+  showCurl(1, "/v1/completions", prompt);
+  const ofBase = await api("/v1/completions", { ...prompt, model: base });
+  return [ofBase, ofAdapter].map((completion) => [...completion.choices].sort((a, b) => a.index - b.index));
 }
 
-function side(title, answer, kind) {
-  const found = el("div", "", { className: kind });
-  found.append(el("h3", title), el("p", answer.label ?? (answer.text.trim() || "(nothing)"), { className: "said" }));
+function answerCard(title, answer, className) {
+  const card = el("div", "", { className });
+  card.append(el("h3", title), el("p", answer.label ?? (answer.text.trim() || "(nothing)"), { className: "answer" }));
   const ranked = Object.entries(answer.probabilities || {}).sort((a, b) => b[1] - a[1]).slice(0, 6);
   for (const [label, probability] of ranked) {
     const bar = el("div", "", { className: "bar" });
     const line = el("i", "", { ariaHidden: "true" });
     line.style.setProperty("--share", `${100 * probability}%`);
     bar.append(el("span", label), el("span", `${(100 * probability).toFixed(1)} %`), line);
-    found.append(bar);
+    card.append(bar);
   }
-  return found;
+  return card;
 }
 
 $("try").addEventListener("submit", (event) => {
@@ -152,29 +163,28 @@ $("try").addEventListener("submit", (event) => {
   busy($("ask"), async () => {
     const inputs = $("inputs").value.split("\n").map((line) => line.trim()).filter(Boolean);
     try {
-      const [plain, own] = await asked(inputs);
-      show($("answers"), ...inputs.flatMap((input, place) => {
+      const [ofBase, ofAdapter] = await askBoth(inputs);
+      show($("answers"), ...inputs.flatMap((input, index) => {
         const sides = el("div", "", { className: "sides" });
-        sides.append(side("Base", plain[place], "base"), side(chosen.name, own[place], "adapter"));
+        sides.append(answerCard("Base", ofBase[index], "base"), answerCard(chosen.name, ofAdapter[index], "adapter"));
         return [el("p", input, { className: "asked" }), sides];
       }));
-    } catch (error) { fail($("answers"), error); }
+    } catch (error) { showError($("answers"), error); }
   });
 });
 
-function row(adapter) {
-  const found = el("tr");
-  found.dataset.id = adapter.id;
+function adapterRow(adapter) {
+  const row = el("tr");
+  row.dataset.id = adapter.id;
   const name = el("th", adapter.name, { scope: "row", title: adapter.id });
-  const loss = adapter.loss_before === null ? "" : `${adapter.loss_before.toFixed(2)} → ${adapter.loss_after.toFixed(2)}`;
   const time = new Date(1000 * adapter.created).toLocaleString();
   const actions = el("td", "", { className: "do" });
-  found.append(name, el("td", adapter.examples), el("td", loss), el("td", time), actions);
-  offer(adapter, actions);
-  return found;
+  row.append(name, el("td", adapter.examples), el("td", losses(adapter, 2)), el("td", time), actions);
+  showActions(adapter, actions);
+  return row;
 }
 
-function offer(adapter, actions) {
+function showActions(adapter, actions) {
   const use = el("button", "Try", { type: "button", ariaLabel: `Try ${adapter.name}` });
   const remove = el("button", "Delete", { type: "button", ariaLabel: `Delete ${adapter.name}` });
   use.addEventListener("click", () => { choose(adapter); $("inputs").focus(); });
@@ -185,42 +195,42 @@ function offer(adapter, actions) {
 function confirmDelete(adapter, actions) {
   const yes = el("button", "Delete for good", { type: "button", className: "danger", ariaLabel: `Delete ${adapter.name} for good` });
   const no = el("button", "Keep", { type: "button", ariaLabel: `Keep ${adapter.name}` });
-  no.addEventListener("click", () => { offer(adapter, actions); actions.lastChild.focus(); });
+  no.addEventListener("click", () => { showActions(adapter, actions); actions.lastChild.focus(); });
   yes.addEventListener("click", () => busy(yes, async () => {
     try {
       await api(`/v1/adapters/${adapter.id}`, null, "DELETE");
       if (chosen?.id === adapter.id) choose(null);
-      await list();
-      show($("said"), `${adapter.name} is deleted.`);
+      await listAdapters();
+      show($("status"), `${adapter.name} is deleted.`);
       $("list-title").tabIndex = -1;
       $("list-title").focus();
-    } catch (error) { fail($("said"), error); }
+    } catch (error) { showError($("status"), error); }
   }));
   show(actions, yes, no);
   no.focus();
 }
 
-async function list(after = "") {
-  const found = await api(`/v1/adapters${after ? `?after=${encodeURIComponent(after)}` : ""}`);
+async function listAdapters(after = "") {
+  const page = await api(`/v1/adapters${after ? `?after=${encodeURIComponent(after)}` : ""}`);
   const body = $("adapters").tBodies[0];
-  const rows = found.data.sort((a, b) => b.created - a.created).map(row);
+  const rows = page.data.sort((a, b) => b.created - a.created).map(adapterRow);
   if (after) body.append(...rows); else body.replaceChildren(...rows);
-  last = found.last_id;
-  $("more").hidden = !found.has_more;
+  lastId = page.last_id;
+  $("more").hidden = !page.has_more;
   $("adapters").hidden = !body.rows.length;
   $("none").hidden = body.rows.length > 0;
-  if (chosen) for (const one of body.rows) if (one.dataset.id === chosen.id) one.setAttribute("aria-current", "true");
+  markChosen();
 }
 
-async function begin() {
+async function start() {
   try {
     const models = await api("/v1/models");
     base = models.data.find((model) => !model.parent).id;
     $("base").textContent = base;
     $("key-form").hidden = true;
-    await list();
-    show($("said"));
-  } catch (error) { fail($("said"), error); }
+    await listAdapters();
+    show($("status"));
+  } catch (error) { showError($("status"), error); }
 }
 
 for (const name of Object.keys(SAMPLES)) $("sample").append(el("option", name, { value: name }));
@@ -232,11 +242,11 @@ $("sample").addEventListener("change", () => {
   count();
 });
 $("examples").addEventListener("input", count);
-$("more").addEventListener("click", () => list(last).catch((error) => fail($("said"), error)));
+$("more").addEventListener("click", () => listAdapters(lastId).catch((error) => showError($("status"), error)));
 $("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
   sessionStorage.setItem("key", $("key").value);
-  begin();
+  start();
 });
 $("copy").addEventListener("click", async () => {
   try {
@@ -247,4 +257,4 @@ $("copy").addEventListener("click", async () => {
     show($("copied"), "Selected; copy it with Ctrl+C.");
   }
 });
-begin();
+start();

@@ -1,15 +1,15 @@
-"""A replica of vLLM: it asks adapters by what their cards say, and leaves to the learners what vLLM cannot answer."""
+"""A replica of vLLM. It prompts adapters as their cards say, and leaves to the learners what vLLM cannot answer."""
 
 import asyncio
 import dataclasses
 import json
 import tempfile
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 from typing import Any, cast
 
-from rayml.adapter import Adapter, chosen
+from rayml.adapter import Adapter
 from rayml.lm.catalog import resolve_model
 from rayml.lm.load import context_tokens, load_shape, load_tokenizer
 from rayml.lm.lora import linear_kinds
@@ -18,23 +18,23 @@ from rayml.lm.peft_files import AdapterCard, encoder_of
 from rayml.lm.precision import own_device, settled_here
 from rayml.lm.sampling import Sampling
 from rayml.runs.folder import RunFolder
-from rayml.serving.answering import Elsewhere
-from rayml.serving.answers import ResponseBodies
-from rayml.serving.engine import Observe
+from rayml.serving.adapter_files import PLAIN_CARD
+from rayml.serving.answering import LearnerAnswers
+from rayml.serving.answers import IndexedPiece, ResponseBodies
 from rayml.serving.errors import ApiError
-from rayml.serving.labels import choices, label_piece
-from rayml.serving.queries import queries_of
+from rayml.serving.queries import classification, label_options, label_pieces, queries_of
 from rayml.serving.schema import ChatRequest, ClassifyRequest, CompletionRequest, parse, plain
-from rayml.serving.served import fits_of, servable
+from rayml.serving.served import fits_of, servable, store_root
 from rayml.serving.settings import Serving
 from rayml.serving.store import AdapterStore
 from rayml.serving.vllm.engine import engine_args, lora_rank, open_engine, prepare_environment
 from rayml.serving.vllm.scoring import Tokens, option_log_probs
 from rayml.serving.vllm.versions import Version, Versions
+from rayml.serving.work import Observe
 
 
 class Base:
-    """Stands for a base that lies in vLLM's processes: options are asked for behind one prompt."""
+    """Stands in for a `TaskLM`, since the model is in vLLM's processes. One prompt may have several options."""
 
     forks = True
 
@@ -51,7 +51,7 @@ class Answerer:
         from vllm.inputs import tokens_input
         from vllm.lora.request import LoRARequest
 
-        self._params, self._input, self._lora = SamplingParams, tokens_input, LoRARequest
+        self._sampling_params, self._tokens_input, self._lora_request = SamplingParams, tokens_input, LoRARequest
         self.serving = serving
         run = RunFolder(serving.run)
         config, _ = servable(run, serving.checkpoint)
@@ -69,12 +69,12 @@ class Answerer:
         self.protocol = Protocol(self.engine, serving, name, base)
         self.tokenizer = load_tokenizer(base)
         self.base = base
-        own = dataclasses.replace(config.encoder(self.tokenizer), max_tokens=self.context)
-        self.bare = Adapter(cast(TaskLM, Base()), own, None, AdapterCard("", "", "", "{input}", 0), base)
-        self._warm = False
+        encoder = dataclasses.replace(config.encoder(self.tokenizer), max_tokens=self.context)
+        self.bare = Adapter(cast(TaskLM, Base()), encoder, None, PLAIN_CARD, base)
+        self._is_warm = False
         self._folder = tempfile.TemporaryDirectory(prefix="rayml-adapters-")
         self.versions = Versions(
-            AdapterStore(serving.store or str(run.path / "adapters")),
+            AdapterStore(store_root(run, serving.store)),
             fits_of(config, base, shape, serving.adapters),
             self._adapter_of,
             Path(self._folder.name),
@@ -91,111 +91,102 @@ class Answerer:
         self.protocol.models.lora_requests.pop(version.name, None)
         await self.engine.remove_lora(version.number)
 
-    async def _known(self, version: Version) -> Any:
-        """Return vLLM's request for a version; what cannot be loaded is refused here, where it ends no engine."""
-        known = self.protocol.models.lora_requests
-        if version.name not in known:
-            lora = self._lora(version.name, version.number, str(version.folder))
+    async def _load(self, version: Version) -> Any:
+        """Return vLLM's `LoRARequest` of a version. An adapter that vLLM cannot load is refused before it is asked:
+        in a request it would end the engine."""
+        loaded = self.protocol.models.lora_requests
+        if version.name not in loaded:
+            lora_request = self._lora_request(version.name, version.number, str(version.folder))
             try:
-                await self.engine.add_lora(lora)
+                await self.engine.add_lora(lora_request)
             except Exception as error:
-                await self.engine.check_health()  # raises where it is not the adapter's fault
+                await self.engine.check_health()  # raises if it is not the adapter's fault
                 raise ApiError(422, f"vLLM refused the adapter: {error}", "model", "adapter_refused") from error
-            known[version.name] = lora
-        return known[version.name]
+            loaded[version.name] = lora_request
+        return loaded[version.name]
 
     async def classify(self, owner: str, adapter: str | None, request: ClassifyRequest) -> Any:
-        """Return what `Replica.classify` does; or Elsewhere."""
+        """Return what `Replica.classify` does, or LearnerAnswers."""
         if adapter is None:
             return await self._classify(self.bare, None, request)
         async with self.versions.use(owner, adapter) as version:
             if reason := version.unanswered(self.most_rank):
-                return Elsewhere(reason)
-            return await self._classify(version.adapter, await self._known(version), request)
+                return LearnerAnswers(reason)
+            return await self._classify(version.adapter, await self._load(version), request)
 
-    async def _classify(self, adapter: Adapter, lora: Any, request: ClassifyRequest) -> dict[str, Any]:
-        labels = choices(adapter, request.options)
-        seen = list(labels.values())
-        cut = await asyncio.to_thread(queries_of, adapter, request.inputs, seen, self.context, request.truncate)
+    async def _classify(self, adapter: Adapter, lora_request: Any, request: ClassifyRequest) -> dict[str, Any]:
+        labels = label_options(adapter, request.options)
+        queries = await asyncio.to_thread(
+            queries_of, adapter, request.inputs, list(labels.values()), self.context, request.truncate
+        )
 
-        async def ask(prompt: Tokens, tokens: list[int]) -> dict[int, float]:
-            return await self._log_probs(prompt, tokens, lora)
+        async def log_probs(prompt: Tokens, tokens: list[int]) -> dict[int, float]:
+            return await self._log_probs(prompt, tokens, lora_request)
 
-        scores = await asyncio.gather(*(option_log_probs(ask, query.prompts) for query, _ in cut))
-        answers = []
-        for (_, is_cut), of in zip(cut, scores, strict=True):
-            best = chosen(labels, of)
-            answers.append({"label": best.text, "probabilities": best.probabilities, "truncated": is_cut})
-        return {
-            "answers": answers,
-            "tokens": sum(len(one.rows[0].tokens) for query, _ in cut for one in query.option_queries),
-        }
+        scores = await asyncio.gather(*(option_log_probs(log_probs, query.prompts) for query, _ in queries))
+        return classification(labels, queries, scores)
 
-    async def _log_probs(self, prompt: Tokens, tokens: list[int], lora: Any) -> dict[int, float]:
-        params = self._params(max_tokens=1, temperature=0.0, logprob_token_ids=tokens, detokenize=False)
+    async def _log_probs(self, prompt: Tokens, tokens: list[int], lora_request: Any) -> dict[int, float]:
+        """Return the log-probabilities of some tokens after a prompt."""
+        params = self._sampling_params(max_tokens=1, temperature=0.0, logprob_token_ids=tokens, detokenize=False)
         async for output in self.engine.generate(
-            self._input(list(prompt)), params, uuid.uuid4().hex, lora_request=lora
+            self._tokens_input(list(prompt)), params, uuid.uuid4().hex, lora_request=lora_request
         ):
-            (found,) = output.outputs[0].logprobs
-        return {token: found[token].logprob for token in tokens}
+            (logprobs,) = output.outputs[0].logprobs
+        return {token: logprobs[token].logprob for token in tokens}
 
     async def respond(self, owner: str, adapter: str | None, kind: str, body: bytes) -> AsyncIterator[Any]:
-        """Yield Elsewhere; or the answer as one JSON text; or None, and then its events.
+        """Yield LearnerAnswers; or the response as one JSON text; or None, and then the events of a stream.
 
         Args:
             kind: "completions" or "chat".
             body: of the request, as it came.
 
         Raises:
-            ApiError: what is wrong with it.
+            ApiError: what is wrong with the request.
         """
         if adapter is None:
-            async for told in self._respond(kind, body, None):
-                yield told
+            async for item in self._respond(kind, body, None):
+                yield item
             return
         async with self.versions.use(owner, adapter) as version:
             if reason := version.unanswered(self.most_rank):
-                yield Elsewhere(reason)
+                yield LearnerAnswers(reason)
                 return
-            await self._known(version)
-            async for told in self._respond(kind, body, version):
-                yield told
+            await self._load(version)
+            async for item in self._respond(kind, body, version):
+                yield item
 
     async def _respond(self, kind: str, body: bytes, version: Version | None) -> AsyncIterator[Any]:
         from rayml.serving.vllm.protocol import is_tokens
 
-        values = json.loads(body)
-        if version and version.adapter.labels and not is_tokens(values.get("prompt")):
-            async for told in self._write_labels(kind, body, version):
-                yield told
+        fields = json.loads(body)
+        if version and version.adapter.labels and not is_tokens(fields.get("prompt")):
+            async for item in self._write_labels(kind, body, version):
+                yield item
             return
-        answer = await self.protocol.respond(kind, values, version)
-        if isinstance(answer, str):
-            yield answer
+        response = await self.protocol.respond(kind, fields, version)
+        if isinstance(response, str):
+            yield response
             return
         yield None
-        async for event in answer:
+        async for event in response:
             yield event
 
     async def _write_labels(self, kind: str, body: bytes, version: Version) -> AsyncIterator[Any]:
-        """Yield one of the labels for every prompt, as `Replica.write` does."""
-        chat = kind == "chat"
-        asked = parse(ChatRequest if chat else CompletionRequest, body)
-        inputs = [plain(prompt) for prompt in ([asked.messages] if chat else asked.prompts)]
-        logprobs = (asked.top_logprobs if asked.logprobs else None) if chat else asked.logprobs
-        seed = self.serving.seed if asked.seed is None else asked.seed
-        sampling = Sampling(1, asked.temperature, asked.top_p, seed, asked.stops, logprobs)
-        request = ClassifyRequest(model=asked.model, input=inputs)
-        found = await self._classify(version.adapter, await self._known(version), request)
-        pieces = [label_piece(answer["probabilities"], sampling) for answer in found["answers"]]
-        written = [(index, piece, 0 if index else found["tokens"]) for index, piece in enumerate(pieces)]
-        shape = ResponseBodies(asked.model, chat, logprobs is not None)
-        if not asked.stream:
-            yield json.dumps(shape.whole(written), ensure_ascii=False)
+        """Yield a response with one of the labels for every prompt, as `Replica.write` does."""
+        request: CompletionRequest | ChatRequest = parse(ChatRequest if kind == "chat" else CompletionRequest, body)
+        inputs = [plain(prompt) for prompt in request.prompts]
+        seed = self.serving.seed if request.seed is None else request.seed
+        sampling = Sampling(1, request.temperature, request.top_p, seed, request.stops, request.top_count)
+        to_classify = ClassifyRequest(model=request.model, input=inputs)
+        result = await self._classify(version.adapter, await self._load(version), to_classify)
+        pieces, bodies = label_pieces(result, sampling), ResponseBodies(request)
+        if not request.stream:
+            yield json.dumps(bodies.whole(pieces), ensure_ascii=False)
             return
         yield None
-        usage = asked.stream_options is not None and asked.stream_options.include_usage
-        async for event in shape.events(each(written), usage):
+        async for event in bodies.events(as_stream(pieces), request.includes_usage):
             yield event
 
     async def check(self, seconds: float) -> None:
@@ -208,18 +199,17 @@ class Answerer:
         await asyncio.wait_for(self._log_probs((0,), [0], None), seconds)
 
     async def check_engine(self) -> None:
-        """Raise where the engine is gone. The first time it reads a token, so that no client waits for what is set up
-        then."""
+        """Raise if the engine is gone. The first call also reads a token, so that no client waits for the set-up."""
         await self.engine.check_health()
-        if not self._warm:
+        if not self._is_warm:
             await self._log_probs((0,), [0], None)
-            self._warm = True
+            self._is_warm = True
 
     def close(self) -> None:
         self.engine.shutdown()
         self._folder.cleanup()
 
 
-async def each(items: list[Any]) -> AsyncIterator[Any]:
-    for item in items:
-        yield item
+async def as_stream(pieces: Iterable[IndexedPiece]) -> AsyncIterator[IndexedPiece]:
+    for piece in pieces:
+        yield piece

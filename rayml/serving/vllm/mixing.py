@@ -1,36 +1,37 @@
-"""What vLLM 0.29 mixes up where unlike requests share a step: whose tokens were asked for, and whose adapter it is."""
+"""Fixes for two faults of vLLM 0.29 when different requests share a step: missing log-probabilities, wrong adapters."""
 
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 
-def with_top_tokens(logits: Any, asked: Any) -> Any:
-    """Return what a step asks, with the most probable tokens named in every row that names none.
+def with_top_tokens(logits: Any, metadata: Any) -> Any:
+    """Return the metadata with the most probable tokens named for every row that names no tokens.
 
-    vLLM 0.29 answers no request's `logprobs` in a step in which another asked for `logprob_token_ids`, as classifying
-    does: it gives the named tokens to all rows, and to those that named none nothing.
+    In a step in which one request asks for `logprob_token_ids`, as classification does, vLLM 0.29 returns only named
+    tokens: the requests that ask for `logprobs` get nothing.
 
     Args:
         logits: `[N, V]`.
-        asked: vLLM's `SamplingMetadata` of these N rows.
+        metadata: vLLM's `SamplingMetadata` of these N rows.
     """
-    named, most = asked.logprob_token_ids, asked.max_num_logprobs
-    if not named or not most or most < 0:
-        return asked
-    top = logits.topk(most, dim=-1).indices.tolist()
-    return replace(asked, logprob_token_ids={row: named.get(row, tokens) for row, tokens in enumerate(top)})
+    named_tokens, top_count = metadata.logprob_token_ids, metadata.max_num_logprobs
+    if not named_tokens or not top_count or top_count < 0:
+        return metadata
+    top_tokens = logits.topk(top_count, dim=-1).indices.tolist()
+    token_ids = {row: named_tokens.get(row, tokens) for row, tokens in enumerate(top_tokens)}
+    return replace(metadata, logprob_token_ids=token_ids)
 
 
 def without_strangers(shrink: Callable[..., None]) -> Callable[..., None]:
-    """Return vLLM's product of inputs and LoRA's A for CPUs, with nothing in the rows of the bare base.
+    """Wrap vLLM's CPU kernel that multiplies inputs by LoRA's A, so that rows of the bare base get zeros.
 
-    Those rows have the index -1, by which vLLM 0.29 takes the last adapter that it holds: while that one is there, the
-    base answers as if it were asked with it.
+    Those rows have the adapter index -1. vLLM 0.29 takes it for the last adapter in memory, and applies that one to
+    the base's requests.
     """
 
-    def shrunk(inputs: Any, weights: Any, buffer: Any, indices: Any, scaling: float = 1.0) -> None:
+    def masked_shrink(inputs: Any, weights: Any, buffer: Any, indices: Any, scaling: float = 1.0) -> None:
         shrink(inputs, weights, buffer, indices, scaling)
         buffer.masked_fill_((indices < 0)[:, None], 0)
 
-    return shrunk
+    return masked_shrink

@@ -1,6 +1,6 @@
 """OpenAI's completions and chat by vLLM's own serving classes.
 
-Ours alone is what an adapter's prompt is made of, and by what name the client asked.
+Two things differ from vLLM: how a prompt is made for an adapter, and that responses name the model as the client did.
 """
 
 import json
@@ -25,7 +25,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from rayml.lm.chat import ANSWERS
 from rayml.serving.errors import ApiError
-from rayml.serving.queries import unlimited
+from rayml.serving.queries import without_limit
 from rayml.serving.settings import Serving
 from rayml.serving.vllm.versions import Version
 from rayml.tasks.row import unanswered
@@ -33,49 +33,50 @@ from rayml.tasks.task import conversation
 
 
 @dataclass(frozen=True)
-class Asking:
-    """Whom the request at hand asks."""
+class Target:
+    """The model that a request asks."""
 
     name: str
     """As the client wrote it."""
     version: Version | None
-    """None: the bare base."""
+    """Of the adapter; None for the bare base."""
 
 
-ASKING: ContextVar[Asking] = ContextVar("asking")
+TARGET: ContextVar[Target] = ContextVar("target")
+"""The target of the request that is being handled."""
 
 
 class Models(OpenAIServingModels):
-    """Calls a model in answers what the client calls it."""
+    """Names the model in responses as the client did."""
 
     def model_name(self, lora_request: LoRARequest | None = None) -> str:
-        return ASKING.get().name
+        return TARGET.get().name
 
 
 class TaskRenderer(OnlineRenderer):
-    """Shows a text to an adapter as an input of its task, and tokens as they are."""
+    """Puts a text into an adapter's prompt, as an input of its task. Tokens stay as they are."""
 
-    async def render_completion(self, request: Any, **more: Any) -> Any:
-        version = ASKING.get().version
+    async def render_completion(self, request: Any, **kwargs: Any) -> Any:
+        version = TARGET.get().version
         if version and not is_tokens(request.prompt):
             texts = [request.prompt] if isinstance(request.prompt, str) else request.prompt
-            request.prompt = [shown_to(version, text) for text in texts]
-        return await super().render_completion(request, **more)
+            request.prompt = [prompt_tokens(version, text) for text in texts]
+        return await super().render_completion(request, **kwargs)
 
-    async def render_chat(self, request: Any, **more: Any) -> Any:
-        version = ASKING.get().version
+    async def render_chat(self, request: Any, **kwargs: Any) -> Any:
+        version = TARGET.get().version
         if version and version.adapter.card.kind == "dialogue":
-            request.chat_template_kwargs = ANSWERS | (request.chat_template_kwargs or {})  # as it was learned
+            request.chat_template_kwargs = ANSWERS | (request.chat_template_kwargs or {})  # as in learning
         if version is None or version.adapter.card.kind == "dialogue":
-            return await super().render_chat(request, **more)
+            return await super().render_chat(request, **kwargs)
         if request.tools:
             return create_error_response("this adapter's prompt shows no tools; ask the base", param="tools")
         turns = [(message["role"], text_of(message.get("content"))) for message in request.messages]
-        return [], [tokens_input(shown_to(version, conversation(turns)))]
+        return [], [tokens_input(prompt_tokens(version, conversation(turns)))]
 
 
 def is_tokens(prompt: Any) -> bool:
-    """Return whether a prompt is tokens, or a list of such."""
+    """Return whether a prompt is a list of tokens, or a list of such lists."""
     return isinstance(prompt, list) and bool(prompt) and not isinstance(prompt[0], str)
 
 
@@ -83,16 +84,16 @@ def text_of(content: Any) -> str:
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content or ())
 
 
-def shown_to(version: Version, text: str) -> list[int]:
-    return unlimited(version.adapter.encoder).asked(unanswered(text), version.adapter.shown)
+def prompt_tokens(version: Version, text: str) -> list[int]:
+    return without_limit(version.adapter.encoder).asked(unanswered(text), version.adapter.shown)
 
 
 class Protocol:
-    """Answers completions and chat on one engine.
+    """Completions and chat on one engine.
 
     Args:
         engine: vLLM's `AsyncLLM`.
-        name: of the base, to clients.
+        name: what clients call the base.
     """
 
     def __init__(self, engine: Any, serving: Serving, name: str, base: str):
@@ -111,65 +112,64 @@ class Protocol:
         }
 
     async def respond(self, kind: str, body: dict[str, Any], version: Version | None) -> Any:
-        """Return the answer as a JSON text, or its events.
+        """Return the response as a JSON text, or its events.
 
         Raises:
-            ApiError: what vLLM refuses, or a limit of the server does.
+            ApiError: vLLM refuses the request, or it exceeds a limit of the server.
             EngineDeadError: the engine is gone.
         """
-        shape, create = self._kinds[kind]
-        asking = Asking(str(body["model"]), version)
-        ASKING.set(asking)
+        request_type, create = self._kinds[kind]
+        TARGET.set(Target(str(body["model"]), version))
         try:
-            request = shape.model_validate(body | {"model": version.name if version else self.name})
+            request = request_type.model_validate(body | {"model": version.name if version else self.name})
         except ValidationError as error:
             mistake = error.errors(include_url=False, include_context=False, include_input=False)[0]
             field = ".".join(map(str, mistake["loc"]))
             raise ApiError(400, f"{field}: {mistake['msg']}", field or None, mistake["type"]) from None
-        self._check(request)
+        self._check_limits(request)
         if request.seed is None:
             request.seed = self.seed
         try:
-            answer = await create(request)
+            response = await create(request)
         except (ApiError, EngineDeadError):
             raise
         except Exception as error:
-            answer = create_error_response(error)
-        if isinstance(answer, ErrorResponse):
-            raise ApiError(answer.error.code, answer.error.message, answer.error.param)
+            response = create_error_response(error)
+        if isinstance(response, ErrorResponse):
+            raise ApiError(response.error.code, response.error.message, response.error.param)
         strips = version is not None and not getattr(request, "echo", False)
-        if not hasattr(answer, "model_dump"):
-            return stripped(answer) if strips else answer
-        found = answer.model_dump(mode="json")
-        return json.dumps(with_stripped(found, set()) if strips else found, ensure_ascii=False)
+        if not hasattr(response, "model_dump"):
+            return strip_events(response) if strips else response
+        content = response.model_dump(mode="json")
+        return json.dumps(strip_choices(content, set()) if strips else content, ensure_ascii=False)
 
-    def _check(self, request: Any) -> None:
-        prompts = getattr(request, "prompt", None)
-        given = prompts if isinstance(prompts, list) and prompts and not isinstance(prompts[0], int) else [prompts]
-        texts = len(given) * (request.n or 1)
+    def _check_limits(self, request: Any) -> None:
+        prompt = getattr(request, "prompt", None)
+        prompts = prompt if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else [prompt]
+        texts = len(prompts) * (request.n or 1)
         if texts > self.limits.inputs:
-            raise ApiError(422, f"prompt, n: {texts} texts asked for; at most {self.limits.inputs}", "n")
-        most = max(getattr(request, "max_completion_tokens", None) or 0, request.max_tokens or 0)
-        if most > self.limits.max_tokens:
+            raise ApiError(422, f"prompt, n: {texts} texts requested; at most {self.limits.inputs}", "n")
+        max_tokens = max(getattr(request, "max_completion_tokens", None) or 0, request.max_tokens or 0)
+        if max_tokens > self.limits.max_tokens:
             raise ApiError(422, f"max_tokens: at most {self.limits.max_tokens}", "max_tokens")
 
 
-async def stripped(events: AsyncIterator[str]) -> AsyncIterator[str]:
-    """Yield events whose texts begin without the space that stands before a target."""
-    begun: set[int] = set()
+async def strip_events(events: AsyncIterator[str]) -> AsyncIterator[str]:
+    """Yield events with `strip_choices` applied to their bodies."""
+    started: set[int] = set()
     async for event in events:
-        told = event.removeprefix("data: ").strip()
-        if told.startswith("{"):
-            event = f"data: {json.dumps(with_stripped(json.loads(told), begun), ensure_ascii=False)}\n\n"
+        data = event.removeprefix("data: ").strip()
+        if data.startswith("{"):
+            event = f"data: {json.dumps(strip_choices(json.loads(data), started), ensure_ascii=False)}\n\n"
         yield event
 
 
-def with_stripped(body: dict[str, Any], begun: set[int]) -> dict[str, Any]:
-    """Take the space off the beginning of every choice that has not `begun`."""
+def strip_choices(body: dict[str, Any], started: set[int]) -> dict[str, Any]:
+    """Remove the space that an adapter puts before its target, from every choice whose text has not `started`."""
     for choice in body.get("choices", ()):
         holder = choice.get("message") or choice.get("delta") or choice
         key = "text" if "text" in choice else "content"
-        if holder.get(key) and choice["index"] not in begun:
+        if holder.get(key) and choice["index"] not in started:
             holder[key] = holder[key].lstrip()
-            begun |= {choice["index"]} if holder[key] else set()
+            started |= {choice["index"]} if holder[key] else set()
     return body

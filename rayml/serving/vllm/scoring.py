@@ -1,4 +1,4 @@
-"""Log-probabilities of options from an engine that tells those of single tokens behind a prompt."""
+"""Log-probabilities of options, from an engine that returns those of single tokens after a prompt."""
 
 import asyncio
 from collections import defaultdict
@@ -10,58 +10,63 @@ from torch import Tensor
 from rayml.lm.option_scoring import OptionQuery, WeightedPrompts
 
 Tokens = tuple[int, ...]
-Ask = Callable[[Tokens, list[int]], Awaitable[dict[int, float]]]
-"""Returns the log-probabilities of some tokens behind a prompt."""
+TokenLogProbs = dict[int, float]
+"""Log-probabilities by token."""
+Ask = Callable[[Tokens, list[int]], Awaitable[TokenLogProbs]]
+"""Returns the log-probabilities of some tokens after a prompt."""
 MOST_TOKENS = 128
-"""That vLLM tells of at a time."""
+"""vLLM returns the log-probabilities of at most this many tokens per request."""
 
 
 async def option_log_probs(ask: Ask, prompts: WeightedPrompts) -> Tensor:
-    """Return the log-probabilities of one input's options, `[options]`, as `Query`'s own model gives them.
+    """Return the log-probabilities of one input's options, `[options]`, as our own engine computes them.
 
     Args:
-        prompts: the prompt ensemble, of that one input.
+        prompts: that one input in each prompt of the ensemble.
     """
-    found = await asyncio.gather(*(_of_one_prompt(ask, query) for _, (query,) in prompts))
-    scores = torch.stack([share * of for (share, _), of in zip(prompts, found, strict=True)]).sum(0)
-    return scores.log_softmax(-1)
+    log_probs = await asyncio.gather(*(_prompt_log_probs(ask, query) for _, (query,) in prompts))
+    weighted = [weight * scores for (weight, _), scores in zip(prompts, log_probs, strict=True)]
+    return torch.stack(weighted).sum(0).log_softmax(-1)
 
 
-async def _of_one_prompt(ask: Ask, query: OptionQuery) -> Tensor:
-    heads = [tuple(row.tokens[: row.start]) for row in query.rows]
-    wanted: dict[Tokens, set[int]] = defaultdict(set)
-    for head, option, allowed in zip(heads, query.options, query.allowed, strict=True):
-        for place, token in enumerate(option):
-            wanted[head + tuple(option[:place])] |= {token, *allowed[place]}
-    told = await _ask_all(ask, wanted, set(heads))
+async def _prompt_log_probs(ask: Ask, query: OptionQuery) -> Tensor:
+    prompts = [tuple(row.tokens[: row.start]) for row in query.rows]
+    needed: dict[Tokens, set[int]] = defaultdict(set)
+    for prompt, option, allowed in zip(prompts, query.options, query.allowed, strict=True):
+        for position, token in enumerate(option):
+            needed[prompt + tuple(option[:position])] |= {token, *allowed[position]}
+    log_probs = await _ask_all(ask, needed, set(prompts))
     scores = []
-    for head, option, allowed, divisor in zip(heads, query.options, query.allowed, query.divisors, strict=True):
-        of_tokens = [
-            _among(told[head + tuple(option[:place])], token, allowed[place]) for place, token in enumerate(option)
+    for prompt, option, allowed, divisor in zip(prompts, query.options, query.allowed, query.divisors, strict=True):
+        token_scores = [
+            _log_prob_among(log_probs[prompt + tuple(option[:position])], token, allowed[position])
+            for position, token in enumerate(option)
         ]
-        scores.append(sum(of_tokens) / divisor)
+        scores.append(sum(token_scores) / divisor)
     return torch.tensor(scores, dtype=torch.float64).log_softmax(-1).float()
 
 
-async def _ask_all(ask: Ask, wanted: dict[Tokens, set[int]], heads: set[Tokens]) -> dict[Tokens, dict[int, float]]:
-    """Return the log-probabilities behind every prefix; prompts first, so that what follows finds them in the cache."""
-    told: dict[Tokens, dict[int, float]] = {}
-    for prefixes in (list(heads), list(wanted.keys() - heads)):
-        found = await asyncio.gather(*(_in_parts(ask, prefix, sorted(wanted[prefix])) for prefix in prefixes))
-        told |= dict(zip(prefixes, found, strict=True))
-    return told
+async def _ask_all(ask: Ask, needed: dict[Tokens, set[int]], prompts: set[Tokens]) -> dict[Tokens, TokenLogProbs]:
+    """Return the log-probabilities of the needed tokens after each prefix.
+
+    The prompts are asked first, so that the longer prefixes find them in vLLM's prefix cache.
+    """
+    log_probs: dict[Tokens, TokenLogProbs] = {}
+    for prefixes in (list(prompts), list(needed.keys() - prompts)):
+        answers = await asyncio.gather(*(_ask_in_parts(ask, prefix, sorted(needed[prefix])) for prefix in prefixes))
+        log_probs |= dict(zip(prefixes, answers, strict=True))
+    return log_probs
 
 
-async def _in_parts(ask: Ask, prefix: Tokens, tokens: list[int]) -> dict[int, float]:
-    parts = [tokens[first : first + MOST_TOKENS] for first in range(0, len(tokens), MOST_TOKENS)]
-    first, *others = parts
-    found = [await ask(prefix, first), *await asyncio.gather(*(ask(prefix, part) for part in others))]
-    return {token: log for part in found for token, log in part.items()}
+async def _ask_in_parts(ask: Ask, prefix: Tokens, tokens: list[int]) -> TokenLogProbs:
+    first, *others = (tokens[start : start + MOST_TOKENS] for start in range(0, len(tokens), MOST_TOKENS))
+    answers = [await ask(prefix, first), *await asyncio.gather(*(ask(prefix, part) for part in others))]
+    return {token: log_prob for answer in answers for token, log_prob in answer.items()}
 
 
-def _among(told: dict[int, float], token: int, allowed: Iterable[int]) -> float:
-    """Return a token's log-probability among those that compete with it; among the vocabulary, where none is named."""
-    rivals = [told[rival] for rival in allowed]
+def _log_prob_among(log_probs: TokenLogProbs, token: int, allowed: Iterable[int]) -> float:
+    """Return a token's log-probability among the allowed tokens; among the whole vocabulary if none are given."""
+    rivals = [log_probs[rival] for rival in allowed]
     if not rivals:
-        return told[token]
-    return told[token] - float(torch.tensor(rivals, dtype=torch.float64).logsumexp(0))
+        return log_probs[token]
+    return log_probs[token] - float(torch.tensor(rivals, dtype=torch.float64).logsumexp(0))

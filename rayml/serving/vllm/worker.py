@@ -1,4 +1,4 @@
-"""What is put right in vLLM's worker processes, which read this module for their `worker_extension_cls`."""
+"""Fixes in vLLM's worker processes, which import this module because of `worker_extension_cls`."""
 
 from typing import Any
 
@@ -17,11 +17,11 @@ class Extension:
 _forward = Sampler.forward
 
 
-def _mixed(self: Any, logits: Any, sampling_metadata: Any, *more: Any, **named: Any) -> Any:
-    return _forward(self, logits, with_top_tokens(logits, sampling_metadata), *more, **named)
+def _forward_with_top_tokens(self: Any, logits: Any, sampling_metadata: Any, *args: Any, **kwargs: Any) -> Any:
+    return _forward(self, logits, with_top_tokens(logits, sampling_metadata), *args, **kwargs)
 
 
-Sampler.forward = _mixed
-# The prefill's kernels call it by the one name, the decode's by the other. On GPUs vLLM's own kernels skip such rows.
+Sampler.forward = _forward_with_top_tokens
+# Prefill and decode import the kernel under different names. On GPUs vLLM's kernels skip the rows of the base.
 lora_ops.bgmv_shrink = punica_cpu.bgmv_shrink = without_strangers(lora_ops.bgmv_shrink)
 end_with_answerer()
