@@ -266,7 +266,7 @@ def test_leaking_data_is_refused_before_training(tmp_path):
     tasks = toy_tasks()
     leaked = Task("toy-leak", tasks[0].examples, tasks[0].options)
     splits = {"val": 0, "test": 0, "test_tasks": "toy-leak"}
-    with pytest.raises(DataError, match="stand in two splits"):
+    with pytest.raises(DataError, match="are in two splits"):
         prepare_splits(data(tmp_path, (*tasks, leaked), splits=splits))
 
 
