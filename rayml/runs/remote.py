@@ -1,4 +1,4 @@
-"""Files and folders on object storage, by pathlib's names, over pyarrow's filesystems."""
+"""Files and folders in object storage, by pyarrow, with the methods of `pathlib.Path`."""
 
 import errno
 import fnmatch
@@ -16,26 +16,26 @@ from pyarrow import fs
 from rayml.errors import StorageError
 
 REWRITE_SECONDS = 5
-"""At least, between two times that a growing file is written to object storage."""
+"""The least time between two writes of a growing file."""
 BLOCK_BYTES = 32 * 2**20
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Remote:
-    """A file or folder on a pyarrow filesystem, with as much of `pathlib.Path` as runs use.
+    """A file or folder on a pyarrow filesystem, with the methods of `pathlib.Path` that runs use.
 
-    Every method raises StorageError if the storage does not answer, or refuses. That a file is not there is
-    FileNotFoundError, as everywhere.
+    Every method raises StorageError if the storage does not answer, or refuses. A missing file is a
+    FileNotFoundError, as usual.
     """
 
     fs: fs.FileSystem
     path: str
     """Within the filesystem."""
     address: str
-    """The URI up to its query."""
+    """The URI without its query."""
     query: str
-    """A filesystem's settings, with their question mark."""
+    """The filesystem's settings at the end of the URI, from the question mark on."""
 
     def __str__(self) -> str:
         return self.address + self.query
@@ -64,12 +64,12 @@ class Remote:
 
     def iterdir(self) -> Iterator["Remote"]:
         with answering(self):
-            found = self.fs.get_file_info(fs.FileSelector(self.path, allow_not_found=True))
-        return (self / info.base_name for info in found)
+            infos = self.fs.get_file_info(fs.FileSelector(self.path, allow_not_found=True))
+        return (self / info.base_name for info in infos)
 
     def glob(self, pattern: str) -> Iterator["Remote"]:
-        """Yield what lies in this very folder and is named so."""
-        return (one for one in self.iterdir() if fnmatch.fnmatch(one.name, pattern))
+        """Yield the entries of this folder, not of those in it, that match a pattern."""
+        return (entry for entry in self.iterdir() if fnmatch.fnmatch(entry.name, pattern))
 
     def mkdir(self, parents: bool = True, exist_ok: bool = True) -> None:
         with answering(self):
@@ -82,7 +82,7 @@ class Remote:
         return Growing(self)
 
     def sha256(self) -> str:
-        """Return the checksum of a file, read in large blocks, of which each is a request."""
+        """Return the checksum of a file. It is read in large blocks, since each is a request."""
         with answering(self), self.fs.open_input_stream(self.path, buffer_size=BLOCK_BYTES) as file:
             digest = hashlib.sha256()
             while block := file.read(BLOCK_BYTES):
@@ -90,7 +90,7 @@ class Remote:
             return digest.hexdigest()
 
     def size_and_time(self) -> tuple[int, float]:
-        """Return a file's bytes, and when it was written, in seconds."""
+        """Return a file's size in bytes, and when it was written, in seconds."""
         with answering(self):
             info = self.fs.get_file_info(self.path)
         if info.type == fs.FileType.NotFound:
@@ -124,29 +124,29 @@ class Remote:
 
 
 class Growing(io.TextIOBase):
-    """A text that lines are added to, on storage that takes whole objects alone: so it is written anew now and then.
+    """A growing text file in storage that takes whole objects only: now and then all of it is written again.
 
-    That takes a hundredth of the time at most. Where storage does not answer, lines are kept for the next time.
+    That takes at most a hundredth of the time. If the storage does not answer, the lines wait for the next write.
     """
 
     def __init__(self, file: Remote):
-        self.file, self.due = file, 0.0
+        self.file, self.next_write = file, 0.0
         self.text = [file.read_text()] if file.exists() else []
 
     def write(self, text: str) -> int:
         self.text.append(text)
-        if time.monotonic() >= self.due:
+        if time.monotonic() >= self.next_write:
             self.flush()
         return len(text)
 
     def flush(self) -> None:
-        began = time.monotonic()
+        started = time.monotonic()
         try:
             self.file.write_text("".join(self.text))
         except StorageError as error:
             log.warning("%s; tried again later", error)
-        took = time.monotonic() - began
-        self.due = began + took + max(REWRITE_SECONDS, 99 * took)
+        elapsed = time.monotonic() - started
+        self.next_write = started + elapsed + max(REWRITE_SECONDS, 99 * elapsed)
 
     def close(self) -> None:
         if not self.closed:
@@ -156,7 +156,7 @@ class Growing(io.TextIOBase):
 
 @contextmanager
 def answering(path: object) -> Iterator[None]:
-    """Turn what storage refuses, or its silence, into a StorageError."""
+    """Raise StorageError, with the path, if the storage does not answer, or refuses."""
     try:
         yield
     except FileNotFoundError:
