@@ -43,7 +43,7 @@ class MemoryPart:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class MemoryPlan:
     """One worker's memory at its peak. The parts are added as if all existed at once."""
 
     parts: tuple[MemoryPart, ...]
@@ -60,7 +60,7 @@ class Plan:
         return self.device_bytes <= gpu_bytes
 
 
-def memory(shape: Shape, config: Config, target_tokens: int = 1) -> Plan:
+def memory(shape: Shape, config: Config, target_tokens: int = 1) -> MemoryPlan:
     """Return one worker's memory, in parts.
 
     Args:
@@ -74,7 +74,7 @@ def memory(shape: Shape, config: Config, target_tokens: int = 1) -> Plan:
         states = _zero_full_states(shape, config)
     checkpointing = config.model.activation_checkpointing
     parts = [*states, *activation_parts(shape, config, target_tokens, checkpointing)]
-    return Plan((*parts, MemoryPart("allowance", int(ALLOWANCE * sum(part.device_bytes for part in parts)))))
+    return MemoryPlan((*parts, MemoryPart("allowance", int(ALLOWANCE * sum(part.device_bytes for part in parts)))))
 
 
 def activation_parts(shape: Shape, config: Config, target_tokens: int, checkpointing: bool) -> list[MemoryPart]:

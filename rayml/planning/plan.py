@@ -12,7 +12,7 @@ from rich.table import Table
 
 from rayml.config import Config, parse_config
 from rayml.errors import ConfigError
-from rayml.planning.memory import ALLOWANCE, Plan, activation_parts, memory
+from rayml.planning.memory import ALLOWANCE, MemoryPlan, activation_parts, memory
 from rayml.planning.shape import Shape, read_shape
 from rayml.planning.step import episode_rows, largest_pass, tokens_per_step, traffic
 from rayml.runs.reports import table as empty_table
@@ -87,7 +87,7 @@ def shardings(config: Config) -> list[tuple[str, ...]]:
     return ENGINES if config.mode == "adapters" else [("engine=local", "zero.offload=none"), *ZERO]
 
 
-def alternatives(shape: Shape, config: Config, target_tokens: int) -> Iterator[tuple[tuple[str, ...], Plan]]:
+def alternatives(shape: Shape, config: Config, target_tokens: int) -> Iterator[tuple[tuple[str, ...], MemoryPlan]]:
     """Yield each way to shard, as overrides, with its plan."""
     for overrides in shardings(config):
         candidate = with_overrides(config, overrides)
@@ -173,7 +173,7 @@ def build_report(shape: Shape, config: Config, target_tokens: int, gpu_bytes: in
     }
 
 
-def _sizes(plan: Plan, gpu_bytes: int | None) -> dict[str, Any]:
+def _sizes(plan: MemoryPlan, gpu_bytes: int | None) -> dict[str, Any]:
     fits = plan.fits(gpu_bytes) if gpu_bytes else None
     return {"device_bytes": plan.device_bytes, "host_bytes": plan.host_bytes, "fits": fits}
 

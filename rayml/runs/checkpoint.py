@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rayml.errors import RunError, StorageError
 from rayml.runs.files import AnyPath, checksum, listed, local_copy, remove
-from rayml.tasks.statistics import normalised
+from rayml.tasks.statistics import unit_score
 
 STATE = "state.safetensors"
 T = TypeVar("T")
@@ -154,7 +154,7 @@ def val_score(record: dict[str, Any], when: str = "after") -> float | None:
     score = record.get(f"val_score_{when}")
     for metric in ("accuracy", "loss"):  # older runs have no overall score
         if score is None and (key := f"val_{metric}_{when}") in record:
-            score = normalised(metric, record[key])
+            score = unit_score(metric, record[key])
     return score if score is None or math.isfinite(score) else -math.inf
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from pyarrow import fs
 
 from rayml.errors import StorageError
-from rayml.runs.remote import Remote, answering
+from rayml.runs.remote import Remote, storage_errors
 
 AnyPath = Path | Remote
 SETTLED_SECONDS = 5
@@ -45,7 +45,7 @@ def as_path(path: str | AnyPath) -> AnyPath:
     if "://" not in str(path):
         return Path(path).expanduser().absolute()
     address, mark, query = str(path).partition("?")
-    with answering(path):
+    with storage_errors(path):
         store, inner = fs.FileSystem.from_uri(str(path))
     if isinstance(store, fs.LocalFileSystem):
         return Path(inner)
@@ -97,7 +97,7 @@ def local_copy(folder: AnyPath) -> Iterator[Path]:
         yield folder
         return
     with tempfile.TemporaryDirectory(prefix="rayml-") as copy:
-        with answering(folder):
+        with storage_errors(folder):
             fs.copy_files(folder.path, copy, folder.fs, fs.LocalFileSystem())
         yield Path(copy)
 
@@ -110,7 +110,7 @@ def deliver(folder: Path, to: AnyPath) -> None:
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, copy)
         return
-    with answering(to):
+    with storage_errors(to):
         fs.copy_files(str(folder), to.path, fs.LocalFileSystem(), to.fs)
 
 
@@ -138,5 +138,5 @@ def remove(folder: AnyPath) -> None:
     if isinstance(folder, Path):
         shutil.rmtree(folder, ignore_errors=True)
     elif folder.exists():
-        with answering(folder):
+        with storage_errors(folder):
             folder.fs.delete_dir(folder.path)

@@ -59,11 +59,11 @@ class Remote:
         return self._type() == fs.FileType.Directory
 
     def _type(self) -> fs.FileType:
-        with answering(self):
+        with storage_errors(self):
             return self.fs.get_file_info(self.path).type
 
     def iterdir(self) -> Iterator["Remote"]:
-        with answering(self):
+        with storage_errors(self):
             infos = self.fs.get_file_info(fs.FileSelector(self.path, allow_not_found=True))
         return (self / info.base_name for info in infos)
 
@@ -72,18 +72,18 @@ class Remote:
         return (entry for entry in self.iterdir() if fnmatch.fnmatch(entry.name, pattern))
 
     def mkdir(self, parents: bool = True, exist_ok: bool = True) -> None:
-        with answering(self):
+        with storage_errors(self):
             self.fs.create_dir(self.path, recursive=parents)
 
-    def open(self, mode: str, buffering: int = -1) -> "Growing":
+    def open(self, mode: str, buffering: int = -1) -> "GrowingFile":
         """Open to add lines (`a`)."""
         if mode != "a":
             raise ValueError(f"{self}: read_bytes() and write_bytes() are for mode {mode!r}")
-        return Growing(self)
+        return GrowingFile(self)
 
     def sha256(self) -> str:
         """Return the checksum of a file. It is read in large blocks, since each is a request."""
-        with answering(self), self.fs.open_input_stream(self.path, buffer_size=BLOCK_BYTES) as file:
+        with storage_errors(self), self.fs.open_input_stream(self.path, buffer_size=BLOCK_BYTES) as file:
             digest = hashlib.sha256()
             while block := file.read(BLOCK_BYTES):
                 digest.update(block)
@@ -91,21 +91,21 @@ class Remote:
 
     def size_and_time(self) -> tuple[int, float]:
         """Return a file's size in bytes, and when it was written, in seconds."""
-        with answering(self):
+        with storage_errors(self):
             info = self.fs.get_file_info(self.path)
         if info.type == fs.FileType.NotFound:
             raise FileNotFoundError(errno.ENOENT, "no such file", str(self))
         return info.size, (info.mtime_ns or time.time_ns()) / 1e9
 
     def read_bytes(self) -> bytes:
-        with answering(self), self.fs.open_input_stream(self.path) as file:
+        with storage_errors(self), self.fs.open_input_stream(self.path) as file:
             return file.read()
 
     def read_text(self, encoding: str = "utf-8") -> str:
         return self.read_bytes().decode(encoding)
 
     def write_bytes(self, data: bytes) -> None:
-        with answering(self), self.fs.open_output_stream(self.path) as file:
+        with storage_errors(self), self.fs.open_output_stream(self.path) as file:
             file.write(data)
 
     def write_text(self, text: str, encoding: str = "utf-8") -> None:
@@ -116,14 +116,14 @@ class Remote:
 
     def unlink(self, missing_ok: bool = False) -> None:
         try:
-            with answering(self):
+            with storage_errors(self):
                 self.fs.delete_file(self.path)
         except FileNotFoundError:
             if not missing_ok:
                 raise
 
 
-class Growing(io.TextIOBase):
+class GrowingFile(io.TextIOBase):
     """A growing text file in storage that takes whole objects only: now and then all of it is written again.
 
     That takes at most a hundredth of the time. If the storage does not answer, the lines wait for the next write.
@@ -155,7 +155,7 @@ class Growing(io.TextIOBase):
 
 
 @contextmanager
-def answering(path: object) -> Iterator[None]:
+def storage_errors(path: object) -> Iterator[None]:
     """Raise StorageError, with the path, if the storage does not answer, or refuses."""
     try:
         yield

@@ -13,7 +13,7 @@ from rayml.config import Data, load_config, parse_config
 from rayml.errors import DataError
 from rayml.overrides import once
 from rayml.tasks.read import read_rows
-from rayml.tasks.splits import NAMES, Splits, leaks, split_tasks, what_trains
+from rayml.tasks.splits import NAMES, Splits, find_leaks, split_tasks, splits_advice
 from rayml.tasks.table import Duplicates, build_tasks, without_small_classes
 from rayml.tasks.task import Task
 
@@ -94,12 +94,12 @@ def _words(texts: list[str]) -> str:
 
 
 def _errors(tasks: tuple[Task, ...], data: Data, splits: Splits) -> list[str]:
-    errors = [] if splits.train else [f"no task is left for meta-train: {what_trains(tasks, data.splits.rule())}"]
+    errors = [] if splits.train else [f"no task is left for meta-train: {splits_advice(tasks, data.splits.rule())}"]
     try:
         data.sampler(seed=0).check(tasks)
     except DataError as error:
         errors.append(str(error))
-    leaked = leaks(splits)
+    leaked = find_leaks(splits)
     if leaked:
         errors.append(f"{len(leaked)} text(s) are in two splits:")
         errors += [f"  {text[:70]!r} in {here} and {there}" for text, here, there in leaked[:MAX_SHOWN]]

@@ -7,7 +7,7 @@ from dataclasses import replace
 from rayml.errors import DataError
 from rayml.sections import Data
 from rayml.tasks.read import read_rows
-from rayml.tasks.splits import Splits, leaks, split_tasks, what_trains
+from rayml.tasks.splits import Splits, find_leaks, split_tasks, splits_advice
 from rayml.tasks.table import build_tasks, without_small_classes
 from rayml.tasks.task import Example, Task
 
@@ -48,10 +48,10 @@ def prepare_splits(data: Data) -> Splits:
     tasks = prepare_tasks(data)
     splits = split_tasks(tasks, data.splits.rule())
     if not splits.train:
-        raise DataError(f"no task is left for meta-train: {what_trains(tasks, data.splits.rule())}")
+        raise DataError(f"no task is left for meta-train: {splits_advice(tasks, data.splits.rule())}")
     if data.most_per_class:
         splits = splits._replace(train=tuple(limit_classes(task, data.most_per_class) for task in splits.train))
-    leaked = leaks(splits)
+    leaked = find_leaks(splits)
     if leaked:
         text, here, there = leaked[0]
         raise DataError(

@@ -75,7 +75,7 @@ def split_tasks(tasks: Sequence[Task], rule: SplitRule) -> Splits:
     return Splits(*(tuple(splits[name]) for name in NAMES))
 
 
-def what_trains(tasks: Sequence[Task], rule: SplitRule) -> str:
+def splits_advice(tasks: Sequence[Task], rule: SplitRule) -> str:
     """Return advice for a rule that leaves nothing to train on: the settings that would."""
     large = [task.name for task in tasks if len(task.options) >= 6]
     by_class = replace(rule, by_class=tuple(glob.escape(name) for name in large))
@@ -96,7 +96,7 @@ def _check_patterns(tasks: Sequence[Task], rule: SplitRule) -> None:
                 raise DataError(f"data.splits.{key}: {pattern!r} matches no task; there are {names}")
 
 
-def leaks(splits: Splits) -> list[tuple[str, str, str]]:
+def find_leaks(splits: Splits) -> list[tuple[str, str, str]]:
     """Return (text, place, other place) for every text that is in two splits, in its normalized form.
 
     Tasks of different names may hold the same corpus: this is the usual leak (`sick` in MetaICL, `rte` in CrossFit).
@@ -114,7 +114,7 @@ def leaks(splits: Splits) -> list[tuple[str, str, str]]:
 
 def refuse_leaks(who: str, train: Sequence[Task], test: Sequence[Task]) -> None:
     """Raise DataError if test tasks hold a text that `who` was, or would be, trained on."""
-    leaked = leaks(Splits(tuple(train), (), tuple(test)))
+    leaked = find_leaks(Splits(tuple(train), (), tuple(test)))
     if leaked:
         text, here, there = leaked[0]
         raise DataError(f"{who}: {len(leaked)} text(s) are trained on, such as {text[:60]!r} ({here}, {there})")

@@ -99,17 +99,17 @@ def groups(tasks: Sequence[Task], episodes: int) -> list[Group]:
     return result
 
 
-def normalised(metric: str, mean: float) -> float:
+def unit_score(metric: str, mean: float) -> float:
     """Return a mean score as a number between 0 and 1. For a loss it is exp(-loss): the geometric mean probability of a
     token, or one over the perplexity."""
     return mean if metric == "accuracy" else math.exp(-mean)
 
 
 def overall(means: Mapping[str, float], tasks: Sequence[Task]) -> float:
-    """Return the mean over tasks of the normalised means of their metrics.
+    """Return the mean over tasks of the unit scores of their metrics.
 
     Args:
         means: by metric, for each kind of tasks that there is.
     """
-    total = sum(normalised(group.metric, means[group.metric]) * len(group.tasks) for group in groups(tasks, 0))
+    total = sum(unit_score(group.metric, means[group.metric]) * len(group.tasks) for group in groups(tasks, 0))
     return total / len(tasks)
