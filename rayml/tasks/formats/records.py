@@ -19,8 +19,6 @@ LABELS = "target", "label_text", "label", "labels", "gold_label", "class", "inte
 LETTERS = "ABCDEF"
 """Columns of the choices of a question."""
 NO_ANSWER = "without an answer"
-OPENAI = {"key": "messages", "role_key": "role", "text_key": "content"}
-SHAREGPT = {"key": "conversations", "role_key": "from", "text_key": "value"}
 
 
 class LeftOut(str):
@@ -53,6 +51,10 @@ def read_conversation(record: Record, key: str, role_key: str, text_key: str) ->
     while messages and messages[-1]["role"] in ("user", "human"):
         messages.pop()
     return {**record, "messages": messages}
+
+
+read_chat = partial(read_conversation, key="messages", role_key="role", text_key="content")
+read_sharegpt = partial(read_conversation, key="conversations", role_key="from", text_key="value")
 
 
 def read_metaicl(record: Record) -> Record:
@@ -164,8 +166,8 @@ class RecordFormat(NamedTuple):
 
 
 FORMATS = {
-    "chat": RecordFormat(partial(read_conversation, **OPENAI), {"messages"}, {"system", *LABELS}),
-    "sharegpt": RecordFormat(partial(read_conversation, **SHAREGPT), {"conversations"}, {"system", *LABELS}),
+    "chat": RecordFormat(read_chat, {"messages"}, {"system", *LABELS}),
+    "sharegpt": RecordFormat(read_sharegpt, {"conversations"}, {"system", *LABELS}),
     "metaicl": RecordFormat(read_metaicl, {"task", "input", "output"}),
     "alpaca": RecordFormat(read_alpaca, {"instruction", "output"}, {"input", "context", "system", "history"}),
     "dolly": RecordFormat(read_alpaca, {"instruction", "context", "response"}, {"system", "history"}),
