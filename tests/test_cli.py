@@ -65,7 +65,7 @@ def test_data_check_fails_on_a_leak_and_on_small_classes(tmp_path):
     splits = ["data.splits.val=0", "data.splits.test=0", "data.splits.test_tasks=zz-leak"]
     found = rayml("data", "check", str(path), "data.shots=15", "data.queries=15", *splits)
     assert found.returncode == 1
-    assert "stand in two splits" in found.stdout
+    assert "are in two splits" in found.stdout
     assert "has 20, needs 30" in found.stdout
 
 

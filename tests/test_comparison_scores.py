@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from rayml.compression.measure import compared
+from rayml.compression.measure import compare_scores
 from rayml.experiments.evaluate import EpisodeAnswers, Evaluation
 from rayml.experiments.metrics import BINS, calibration_error, label_scores, text_scores
 from rayml.experiments.report import scores_table
@@ -73,7 +73,7 @@ def test_the_headline_of_an_evaluation_is_over_tasks_and_a_task_is_over_its_epis
     over_untrained = found["overall"]["over_untrained"]
     assert over_untrained == pytest.approx({"mean": 0.21, "low": 0.01, "high": 0.61}, abs=0.01)
     assert all(of["after"]["high"] - of["after"]["low"] < 0.01 for of in found["tasks"].values())
-    apart = compared(curves(dict.fromkeys(trained, [0.2] * 200)), curves(trained))
+    apart = compare_scores(curves(dict.fromkeys(trained, [0.2] * 200)), curves(trained))
     assert apart["difference"] == pytest.approx(over_untrained)
     caption = scores_table(found, "").caption
     assert "3 tasks and their episodes" in str(caption)

@@ -14,13 +14,11 @@ from rayml.algorithms.inner_loop import adapt, expand, task_gradients
 from rayml.algorithms.outer_loop import Learner, initial_log_inner_lrs
 from rayml.compression.command import Distillation, compress_run, evenly_spaced
 from rayml.compression.distill import (
-    KeptLayers,
-    Mixture,
     Student,
     Teacher,
-    also_for,
     divergence,
     query_losses,
+    with_base_gradients,
     write_student,
 )
 from rayml.compression.shrink import cut_adapters, cut_mlps, gated_mlps, quantize_base
@@ -134,8 +132,8 @@ def test_the_base_and_the_fast_weights_get_the_gradients_of_the_mixed_loss(tiny,
         soft = teacher.target_logits(expand(perturbed_start(lm, seed=5), 2), copy.deepcopy(batch))[0]
     base = {n: p.requires_grad_() for n, p in lm.module.named_parameters() if "layers" in n}
     gradients: dict[str, torch.Tensor] = {}
-    mixed = partial(query_losses, lm, copy.deepcopy(batch), soft, Mixture(2.0, 0.3))
-    losses, ours = task_gradients(also_for(base, gradients, mixed), fast)
+    mixed = partial(query_losses, lm, copy.deepcopy(batch), soft, HOW)
+    losses, ours = task_gradients(with_base_gradients(base, gradients, mixed), fast)
 
     leaves = {name: weight.clone().requires_grad_() for name, weight in fast.items()}
     plain = plain_mixture(lm, copy.deepcopy(batch), soft, leaves)
@@ -160,11 +158,13 @@ def plain_mixture(lm: TaskLM, batch: TaskBatch, soft: torch.Tensor, weights) -> 
 
 
 def test_a_student_gets_closer_to_its_teacher(tiny, tokenizer, tmp_path):
-    write_student(tiny, KeptLayers(evenly_spaced(4, 2)), tmp_path / "student")
+    write_student(tiny, evenly_spaced(4, 2), tmp_path / "student")
     module = load_base(str(tmp_path / "student"), "float32")
     lm = TaskLM(module, TaskLoRA(module, ("q_proj", "v_proj"), 4, 8.0))
     whole = tiny_lm(tiny)
-    teacher = Teacher(whole, perturbed_start(whole), {n: torch.tensor(0.1) for n in perturbed_start(whole)}, steps=2)
+    teacher = Teacher(
+        whole, perturbed_start(whole), {n: torch.tensor(0.1) for n in perturbed_start(whole)}, inner_steps=2
+    )
     start = lm.adapter.untrained_start(0)
     log_inner_lrs = initial_log_inner_lrs(start, 0.1, (), per_weight=False)
     learner = Learner(
@@ -172,7 +172,7 @@ def test_a_student_gets_closer_to_its_teacher(tiny, tokenizer, tmp_path):
         schedule=lambda _: 1.0,
     )  # fmt: skip
     episodes = encoded(make_config(tmp_path), tokenizer, 8)
-    student = Student(lm, learner, steps=2, base_lr=2e-3)
+    student = Student(lm, learner, 2, Distillation(steps=30, lr=2e-3, temperature=2.0, hard=0.0))
 
     def apart() -> float:
         support, query = (side_batch(episodes, side, 1) for side in ("support", "query"))
@@ -184,7 +184,7 @@ def test_a_student_gets_closer_to_its_teacher(tiny, tokenizer, tmp_path):
 
     before = apart()
     for _ in range(15):
-        student.step(teacher, episodes, 1, Mixture(2.0, 0.0))
+        student.step(teacher, episodes, 1)
     assert apart() < 0.5 * before
 
 

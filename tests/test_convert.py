@@ -14,7 +14,7 @@ from rayml.errors import DataError
 from rayml.tasks.convert import convert_data
 from rayml.tasks.read import read_rows
 from rayml.tasks.recipes.make import FAMILIES, write_tasks
-from rayml.tasks.sources import sources
+from rayml.tasks.sources import read_sources
 from rayml.tasks.table import build_tasks
 
 NATURAL = {
@@ -107,7 +107,7 @@ def convert(given: Path, folder: Path, columns: str | None = None, **more) -> tu
 
 @pytest.mark.parametrize("format", FILES)
 def test_a_format_is_recognised_by_its_content(format, tmp_path):
-    (found,) = sources([str(put(tmp_path, *FILES[format]))], {})
+    (found,) = read_sources([str(put(tmp_path, *FILES[format]))], {})
     assert found.format == format
     assert found.why
 

@@ -15,7 +15,7 @@ from rayml.lm.encode import Encoder
 from rayml.lm.label_trie import IGNORE
 from rayml.lm.load import load_tokenizer
 from rayml.lm.model import TaskLM
-from rayml.tasks.kinds import listed, spans, written
+from rayml.tasks.kinds import format_target, listed, spans
 from rayml.tasks.prepare import prepare_tasks
 from rayml.tasks.read import read_rows
 from rayml.tasks.row import unanswered
@@ -165,11 +165,11 @@ def test_a_column_mapping_makes_parts_and_a_setting_names_the_kind(tmp_path):
 
 
 def test_targets_are_written_and_read_back():
-    assert written(["delay", "damage"]) == "delay; damage"
+    assert format_target(["delay", "damage"]) == "delay; damage"
     assert listed("delay;damage ; ") == ["delay", "damage"]
-    assert written([]) == "none"
+    assert format_target([]) == "none"
     assert listed("none") == spans("none") == []
-    assert spans(written([{"text": "上海", "type": "LOC"}])) == [("LOC", "上海")]
+    assert spans(format_target([{"text": "上海", "type": "LOC"}])) == [("LOC", "上海")]
     assert spans("LOC: ; what, PER: 李明: x") == [("what, PER", "李明: x")]
 
 

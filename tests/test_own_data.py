@@ -31,11 +31,11 @@ from rayml.lm.encode import Encoder
 from rayml.lm.load import load_tokenizer
 from rayml.lm.tokens import marked, specials_of, tokenize
 from rayml.tasks.check import check_data
-from rayml.tasks.convert import mapped, record_of, write
+from rayml.tasks.convert import parse_columns, to_record, write_records
 from rayml.tasks.formats.text import comma_separated
-from rayml.tasks.kinds import listed, spans, written
+from rayml.tasks.kinds import format_target, listed, spans
 from rayml.tasks.read import read_rows, rows_given
-from rayml.tasks.row import row_of
+from rayml.tasks.row import parse_row
 from rayml.tasks.table import build_tasks
 from rayml.tasks.task import Example, Task
 
@@ -79,12 +79,12 @@ def same(rows):
 @given(st.lists(RECORDS, min_size=1, max_size=4))
 def test_what_is_written_is_read_as_the_same_rows(tmp_path_factory, records):
     folder = tmp_path_factory.mktemp("trip")
-    rows = [row_of(record, {}, "t", "here") for record in records]
-    write([record_of(row) for row in rows], folder / "a.jsonl")
+    rows = [parse_row(record, {}, "t", "here") for record in records]
+    write_records([to_record(row) for row in rows], folder / "a.jsonl")
     assert same(read_rows([str(folder / "a.jsonl")])) == same(rows)
     texts = [row for row in rows if not row.parts and row.kind not in ("ner", "multilabel")]
     if texts:
-        write([record_of(row) for row in texts], folder / "a.parquet")
+        write_records([to_record(row) for row in texts], folder / "a.parquet")
         assert same(read_rows([str(folder / "a.parquet")])) == same(texts)
 
 
@@ -94,8 +94,8 @@ def test_what_is_written_is_read_as_the_same_rows(tmp_path_factory, records):
     st.lists(st.tuples(WORDS.map(str.strip), WORDS.map(str.strip)), max_size=3),
 )
 def test_labels_and_spans_are_the_same_after_being_written(labels, pairs):
-    assert listed(written(labels)) == labels
-    assert spans(written([{"type": kind, "text": text} for kind, text in pairs])) == pairs
+    assert listed(format_target(labels)) == labels
+    assert spans(format_target([{"type": kind, "text": text} for kind, text in pairs])) == pairs
 
 
 @settings(max_examples=150, deadline=None)
@@ -109,7 +109,9 @@ def test_a_table_that_python_writes_is_read_as_it_was(tmp_path_factory, pairs, d
 
 
 def test_columns_that_the_first_row_lacks_are_in_parquet(tmp_path):
-    write([{"input": "a", "target": "b"}, {"input": "c", "target": "d", "answers": ["e"]}], tmp_path / "a.parquet")
+    write_records(
+        [{"input": "a", "target": "b"}, {"input": "c", "target": "d", "answers": ["e"]}], tmp_path / "a.parquet"
+    )
     assert [row.answers for row in read_rows([str(tmp_path / "a.parquet")])] == [(), ("e",)]
 
 
@@ -296,7 +298,7 @@ def test_quotes_of_a_tsv_are_text_and_its_heading_is_none_of_its_rows(tmp_path):
 def test_a_column_or_key_that_stands_twice_is_refused(tmp_path):
     with pytest.raises(DataError, match="two columns text"):
         read(tmp_path, "a.csv", "text,text,label\na,b,c\n")
-    with pytest.raises(DataError, match="'target' stands twice"):
+    with pytest.raises(DataError, match="'target' occurs twice"):
         read(tmp_path, "a.jsonl", '{"input": "b", "target": "x"}\n{"input": "a", "target": "x", "target": "y"}\n')
 
 
@@ -542,9 +544,9 @@ def test_paths_of_the_command_line_are_at_home_and_quoted(tmp_path, monkeypatch)
 def test_inputs_of_several_parts_are_no_parquet(tmp_path):
     rows = [{"input": {"a": "x", "b": "y"}, "target": "t"}, {"input": {"a": "x", "c": "y"}, "target": "t"}]
     with pytest.raises(DataError, match=r"several parts \(a, b and a, c\).*write .jsonl"):
-        write(rows, tmp_path / "a.parquet")
+        write_records(rows, tmp_path / "a.parquet")
     assert not list(tmp_path.iterdir())
-    write([rows[0], rows[0]], tmp_path / "a.parquet")
+    write_records([rows[0], rows[0]], tmp_path / "a.parquet")
     assert len(read_rows([str(tmp_path / "a.parquet")])) == 2
 
 
@@ -564,7 +566,9 @@ def test_names_print_as_they_are_and_nothing_to_train_on_says_what_to_set(tmp_pa
 def test_options_and_columns_may_hold_commas():
     assert comma_separated('"yes, please", no') == comma_separated('["yes, please", "no"]') == ["yes, please", "no"]
     assert (
-        mapped('{"input": "a,b", "target": "c"}') == mapped('"input=a,b",target=c') == {"input": "a,b", "target": "c"}
+        parse_columns('{"input": "a,b", "target": "c"}')
+        == parse_columns('"input=a,b",target=c')
+        == {"input": "a,b", "target": "c"}
     )
 
 

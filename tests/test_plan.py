@@ -13,7 +13,7 @@ from rayml.cli import app
 from rayml.config import Config, parse_config
 from rayml.errors import ConfigError
 from rayml.planning.memory import memory
-from rayml.planning.plan import changed, smallest_change
+from rayml.planning.plan import smallest_change, with_overrides
 from rayml.planning.shape import read_shape
 from rayml.planning.step import largest_pass, tokens_per_step
 
@@ -110,7 +110,7 @@ def test_adapters_match_the_closed_forms(llamas, name):
     assert device(plan) == expected | {"allowance": sum(expected.values()) // 10}
     assert plan.host_bytes == 0
 
-    sharded = memory(shapes["adapters"], changed(whole, ["engine=zero", "workers=4"]))
+    sharded = memory(shapes["adapters"], with_overrides(whole, ["engine=zero", "workers=4"]))
     norms = (2 * layers + 1) * hidden
     base = math.ceil((parameters - norms) / 4) + norms
     biggest = (
@@ -226,7 +226,7 @@ def test_the_smallest_change_that_fits(llamas):
     more = change(shapes["adapters"], plan_config(path, "data.max_tokens=512"), 12)
     assert "engine=zero" in more
     assert any(part.startswith("workers=") for part in more)
-    fitting = changed(plan_config(path, "data.max_tokens=512"), more)
+    fitting = with_overrides(plan_config(path, "data.max_tokens=512"), more)
     assert memory(shapes["adapters"], fitting).fits(12 * 2**30)
     assert change(shapes["adapters"], adapters, 0.1) is None
 

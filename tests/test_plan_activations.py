@@ -18,7 +18,7 @@ from rayml.lm.model import TaskLM
 from rayml.lm.rows import soft_tokens
 from rayml.lm.soft_prompt import TaskPrompt
 from rayml.planning.memory import activation_bytes, memory
-from rayml.planning.plan import changed
+from rayml.planning.plan import with_overrides
 from rayml.planning.shape import shape_of
 from rayml.planning.step import largest_pass
 
@@ -94,9 +94,9 @@ def small_model(sizes):
     )
     model = model.to(getattr(torch, dtype)).requires_grad_(False).eval()
     config = plan_config("none", f"model.dtype={dtype}", f"model.attention={attention}", "data.shots=1")
-    config = changed(config, ["data.ways=3", "data.queries=1", f"data.max_tokens={TOKENS}", "tasks_per_step=2"])
-    config = changed(config, [f"lora.targets=[{', '.join(targets.split())}]", "lora.rank=4"])
-    config = changed(config, [f"lora.last_layers={last or 'null'}"])
+    config = with_overrides(config, ["data.ways=3", "data.queries=1", f"data.max_tokens={TOKENS}", "tasks_per_step=2"])
+    config = with_overrides(config, [f"lora.targets=[{', '.join(targets.split())}]", "lora.rank=4"])
+    config = with_overrides(config, [f"lora.last_layers={last or 'null'}"])
     tokens = torch.randint(0, WORDS, (TASKS * ROWS, TOKENS))
     scored = torch.full_like(tokens, IGNORE)
     scored[:, -2] = tokens[:, -1]
@@ -125,7 +125,7 @@ def test_saved_activations_are_what_the_formula_says(sizes):
 @pytest.mark.parametrize("sizes", [MODELS[0], MODELS[1], MODELS[3]], ids=str)
 def test_soft_prompts_save_what_the_formula_says(sizes):
     model, config, batch = small_model(sizes)
-    config = changed(config, ["adapter=soft_prompt", "soft_prompt.tokens=8", f"data.max_tokens={TOKENS - 8}"])
+    config = with_overrides(config, ["adapter=soft_prompt", "soft_prompt.tokens=8", f"data.max_tokens={TOKENS - 8}"])
     lm = TaskLM(model, TaskPrompt(model, 8))
     prompts = {
         name: w.expand(TASKS, *w.shape).clone().requires_grad_() for name, w in lm.adapter.untrained_start(0).items()
@@ -145,7 +145,7 @@ def test_the_peak_of_forward_and_backward_is_within_15_percent(sizes, checkpoint
     lm, fast = with_adapters(model, config)
     if checkpointing:
         checkpoint_activations(model)
-        config = changed(config, ["model.activation_checkpointing=true"])
+        config = with_overrides(config, ["model.activation_checkpointing=true"])
     fast = {name: weight.detach() for name, weight in fast.items()}
     with Peak([*model.parameters(), *fast.values(), batch.tokens, batch.targets]) as peak:
         task_gradients(partial(lm.losses, batch=batch), fast)
@@ -167,7 +167,7 @@ def test_exact_maml_takes_two_and_a_half_times_the_activations_for_each_inner_st
             torch.autograd.grad(losses(fast).sum(), list(start.values()))
         return peak.bytes
 
-    config = changed(config, ["algorithm.name=maml", "inner.steps=2"])
+    config = with_overrides(config, ["algorithm.name=maml", "inner.steps=2"])
     parts = device(memory(shape_of(model, config), config))
     assert parts["activations"] + parts["logits"] == pytest.approx(peak_of(2), rel=0.15)
 
@@ -175,7 +175,7 @@ def test_exact_maml_takes_two_and_a_half_times_the_activations_for_each_inner_st
 @pytest.mark.parametrize("sizes", [MODELS[0], MODELS[1], MODELS[3]], ids=str)
 def test_mode_full_saves_what_the_formula_says(sizes):
     model, config, _ = small_model(sizes)
-    config = changed(config, ["mode=full"])
+    config = with_overrides(config, ["mode=full"])
     model.requires_grad_(True)
     tokens = torch.randint(0, WORDS, (ROWS, TOKENS))
     scored = torch.full_like(tokens, IGNORE)

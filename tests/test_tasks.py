@@ -15,7 +15,7 @@ from rayml.sections import Data
 from rayml.tasks.episodes import Sampler
 from rayml.tasks.prepare import prepare_splits, prepare_tasks
 from rayml.tasks.read import read_rows
-from rayml.tasks.splits import SplitRule, Splits, leaks, split_tasks
+from rayml.tasks.splits import SplitRule, Splits, find_leaks, split_tasks
 from rayml.tasks.table import build_tasks
 from rayml.tasks.task import Example, Task, normalized
 
@@ -252,8 +252,8 @@ def test_named_tasks_go_where_they_are_told_and_unknown_names_are_refused():
 def test_the_same_text_under_two_task_names_is_a_leak(tmp_path):
     one = Task("sick", (Example("A dog runs", "yes"),))
     two = Task("renamed", (Example("a  dog RUNS", "true"),))
-    assert leaks(Splits((one,), (), (two,))) == [("a  dog RUNS", "train/sick", "test/renamed")]
-    assert leaks(Splits((one, two), (), ())) == []
+    assert find_leaks(Splits((one,), (), (two,))) == [("a  dog RUNS", "train/sick", "test/renamed")]
+    assert find_leaks(Splits((one, two), (), ())) == []
 
 
 def data(tmp_path, tasks, **settings):
@@ -266,7 +266,7 @@ def test_leaking_data_is_refused_before_training(tmp_path):
     tasks = toy_tasks()
     leaked = Task("toy-leak", tasks[0].examples, tasks[0].options)
     splits = {"val": 0, "test": 0, "test_tasks": "toy-leak"}
-    with pytest.raises(DataError, match="stand in two splits"):
+    with pytest.raises(DataError, match="are in two splits"):
         prepare_splits(data(tmp_path, (*tasks, leaked), splits=splits))
 
 

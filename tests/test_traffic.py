@@ -17,7 +17,7 @@ from rayml.lm.load import load_shape, load_tokenizer
 from rayml.planning import step as formula
 from rayml.planning.scaling import Machines, predict, scaling
 from rayml.planning.shape import shape_of
-from rayml.planning.step import Sent, traffic
+from rayml.planning.step import Transfer, traffic
 from rayml.training import replicated, sharded
 from rayml.training.stream import Job
 from rayml.training.worker import share_of_tasks
@@ -133,10 +133,10 @@ def test_what_is_sent_is_what_the_plan_says(tiny, tmp_path, workers):
 
 def test_a_ring_sends_as_much_as_by_hand():
     """Four workers, 400 bytes: a quarter at a time, in three turns; an all-reduce has two such rounds."""
-    assert Sent("x", "all-gather", 400, 1).by_each(4) == 300
-    assert Sent("x", "reduce-scatter", 400, 1).by_each(4) == 300
-    assert Sent("x", "all-reduce", 400, 1).by_each(4) == 600
-    assert Sent("x", "all-reduce", 400, 1).by_each(1) == 0
+    assert Transfer("x", "all-gather", 400, 1).by_each(4) == 300
+    assert Transfer("x", "reduce-scatter", 400, 1).by_each(4) == 300
+    assert Transfer("x", "all-reduce", 400, 1).by_each(4) == 600
+    assert Transfer("x", "all-reduce", 400, 1).by_each(1) == 0
 
 
 # What it would take on more GPUs

@@ -197,7 +197,7 @@ def test_a_run_folder_of_another_config_or_in_use_is_refused(tmp_path, no_ray):
         run.begin(config, splits._replace(train=splits.train[1:]), resume=True)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
-    with pytest.raises(RunError, match="something that is no run"):
+    with pytest.raises(RunError, match="something other than a run"):
         RunFolder(tmp_path / "mine").begin(config, splits, resume=False)
 
 

@@ -1,4 +1,4 @@
-"""What `rayml compress` does, from a run's folder to a run's folder."""
+"""`rayml compress`: write a new run whose base is smaller."""
 
 import json
 import re
@@ -28,14 +28,15 @@ LAYERS = re.compile(r"layers=(\d+)")
 
 @dataclass(frozen=True, slots=True)
 class Distillation:
-    """How a student is taught."""
+    """The settings of a distillation."""
 
     steps: int
     lr: float
-    """Of the student's layers; its start and rates are learned as in the run's own training."""
+    """Of the student's layers. Its start and inner rates are learned as in the run's own training."""
     temperature: float
+    """Divides the logits of teacher and student before they are compared."""
     hard: float
-    """Weight of the loss by the labels."""
+    """Weight of the loss by the labels; that of the divergence from the teacher is the rest."""
 
 
 def compress_run(
@@ -53,8 +54,9 @@ def compress_run(
     """Compress a run's base in one way, write the new run, and measure both.
 
     Raises:
-        ConfigError, RunError, DataError: none or several ways, a value that cannot be, no run of adapters, a folder
-            that exists, a library that is missing, no held-out task to measure on; all before a model is loaded.
+        ConfigError, RunError, DataError: none or several ways are given, a value is invalid, the run is not one of
+            adapters, the folder exists, a library is missing, or there is no held-out task. All of this is checked
+            before a model is loaded.
     """
     check_ways(quantize, distill, prune, distillation)
     folder = as_path(to)
@@ -72,23 +74,23 @@ def compress_run(
         from rayml.model import load
 
         model = load(source, checkpoint=checkpoint)
-    part = folder.with_name(folder.name + ".part")  # a base that is not whole is never taken for one
+    part = folder.with_name(folder.name + ".part")  # renamed once the base is whole
     shutil.rmtree(part, ignore_errors=True)
     with progress(err) as bar:
         try:
             if quantize:
-                compressed = shrink.quantized(model, base, quantize, part)
+                compressed = shrink.quantize(model, base, quantize, part)
             elif prune:
-                compressed = shrink.pruned(model, base, prune, part, bar("reading", shrink.SUPPORT_EPISODES))
+                compressed = shrink.prune(model, base, prune, part, bar("reading", shrink.SUPPORT_EPISODES))
             else:
-                done = bar("distilling", distillation.steps)
-                compressed = distilling.distilled(model, base, str(distill), distillation, part, done)
+                progress_bar = bar("distilling", distillation.steps)
+                compressed = distilling.distill(model, base, str(distill), distillation, part, progress_bar)
             model.encoder.tokenizer.save_pretrained(part / "base")
             part.rename(folder)
         finally:
             shutil.rmtree(part, ignore_errors=True)
-        small = load(write_run(source, folder, compressed, model.step))
-        summary = measure.measured(model, small, tasks, episodes, bar)
+        compressed_model = load(write_run(source, folder, compressed, model.step))
+        summary = measure.compare(model, compressed_model, tasks, episodes, bar)
     how = f"{quantize}" if quantize else f"pruned by {prune}" if prune else f"distilled into {distill}"
     record = {"run": str(source.path), "how": how, "steps": distillation.steps if distill else None, **summary}
     write_whole(folder / "compression.json", json.dumps(record, indent=2) + "\n")
@@ -98,49 +100,45 @@ def compress_run(
 
 
 def check_ways(quantize: str | None, distill: str | None, prune: float | None, distillation: Distillation) -> None:
-    """Raise ConfigError unless one way is asked for, with a value that can be."""
+    """Raise ConfigError unless exactly one way is given, with a valid value."""
     if sum(way is not None for way in (quantize, distill, prune)) != 1:
         raise ConfigError("give one of --quantize, --distill and --prune; compress the result again for a second")
     if quantize is not None:
         if quantize not in LIBRARY:
             raise ConfigError(f"--quantize: expected int8 or int4, got {quantize!r}")
-        check_library(quantize)
+        library = LIBRARY[quantize]
+        name = library.partition(">")[0]
+        if find_spec(name) is None:
+            raise ConfigError(f"--quantize {quantize}: {name} is not installed; pip install '{library}'")
     if prune is not None and not 0 < prune < 1:
         raise ConfigError(f"--prune: expected a share above 0 and below 1, got {prune}")
     for name in ("lr", "temperature"):
         if not getattr(distillation, name) > 0:
             raise ConfigError(f"--{name}: expected a number above 0, got {getattr(distillation, name)}")
-    if distill is not None and wanted_layers(distill) is None:
+    if distill is not None and student_layers(distill) is None:
         resolve_model(distill)
 
 
-def check_library(kind: str) -> None:
-    """Raise ConfigError where the library that quantises so is not installed."""
-    name = LIBRARY[kind].partition(">")[0]
-    if find_spec(name) is None:
-        raise ConfigError(f"--quantize {kind}: {name} is not installed; pip install '{LIBRARY[kind]}'")
-
-
-def wanted_layers(student: str) -> int | None:
-    """Return N of `layers=N`; None for a model's name.
+def student_layers(student: str) -> int | None:
+    """Return N of `layers=N`; None if the student is named as a model.
 
     Raises:
-        ConfigError: N is no number above 0.
+        ConfigError: N is not a number above 0.
     """
     if not student.startswith("layers="):
         return None
-    found = LAYERS.fullmatch(student)
-    if not found or not int(found.group(1)):
+    match = LAYERS.fullmatch(student)
+    if not match or not int(match[1]):
         raise ConfigError(f"--distill {student}: expected layers=N with a number above 0, or a model's name or folder")
-    return int(found.group(1))
+    return int(match[1])
 
 
 def evenly_spaced(total: int, count: int) -> list[int]:
-    """Return `count` of `total` layers, the last and, of several, the first among them (as in DistilBERT, Sanh et al.
+    """Return `count` of `total` layers: the last and, of several, the first among them (as in DistilBERT, Sanh et al.
     2019, arXiv 1910.01108).
 
     Raises:
-        ConfigError: there are not more than that.
+        ConfigError: there are too few layers.
     """
     if not 0 < count < total:
         raise ConfigError(f"--distill layers={count}: the teacher has {total} layers; expected fewer, and at least 1")
@@ -149,10 +147,10 @@ def evenly_spaced(total: int, count: int) -> list[int]:
 
 
 def check_run(config: Config, source: RunFolder, distill: str | None) -> str:
-    """Return where the base of a run that can be compressed lies.
+    """Return the folder of the base of a run that can be compressed.
 
     Raises:
-        ConfigError, RunError: it is of mode full, quantised already, or has no inner steps to teach by.
+        ConfigError, RunError: the run is of mode full, or quantised already, or has no inner steps to distil.
     """
     if config.mode != "adapters":
         raise RunError(f"{source.path}: a run in mode full has no base beside what it learned; compress mode=adapters")
@@ -162,18 +160,18 @@ def check_run(config: Config, source: RunFolder, distill: str | None) -> str:
     if read_sentences(base):
         raise RunError(f"{source.path}: its base is a sentence encoder, which is not compressed here")
     file = Path(base, "config.json")
-    known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    count = wanted_layers(distill) if distill else None
-    if count and "num_hidden_layers" in known:
-        evenly_spaced(known["num_hidden_layers"], count)
-    if "quantization_config" in known:
+    model_config = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    count = student_layers(distill) if distill else None
+    if count and "num_hidden_layers" in model_config:
+        evenly_spaced(model_config["num_hidden_layers"], count)
+    if "quantization_config" in model_config:
         raise RunError(f"{source.path}: its base is quantised; distil or prune first, and quantise last")
     return base
 
 
 @dataclass(frozen=True, slots=True)
 class Compressed:
-    """What a compressed base's run has learned."""
+    """What the run of a compressed base has learned."""
 
     config: Config
     start: Params
@@ -182,14 +180,14 @@ class Compressed:
 
 
 def base_folder(folder: Path) -> Path:
-    """Return where a compressed run keeps its base."""
+    """Return the folder of a compressed run's base."""
     return folder / "base"
 
 
 def write_run(source: RunFolder, folder: Path, compressed: Compressed, step: int) -> RunFolder:
-    """Write config, tasks, untrained start and one checkpoint beside a base that lies in `folder / "base"`.
+    """Write config, tasks, untrained start and one checkpoint beside the base in `folder / "base"`.
 
-    There is no other checkpoint to choose, so a patience, by which readers would look for the best, is dropped.
+    Patience is set to 0: there is one checkpoint only, so readers must not look for the best.
     """
     config = compressed.config
     config = config.model_copy(

@@ -1,4 +1,4 @@
-"""Size, speed and held-out score of a run, before and after compression, on the same episodes, and a table of them."""
+"""Compare size, speed and held-out score of a run before and after compression, on the same episodes."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -21,87 +21,87 @@ from rayml.tasks.task import Task
 REPEATS = 7
 
 
-def measured(before: MetaModel, after: MetaModel, tasks: Sequence[Task], episodes: int, bar: Bar) -> dict[str, Any]:
-    """Return size, speed and score of two sessions."""
+def compare(before: MetaModel, after: MetaModel, tasks: Sequence[Task], episodes: int, bar: Bar) -> dict[str, Any]:
+    """Return the sizes, speeds and scores of two models."""
     sampler = before.config.data.sampler(EVALUATION_SEED)
     curves = [
         trained_curves(model, tasks, sampler, episodes, bar(name, episodes * len(tasks)))
         for model, name in ((before, "scoring before"), (after, "scoring after"))
     ]
-    timed = speeds([before, after], sampler.episode(tasks, 0))
+    speeds = measure_speeds([before, after], sampler.episode(tasks, 0))
     sizes = [{"weights_bytes": weights_bytes(model.base)} for model in (before, after)]
     return {
-        "before": sizes[0] | {"bytes_in_dtype": bytes_in_dtype(before)} | timed[0],
-        "after": sizes[1] | timed[1],
-        "score": compared(*curves),
+        "before": sizes[0] | {"bytes_in_dtype": bytes_in_dtype(before)} | speeds[0],
+        "after": sizes[1] | speeds[1],
+        "score": compare_scores(*curves),
     }
 
 
 def weights_bytes(base: str) -> int | None:
-    """Return the bytes of a base's safetensors; None for a base that is no folder of this machine."""
+    """Return the bytes of a base's safetensors; None if the base is not a local folder."""
     return sum(file.stat().st_size for file in Path(base).glob("*.safetensors")) or None
 
 
 def bytes_in_dtype(model: MetaModel) -> int:
-    """Return the bytes of a base that is not quantised in the run's own dtype; tied weights count once."""
+    """Return the bytes of an unquantised base in the run's dtype; tied weights count once."""
     return sum(p.numel() * p.element_size() for p in model.lm.module.parameters())
 
 
-def speeds(sessions: Sequence[MetaModel], episode: Episode) -> list[dict[str, Any]]:
-    """Return for each session the seconds of a forward of an episode's queries, and of adapting to its support.
+def measure_speeds(models: Sequence[MetaModel], episode: Episode) -> list[dict[str, Any]]:
+    """Return for each model the seconds of a forward of an episode's queries, and of adapting to its support.
 
-    The sessions take turns, so that what else the machine does falls on all alike; the first turn is not counted.
+    The models take turns, so that other load on the machine affects all of them. The first turn is a warm-up.
     """
-    forward: list[list[float]] = [[] for _ in sessions]
-    inner: list[list[float]] = [[] for _ in sessions]
+    forward: list[list[float]] = [[] for _ in models]
+    adapting: list[list[float]] = [[] for _ in models]
     for turn in range(REPEATS + 1):
-        for index, model in enumerate(sessions):
-            times = seconds(model, answering(model, episode)), seconds(model, adapting(model, episode))
+        for index, model in enumerate(models):
+            times = time_call(model, answer_call(model, episode)), time_call(model, adapt_call(model, episode))
             if turn:
                 forward[index].append(times[0])
-                inner[index].append(times[1])
+                adapting[index].append(times[1])
     return [
-        {"forward_seconds": spread(ours), "adapt_seconds": spread(theirs)}
-        for ours, theirs in zip(forward, inner, strict=True)
+        {"forward_seconds": quartiles(forward_times), "adapt_seconds": quartiles(adapt_times)}
+        for forward_times, adapt_times in zip(forward, adapting, strict=True)
     ]
 
 
-def answering(model: MetaModel, episode: Episode) -> Callable[[], Any]:
-    """Return what answers an episode's queries from the start, encoded anew: a batch remembers its frozen layers."""
+def answer_call(model: MetaModel, episode: Episode) -> Callable[[], Any]:
+    """Return a call that answers an episode's queries from the start. They are encoded anew: a batch caches states."""
     fast = expand(model.start, 1)
     return lambda: Queries(model.lm, model.encoder, [episode]).outputs(fast)
 
 
-def adapting(model: MetaModel, episode: Episode) -> Callable[[], Any]:
-    """Return what adapts to an episode as the run does, its support encoded anew: nothing is remembered of it."""
+def adapt_call(model: MetaModel, episode: Episode) -> Callable[[], Any]:
+    """Return a call that adapts to an episode as the run does. Its support is encoded anew, without cached states."""
 
     scorer = model.scorer()
     return lambda: list(scorer.adapted(scorer.prepare([episode]), model.start, model.inner_lrs, scorer.steps))
 
 
-def seconds(model: MetaModel, run: Callable[[], Any]) -> float:
-    began = time.perf_counter()
-    run()
+def time_call(model: MetaModel, call: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    call()
     if model.device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return time.perf_counter() - started
 
 
-def spread(times: Sequence[float]) -> dict[str, float]:
-    """Return the median and the quartiles."""
+def quartiles(times: Sequence[float]) -> dict[str, float]:
+    """Return the median, and the quartiles as low and high."""
     low, median, high = np.percentile(times, [25, 50, 75])
     return {"median": float(median), "low": float(low), "high": float(high)}
 
 
-def compared(before: Sequence[Curve], after: Sequence[Curve]) -> dict[str, Any]:
-    """Return both runs' scores before and after adapting, and the paired difference between them after adapting.
+def compare_scores(before: Sequence[Curve], after: Sequence[Curve]) -> dict[str, Any]:
+    """Return both runs' scores before and after adapting, and the paired difference of those after adapting.
 
-    Of the label tasks, or, where there are none, the losses of free text.
+    The scores are accuracies of the label tasks; if there are none, losses of free text.
     """
-    label = any(curve.is_accuracy for curve in before)
-    old, new = (by_task([c for c in curves if c.is_accuracy == label]) for curves in (before, after))
+    is_accuracy = any(curve.is_accuracy for curve in before)
+    old, new = (by_task([curve for curve in curves if curve.is_accuracy == is_accuracy]) for curves in (before, after))
     return {
-        "metric": "accuracy" if label else "loss",
+        "metric": "accuracy" if is_accuracy else "loss",
         "tasks": old.shape[1],
         "episodes": old.shape[1] * old.shape[2],
         "before": {"before": interval(old[0]), "after": interval(old[-1])},
@@ -111,30 +111,32 @@ def compared(before: Sequence[Curve], after: Sequence[Curve]) -> dict[str, Any]:
 
 
 def table(summary: dict[str, Any], title: str) -> Table:
-    """Return a row for each number, in columns before and after compression."""
-    metric, scores = summary["score"]["metric"], summary["score"]
+    """Return a table with a row for each number, before and after compression."""
+    scores = summary["score"]
     caption = f"seconds: median and quartiles, on this machine; scores: {resampled(scores['tasks'])}, both alike"
-    look = {"padding": (0, 1), "title": title, "caption": caption, "caption_justify": "left"}
-    found = empty_table(("", "before", "after"), left=[""], no_wrap=True, **look)
+    style = {"padding": (0, 1), "title": title, "caption": caption, "caption_justify": "left"}
+    rows = empty_table(("", "before", "after"), left=[""], no_wrap=True, **style)
     sides = [summary[side] for side in ("before", "after")]
-    found.add_row("base's weights on disk", *(megabytes(side["weights_bytes"]) for side in sides))
-    found.add_row("  the first in the run's dtype", megabytes(summary["before"]["bytes_in_dtype"]), "")
-    found.add_row("forward of an episode's queries", *(times(side["forward_seconds"]) for side in sides))
-    found.add_row("adapting to an episode", *(times(side["adapt_seconds"]) for side in sides))
-    for when, name in (("before", "as it stands"), ("after", "after adapting")):
-        found.add_row(f"held-out {metric}, {name}", *(score(scores[side][when]) for side in ("before", "after")))
-    apart = scores["difference"]
-    difference = f"{apart['mean']:+.3f} [{apart['low']:+.3f}, {apart['high']:+.3f}]"
-    found.add_row("  difference after adapting", "", difference)
-    return found
+    rows.add_row("base's weights on disk", *(megabytes(side["weights_bytes"]) for side in sides))
+    rows.add_row("  in the run's dtype", megabytes(summary["before"]["bytes_in_dtype"]), "")
+    rows.add_row("forward of an episode's queries", *(seconds(side["forward_seconds"]) for side in sides))
+    rows.add_row("adapting to an episode", *(seconds(side["adapt_seconds"]) for side in sides))
+    for when, name in (("before", "before adapting"), ("after", "after adapting")):
+        rows.add_row(
+            f"held-out {scores['metric']}, {name}", *(score(scores[side][when]) for side in ("before", "after"))
+        )
+    ends = scores["difference"]
+    difference = f"{ends['mean']:+.3f} [{ends['low']:+.3f}, {ends['high']:+.3f}]"
+    rows.add_row("  difference after adapting", "", difference)
+    return rows
 
 
 def megabytes(count: int | None) -> str:
     return "not here" if count is None else f"{count / 1e6:.1f} MB"
 
 
-def times(spread: dict[str, float]) -> str:
-    return f"{spread['median']:.3f} s [{spread['low']:.3f}, {spread['high']:.3f}]"
+def seconds(times: dict[str, float]) -> str:
+    return f"{times['median']:.3f} s [{times['low']:.3f}, {times['high']:.3f}]"
 
 
 def score(interval: dict[str, float]) -> str:

@@ -1,14 +1,14 @@
-"""The same base with less of it: fewer bits a weight, or fewer neurons in every MLP.
+"""Make a base smaller: quantise its weights, or prune neurons of its MLPs.
 
-Quantised are the weights of a base's linears: 8 bits a weight by torchao, 4 by bitsandbytes. Activations, adapters and
-their gradients stay as they are. The embedding, and the output head, which is often the same tensor, keep their
-precision: labels are told apart there. torchao's packed 4-bit formats want CUDA or XPU to be made; bitsandbytes' NF4 in
-blocks of 64 (QLoRA, Dettmers et al. 2023, arXiv 2305.14314) is made and run on CPU and GPU alike. Both keep the
-quantised weights as safetensors, and say in `config.json` how to load them.
+Quantisation takes the weights of linears to 8 bits by torchao, or to 4 by bitsandbytes. Activations, adapters and their
+gradients stay as they are. The embedding and the output head, which are often one tensor, keep their precision, since
+labels are told apart there. torchao's packed 4-bit formats can be made on CUDA or XPU alone; bitsandbytes' NF4 in
+blocks of 64 (QLoRA, Dettmers et al. 2023, arXiv 2305.14314) works on CPU and GPU alike. Both store the quantised
+weights as safetensors, and describe in `config.json` how to load them.
 
-Pruned are the intermediate neurons of gated MLPs, as many in every layer, so that a stock model is left. A neuron's
-importance is the length of its outputs over support texts times the length of its column in `down_proj`: Wanda's
-product of input and weight (Sun et al. 2023, arXiv 2306.11695), over a whole column and not for each weight.
+Pruning removes intermediate neurons of gated MLPs, as many in every layer, so that the result is a stock model. A
+neuron's importance is the norm of its outputs over support texts times the norm of its column in `down_proj`: Wanda's
+product of input and weight (Sun et al. 2023, arXiv 2306.11695), for a whole column instead of each weight.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,27 +33,27 @@ from rayml.tasks.episodes import SUPPORT_SEED
 from rayml.tasks.prepare import prepare_splits
 
 SUPPORT_EPISODES = 32
-KeptSupport = dict[str, Tensor]
-"""The neurons that stay, `[kept]` in order, of each MLP, by its full name."""
+KeptNeurons = dict[str, Tensor]
+"""The sorted indices of the neurons that stay, `[kept]`, by each MLP's full name."""
 
 
-def quantized(model: MetaModel, base: str, kind: str, folder: Path) -> Compressed:
-    """Quantise the base; what was learned stays as it is."""
+def quantize(model: MetaModel, base: str, kind: str, folder: Path) -> Compressed:
+    """Quantise the base, and leave what was learned as it is."""
     quantize_base(base, model.config.model.dtype, kind, base_folder(folder))
     return Compressed(model.config, model.start, model.inner_lrs, model.untrained)
 
 
 def quantize_base(base: str, dtype: str, kind: str, folder: Path) -> None:
-    """Write the base of a resolved model quantised; what is not quantised is kept in `dtype`."""
+    """Write a base quantised, with its other weights in `dtype`."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
-        base, dtype=DTYPES[dtype], use_safetensors=True, quantization_config=quantization(kind, dtype)
+        base, dtype=DTYPES[dtype], use_safetensors=True, quantization_config=quantization_config(kind, dtype)
     )
     model.save_pretrained(folder)
 
 
-def quantization(kind: str, dtype: str) -> Any:
+def quantization_config(kind: str, dtype: str) -> Any:
     """Return the transformers config of int8 or int4."""
     from transformers import BitsAndBytesConfig, TorchAoConfig
 
@@ -64,15 +64,17 @@ def quantization(kind: str, dtype: str) -> Any:
     return TorchAoConfig(Int8WeightOnlyConfig())
 
 
-def pruned(model: MetaModel, base: str, fraction: float, folder: Path, progress: Callable[[], None]) -> Compressed:
-    """Prune the base's MLPs by what meta-train texts make of them; adapters are cut with them."""
+def prune(model: MetaModel, base: str, fraction: float, folder: Path, progress: Callable[[], None]) -> Compressed:
+    """Prune the base's MLPs by their activations on meta-train texts, and the adapters with them."""
     config, encoder, pad = model.config, model.encoder, model.encoder.pad
     sampler, tasks = config.data.sampler(SUPPORT_SEED), prepare_splits(config.data).train
     episodes = [encoder.episode(sampler.episode(tasks, index)) for index in range(SUPPORT_EPISODES)]
     batches = [collate([decode_rows(e["support"])], pad).to(model.device) for e in episodes]
-    kept = choose(model.lm, batches, model.start, fraction, progress)
-    prune_base(base, config.model.dtype, kept, base_folder(folder))
-    learned = (cut_adapters(part, kept) for part in (model.start, model.inner_lrs, model.untrained))
+    kept = choose_neurons(model.lm, batches, model.start, fraction, progress)
+    pruned = load_base(base, config.model.dtype)
+    cut_mlps(pruned, kept)
+    pruned.save_pretrained(base_folder(folder))
+    learned = (cut_adapters(tensors, kept) for tensors in (model.start, model.inner_lrs, model.untrained))
     return Compressed(config, *learned)
 
 
@@ -80,10 +82,10 @@ def gated_mlps(model: Any) -> dict[str, Any]:
     """Return the MLP of every layer by its full name.
 
     Raises:
-        ConfigError: a layer has none with gate_proj, up_proj and down_proj.
+        ConfigError: a layer has no MLP with gate_proj, up_proj and down_proj.
     """
     names = {module: name for name, module in model.named_modules()}
-    found = {}
+    result = {}
     for layer in decoder_layers(model):
         mlp = getattr(layer, "mlp", None)
         if not all(isinstance(getattr(mlp, part, None), nn.Linear) for part in ("gate_proj", "up_proj", "down_proj")):
@@ -91,19 +93,19 @@ def gated_mlps(model: Any) -> dict[str, Any]:
                 f"--prune: {type(model).__name__} has layers without an MLP of gate_proj, up_proj and down_proj, "
                 "as Llama, Mistral, Qwen and Gemma have"
             )
-        found[names[mlp]] = mlp
-    return found
+        result[names[mlp]] = mlp
+    return result
 
 
-def choose(
+def choose_neurons(
     lm: TaskLM, batches: Sequence[TaskBatch], start: Params, fraction: float, progress: Callable[[], None]
-) -> KeptSupport:
+) -> KeptNeurons:
     """Return the most important neurons of each MLP, all but `fraction` of them.
 
     Args:
         batches: texts, of one example a row.
-        start: the adapters that they are read with, `[...]` each.
-        progress: told after each batch.
+        start: the adapters to read them with, `[...]` each.
+        progress: called after each batch.
     """
     mlps = gated_mlps(lm.module)
     importance = column_importance(lm, mlps, batches, start, progress)
@@ -115,7 +117,7 @@ def choose(
 def column_importance(
     lm: TaskLM, mlps: dict[str, Any], batches: Sequence[TaskBatch], start: Params, progress: Callable[[], None]
 ) -> dict[str, Tensor]:
-    """Return `|x_j| * |W_j|` of each MLP's neurons j, `[neurons]` in fp32: over all tokens but padding."""
+    """Return `|x_j| * |W_j|` of each MLP's neurons j, `[neurons]` in fp32, over all tokens except padding."""
     squares = {name: torch.zeros(mlp.down_proj.in_features, device=lm.device) for name, mlp in mlps.items()}
     tokens: list[Tensor] = []
 
@@ -128,8 +130,8 @@ def column_importance(
     hooks = [mlp.down_proj.register_forward_pre_hook(add_squares(name)) for name, mlp in mlps.items()]
     try:
         for batch in batches:
-            up_to_last = (batch.targets != IGNORE).flip(1).cumsum(1).flip(1) > 0
-            tokens.append(up_to_last.flatten().nonzero().squeeze(1))
+            is_token = (batch.targets != IGNORE).flip(1).cumsum(1).flip(1) > 0
+            tokens.append(is_token.flatten().nonzero().squeeze(1))
             lm.target_logits(expand(start, batch.tasks), batch)
             progress()
     finally:
@@ -138,15 +140,8 @@ def column_importance(
     return {name: squares[name].sqrt() * mlp.down_proj.weight.float().norm(dim=0) for name, mlp in mlps.items()}
 
 
-def prune_base(base: str, dtype: str, kept: KeptSupport, folder: Path) -> None:
-    """Write the base of a resolved model with the kept neurons alone."""
-    model = load_base(base, dtype)
-    cut_mlps(model, kept)
-    model.save_pretrained(folder)
-
-
-def cut_mlps(model: Any, kept: KeptSupport) -> None:
-    """Leave the kept neurons in a causal LM, in place."""
+def cut_mlps(model: Any, kept: KeptNeurons) -> None:
+    """Remove all but the kept neurons of a causal LM, in place."""
     for name, mlp in gated_mlps(model).items():
         neurons = kept[name].to(mlp.down_proj.weight.device)
         for part in (mlp.gate_proj, mlp.up_proj):
@@ -159,12 +154,12 @@ def cut_mlps(model: Any, kept: KeptSupport) -> None:
         model.config.intermediate_size = len(neurons)
 
 
-def cut_adapters(tensors: Params, kept: KeptSupport) -> Params:
-    """Return adapters' tensors for the cut MLPs: of `down_proj` A's columns, of the others B's rows.
+def cut_adapters(tensors: Params, kept: KeptNeurons) -> Params:
+    """Return adapters' tensors for the cut MLPs: some columns of A of `down_proj`, some rows of B of the others.
 
-    Rates for each weight are shaped, and cut, alike; a rate for a whole tensor stays.
+    Rates for each weight have the same shape, and are cut alike; a rate for a whole tensor stays.
     """
-    found = {}
+    result = {}
     for name, tensor in tensors.items():
         linear, _, side = name.rpartition(".")
         mlp, _, part = linear.rpartition(".")
@@ -173,5 +168,5 @@ def cut_adapters(tensors: Params, kept: KeptSupport) -> Params:
             tensor = tensor[:, neurons]
         elif neurons is not None and part in ("gate_proj", "up_proj") and "." + side == B:
             tensor = tensor[neurons]
-        found[name] = tensor
-    return found
+        result[name] = tensor
+    return result

@@ -1,8 +1,9 @@
-"""`rayml plan`: what a worker's memory goes to, which ways to shard fit a GPU, and the smallest change that would."""
+"""`rayml plan`: the memory of a worker, which shardings fit a GPU, and the smallest change that would fit."""
 
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import reduce
 from itertools import product
 from typing import Any
 
@@ -11,7 +12,7 @@ from rich.table import Table
 
 from rayml.config import Config, parse_config
 from rayml.errors import ConfigError
-from rayml.planning.memory import ALLOWANCE, Plan, memory, passing
+from rayml.planning.memory import ALLOWANCE, MemoryPlan, activation_parts, memory
 from rayml.planning.shape import Shape, read_shape
 from rayml.planning.step import episode_rows, largest_pass, tokens_per_step, traffic
 from rayml.runs.reports import table as empty_table
@@ -21,7 +22,7 @@ BAR_CELLS = 28
 CHECKPOINTING = ("model.activation_checkpointing=true",)
 MOST_WORKERS = 1024
 ENGINES: list[tuple[str, ...]] = [("engine=local",), ("engine=zero", "zero.stage=3")]
-# From fast to slow: what is offloaded has to come back in every step.
+# From fast to slow: offloaded tensors have to come back in every step.
 ZERO = [
     ("engine=zero", f"zero.stage={stage}", f"zero.offload={offload}")
     for offload, stages in (("none", (1, 2, 3)), ("optimizer", (1, 2, 3)), ("all", (3,)))
@@ -30,27 +31,27 @@ ZERO = [
 
 
 def plan(config: Config, gpu_gib: float | None, target_tokens: int, as_json: bool, out: Console) -> bool:
-    """Print one worker's memory; return False where it does not fit the GPU.
+    """Print one worker's memory; return False if it does not fit the GPU.
 
     Args:
-        gpu_gib: the GPU's memory; None for that of the GPU in this machine, if there is one.
+        gpu_gib: the GPU's memory; None for the GPU of this machine, if there is one.
         target_tokens: tokens of a row's target.
 
     Raises:
-        ConfigError: no such model, or nothing of it to adapt or train.
+        ConfigError: there is no such model, or nothing of it to adapt or train.
     """
-    gpu_bytes = int(gpu_gib * GIB) if gpu_gib else own_gpu_bytes(config)
+    gpu_bytes = int(gpu_gib * GIB) if gpu_gib else local_gpu_bytes(config)
     config = settled_for_plan(config, bool(gpu_bytes))
-    found = report(read_shape(config), config, target_tokens, gpu_bytes)
+    report = build_report(read_shape(config), config, target_tokens, gpu_bytes)
     if as_json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(report, indent=2))
     else:
-        show(found, config, out)
-    return found["fits"] is not False
+        print_report(report, config, out)
+    return report["fits"] is not False
 
 
 def settled_for_plan(config: Config, on_gpu: bool) -> Config:
-    """Return the config with the dtype and attention that it would have here, or on a GPU that may be elsewhere."""
+    """Return the config with the dtype and attention that it would have here, or on a recent GPU."""
     import torch
 
     from rayml.lm.catalog import resolve_model
@@ -61,8 +62,8 @@ def settled_for_plan(config: Config, on_gpu: bool) -> Config:
     return settled(config, base, [device])[0]
 
 
-def own_gpu_bytes(config: Config) -> int | None:
-    """Return the memory of this machine's first GPU; None without one, or for a config that trains on the CPU."""
+def local_gpu_bytes(config: Config) -> int | None:
+    """Return the memory of this machine's first GPU; None if there is none, or the config trains on the CPU."""
     import torch
 
     if config.device == "cpu" or not torch.cuda.is_available():
@@ -70,11 +71,11 @@ def own_gpu_bytes(config: Config) -> int | None:
     return torch.cuda.get_device_properties(0).total_memory
 
 
-# What would fit
+# The search for what fits
 
 
-def changed(config: Config, overrides: Sequence[str]) -> Config | None:
-    """Return the config with more overrides, or None where together they are no config that could be run."""
+def with_overrides(config: Config, overrides: Sequence[str]) -> Config | None:
+    """Return the config with more overrides; None if they make it invalid."""
     try:
         return parse_config(config.model_dump(mode="json"), "plan", overrides)
     except ConfigError:
@@ -82,78 +83,80 @@ def changed(config: Config, overrides: Sequence[str]) -> Config | None:
 
 
 def shardings(config: Config) -> list[tuple[str, ...]]:
-    """Return the ways that the config's mode can be held, as overrides."""
+    """Return the ways to shard that the config's mode allows, as overrides."""
     return ENGINES if config.mode == "adapters" else [("engine=local", "zero.offload=none"), *ZERO]
 
 
-def alternatives(shape: Shape, config: Config, target_tokens: int) -> Iterator[tuple[tuple[str, ...], Plan]]:
+def alternatives(shape: Shape, config: Config, target_tokens: int) -> Iterator[tuple[tuple[str, ...], MemoryPlan]]:
     """Yield each way to shard, as overrides, with its plan."""
     for overrides in shardings(config):
-        candidate = changed(config, overrides)
+        candidate = with_overrides(config, overrides)
         if candidate:
             yield overrides, memory(shape, candidate, target_tokens)
 
 
 def smallest_change(shape: Shape, config: Config, target_tokens: int, gpu_bytes: int) -> list[str] | None:
-    """Return the overrides of the first change that fits, or None.
+    """Return the overrides of the first change that fits; None if none does.
 
-    Tried in this order: on the same workers fewer tasks side by side, then another sharding, checkpointing, or both,
-    with as many or fewer; then the same on twice as many, and so on. With more workers than tasks, there are as many
-    tasks as workers.
+    Tried are the config's number of workers, twice as many, and so on; for each, first without and then with
+    checkpointing, every sharding; and for each of these, all tasks side by side, half of them, and so on. The number of
+    tasks is rounded up to a multiple of the workers.
     """
     workers = config.fewest_workers
     while workers <= max(config.fewest_workers, MOST_WORKERS):
-        on_these = [f"workers={workers}", f"tasks_per_step={-(-config.tasks_per_step // workers) * workers}"]
-        for checkpointing, sharding, fewer in product(((), CHECKPOINTING), [(), *shardings(config)], halves(config)):
-            overrides = [*on_these, *sharding, *checkpointing, *fewer]
-            candidate = changed(config, overrides)
+        worker_overrides = [f"workers={workers}", f"tasks_per_step={-(-config.tasks_per_step // workers) * workers}"]
+        for checkpointing, sharding, fewer_tasks in product(
+            ((), CHECKPOINTING), [(), *shardings(config)], halves(config)
+        ):
+            overrides = [*worker_overrides, *sharding, *checkpointing, *fewer_tasks]
+            candidate = with_overrides(config, overrides)
             if candidate and memory(shape, candidate, target_tokens).fits(gpu_bytes):
-                return [override for override in overrides if changes(config, override)]
+                return [override for override in overrides if differs(config, override)]
         workers *= 2
     return None
 
 
 def halves(config: Config) -> list[tuple[str, ...]]:
-    """Return ways to adapt fewer tasks side by side, as overrides: as it is, half of them, and so on to one."""
-    some = [config.tasks_together >> times for times in range(1, config.tasks_together.bit_length())]
-    return [(), *((f"tasks_at_once={tasks}",) for tasks in some)]
+    """Return ways to adapt fewer tasks side by side, as overrides: none, half of the tasks, and so on down to one."""
+    counts = [config.tasks_together >> times for times in range(1, config.tasks_together.bit_length())]
+    return [(), *((f"tasks_at_once={tasks}",) for tasks in counts)]
 
 
-def changes(config: Config, override: str) -> bool:
-    """Say whether an override's value differs from the config's."""
+def differs(config: Config, override: str) -> bool:
+    """Return whether an override's value differs from the config's."""
     key, _, text = override.partition("=")
-    value: object = config
-    for part in key.split("."):
-        value = getattr(value, part)
-    return str(value).lower() != text
+    return str(reduce(getattr, key.split("."), config)).lower() != text
 
 
 # The report
 
 
-def report(shape: Shape, config: Config, target_tokens: int, gpu_bytes: int | None) -> dict[str, Any]:
-    """Return everything that is printed, in bytes, tokens and counts."""
-    found = memory(shape, config, target_tokens)
-    whole, checkpointed = (
-        sum(part.device_bytes for part in passing(shape, config, target_tokens, checkpointing))
+def build_report(shape: Shape, config: Config, target_tokens: int, gpu_bytes: int | None) -> dict[str, Any]:
+    """Return all that is printed, in bytes, tokens and counts."""
+    plan = memory(shape, config, target_tokens)
+    without_checkpointing, with_checkpointing = (
+        sum(part.device_bytes for part in activation_parts(shape, config, target_tokens, checkpointing))
         for checkpointing in (False, True)
     )
     support, query = episode_rows(config)
-    is_beyond = gpu_bytes is not None and not found.fits(gpu_bytes)
+    is_too_large = gpu_bytes is not None and not plan.fits(gpu_bytes)
     return {
         "model": {**asdict(shape), "adapted": len(shape.adapted), "adapter": shape.adapter(config.lora.rank)},
-        "parts": [asdict(part) for part in found.parts],
-        **_sizes(found, gpu_bytes),
-        "passing_bytes": {"without_checkpointing": whole, "with_checkpointing": checkpointed},
+        "parts": [asdict(part) for part in plan.parts],
+        **_sizes(plan, gpu_bytes),
+        "passing_bytes": {
+            "without_checkpointing": without_checkpointing,
+            "with_checkpointing": with_checkpointing,
+        },
         "gpu_bytes": gpu_bytes,
-        "smallest_change": smallest_change(shape, config, target_tokens, gpu_bytes or 0) if is_beyond else None,
+        "smallest_change": smallest_change(shape, config, target_tokens, gpu_bytes or 0) if is_too_large else None,
         "shardings": [
             {
                 "overrides": list(overrides),
-                "is_config": not any(changes(config, override) for override in overrides),
-                **_sizes(way, gpu_bytes),
+                "is_config": not any(differs(config, override) for override in overrides),
+                **_sizes(sharding, gpu_bytes),
             }
-            for overrides, way in alternatives(shape, config, target_tokens)
+            for overrides, sharding in alternatives(shape, config, target_tokens)
         ],
         "batch": {
             "support_rows": support,
@@ -162,88 +165,91 @@ def report(shape: Shape, config: Config, target_tokens: int, gpu_bytes: int | No
             "largest_pass": asdict(largest_pass(config, target_tokens)),
         },
         "traffic": [
-            asdict(sent) | {"bytes_by_each": round(sent.by_each(config.fewest_workers))}
-            for sent in traffic(shape, config, config.fewest_workers)
+            asdict(transfer) | {"bytes_by_each": round(transfer.by_each(config.fewest_workers))}
+            for transfer in traffic(shape, config, config.fewest_workers)
         ],
         "episodes_per_step": config.tasks_per_step,
         "tokens_per_step": tokens_per_step(config),
     }
 
 
-def _sizes(found: Plan, gpu_bytes: int | None) -> dict[str, Any]:
-    fits = found.fits(gpu_bytes) if gpu_bytes else None
-    return {"device_bytes": found.device_bytes, "host_bytes": found.host_bytes, "fits": fits}
+def _sizes(plan: MemoryPlan, gpu_bytes: int | None) -> dict[str, Any]:
+    fits = plan.fits(gpu_bytes) if gpu_bytes else None
+    return {"device_bytes": plan.device_bytes, "host_bytes": plan.host_bytes, "fits": fits}
 
 
-def show(found: dict[str, Any], config: Config, out: Console) -> None:
+def print_report(report: dict[str, Any], config: Config, out: Console) -> None:
     """Print a report for people."""
-    model, batch = found["model"], found["batch"]
-    learned, what = (model["adapter"], "an adapter") if config.mode == "adapters" else (model["trained"], "trained")
-    out.print(f"{config.model.name}: {model['parameters']:,} parameters, {learned:,} {what}", highlight=False)
-    out.print(_parts(found, config))
+    model, batch = report["model"], report["batch"]
+    learned, unit = (model["adapter"], "an adapter") if config.mode == "adapters" else (model["trained"], "trained")
+    out.print(f"{config.model.name}: {model['parameters']:,} parameters, {learned:,} {unit}", highlight=False)
+    out.print(_parts_table(report, config))
     largest = batch["largest_pass"]
-    tokens, episodes = found["tokens_per_step"], found["episodes_per_step"]
+    tokens, episodes = report["tokens_per_step"], report["episodes_per_step"]
     lines = [
         f"an outer step: {episodes} episodes, {tokens:,} tokens forward and backward",
         f"a pass: {batch['tasks_at_once']} task(s), {largest['rows']:,} rows of {largest['row_tokens']} tokens",
         f"the worst case: every task has {config.data.ways} classes, every row data.max_tokens; data is not read",
-        _checkpointing(found["passing_bytes"], config),
+        _checkpointing_note(report["passing_bytes"], config),
     ]
-    parts = [f"{one['name']} {size(one['bytes_by_each'])}" for one in found["traffic"] if one["bytes_by_each"]]
-    if parts:
-        lines.append(f"a worker sends in an outer step: {', '.join(parts)}")
+    sent = [f"{part['name']} {size(part['bytes_by_each'])}" for part in report["traffic"] if part["bytes_by_each"]]
+    if sent:
+        lines.append(f"a worker sends in an outer step: {', '.join(sent)}")
     if not model["is_measured"]:
         lines.append("activations are an estimate: the formula is for Llama's layers, and this model has others")
     out.print("\n".join(lines), highlight=False)
-    out.print(_shardings(found))
-    out.print(_verdict(found), highlight=False, soft_wrap=True)
+    out.print(_shardings_table(report))
+    out.print(_verdict(report), highlight=False, soft_wrap=True)
 
 
-def _parts(found: dict[str, Any], config: Config) -> Table:
+def _parts_table(report: dict[str, Any], config: Config) -> Table:
     title = f"one of {config.fewest_workers} worker(s), at its peak"
     table = empty_table(("part", "GPU", "CPU", ""), left=["part", ""], padding=(0, 0, 0, 1), title=title)
-    scale = max(1, *(part["device_bytes"] + part["host_bytes"] for part in found["parts"]))
-    for part in found["parts"]:
+    scale = max(1, *(part["device_bytes"] + part["host_bytes"] for part in report["parts"]))
+    for part in report["parts"]:
         device, host = part["device_bytes"], part["host_bytes"]
         name = f"{part['name']} ({ALLOWANCE:.0%})" if part["name"] == "allowance" else part["name"]
         bar = "█" * round(BAR_CELLS * device / scale) + "░" * round(BAR_CELLS * host / scale)
         table.add_row(name, size(device), size(host), bar)
     table.add_section()
-    table.add_row("all", size(found["device_bytes"]), size(found["host_bytes"]), style="bold")
+    table.add_row("all", size(report["device_bytes"]), size(report["host_bytes"]), style="bold")
     return table
 
 
-def _shardings(found: dict[str, Any]) -> Table:
+def _shardings_table(report: dict[str, Any]) -> Table:
     heads = "", "GPU", "CPU", "fits"
     table = empty_table(heads, left=[""], padding=(0, 0, 0, 1), title="what fits, per worker")
-    for row in found["shardings"]:
+    for row in report["shardings"]:
         fits = {True: "yes", False: "no", None: "?"}[row["fits"]]
         style = "bold" if row["is_config"] else None
         table.add_row(" ".join(row["overrides"]), size(row["device_bytes"]), size(row["host_bytes"]), fits, style=style)
     return table
 
 
-def _checkpointing(passing_bytes: dict[str, int], config: Config) -> str:
-    """Say what activation checkpointing changes, in activations and logits together."""
-    with_it, without = size(passing_bytes["with_checkpointing"]), size(passing_bytes["without_checkpointing"])
+def _checkpointing_note(passing_bytes: dict[str, int], config: Config) -> str:
+    """Return what activation checkpointing changes, in activations and logits together."""
+    with_checkpointing, without = (
+        size(passing_bytes["with_checkpointing"]),
+        size(passing_bytes["without_checkpointing"]),
+    )
     if config.model.activation_checkpointing:
-        return f"without activation checkpointing: {without} instead of {with_it}"
-    return f"with activation checkpointing: {with_it} instead of {without}"
+        return f"without activation checkpointing: {without} instead of {with_checkpointing}"
+    return f"with activation checkpointing: {with_checkpointing} instead of {without}"
 
 
-def _verdict(found: dict[str, Any]) -> str:
-    if found["fits"] is None:
+def _verdict(report: dict[str, Any]) -> str:
+    if report["fits"] is None:
         return "no GPU here to compare with: give its memory as --gpu-gib"
-    compared = f"{size(found['device_bytes'])} of {size(found['gpu_bytes'])}"
-    if found["fits"]:
-        return f"fits: {compared}"
-    change = found["smallest_change"]
+    comparison = f"{size(report['device_bytes'])} of {size(report['gpu_bytes'])}"
+    if report["fits"]:
+        return f"fits: {comparison}"
+    change = report["smallest_change"]
     advice = f"this would fit: {' '.join(change)}" if change else "no sharding or number of workers would fit"
-    return f"does not fit: {compared}; {advice}"
+    return f"does not fit: {comparison}; {advice}"
 
 
 def size(count_bytes: int) -> str:
-    """Return bytes as people read them; `-` for none."""
+    """Return bytes in MiB or GiB; `-` for none."""
     if not count_bytes:
         return "-"
     if count_bytes < GIB:

@@ -1,8 +1,8 @@
-"""`rayml scaling`: what an outer step would take on more GPUs, from counted bytes and FLOPs, and a machine's rates.
+"""`rayml scaling`: predict the time of an outer step on more GPUs, from its bytes and FLOPs and a machine's rates.
 
-Assumed: a ring among all workers, of which each GPU has a network link of its own beyond its node; every worker as fast
-as the others; a share of the peak that matrices get, the same for every size. Left out: attention's own products, the
-head, adapters, data, checkpoints.
+Assumptions: a ring of all workers; each GPU has its own network link beyond its node; all workers are equally fast;
+matrix products reach the same share of the peak at every size. Left out: attention's own products, the head, adapters,
+data, checkpoints.
 """
 
 import json
@@ -17,7 +17,7 @@ from rich.table import Table
 from rayml.config import Config
 from rayml.planning.plan import settled_for_plan, size
 from rayml.planning.shape import Shape, read_shape
-from rayml.planning.step import episode_rows, inner_steps, passes, rows_together, shown, traffic
+from rayml.planning.step import episode_rows, inner_steps, pass_rows, passes, prompt_examples, traffic
 from rayml.runs.reports import COLOURS, file_pyplot, save_figure
 from rayml.runs.reports import table as empty_table
 
@@ -31,19 +31,19 @@ class Machines:
     peak_flops: float = 989e12
     """FLOP/s in the model's dtype, dense."""
     utilisation: float = 0.4
-    """The share of it that training gets."""
+    """The share of the peak that training reaches."""
     node_gpus: int = 8
     link_bytes: float = 450e9
-    """Bytes a second that a GPU sends to others of its node."""
+    """Bytes per second that a GPU sends to others of its node."""
     network_bytes: float = 50e9
-    """Bytes a second that it sends to other nodes."""
+    """Bytes per second that it sends to other nodes."""
     latency: float = 20e-6
-    """Seconds of each hop of a collective, of which there are log2 of the workers."""
+    """Seconds of each hop of a collective; it has log2(workers) hops."""
 
 
 @dataclass(frozen=True, slots=True)
 class ScalingPoint:
-    """One outer step on so many workers."""
+    """One outer step on this many workers."""
 
     workers: int
     tasks: int
@@ -54,12 +54,12 @@ class ScalingPoint:
 
     @property
     def slowest(self) -> float:
-        """Return the seconds if nothing is sent while the GPU computes."""
+        """Seconds if nothing is sent while the GPU computes."""
         return self.compute_seconds + self.communication_seconds
 
     @property
     def fastest(self) -> float:
-        """Return the seconds if all of the shorter hides behind the longer."""
+        """Seconds if computing and sending overlap fully."""
         return max(self.compute_seconds, self.communication_seconds)
 
     @property
@@ -72,42 +72,42 @@ class ScalingPoint:
 
 
 def predict(shape: Shape, config: Config, workers: int, machines: Machines) -> ScalingPoint:
-    """Return an outer step of so many workers, each with as many tasks as the config gives one.
+    """Return an outer step of this many workers, each with as many tasks as a worker has in the config.
 
-    In mode full under ZeRO the workers share each task's rows instead: the tasks of a step stay as many as they are.
+    In mode full under ZeRO the workers share each task's rows instead, and the number of tasks stays as it is.
     """
     tasks = config.tasks_per_step if config.is_sharded else config.tasks_per_worker * workers
     config = config.model_copy(update={"workers": workers, "tasks_per_step": tasks})
     bandwidth = machines.link_bytes
     if workers > machines.node_gpus:
         bandwidth = min(machines.link_bytes, machines.network_bytes)
-    sent = traffic(shape, config, workers)
+    transfers = traffic(shape, config, workers)
     hops = ceil(log2(workers)) if workers > 1 else 0
-    seconds = (one.by_each(workers) / bandwidth + one.calls * hops * machines.latency for one in sent)
+    seconds = (part.by_each(workers) / bandwidth + part.calls * hops * machines.latency for part in transfers)
     return ScalingPoint(
         workers=workers,
         tasks=tasks,
         compute_seconds=worker_flops(shape, config, workers) / (machines.peak_flops * machines.utilisation),
         communication_seconds=sum(seconds),
-        sent_bytes=sum(one.by_each(workers) for one in sent),
+        sent_bytes=sum(part.by_each(workers) for part in transfers),
     )
 
 
 def worker_flops(shape: Shape, config: Config, workers: int) -> float:
-    """Return the FLOPs of one worker in an outer step: two a parameter and token, forward; as many for each gradient.
+    """Return the FLOPs of one worker in an outer step: two per parameter and token, forward, and for each gradient.
 
-    What is of second order is counted twice, as its backward goes through the inner steps again.
+    An algorithm of second order counts twice, since its backward goes through the inner steps again.
     """
     if config.is_sharded:
-        rows = config.tasks_per_step * sum(ceil(some / workers) for some in rows_together(config))
+        rows = config.tasks_per_step * sum(ceil(count / workers) for count in pass_rows(config))
     else:
         sides = zip(passes(config), episode_rows(config), strict=True)
-        rows = config.tasks_per_worker * sum(times * some for times, some in sides)
-    above = (shape.layers - shape.first_layer) / shape.layers
-    forwards = 1 + above * config.model.activation_checkpointing
-    twice = 1 + (config.algorithm.second_order and inner_steps(config) > 0)
-    of_token = shape.layer_parameters * (forwards + above) + shape.trained
-    return 2.0 * twice * of_token * rows * shown(config) * config.data.max_tokens
+        rows = config.tasks_per_worker * sum(times * count for times, count in sides)
+    reached = (shape.layers - shape.first_layer) / shape.layers
+    forwards = 1 + reached * config.model.activation_checkpointing
+    order = 1 + (config.algorithm.second_order and inner_steps(config) > 0)
+    per_token = shape.layer_parameters * (forwards + reached) + shape.trained
+    return 2.0 * order * per_token * rows * prompt_examples(config) * config.data.max_tokens
 
 
 def scaling(
@@ -122,23 +122,25 @@ def scaling(
     """Predict every number of workers on every network; print the table, or JSON, and draw the plot.
 
     Args:
-        networks: bytes a second that each GPU sends to other nodes.
+        networks: bytes per second that each GPU sends to other nodes.
 
     Raises:
-        ConfigError: no such model, or nothing of it to adapt or train.
+        ConfigError: there is no such model, or nothing of it to adapt or train.
     """
     config = settled_for_plan(config, on_gpu=True)
     shape = read_shape(config)
-    found = {
+    predictions = {
         network: [predict(shape, config, count, replace(machines, network_bytes=network)) for count in workers]
         for network in networks
     }
-    plot(found, config, machines, picture)
+    plot(predictions, config, machines, picture)
     if as_json:
-        rows = [{"network_bytes": network} | asdict(one) for network, ones in found.items() for one in ones]
+        rows = [
+            {"network_bytes": network} | asdict(point) for network, points in predictions.items() for point in points
+        ]
         print(json.dumps({"machines": asdict(machines), "predictions": rows}, indent=2))
         return
-    out.print(table(found, config, machines))
+    out.print(table(predictions, config, machines))
     out.print(f"{picture}\n{assumptions(config, machines)}", highlight=False, soft_wrap=True)
 
 
@@ -151,25 +153,29 @@ def assumptions(config: Config, machines: Machines) -> str:
     )
 
 
-def table(found: dict[float, list[ScalingPoint]], config: Config, machines: Machines) -> Table:
-    """Return a row for each network and number of workers, with the least and the most of a step, and of tasks."""
+def table(predictions: dict[float, list[ScalingPoint]], config: Config, machines: Machines) -> Table:
+    """Return a row for each network and number of workers, with the least and most seconds of a step, and tasks/s."""
     heads = "GB/s", "GPUs", "tasks", "sent by each", "computing", "sending", "step", "", "tasks/s", ""
     rows = empty_table(heads, no_wrap=True, title=title(config))
-    networks = list(found)
-    for network, ones in found.items():
-        for one in ones:
-            is_beyond = one.workers > machines.node_gpus
-            if not is_beyond and network != networks[0]:
-                continue  # the same as on the first
-            beyond, sent = f"{network / GIGA:g}" if is_beyond else "-", size(round(one.sent_bytes))
-            parts = (f"{digits(part)} s" for part in (one.compute_seconds, one.communication_seconds, *one.seconds))
-            rows.add_row(beyond, str(one.workers), str(one.tasks), sent, *parts, *map(digits, one.tasks_per_second))
+    networks = list(predictions)
+    for network, points in predictions.items():
+        for point in points:
+            uses_network = point.workers > machines.node_gpus
+            if not uses_network and network != networks[0]:
+                continue  # the same as with the first network
+            bandwidth, sent = f"{network / GIGA:g}" if uses_network else "-", size(round(point.sent_bytes))
+            parts = (
+                f"{digits(part)} s" for part in (point.compute_seconds, point.communication_seconds, *point.seconds)
+            )
+            rows.add_row(
+                bandwidth, str(point.workers), str(point.tasks), sent, *parts, *map(digits, point.tasks_per_second)
+            )
         rows.add_section()
     return rows
 
 
 def digits(number: float) -> str:
-    """Return three digits or more, never an exponent."""
+    """Return a number with three digits or more, without an exponent."""
     return f"{number:,.0f}" if number >= 100 else f"{float(f'{number:.3g}'):f}".rstrip("0").rstrip(".")
 
 
@@ -177,20 +183,20 @@ def title(config: Config) -> str:
     return f"{config.model.name}, mode {config.mode}, engine {config.engine}"
 
 
-def plot(found: dict[float, list[ScalingPoint]], config: Config, machines: Machines, picture: Path) -> None:
-    """Draw the seconds of a step, and the tasks a second, over the GPUs to a PNG: a band for each network."""
+def plot(predictions: dict[float, list[ScalingPoint]], config: Config, machines: Machines, picture: Path) -> None:
+    """Draw the seconds of a step, and the tasks per second, over the number of GPUs: a band for each network."""
     pyplot = file_pyplot()
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
-    for (network, ones), colour in zip(found.items(), COLOURS * len(found), strict=False):
-        counts = [one.workers for one in ones]
-        bands = [one.seconds for one in ones], [one.tasks_per_second for one in ones]
+    for (network, points), colour in zip(predictions.items(), COLOURS * len(predictions), strict=False):
+        counts = [point.workers for point in points]
+        bands = [point.seconds for point in points], [point.tasks_per_second for point in points]
         for axis, band in zip((left, right), bands, strict=True):
             lows, highs = zip(*band, strict=True)
             axis.fill_between(counts, lows, highs, color=colour, alpha=0.25)
             axis.plot(counts, highs if axis is left else lows, color=colour, marker="o", markersize=3)
             axis.plot(counts, lows if axis is left else highs, color=colour, linewidth=0.8, label=f"{network / GIGA:g}")
-    first, *_ = points = next(iter(found.values()))
-    ticks = [one.workers for one in points]
+    first, *_ = points = next(iter(predictions.values()))
+    ticks = [point.workers for point in points]
     ideal = [first.tasks / first.fastest * count / first.workers for count in ticks]
     right.plot(ticks, ideal, color="black", linestyle=":", label="linear")
     for axis, label in ((left, "seconds of an outer step"), (right, "tasks a second")):

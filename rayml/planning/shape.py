@@ -1,4 +1,4 @@
-"""The numbers of a model that its memory and traffic follow from: built on the meta device, no weight is read."""
+"""The shape of a model, from which its memory and traffic follow. It is built on the meta device: no weight is read."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ from rayml.lm.parameters import trained_parameters
 from rayml.lm.sentence import MARK
 
 WHOLE_BELOW = 100_000
-"""Elements; what the sharded engines leave whole."""
+"""Tensors of fewer elements stay whole on every worker under ZeRO-3."""
 MEASURED = {"llama", "mistral", "qwen2"}
 
 
@@ -28,55 +28,54 @@ class Linear:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A decoder's shapes. Counts of parameters are in elements; tied weights count once."""
+    """The sizes of a decoder. Parameters are counted in elements; tied weights count once."""
 
     parameters: int
     small_parameters: int
-    """In tensors so small that ZeRO-3 leaves them whole on every worker."""
+    """In tensors that ZeRO-3 leaves whole, since they are small."""
     trained: int
-    """What mode full trains."""
+    """By mode full."""
     trained_tensors: int
     small_trained: tuple[int, ...]
-    """Those of what is trained that are small."""
+    """Sizes of the trained tensors that are small."""
     backward_parameters: int
-    """Those that are not small, of what a backward goes through: the head, and layers down to the first with anything
-    to learn in it."""
+    """In large tensors that a backward goes through: the head, and layers down to the first that learns."""
     recomputed_parameters: int
-    """The same of layers alone, without the last tensor of each."""
+    """Of `backward_parameters`, those in layers, without the last tensor of each layer."""
     tied_forward: int
-    """Of the head, if its matrix is the embeddings', too, and so is used at both ends of a forward; else 0."""
+    """Of the head, if it is tied to the embeddings and so is used at both ends of a forward; else 0."""
     tied_backward: int
-    """The same for a backward that goes down to the embeddings."""
+    """The same, for a backward that reaches the embeddings; else 0."""
     layer_parameters: int
-    """Of all layers together: without embeddings, head and the last norm."""
+    """Of all layers: without embeddings, head and the last norm."""
     largest_layer: int
     embedding: int
-    """The token embeddings, or the output head: one of the two, where they are not tied."""
+    """The token embeddings, or the output head, which has as many."""
     layers: int
     hidden: int
     intermediate: int
     query_width: int
-    """Query heads times the width of a head."""
+    """Query heads times the head width."""
     key_width: int
-    """Key heads times the width of a head; the values' is the same."""
+    """Key heads times the head width; values have the same."""
     heads: int
     vocabulary: int
     adapted: tuple[Linear, ...]
-    """Linears with an adapter; none in mode full, nor with soft prompts."""
+    """Linears with an adapter; none in mode full and with soft prompts."""
     first_layer: int
-    """Where the backward ends: the first layer with anything to learn in it, or below it."""
+    """The layer where the backward ends: the lowest one that learns, or 0 if the embeddings do."""
     is_measured: bool
-    """The formula for activations was checked against layers of this kind; for others it is an estimate."""
+    """The formula for activations was compared with measurements of this architecture; for others it is an estimate."""
     prompt: int = 0
-    """Elements of a soft prompt, where that is what is learned."""
+    """Elements of the soft prompt, if that is learned."""
 
     def adapter(self, rank: int) -> int:
-        """Return the elements of one adapter: `A [r, in]` and `B [out, r]` of every adapted linear; or of a prompt."""
+        """Return the elements of one adapter, `A [r, in]` and `B [out, r]` of every adapted linear; or of a prompt."""
         return self.prompt + rank * sum(linear.inputs + linear.outputs for linear in self.adapted)
 
 
 def read_shape(config: Config) -> Shape:
-    """Return the shape of the config's model, with what the config adapts or trains of it.
+    """Return the shape of the config's model, with the parts that the config adapts or trains.
 
     Raises:
         ConfigError: there is no such model, no such linear to adapt, or nothing left to train.
@@ -92,15 +91,15 @@ def shape_of(model: Any, config: Config, whole_below: int = WHOLE_BELOW) -> Shap
     Args:
         whole_below: tensors of fewer elements stay whole under ZeRO-3.
     """
-    text = model.config.get_text_config()
+    text_config = model.config.get_text_config()
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     layers: dict[int, int] = {}
     for name in filter(in_a_layer, sizes):
         layers[layer_number(name)] = layers.get(layer_number(name), 0) + sizes[name]
     adapted, trained, first = _learned(model, config)
     large = {name: size for name, size in sizes.items() if size >= whole_below}
-    heads, embeddings = text.num_attention_heads, model.get_input_embeddings()
-    head_width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    heads, embeddings = text_config.num_attention_heads, model.get_input_embeddings()
+    head_width = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
     return Shape(
         parameters=sum(sizes.values()),
         small_parameters=sum(sizes.values()) - sum(large.values()),
@@ -111,37 +110,37 @@ def shape_of(model: Any, config: Config, whole_below: int = WHOLE_BELOW) -> Shap
         layer_parameters=sum(layers.values()),
         largest_layer=max(layers.values()),
         embedding=embeddings.weight.numel(),
-        layers=text.num_hidden_layers,
-        hidden=text.hidden_size,
-        intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        layers=text_config.num_hidden_layers,
+        hidden=text_config.hidden_size,
+        intermediate=getattr(text_config, "intermediate_size", None) or 4 * text_config.hidden_size,
         query_width=heads * head_width,
-        key_width=(getattr(text, "num_key_value_heads", None) or heads) * head_width,
+        key_width=(getattr(text_config, "num_key_value_heads", None) or heads) * head_width,
         heads=heads,
-        vocabulary=0 if hasattr(model, MARK) else text.vocab_size,
+        vocabulary=0 if hasattr(model, MARK) else text_config.vocab_size,
         adapted=adapted,
         first_layer=first,
-        is_measured=text.model_type in MEASURED,
+        is_measured=text_config.model_type in MEASURED,
         prompt=config.soft_tokens * embeddings.embedding_dim,
     )
 
 
 def _sharded(model: Any, large: dict[str, int], first: int, trained: list[str]) -> dict[str, int]:
-    """Return what a backward needs of the weights that ZeRO-3 shards."""
+    """Return the counts of sharded parameters that a backward needs."""
     names = {parameter: name for name, parameter in model.named_parameters()}
-    both = model.get_input_embeddings(), model.get_output_embeddings()
-    embedding, head = (of and names[of.weight] for of in both)  # a sentence encoder has no head
-    of_embedding, of_head = large.get(embedding, 0), large.get(head, 0)
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding, head = (module and names[module.weight] for module in ends)  # a sentence encoder has no head
+    embedding_size, head_size = large.get(embedding, 0), large.get(head, 0)
     is_tied, reaches_embedding = head == embedding, embedding in trained
-    above: dict[int, list[int]] = {}
+    layer_sizes: dict[int, list[int]] = {}
     for name, size in large.items():
         if in_a_layer(name) and layer_number(name) >= first:
-            above.setdefault(layer_number(name), []).append(size)
-    below = of_embedding if reaches_embedding and not is_tied else 0
+            layer_sizes.setdefault(layer_number(name), []).append(size)
+    reached_embedding = embedding_size if reaches_embedding and not is_tied else 0
     return {
-        "backward_parameters": sum(map(sum, above.values())) + of_head + below,
-        "recomputed_parameters": sum(sum(sizes[:-1]) for sizes in above.values()),
-        "tied_forward": is_tied * of_head,
-        "tied_backward": (is_tied and reaches_embedding) * of_head,
+        "backward_parameters": sum(map(sum, layer_sizes.values())) + head_size + reached_embedding,
+        "recomputed_parameters": sum(sum(sizes[:-1]) for sizes in layer_sizes.values()),
+        "tied_forward": is_tied * head_size,
+        "tied_backward": (is_tied and reaches_embedding) * head_size,
     }
 
 
@@ -157,11 +156,11 @@ def _learned(model: Any, config: Config) -> tuple[tuple[Linear, ...], list[str],
         )
         return adapted, [], min(linear.layer for linear in adapted)
     trained = list(trained_parameters(model, config.full))
-    return (), trained, min(_reaches(name, model) for name in trained)
+    return (), trained, min(_lowest_layer(name, model) for name in trained)
 
 
-def _reaches(name: str, model: Any) -> int:
-    """Return the lowest layer that the backward runs through to reach a parameter."""
+def _lowest_layer(name: str, model: Any) -> int:
+    """Return the lowest layer that a backward goes through to reach a parameter."""
     if in_a_layer(name):
         return layer_number(name)
     is_embedding = model.get_parameter(name) is model.get_input_embeddings().weight

@@ -1,6 +1,6 @@
-"""What an outer step computes and sends: plain arithmetic. The bytes equal what the collectives are seen to send.
+"""The rows, tokens and traffic of an outer step, by plain arithmetic. Tests compare the bytes with real collectives.
 
-Left out are single numbers (a loss, whether a gradient was finite), and what is not sent in every step: checkpoints,
+Not counted are single numbers (a loss, whether a gradient is finite), and what is not sent in every step: checkpoints,
 validations, and the first pass of a sharded base, in which DeepSpeed learns the order of its layers.
 """
 
@@ -15,19 +15,19 @@ from rayml.planning.shape import Shape
 FP32_BYTES = 4
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 BUCKET = 50_000_000
-"""Gradients in flight under mode full: DeepSpeed's reduce_bucket_size; they travel in fp32."""
+"""DeepSpeed's reduce_bucket_size in mode full: gradients that are sent together, in fp32."""
 REUSED = 1_000_000_000
-"""Elements; DeepSpeed's stage3_max_reuse_distance: weights that are used again within so many are not let go of."""
+"""DeepSpeed's stage3_max_reuse_distance: weights that are used again within this many elements are kept."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """Rows of one worker that share a graph, and what is scored of them."""
+    """The rows of one worker that share a graph."""
 
     rows: int
     row_tokens: int
     scored_tokens: int
-    """Positions with logits, over all rows."""
+    """Positions with logits, in all rows."""
 
     @property
     def tokens(self) -> int:
@@ -39,117 +39,119 @@ def inner_steps(config: Config) -> int:
 
 
 def passes(config: Config) -> tuple[int, int]:
-    """Return how often an outer step runs forward and backward over an episode's support, and over its query."""
+    """Return how often an outer step goes forward and backward through an episode's support, and through its query."""
     return config.algorithm.passes(config.inner.steps)
 
 
 def episode_rows(config: Config) -> tuple[int, int]:
-    """Return the support and query rows of an episode: the worst case, since a task may have fewer classes."""
+    """Return the support and query rows of an episode. This is the worst case: a task may have fewer classes."""
     return config.data.ways * config.data.shots, config.data.ways * config.data.queries
 
 
-def rows_together(config: Config) -> list[int]:
-    """Return the rows of each batch of an episode in mode full, where turns at the same weights share one."""
-    of_side = dict(zip(("support", "query"), episode_rows(config), strict=True))
+def pass_rows(config: Config) -> list[int]:
+    """Return the rows of each pass through an episode. In mode full, turns at the same weights share a pass."""
+    side_rows = dict(zip(("support", "query"), episode_rows(config), strict=True))
     turns = config.algorithm.turns(config.inner.steps)
-    return [sum(of_side[turn.side] for turn in together) for together in batches(turns)]
+    groups = batches(turns) if config.mode == "full" else [[turn] for turn in turns]
+    return [sum(side_rows[turn.side] for turn in group) for group in groups]
 
 
-def shown(config: Config) -> int:
-    """Return the examples in the prompt of a query, itself included."""
+def prompt_examples(config: Config) -> int:
+    """Return the number of examples in a query's prompt, the query included."""
     return 1 + episode_rows(config)[0] * (config.algorithm.keeps == "prompt")
 
 
 def largest_pass(config: Config, target_tokens: int) -> Pass:
     """Return one worker's largest pass, with every row as long as `data.max_tokens` allows.
 
-    Under mode full and engine zero the workers share a task's rows. What keeps the support has it in each query's
-    prompt, or puts both sides into one graph; what is learned by hidden states alone scores no logits.
+    In mode full under engine zero the workers share a task's rows. An algorithm that keeps the support has it in each
+    query's prompt, or has both sides in one graph. One that learns by hidden states alone computes no logits.
     """
-    sides, algorithm = episode_rows(config), config.algorithm
-    rows = max(rows_together(config)) if config.mode == "full" else _largest_side(config)
+    algorithm = config.algorithm
+    rows = max(pass_rows(config))
     if algorithm.keeps_states:
-        rows = sum(sides)
+        rows = sum(episode_rows(config))
     if config.is_sharded:
         rows = ceil(rows / config.fewest_workers)
     rows *= config.tasks_together
-    length = shown(config) * (config.data.max_tokens + config.soft_tokens)
+    length = prompt_examples(config) * (config.data.max_tokens + config.soft_tokens)
     return Pass(rows, length, rows * target_tokens if algorithm.by_tokens else 0)
 
 
-def _largest_side(config: Config) -> int:
-    of_side = dict(zip(("support", "query"), episode_rows(config), strict=True))
-    return max(of_side[turn.side] for turn in config.algorithm.turns(config.inner.steps))
-
-
 def tokens_per_step(config: Config) -> int:
-    """Return the tokens that go forward and backward in an outer step over all workers, padding included."""
-    (support, query), (of_support, of_query) = episode_rows(config), passes(config)
-    rows = of_support * support + of_query * query * shown(config)
+    """Return the tokens that go forward and backward in an outer step on all workers, with padding."""
+    support_rows, query_rows = episode_rows(config)
+    support_passes, query_passes = passes(config)
+    rows = support_passes * support_rows + query_passes * query_rows * prompt_examples(config)
     return config.tasks_per_step * rows * config.data.max_tokens
 
 
 @dataclass(frozen=True, slots=True)
-class Sent:
-    """What the workers send each other of one kind, in an outer step."""
+class Transfer:
+    """One kind of data that the workers exchange in an outer step."""
 
     name: str
     collective: Literal["all-reduce", "all-gather", "reduce-scatter"]
     tensor_bytes: int
-    """Of the whole tensors, of all calls together."""
+    """Of the whole tensors, over all calls."""
     calls: int
-    """About."""
+    """An estimate."""
 
     def by_each(self, workers: int) -> float:
-        """Return the bytes that each worker sends, in a ring (Patarasu and Yuan 2009): as few as can be."""
+        """Return the bytes that each worker sends in a ring, which is optimal (Patarasu and Yuan 2009)."""
         rounds = 2 if self.collective == "all-reduce" else 1
         return rounds * self.tensor_bytes * (workers - 1) / workers
 
 
-def traffic(shape: Shape, config: Config, workers: int) -> list[Sent]:
-    """Return all that is sent in an outer step by so many workers."""
+def traffic(shape: Shape, config: Config, workers: int) -> list[Transfer]:
+    """Return all that this many workers exchange in an outer step."""
     if config.is_sharded:
-        return _of_full(shape, config)
-    sent = [meta_gradient(shape, config, workers)]
-    return [*sent, gathered(shape, config, sum(passes(config)))] if config.engine == "zero" else sent
+        return _full_traffic(shape, config)
+    transfers = [meta_gradient(shape, config, workers)]
+    if config.engine == "zero":
+        transfers.append(gathered_weights(shape, config, sum(passes(config))))
+    return transfers
 
 
-def meta_gradient(shape: Shape, config: Config, workers: int) -> Sent:
-    """Return the one message in which whole gradients are summed, and with them two losses, tokens, workers' seconds.
+def meta_gradient(shape: Shape, config: Config, workers: int) -> Transfer:
+    """Return the all-reduce of the whole gradients, with two losses, the tokens, and each worker's seconds.
 
-    With `data.weighting=dynamic` there are two numbers more for every meta-train task; `inner.modules` leaves out some
-    rates.
+    With `data.weighting=dynamic` there are two more numbers for every meta-train task. With `inner.modules` there are
+    fewer rates than counted here.
     """
     learned, tensors = shape.trained, shape.trained_tensors
     if config.mode == "adapters":
         learned, tensors = shape.adapter(config.lora.rank), 2 * len(shape.adapted) + bool(shape.prompt)
-    of_kind = {"none": 0, "tensor": tensors, "weight": learned}
-    rates = of_kind[config.algorithm.learned_rates] if config.learns_inner_lrs else 0
-    return Sent("meta-gradient", "all-reduce", FP32_BYTES * (learned + rates + 3 + workers), 1)
+    rate_counts = {"none": 0, "tensor": tensors, "weight": learned}
+    rates = rate_counts[config.algorithm.learned_rates] if config.learns_inner_lrs else 0
+    return Transfer("meta-gradient", "all-reduce", FP32_BYTES * (learned + rates + 3 + workers), 1)
 
 
-def _of_full(shape: Shape, config: Config) -> list[Sent]:
-    """Return what mode full sends under ZeRO: every inner step is an optimizer step of sharded weights."""
-    steps = config.tasks_per_step * len(rows_together(config))
+def _full_traffic(shape: Shape, config: Config) -> list[Transfer]:
+    """Return the transfers of mode full under ZeRO, where every inner step is an optimizer step of sharded weights."""
+    steps = config.tasks_per_step * len(pass_rows(config))
     gradients, element = FP32_BYTES * shape.trained * steps, DTYPE_BYTES[config.model.dtype]
     buckets = steps * ceil(shape.trained / BUCKET)
     if config.zero.stage < 3:
         weights = element * shape.trained * steps
-        return [Sent("gradients", "all-reduce", gradients, buckets), Sent("new weights", "all-gather", weights, steps)]
+        return [
+            Transfer("gradients", "all-reduce", gradients, buckets),
+            Transfer("new weights", "all-gather", weights, steps),
+        ]
     small = element * sum(shape.small_trained) * steps
     return [
-        gathered(shape, config, steps),
-        Sent("gradients", "reduce-scatter", gradients, buckets),
-        *([Sent("new small weights", "all-gather", small, steps * len(shape.small_trained))] if small else []),
+        gathered_weights(shape, config, steps),
+        Transfer("gradients", "reduce-scatter", gradients, buckets),
+        *([Transfer("new small weights", "all-gather", small, steps * len(shape.small_trained))] if small else []),
     ]
 
 
-def gathered(shape: Shape, config: Config, times: int) -> Sent:
-    """Return the sharded weights that are put together for so many passes, each forward and backward.
+def gathered_weights(shape: Shape, config: Config, times: int) -> Transfer:
+    """Return the all-gather of sharded weights in this many passes, each forward and backward.
 
-    Between the two, what lies so near the end that its backward comes soon is kept. It does not depend on how many
-    tasks go through the model side by side. Where activations are computed again, DeepSpeed may let go of any frozen
-    weight in between, but for the one that the backward begins with: there it is the most that is sent.
+    Between the two, weights near the end are kept, since their backward comes soon. The bytes do not depend on how many
+    tasks go through the model side by side. If activations are recomputed, DeepSpeed may release any frozen weight in
+    between, except the one that the backward begins with; then this is an upper bound.
     """
     elements = shape.parameters - shape.small_parameters
     if elements > REUSED // 2:
@@ -158,4 +160,4 @@ def gathered(shape: Shape, config: Config, times: int) -> Sent:
     if config.mode == "adapters" and config.model.activation_checkpointing:
         elements += shape.recomputed_parameters
     size = DTYPE_BYTES[config.model.dtype] * elements * times
-    return Sent("gathered weights", "all-gather", size, times * 2 * shape.layers)
+    return Transfer("gathered weights", "all-gather", size, times * 2 * shape.layers)

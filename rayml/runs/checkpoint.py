@@ -1,7 +1,7 @@
-"""Checkpoints of the outer loop: files and manifests with their checksums, so that a torn one is found out.
+"""Checkpoints of the outer loop: files, and manifests with their checksums, so that a damaged one is recognised.
 
-Where what is learned lies whole on every worker, a checkpoint is one part, `state.safetensors`, and does not depend on
-the number of workers. Where it is sharded, every worker writes a part.
+If every worker holds all that is learned, a checkpoint is one part, `state.safetensors`, and does not depend on the
+number of workers. If it is sharded, every worker writes a part.
 """
 
 import errno
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rayml.errors import RunError, StorageError
 from rayml.runs.files import AnyPath, checksum, listed, local_copy, remove
-from rayml.tasks.statistics import normalised
+from rayml.tasks.statistics import unit_score
 
 STATE = "state.safetensors"
 T = TypeVar("T")
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """What was read from a checkpoint."""
+    """The content of a checkpoint."""
 
     step: int
     tensors: dict[str, Tensor]
@@ -39,23 +39,23 @@ def folder_name(step: int) -> str:
 
 
 def step_of(folder: AnyPath) -> int:
-    """Return the outer step that a checkpoint's folder is named after."""
+    """Return the outer step in the name of a checkpoint's folder."""
     return int(folder.name.removeprefix("step_"))
 
 
 def newest_step(checkpoints: AnyPath) -> int:
-    """Return the outer step of a run's newest checkpoint, which may turn out to be damaged; 0 if there is none."""
+    """Return the outer step of a run's newest checkpoint, which may be damaged; 0 if there is none."""
     return max(map(step_of, listed(checkpoints, "step_*")), default=0)
 
 
 def write_state(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Write what is whole on this worker."""
+    """Write tensors that this worker holds whole."""
     (folder / STATE).write_bytes(save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}))
 
 
 @contextmanager
 def naming_full_disk(folder: AnyPath, step: int) -> Iterator[None]:
-    """Turn the system's error about a full disk into a RunError, while a checkpoint is written."""
+    """Raise RunError if the disk is full while a checkpoint is written."""
     try:
         yield
     except OSError as error:
@@ -65,7 +65,7 @@ def naming_full_disk(folder: AnyPath, step: int) -> Iterator[None]:
 
 
 def seal(folder: Path, step: int, part: int, parts: int) -> None:
-    """Write the manifest of one part, once all its files, which are all that lie in `folder`, are written."""
+    """Write the manifest of one part, after all its files: those are all that `folder` holds."""
     files = {str(path.relative_to(folder)): checksum(path) for path in sorted(folder.rglob("*")) if path.is_file()}
     manifest = {"step": step, "parts": parts, "sha256": files}
     (folder / _manifest(part)).write_text(json.dumps(manifest, indent=1))
@@ -80,12 +80,12 @@ def verify(folder: AnyPath) -> int:
     try:
         first = json.loads((folder / _manifest(0)).read_text())
         for part in range(first["parts"]):
-            for name, written in json.loads((folder / _manifest(part)).read_text())["sha256"].items():
-                if checksum(folder / name) != written:
+            for name, digest in json.loads((folder / _manifest(part)).read_text())["sha256"].items():
+                if checksum(folder / name) != digest:
                     raise RunError(f"{folder}: {name} is not what its manifest says")
         return first["step"]
     except StorageError:
-        raise  # it may be whole
+        raise  # the storage failed; the checkpoint may be whole
     except (OSError, ValueError, KeyError) as error:
         raise RunError(f"{folder}: not a whole checkpoint: {error}") from error
 
@@ -96,7 +96,7 @@ def is_whole(folder: AnyPath) -> bool:
 
 
 def identity(folder: AnyPath) -> list[str]:
-    """Return what tells a checkpoint from another, of another training in the same place: its manifests' checksums."""
+    """Return the checksums of a checkpoint's manifests. They change if the same run folder is trained anew."""
     return [checksum(manifest) for manifest in listed(folder, "manifest_*.json")]
 
 
@@ -111,19 +111,19 @@ def read_checkpoint(folder: AnyPath) -> Saved:
 
 
 def newest_checkpoint(checkpoints: AnyPath) -> AnyPath | None:
-    """Return the newest whole checkpoint among a run's, None if there is none; warn of damaged ones."""
-    found = newest_of(listed(checkpoints, "step_*"), verify)
-    return found and found[0]
+    """Return a run's newest whole checkpoint; None if there is none. Warn of damaged ones."""
+    newest = newest_of(listed(checkpoints, "step_*"), verify)
+    return newest and newest[0]
 
 
 def read_newest(checkpoints: AnyPath) -> Saved | None:
-    """Return what lies in the newest whole checkpoint, as `newest_checkpoint` finds it, and read it once."""
-    found = newest_of(listed(checkpoints, "step_*"), read_checkpoint)
-    return found and found[1]
+    """Return the content of the newest whole checkpoint, read only once; None if there is none."""
+    newest = newest_of(listed(checkpoints, "step_*"), read_checkpoint)
+    return newest and newest[1]
 
 
 def newest_of(folders: Sequence[AnyPath], read: Callable[[AnyPath], T]) -> tuple[AnyPath, T] | None:
-    """Return the last of these that can be read, and what was read."""
+    """Return the last folder that can be read, and what was read; None if none can."""
     for folder in reversed(folders):
         try:
             return folder, read(folder)
@@ -143,17 +143,18 @@ def _manifest(part: int) -> str:
     return f"manifest_{part}.json"
 
 
-# When validation says that it is enough: derived from the run's records alone, so that a resumed run agrees
+# Early stopping. It depends on the run's records alone, so that a resumed run stops at the same step
 
 
 def val_score(record: dict[str, Any], when: str = "after") -> float | None:
-    """Return a record's score on meta-val `before` or `after` adapting (`statistics.overall`): the higher the better.
+    """Return a record's score on meta-val `before` or `after` adapting (`statistics.overall`); higher is better.
 
-    None if there was no validation; less than any other if something was not finite.
+    None if there was no validation; -inf if the score is not finite.
     """
-    scores = [record.get(f"val_score_{when}")]
-    scores += [normalised(m, record[key]) for m in ("accuracy", "loss") if (key := f"val_{m}_{when}") in record]
-    score = next((score for score in scores if score is not None), None)  # older runs have no overall one
+    score = record.get(f"val_score_{when}")
+    for metric in ("accuracy", "loss"):  # older runs have no overall score
+        if score is None and (key := f"val_{metric}_{when}") in record:
+            score = unit_score(metric, record[key])
     return score if score is None or math.isfinite(score) else -math.inf
 
 
@@ -163,10 +164,10 @@ def val_scores(records: Iterable[dict[str, Any]]) -> list[float]:
 
 
 def is_best(scores: Sequence[float]) -> bool:
-    """Return whether the newest score is better than all before."""
+    """Return whether the newest score is better than all earlier ones."""
     return bool(scores) and all(scores[-1] > score for score in scores[:-1])
 
 
 def is_enough(scores: Sequence[float], patience: int) -> bool:
-    """Return whether the newest `patience` validations were no better than the best before them; 0 is never enough."""
+    """Return whether the last `patience` validations brought no better score; with patience 0, never."""
     return bool(patience and scores) and len(scores) - 1 - scores.index(max(scores)) >= patience

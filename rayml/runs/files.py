@@ -1,6 +1,6 @@
-"""Files and folders of a run: of this machine, or of object storage.
+"""Files and folders of a run, on this machine or in object storage.
 
-A file is written whole or not at all: a reader, or a crash, sees the old one or the new one.
+A file is replaced in one step, so that neither a reader nor a crash ever leaves half of it.
 """
 
 import hashlib
@@ -15,11 +15,11 @@ from pathlib import Path
 from pyarrow import fs
 
 from rayml.errors import StorageError
-from rayml.runs.remote import Remote, answering
+from rayml.runs.remote import Remote, storage_errors
 
 AnyPath = Path | Remote
 SETTLED_SECONDS = 5
-"""After its last change a file's size and time tell it from what it may yet become: clocks of files are coarse."""
+"""File times are coarse: a file that changed less than this ago may change again, and keep its size and time."""
 _checksums: dict[tuple[str, int, float], str] = {}
 
 
@@ -29,15 +29,13 @@ def filesystem(path: str) -> tuple[fs.FileSystem, str]:
     Raises:
         OSError, ValueError: pyarrow knows no such filesystem, or cannot reach it.
     """
-    return (
-        fs.FileSystem.from_uri(path)
-        if "://" in path
-        else (fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(path)))
-    )
+    if "://" in path:
+        return fs.FileSystem.from_uri(path)
+    return fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(path))
 
 
 def as_path(path: str | AnyPath) -> AnyPath:
-    """Return the place that a path or a URI names, such as `runs/first` or `s3://bucket/runs/first`.
+    """Return the file or folder that a path or a URI names, such as `runs/first` or `s3://bucket/runs/first`.
 
     Raises:
         StorageError: pyarrow knows no such filesystem, or cannot reach it.
@@ -47,43 +45,43 @@ def as_path(path: str | AnyPath) -> AnyPath:
     if "://" not in str(path):
         return Path(path).expanduser().absolute()
     address, mark, query = str(path).partition("?")
-    with answering(path):
-        found, inner = fs.FileSystem.from_uri(str(path))
-    if isinstance(found, fs.LocalFileSystem):
+    with storage_errors(path):
+        store, inner = fs.FileSystem.from_uri(str(path))
+    if isinstance(store, fs.LocalFileSystem):
         return Path(inner)
     if not inner:
         raise StorageError(f"{path}: names no bucket")
-    return Remote(found, inner.rstrip("/"), address.rstrip("/"), mark + query)
+    return Remote(store, inner.rstrip("/"), address.rstrip("/"), mark + query)
 
 
 def checksum(file: AnyPath) -> str:
-    """Return the SHA-256 of a file. One that this process knows, and that has not changed since, is not read again."""
+    """Return the SHA-256 of a file. It is cached until the file's size or time changes."""
     if isinstance(file, Remote):
         size, changed = file.size_and_time()
     else:
         status = file.stat()
         size, changed = status.st_size, status.st_mtime
     key = str(file), size, changed
-    found = _checksums.get(key) or _read_checksum(file)
+    digest = _checksums.get(key) or _read_checksum(file)
     if time.time() - changed > SETTLED_SECONDS:
-        _checksums[key] = found
-    return found
+        _checksums[key] = digest
+    return digest
 
 
 def _read_checksum(file: AnyPath) -> str:
     if isinstance(file, Remote):
         return file.sha256()
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def listed(folder: AnyPath, pattern: str) -> list[AnyPath]:
-    """Return what lies in a folder and is named so, by name."""
-    return sorted(folder.glob(pattern), key=lambda found: found.name)
+    """Return a folder's entries that match a pattern, sorted by name."""
+    return sorted(folder.glob(pattern), key=lambda path: path.name)
 
 
 def write_whole(file: AnyPath, text: str) -> None:
-    """Write a file so that a reader, or a crash, sees the old one or the new one."""
+    """Write a file in one step: a reader, or a crash, sees either the old or the new content."""
     if isinstance(file, Remote):
         file.write_text(text)
         return
@@ -94,33 +92,33 @@ def write_whole(file: AnyPath, text: str) -> None:
 
 @contextmanager
 def local_copy(folder: AnyPath) -> Iterator[Path]:
-    """Yield a folder of this machine with a folder's files: the folder itself, if it lies here."""
+    """Yield a local folder with a folder's files: the folder itself if it is local."""
     if isinstance(folder, Path):
         yield folder
         return
-    with tempfile.TemporaryDirectory(prefix="rayml-") as here:
-        with answering(folder):
-            fs.copy_files(folder.path, here, folder.fs, fs.LocalFileSystem())
-        yield Path(here)
+    with tempfile.TemporaryDirectory(prefix="rayml-") as copy:
+        with storage_errors(folder):
+            fs.copy_files(folder.path, copy, folder.fs, fs.LocalFileSystem())
+        yield Path(copy)
 
 
 def deliver(folder: Path, to: AnyPath) -> None:
-    """Copy the files of a folder of this machine."""
+    """Copy the files of a local folder."""
     if isinstance(to, Path):
         for file in filter(Path.is_file, folder.rglob("*")):
             copy = to / file.relative_to(folder)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, copy)
         return
-    with answering(to):
+    with storage_errors(to):
         fs.copy_files(str(folder), to.path, fs.LocalFileSystem(), to.fs)
 
 
 @contextmanager
 def made_here(folder: AnyPath) -> Iterator[Path]:
-    """Yield the path of a folder to make on this machine, which then goes to `folder`: that itself, if it lies here.
+    """Yield the path of a local folder to be made, and then copy it to `folder`; the path is `folder` if that is local.
 
-    Where making it fails, nothing of it stays.
+    If making it fails, it is removed.
     """
     if isinstance(folder, Path):
         try:
@@ -129,16 +127,16 @@ def made_here(folder: AnyPath) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
             raise
         return
-    with tempfile.TemporaryDirectory(prefix="rayml-") as above:
-        made = Path(above, folder.name)
-        yield made
-        deliver(made, folder)
+    with tempfile.TemporaryDirectory(prefix="rayml-") as temporary:
+        local = Path(temporary, folder.name)
+        yield local
+        deliver(local, folder)
 
 
 def remove(folder: AnyPath) -> None:
-    """Remove a folder with all that is in it, if it is there."""
+    """Remove a folder and its content, if it exists."""
     if isinstance(folder, Path):
         shutil.rmtree(folder, ignore_errors=True)
     elif folder.exists():
-        with answering(folder):
+        with storage_errors(folder):
             folder.fs.delete_dir(folder.path)

@@ -2,7 +2,7 @@
 
 It holds `config.yaml`, `precision.json` (dtype and attention, and why), `tasks.json`, `metrics.jsonl`,
 `checkpoints/step_*`, `latest`, `best/step_*` (where there were validations), `untrained.safetensors` (in mode
-adapters), `model/` (in mode full, at the end), `tensorboard/`, and what other trackers keep there. It may lie on object
+adapters), `model/` (in mode full, at the end), `tensorboard/`, and files of other trackers. It may be in object
 storage, named by a URI.
 """
 
@@ -28,7 +28,7 @@ from rayml.tasks.splits import Splits
 from rayml.tasks.task import Task
 
 UNTRAINED = "untrained.safetensors"
-# What may differ between a run and its resumption. The data is compared by what is in it, not by where it lies.
+# Keys that may change when a run is resumed. The data is compared by its content, so its path is among them.
 FREE_KEYS: Any = {
     "workers": True,
     "device": True,
@@ -42,7 +42,7 @@ FREE_KEYS: Any = {
 
 
 class RunFolder:
-    """The paths of a run, and the little that is written to them."""
+    """The paths of a run, and access to its small files."""
 
     def __init__(self, path: str | AnyPath):
         self.start = start_named(path)
@@ -55,7 +55,7 @@ class RunFolder:
 
     @property
     def outputs(self) -> AnyPath:
-        """Where what is made of it goes, such as an evaluation: into the run, but for a start into runs/NAME here."""
+        """Where results go, such as an evaluation: into the run; for a start into runs/NAME of the current folder."""
         return Path("runs", Path(self.start).name).absolute() if self.start else self.path
 
     @property
@@ -64,39 +64,38 @@ class RunFolder:
 
     @property
     def poll_seconds(self) -> float:
-        """Return the seconds between two looks at what is new: each takes object storage its time."""
+        """Seconds between two looks for changes. They are slow in object storage."""
         return 0.5 if self.is_local else 5
 
     def begin(self, config: Config, splits: Splits, resume: bool) -> None:
-        """Make the folder, or check that it may be gone on with. One without a checkpoint is begun anew.
+        """Make the folder, or check that its run may be resumed. A run without a checkpoint begins anew.
 
         Raises:
-            RunError: there is a run already and `resume` is not asked for, or it is the run of another config.
+            RunError: it holds a run, and `resume` is False; or it holds the run of another config.
         """
         if any(self.checkpoints.glob("step_*")):
             self._check_same(config, splits)
             if not resume:
                 raise RunError(f"{self.path}: holds a run already; --resume it, or give run.dir another folder")
         elif self.path.is_dir() and any(self.path.iterdir()) and not self.config.exists():
-            raise RunError(f"{self.path}: holds something that is no run; give run.dir another folder")
+            raise RunError(f"{self.path}: holds something other than a run; give run.dir another folder")
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         self.stop.unlink(missing_ok=True)
         write_whole(self.config, dump_config(config))
         write_whole(self.tasks, json.dumps(describe(splits), indent=2, ensure_ascii=False) + "\n")
 
     def _check_same(self, config: Config, splits: Splits) -> None:
-        then = self.read_config()
-        before, now = (c.model_dump(exclude=FREE_KEYS) for c in (then, config))
-        before, now = flat(before), flat(now)
+        old = self.read_config()
+        before, now = (flat(values.model_dump(exclude=FREE_KEYS)) for values in (old, config))
         changed = {name for name in before.keys() | now.keys() if repr(before.get(name)) != repr(now.get(name))}
-        if config.outer.schedule != "constant" and then.outer.steps != config.outer.steps:
+        if config.outer.schedule != "constant" and old.outer.steps != config.outer.steps:
             changed.add("outer.steps")  # the schedule ends there
         if json.loads(self.tasks.read_text(encoding="utf-8"))["fingerprint"] != fingerprint(splits.train):
             changed.add("the meta-train tasks")
-        held = {"mode", "engine", "zero.stage"} | ({"workers"} if then.is_sharded else set())
-        if then.mode == "full" and any(_value(then, key) != _value(config, key) for key in held):
+        fixed = {"mode", "engine", "zero.stage"} | ({"workers"} if old.is_sharded else set())
+        if old.mode == "full" and any(_value(old, key) != _value(config, key) for key in fixed):
             raise RunError(
-                f"{self.path}: a run in mode full goes on with the same {', '.join(sorted(held))} alone, since its "
+                f"{self.path}: a run in mode full goes on with the same {', '.join(sorted(fixed))} alone, since its "
                 "checkpoints are shards; or `rayml export` it, and start a new run with that folder as model.name"
             )
         if changed:
@@ -104,74 +103,74 @@ class RunFolder:
             raise RunError(f"{self.path}: holds the run of another config ({names} differ); use another run.dir")
 
     def write_precision(self, dtype: str, attention: str, why: str) -> None:
-        """Keep what the model was trained in."""
+        """Record the dtype and attention that the model is trained in, and why."""
         write_whole(self.precision, json.dumps({"dtype": dtype, "attention": attention, "why": why}, indent=2) + "\n")
 
     def made_in(self) -> str | None:
-        """Return the dtype that the run was trained in; None before it was."""
+        """Return the dtype that the run was trained in; None if it was not yet trained."""
         if self.precision.exists():
             return json.loads(self.precision.read_text(encoding="utf-8"))["dtype"]
-        asked = self.read_config().model.dtype if self.config.exists() else "auto"
-        return None if asked == "auto" else asked
+        dtype = self.read_config().model.dtype if self.config.exists() else "auto"
+        return None if dtype == "auto" else dtype
 
     def read_config(self) -> Config:
-        """Return the run's config, also of a run from before algorithms had settings of their own."""
+        """Return the run's config. Old runs, from before algorithms had settings of their own, can be read, too."""
         return parse_config(modernized(read_values(self.config)), str(self.config))
 
     def tell_to_stop(self) -> None:
-        """Ask the workers to write a checkpoint after the step that they are at, and to end."""
+        """Ask the workers to finish their step, write a checkpoint, and end."""
         self.stop.touch()
 
     def is_told_to_stop(self) -> bool:
-        """Return whether somebody asked to; not, while storage does not answer."""
+        """Return whether the workers were asked to stop; False while storage does not answer."""
         with suppress(StorageError):
             return self.stop.exists()
         return False
 
     def learned_labels(self) -> bool:
-        """Return whether the run was meta-trained on label tasks, and not on free text alone."""
+        """Return whether the run was meta-trained on any label task."""
         return any(json.loads(self.tasks.read_text(encoding="utf-8"))["train"].values())
 
     def learned_kind(self) -> str:
-        """Return the kind of all tasks that the run was meta-trained on; "" where there are several."""
+        """Return the kind of the tasks that the run was meta-trained on; "" if there are several."""
         kinds = set(json.loads(self.tasks.read_text(encoding="utf-8")).get("kinds", {}).values())
         return kinds.pop() if len(kinds) == 1 else ""
 
     def truncate_metrics(self, step: int) -> None:
-        """Forget what was logged after `step`: those steps are about to be taken again."""
+        """Remove the records after `step`, since those steps will be taken again."""
         if self.metrics.exists():
-            kept = [json.dumps(record) + "\n" for record in self.read_metrics() if record["step"] <= step]
-            write_whole(self.metrics, "".join(kept))
+            lines = [json.dumps(record) + "\n" for record in self.read_metrics() if record["step"] <= step]
+            write_whole(self.metrics, "".join(lines))
 
     def records(self) -> list[dict[str, Any]]:
         """Return the records of `metrics.jsonl` so far."""
         return list(self.read_metrics()) if self.metrics.exists() else []
 
     def records_after(self, step: int) -> list[dict[str, Any]]:
-        """Return the records of later steps, for who asks again and again: none, while storage does not answer."""
+        """Return the records of later steps, for callers that poll; none while storage does not answer."""
         with suppress(StorageError):
             return [record for record in self.records() if record["step"] > step]
         return []
 
     def read_metrics(self) -> Iterator[dict[str, Any]]:
-        """Yield the records of `metrics.jsonl`; a line torn by a crash ends them."""
+        """Yield the records of `metrics.jsonl`, without a last line that a crash left unfinished."""
         for line in self.metrics.read_text().split("\n")[:-1]:
             yield json.loads(line)
 
     def write_untrained(self, start: dict[str, Tensor]) -> None:
-        """Keep the start at step 0, which the trained one is compared with."""
+        """Write the start at step 0, with which the trained start is compared."""
         (self.path / UNTRAINED).write_bytes(save({name: weight.cpu() for name, weight in start.items()}))
 
     def read_untrained(self) -> dict[str, Tensor]:
         return load((self.path / UNTRAINED).read_bytes())
 
     def is_over(self, config: Config) -> bool:
-        """Return whether the newest checkpoint is that of the last step, or of where validation said that is enough."""
+        """Return whether the newest checkpoint is of the last step, or of where early stopping ended the run."""
         records = self.records()
         for folder in reversed(listed(self.checkpoints, "step_*")):
             scores = val_scores(record for record in records if record["step"] <= step_of(folder))
             if step_of(folder) < config.outer.steps and not is_enough(scores, config.validation.patience):
-                return False  # whole or not: whoever goes on from it reads it
+                return False  # whole or not: whoever resumes reads it
             if is_whole(folder):
                 return True
         return False
@@ -180,10 +179,10 @@ class RunFolder:
         """Return the config and the folder of a whole checkpoint.
 
         Args:
-            which: "best" by meta-val, or "newest"; None: the best where there were validations, else the newest.
+            which: "best" by meta-val, or "newest"; None for the best if there were validations, else the newest.
 
         Raises:
-            RunError: this is no run folder, or it has no such checkpoint.
+            RunError: this is not a run folder, or it has no such checkpoint.
             ConfigError: `which` is neither.
         """
         if which not in (None, "best", "newest"):
@@ -200,7 +199,7 @@ class RunFolder:
         return config, folder
 
     def told(self, folder: AnyPath) -> str:
-        """Return in words which checkpoint a folder is, of those that `trained` returns."""
+        """Return a description of a checkpoint that `trained` returned."""
         if self.start:
             return f"the start {self.start}, {step_of(folder)} outer steps" if step_of(folder) else "untrained"
         which = "the best on meta-val" if folder.parent.name == self.best.name else "the newest"
@@ -208,14 +207,14 @@ class RunFolder:
 
 
 def describe(splits: Splits) -> dict[str, Any]:
-    """Return what `tasks.json` holds: the classes of every task in every split (none for free text)."""
-    named = {name: {task.name: task.options for task in tasks} for name, tasks in splits._asdict().items()}
+    """Return the content of `tasks.json`: the classes of every task in every split (none for free text)."""
+    classes = {split: {task.name: task.options for task in tasks} for split, tasks in splits._asdict().items()}
     kinds = {task.name: task.kind for task in splits.train}
-    return {"fingerprint": fingerprint(splits.train), **named, "kinds": kinds}
+    return {"fingerprint": fingerprint(splits.train), **classes, "kinds": kinds}
 
 
 def fingerprint(tasks: Sequence[Task]) -> str:
-    """Return a checksum of everything that episodes are drawn from."""
+    """Return a checksum of all that episodes are drawn from."""
     return hashlib.sha256(repr(list(tasks)).encode()).hexdigest()
 
 
@@ -225,7 +224,7 @@ def _value(config: Config, key: str) -> Any:
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return a nested config's values by their dotted keys."""
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for key, value in values.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return found
+        result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return result

@@ -1,4 +1,4 @@
-"""Files and folders on object storage, by pathlib's names, over pyarrow's filesystems."""
+"""Files and folders in object storage, by pyarrow, with the methods of `pathlib.Path`."""
 
 import errno
 import fnmatch
@@ -16,26 +16,26 @@ from pyarrow import fs
 from rayml.errors import StorageError
 
 REWRITE_SECONDS = 5
-"""At least, between two times that a growing file is written to object storage."""
+"""The least time between two writes of a growing file."""
 BLOCK_BYTES = 32 * 2**20
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Remote:
-    """A file or folder on a pyarrow filesystem, with as much of `pathlib.Path` as runs use.
+    """A file or folder on a pyarrow filesystem, with the methods of `pathlib.Path` that runs use.
 
-    Every method raises StorageError if the storage does not answer, or refuses. That a file is not there is
-    FileNotFoundError, as everywhere.
+    Every method raises StorageError if the storage does not answer, or refuses. A missing file is a
+    FileNotFoundError, as usual.
     """
 
     fs: fs.FileSystem
     path: str
     """Within the filesystem."""
     address: str
-    """The URI up to its query."""
+    """The URI without its query."""
     query: str
-    """A filesystem's settings, with their question mark."""
+    """The filesystem's settings at the end of the URI, from the question mark on."""
 
     def __str__(self) -> str:
         return self.address + self.query
@@ -59,53 +59,53 @@ class Remote:
         return self._type() == fs.FileType.Directory
 
     def _type(self) -> fs.FileType:
-        with answering(self):
+        with storage_errors(self):
             return self.fs.get_file_info(self.path).type
 
     def iterdir(self) -> Iterator["Remote"]:
-        with answering(self):
-            found = self.fs.get_file_info(fs.FileSelector(self.path, allow_not_found=True))
-        return (self / info.base_name for info in found)
+        with storage_errors(self):
+            infos = self.fs.get_file_info(fs.FileSelector(self.path, allow_not_found=True))
+        return (self / info.base_name for info in infos)
 
     def glob(self, pattern: str) -> Iterator["Remote"]:
-        """Yield what lies in this very folder and is named so."""
-        return (one for one in self.iterdir() if fnmatch.fnmatch(one.name, pattern))
+        """Yield the entries of this folder, not of those in it, that match a pattern."""
+        return (entry for entry in self.iterdir() if fnmatch.fnmatch(entry.name, pattern))
 
     def mkdir(self, parents: bool = True, exist_ok: bool = True) -> None:
-        with answering(self):
+        with storage_errors(self):
             self.fs.create_dir(self.path, recursive=parents)
 
-    def open(self, mode: str, buffering: int = -1) -> "Growing":
+    def open(self, mode: str, buffering: int = -1) -> "GrowingFile":
         """Open to add lines (`a`)."""
         if mode != "a":
             raise ValueError(f"{self}: read_bytes() and write_bytes() are for mode {mode!r}")
-        return Growing(self)
+        return GrowingFile(self)
 
     def sha256(self) -> str:
-        """Return the checksum of a file, read in large blocks, of which each is a request."""
-        with answering(self), self.fs.open_input_stream(self.path, buffer_size=BLOCK_BYTES) as file:
+        """Return the checksum of a file. It is read in large blocks, since each is a request."""
+        with storage_errors(self), self.fs.open_input_stream(self.path, buffer_size=BLOCK_BYTES) as file:
             digest = hashlib.sha256()
             while block := file.read(BLOCK_BYTES):
                 digest.update(block)
             return digest.hexdigest()
 
     def size_and_time(self) -> tuple[int, float]:
-        """Return a file's bytes, and when it was written, in seconds."""
-        with answering(self):
+        """Return a file's size in bytes, and when it was written, in seconds."""
+        with storage_errors(self):
             info = self.fs.get_file_info(self.path)
         if info.type == fs.FileType.NotFound:
             raise FileNotFoundError(errno.ENOENT, "no such file", str(self))
         return info.size, (info.mtime_ns or time.time_ns()) / 1e9
 
     def read_bytes(self) -> bytes:
-        with answering(self), self.fs.open_input_stream(self.path) as file:
+        with storage_errors(self), self.fs.open_input_stream(self.path) as file:
             return file.read()
 
     def read_text(self, encoding: str = "utf-8") -> str:
         return self.read_bytes().decode(encoding)
 
     def write_bytes(self, data: bytes) -> None:
-        with answering(self), self.fs.open_output_stream(self.path) as file:
+        with storage_errors(self), self.fs.open_output_stream(self.path) as file:
             file.write(data)
 
     def write_text(self, text: str, encoding: str = "utf-8") -> None:
@@ -116,37 +116,37 @@ class Remote:
 
     def unlink(self, missing_ok: bool = False) -> None:
         try:
-            with answering(self):
+            with storage_errors(self):
                 self.fs.delete_file(self.path)
         except FileNotFoundError:
             if not missing_ok:
                 raise
 
 
-class Growing(io.TextIOBase):
-    """A text that lines are added to, on storage that takes whole objects alone: so it is written anew now and then.
+class GrowingFile(io.TextIOBase):
+    """A growing text file in storage that takes whole objects only: now and then all of it is written again.
 
-    That takes a hundredth of the time at most. Where storage does not answer, lines are kept for the next time.
+    That takes at most a hundredth of the time. If the storage does not answer, the lines wait for the next write.
     """
 
     def __init__(self, file: Remote):
-        self.file, self.due = file, 0.0
+        self.file, self.next_write = file, 0.0
         self.text = [file.read_text()] if file.exists() else []
 
     def write(self, text: str) -> int:
         self.text.append(text)
-        if time.monotonic() >= self.due:
+        if time.monotonic() >= self.next_write:
             self.flush()
         return len(text)
 
     def flush(self) -> None:
-        began = time.monotonic()
+        started = time.monotonic()
         try:
             self.file.write_text("".join(self.text))
         except StorageError as error:
             log.warning("%s; tried again later", error)
-        took = time.monotonic() - began
-        self.due = began + took + max(REWRITE_SECONDS, 99 * took)
+        elapsed = time.monotonic() - started
+        self.next_write = started + elapsed + max(REWRITE_SECONDS, 99 * elapsed)
 
     def close(self) -> None:
         if not self.closed:
@@ -155,8 +155,8 @@ class Growing(io.TextIOBase):
 
 
 @contextmanager
-def answering(path: object) -> Iterator[None]:
-    """Turn what storage refuses, or its silence, into a StorageError."""
+def storage_errors(path: object) -> Iterator[None]:
+    """Raise StorageError, with the path, if the storage does not answer, or refuses."""
     try:
         yield
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""What reports look like: tables on a terminal, and pictures in files, by matplotlib, which a drawing alone imports."""
+"""The look of reports: tables on a terminal, and figures in files. Only a figure imports matplotlib."""
 
 import io
 from collections.abc import Iterable, Sequence
@@ -14,15 +14,15 @@ COLOURS = OURS, THEIRS, "#3b6ea5", "#8a5a9e", "#b8860b", "#4d4d4d", "#c2417c", "
 
 
 def table(heads: Iterable[str], left: Sequence[str] = (), no_wrap: bool = False, **settings: Any) -> Table:
-    """Return an empty table: of numbers, but for the columns in `left`."""
-    found = Table(box=SIMPLE_HEAD, **{"padding": (0, 1, 0, 0), "title_justify": "left"} | settings)
+    """Return an empty table. The columns in `left` hold text, the others numbers."""
+    result = Table(box=SIMPLE_HEAD, **{"padding": (0, 1, 0, 0), "title_justify": "left"} | settings)
     for head in heads:
-        found.add_column(head, justify="left" if head in left else "right", no_wrap=no_wrap)
-    return found
+        result.add_column(head, justify="left" if head in left else "right", no_wrap=no_wrap)
+    return result
 
 
 def file_pyplot() -> Any:
-    """Return pyplot, drawing to files alone."""
+    """Return pyplot, without a display."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -33,7 +33,7 @@ def file_pyplot() -> Any:
 
 def save_figure(figure: Any, picture: AnyPath) -> None:
     """Write a figure as a PNG, and close it."""
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=130)
-    picture.write_bytes(drawn.getvalue())
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=130)
+    picture.write_bytes(data.getvalue())
     file_pyplot().close(figure)

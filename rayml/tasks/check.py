@@ -1,4 +1,4 @@
-"""`rayml data check`: what is in the data, and what is wrong with it."""
+"""`rayml data check`: report what is in the data, and what is wrong with it."""
 
 import json
 from pathlib import Path
@@ -13,11 +13,11 @@ from rayml.config import Data, load_config, parse_config
 from rayml.errors import DataError
 from rayml.overrides import once
 from rayml.tasks.read import read_rows
-from rayml.tasks.splits import NAMES, Splits, leaks, split_tasks, what_trains
+from rayml.tasks.splits import NAMES, Splits, find_leaks, split_tasks, splits_advice
 from rayml.tasks.table import Duplicates, build_tasks, without_small_classes
 from rayml.tasks.task import Task
 
-SHOWN = 5
+MAX_SHOWN = 5
 
 
 def check_data(arguments: list[str], config: Path | None, out: Console) -> bool:
@@ -25,7 +25,7 @@ def check_data(arguments: list[str], config: Path | None, out: Console) -> bool:
 
     Args:
         arguments: paths, and `data.key=value` settings.
-        config: a run's YAML, whose data section is checked against.
+        config: a run's YAML; its data section has the settings to check against.
 
     Raises:
         ConfigError, DataError: a setting or a file that cannot be read at all.
@@ -34,37 +34,37 @@ def check_data(arguments: list[str], config: Path | None, out: Console) -> bool:
     def say(text: str) -> None:
         out.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    settings = [one for one in arguments if "=" in one and "/" not in one.split("=")[0] and not Path(one).exists()]
-    data = _settings([one for one in arguments if one not in settings], settings, config)
+    settings = [text for text in arguments if "=" in text and "/" not in text.split("=")[0] and not Path(text).exists()]
+    data = _data_section([text for text in arguments if text not in settings], settings, config)
     tasks, duplicates = build_tasks(read_rows(data.path, data.columns, data.kind, say=say))
     if data.drop_small_classes:
         tasks = without_small_classes(tasks, data.shots + data.queries)
     splits = split_tasks(tasks, data.splits.rule())
     out.print(_table(splits, duplicates))
-    found = duplicates.conflicting
-    if found:
-        say(f"warning: {len(found)} text(s) stand under two labels; none of their rows is used:")
-    for task, text, targets in found[:SHOWN]:
+    conflicts = duplicates.conflicting
+    if conflicts:
+        say(f"warning: {len(conflicts)} text(s) have two labels; none of their rows is used:")
+    for task, text, targets in conflicts[:MAX_SHOWN]:
         say(f"  {task}: {text[:70]!r} is {' and '.join(targets)}")
     errors = _errors(tasks, data, splits)
     for error in errors:
         say(f"error: {error}")
     if not errors:
-        say("ok: every class is large enough, and no text stands in two splits")
+        say("ok: every class is large enough, and no text is in two splits")
     return not errors
 
 
-def _settings(paths: list[str], overrides: list[str], config: Path | None) -> Data:
+def _data_section(paths: list[str], overrides: list[str], config: Path | None) -> Data:
     if config:
-        given = [f"data.path={json.dumps(paths)}"] if paths else []
-        return load_config(config, [*given, *overrides]).data
+        path = [f"data.path={json.dumps(paths)}"] if paths else []
+        return load_config(config, [*path, *overrides]).data
     values = {"model": {"name": "none"}, "run": {"dir": "none"}, "data": {"path": paths}}
     return parse_config(values, "rayml data check", once(overrides)).data
 
 
 def _table(splits: Splits, duplicates: Duplicates) -> Table:
     free_text = any(not task.options for tasks in splits for task in tasks)
-    caption = "words: median / most; repeats: rows left out, since they repeat another"
+    caption = "words: median / most; repeats: rows left out because they repeat another"
     table = Table(box=SIMPLE_HEAD, padding=(0, 0, 0, 1), caption=caption, caption_justify="left")
     table.add_column("task", no_wrap=True)
     table.add_column("split")
@@ -94,13 +94,13 @@ def _words(texts: list[str]) -> str:
 
 
 def _errors(tasks: tuple[Task, ...], data: Data, splits: Splits) -> list[str]:
-    errors = [] if splits.train else [f"no task is left for meta-train: {what_trains(tasks, data.splits.rule())}"]
+    errors = [] if splits.train else [f"no task is left for meta-train: {splits_advice(tasks, data.splits.rule())}"]
     try:
         data.sampler(seed=0).check(tasks)
     except DataError as error:
         errors.append(str(error))
-    leaked = leaks(splits)
+    leaked = find_leaks(splits)
     if leaked:
-        errors.append(f"{len(leaked)} text(s) stand in two splits:")
-        errors += [f"  {text[:70]!r} in {here} and {there}" for text, here, there in leaked[:SHOWN]]
+        errors.append(f"{len(leaked)} text(s) are in two splits:")
+        errors += [f"  {text[:70]!r} in {here} and {there}" for text, here, there in leaked[:MAX_SHOWN]]
     return errors

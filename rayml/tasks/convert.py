@@ -1,4 +1,4 @@
-"""`rayml data convert`: from what people have to rows that rayml reads."""
+"""`rayml data convert`: write data of any format as rows that rayml reads."""
 
 import json
 import os
@@ -13,12 +13,11 @@ from rich.console import Console
 
 from rayml.errors import DataError
 from rayml.tasks.formats.text import comma_separated
-from rayml.tasks.kinds import NAMES, listed, spans, written
+from rayml.tasks.kinds import NAMES, format_target, listed, spans
 from rayml.tasks.read import read_rows
 from rayml.tasks.row import COLUMNS, Row
 
-SHOWN = 300
-"""Characters of the example row."""
+EXAMPLE_CHARACTERS = 300
 
 
 def convert_data(
@@ -33,10 +32,10 @@ def convert_data(
     encoding: str | None = None,
     skip: bool = False,
 ) -> None:
-    """Convert, and say what was found and what was written; arguments as on the command line.
+    """Convert, and print what was read and written. The arguments are those of the command line.
 
     Raises:
-        DataError: IN cannot be used, or OUT is there.
+        DataError: IN cannot be used, or OUT exists.
     """
     if to.suffix not in (".jsonl", ".parquet"):
         raise DataError(f"{to}: expected a name that ends in .jsonl or .parquet")
@@ -48,74 +47,75 @@ def convert_data(
     def say(text: str) -> None:
         out.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    own = mapped(columns)
-    found = read_rows([given], own, kind, format=format, encoding=encoding, skip=skip, mend=True, say=say)
-    kept = [record_of(row) | ({"task": task} if task else {}) for row in found]
-    write(kept, to)
-    kinds = {row.kind or ("label" if row.options else "label or text, as its targets come back") for row in found}
-    say(f"{to}: {len(kept)} rows of {len({row['task'] for row in kept})} task(s): {', '.join(sorted(kinds))}")
-    example = json.dumps(kept[0], ensure_ascii=False)
-    say(example[:SHOWN] + "..." * (len(example) > SHOWN))
+    mapping = parse_columns(columns)
+    rows = read_rows([given], mapping, kind, format=format, encoding=encoding, skip=skip, mend=True, say=say)
+    records = [to_record(row) | ({"task": task} if task else {}) for row in rows]
+    write_records(records, to)
+    kinds = {row.kind or ("label" if row.options else "label or text, as its targets come back") for row in rows}
+    tasks = {record["task"] for record in records}
+    say(f"{to}: {len(records)} rows of {len(tasks)} task(s): {', '.join(sorted(kinds))}")
+    example = json.dumps(records[0], ensure_ascii=False)
+    say(example[:EXAMPLE_CHARACTERS] + "..." * (len(example) > EXAMPLE_CHARACTERS))
     say(f"next: rayml data check {shlex.quote(str(to))}")
 
 
-def mapped(columns: str | None) -> dict[str, str]:
-    """Return the mapping in `input=text,target=label`, or in JSON, for names with a comma.
+def parse_columns(columns: str | None) -> dict[str, str]:
+    """Return the mapping in `input=text,target=label`, or in JSON, which allows any character in a name.
 
     Raises:
-        DataError: it is none, or names what rows do not have.
+        DataError: it is no mapping, or names a field that rows do not have.
     """
     text = (columns or "").strip()
     try:
         pairs = json.loads(text) if text.startswith("{") else dict(pair.split("=", 1) for pair in comma_separated(text))
     except ValueError:
         pairs = {text: ""}
-    found = {name.strip(): str(own).strip() for name, own in pairs.items()}
-    wrong = [name for name, own in found.items() if not own or not (name in COLUMNS or name.startswith("input."))]
-    if wrong:
+    mapping = {field.strip(): str(column).strip() for field, column in pairs.items()}
+    if not all(column and (field in COLUMNS or field.startswith("input.")) for field, column in mapping.items()):
         names = f"names are {', '.join(COLUMNS)}, input.PART"
         raise DataError(f'--columns: {text!r}: expected NAME=COLUMN,NAME=COLUMN, or {{"NAME": "COLUMN"}}; {names}')
-    return found
+    return mapping
 
 
-def record_of(row: Row) -> dict[str, Any]:
-    """Return a row as it is written."""
-    found: dict[str, Any] = {"task": row.task}
+def to_record(row: Row) -> dict[str, Any]:
+    """Return a row as the record that is written."""
+    record: dict[str, Any] = {"task": row.task}
     if row.kind == "dialogue":
-        return found | {"messages": [{"role": role, "content": text} for role, text in row.parts]}
-    found |= {"input": dict(row.parts) or row.input, "target": row.target}
-    pieces: list[Any] = []
+        return record | {"messages": [{"role": role, "content": text} for role, text in row.parts]}
+    record |= {"input": dict(row.parts) or row.input, "target": row.target}
+    items: list[Any] = []
     if row.kind == "ner":
-        pieces = [{"text": text, "type": kind} for kind, text in spans(row.target)]
+        items = [{"text": text, "type": span_type} for span_type, text in spans(row.target)]
     if row.kind == "multilabel":
-        pieces = listed(row.target)
-    if row.kind in ("ner", "multilabel") and written(pieces) == row.target:
-        found["target"] = pieces
-    more = {"options": list(row.options), "answers": list(row.answers), "kind": row.kind}
-    return found | {key: value for key, value in more.items() if value}
+        items = listed(row.target)
+    if row.kind in ("ner", "multilabel") and format_target(items) == row.target:
+        record["target"] = items
+    optional = {"options": list(row.options), "answers": list(row.answers), "kind": row.kind}
+    return record | {field: value for field, value in optional.items() if value}
 
 
-def write(rows: Sequence[dict[str, Any]], to: Path) -> None:
-    """Write rows as JSONL, or Parquet by the suffix, in one piece.
+def write_records(records: Sequence[dict[str, Any]], to: Path) -> None:
+    """Write records as JSONL, or as Parquet if the suffix says so. The file appears only when it is whole.
 
     Raises:
-        DataError: rows of several shapes in Parquet.
+        DataError: Parquet, and records of several shapes.
     """
-    parts = {tuple(row["input"]) for row in rows if isinstance(row.get("input"), dict)}
-    if to.suffix == ".parquet" and len(parts) > 1:  # each row would have all of them
-        some = " and ".join(", ".join(names) for names in sorted(parts)[:2])
-        raise DataError(f"{to}: inputs of several parts ({some}), and a column of Parquet has one shape; write .jsonl")
+    parts = {tuple(record["input"]) for record in records if isinstance(record.get("input"), dict)}
+    if to.suffix == ".parquet" and len(parts) > 1:  # Parquet would give each row all of them
+        two = " and ".join(", ".join(names) for names in sorted(parts)[:2])
+        raise DataError(f"{to}: inputs of several parts ({two}), and a column of Parquet has one shape; write .jsonl")
     to.parent.mkdir(parents=True, exist_ok=True)
-    part = to.with_name(f".{to.name}.part")
+    temporary = to.with_name(f".{to.name}.part")
     try:
         if to.suffix == ".parquet":
-            names = dict.fromkeys(name for row in rows for name in row)
-            columns = {name: [row.get(name) for row in rows] for name in names}
-            pyarrow.parquet.write_table(pyarrow.table(columns), part)
+            fields = dict.fromkeys(field for record in records for field in record)
+            columns = {field: [record.get(field) for record in records] for field in fields}
+            pyarrow.parquet.write_table(pyarrow.table(columns), temporary)
         else:
-            part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        os.replace(part, to)
+            lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+            temporary.write_text("".join(lines), encoding="utf-8")
+        os.replace(temporary, to)
     except pyarrow.ArrowException as error:
         raise DataError(f"{to}: inputs or targets of several shapes; write .jsonl: {error}") from None
     finally:
-        part.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Episodes: a pure function of (seed, index) and the tasks, whatever the number of workers."""
+"""Draw episodes: each is a pure function of (seed, index) and the tasks, whatever the number of workers."""
 
 import math
 import random
@@ -12,13 +12,13 @@ from rayml.tasks.task import Example, Task
 
 LabelScheme = Literal["words", "letters"]
 LETTERS = string.ascii_uppercase
-# Episodes that are not trained on are drawn by seeds of their own, far from any training seed.
+# Episodes that are not trained on have seeds of their own, far from any training seed.
 VALIDATION_SEED, EVALUATION_SEED, SUPPORT_SEED, DISTILLATION_SEED = 1_000_003, 2_000_003, 4_000_037, 5_000_011
 
 
 @dataclass(frozen=True, slots=True)
 class Episode:
-    """One task's support and query, used once.
+    """The support and query of one task, used once.
 
     Targets are as the model sees them. `labels` maps them back to the task's own words, in the order of the
     options; it is empty for free text.
@@ -42,29 +42,29 @@ class Sampler:
     labels: LabelScheme
     seed: int
     sampling_exponent: float = 1.0
-    """A task's share of the episodes goes with its classes to this power: 1 is proportional, 0 is uniform."""
+    """A task's share of the episodes is proportional to its number of classes to this power: 0 is uniform."""
     replayed: frozenset[str] = frozenset()
-    """Names of tasks that have a share of their own together."""
+    """Tasks that an earlier run was trained on, by name. Together they have a fixed share of the episodes."""
     replay: float = 0.0
     """That share."""
     fewest_ways: int | None = None
     fewest_shots: int | None = None
-    """Episodes have from so many classes, or shots, up to `ways`, or `shots`; None: always those."""
+    """Fewest classes, or shots, of an episode, up to `ways`, or `shots`; None for a fixed number."""
 
     def episode(self, tasks: Sequence[Task], index: int) -> Episode:
-        """Return episode `index`: a task by its classes to the power of `sampling_exponent`, then some of these.
+        """Return episode `index`: draw a task by its share, then some of its classes, then their examples.
 
-        A task with fewer classes gives all of them. Support and query never share an example; a task's examples
+        A task with fewer classes than `ways` gives all. Support and query never share an example; a task's examples
         have distinct texts (see `rayml.tasks.table`), so they share no text either.
         """
         rng = random.Random(f"{self.seed}/{index}")  # a str seed is hashed by SHA-512: the same on every machine
         (task,) = rng.choices(tasks, self._weights(tasks))
-        ways, shots = drawn_size(rng, self.fewest_ways, self.ways), drawn_size(rng, self.fewest_shots, self.shots)
+        ways, shots = draw_size(rng, self.fewest_ways, self.ways), draw_size(rng, self.fewest_shots, self.shots)
         chosen = rng.sample(list(task.classes), min(ways, len(task.classes)))
-        drawn = {name: rng.sample(task.classes[name], shots + self.queries) for name in chosen}
+        examples = {name: rng.sample(task.classes[name], shots + self.queries) for name in chosen}
         shown = shown_labels(task, chosen, self.labels)
-        support = [(name, example) for name in chosen for example in drawn[name][:shots]]
-        query = [(name, example) for name in chosen for example in drawn[name][shots:]]
+        support = [(name, example) for name in chosen for example in examples[name][:shots]]
+        query = [(name, example) for name in chosen for example in examples[name][shots:]]
         return Episode(
             index=index,
             task=task.name,
@@ -75,16 +75,17 @@ class Sampler:
         )
 
     def _weights(self, tasks: Sequence[Task]) -> list[float]:
+        """Return the weight of each task in the draw."""
         weights = [len(task.classes) ** self.sampling_exponent for task in tasks]
-        old = [task.name in self.replayed for task in tasks]
-        if not any(old) or all(old):
+        replayed = [task.name in self.replayed for task in tasks]
+        if not any(replayed) or all(replayed):
             return weights
-        sums = {is_old: sum(w for w, o in zip(weights, old, strict=True) if o == is_old) for is_old in (True, False)}
-        shares = {True: self.replay / sums[True], False: (1 - self.replay) / sums[False]}
-        return [weight * shares[is_old] for weight, is_old in zip(weights, old, strict=True)]
+        sums = {group: sum(w for w, r in zip(weights, replayed, strict=True) if r == group) for group in (True, False)}
+        scales = {True: self.replay / sums[True], False: (1 - self.replay) / sums[False]}
+        return [weight * scales[is_replayed] for weight, is_replayed in zip(weights, replayed, strict=True)]
 
     def check(self, tasks: Sequence[Task]) -> None:
-        """Raise DataError, naming every class that an episode could not be drawn from."""
+        """Raise DataError, with every class that is too small for an episode."""
         need = self.shots + self.queries
         short = [
             f"task {task.name!r}{f', class {name!r}' if name else ''}: has {len(examples)}, needs {need}"
@@ -99,18 +100,18 @@ class Sampler:
                 + "\n  ".join(short)
                 + "\nAdd examples, lower data.shots or data.queries, or set data.drop_small_classes=true."
             )
-        crowded = [task.name for task in tasks if self.labels == "letters" and min(self.ways, len(task.options)) > 26]
-        if crowded:
-            raise DataError(f"data.labels=letters has 26 letters; lower data.ways for {', '.join(crowded)}")
+        too_many = [task.name for task in tasks if self.labels == "letters" and min(self.ways, len(task.options)) > 26]
+        if too_many:
+            raise DataError(f"data.labels=letters has 26 letters; lower data.ways for {', '.join(too_many)}")
 
 
-def drawn_size(rng: random.Random, fewest: int | None, most: int) -> int:
-    """Return a number from `fewest` to `most`, each doubling as likely as the next: few and many are both practised."""
+def draw_size(rng: random.Random, fewest: int | None, most: int) -> int:
+    """Return a log-uniform number from `fewest` to `most`, so that few and many are both practised."""
     return most if fewest is None else round(math.exp(rng.uniform(math.log(fewest), math.log(most))))
 
 
 def shown_labels(task: Task, chosen: Sequence[str], scheme: LabelScheme) -> dict[str, str]:
-    """Return what the model sees for each chosen class: its own word, or the letter of its index in `chosen`.
+    """Return the label that the model sees for each chosen class: its own word, or the letter of its index in `chosen`.
 
     `chosen` is in random order, so letters are permuted in every episode: tasks become mutually exclusive, and the
     model has to adapt (Yin et al. 2020, arXiv 1912.03820).
@@ -123,5 +124,5 @@ def shown_labels(task: Task, chosen: Sequence[str], scheme: LabelScheme) -> dict
 
 
 def relabel(example: Example, label: str | None) -> Example:
-    """Return the example with the label that the model is to see; free text stays as it is."""
+    """Return the example with the label that the model sees; free text (None) stays as it is."""
     return example if label is None else replace(example, target=label)

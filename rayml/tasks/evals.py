@@ -1,8 +1,8 @@
-"""Many small label tasks, from the JSONL files inside the wheel `evals==3.0.1.post1` (never imported).
+"""Many small label tasks, from the JSONL files in the wheel `evals==3.0.1.post1` (which is never imported).
 
-OpenAI's evals, written by hundreds of people for zero-shot prompts: nearly every file repeats one long instruction in
-each row. What all rows share is cut off, so that a task has to be learned from its examples. The wheel's LICENSE.md
-says MIT but for the data sets it names; rayml ships none of them.
+OpenAI's evals are zero-shot prompts from hundreds of people. Nearly every file repeats one long instruction in each
+row. The words that all rows share are cut off, so that a task has to be learned from its examples. The wheel's
+LICENSE.md says MIT, except for the data sets that it names; rayml ships none of them.
 """
 
 import hashlib
@@ -19,15 +19,15 @@ from rayml.errors import DataError
 from rayml.tasks.task import normalized
 
 Pair = tuple[str, str]  # text, label
-MOST_CHARACTERS = 400  # of an input
-FEWEST = 8  # distinct inputs of a class
-MOST = 40  # rows of a class, so that no task dwarfs the others
-MOST_CLASSES = 12
-MAJORITY = 0.75  # the largest class's share of a task, at most
-COVERED = 0.5  # of a file's items in its large classes, or they are just frequent answers to free questions
-TWIN = 0.1  # of a task's texts in earlier tasks, or it is one of them under another name
+MAX_CHARACTERS = 400  # of an input
+MIN_INPUTS = 8  # distinct inputs of a class
+MAX_ROWS = 40  # rows of a class, so that no task dwarfs the others
+MAX_CLASSES = 12
+MAX_MAJORITY = 0.75  # the largest class's share of a task
+MIN_COVERED = 0.5  # share of a file's items in large classes; with less, they are frequent answers to open questions
+MAX_SHARED = 0.1  # share of a task's texts in earlier tasks; with more, it is one of them under another name
 
-# Folders that are left out whatever the rules below say of them.
+# Folders that are left out, although the rules below would take them.
 OTHER_LICENCE = (  # LICENSE.md names other licences for them, share-alike or non-commercial ones among them
     "schelling_point",
     "steganography",
@@ -70,8 +70,8 @@ def write_tasks(folder: Path) -> dict[str, int]:
         DataError: the wheel is not installed.
     """
     spec = find_spec("evals")
-    places = spec.submodule_search_locations if spec else None
-    data = Path(places[0], "registry", "data") if places else None
+    folders = spec.submodule_search_locations if spec else None
+    data = Path(folders[0], "registry", "data") if folders else None
     if data is None or not data.is_dir():  # the name is a common one: another package may have it
         raise DataError("these tasks come with the wheel evals: pip install --no-deps evals==3.0.1.post1")
     tasks = label_tasks(data)
@@ -86,14 +86,14 @@ def write_tasks(folder: Path) -> dict[str, int]:
 
 
 def label_tasks(data: Path) -> dict[str, list[Pair]]:
-    """Return the tasks that few-shot learning can use, by name: one a folder, since its files are variants of one."""
+    """Return the tasks that few-shot learning can use, by name: one a folder, whose files are variants of one task."""
     tasks: dict[str, list[Pair]] = {}
     seen: set[str] = set()
     for folder in sorted(path for path in data.iterdir() if path.name not in EXCLUDED):
         for file in sorted(folder.rglob("*.jsonl")):
             pairs = _label_pairs(file)
             texts = {normalized(text) for text, _ in pairs}
-            if not pairs or len(texts & seen) > TWIN * len(texts):
+            if not pairs or len(texts & seen) > MAX_SHARED * len(texts):
                 continue
             pairs = _balanced(_large_classes([pair for pair in pairs if normalized(pair[0]) not in seen]))
             if pairs:
@@ -110,10 +110,10 @@ def _label_pairs(file: Path) -> list[Pair]:
         return []
     systems, users, targets = zip(*rows, strict=True)
     texts = [f"{s}\n{u}".strip() for s, u in zip(_without_shared(systems), _without_shared(users), strict=True)]
-    short = [pair for pair in zip(texts, _one_case(targets), strict=True) if 0 < len(pair[0]) <= MOST_CHARACTERS]
+    short = [pair for pair in zip(texts, _one_case(targets), strict=True) if 0 < len(pair[0]) <= MAX_CHARACTERS]
     distinct = _distinct(short)
     pairs = _plain_labels(_large_classes(distinct))
-    return [] if len(pairs) < COVERED * len(distinct) or _is_multiple_choice(pairs) else pairs
+    return [] if len(pairs) < MIN_COVERED * len(distinct) or _is_multiple_choice(pairs) else pairs
 
 
 def _records(file: Path) -> Iterator[dict[str, Any]]:
@@ -166,20 +166,22 @@ def _one_case(targets: tuple[str, ...]) -> list[str]:
 
 
 def _distinct(pairs: list[Pair]) -> list[Pair]:
-    """Return the pairs with each text once, and no text that stands under two labels."""
+    """Return the pairs with each text once, without texts that have two labels."""
     labels: dict[str, set[str]] = {}
     for text, label in pairs:
         labels.setdefault(normalized(text), set()).add(label)
     first = {normalized(text): (text, label) for text, label in reversed(pairs)}
-    return [first[key] for key, found in labels.items() if len(found) == 1]
+    return [first[key] for key, names in labels.items() if len(names) == 1]
 
 
 def _large_classes(pairs: list[Pair]) -> list[Pair]:
-    """Return the pairs of the classes that are large enough, the largest ones of many; [] where less than two are."""
+    """Return the pairs of classes that are large enough, MAX_CLASSES at most; [] if fewer than two are."""
     sizes = Counter(label for _, label in pairs)
-    large = sorted((label for label, size in sizes.items() if size >= FEWEST), key=lambda label: (-sizes[label], label))
-    kept = set(large[:MOST_CLASSES]) if len(large) >= 2 else set()
-    return [pair for pair in pairs if pair[1] in kept]
+    large = sorted(
+        (label for label, size in sizes.items() if size >= MIN_INPUTS), key=lambda label: (-sizes[label], label)
+    )
+    chosen = set(large[:MAX_CLASSES]) if len(large) >= 2 else set()
+    return [pair for pair in pairs if pair[1] in chosen]
 
 
 def _plain_labels(pairs: list[Pair]) -> list[Pair]:
@@ -197,16 +199,16 @@ def _is_multiple_choice(pairs: list[Pair]) -> bool:
 
 
 def _balanced(pairs: list[Pair]) -> list[Pair]:
-    """Return at most MOST pairs of a class, and of the largest no more than its share; in no order of the file's."""
+    """Return at most MAX_ROWS pairs of a class, and of the largest no more than MAX_MAJORITY, in an order by hash."""
     shuffled = sorted(pairs, key=lambda pair: hashlib.sha256(pair[0].encode()).digest())
-    sizes = {label: min(size, MOST) for label, size in Counter(label for _, label in pairs).items()}
+    sizes = {label: min(size, MAX_ROWS) for label, size in Counter(label for _, label in pairs).items()}
     largest = max(sizes.values(), default=0)
     others = sum(sizes.values()) - largest
-    most = min(MOST, int(others * MAJORITY / (1 - MAJORITY)))
-    taken: Counter[str] = Counter()
-    kept = []
+    largest_allowed = min(MAX_ROWS, int(others * MAX_MAJORITY / (1 - MAX_MAJORITY)))
+    counts: Counter[str] = Counter()
+    balanced = []
     for text, label in shuffled:
-        taken[label] += 1
-        if taken[label] <= most:
-            kept.append((text, label))
-    return kept
+        counts[label] += 1
+        if counts[label] <= largest_allowed:
+            balanced.append((text, label))
+    return balanced

@@ -1,8 +1,7 @@
-"""Kinds of tasks: how each is shown to the model unless told otherwise, what its targets are, and what it is scored by.
+"""Kinds of tasks: how each is shown to the model by default, what its targets are, and how it is scored.
 
-A kind is a template, a way to write targets as text, and metrics; everything else is the same for all. Which loss is
-taken depends on one thing alone: targets that are chosen among (`options`) compete with each other, others are free
-text.
+A kind is a prompt template, a way to write targets as text, and metrics; everything else is the same for all kinds. The
+loss depends on one thing only: targets with `options` compete with each other, all others are free text.
 """
 
 import re
@@ -14,9 +13,9 @@ KindName = Literal["label", "pair", "relation", "multilabel", "ner", "qa", "tran
 NAMES: tuple[str, ...] = get_args(KindName)
 SEPARATOR = "; "
 NOTHING = "none"
-"""What a list of labels or spans is written as when it is empty."""
+"""An empty list of labels or spans, as text."""
 NO_RELATION = "no_relation", "none", "other", "na"
-"""Relations that are none: they do not count in a relation task's F1 (as in TACRED, Zhang et al. 2017)."""
+"""Labels for the absence of a relation. A relation task's F1 leaves them out (as in TACRED, Zhang et al. 2017)."""
 PART_LINES = (
     "{% if parts %}{% for name, text in parts %}{{ name }}: {{ text }}\n{% endfor %}{% else %}{{ input }}\n{% endif %}"
 )
@@ -32,9 +31,9 @@ class Kind:
     """How tasks of one kind are shown and scored."""
 
     prompt: str
-    """Jinja, what stands before the target; empty: `data.prompt`."""
+    """A Jinja template of the text before the target; "" for `data.prompt`."""
     metrics: tuple[str, ...]
-    """Of `rayml.experiments.metrics`; the first decides."""
+    """From `rayml.experiments.metrics`; the first one is the main metric."""
 
 
 LABELS = "accuracy", "macro_f1"
@@ -56,11 +55,11 @@ KINDS = {
 }
 
 
-def kind_of(fields: Sequence[str], target: Any) -> str:
-    """Return the kind that a row's fields and target tell; "" where it is a plain label or text."""
-    names = set(fields)
+def infer_kind(fields: Sequence[str], target: Any) -> str:
+    """Return the kind that a row's fields and target imply; "" for a plain label or text."""
     if isinstance(target, list):
-        return "ner" if any(isinstance(one, dict) for one in target) else "multilabel"
+        return "ner" if any(isinstance(item, dict) for item in target) else "multilabel"
+    names = set(fields)
     if {"head", "tail"} <= names:
         return "relation"
     if "question" in names:
@@ -68,46 +67,46 @@ def kind_of(fields: Sequence[str], target: Any) -> str:
     return "pair" if len(names) == 2 else ""
 
 
-def written(target: Sequence[Any]) -> str:
-    r"""Return a list of labels, or of spans `{"text", "type"}`, as the model is to write it.
+def format_target(items: Sequence[Any]) -> str:
+    r"""Return a list of labels, or of spans `{"text", "type"}`, as the text that the model is to write.
 
-    What marks ends in it is written behind a backslash in a label or span that has it.
+    Separators within a label or span are escaped by a backslash.
 
-    >>> written([{"text": "Berlin", "type": "place"}, {"text": "Ada", "type": "person"}])
+    >>> format_target([{"text": "Berlin", "type": "place"}, {"text": "Ada", "type": "person"}])
     'place: Berlin; person: Ada'
-    >>> written(["tools; hardware", "cars"])
+    >>> format_target(["tools; hardware", "cars"])
     'tools\\; hardware; cars'
     """
     texts = [
-        f"{_escaped(one['type'], ':')}: {_escaped(one['text'])}" if is_span(one) else _escaped(one) for one in target
+        f"{_escape(item['type'], ':')}: {_escape(item['text'])}" if is_span(item) else _escape(item) for item in items
     ]
     return "\\" + NOTHING if texts == [NOTHING] else SEPARATOR.join(texts) or NOTHING
 
 
-def is_span(one: Any) -> bool:
-    return isinstance(one, dict) and isinstance(one.get("text"), str) and isinstance(one.get("type"), str)
+def is_span(item: Any) -> bool:
+    return isinstance(item, dict) and isinstance(item.get("text"), str) and isinstance(item.get("type"), str)
 
 
-def _escaped(text: str, mark: str = "") -> str:
+def _escape(text: str, mark: str = "") -> str:
     return re.sub(rf"[\\;{mark}]", r"\\\g<0>", text.strip())
 
 
-def _plain(text: str) -> str:
+def _unescape(text: str) -> str:
     return re.sub(r"\\(.)", r"\1", text.strip(), flags=re.DOTALL)
 
 
-def _apart(text: str) -> list[str]:
-    found = [part.strip() for part in re.findall(r"(?:\\.|[^\\;]|\\\Z)+", text, flags=re.DOTALL)]
-    return [] if found == [NOTHING] else [part for part in found if part]
+def _split(text: str) -> list[str]:
+    items = [item.strip() for item in re.findall(r"(?:\\.|[^\\;]|\\\Z)+", text, flags=re.DOTALL)]
+    return [] if items == [NOTHING] else [item for item in items if item]
 
 
 def listed(text: str) -> list[str]:
-    """Return the labels in a text that `written` made, or that a model wrote."""
-    return [_plain(part) for part in _apart(text)]
+    """Return the labels in a text from `format_target`, or from a model."""
+    return [_unescape(item) for item in _split(text)]
 
 
 def spans(text: str) -> list[tuple[str, str]]:
-    """Return the (type, text) of the spans in a text that `written` made, or that a model wrote."""
-    pairs = [re.match(r"((?:\\.|[^\\:])+):(.+)", part, flags=re.DOTALL) for part in _apart(text)]
-    found = [(_plain(pair[1]), _plain(pair[2])) for pair in pairs if pair]
-    return [(kind, span) for kind, span in found if kind and span]
+    """Return the (type, text) of the spans in a text from `format_target`, or from a model."""
+    matches = [re.match(r"((?:\\.|[^\\:])+):(.+)", item, flags=re.DOTALL) for item in _split(text)]
+    pairs = [(_unescape(match[1]), _unescape(match[2])) for match in matches if match]
+    return [(span_type, span_text) for span_type, span_text in pairs if span_type and span_text]

@@ -1,4 +1,4 @@
-"""One record of a data set, checked: a row `{"task", "input", "target", ...}`."""
+"""A row `{"task", "input", "target", ...}`: one record of a data set, checked."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ from decimal import Decimal
 from typing import Any
 
 from rayml.errors import DataError
-from rayml.tasks.kinds import NAMES, is_span, kind_of, written
+from rayml.tasks.kinds import NAMES, format_target, infer_kind, is_span
 from rayml.tasks.task import Example, Parts, conversation
 
 COLUMNS = "task", "input", "target", "options", "kind", "answers", "messages"
@@ -16,21 +16,22 @@ ROLES = "system", "developer", "user", "assistant"
 CALLS = "tool_calls", "function_call"
 
 Input = str | Mapping[str, str] | Sequence[Mapping[str, str] | tuple[str, str]]
-"""What is to be answered: a text, fields by their names, or a dialogue's messages `{"role", "content"}`, which may also
-stand as (role, text)."""
+"""What a model is to answer: a text, a dict of fields, or the messages of a dialogue, each `{"role", "content"}` or
+(role, text)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One validated row, and where it stood."""
+    """One validated row."""
 
     task: str
     input: str
     target: str
     options: tuple[str, ...]
     where: str
+    """Its place, for error messages."""
     kind: str = ""
-    """As given, or as its fields tell; "": a label or a text."""
+    """Given, or inferred from its fields; "" for a label or a text."""
     parts: Parts = ()
     answers: tuple[str, ...] = ()
 
@@ -39,65 +40,71 @@ class RowError(ValueError):
     """What is wrong with a record, in a few words."""
 
 
-def row_of(record: Mapping[str, Any], columns: Mapping[str, str], default_task: str, where: str) -> Row:
+def parse_row(record: Mapping[str, Any], columns: Mapping[str, str], default_task: str, where: str) -> Row:
     """Return the row of a record.
 
     Args:
-        record: `input` is a text, fields `{name: text}`, or messages `[{"role", "content"}]`, as is `messages`: a
-            dialogue, which ends with its answer, or, beside a `target`, what is asked about as a whole. `target` is a
-            text, or a list of labels, or of spans `{"text", "type"}`. Numbers, dates, true and false are their text;
-            what stands around a target, or a label, is no part of it.
-        columns: the record's own names, where they differ; `input.NAME` names a part of the input.
+        record: `input` is a text, fields `{name: text}`, or messages `[{"role", "content"}]`, and so is `messages`.
+            A dialogue ends with its answer, unless there is a `target`: then the whole dialogue is the input. `target`
+            is a text, or a list of labels, or of spans `{"text", "type"}`. Numbers, dates, true and false are taken as
+            text. White space around targets and labels is dropped.
+        columns: the record's names of fields, where they differ; `input.NAME` names a part of the input.
         default_task: for records without a task, where no column is named for it.
 
     Raises:
         RowError: it cannot be used.
     """
 
-    def value(name: str) -> Any:
-        return as_text(record.get(columns.get(name, name)))
+    def value(field: str) -> Any:
+        return as_text(record.get(columns.get(field, field)))
 
     task = value("task")
-    task = _text(default_task if task is None and "task" not in columns else task, columns.get("task", "task"))
+    if task is None and "task" not in columns:
+        task = default_task
+    task = _check_text(task, columns.get("task", "task"))
     kind = value("kind") or ""
     if kind and kind not in NAMES:
         raise RowError(f"'kind' is {kind!r}; there are {', '.join(NAMES)}")
+    target, target_column = value("target"), columns.get("target", "target")
     given = _input(record, columns)
     if isinstance(given, list):
         turns = _turns(given)
-        if value("target") is None:
+        if target is None:
             return _dialogue(task, turns, kind, where)
         if kind == "dialogue":
             raise RowError("a row of kind 'dialogue' has no target; it is the last of its messages, the assistant's")
         given = conversation(turns)
-    parts = (
-        tuple((name, _text(as_text(text), f"input.{name}")) for name, text in given.items())
-        if isinstance(given, dict)
-        else ()
-    )
-    shown = "\n".join(text for _, text in parts) if parts else _text(as_text(given), columns.get("input", "input"))
-    target, called = value("target"), columns.get("target", "target")
-    kind = kind or kind_of([name for name, _ in parts], target)
-    if isinstance(target, list):
-        if not all(is_span(one) or isinstance(one, str) for one in target):
-            raise RowError(f"{called!r} is not text, nor a list of labels, or of spans {{'text', 'type'}}")
-        for text in [
-            text for one in target for text in ([one] if isinstance(one, str) else [one["text"], one["type"]])
-        ]:
-            _text(text, f"{called}: one of its labels or spans")
-        target = written(target)
-    text = _text(target, called).strip()
-    options, answers = (_texts(value(name) or [], name) for name in ("options", "answers"))
-    if isinstance(value("target"), list):
-        options = ()  # the labels of which several may hold: they do not compete
-    if options and text not in options:
-        raise RowError(f"target {text!r} is not among its options {list(options)}")
-    return Row(task, shown, text, options, where, kind, parts, answers)
+    parts: Parts = ()
+    if isinstance(given, dict):
+        parts = tuple((name, _check_text(as_text(text), f"input.{name}")) for name, text in given.items())
+    text = "\n".join(text for _, text in parts) or _check_text(as_text(given), columns.get("input", "input"))
+    kind = kind or infer_kind([name for name, _ in parts], target)
+    is_list = isinstance(target, list)
+    if is_list:
+        target = _format_list(target, target_column)
+    target = _check_text(target, target_column).strip()
+    options, answers = (_texts(value(field) or [], field) for field in ("options", "answers"))
+    if is_list:
+        options = ()  # several labels may hold at once, so they do not compete
+    if options and target not in options:
+        raise RowError(f"target {target!r} is not among its options {list(options)}")
+    return Row(task, text, target, options, where, kind, parts, answers)
+
+
+def _format_list(target: list[Any], column: str) -> str:
+    """Return a target of labels or spans as text."""
+    texts: list[str] = []
+    for item in target:
+        if not is_span(item) and not isinstance(item, str):
+            raise RowError(f"{column!r} is not text, nor a list of labels, or of spans {{'text', 'type'}}")
+        texts += [item] if isinstance(item, str) else [item["text"], item["type"]]
+    for text in texts:
+        _check_text(text, f"{column}: one of its labels or spans")
+    return format_target(target)
 
 
 def as_text(value: Any) -> Any:
-    """Return a number, a date, or true or false, as its text, also in a list; what is not there as None, and others as
-    given.
+    """Return a number, a date, or true or false, as text, also in a list; a missing value as None; others unchanged.
 
     >>> as_text(True), as_text(1.0), as_text([2, "b"]), as_text(float("nan")), as_text(date(2024, 1, 2))
     ('true', '1', ['2', 'b'], None, '2024-01-02')
@@ -107,7 +114,7 @@ def as_text(value: Any) -> Any:
     if isinstance(value, float):
         return None if math.isnan(value) else str(int(value)) if value.is_integer() else str(value)
     if isinstance(value, list | tuple):
-        return [as_text(one) for one in value]
+        return [as_text(item) for item in value]
     return str(value) if isinstance(value, int | Decimal | date | time) else value
 
 
@@ -115,10 +122,10 @@ def unanswered(given: Input, fields: Sequence[str] | None = None) -> Example:
     """Return the example of an input without a target.
 
     Args:
-        fields: of the task's inputs, in its order; none, where they are texts; None: take any.
+        fields: the names and the order of the task's fields; empty if its inputs are texts; None to take any.
 
     Raises:
-        DataError: it is no input, or none of such fields.
+        DataError: it is no input, or has other fields.
     """
     try:
         if isinstance(given, str):
@@ -128,17 +135,17 @@ def unanswered(given: Input, fields: Sequence[str] | None = None) -> Example:
                 raise RowError(f"expected a text, fields as a dict, or messages, got {str(given)[:60]!r}")
             turns = [(turn["role"], turn["content"]) if isinstance(turn, Mapping) else turn for turn in given]
             for _, text in turns:
-                _whole(text, "content")
+                _check_unicode(text, "content")
             given = conversation(turns)
             if not fields:
                 return Example(given, "", (*turns, ("assistant", "")))
-        there = list(given) if isinstance(given, Mapping) else []
-        if fields is not None and {*there} != {*fields}:
-            told = [f"the fields {', '.join(names)}" if names else "a text" for names in (fields, there)]
-            raise RowError(f"expected {told[0]}, got {told[1]}")
+        names = list(given) if isinstance(given, Mapping) else []
+        if fields is not None and {*names} != {*fields}:
+            expected, got = (f"the fields {', '.join(some)}" if some else "a text" for some in (fields, names))
+            raise RowError(f"expected {expected}, got {got}")
         if isinstance(given, str):
-            return Example(_whole(given, "input"), "")
-        parts = tuple((name, _whole(as_text(given[name]), f"input.{name}")) for name in fields or there)
+            return Example(_check_unicode(given, "input"), "")
+        parts = tuple((name, _check_unicode(as_text(given[name]), f"input.{name}")) for name in fields or names)
         return Example("\n".join(text for _, text in parts), "", parts)
     except RowError as error:
         raise DataError(f"an input cannot be used: {error}") from None
@@ -154,21 +161,25 @@ def is_dialogue(given: Any) -> bool:
 
 def _input(record: Mapping[str, Any], columns: Mapping[str, str]) -> Any:
     """Return the input: a text, a dict of parts, or a list of messages."""
-    parts = {name.removeprefix("input."): record.get(own) for name, own in columns.items() if name.startswith("input.")}
+    parts = {
+        field.removeprefix("input."): record.get(column)
+        for field, column in columns.items()
+        if field.startswith("input.")
+    }
     if parts:
         return parts
-    given = record.get(columns.get("input", "input"))
-    return record.get(columns.get("messages", "messages")) if given is None and "input" not in columns else given
+    value = record.get(columns.get("input", "input"))
+    return record.get(columns.get("messages", "messages")) if value is None and "input" not in columns else value
 
 
-def _text(value: Any, name: str) -> str:
-    if not _whole(value, name).strip():
+def _check_text(value: Any, name: str) -> str:
+    if not _check_unicode(value, name).strip():
         raise RowError(f"{name!r} is empty")
     return str(value)
 
 
-def _whole(value: Any, name: str) -> str:
-    """Return a text, or raise RowError if it is none, or not of whole characters."""
+def _check_unicode(value: Any, name: str) -> str:
+    """Return a text; raise RowError if it is none, or has halves of characters (lone surrogates)."""
     if not isinstance(value, str):
         raise RowError(f"{name!r} is {'missing' if value is None else 'not text'}")
     try:
@@ -182,7 +193,7 @@ def _whole(value: Any, name: str) -> str:
 def _texts(value: Any, name: str) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
         raise RowError(f"{name!r} is not a list of texts")
-    return tuple(dict.fromkeys(_text(text, name).strip() for text in value))
+    return tuple(dict.fromkeys(_check_text(text, name).strip() for text in value))
 
 
 def _turns(messages: list[Any]) -> list[tuple[str, str]]:
@@ -195,15 +206,15 @@ def _turns(messages: list[Any]) -> list[tuple[str, str]]:
             raise RowError(
                 f"message {number}: has weight 0, and every turn of the assistant's is learned; leave it out"
             )
-        called = next((name for name in CALLS if message.get(name)), None)
-        if called:
-            raise RowError(f"message {number}: {called!r} is not learned; write it as the message's content")
-        turns.append((message["role"], _text(message.get("content"), f"message {number}: content")))
+        call = next((name for name in CALLS if message.get(name)), None)
+        if call:
+            raise RowError(f"message {number}: {call!r} is not learned; write it as the message's content")
+        turns.append((message["role"], _check_text(message.get("content"), f"message {number}: content")))
     return turns
 
 
 def _dialogue(task: str, turns: list[tuple[str, str]], kind: str, where: str) -> Row:
-    """Return the row of a conversation: what is asked is its last turn, the assistant's."""
+    """Return the row of a conversation. Its target is the last turn, the assistant's."""
     if kind not in ("", "dialogue"):
         raise RowError(f"'input' is a list of messages, and 'kind' is {kind!r}; messages are of kind 'dialogue'")
     roles = [role for role, _ in turns]

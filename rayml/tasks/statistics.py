@@ -1,11 +1,11 @@
-"""Scores over tasks: of several kinds as one number, and intervals where answers are grouped.
+"""Scores over tasks: one number for tasks of several kinds, and intervals for answers that are grouped.
 
-Intervals: what a user wants to know is how well a task does that nobody has seen. Episodes of one task say little of
-another, so tasks are drawn first, and episodes within them: taken as if all were independent, ever more episodes of the
-same few tasks would make any difference look sure.
+Intervals: users want to know how well a new task will do. Episodes of one task say little about another, so the
+bootstrap draws tasks first, and episodes within them. If all answers were taken as independent, enough episodes of a
+few tasks would make any difference look certain.
 
-One score, the higher the better, is what validation, patience, sweeps and `compare` go by: an accuracy and a loss have
-no common unit, and one label task must not decide alone over many of text. So each kind is scored between 0 and 1, and
+One score, the higher the better, decides in validation, patience, sweeps and `compare`. An accuracy and a loss have no
+common unit, and one label task must not outweigh many tasks of text. So each kind gets a score between 0 and 1, and
 every task counts the same.
 """
 
@@ -50,17 +50,17 @@ def intervals(values: np.ndarray) -> list[Interval]:
     rng = np.random.default_rng(0)
     means = np.empty((SAMPLES, len(values)))
     for sample in range(SAMPLES):
-        some = nested[:, rng.integers(seeds, size=seeds)].mean(1)  # [K, T, E]
-        drawn = rng.integers(tasks, size=(tasks, 1))
-        within = rng.integers(episodes, size=(tasks, episodes))
-        means[sample] = some[:, drawn, within].mean((1, 2))
+        over_seeds = nested[:, rng.integers(seeds, size=seeds)].mean(1)  # [K, T, E]
+        drawn_tasks = rng.integers(tasks, size=(tasks, 1))
+        drawn_episodes = rng.integers(episodes, size=(tasks, episodes))
+        means[sample] = over_seeds[:, drawn_tasks, drawn_episodes].mean((1, 2))
     lows, highs = np.percentile(means, [2.5, 97.5], axis=0)
-    ends = zip(nested.mean((1, 2, 3)), lows, highs, strict=True)
-    return [{"mean": float(mean), "low": float(low), "high": float(high)} for mean, low, high in ends]
+    rows = zip(nested.mean((1, 2, 3)), lows, highs, strict=True)
+    return [{"mean": float(mean), "low": float(low), "high": float(high)} for mean, low, high in rows]
 
 
 def by_task(curves: Sequence[Curve]) -> np.ndarray:
-    """Return the scores of curves of as many episodes of each task, `[points, tasks, episodes]`."""
+    """Return the scores of curves, `[points, tasks, episodes]`; every task has the same number of episodes."""
     groups: dict[str, list[list[float]]] = {}
     for curve in curves:
         groups.setdefault(curve.task, []).append(curve.scores)
@@ -68,44 +68,48 @@ def by_task(curves: Sequence[Curve]) -> np.ndarray:
 
 
 def resampled(tasks: int) -> str:
-    """Say in a caption what the intervals of scores on so many tasks were drawn from."""
+    """Return a caption on what the intervals of scores on this many tasks are over."""
     return "95 % intervals over " + (f"{tasks} tasks and their episodes" if tasks > 1 else "one task's episodes")
 
 
-def bounds(of: dict[str, float], sign: str = "") -> str:
-    """Return an interval's mean and ends; differences have a `sign` of "+"."""
-    return "{mean:{sign}.2f} [{low:{sign}.2f}, {high:{sign}.2f}]".format(sign=sign, **of)
+def bounds(ends: Interval, sign: str = "") -> str:
+    """Return an interval's mean and ends as text. For differences, `sign` is "+"."""
+    return f"{ends['mean']:{sign}.2f} [{ends['low']:{sign}.2f}, {ends['high']:{sign}.2f}]"
 
 
 class Group(NamedTuple):
-    """Tasks that are scored alike."""
+    """Tasks with the same metric."""
 
     metric: str
-    """`accuracy` of answers chosen among labels, or mean `loss` of a token of text."""
+    """`accuracy` of label tasks, or mean `loss` of a token of free text."""
     tasks: tuple[Task, ...]
     episodes: int
 
 
 def groups(tasks: Sequence[Task], episodes: int) -> list[Group]:
-    """Return the label tasks, and those of text, each with their share of so many episodes, and one at least."""
-    found, drawn, seen = [], 0, 0
+    """Return the label tasks and those of free text, each group with its share of `episodes`, at least one."""
+    result, given, seen = [], 0, 0
     for metric, is_label in (("accuracy", True), ("loss", False)):
-        some = tuple(task for task in tasks if bool(task.options) == is_label)
-        if some:
-            seen += len(some)
-            share = max(1, round(episodes * seen / len(tasks)) - drawn)
-            drawn += share
-            found.append(Group(metric, some, share))
-    return found
+        members = tuple(task for task in tasks if bool(task.options) == is_label)
+        if members:
+            seen += len(members)
+            share = max(1, round(episodes * seen / len(tasks)) - given)
+            given += share
+            result.append(Group(metric, members, share))
+    return result
 
 
-def normalised(metric: str, mean: float) -> float:
-    """Return a mean score as a number between 0 and 1: of a loss exp(-loss), the (geometric) mean probability of a
-    token, which is one over the perplexity."""
+def unit_score(metric: str, mean: float) -> float:
+    """Return a mean score as a number between 0 and 1. For a loss it is exp(-loss): the geometric mean probability of a
+    token, or one over the perplexity."""
     return mean if metric == "accuracy" else math.exp(-mean)
 
 
 def overall(means: Mapping[str, float], tasks: Sequence[Task]) -> float:
-    """Return the mean over tasks of what `normalised` makes of their metric's mean; both metrics have one in `means`
-    where there are both kinds of tasks."""
-    return sum(normalised(of.metric, means[of.metric]) * len(of.tasks) for of in groups(tasks, 0)) / len(tasks)
+    """Return the mean over tasks of the unit scores of their metrics.
+
+    Args:
+        means: by metric, for each kind of tasks that there is.
+    """
+    total = sum(unit_score(group.metric, means[group.metric]) * len(group.tasks) for group in groups(tasks, 0))
+    return total / len(tasks)

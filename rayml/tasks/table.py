@@ -1,4 +1,4 @@
-"""From rows to tasks: group, tell labels from free text, and keep each text once."""
+"""From rows to tasks: group the rows, tell labels from free text, and keep each text once."""
 
 import logging
 import unicodedata
@@ -12,19 +12,19 @@ from rayml.tasks.task import Example, Task, normalized
 
 log = logging.getLogger(__name__)
 LABELS = "label", "pair", "relation"
-"""Kinds whose targets are classes, however often each comes."""
+"""Kinds whose targets are classes, however often each occurs."""
 FREE_TEXT = "multilabel", "ner", "translation", "summary", "dialogue", "text"
-"""Kinds whose targets are written, and never chosen among."""
-LONG_LABEL = 24
-"""Characters, which most labels stay below, and most texts do not."""
+"""Kinds whose targets are always written, never chosen."""
+LONGEST_LABEL = 24
+"""Characters. Most labels are shorter, and most texts longer."""
 
 
 @dataclass
 class Duplicates:
-    """What was left out of the tasks, so that one text never stands in both support and query."""
+    """Rows that are left out, so that no text is in both support and query."""
 
     repeated: dict[str, int] = field(default_factory=dict)
-    """By task: rows that repeat an earlier one's text and target."""
+    """By task: how many rows repeat an earlier one's text and target."""
     conflicting: list[tuple[str, str, tuple[str, ...]]] = field(default_factory=list)
     """(task, text, its targets): one text under two labels. None of its rows is used."""
 
@@ -32,18 +32,20 @@ class Duplicates:
 def build_tasks(rows: Iterable[Row]) -> tuple[tuple[Task, ...], Duplicates]:
     """Group rows into tasks, sorted by name, each text once.
 
-    A task is a label task when its rows carry `options`, or when it has two targets or more and each stands twice or
-    more on average; else it is free text. So is a task of a kind that is never chosen among.
+    A task is a label task if its rows have `options`, or if it has at least two targets, each occurring twice or more
+    on average. Otherwise, and if its kind is one of `FREE_TEXT`, it is free text.
 
     Raises:
-        DataError: a task with rows of several kinds, inputs of several fields, or labels that look the same.
+        DataError: a task has rows of several kinds, inputs of different fields, or labels that look the same.
     """
     by_task: dict[str, list[Row]] = {}
     for row in rows:
         by_task.setdefault(row.task, []).append(row)
     duplicates = Duplicates()
-    tasks = tuple(_task(name, by_task[name], duplicates) for name in sorted(by_task))
-    doubtful = [task.name for task in tasks if not any(row.kind for row in by_task[task.name]) and is_doubtful(task)]
+    tasks = tuple(_build_task(name, by_task[name], duplicates) for name in sorted(by_task))
+    doubtful = [
+        task.name for task in tasks if has_short_texts(task) and not any(row.kind for row in by_task[task.name])
+    ]
     if doubtful:
         more = f" and {len(doubtful) - 1} more" * (len(doubtful) > 1)
         log.warning(
@@ -53,72 +55,74 @@ def build_tasks(rows: Iterable[Row]) -> tuple[tuple[Task, ...], Duplicates]:
     return tasks, duplicates
 
 
-def _task(name: str, rows: list[Row], duplicates: Duplicates) -> Task:
-    empty = {id(row) for row in rows if row.kind == "multilabel" and row.target == NOTHING}  # no labels, or no spans
-    kinds = {row.kind: row for row in rows if id(row) not in empty} or {rows[0].kind: rows[0]}
-    if len(kinds) > 1:
-        one, other = list(kinds.values())[:2]
+def _build_task(name: str, rows: list[Row], duplicates: Duplicates) -> Task:
+    # An empty list may be one of spans as well as one of labels, so it does not tell the kind.
+    telling = [row for row in rows if not (row.kind == "multilabel" and row.target == NOTHING)]
+    row_of_kind = {row.kind: row for row in telling or rows[:1]}
+    if len(row_of_kind) > 1:
+        first, second = list(row_of_kind.values())[:2]
         raise DataError(
-            f"task {name!r} has rows of two kinds: {one.kind or 'label or text'!r} at {one.where} and "
-            f"{other.kind or 'label or text'!r} at {other.where}; give each kind a task of its own"
+            f"task {name!r} has rows of two kinds: {first.kind or 'label or text'!r} at {first.where} and "
+            f"{second.kind or 'label or text'!r} at {second.where}; give each kind a task of its own"
         )
-    (kind,) = kinds
-    rows = rows if kind == "dialogue" else in_one_order(name, rows, kind)
+    (kind,) = row_of_kind
+    rows = rows if kind == "dialogue" else align_parts(name, rows, kind)
     options = () if kind in FREE_TEXT else _options(rows, kind)
     by_text: dict[str, list[Row]] = {}
     for row in rows:
         by_text.setdefault(normalized(row.input), []).append(row)
     examples = []
-    for same in by_text.values():
-        targets = tuple(dict.fromkeys(row.target for row in same))
+    for same_text in by_text.values():
+        first = same_text[0]
+        targets = tuple(dict.fromkeys(row.target for row in same_text))
         if len(targets) > 1 and options:
-            duplicates.conflicting.append((name, same[0].input, targets))
+            duplicates.conflicting.append((name, first.input, targets))
             continue
-        if len(same) > 1:
-            duplicates.repeated[name] = duplicates.repeated.get(name, 0) + len(same) - 1
-        examples.append(Example(same[0].input, same[0].target, same[0].parts, same[0].answers))
+        if len(same_text) > 1:
+            duplicates.repeated[name] = duplicates.repeated.get(name, 0) + len(same_text) - 1
+        examples.append(Example(first.input, first.target, first.parts, first.answers))
     return Task(name, tuple(examples), options, kind or ("label" if options else "text"))
 
 
-def is_doubtful(task: Task) -> bool:
-    """Return whether a task of free text may have been meant for labels: its targets are as short."""
-    return task.kind == "text" and all(len(one.target) <= LONG_LABEL for one in task.examples)
+def has_short_texts(task: Task) -> bool:
+    """Return whether a task of free text may have been meant for labels: all its targets are as short."""
+    return task.kind == "text" and all(len(example.target) <= LONGEST_LABEL for example in task.examples)
 
 
-def in_one_order(name: str, rows: list[Row], kind: str) -> list[Row]:
-    """Return rows whose inputs have their fields in the order of the first.
+def align_parts(name: str, rows: list[Row], kind: str) -> list[Row]:
+    """Return rows with the parts of their inputs in one order, that of the first row.
 
     Raises:
-        DataError: fields of other names; a question may be without its context.
+        DataError: rows have different parts. Only a question may lack its context.
     """
-    named: dict[frozenset[str], Row] = {}
+    first_with: dict[frozenset[str], Row] = {}
     for row in rows:
-        named.setdefault(frozenset(field for field, _ in row.parts), row)
-    if len(named) > 1 and kind != "qa":
-        one, other = list(named.values())[:2]
-        there = [", ".join(field for field, _ in row.parts) or "none, but a text" for row in (one, other)]
+        first_with.setdefault(frozenset(part for part, _ in row.parts), row)
+    if len(first_with) > 1 and kind != "qa":
+        first, second = list(first_with.values())[:2]
+        fields = [", ".join(part for part, _ in row.parts) or "none, but a text" for row in (first, second)]
         raise DataError(
-            f"task {name!r} has inputs of several fields: {there[0]} at {one.where}, and {there[1]} at {other.where}; "
-            "give all the same, or a task of their own"
+            f"task {name!r} has inputs of several fields: {fields[0]} at {first.where}, and {fields[1]} at "
+            f"{second.where}; give all the same, or a task of their own"
         )
-    order = list(dict.fromkeys(field for row in rows for field, _ in row.parts))
-    by_name = [(row, dict(row.parts)) for row in rows]
-    parts = [tuple((field, own[field]) for field in order if field in own) for _, own in by_name]
-    return [
-        replace(row, parts=of, input="\n".join(text for _, text in of)) if of else row
-        for row, of in zip(rows, parts, strict=True)
-    ]
+    order = list(dict.fromkeys(part for row in rows for part, _ in row.parts))
+    aligned = []
+    for row in rows:
+        texts = dict(row.parts)
+        parts = tuple((part, texts[part]) for part in order if part in texts)
+        aligned.append(replace(row, parts=parts, input="\n".join(text for _, text in parts)) if parts else row)
+    return aligned
 
 
 def _options(rows: list[Row], kind: str) -> tuple[str, ...]:
     """Return the classes in a fixed order, or () for free text."""
     given = tuple(dict.fromkeys(option for row in rows for option in row.options))
     targets = tuple(sorted({row.target for row in rows}))
-    come_back = len(targets) <= len(rows) / 2 if kind == "" else kind in LABELS
-    options = given or (targets if len(targets) >= 2 and come_back else ())
-    seen: dict[str, str] = {}
+    are_labels = kind in LABELS or (kind == "" and len(targets) <= len(rows) / 2)
+    options = given or (targets if len(targets) >= 2 and are_labels else ())
+    by_look: dict[str, str] = {}
     for option in options:
-        other = seen.setdefault(as_seen(option), option)
+        other = by_look.setdefault(visible(option), option)
         if other != option:
             raise DataError(
                 f"task {rows[0].task!r}: labels {other!a} and {option!a} are other characters, and look the "
@@ -127,20 +131,22 @@ def _options(rows: list[Row], kind: str) -> tuple[str, ...]:
     return options
 
 
-def as_seen(text: str) -> str:
-    """Return a text without what nobody sees: how accents are composed, the width of spaces, marks of no width."""
+def visible(text: str) -> str:
+    """Return a text without invisible differences: composed accents, the width of spaces, and zero-width characters."""
     shown = (character for character in text if unicodedata.category(character) != "Cf")
     return unicodedata.normalize("NFC", " ".join("".join(shown).split()))
 
 
 def without_small_classes(tasks: Iterable[Task], need: int) -> tuple[Task, ...]:
-    """Return the tasks without classes of fewer than `need` examples, and without tasks that then have nothing to tell
-    apart (one class, or too little free text)."""
-    kept = []
+    """Return the tasks without classes of fewer than `need` examples.
+
+    Tasks with fewer than two classes left, or with too little free text, are dropped.
+    """
+    result = []
     for task in tasks:
         large = tuple(name for name, examples in task.classes.items() if len(examples) >= need)
         if task.options and len(large) >= 2:
-            kept.append(task.only(large))
+            result.append(task.only(large))
         elif not task.options and large:
-            kept.append(task)
-    return tuple(kept)
+            result.append(task)
+    return tuple(result)

@@ -1,4 +1,4 @@
-"""What a model learns from: a task is a named family of examples."""
+"""Tasks and examples: what a model learns from."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,15 +14,14 @@ class Example:
     input: str
     target: str
     parts: Parts = ()
-    """What the input was made of, where it has parts: (field, text), or, of a dialogue, (role, text) of every turn, the
-    target's as the last."""
+    """(field, text) of an input in parts. For a dialogue, (role, text) of every turn, the target's included."""
     answers: tuple[str, ...] = ()
-    """Other right answers, that count where answers are scored."""
+    """Other right answers; they count as right when answers are scored."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """A named family of examples.
+    """A named set of examples that are answered alike.
 
     A task with `options` is a label task: its targets are classes, `shots` and `queries` count per class. A task
     without is free text, and they count per task. Its `kind` says how it is shown to the model and scored
@@ -46,17 +45,17 @@ class Task:
 
     def only(self, options: tuple[str, ...]) -> "Task":
         """Return the task narrowed to some of its classes."""
-        kept = set(options)
-        return replace(self, examples=tuple(e for e in self.examples if e.target in kept), options=options)
+        names = set(options)
+        return replace(self, examples=tuple(e for e in self.examples if e.target in names), options=options)
 
 
 def normalized(text: str) -> str:
-    """Return the text as the duplicate and leakage checks compare it: case and white space do not count."""
+    """Return a text in the form that checks for duplicates and leaks compare: without case and extra white space."""
     return " ".join(text.split()).casefold()
 
 
 def conversation(turns: Sequence[tuple[str, str]]) -> str:
-    """Return a conversation, (role, text) each, as one text: one turn of the user as it is, else with who said what."""
+    """Return (role, text) turns as one text. The roles are left out if the user has the only turn."""
     if [role for role, _ in turns if role not in ("system", "developer")] == ["user"]:
         return "\n\n".join(text for _, text in turns)
     return "\n".join(f"{role}: {text}" for role, text in turns)

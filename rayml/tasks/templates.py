@@ -1,7 +1,7 @@
-"""Prompt templates: Jinja (`{{ input }}`, `{% if context is defined %}`), of which texts are allowed, no programs.
+"""Prompt templates: the part of Jinja that puts texts together (`{{ input }}`, `{% if context is defined %}`).
 
-A template may come with an adapter that a stranger made. So it is parsed first, and only what puts texts together is
-let through: variables, `if`, one `for` over the input's parts, and a few filters. It takes no longer than its text.
+A template may come with a stranger's adapter. So it is parsed first, and may only have variables, `if`, one `for` over
+the input's parts, and a few filters. It takes no longer to render than its text is long.
 """
 
 from collections.abc import Iterable
@@ -39,18 +39,18 @@ def compiled(template: str) -> Template:
     """Return a template, ready to render; `{input}` is short for `{{ input }}`.
 
     Raises:
-        ConfigError: it is no template, or more than one.
+        ConfigError: it is not a template, or uses other parts of Jinja.
     """
     if "{{" not in template and "{%" not in template:
         template = template.replace("{input}", "{{ input }}")
     try:
-        _refuse_programs(ENVIRONMENT.parse(template))
+        _check_nodes(ENVIRONMENT.parse(template))
         return ENVIRONMENT.from_string(template)
     except TemplateError as error:
         raise ConfigError(f"template {template[:80]!r}: {error}") from None
 
 
-def _refuse_programs(tree: nodes.Template) -> None:
+def _check_nodes(tree: nodes.Template) -> None:
     uses_input = False
     for node in tree.find_all(nodes.Node):
         uses_input |= isinstance(node, nodes.Name) and node.ctx == "load"
@@ -59,8 +59,8 @@ def _refuse_programs(tree: nodes.Template) -> None:
         if isinstance(node, nodes.Filter) and node.name not in FILTERS:
             raise TemplateError(f"no filter {node.name!r} here; there are {', '.join(sorted(FILTERS))}")
         if isinstance(node, nodes.For):
-            over = node.iter
-            if not isinstance(over, nodes.Name) or over.name != "parts" or any(node.find_all(nodes.For)):
+            iterated = node.iter
+            if not isinstance(iterated, nodes.Name) or iterated.name != "parts" or any(node.find_all(nodes.For)):
                 raise TemplateError("`for` goes over `parts` alone, and once")
     if not uses_input:
         raise TemplateError("shows nothing of the input; `{{ input }}` does")
@@ -68,29 +68,29 @@ def _refuse_programs(tree: nodes.Template) -> None:
 
 @lru_cache(maxsize=4096)
 def names(template: str) -> frozenset[str]:
-    """Return what a template asks for."""
+    """Return the names of the variables in a template."""
     return frozenset(meta.find_undeclared_variables(ENVIRONMENT.parse(template.replace("{input}", "{{ input }}"))))
 
 
 def unseen(template: str, fields: Iterable[str]) -> list[str]:
     """Return those of an input's fields that a template never shows."""
-    asked = names(template)
-    return [] if asked & {"input", "parts"} else [field for field in fields if field not in asked]
+    shown = names(template)
+    return [] if shown & {"input", "parts"} else [field for field in fields if field not in shown]
 
 
 def render(template: str, example: Example, mask: str = "") -> str:
-    """Return what stands before an example's target.
+    """Return the prompt of an example: the text before its target.
 
     Args:
-        mask: what `{{ mask }}` is, where a masked model's target may stand within.
+        mask: the value of `{{ mask }}`, where a masked model's target may be within the prompt.
 
     Raises:
-        DataError: the template asks for something that the example has not.
+        DataError: the template has a variable that the example lacks.
     """
     fields = dict(example.parts)
     try:
         values = {"input": example.input, "parts": example.parts, "mask": mask, **fields}
         return compiled(template).render(values)
     except TemplateError as error:
-        there = ", ".join(["input", "parts", *fields])
-        raise DataError(f"template {template[:80]!r}: {error}; there are {there}") from None
+        known = ", ".join(["input", "parts", *fields])
+        raise DataError(f"template {template[:80]!r}: {error}; there are {known}") from None

@@ -1,4 +1,4 @@
-"""CSV and TSV: with a heading and a mapping of its columns, or CrossFit's two columns without one; fastText's lines."""
+"""Tables as CSV and TSV: with a heading, or CrossFit's two columns without one. And fastText's labelled lines."""
 
 import ast
 import csv
@@ -8,139 +8,141 @@ from collections.abc import Mapping
 from typing import Any
 
 from rayml.tasks.formats.guess import KNOWN
-from rayml.tasks.formats.text import Found, lines
+from rayml.tasks.formats.text import Records, split_lines
 
 CROSSFIT = re.compile(r"(?P<task>.+)_\d+_\d+_(train|dev|test)\.tsv")
 DELIMITERS = ",;|"
 LABEL = "__label__"
 TEXT = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
-LIST = re.compile(rf"\[\s*(?:(?:{TEXT})(?:\s*,\s*(?:{TEXT}))*)?\s*\]")
-"""Of texts, as Python and JSON write it."""
+TEXT_LIST = re.compile(rf"\[\s*(?:(?:{TEXT})(?:\s*,\s*(?:{TEXT}))*)?\s*\]")
+"""A list of texts, as Python and JSON write it."""
 csv.field_size_limit(1 << 30)
 Table = list[tuple[int, list[str]]]
-"""Rows with the numbers of the lines, from 1, that they begin in."""
+"""Rows, each with the number of the line, from 1, that it begins in."""
 
 
-def is_fasttext(split: list[str]) -> bool:
-    return any(split) and all(line.startswith(LABEL) for line in split if line.strip())
+def is_fasttext(lines: list[str]) -> bool:
+    return any(lines) and all(line.startswith(LABEL) for line in lines if line.strip())
 
 
-def fasttext(split: list[str], name: str) -> Found:
-    """Yield the lines of fastText's training data (Joulin et al. 2017): labels, each behind its mark, and the text.
+def read_fasttext(lines: list[str], name: str) -> Records:
+    """Yield the lines of fastText's training data (Joulin et al. 2017): labels, each after its mark, and the text.
 
-    Where a line has several labels, each has a list of them.
+    If any line has several labels, every target is a list.
     """
-    found = []
-    for number, line in enumerate(split, 1):
+    rows = []
+    for number, line in enumerate(lines, 1):
         words = line.split()
         labels = [word.removeprefix(LABEL) for word in words if word.startswith(LABEL)]
-        text = " ".join(word for word in words if not word.startswith(LABEL))
-        found += [(number, text, labels)] * bool(words)
-    several = any(len(labels) > 1 for _, _, labels in found)
-    for number, text, labels in found:
-        yield f"{name}:{number}", {"input": text, "target": labels if several else labels[0]}
+        if words:
+            rows.append((number, " ".join(word for word in words if not word.startswith(LABEL)), labels))
+    is_multilabel = any(len(labels) > 1 for _, _, labels in rows)
+    for number, text, labels in rows:
+        yield f"{name}:{number}", {"input": text, "target": labels if is_multilabel else labels[0]}
 
 
-def delimiter(text: str) -> str:
-    """Return what is between the cells, as the first line looks: a tab where there is one."""
+def find_delimiter(text: str) -> str:
+    """Return the delimiter of the first line: a tab if it has one."""
     heading = text.lstrip().split("\n", 1)[0]
     return "\t" if "\t" in heading else max(DELIMITERS, key=heading.count)
 
 
-def cells(text: str) -> Table:
-    """Return a table's cells; those in quotes may hold line breaks.
+def read_cells(text: str) -> Table:
+    """Return a table's cells. Those in quotes may hold line breaks.
 
-    In a TSV quotes are seldom meant so. Where all its lines have their cells, and quotes would make one row of several,
-    they are text. Quotes behind a delimiter and spaces count, too.
+    In a TSV a quote is usually plain text. It is read so if every line has all its cells, and quoting would join
+    lines. Elsewhere quotes after a delimiter and spaces count, too.
 
     Raises:
-        csv.Error: a quote that does not end, or that may be none, with the line it stands in.
+        csv.Error: a quote does not end, or seems to be none; with the line that it is in.
     """
-    mark = delimiter(text)
-    plain = [(number, line.split(mark)) for number, line in enumerate(lines(text), 1) if line.strip()]
+    delimiter = find_delimiter(text)
+    plain = [(number, line.split(delimiter)) for number, line in enumerate(split_lines(text), 1) if line.strip()]
     try:
-        quoted = quoted_cells(text, mark)
+        quoted = read_quoted(text, delimiter)
     except csv.Error:
-        if mark != "\t":
+        if delimiter != "\t":
             raise
         return plain
     all_quoted = all(cell[:1] == cell[-1:] == '"' for cell in plain[0][1])  # the heading, by a writer that quotes all
-    is_whole = mark == "\t" and len({len(row) for _, row in plain}) == 1 and not all_quoted
-    if is_whole and len(quoted) < len(plain):
+    is_rectangular = len({len(row) for _, row in plain}) == 1
+    if delimiter == "\t" and is_rectangular and not all_quoted and len(quoted) < len(plain):
         return plain
-    if mark != "\t" and any(re.match(' +"', cell) for _, row in quoted for cell in row):
-        quoted = quoted_cells(text, mark, skipinitialspace=True)
-    swallowed = swallowing(quoted, dict(plain))
-    if swallowed:
-        raise csv.Error(f"{swallowed}: its quote goes over lines that look like rows")
+    if delimiter != "\t" and any(re.match(' +"', cell) for _, row in quoted for cell in row):
+        quoted = read_quoted(text, delimiter, skipinitialspace=True)
+    line = find_swallowed_rows(quoted, dict(plain))
+    if line:
+        raise csv.Error(f"{line}: its quote goes over lines that look like rows")
     return quoted
 
 
-def swallowing(quoted: Table, plain: Mapping[int, list[str]]) -> int:
-    """Return the first line of a row in quotes whose lines are each rows by themselves; 0 where there is none.
+def find_swallowed_rows(quoted: Table, plain: Mapping[int, list[str]]) -> int:
+    """Return the first line of a quoted row whose lines look like rows themselves; 0 if there is none.
 
-    They are where each has its cells, and the last (or the first) of them is one that other rows have.
+    They do if each has as many cells, and in the last column (or the first) values that other rows have.
     """
     for column, inner in ((-1, slice(-1)), (0, slice(1, None))):
         known = {row[column] for number, row in quoted if plain.get(number) == row}
         for number, row in quoted:
-            count = 1 + sum(cell.count("\n") for cell in row)
-            within = [plain.get(line, []) for line in range(number, number + count)] if count > 1 else []
-            fit = all(len(cells) == len(row) > 1 for cells in within)
-            if within and fit and known.issuperset(cells[column] for cells in within[inner]):
+            line_count = 1 + sum(cell.count("\n") for cell in row)
+            if line_count == 1:
+                continue
+            lines = [plain.get(line, []) for line in range(number, number + line_count)]
+            have_cells = all(len(cells) == len(row) > 1 for cells in lines)
+            if have_cells and known.issuperset(cells[column] for cells in lines[inner]):
                 return number
     return 0
 
 
-def quoted_cells(text: str, mark: str, skipinitialspace: bool = False) -> Table:
-    given = io.StringIO("\n".join(lines(text)), newline="")
-    reader = csv.reader(given, delimiter=mark, strict=True, skipinitialspace=skipinitialspace)
-    found: Table = []
-    begins = 1
+def read_quoted(text: str, delimiter: str, skipinitialspace: bool = False) -> Table:
+    lines = io.StringIO("\n".join(split_lines(text)), newline="")
+    reader = csv.reader(lines, delimiter=delimiter, strict=True, skipinitialspace=skipinitialspace)
+    rows: Table = []
+    first_line = 1
     try:
         for row in reader:
             if any(cell.strip() for cell in row):
-                found.append((begins, row))
-            begins = reader.line_num + 1
+                rows.append((first_line, row))
+            first_line = reader.line_num + 1
     except csv.Error as error:
-        raise csv.Error(f"{begins}: no CSV: {error}") from None
-    return found
+        raise csv.Error(f"{first_line}: no CSV: {error}") from None
+    return rows
 
 
-def is_headed(rows: Table, file: str, columns: Mapping[str, str]) -> bool:
+def has_heading(rows: Table, file_name: str, columns: Mapping[str, str]) -> bool:
     """Return whether a table's first line names its columns.
 
-    It does but in CrossFit's files, and where columns are asked for by number; and in other .tsv of two columns where
-    it looks unlike the rest: single words, which do not come back, before texts.
+    It does, except in CrossFit's files, and where columns are asked for by number. In other .tsv files of two columns
+    it does only if it looks unlike the rest: single words that do not occur again, above texts.
     """
     first = [cell.strip() for cell in rows[0][1]]
-    if columns and not is_numbered(columns):
+    if columns and not are_numbers(columns):
         return True
-    if CROSSFIT.fullmatch(file):
+    if CROSSFIT.fullmatch(file_name):
         return False
     if KNOWN.intersection(cell.casefold() for cell in first) or first == [str(index) for index in range(len(first))]:
         return True
-    if columns or not file.endswith(".tsv") or len(first) != 2:
+    if columns or not file_name.endswith(".tsv") or len(first) != 2:
         return not columns
     others = [row for _, row in rows[1:] if len(row) == 2]
-    comes_back = any(row[index].strip() == cell for row in others for index, cell in enumerate(first))
+    occurs_again = any(row[index].strip() == cell for row in others for index, cell in enumerate(first))
     texts = sum(" " in row[0].strip() for row in others)
-    return not comes_back and " " not in "".join(first) and 2 * texts > len(others)
+    return not occurs_again and " " not in "".join(first) and 2 * texts > len(others)
 
 
-def is_numbered(columns: Mapping[str, str]) -> bool:
-    return bool(columns) and all(own.isdecimal() for own in columns.values())
+def are_numbers(columns: Mapping[str, str]) -> bool:
+    return bool(columns) and all(column.isdecimal() for column in columns.values())
 
 
-def crossfit(rows: Table, file: str, name: str) -> Found:
+def read_crossfit(rows: Table, file_name: str, name: str) -> Records:
     """Yield the rows `input<TAB>output` of one of CrossFit's files (Ye et al. 2021, arXiv 2104.08835).
 
     Args:
-        file: its name, which holds the task's.
-        name: what errors call it.
+        file_name: holds the task's name.
+        name: what errors call the file.
     """
-    match = CROSSFIT.fullmatch(file)
-    task = {"task": match.group("task")} if match else {}
+    match = CROSSFIT.fullmatch(file_name)
+    task = {"task": match["task"]} if match else {}
     for number, row in rows:
         if len(row) != 2:
             yield f"{name}:{number}", f"expected input<TAB>output, got {len(row)} columns"
@@ -148,33 +150,34 @@ def crossfit(rows: Table, file: str, name: str) -> Found:
             yield f"{name}:{number}", {**task, "input": row[0], "target": row[1]}
 
 
-def table(rows: Table, name: str, columns: Mapping[str, str], headed: bool) -> Found:
-    """Yield the rows of a table by the names in its heading, or, where columns are mapped by number, by that."""
-    first = rows[0][1]
+def read_table(rows: Table, name: str, columns: Mapping[str, str], headed: bool) -> Records:
+    """Yield the rows of a table, with its cells by the names in its heading, or by number if columns are named so."""
+    first_line, first = rows[0]
     numbers = [str(index) for index in range(len(first))]
-    names = [cell.strip() or index for cell, index in zip(first, numbers, strict=True)] if headed else numbers
-    names = numbers if is_numbered(columns) else names
-    twice = {column for column in names if names.count(column) > 1}
-    if twice:
-        yield f"{name}:{rows[0][0]}", f"has two columns {', '.join(twice)}; name them by number: input=0,target=1"
+    names = numbers
+    if headed and not are_numbers(columns):
+        names = [cell.strip() or number for cell, number in zip(first, numbers, strict=True)]
+    repeated = {column for column in names if names.count(column) > 1}
+    if repeated:
+        yield f"{name}:{first_line}", f"has two columns {', '.join(repeated)}; name them by number: input=0,target=1"
         return
     if headed and len(first) == 1 and first[0].startswith("#"):
-        yield f"{name}:{rows[0][0]}", "is a comment, and not the columns' names; leave it out"
+        yield f"{name}:{first_line}", "is a comment, and not the columns' names; leave it out"
         return
     whole = [row for _, row in rows[headed:] if len(row) == len(names)]
-    lists = {own for own, *column in zip(names, *whole, strict=True) if column and all(map(LIST.fullmatch, column))}
+    lists = {
+        column for column, *cells in zip(names, *whole, strict=True) if cells and all(map(TEXT_LIST.fullmatch, cells))
+    }
     for number, row in rows[headed:]:
         if len(row) != len(names):
             yield f"{name}:{number}", f"has {len(row)} cells, where its first line has {len(names)}"
-        else:
-            yield (
-                f"{name}:{number}",
-                {own: as_list(cell) if own in lists else cell for own, cell in zip(names, row, strict=True)},
-            )
+            continue
+        pairs = zip(names, row, strict=True)
+        yield f"{name}:{number}", {column: parse_list(cell) if column in lists else cell for column, cell in pairs}
 
 
-def as_list(cell: str) -> Any:
-    """Return the texts of a list that a cell has; the cell as it stands, if Python does not take it for one."""
+def parse_list(cell: str) -> Any:
+    """Return the list of texts in a cell, or the cell itself if Python cannot read it."""
     try:
         return ast.literal_eval(cell)
     except (SyntaxError, ValueError):

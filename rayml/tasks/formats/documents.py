@@ -1,57 +1,57 @@
-"""JSON: an object or a pair a line, a list of them, lists side by side, or one document, such as Natural-Instructions,
-BIG-bench and SQuAD."""
+"""JSON files: an object or a pair on each line, a list of them, lists as columns, or one document, such as those of
+Natural-Instructions, BIG-bench and SQuAD."""
 
 import json
 from collections.abc import Iterator
 from typing import Any
 
 from rayml.errors import DataError
-from rayml.tasks.formats.guess import guessed
+from rayml.tasks.formats.guess import guess_columns
 from rayml.tasks.formats.records import NO_ANSWER, LeftOut
-from rayml.tasks.formats.text import Found, lines
+from rayml.tasks.formats.text import Records, split_lines
 
-OF_ROWS = {"messages", "conversations", "input", "target", "text", "question", "sentence"}
-"""Keys of a row, which no document has beside its items."""
-BETWEEN = " \t\r\n,"
-
-
-class NotJSON(str):
-    """What is wrong with a text."""
+ROW_KEYS = {"messages", "conversations", "input", "target", "text", "question", "sentence"}
+"""Keys of a row; no document has them beside its list of items."""
+SEPARATORS = " \t\r\n,"
 
 
-def pairs_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+class InvalidJSON(str):
+    """The error message of a text that is not JSON, in place of an item."""
+
+
+def refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return a JSON object's pairs as a dict.
 
     Raises:
-        ValueError: a key stands twice.
+        ValueError: two pairs have the same key.
     """
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    result = dict(pairs)
+    if len(result) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object")
-    return found
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} occurs twice in one object")
+    return result
 
 
-DECODER = json.JSONDecoder(object_pairs_hook=pairs_once)
+DECODER = json.JSONDecoder(object_pairs_hook=refuse_repeated_keys)
 
 
-def layout(text: str, name: str, is_lines: bool) -> tuple[str, str]:
-    """Return how a JSON file is laid out, as a format, and the key of a document's items.
+def find_layout(text: str, name: str, is_lines: bool) -> tuple[str, str]:
+    """Return a JSON file's format, and the key of a document's list of items ("" if it is no document).
 
     Args:
-        is_lines: it is named as one of an object a line.
+        is_lines: the file's suffix says that it has an object on each line.
 
     Raises:
-        DataError: it is no JSON, or of no known layout.
+        DataError: it is not JSON, or its layout is unknown.
     """
-    some = [line for line in lines(text) if line.strip()][:2]
-    first = parsed(some[0])
-    if isinstance(first, dict) and (len(some) > 1 or not (key_of(first) or side_by_side(first))):
+    first_lines = [line for line in split_lines(text) if line.strip()][:2]
+    first = parse_line(first_lines[0])
+    if isinstance(first, dict) and (len(first_lines) > 1 or not (find_items(first) or column_rows(first))):
         return "jsonl", ""
     try:
         document = DECODER.decode(text)
     except ValueError as error:
-        if getattr(error, "msg", "") == "Extra data":  # objects that go over several lines
+        if getattr(error, "msg", "") == "Extra data":  # several objects, each over several lines
             return "json", ""
         if is_lines:
             return "jsonl", ""
@@ -59,198 +59,200 @@ def layout(text: str, name: str, is_lines: bool) -> tuple[str, str]:
         raise DataError(f"{name}{line}: not JSON: {error}; a row is an object, one a line") from None
     if isinstance(document, list):
         return "json", ""
-    found = key_of(document) if isinstance(document, dict) else None
-    if found:
-        return found
-    if isinstance(document, dict) and side_by_side(document):
-        return "json-columns", ""
-    if isinstance(document, dict) and (
-        is_one(document) or not any(isinstance(value, dict | list) for value in document.values())
-    ):
-        return "json", ""
-    keys = f" with the keys {', '.join(map(str, document))[:200]}" if isinstance(document, dict) else ""
+    keys = ""
+    if isinstance(document, dict):
+        layout = find_items(document)
+        if layout:
+            return layout
+        if column_rows(document):
+            return "json-columns", ""
+        if is_single_row(document) or not any(isinstance(value, dict | list) for value in document.values()):
+            return "json", ""
+        keys = f" with the keys {', '.join(map(str, document))[:200]}"
     raise DataError(
         f"{name}: JSON of no known format{keys}; write a list of rows: [{{'input': ..., 'target': ...}}], "
         "as pandas' df.to_json(orient='records') does"
     )
 
 
-def key_of(document: dict[str, Any]) -> tuple[str, str] | None:
-    """Return a document's format and the key of its items, or None for what is no document."""
-    found = {key: value for key, value in document.items() if isinstance(value, list)}
-    if is_one(document):
+def find_items(document: dict[str, Any]) -> tuple[str, str] | None:
+    """Return a document's format and the key of its list of items; None if it is no document."""
+    if is_single_row(document):
         return None
-    if found.get("train") and all(is_row(one) for one in found["train"]):  # as of a `datasets.DatasetDict`
+    lists = {key: value for key, value in document.items() if isinstance(value, list)}
+    if lists.get("train") and all(map(is_row, lists["train"])):  # a `datasets.DatasetDict`
         return "json", "train"
     for key in ("Instances", "Positive Examples"):
-        if found.get(key):
+        if lists.get(key):
             return "natural-instructions", key
-    rows = {key: value for key, value in found.items() if value and all(isinstance(one, dict) for one in value)}
-    rows = rows or {key: value for key, value in found.items() if len(document) == 1 and value and is_row(value[0])}
-    if "examples" in found:
+    if "examples" in lists:
         return "bigbench", "examples"
-    if "data" in rows and any("paragraphs" in one for one in rows["data"]):
+    objects = {key: items for key, items in lists.items() if items and all(isinstance(item, dict) for item in items)}
+    if "data" in objects and any("paragraphs" in item for item in objects["data"]):
         return "squad", "data"
-    return ("json", next(iter(rows))) if len(rows) == 1 else None
+    if not objects and len(document) == 1:
+        objects = {key: items for key, items in lists.items() if items and is_row(items[0])}
+    return ("json", next(iter(objects))) if len(objects) == 1 else None
 
 
-def is_one(document: dict[str, Any]) -> bool:
+def is_single_row(document: dict[str, Any]) -> bool:
     """Return whether an object is a row itself, whatever lists it has: by its keys, or by an input and a target."""
-    plain = [
-        key for key, value in document.items() if not isinstance(value, dict) and value != [] and not of_dicts(value)
+    keys = [
+        key
+        for key, value in document.items()
+        if not isinstance(value, dict) and value != [] and not is_list_of_dicts(value)
     ]
-    guesses = {name.split(".")[0] for name in guessed(plain, {})}
-    return bool(OF_ROWS & document.keys() or {"input", "target"} <= guesses) and not side_by_side(document)
+    guessed = {field.split(".")[0] for field in guess_columns(keys, {})}
+    return bool(ROW_KEYS & document.keys() or {"input", "target"} <= guessed) and not column_rows(document)
 
 
-def of_dicts(value: Any) -> bool:
-    return isinstance(value, list) and any(isinstance(one, dict) for one in value)
+def is_list_of_dicts(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(item, dict) for item in value)
 
 
 def is_row(item: Any) -> bool:
-    """Return whether something is a row as an object, as a pair `[input, target]` of texts and numbers, or as spaCy's
-    pair of a text and what is marked in it."""
+    """Return whether an item is a row: an object, a pair `[input, target]` of texts or numbers, or spaCy's pair of a
+    text and its marks."""
     is_pair = (
-        isinstance(item, list | tuple) and len(item) == 2 and not any(isinstance(one, dict | list) for one in item)
+        isinstance(item, list | tuple) and len(item) == 2 and not any(isinstance(part, dict | list) for part in item)
     )
-    return is_pair or isinstance(item, dict) or is_spacy(item)
+    return is_pair or isinstance(item, dict) or is_spacy_pair(item)
 
 
-def is_spacy(item: Any) -> bool:
-    return isinstance(item, list | tuple) and [type(one) for one in item] == [str, dict] and "entities" in item[1]
+def is_spacy_pair(item: Any) -> bool:
+    return isinstance(item, list | tuple) and [type(part) for part in item] == [str, dict] and "entities" in item[1]
 
 
-def side_by_side(document: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the rows of lists of one length, one a column, as pandas and `datasets` write them; none if it is no such.
+def column_rows(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows of an object of columns, as pandas and `datasets` write it; none if it is something else.
 
-    pandas has objects of index and value in place of lists, or the names under `columns` and the rows' cells in `data`.
+    Each column is a list, or an object of index and value. Or the names are under `columns`, the rows under `data`.
     """
     names, data = document.get("columns"), document.get("data")
     if isinstance(names, list) and isinstance(data, list):
         is_table = all(isinstance(cells, list) and len(cells) == len(names) for cells in data)
         return [dict(zip(names, cells, strict=True)) for cells in data] if is_table else []
-    values = list(document.values())
-    if len(values) < 2 or not (all(isinstance(one, dict) for one in values) or is_lists(document)):
+    columns = list(document.values())
+    if len(columns) < 2 or not (all(isinstance(column, dict) for column in columns) or are_list_columns(document)):
         return []
-    indices = [list(one) if isinstance(one, dict) else list(range(len(one))) for one in values]
-    if any(set(one) != set(indices[0]) for one in indices):
+    indices = [list(column) if isinstance(column, dict) else list(range(len(column))) for column in columns]
+    if any(set(index) != set(indices[0]) for index in indices):
         return []
     return [{name: document[name][index] for name in document} for index in indices[0]]
 
 
-def is_lists(document: dict[str, Any]) -> bool:
-    """Return whether an object is lists, and none of them a part of one row: a dialogue, or a sentence and its tags."""
-    if not all(isinstance(one, list) for one in document.values()) or document.keys() & {"messages", "conversations"}:
+def are_list_columns(document: dict[str, Any]) -> bool:
+    """Return whether an object consists of lists that are not parts of one row, such as a dialogue or a sentence."""
+    if not all(isinstance(cells, list) for cells in document.values()):
         return False
-    cells = [cell for one in document.values() for cell in one[:1]]
-    if any(isinstance(cell, dict) and "role" in cell for cell in cells):
-        return False
-    words = document.get("tokens", [None])
-    return not all(isinstance(one, str) for one in words)
+    first_cells = [cell for cells in document.values() for cell in cells[:1]]
+    is_dialogue = "messages" in document or "conversations" in document
+    is_dialogue = is_dialogue or any(isinstance(cell, dict) and "role" in cell for cell in first_cells)
+    is_sentence = all(isinstance(token, str) for token in document.get("tokens", [None]))
+    return not is_dialogue and not is_sentence
 
 
-def objects(text: str, name: str) -> Found:
-    """Yield the objects that stand one a line."""
-    for number, line in enumerate(lines(text), 1):
+def read_lines(text: str, name: str) -> Records:
+    """Yield the objects of a file with one on each line."""
+    for number, line in enumerate(split_lines(text), 1):
         if line.strip():
-            yield f"{name}:{number}", parsed(line)
+            yield f"{name}:{number}", parse_line(line)
 
 
-def parsed(line: str) -> dict[str, Any] | str:
+def parse_line(line: str) -> dict[str, Any] | str:
     try:
-        record = DECODER.decode(line.lstrip("\ufeff").strip())  # files that were put together have marks within
+        return as_record(DECODER.decode(line.lstrip("\ufeff").strip()))  # concatenated files have marks within
     except ValueError as error:
         return f"not JSON: {error}"
-    return record_of(record)
 
 
-def record_of(item: Any) -> dict[str, Any] | str:
-    """Return a row, or what is wrong with it."""
-    if is_spacy(item):
+def as_record(item: Any) -> dict[str, Any] | str:
+    """Return the record of an item, or a message about what is wrong with it."""
+    if is_spacy_pair(item):
         return {"text": item[0], **item[1]}
     if not isinstance(item, dict) and is_row(item):
         return {"input": item[0], "target": item[1]}
     return item if isinstance(item, dict) else f"expected a JSON object, got {json.dumps(item)[:40]!r}"
 
 
-def items(text: str, name: str, key: str) -> Iterator[tuple[str, Any]]:
-    """Yield (where, item) of the list under a document's key, or else of all lists and objects, one behind another.
+def read_items(text: str, name: str, key: str) -> Iterator[tuple[str, Any]]:
+    """Yield (place, item) of the list under a document's key; without a key, of all lists and objects in a row.
 
-    Where is the line that an item begins in.
+    The place is the line that an item begins in, which `json.loads` would not tell.
     """
-    position, is_inside = list_under(text, key) if key else 0, bool(key)
+    position, in_list = find_list(text, key) if key else 0, bool(key)
     line = 1 + text.count("\n", 0, position)
     while True:
-        begin, position = position, behind(text, position, BETWEEN)
-        line += text.count("\n", begin, position)
-        if position >= len(text) and not is_inside:
+        start, position = position, skip(text, position, SEPARATORS)
+        line += text.count("\n", start, position)
+        if position >= len(text) and not in_list:
             return
-        if text[position : position + 1] == ("]" if is_inside else "["):
+        if text[position : position + 1] == ("]" if in_list else "["):
             if key:
                 return
-            position, is_inside = position + 1, not is_inside
+            position, in_list = position + 1, not in_list
             continue
         try:
             item, end = DECODER.raw_decode(text, position)
         except ValueError as error:
-            yield f"{name}:{line}", NotJSON(f"not JSON: {error}")
+            yield f"{name}:{line}", InvalidJSON(f"not JSON: {error}")
             return
         yield f"{name}:{line}", item
         line += text.count("\n", position, end)
         position = end
 
 
-def list_under(text: str, key: str) -> int:
-    """Return where the list under a document's own key begins, behind its bracket."""
-    position = behind(text, text.index("{") + 1, BETWEEN)
+def find_list(text: str, key: str) -> int:
+    """Return the position after the opening bracket of the list under a document's key."""
+    position = skip(text, text.index("{") + 1, SEPARATORS)
     while True:
-        found, position = DECODER.raw_decode(text, position)
-        position = behind(text, position, " \t\r\n:")
-        if found == key:
+        found_key, position = DECODER.raw_decode(text, position)
+        position = skip(text, position, " \t\r\n:")
+        if found_key == key:
             return position + 1
         _, position = DECODER.raw_decode(text, position)
-        position = behind(text, position, BETWEEN)
+        position = skip(text, position, SEPARATORS)
 
 
-def behind(text: str, position: int, characters: str) -> int:
-    """Return the first position, from one on, that holds none of some characters."""
+def skip(text: str, position: int, characters: str) -> int:
+    """Return the first position, from the given one on, without any of these characters."""
     while position < len(text) and text[position] in characters:
         position += 1
     return position
 
 
-def rows(text: str, name: str, key: str) -> Found:
+def read_rows(text: str, name: str, key: str) -> Records:
     """Yield the objects of a list."""
-    for where, item in items(text, name, key):
-        yield where, item if isinstance(item, NotJSON) else record_of(item)
+    for where, item in read_items(text, name, key):
+        yield where, item if isinstance(item, InvalidJSON) else as_record(item)
 
 
-def columns(text: str, name: str, key: str) -> Found:
-    """Yield the rows of lists side by side."""
-    for number, row in enumerate(side_by_side(DECODER.decode(text)), 1):
+def read_columns(text: str, name: str, key: str) -> Records:
+    """Yield the rows of an object of columns."""
+    for number, row in enumerate(column_rows(DECODER.decode(text)), 1):
         yield f"{name}: row {number}", row
 
 
-def natural_instructions(text: str, name: str, key: str) -> Found:
-    """Yield a task's instances (Wang et al. 2022, arXiv 2204.07705); of several outputs the first is the target."""
-    for where, item in items(text, name, key):
-        given = item.get("output") if isinstance(item, dict) else None
-        outputs = [given] if isinstance(given, str) else given
-        if not isinstance(outputs, list) or not outputs or not all(isinstance(one, str) for one in outputs):
+def read_natural_instructions(text: str, name: str, key: str) -> Records:
+    """Yield a task's instances (Wang et al. 2022, arXiv 2204.07705). The target is the first of several outputs."""
+    for where, item in read_items(text, name, key):
+        output = item.get("output") if isinstance(item, dict) else None
+        outputs = [output] if isinstance(output, str) else output
+        if not isinstance(outputs, list) or not outputs or not all(isinstance(output, str) for output in outputs):
             yield where, "expected an instance with `input` and `output`, a text or a list of texts"
         else:
             row = {"input": item.get("input"), "target": outputs[0]}
             yield where, row | ({"answers": outputs[1:]} if len(set(outputs)) > 1 else {})
 
 
-def bigbench(text: str, name: str, key: str) -> Found:
-    """Yield a task's examples (Srivastava et al. 2022, arXiv 2206.04615); of scored targets the best is the target."""
-    for where, item in items(text, name, key):
-        scored = item.get("target_scores") if isinstance(item, dict) else None
+def read_bigbench(text: str, name: str, key: str) -> Records:
+    """Yield a task's examples (Srivastava et al. 2022, arXiv 2206.04615). The target is the one with the best score."""
+    for where, item in read_items(text, name, key):
+        scores = item.get("target_scores") if isinstance(item, dict) else None
         target = item.get("target") if isinstance(item, dict) else None
-        if isinstance(scored, dict) and scored and all(isinstance(score, int | float) for score in scored.values()):
-            best = [option for option, score in scored.items() if score == max(scored.values())]
-            row = {"input": item.get("input"), "target": best[0], "options": list(scored)}
+        if isinstance(scores, dict) and scores and all(isinstance(score, int | float) for score in scores.values()):
+            best = [option for option, score in scores.items() if score == max(scores.values())]
+            row = {"input": item.get("input"), "target": best[0], "options": list(scores)}
             yield where, row if len(best) == 1 else LeftOut("several targets have the best score")
         elif isinstance(target, list) and target:
             yield where, {"input": item.get("input"), "target": target[0], "answers": target[1:]}
@@ -260,27 +262,27 @@ def bigbench(text: str, name: str, key: str) -> Found:
             yield where, "expected an example with `input` and `target` or `target_scores`"
 
 
-def squad(text: str, name: str, key: str) -> Found:
-    """Yield the questions of a file as SQuAD has them (Rajpurkar et al. 2016); those without an answer are left out."""
-    for where, article in items(text, name, key):
+def read_squad(text: str, name: str, key: str) -> Records:
+    """Yield the questions of a file in SQuAD's format (Rajpurkar et al. 2016). Those without an answer are left out."""
+    for where, article in read_items(text, name, key):
         try:
             for paragraph in article["paragraphs"]:
-                for asked in paragraph["qas"]:
-                    answers = list(dict.fromkeys(answer["text"] for answer in asked["answers"]))
+                for question in paragraph["qas"]:
+                    answers = list(dict.fromkeys(answer["text"] for answer in question["answers"]))
                     if not answers:
                         yield where, LeftOut(NO_ANSWER)
                         continue
-                    given = {"context": paragraph["context"], "question": asked["question"]}
-                    row = {"input": given, "target": answers[0], "kind": "qa"}
+                    parts = {"context": paragraph["context"], "question": question["question"]}
+                    row = {"input": parts, "target": answers[0], "kind": "qa"}
                     yield where, row | ({"answers": answers[1:]} if answers[1:] else {})
         except (KeyError, TypeError) as error:
             yield where, f"expected paragraphs with context and qas: {type(error).__name__}: {error}"
 
 
 READERS = {
-    "natural-instructions": natural_instructions,
-    "bigbench": bigbench,
-    "squad": squad,
-    "json": rows,
-    "json-columns": columns,
+    "natural-instructions": read_natural_instructions,
+    "bigbench": read_bigbench,
+    "squad": read_squad,
+    "json": read_rows,
+    "json-columns": read_columns,
 }

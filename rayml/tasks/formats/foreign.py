@@ -1,4 +1,4 @@
-"""Files that hold no rows as they stand: what they are, by their first bytes or lines, and what to do with them."""
+"""Files that hold no rows: recognise them by their first bytes or line, and say what to do with them."""
 
 import re
 
@@ -11,7 +11,7 @@ BYTES = {
     b"ARROW1": ARROW,
     b"\xff\xff\xff\xff": ARROW,
     b"\x93NUMPY": "an array of NumPy's; save texts and labels as CSV or JSONL",
-    b"SQLite format 3": "a data base; export the table as CSV",
+    b"SQLite format 3": "a database; export the table as CSV",
     b"%PDF": "a PDF; save its text as CSV or JSONL",
 }
 LINES = {
@@ -23,17 +23,18 @@ SUFFIXES = {".yaml": "YAML", ".yml": "YAML", ".toml": "TOML", ".xml": "XML", ".a
 
 
 def refuse_bytes(data: bytes, name: str) -> None:
-    """Raise DataError if a file's first bytes say that it is no text, nor Parquet."""
+    """Raise DataError if a file's first bytes say that it is neither text nor Parquet."""
     is_tar = data[257:262] == b"ustar"
-    what = "a tar; unpack it" if is_tar else next((what for mark, what in BYTES.items() if data.startswith(mark)), "")
-    if what:
-        raise DataError(f"{name}: {what}")
+    reason = "a tar; unpack it" if is_tar else next((text for mark, text in BYTES.items() if data.startswith(mark)), "")
+    if reason:
+        raise DataError(f"{name}: {reason}")
 
 
 def refuse_text(text: str, name: str, suffix: str) -> None:
-    """Raise DataError if a text's first line or its suffix says that it holds no rows."""
-    begin = text.lstrip()[:4096]
-    what = next((what for line, what in LINES.items() if re.match(line, begin, re.IGNORECASE)), "")
-    what = what or (f"{SUFFIXES[suffix]}; save its rows as CSV or JSONL" if suffix in SUFFIXES else "")
-    if what:
-        raise DataError(f"{name}: {what}")
+    """Raise DataError if a text's first line, or the file's suffix, says that it holds no rows."""
+    start = text.lstrip()[:4096]
+    reason = next((reason for line, reason in LINES.items() if re.match(line, start, re.IGNORECASE)), "")
+    if not reason and suffix in SUFFIXES:
+        reason = f"{SUFFIXES[suffix]}; save its rows as CSV or JSONL"
+    if reason:
+        raise DataError(f"{name}: {reason}")

@@ -1,4 +1,4 @@
-"""Which columns are the input and the target, where nobody said: the usual names, and how to say it."""
+"""Guess which columns are the input and the target from their usual names, and tell users how to name them."""
 
 import json
 import re
@@ -7,11 +7,6 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from rayml.errors import DataError
-
-
-def words(text: str) -> tuple[str, ...]:
-    return tuple(text.split())
-
 
 PARTS = (
     ("premise", "hypothesis"),
@@ -23,104 +18,112 @@ PARTS = (
     ("passage", "question"),
     ("title", "description"),
 )
-TEXTS = words(
-    "input text sentence question prompt instruction utterance query review comment tweet document article content "
-    "message headline title source src"
+"""Columns that are an input together."""
+TEXTS = (
+    *("input", "text", "sentence", "question", "prompt", "instruction", "utterance", "query", "review", "comment"),
+    *("tweet", "document", "article", "content", "message", "headline", "title", "source", "src"),
 )
-TARGETS = words(
-    "target label_text label labels answer answers completion response output intent category class sentiment "
-    "gold_label gold summary highlights translation tgt emotion polarity topic tag tags"
+TARGETS = (
+    *("target", "label_text", "label", "labels", "answer", "answers", "completion", "response", "output", "intent"),
+    *("category", "class", "sentiment", "gold_label", "gold", "summary", "highlights", "translation", "tgt"),
+    *("emotion", "polarity", "topic", "tag", "tags"),
 )
 INPUTS = (*PARTS, *((text,) for text in TEXTS))
-CALLED = {"passage": "context"}
-"""Parts that prompts know by another name."""
+PROMPT_NAMES = {"passage": "context"}
+"""Parts that have another name in prompts."""
 CHOICES = {"choices", "endings", "choice1", "options"}
-"""Beside them an answer is a number of one of them."""
-PREFERRED = {"chosen", "rejected"}
+"""Beside these columns an answer may be the number of a choice."""
+PREFERENCE = {"chosen", "rejected"}
 JUDGED = {"prompt", "completion", "label"}
-"""Of preferences, of which nobody can tell what is to be learned."""
 KNOWN = {*TEXTS, *TARGETS, *(name for parts in PARTS for name in parts), "task", "messages"}
 
 
-def guessed(keys: Collection[str], columns: Mapping[str, str]) -> dict[str, str]:
-    """Return which of a record's columns stand for what its rows lack, as `data.columns` has it; nothing for no guess.
+def guess_columns(keys: Collection[str], columns: Mapping[str, str]) -> dict[str, str]:
+    """Return a guess for the input and target that `columns` does not name, in the form of `data.columns`.
 
-    >>> guessed(["id", "Text", "label"], {})
+    >>> guess_columns(["id", "Text", "label"], {})
     {'input': 'Text', 'target': 'label'}
     """
-    own = {key.strip().casefold(): key for key in reversed([*keys])} | {key: key for key in keys}  # exact names win
-    found: dict[str, str] = {}
-    if "input" not in keys and not any(name.split(".")[0] == "input" for name in columns):
-        names = next((names for names in INPUTS if own.keys() >= set(names)), ())
+    key_of = {key.strip().casefold(): key for key in reversed([*keys])} | {key: key for key in keys}  # exact names win
+    guessed: dict[str, str] = {}
+    if "input" not in keys and not any(field.split(".")[0] == "input" for field in columns):
+        names = next((names for names in INPUTS if key_of.keys() >= set(names)), ())
         in_parts = len(names) > 1 or names == ("question",)
-        found |= {f"input.{CALLED.get(name, name)}" if in_parts else "input": own[name] for name in names}
-    if "target" not in keys and "target" not in columns and not why_unclear(own):
-        target = next((name for name in TARGETS if name in own), None)
-        found |= {"target": own[target]} if target else {}
-    return found
+        guessed |= {f"input.{PROMPT_NAMES.get(name, name)}" if in_parts else "input": key_of[name] for name in names}
+    if "target" not in keys and "target" not in columns and not why_unclear(key_of):
+        target = next((name for name in TARGETS if name in key_of), None)
+        guessed |= {"target": key_of[target]} if target else {}
+    return guessed
 
 
-def setting(columns: Mapping[str, str]) -> str:
+def columns_setting(columns: Mapping[str, str]) -> str:
+    """Return the `data.columns` setting, quoted for a shell."""
     return f"data.columns={shlex.quote(json.dumps(dict(columns), ensure_ascii=False))}"
 
 
 def why_unclear(keys: Collection[str]) -> str:
-    """Return why no column can be taken for the target by its name; "" where one can."""
+    """Return why the target cannot be guessed from column names; "" if it can."""
     if CHOICES & {*keys}:
         return "an answer beside choices may be the number of one: write each row with its text as the target"
-    if {*keys} >= PREFERRED:
+    if {*keys} >= PREFERENCE:
         return "of preferences what was chosen can be learned, and what was rejected cannot"
     if {*keys} >= JUDGED:
         return "of judged completions the good ones can be learned: leave out the others, and say target=completion"
     return ""
 
 
-def unknown(name: str, records: Iterable[Mapping[str, Any]], taken: Mapping[str, str]) -> DataError:
-    """Return the error of a file whose columns nobody can tell, with what is there and what to type.
+def unknown_columns(name: str, records: Iterable[Mapping[str, Any]], columns: Mapping[str, str]) -> DataError:
+    """Return the error of a file whose input or target is unknown, with its columns and what to type.
 
     Args:
-        taken: what is known of its columns.
+        columns: those that are known.
     """
-    some = list(records)[:100]
-    keys = list(dict.fromkeys(key for record in some for key in record))
-    there = f"{name}: which columns are input and target? There are {', '.join(keys)}"
+    sample = list(records)[:100]
+    keys = list(dict.fromkeys(key for record in sample for key in record))
+    question = f"{name}: which columns are input and target? There are {', '.join(keys)}"
     if len(keys) < 2:
         folder = re.search(r"([^/]+)=[^/]*/[^/]*$", name)
-        above = f"; name the folder above {folder[0].split('/')[0]}, and {folder[1]} is one, too" if folder else ""
-        return DataError(f"{there}; rows need two, such as text and label{above}")
+        advice = f"; name the folder above {folder[0].split('/')[0]}, and {folder[1]} is one, too" if folder else ""
+        return DataError(f"{question}; rows need two, such as text and label{advice}")
     unclear = why_unclear([key.strip().casefold() for key in keys])
-    columns = {} if unclear else likely(keys, some, taken)
-    such = f", such as {setting(columns)}" if columns else f": {setting({'input': 'COLUMN', 'target': 'COLUMN'})}"
-    pairs = ",".join(f"{name}={own}" for name, own in columns.items()) or "input=COLUMN,target=COLUMN"
+    likely = {} if unclear else likely_columns(keys, sample, columns)
+    setting = columns_setting(likely or {"input": "COLUMN", "target": "COLUMN"})
+    pairs = ",".join(f"{field}={column}" for field, column in likely.items()) or "input=COLUMN,target=COLUMN"
     return DataError(
-        f"{there}. {f'({unclear}) ' * bool(unclear)}Say it{such}, or in `rayml data convert` --columns "
-        f"{shlex.quote(pairs)}"
+        f"{question}. {f'({unclear}) ' * bool(unclear)}Name them{', such as' if likely else ':'} {setting}, "
+        f"or in `rayml data convert` --columns {shlex.quote(pairs)}"
     )
 
 
-def likely(keys: Sequence[str], records: Sequence[Mapping[str, Any]], taken: Mapping[str, str]) -> dict[str, str]:
-    """Return which columns are the input and the target, where their values leave no doubt, else nothing.
+def likely_columns(
+    keys: Sequence[str], records: Sequence[Mapping[str, Any]], columns: Mapping[str, str]
+) -> dict[str, str]:
+    """Return the input and the target, where the values leave no doubt; else nothing.
 
-    A label comes back, and is short; a text does not, and has several words. The heading of a table may be its first
-    row: then columns are named by their number.
+    Labels repeat, and are short; texts do not repeat, and have several words. A table's first row may have been taken
+    for its heading: then a column's name is one of its labels, and columns are named by number.
     """
-    values = {key: [str(one[key]) for one in records if one.get(key) not in (None, "")] for key in keys}
+    values = {key: [str(record[key]) for record in records if record.get(key) not in (None, "")] for key in keys}
     plain = {
-        key: found
-        for key, found in values.items()
-        if 2 * len(found) > len(records) and not any(isinstance(one.get(key), list | dict | float) for one in records)
+        key: texts
+        for key, texts in values.items()
+        if 2 * len(texts) > len(records)
+        and not any(isinstance(record.get(key), list | dict | float) for record in records)
     }
-    labels = [key for key, found in plain.items() if 1 < len({*found}) <= len(found) / 2]
-    texts = [key for key, found in plain.items() if key not in labels and 2 * sum(map(is_text, found)) > len(found)]
-    inputs = {name: own for name, own in taken.items() if name.split(".")[0] == "input"}
-    inputs = inputs or ({"input": texts[0]} if len(texts) == 1 else {})
+    labels = [key for key, texts in plain.items() if 1 < len({*texts}) <= len(texts) / 2]
+    long_texts = [
+        key for key, texts in plain.items() if key not in labels and 2 * sum(map(looks_like_text, texts)) > len(texts)
+    ]
+    inputs = {field: column for field, column in columns.items() if field.split(".")[0] == "input"}
+    inputs = inputs or ({"input": long_texts[0]} if len(long_texts) == 1 else {})
     labels = [key for key in labels if key not in inputs.values()]
     if len(labels) != 1 or not inputs:
         return {}
+    found = inputs | {"target": labels[0]}
     if labels[0] in values[labels[0]]:
-        return {name: str(keys.index(own)) for name, own in (inputs | {"target": labels[0]}).items()}
-    return inputs | {"target": labels[0]}
+        return {field: str(keys.index(column)) for field, column in found.items()}
+    return found
 
 
-def is_text(value: str) -> bool:
+def looks_like_text(value: str) -> bool:
     return " " in value.strip() or not value.isascii()

@@ -1,8 +1,8 @@
 # ruff: noqa: RUF001  (Chinese has punctuation of its own)
-"""Small families of tasks for the configs in configs/recipes, made here: one file a kind, the same every time.
+"""Made-up families of small tasks for the configs in configs/recipes: a file for each kind, the same every time.
 
-Each task is a convention of its own (what a desk calls things, which labels it has, how it answers), so that a model
-has to learn it from the examples. The texts are put together from parts: they try the machinery, and are no benchmark.
+Each task has a convention of its own (what a desk calls things, its labels, how it answers), so that a model has to
+learn it from the examples. The texts are put together from parts. They exercise the code, and are no benchmark.
 """
 
 import json
@@ -14,17 +14,18 @@ from typing import Any
 from rayml.tasks.recipes import words as w
 
 Row = dict[str, Any]
-DESKS, BOTH = tuple(w.DESKS), (*w.DESKS, *w.CHINESE)
+DESKS = tuple(w.DESKS)
+ALL_DESKS = (*w.DESKS, *w.CHINESE)
 ROWS = 64
-"""Of a task, before texts that come twice are left out."""
-SEEN: tuple[str, ...] = (
+"""Of a task, before repeated texts are left out."""
+SENTENCES: tuple[str, ...] = (
     "{0} asked about the {1} in {2} for {3}.",
     "On {3} {0} wants to pick up the {1} at our {2} office.",
     "The {1} from {2} went to {0} last {3}.",
     "{0}, who lives in {2}, called on {3} since the {1} {4}.",
     "Please tell {0} that the {1} will be in {2} by {3}.",
 )
-SEEN_CHINESE = (
+CHINESE_SENTENCES = (
     "{0}想在{3}到{2}取{1}。",
     "请告诉{0}，{1}{3}会送到{2}。",
     "{0}{3}打电话说{2}的{1}有问题。",
@@ -32,36 +33,36 @@ SEEN_CHINESE = (
 )
 
 
-def drawn(desk: str, rng: random.Random) -> tuple[str, tuple[str, ...], tuple[str, str, str, str]]:
-    """Return a text of a desk, what stands in it (person, thing, place, day), and what the desk calls them."""
+def draw_sentence(desk: str, rng: random.Random) -> tuple[str, tuple[str, ...], tuple[str, str, str, str]]:
+    """Return a sentence, its four slots (person, thing, place, day), and the desk's names for these."""
     things, names = w.CHINESE[desk] if desk in w.CHINESE else w.DESKS[desk]
     lists: tuple[tuple[str, ...], ...] = (w.PEOPLE, things, w.PLACES, w.DAYS)
-    texts = SEEN
+    texts = SENTENCES
     if desk in w.CHINESE:
-        lists, texts = (w.CHINESE_PEOPLE, things, w.CHINESE_PLACES, w.CHINESE_DAYS), SEEN_CHINESE
-    found = tuple(rng.choice(options) for options in lists)
-    return rng.choice(texts).format(*found, rng.choice(w.FAULTS)), found, names
+        lists, texts = (w.CHINESE_PEOPLE, things, w.CHINESE_PLACES, w.CHINESE_DAYS), CHINESE_SENTENCES
+    slots = tuple(rng.choice(options) for options in lists)
+    return rng.choice(texts).format(*slots, rng.choice(w.FAULTS)), slots, names
 
 
 def ner(desk: str, rng: random.Random) -> Row:
-    """Spans: each desk marks two or three of the four, under names of its own."""
-    text, found, names = drawn(desk, rng)
-    wanted = [place for place in range(4) if place != len(desk) % 4]
-    spans = sorted((text.index(found[place]), {"text": found[place], "type": names[place]}) for place in wanted)
+    """Spans: each desk marks three of the four slots, under names of its own."""
+    text, slots, names = draw_sentence(desk, rng)
+    marked = [slot for slot in range(4) if slot != len(desk) % 4]
+    spans = sorted((text.index(slots[slot]), {"text": slots[slot], "type": names[slot]}) for slot in marked)
     return {"input": text, "target": [span for _, span in spans]}
 
 
 def relation(desk: str, rng: random.Random) -> Row:
     """The relation of two things in a text, or none."""
-    text, found, names = drawn(desk, rng)
+    text, slots, names = draw_sentence(desk, rng)
     head, tail = rng.sample(range(3), 2)
     label = f"{names[head]} of {names[tail]}" if head < tail else "no relation"
-    return {"input": {"text": text, "head": found[head], "tail": found[tail]}, "target": label}
+    return {"input": {"text": text, "head": slots[head], "tail": slots[tail]}, "target": label}
 
 
 def pair(desk: str, rng: random.Random) -> Row:
-    """The first sentence says the second, denies it, or leaves it open: each desk looks into another of the three."""
-    person, thing, place, day = (rng.choice(of) for of in (w.PEOPLE, w.DESKS[desk][0], w.PLACES, w.DAYS))
+    """The first sentence entails, contradicts, or leaves open the second: each desk checks another of the three."""
+    person, thing, place, day = (rng.choice(options) for options in (w.PEOPLE, w.DESKS[desk][0], w.PLACES, w.DAYS))
     number = rng.randrange(3)
     second = (
         (f"The {thing} is booked.", f"{person} has booked something.", f"There is a booking in {place}."),
@@ -74,7 +75,7 @@ def pair(desk: str, rng: random.Random) -> Row:
 
 
 def multilabel(desk: str, rng: random.Random) -> Row:
-    """Which of a desk's topics does a text touch?"""
+    """The topics of a desk that a text is about."""
     things, names = w.DESKS[desk]
     topics = {
         f"{names[1]} fault": f"the {rng.choice(things)} {rng.choice(w.FAULTS)}",
@@ -83,33 +84,35 @@ def multilabel(desk: str, rng: random.Random) -> Row:
         "refund": f"I want my {rng.randrange(10, 90)} euros back",
     }
     chosen = [topic for topic in topics if rng.random() < 0.4]
-    said = [topics[topic] for topic in rng.sample(chosen, len(chosen))] or [
+    clauses = [topics[topic] for topic in rng.sample(chosen, len(chosen))] or [
         f"just to say hello from {rng.choice(w.PLACES)}"
     ]
-    return {"input": f"{rng.choice(w.PEOPLE)} to {desk}: " + ", and ".join(said) + ".", "target": chosen}
+    return {"input": f"{rng.choice(w.PEOPLE)} to {desk}: " + ", and ".join(clauses) + ".", "target": chosen}
 
 
 def qa(desk: str, rng: random.Random) -> Row:
-    """A question whose answer stands in the text; desks name what they ask for."""
-    text, found, names = drawn(desk, rng)
-    asked = rng.randrange(4)
-    question = f"{names[asked]}是什么？" if desk in w.CHINESE else f"Which {names[asked]} is it about?"
-    return {"input": {"context": text, "question": question}, "target": found[asked]}
+    """A question whose answer is in the text, in the desk's words."""
+    text, slots, names = draw_sentence(desk, rng)
+    slot = rng.randrange(4)
+    question = f"{names[slot]}是什么？" if desk in w.CHINESE else f"Which {names[slot]} is it about?"
+    return {"input": {"context": text, "question": question}, "target": slots[slot]}
 
 
 def translation(language: str, rng: random.Random) -> Row:
-    place = w.LANGUAGES.index(language)
-    saying, thing, day = (rng.choice(list(of)) for of in (w.SAYINGS_IN, w.THINGS_IN, w.DAYS_IN))
-    here, there = w.THINGS_IN[thing][place], w.DAYS_IN[day][place]
-    opening = f"{rng.choice(w.PEOPLE)} in {w.PLACES[place]}"
-    target = w.SAYINGS_IN[saying][place].format(here, day=there)
+    column = w.LANGUAGES.index(language)
+    saying, thing, day = (rng.choice(list(options)) for options in (w.SAYINGS_IN, w.THINGS_IN, w.DAYS_IN))
+    translated_thing, translated_day = w.THINGS_IN[thing][column], w.DAYS_IN[day][column]
+    opening = f"{rng.choice(w.PEOPLE)} in {w.PLACES[column]}"
+    target = w.SAYINGS_IN[saying][column].format(translated_thing, day=translated_day)
     return {"input": f"{opening}: {saying.format(thing, day=day)}", "target": f"{opening}: {target}"}
 
 
 def summary(desk: str, rng: random.Random) -> Row:
     """A ticket in one line, in the desk's form."""
     things = w.DESKS[desk][0]
-    person, thing, place, fault, day = (rng.choice(of) for of in (w.PEOPLE, things, w.PLACES, w.FAULTS, w.DAYS))
+    person, thing, place, fault, day = (
+        rng.choice(options) for options in (w.PEOPLE, things, w.PLACES, w.FAULTS, w.DAYS)
+    )
     opening = rng.choice(("Good morning!", "Hello, I hope you can help me.", "Dear team,", "Hi there,"))
     text = (
         f"{opening} My name is {person} and I am writing from {place}. I ordered a {thing} last {day}. "
@@ -122,7 +125,7 @@ def summary(desk: str, rng: random.Random) -> Row:
 def dialogue(desk: str, rng: random.Random) -> Row:
     """Two turns each, in the desk's own style."""
     things, names = w.DESKS[desk]
-    person, thing, place, fault = (rng.choice(of) for of in (w.PEOPLE, things, w.PLACES, w.FAULTS))
+    person, thing, place, fault = (rng.choice(options) for options in (w.PEOPLE, things, w.PLACES, w.FAULTS))
     hello, bye = (("Hello", "Bye!"), ("Ahoy", "Fair winds."), ("Dear friend", "Your team."), ("Hi", "Cheers!"))[
         len(desk) % 4
     ]
@@ -136,17 +139,17 @@ def dialogue(desk: str, rng: random.Random) -> Row:
 
 
 def intent(desk: str, rng: random.Random) -> Row:
-    """What does somebody want? The labels are the desk's own."""
+    """What somebody wants, in the desk's own labels."""
     things, names = w.DESKS[desk]
     thing, place, day = rng.choice(things), rng.choice(w.PLACES), rng.choice(w.DAYS)
-    asked = {
+    texts = {
         f"{names[1]} broken": (f"the {thing} {rng.choice(w.FAULTS)}", f"my {thing} {rng.choice(w.FAULTS)} in {place}"),
         f"new {names[3]}": (f"can we move my {thing} to {day}", f"{day} is better for my {thing}"),
         f"find {names[2]}": (f"how do I get my {thing} in {place}", f"where in {place} do you have a {thing}"),
         "money back": (f"I want to be paid back for the {thing}", f"please pay back the {thing} to me in {place}"),
     }
-    label = rng.choice(list(asked))
-    return {"input": f"{rng.choice(asked[label])}, {rng.choice(w.PEOPLE).split()[0]}", "target": label}
+    label = rng.choice(list(texts))
+    return {"input": f"{rng.choice(texts[label])}, {rng.choice(w.PEOPLE).split()[0]}", "target": label}
 
 
 def reply(desk: str, rng: random.Random) -> Row:
@@ -164,7 +167,7 @@ def sentiment(desk: str, rng: random.Random) -> Row:
 
 
 def preference(desk: str, rng: random.Random) -> Row:
-    """What somebody takes next, after what they took: in each shop a thing leads to another one."""
+    """What somebody takes next: in each shop, each thing leads to another one."""
     things = w.DESKS[desk][0]
     step = 1 + len(desk) % (len(things) - 1)
     history = [rng.choice(things) for _ in range(3)]
@@ -176,9 +179,9 @@ def preference(desk: str, rng: random.Random) -> Row:
 FAMILIES: dict[str, tuple[Callable[[str, random.Random], Row], tuple[str, ...]]] = {
     "multilabel": (multilabel, DESKS),
     "pair": (pair, DESKS),
-    "ner": (ner, BOTH),
+    "ner": (ner, ALL_DESKS),
     "relation": (relation, DESKS),
-    "qa": (qa, BOTH),
+    "qa": (qa, ALL_DESKS),
     "translation": (translation, w.LANGUAGES),
     "summary": (summary, DESKS),
     "dialogue": (dialogue, DESKS),
@@ -191,20 +194,20 @@ FAMILIES: dict[str, tuple[Callable[[str, random.Random], Row], tuple[str, ...]]]
 
 def family(name: str) -> Iterator[Row]:
     """Yield the rows of a family, task by task."""
-    make, places = FAMILIES[name]
+    make_row, groups = FAMILIES[name]
     kind = {"kind": name} if name in ("translation", "summary") else {}
-    for place in places:
-        rng = random.Random(f"{name}/{place}")
+    for group in groups:
+        rng = random.Random(f"{name}/{group}")
         for _ in range(ROWS):
-            yield {"task": f"{name}-{place}", **make(place, rng), **kind}
+            yield {"task": f"{name}-{group}", **make_row(group, rng), **kind}
 
 
 def write_tasks(folder: Path) -> dict[str, int]:
     """Write every family into `folder`/NAME.jsonl; return the rows of each."""
     folder.mkdir(parents=True, exist_ok=True)
-    written = {}
+    counts = {}
     for name in FAMILIES:
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in family(name)]
         (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-        written[name] = len(lines)
-    return written
+        counts[name] = len(lines)
+    return counts
