@@ -41,9 +41,9 @@ from rayml.config import Config, load_config
 from rayml.lm.batch import collate, readings
 from rayml.lm.catalog import resolve_model
 from rayml.lm.load import DTYPES, load_base, load_tokenizer
-from rayml.lm.lora import B, TaskLoRA, in_a_layer, layer_number
+from rayml.lm.lora import B, TaskLoRA, is_in_layer, layer_number
 from rayml.lm.model import TaskLM
-from rayml.lm.precision import settled_here
+from rayml.lm.precision import resolve_precision_here
 from rayml.lm.rows import TokenRow
 from rayml.lm.sides import decode_rows
 from rayml.tasks.prepare import prepare_splits
@@ -104,7 +104,9 @@ def main() -> None:
     changes = [[], *([f"{key}={value}"] for key, values in options.axis for value in values)]
     each = [(some, last_of_each([*options.overrides, "workers=1", *some])) for some in changes]
     given = [(some, load_config(options.config, overrides)) for some, overrides in each]
-    settings = [(some, settled_here(config, resolve_model(config.model.name), device)[0]) for some, config in given]
+    settings = [
+        (some, resolve_precision_here(config, resolve_model(config.model.name), device)[0]) for some, config in given
+    ]
     machine = Machine.measured(device, DTYPES[settings[0][1].model.dtype])
     cases: list[dict[str, Any]] = []
     with Progress(console=console) as bar:
@@ -209,7 +211,7 @@ def weight_bytes_read(model: Any, adapted: Sequence[str], steps: int) -> int:
     first = min(map(layer_number, adapted))
     head = model.get_output_embeddings().weight
     passes = 2 * (steps + 1)
-    layers = [(layer_number(name), weight.nbytes) for name, weight in model.named_parameters() if in_a_layer(name)]
+    layers = [(layer_number(name), weight.nbytes) for name, weight in model.named_parameters() if is_in_layer(name)]
     return head.nbytes * passes + sum(size * (2 if layer < first else passes) for layer, size in layers)
 
 

@@ -25,7 +25,7 @@ from rayml.serving.schema import AdapterRequest, ClassifyRequest
 from rayml.serving.settings import Serving
 from rayml.serving.store import adapter_id
 from rayml.serving.vllm.answerer import Answerer
-from rayml.serving.vllm.engine import installed
+from rayml.serving.vllm.engine import vllm_version
 
 OWNER = "benchmark"
 NAME = "base"
@@ -79,7 +79,7 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
         result: dict[str, Any] = {
             "options": {key: str(value) for key, value in vars(options).items()},
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-            "versions": {"torch": version("torch"), "vllm": installed()},
+            "versions": {"torch": version("torch"), "vllm": vllm_version()},
             "seconds_to_first_answer": first,
             "texts": [],
             "queries": [],

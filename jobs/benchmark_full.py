@@ -97,8 +97,8 @@ def measure(options: argparse.Namespace, path: str, device: torch.device) -> dic
 
     steps = {
         "plain": plain_step,
-        "adapt": lambda: learner.take([(batch, 1.0)], Phase(descends=True)),
-        "query": lambda: learner.take([(batch, 1.0)], Phase(collects=True, restores=True)),
+        "adapt": lambda: learner.run_phase([(batch, 1.0)], Phase(descends=True)),
+        "query": lambda: learner.run_phase([(batch, 1.0)], Phase(collects=True, restores=True)),
     }
     for step in [*steps.values()] * 2:  # traces, buffers, AdamW's state
         step()

@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from rayml.lm.precision import decide, look_at
+from rayml.lm.precision import choose_precision, inspect_device
 
 OLDER_CPU = {"ONEDNN_MAX_CPU_ISA": "AVX2"}
 """Read once, by the first product: so it takes a process of its own. Of torch's other switches, ATEN_CPU_CAPABILITY
@@ -141,9 +141,9 @@ def main() -> None:
 
 
 def print_rates() -> None:
-    device = look_at(torch.device("cpu"), timed=True)
+    device = inspect_device(torch.device("cpu"), timed=True)
     rates = ", ".join(f"{dtype} {rate:.3g} GFLOP/s" for dtype, rate in (device.gflops or {}).items())
-    print(f"{rates}; model.dtype=auto takes {decide(('auto', 'auto'), [device]).dtype}")
+    print(f"{rates}; model.dtype=auto takes {choose_precision(('auto', 'auto'), [device]).dtype}")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ class Side:
         """Return a batch of one task."""
         row, index = (batch.targets != IGNORE).nonzero(as_tuple=True)
         kept, column = index.unique(return_inverse=True)
-        weight = torch.full((len(row),), 1 / int(batch.counted().sum()), device=row.device)
+        weight = torch.full((len(row),), 1 / int(batch.loss_mask().sum()), device=row.device)
         return cls(batch.tokens, kept, row, column, batch.targets[row, index], batch.allowed, weight)
 
     def loss(self, forward: Callable[..., Any]) -> Tensor:

@@ -31,7 +31,7 @@ from rayml.lm.load import load_base, load_tokenizer
 from rayml.lm.lora import TaskLoRA, layer_number
 from rayml.lm.model import TaskLM
 from rayml.lm.peft_files import PREFIX
-from rayml.lm.precision import settled_here
+from rayml.lm.precision import resolve_precision_here
 from rayml.lm.sampling import Sampling
 from rayml.model import MetaModel
 from rayml.tasks.task import Example, Task
@@ -110,7 +110,7 @@ def open_session(options: argparse.Namespace) -> MetaModel:
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     base = resolve_model(options.model)
-    config, precision = settled_here(config, base, device)
+    config, precision = resolve_precision_here(config, base, device)
     module = load_base(base, config.model.dtype, config.model.attention).to(device)
     lm = TaskLM(module, TaskLoRA(module, **config.lora.shape()))
     model = MetaModel(config, lm, config.encoder(load_tokenizer(base)), base, {}, {}, 0, {}, precision)

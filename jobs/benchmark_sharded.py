@@ -29,7 +29,7 @@ from rayml.lm.catalog import resolve_model
 from rayml.lm.load import load_base
 from rayml.lm.lora import TaskLoRA
 from rayml.lm.model import TaskLM
-from rayml.lm.precision import settled_here
+from rayml.lm.precision import resolve_precision_here
 
 APART = 1e-3
 MIB = 2**20
@@ -87,7 +87,7 @@ def worker(rank: int, options: argparse.Namespace, model: str, port: int) -> Non
     if cuda:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if cuda else "gloo", rank=rank, world_size=options.workers)
-    config = settled_here(configured(options, max(options.tasks)), model, device)[0]
+    config = resolve_precision_here(configured(options, max(options.tasks)), model, device)[0]
     episodes = drawn_episodes(config)
     engines = {}
     kind = config.model.dtype, config.model.attention

@@ -31,9 +31,9 @@ from rayml.lm.catalog import MINILM
 from rayml.lm.scorer import accuracy
 from rayml.lm.sides import TaskSide
 from rayml.model import MetaModel
-from rayml.starts.choice import crossed, halves
+from rayml.starts.choice import cross_validate, split_halves
 from rayml.tasks.episodes import Episode
-from rayml.tasks.read import read_rows, rows_given
+from rayml.tasks.read import read_rows, rows_from_examples
 from rayml.tasks.statistics import intervals
 from rayml.tasks.table import build_tasks
 from rayml.tasks.task import Example, Task
@@ -146,8 +146,8 @@ def of_start(model: MetaModel, episode: Episode, steps: int | None) -> float:
 
 def better(models: dict[str, MetaModel], episode: Episode) -> str:
     """Return the start that answers each half of the support best after learning the other."""
-    one, other = halves(rows_given([(example.input, example.target) for example in episode.support]))
-    return min(models, key=lambda name: crossed(models[name], one, other)[0])
+    one, other = split_halves(rows_from_examples([(example.input, example.target) for example in episode.support]))
+    return min(models, key=lambda name: cross_validate(models[name], one, other)[0])
 
 
 def table(scores: Scores, starts: list[str]) -> str:

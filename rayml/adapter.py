@@ -17,21 +17,21 @@ from rayml.algorithms.inner_loop import Params
 from rayml.algorithms.prototypes import MEANS, is_readout
 from rayml.algorithms.registry import algorithm_of
 from rayml.errors import ConfigError, RunError
-from rayml.lm.abilities import refuse_strange, refuse_unlike_peft, unable
+from rayml.lm.abilities import refuse_misbehaving, refuse_peft_mismatch, why_unusable
 from rayml.lm.catalog import public_name, resolve_model
 from rayml.lm.encode import Encoder
-from rayml.lm.generate import texts_behind, write
+from rayml.lm.generate import prepare_generations, write
 from rayml.lm.load import load_base, load_tokenizer
 from rayml.lm.lora import TaskLoRA
 from rayml.lm.model import TaskLM, hooks
 from rayml.lm.option_scoring import prompts_of, weighted_prompts
 from rayml.lm.peft_files import EMBEDS, AdapterCard, encoder_of, load_learned, save_adapter, save_model, write_card
-from rayml.lm.precision import decide, has_sdpa, look_at, widest_linear
-from rayml.lm.queries import KeptSupport, Query, first_batch, log_probs
+from rayml.lm.precision import choose_precision, has_sdpa, inspect_device, widest_linear
+from rayml.lm.queries import KeptSupport, Query, answer_queries, first_batch_size
 from rayml.lm.soft_prompt import TaskPrompt
 from rayml.lm.tokens import mark_embeddings
-from rayml.runs.files import AnyPath, as_path, local_copy, made_here
-from rayml.tasks.row import Input, is_dialogue, unanswered
+from rayml.runs.files import AnyPath, local_copy, local_output, parse_path
+from rayml.tasks.row import Input, is_dialogue, query_example
 from rayml.tasks.task import Example
 
 if TYPE_CHECKING:
@@ -146,9 +146,9 @@ class Adapter:
             RunError: the folder exists already.
         """
         path = new_folder(folder)
-        with made_here(path) as local:
+        with local_output(path) as local:
             self.write_to(local)
-            refuse_unlike_peft(local, self.lm, self.weights or {}, self.card.lora, self.base)
+            refuse_peft_mismatch(local, self.lm, self.weights or {}, self.card.lora, self.base)
         return path
 
     def write_to(self, folder: Path) -> None:
@@ -163,7 +163,7 @@ class Adapter:
             ConfigError: an option that the task does not have, or options that the model cannot tell apart.
         """
         if not self.card.labels:
-            if alike := self.encoder.alike(options or ()):
+            if alike := self.encoder.indistinct_labels(options or ()):
                 raise ConfigError(f"options: {alike}")
             return {option: option for option in options or ()}
         shown = {label: shown_label for shown_label, label in self.card.labels.items()}
@@ -221,31 +221,35 @@ class Adapter:
 
     def _to_example(self, value: Input) -> Example:
         """Return an input as an example without a target. A dialogue is plain text unless the task continues it."""
-        example = unanswered(value, self.card.fields)
+        example = query_example(value, self.card.fields)
         return replace(example, parts=()) if is_dialogue(value) and self.card.kind != "dialogue" else example
 
     def _choose(self, examples: Sequence[Example], labels: dict[str, str]) -> list[Prediction]:
         queries = [self.query(example, list(labels.values())) for example in examples]
         predictions = []
         while queries:
-            count = first_batch(queries[:MOST_QUERIES], MOST_QUERY_TOKENS)
-            predictions += [chosen(labels, scores) for scores in log_probs(self.lm, self.encoder.pad, queries[:count])]
+            count = first_batch_size(queries[:MOST_QUERIES], MOST_QUERY_TOKENS)
+            predictions += [
+                most_probable(labels, scores) for scores in answer_queries(self.lm, self.encoder.pad, queries[:count])
+            ]
             queries = queries[count:]
         return predictions
 
     def _generate(self, examples: Sequence[Example]) -> list[Prediction]:
         if not self.encoder.writes_text:
             raise ConfigError(f"options: {self.card.model} writes no text; give options to choose among")
-        if reason := unable(self.base, self.card.lora, self.card.soft_tokens, writes=True):
+        if reason := why_unusable(self.base, self.card.lora, self.card.soft_tokens, writes=True):
             raise ConfigError(reason)
-        prompts = [self.encoder.asked(example, self.shown) for example in examples]
-        texts = texts_behind(self.lm, self.encoder.tokenizer, prompts, self.weights or None, self.card.max_tokens)
+        prompts = [self.encoder.prompt_tokens(example, self.shown) for example in examples]
+        texts = prepare_generations(
+            self.lm, self.encoder.tokenizer, prompts, self.weights or None, self.card.max_tokens
+        )
         for first in range(0, len(texts), MOST_TEXTS):
             write(self.lm, texts[first : first + MOST_TEXTS])
         return [Prediction(text.piece().text.strip()) for text in texts]
 
 
-def chosen(labels: Iterable[str], scores: torch.Tensor) -> Prediction:
+def most_probable(labels: Iterable[str], scores: torch.Tensor) -> Prediction:
     """Return the most probable of the labels, from their log-probabilities `[options]`."""
     probabilities = dict(zip(labels, scores.exp().tolist(), strict=True))
     return Prediction(max(probabilities, key=lambda label: probabilities[label]), probabilities)
@@ -263,7 +267,7 @@ def load_adapter(folder: str | AnyPath, *, model: "MetaModel | Adapter | None" =
         RunError: it is missing or incomplete, or does not fit the model's base.
         ConfigError: it was learned by an algorithm that is unknown here.
     """
-    path = as_path(folder)
+    path = parse_path(folder)
     with local_copy(path) as local:
         weights, card, own_model = load_learned(local)
         if model is None or own_model:
@@ -283,12 +287,14 @@ def load_task_base(card: AdapterCard, own_model: str | None) -> tuple[TaskLM, st
     """Load the base of a task, or in mode full the task's own model; return it with where it was loaded from."""
     base = own_model or resolve_model(card.model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision = decide(("auto", "auto"), [look_at(device, widest_linear(base))], card.dtype, sdpa=has_sdpa(base))
+    precision = choose_precision(
+        ("auto", "auto"), [inspect_device(device, widest_linear(base))], card.dtype, sdpa=has_sdpa(base)
+    )
     if precision.dtype != card.dtype:
         log.warning("%s: %s", card.name, precision)
     module = load_base(base, precision.dtype, precision.attention).to(device)
     lm = TaskLM(module, hooks(module, card.lora, card.soft_tokens))
-    refuse_strange(lm)
+    refuse_misbehaving(lm)
     return lm, base
 
 
@@ -313,7 +319,7 @@ def check_same_base(folder: AnyPath, weights: Params, card: AdapterCard, model: 
 
 def new_folder(folder: str | AnyPath) -> AnyPath:
     """Return the path of a folder to make, or raise RunError if it exists."""
-    path = as_path(folder)
+    path = parse_path(folder)
     if path.exists():
         raise RunError(f"{folder}: exists already; give a new folder")
     return path

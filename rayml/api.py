@@ -228,9 +228,9 @@ def show_loading() -> AbstractContextManager[Any]:
     """Show that libraries are being loaded, which takes some seconds the first time."""
     from rich.console import Console
 
-    from rayml.progress import doing
+    from rayml.progress import show_activity
 
-    return doing(Console(stderr=True, markup=False), "loading libraries")
+    return show_activity(Console(stderr=True, markup=False), "loading libraries")
 
 
 def consoles(console: "Console | None") -> "tuple[Console, Console]":

@@ -15,9 +15,9 @@ from pydantic import BaseModel, BeforeValidator, Field, PositiveInt, SerializeAs
 
 from rayml import yaml12
 from rayml.algorithms.base import Algorithm
-from rayml.algorithms.registry import DEFAULT, MOVED, REGISTERED, algorithm_class, chosen, default
+from rayml.algorithms.registry import DEFAULT, MOVED, REGISTERED, algorithm_class, default_algorithm, parse_algorithm
 from rayml.errors import ConfigError
-from rayml.overrides import once, parsed
+from rayml.overrides import parse_override, refuse_duplicates
 from rayml.sections import (
     Data,
     Full,
@@ -56,7 +56,9 @@ class Config(Section):
     """What is learned. `adapters`: LoRA, or soft prompts, on a frozen base. `full`: every parameter of the model."""
     adapter: Literal["lora", "soft_prompt"] = "lora"
     """Which kind of adapters."""
-    algorithm: Annotated[SerializeAsAny[Algorithm], BeforeValidator(chosen)] = Field(default_factory=default)
+    algorithm: Annotated[SerializeAsAny[Algorithm], BeforeValidator(parse_algorithm)] = Field(
+        default_factory=default_algorithm
+    )
     lora: Lora = Lora()
     soft_prompt: SoftPrompt = SoftPrompt()
     full: Full = Full()
@@ -182,7 +184,7 @@ def conflicts(config: Config) -> Iterator[str]:
         yield "zero.offload: all needs zero.stage=3"
     if config.validation.patience > 0 and not config.validation.every:
         yield "validation.patience: without validations (validation.every=0) it never stops"
-    yield from config.algorithm.refuses(config)
+    yield from config.algorithm.conflicts(config)
 
 
 def load_config(config: "Config | Mapping[str, Any] | str | AnyPath", overrides: Overrides | None = None) -> Config:
@@ -204,10 +206,10 @@ def read_values(path: "str | AnyPath") -> dict[str, Any]:
     Raises:
         ConfigError: the file cannot be read, or is not a YAML mapping.
     """
-    from rayml.runs.files import as_path  # pyarrow is slow to import
+    from rayml.runs.files import parse_path  # pyarrow is slow to import
 
     try:
-        values = yaml12.load(as_path(path).read_text(encoding="utf-8")) or {}
+        values = yaml12.load(parse_path(path).read_text(encoding="utf-8")) or {}
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
@@ -227,7 +229,7 @@ def parse_config(values: dict[str, Any], source: str, overrides: Sequence[str] =
 
 def parse_section(kind: type[S], values: dict[str, Any], source: str, overrides: Sequence[str] = ()) -> S:
     """Return settings of any kind as `parse_config` returns a config."""
-    changes = dict(parsed(override, kind) for override in overrides)
+    changes = dict(parse_override(override, kind) for override in overrides)
     try:
         return kind.model_validate(with_values(values, changes))
     except ValidationError as error:
@@ -307,7 +309,7 @@ def merged_values(
     if isinstance(overrides, Mapping):
         changes = flatten(overrides)
     else:
-        changes = dict(parsed(override, Config) for override in once(overrides or ()))
+        changes = dict(parse_override(override, Config) for override in refuse_duplicates(overrides or ()))
     return with_values(with_values(values, changes), flatten(more)), source
 
 

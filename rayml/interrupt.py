@@ -16,14 +16,14 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, which schedulers and `timeout` send."""
 
 
-def heed() -> None:
+def install_handlers() -> None:
     """Let both signals interrupt the main thread of a command, and end the process if that takes too long."""
     global _handles_signals
     _handles_signals = threading.current_thread() is threading.main_thread()
-    heed_again()
+    reinstall_handlers()
 
 
-def heed_again() -> None:
+def reinstall_handlers() -> None:
     """In a rayml command, install the handlers again: Ray replaces the one for SIGTERM whenever it starts."""
     if _handles_signals and threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -31,21 +31,21 @@ def heed_again() -> None:
                 signal.signal(number, _interrupt)
 
 
-def kept(end: KeyboardInterrupt, message: str) -> KeyboardInterrupt:
+def with_message(end: KeyboardInterrupt, message: str) -> KeyboardInterrupt:
     """Return an interrupt of the same type that says what is kept, and how to continue."""
     global _message
     _message = message
     return type(end)(message)
 
 
-def status(end: KeyboardInterrupt) -> int:
+def exit_status(end: KeyboardInterrupt) -> int:
     """Return the exit status of an interrupted process."""
     return 128 + (signal.SIGTERM if isinstance(end, Terminated) else signal.SIGINT)
 
 
 def _interrupt(number: int, _frame: Any) -> None:
     end = Terminated() if number == signal.SIGTERM else KeyboardInterrupt()
-    deadline = threading.Timer(SECONDS_TO_END, _exit_now, [status(end)])
+    deadline = threading.Timer(SECONDS_TO_END, _exit_now, [exit_status(end)])
     deadline.daemon = True
     deadline.start()
     raise end

@@ -19,7 +19,7 @@ from rayml.algorithms.outer_loop import initial_log_inner_lrs
 from rayml.config import Config
 from rayml.errors import ConfigError, DataError, TrainingError
 from rayml.lm import zero
-from rayml.lm.abilities import refuse_strange, refuse_unlike_peft
+from rayml.lm.abilities import refuse_misbehaving, refuse_peft_mismatch
 from rayml.lm.catalog import resolve_model
 from rayml.lm.encode import Encoder
 from rayml.lm.fine_tuning import rate_factors
@@ -30,13 +30,13 @@ from rayml.lm.lora import linear_kinds
 from rayml.lm.model import TaskLM, hooks
 from rayml.lm.parameters import trained_parameters
 from rayml.lm.peft_files import AdapterCard, encoder_of
-from rayml.lm.precision import Precision, own_device, settled_here
+from rayml.lm.precision import Precision, own_device, resolve_precision_here
 from rayml.lm.scorer import Scorer
 from rayml.lm.tokens import mark_embeddings
 from rayml.runs.checkpoint import read_checkpoint, step_of
-from rayml.runs.files import AnyPath, local_copy, made_here
+from rayml.runs.files import AnyPath, local_copy, local_output
 from rayml.runs.folder import RunFolder
-from rayml.tasks.read import Examples, rows_given
+from rayml.tasks.read import Examples, rows_from_examples
 from rayml.tasks.row import Row
 from rayml.tasks.task import Task
 
@@ -123,7 +123,7 @@ class MetaModel:
         if steps is not None and (not isinstance(steps, int) or steps < 0):
             raise ConfigError(f"steps: expected a whole number, 0 or more, got {steps}")
         steps = inner_steps(self, steps)
-        new_tasks = [self.task(rows_given(examples), name) for name, examples in tasks.items()]
+        new_tasks = [self.task(rows_from_examples(examples), name) for name, examples in tasks.items()]
         requests = [adaptation_request(self, task) for task in new_tasks]
         adapters: dict[str, Adapter] = {}
         at_once = at_once if self.lm.adapter else 1
@@ -132,7 +132,7 @@ class MetaModel:
             results = run_to_end(adapt_requests(self, batch, [steps] * len(batch)))
             seconds = perf_counter() - began
             for task, request, (weights, losses) in zip(new_tasks[first:], batch, results, strict=False):
-                refuse_diverged(task.name, weights)
+                check_finite(task.name, weights)
                 details = {"examples": len(task.examples), "losses": losses, "seconds": seconds}
                 adapters[task.name] = self.adapter(weights, request.card, **details)
         return adapters
@@ -150,12 +150,12 @@ class MetaModel:
     @cached_property
     def takes_labels(self) -> bool:
         """Whether targets are taken for labels where rows do not say: the run was trained on label tasks."""
-        return self.run.learned_labels() if self.run else True
+        return self.run.has_label_tasks() if self.run else True
 
     @cached_property
     def kind(self) -> str:
         """The kind of all tasks that the run was trained on; "" if there were several kinds."""
-        return self.run.learned_kind() if self.run else ""
+        return self.run.task_kind() if self.run else ""
 
     def adapter(self, weights: Params | None, card: AdapterCard, **told: Any) -> Adapter:
         """Return an adapter on this base, from its weights and its card.
@@ -176,9 +176,9 @@ class MetaModel:
             RunError: the folder exists already.
         """
         path, lora = new_folder(folder), self.config.lora_shape
-        with made_here(path) as local:
+        with local_output(path) as local:
             write_weights(local, self.lm, self.encoder, self.start, lora, self.base)
-            refuse_unlike_peft(local, self.lm, self.start, lora, self.base)
+            refuse_peft_mismatch(local, self.lm, self.start, lora, self.base)
         return path
 
 
@@ -196,14 +196,14 @@ def load(run: str | AnyPath | RunFolder, *, checkpoint: str | None = None, every
     """
     folder = run if isinstance(run, RunFolder) else RunFolder(run)
     config, checkpoint_path = folder.trained(checkpoint)
-    config, precision, lm, encoder, base = load_base(config, every_linear, folder.made_in())
+    config, precision, lm, encoder, base = load_base(config, every_linear, folder.trained_dtype())
     if lm.adapter:
         untrained = {name: weight.to(lm.device) for name, weight in folder.read_untrained().items()}
     else:
         untrained = {n: p.detach().float() for n, p in trained_parameters(lm.module, config.full).items()}
     start, log_inner_lrs, step = read_learned(config, checkpoint_path, untrained, lm.device)
     inner_lrs = {name: rate.exp() for name, rate in log_inner_lrs.items()}
-    described = folder.told(checkpoint_path)
+    described = folder.describe_checkpoint(checkpoint_path)
     return MetaModel(config, lm, encoder, base, start, inner_lrs, step, untrained, precision, folder, described)
 
 
@@ -233,7 +233,7 @@ def load_base(
     """
     device = own_device(config)
     base = resolve_model(config.model.name)
-    config, precision = settled_here(config, base, device, made_in)
+    config, precision = resolve_precision_here(config, base, device, made_in)
     if precision.warning:
         log.warning(precision.warning)
     module = load_module(base, config.model.dtype, config.model.attention).to(device)
@@ -241,7 +241,7 @@ def load_base(
     if every_linear:
         shape |= {"targets": linear_kinds(module), "last_layers": None}
     lm = TaskLM(module, hooks(module, shape if config.mode == "adapters" else {}, config.soft_tokens))
-    refuse_strange(lm)
+    refuse_misbehaving(lm)
     tokenizer = load_tokenizer(base)
     mark_embeddings(tokenizer, module.get_input_embeddings().num_embeddings)
     return config, precision, lm, config.encoder(tokenizer), base
@@ -268,13 +268,13 @@ def read_learned(
     return start, log_inner_lrs, saved.step
 
 
-def start_of(run: RunFolder) -> tuple[Params, Params]:
+def read_start(run: RunFolder) -> tuple[Params, Params]:
     """Return what a run of adapters learned: its start, and the logarithms of its inner rates; on the CPU."""
     config, folder = run.trained()
     return read_learned(config, folder, (), torch.device("cpu"))[:2]
 
 
-def refuse_diverged(name: str, weights: Params) -> None:
+def check_finite(name: str, weights: Params) -> None:
     """Raise TrainingError if a task's weights are not finite."""
     if not all(torch.isfinite(weight).all() for weight in weights.values()):
         raise TrainingError(f"{name}: the adaptation diverged: its numbers are not finite; take fewer steps")

@@ -12,7 +12,7 @@ from rayml import yaml12
 from rayml.errors import ConfigError
 
 
-def once(overrides: Sequence[str]) -> Sequence[str]:
+def refuse_duplicates(overrides: Sequence[str]) -> Sequence[str]:
     """Return the overrides if each has another key.
 
     Raises:
@@ -25,7 +25,7 @@ def once(overrides: Sequence[str]) -> Sequence[str]:
     return overrides
 
 
-def parsed(override: str, section: type[BaseModel]) -> tuple[str, Any]:
+def parse_override(override: str, section: type[BaseModel]) -> tuple[str, Any]:
     """Return the dotted key and the value of an override.
 
     A text is taken as typed, unless it is all in quotes; so is a list of texts, unless it is in brackets. All other

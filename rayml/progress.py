@@ -64,7 +64,7 @@ class Lines:
 
 
 @contextmanager
-def doing(console: Console, what: str) -> Iterator[None]:
+def show_activity(console: Console, what: str) -> Iterator[None]:
     """Show what the block does, and for how long it has run."""
     began = time.monotonic()
     if console.is_terminal:

@@ -20,7 +20,7 @@ from rayml.tasks.episodes import Sampler
 from rayml.tasks.kinds import KindName
 from rayml.tasks.row import COLUMNS
 from rayml.tasks.splits import SplitRule
-from rayml.tasks.templates import compiled
+from rayml.tasks.templates import compile_template
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 NotNegativeInt = Annotated[int, Field(ge=0)]
@@ -135,7 +135,7 @@ class Data(Section):
         prompts += [(f"templates.{key}", prompt) for key, group in self.templates.items() for prompt in group]
         for key, prompt in prompts:
             try:
-                compiled(prompt)
+                compile_template(prompt)
             except ConfigError as error:
                 raise ValueError(f"data.{key}: {error}") from None
         return self

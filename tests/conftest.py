@@ -200,12 +200,12 @@ def training_here():
     import ray.train
 
     from rayml.runs.checkpoint import folder_name
-    from rayml.runs.files import deliver
+    from rayml.runs.files import copy_folder
     from rayml.training import driver, worker
 
     def keep(run, learning, record):
         part = worker.write_part(learning, run.checkpoints)
-        deliver(part, run.checkpoints / folder_name(learning.done))
+        copy_folder(part, run.checkpoints / folder_name(learning.done))
         shutil.rmtree(part)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -20,11 +20,11 @@ from transformers import (
 import rayml
 from rayml.errors import ConfigError, DataError, RunError
 from rayml.lm import trials
-from rayml.lm.abilities import check_model, refuse_strange, refuse_tokens, unable
+from rayml.lm.abilities import check_model, refuse_misbehaving, refuse_tokens, why_unusable
 from rayml.lm.chat import chat_prompt, chat_row, chat_text
 from rayml.lm.decode import Decoder
 from rayml.lm.encode import Encoder
-from rayml.lm.generate import texts_behind, write
+from rayml.lm.generate import prepare_generations, write
 from rayml.lm.load import context_tokens, load_base, load_shape, load_tokenizer
 from rayml.lm.model import TaskLM
 from rayml.lm.sampling import Sampling
@@ -148,15 +148,15 @@ def test_files_of_weights_that_are_not_whole_are_named(tmp_path):
 def test_weights_that_are_no_numbers_are_named(tmp_path):
     folder = with_weights(make_model(tmp_path, "llama"), "model.norm.weight")
     with pytest.raises(ConfigError, match=r"LlamaForCausalLM hold NaN or infinity, such as model.norm.weight"):
-        refuse_strange(TaskLM(load_base(str(folder), "float32"), None))
+        refuse_misbehaving(TaskLM(load_base(str(folder), "float32"), None))
 
 
 @pytest.mark.parametrize("family", ["roberta", "bert"])
 def test_an_encoder_is_no_causal_model(tmp_path, family):
     folder = edited(make_model(tmp_path, family), architectures=["RobertaForCausalLM"])
     with pytest.raises(ConfigError, match="looks at later tokens, as encoders do"):
-        refuse_strange(TaskLM(load_base(str(folder), "float32"), None))
-    assert "as encoders do" in unable(str(folder), {}, 0, writes=False)
+        refuse_misbehaving(TaskLM(load_base(str(folder), "float32"), None))
+    assert "as encoders do" in why_unusable(str(folder), {}, 0, writes=False)
     with pytest.raises(ConfigError, match="as encoders do"):
         read_shape(config_of(tmp_path / "run", folder, ["query"]))  # `rayml plan` knows it, too
 
@@ -274,7 +274,7 @@ def test_the_context_is_what_the_positions_allow(tmp_path):
 def test_texts_end_with_the_context(tmp_path):
     folder = str(make_model(tmp_path, "gpt2", n_positions=32))
     lm, words = TaskLM(load_base(folder, "float32"), None), load_tokenizer(folder)
-    texts = texts_behind(lm, words, [[*range(40, 60)], [*range(40, 72)]], None, 30)
+    texts = prepare_generations(lm, words, [[*range(40, 60)], [*range(40, 72)]], None, 30)
     write(lm, texts)
     assert [len(text.tokens) - text.prompt_tokens for text in texts] <= [12, 1]
 
@@ -285,11 +285,11 @@ def test_a_text_that_has_ended_takes_no_part_in_the_others(tmp_path):
     prompts = [[*range(40, 45)], [*range(60, 80)]]
     alone = []
     for prompt in prompts:
-        (text,) = texts_behind(lm, words, [prompt], None, 12)
+        (text,) = prepare_generations(lm, words, [prompt], None, 12)
         write(lm, [text])
         alone.append(text.tokens)
     first = alone[0][6]
-    ends = texts_behind(lm, words, prompts, None, 12)
+    ends = prepare_generations(lm, words, prompts, None, 12)
     ends[0].ends = {first}
     write(lm, ends)
     assert ends[0].tokens == alone[0][: alone[0].index(first, 5)]
@@ -363,7 +363,7 @@ def test_a_joined_row_past_a_window_writes_what_transformers_does(tmp_path):
     folder = str(make_model(tmp_path, "mistral"))
     lm, words = TaskLM(load_base(folder, "float32"), None), load_tokenizer(folder)
     prompts = [[*range(20, 43)], [*range(60, 64)], [*range(80, 110)]]
-    texts = texts_behind(lm, words, prompts, None, 12)
+    texts = prepare_generations(lm, words, prompts, None, 12)
     for text in texts:
         text.ends = {-1}
     decoder = Decoder(lm, 3, 1000)
@@ -424,7 +424,7 @@ def test_an_empty_thought_stands_in_the_prompt_and_is_not_learned():
     words.chat_template = THINKS
     row = chat_row(words, turns, 256)
     assert learned_text(words, row) == "yo[end]"
-    assert Encoder(words, "", 256, kind="dialogue").asked(Example("hi", "", turns)) == row.tokens[: row.start]
+    assert Encoder(words, "", 256, kind="dialogue").prompt_tokens(Example("hi", "", turns)) == row.tokens[: row.start]
     # What was thought before an earlier answer may be gone from what asks for the next.
     words.chat_template = "{% for m in messages %}{{ m.content.split('</think>')[-1] }}{% endfor %}"
     thought = [("user", "hi"), ("assistant", "<think>hm</think>yo"), ("user", "so")]

@@ -7,14 +7,17 @@ import torch
 from conftest import meta_gradient
 from torch import nn
 
-from rayml.algorithms.base import Algorithm, Turn
+from rayml.algorithms.base import Algorithm, Minibatch
 from rayml.algorithms.outer_loop import RecentGains, initial_log_inner_lrs
-from rayml.algorithms.phased_optimizer import PhasedOptimizer, steps_of
-from rayml.algorithms.registry import REGISTERED, chosen
+from rayml.algorithms.phased_optimizer import PhasedOptimizer, optimizer_steps
+from rayml.algorithms.registry import REGISTERED, parse_algorithm
 
-fomaml, maml = chosen({"name": "fomaml_plus", "start_weight": 0.0}), chosen({"name": "maml", "learn_rates": True})
-reptile, multitask, query_only = (chosen({"name": name}) for name in ("reptile", "multitask", "metaicl"))
-meta_sgd = chosen({"name": "meta_sgd", "start_weight": 0.0})
+fomaml, maml = (
+    parse_algorithm({"name": "fomaml_plus", "start_weight": 0.0}),
+    parse_algorithm({"name": "maml", "learn_rates": True}),
+)
+reptile, multitask, query_only = (parse_algorithm({"name": name}) for name in ("reptile", "multitask", "metaicl"))
+meta_sgd = parse_algorithm({"name": "meta_sgd", "start_weight": 0.0})
 
 TASKS, WIDTH, STEPS = 3, 5, 3
 GENERATOR = torch.Generator().manual_seed(0)
@@ -145,7 +148,7 @@ def test_without_inner_steps_fomaml_maml_and_what_stands_as_it_is_agree():
 
 @pytest.mark.parametrize("name", sorted(REGISTERED.keys() - {"protonet", "proto_maml"}))  # they read hidden states
 def test_a_meta_gradient_is_the_weighted_sum_of_its_tasks(name):
-    algorithm = chosen({"name": name})
+    algorithm = parse_algorithm({"name": name})
     whole = run(algorithm)
     single = [run(algorithm, weights=WEIGHTS * (torch.arange(TASKS) == task)) for task in range(TASKS)]
     for tensor in START:
@@ -169,11 +172,15 @@ def test_what_has_no_inner_rate_stays_in_the_inner_loop_and_still_learns(algorit
 class TwiceAsked(Algorithm):
     """Asks the query within the inner loop, too."""
 
-    def turns(self, steps):
-        return [turn for k in range(steps) for turn in (Turn("support", descends=True), Turn("query", 0.5**k))]
+    def minibatches(self, steps):
+        return [
+            minibatch
+            for k in range(steps)
+            for minibatch in (Minibatch("support", descends=True), Minibatch("query", 0.5**k))
+        ]
 
 
-SHARDED = [kind for kind in (chosen({"name": name}) for name in REGISTERED) if kind.runs_sharded] + [
+SHARDED = [kind for kind in (parse_algorithm({"name": name}) for name in REGISTERED) if kind.runs_sharded] + [
     TwiceAsked(name="")
 ]
 
@@ -187,7 +194,7 @@ def test_a_phased_optimizer_takes_the_same_outer_step_minibatch_by_minibatch(alg
     groups = [{"params": [weight], "inner_lr": 0.2 if name in inner else 0.0} for name, weight in weights.items()]
     optimizer = PhasedOptimizer(torch.optim.SGD(groups, lr=1.0))
     for task in range(TASKS):
-        for step in steps_of(algorithm.turns(STEPS)):
+        for step in optimizer_steps(algorithm.minibatches(STEPS)):
             optimizer.zero_grad()
             fast = {name: weight.expand(TASKS, *weight.shape) for name, weight in weights.items()}
             sum(part * losses(side)(fast)[task] for side, part in step.sides).backward()
@@ -201,9 +208,9 @@ def test_a_phased_optimizer_takes_the_same_outer_step_minibatch_by_minibatch(alg
 def test_patterns_choose_what_the_inner_loop_changes():
     start = {"layers.1.lora_A": torch.zeros(2, 3), "layers.1.lora_B": torch.zeros(3, 2)}
     assert set(initial_log_inner_lrs(start, 0.1, (), False)) == set(start)
-    (chosen,) = initial_log_inner_lrs(start, 0.1, ("*.lora_B",), True).values()
-    assert chosen.shape == (3, 2)
-    assert chosen[0, 0] == pytest.approx(math.log(0.1))
+    (parse_algorithm,) = initial_log_inner_lrs(start, 0.1, ("*.lora_B",), True).values()
+    assert parse_algorithm.shape == (3, 2)
+    assert parse_algorithm[0, 0] == pytest.approx(math.log(0.1))
     assert not initial_log_inner_lrs(start, 0.1, ("head",), False)
 
 

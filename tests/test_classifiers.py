@@ -15,7 +15,7 @@ from rayml.cli import app
 from rayml.config import with_values
 from rayml.errors import ConfigError
 from rayml.experiments import classifiers
-from rayml.experiments.classifiers import Embedding, Head, choose_head, missing
+from rayml.experiments.classifiers import Embedding, Head, choose_head, install_command
 from rayml.experiments.compare import compare
 from rayml.tasks.task import Example, Task
 
@@ -27,7 +27,8 @@ TEXTS = {
 }
 CPU = torch.device("cpu")
 needs_packages = pytest.mark.skipif(
-    bool(missing("setfit", "minilm")), reason=f"classifiers are not installed: {missing('setfit', 'minilm')}"
+    bool(install_command("setfit", "minilm")),
+    reason=f"classifiers are not installed: {install_command('setfit', 'minilm')}",
 )
 
 

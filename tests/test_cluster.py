@@ -20,7 +20,7 @@ from test_plan import write_llama
 from transformers import BertConfig, LlamaConfig
 
 from rayml.config import load_config
-from rayml.planning.memory import memory
+from rayml.planning.memory import plan_memory
 from rayml.planning.plan import settled_for_plan
 from rayml.planning.shape import read_shape
 from rayml.serving.metrics import COUNTERS, GAUGES, HISTOGRAMS
@@ -278,7 +278,7 @@ def test_every_config_plans_and_says_what_a_gpu_needs(path, shaped):
     config = load_config(path)
     config = load_config(path, [f"model.name={shaped[config.model.name]}"])
     config = settled_for_plan(config, on_gpu=config.device == "cuda")
-    gib = memory(read_shape(config), config).device_bytes / 2**30
+    gib = plan_memory(read_shape(config), config).device_bytes / 2**30
     if config.device != "cuda":
         return
     text = path.read_text()

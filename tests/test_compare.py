@@ -21,6 +21,7 @@ from rayml.errors import ConfigError, DataError, RunError
 from rayml.experiments.answers import LearnedMethod, Setting, adapted_weights, choose_setting, label_answers
 from rayml.experiments.compare import code_version, compare, result_fingerprint
 from rayml.experiments.method_runs import METHODS, MethodRun, Request, plan, tokens_per_step
+from rayml.lm.scorer import make_side
 from rayml.lm.sides import trained_tokens, training_sides
 from rayml.model import untrained_model
 from rayml.runs.checkpoint import seal, write_state
@@ -136,7 +137,7 @@ def test_a_text_is_written_with_what_its_episode_taught(tmp_path):
     model = untrained_model(config, toy_tasks())
     method = LearnedMethod(model.scorer(), model.start, model.inner_lrs)
     episode = replace(make_sampler().episode(tasks, 0), query=())
-    losses = method.scorer.support_losses([episode])
+    losses = make_side(model.lm, model.encoder, [episode], "support").losses
     fast = {name: weight[None].clone().requires_grad_() for name, weight in model.start.items()}
     for _ in range(2):
         gradients = torch.autograd.grad(losses(fast).sum(), list(fast.values()))

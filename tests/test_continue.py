@@ -13,7 +13,7 @@ from rich.console import Console
 from rayml import model as model_module
 from rayml.config import Config
 from rayml.errors import ConfigError, DataError, RunError
-from rayml.model import load, start_of
+from rayml.model import load, read_start
 from rayml.runs.folder import RunFolder
 from rayml.tasks.prepare import prepare_splits
 from rayml.training import continual as continuing
@@ -112,7 +112,7 @@ def test_old_episodes_have_their_share_and_scores_are_of_the_same_episodes(old, 
     # A run beside itself has forgotten nothing.
     scores = report_forgetting(old, found, found.splits, Console(quiet=True))
     assert all(ends["change"] == {"mean": 0.0, "low": 0.0, "high": 0.0} for ends in scores.values())
-    start, _ = start_of(old)
+    start, _ = read_start(old)
     assert all(torch.equal(start[name], weight) for name, weight in load(old).start.items())
 
 

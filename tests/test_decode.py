@@ -7,7 +7,7 @@ from conftest import tiny_lm
 from rayml.lm.decode import Decoder
 from rayml.lm.generate import Generation, TextStream, choose
 from rayml.lm.load import load_base
-from rayml.lm.lora import TaskLoRA, linear_kinds, side_by_side
+from rayml.lm.lora import TaskLoRA, linear_kinds, stack_adapters
 from rayml.lm.model import TaskLM
 from rayml.lm.sampling import Sampling
 
@@ -37,7 +37,7 @@ def adapters(lm):
 
 
 def by_transformers(lm, tokenizer, prompt, adapter, tokens=TOKENS):
-    lm.adapter.adapters = side_by_side([adapter])
+    lm.adapter.adapters = stack_adapters([adapter])
     row = torch.tensor([tokenizer(prompt)["input_ids"]])
     made = lm.module.generate(
         input_ids=row, attention_mask=torch.ones_like(row), max_new_tokens=tokens, do_sample=False, pad_token_id=1
@@ -82,13 +82,13 @@ def test_mixed_rows_that_join_and_leave_write_what_each_writes_alone(lm, tokeniz
 
 
 def test_logits_of_a_mixed_batch_are_those_of_each_alone(lm, tokenizer, adapters):
-    class KeptSupport(Generation):
+    class Recorded(Generation):
         def take(self, logits):
             self.seen = [*getattr(self, "seen", []), logits]
             super().take(logits)
 
     def kept(index):
-        return KeptSupport(tokenizer, tokenizer(PROMPTS[index])["input_ids"], adapters[index], Sampling(6))
+        return Recorded(tokenizer, tokenizer(PROMPTS[index])["input_ids"], adapters[index], Sampling(6))
 
     together, alone = [kept(index) for index in range(5)], [kept(index) for index in range(5)]
     decoder = Decoder(lm, most_rows=8, cache_tokens=10_000)
@@ -191,7 +191,7 @@ def test_log_probabilities_are_those_of_the_logits(lm, tokenizer, adapters):
     row = generation(tokenizer, 1, adapters, logprobs=3)
     decoder = Decoder(lm, most_rows=1, cache_tokens=0)
     decoder.join([row])
-    lm.adapter.adapters = side_by_side([adapters[1]])
+    lm.adapter.adapters = stack_adapters([adapters[1]])
     expected = lm.module(torch.tensor([row.tokens[: row.prompt_tokens]])).logits[0, -1].log_softmax(-1)
     (score,) = row.piece().scores
     assert score.logprob == pytest.approx(float(expected.max()), abs=1e-5)
@@ -200,9 +200,9 @@ def test_log_probabilities_are_those_of_the_logits(lm, tokenizer, adapters):
 
 def test_adapters_side_by_side_act_as_each_alone(tiny, adapters):
     lm = tiny_lm(tiny)
-    stacked = side_by_side([adapters[0], adapters[2], adapters[3]])
+    stacked = stack_adapters([adapters[0], adapters[2], adapters[3]])
     name = next(name for name in adapters[2] if name.endswith("q_proj.lora_A"))
     assert stacked[name].shape == (3, 2, lm.module.config.hidden_size)
     assert not stacked[name][0].any()
     assert torch.equal(stacked[name][1], adapters[2][name])
-    assert side_by_side([None, None]) is None
+    assert stack_adapters([None, None]) is None

@@ -25,7 +25,7 @@ from rayml.lm.batch import TokenRow, collate
 from rayml.lm.lora import TaskLoRA
 from rayml.lm.model import TaskLM
 from rayml.lm.sides import TaskSide
-from rayml.training.stream import one_ahead
+from rayml.training.stream import prefetch
 
 META = torch.device("meta")
 TASKS, STEPS = 3, 2
@@ -100,9 +100,9 @@ def test_a_meta_gradient_waits_for_nothing(tiny, tmp_path, settings, narrow):
     classes = [[k % 2 for k in range(len(task))] for task in rows]
     support, query = (TaskSide(lm, rows, [[[6], [7]]] * TASKS, classes, 1) for _ in range(2))
     weights = torch.ones(TASKS)
-    lm.try_out()  # once, of numbers
+    lm.probe()  # once, of numbers
     for side in (support, query):
-        side.lay_out()
+        side.prepare()
     with Waits() as waits:
         algorithm.meta_gradient(support, query, start, inner, weights)
     assert waits.lines == []
@@ -115,12 +115,12 @@ def test_a_step_is_laid_out_while_the_one_before_it_is_taken():
         yield from ([{"index": step}] for step in range(3))
         raise raised
 
-    def lay_out(episodes):
+    def prepare(episodes):
         begun.append(step := episodes[0]["index"])
         laid[step].set()
         return step * 10
 
-    found = one_ahead(steps(), lay_out, torch.device("cpu"))
+    found = prefetch(steps(), prepare, torch.device("cpu"))
     assert next(found) == ([{"index": 0}], 0)
     assert laid[1].wait(30), "nobody asked for it yet"
     assert begun == [0, 1], "one step ahead, and no more"
@@ -138,6 +138,6 @@ def test_what_is_not_asked_for_is_let_go():
         finally:
             ended.append(True)
 
-    for _ in one_ahead(steps(), len, torch.device("cpu")):
+    for _ in prefetch(steps(), len, torch.device("cpu")):
         break
     assert ended

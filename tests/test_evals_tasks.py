@@ -13,7 +13,7 @@ from rayml.errors import DataError
 from rayml.tasks import evals
 from rayml.tasks.read import read_rows
 from rayml.tasks.table import build_tasks
-from rayml.tasks.task import normalized
+from rayml.tasks.task import normalize_text
 
 COLOURS = ("amber", "beige", "coral", "denim", "ebony", "fawn", "green", "hazel", "ivory", "jade", "khaki", "lilac")
 
@@ -246,7 +246,7 @@ def test_the_wheel_gives_many_tasks_that_keep_the_rules(tmp_path):
     assert len(tasks) >= 60
     assert not duplicates.repeated
     assert not duplicates.conflicting
-    texts = [normalized(example.input) for task in tasks for example in task.examples]
+    texts = [normalize_text(example.input) for task in tasks for example in task.examples]
     assert len(set(texts)) == len(texts)
     assert max(map(len, texts)) <= 400
     for task in tasks:

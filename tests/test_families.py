@@ -17,13 +17,13 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from rayml.errors import ConfigError
 from rayml.lm import zero
-from rayml.lm.abilities import NOT_SHARDED, check_model, unable
+from rayml.lm.abilities import NOT_SHARDED, check_model, why_unusable
 from rayml.lm.batch import TokenRow, collate
 from rayml.lm.decode import Decoder
 from rayml.lm.encode import Encoder
 from rayml.lm.label_trie import label_trie
 from rayml.lm.load import load_base, load_shape, load_tokenizer
-from rayml.lm.lora import linear_kinds, side_by_side
+from rayml.lm.lora import linear_kinds, stack_adapters
 from rayml.lm.model import TaskLM, hooks
 from rayml.lm.option_scoring import PromptEnsemble, weighted_prompts
 from rayml.lm.peft_files import save_adapter
@@ -84,7 +84,7 @@ def what_fits(base, writes):
     kinds, refused = linear_kinds(load_shape(base)), []
     if not kinds:
         refused.append("LoRA (no linear layers); soft prompts were compared")
-    while reason := unable(base, {"targets": kinds, "rank": 2, "alpha": 4.0}, 0, writes):
+    while reason := why_unusable(base, {"targets": kinds, "rank": 2, "alpha": 4.0}, 0, writes):
         if "cannot write texts" in reason:
             return kinds, [*refused, f"texts ({said(reason)})"]
         named = re.search(r"(never calls its|wrong tasks.*on|in PEFT.*on) ([^;]*);", reason)
@@ -108,13 +108,13 @@ def compared(lm, adapters, base, lora):
     examples, labels = [Example(one.input, labels[one.target]) for one in EXAMPLES], list(labels.values())
     tasks = [examples, examples[:2]]
     rows = [encoder.rows(task, is_label=True) for task in tasks]
-    known = encoder.competing(labels, examples[0])
+    known = encoder.competing_tokens(labels, examples[0])
     plain = [[plain_scores(lm, adapters[t], encoder, one, labels, known) for one in of] for t, of in enumerate(tasks)]
     chosen = [
         [s[labels.index(e.target)] for s, e in zip(*both, strict=True)] for both in zip(plain, tasks, strict=True)
     ]
     wanted = -torch.stack([torch.stack(of).mean() for of in chosen])
-    both = side_by_side(adapters)
+    both = stack_adapters(adapters)
     batch, packed = (collate(rows, encoder.pad, [known] * 2, packs) for packs in (False, True))
     assert packed.position_ids is not None
     found = {"batch": verdict(lm.losses(both, batch), wanted)}
@@ -132,7 +132,7 @@ def compared(lm, adapters, base, lora):
 
 
 def logits(lm, adapter, soft=0):
-    lm.adapter.begin(side_by_side([adapter]))
+    lm.adapter.begin(stack_adapters([adapter]))
     found = lm.module(input_ids=torch.tensor([[*soft_tokens(soft), *range(20, 40)]])).logits[0, soft:]
     lm.adapter.begin(None)
     return found
@@ -148,7 +148,7 @@ def plain_scores(lm, adapter, encoder, example, labels, known):
     """The log-probability of each label among the labels, token by token, from a forward of it alone."""
     trie, scores = label_trie(known), []
     for row in encoder.option_rows([example], labels)[0]:
-        lm.adapter.begin(side_by_side([adapter]))
+        lm.adapter.begin(stack_adapters([adapter]))
         read = [*row.tokens[: row.start], *row.suffix] if lm.pad is not None else row.tokens
         logits = lm.module(input_ids=torch.tensor([read])).logits[0].float()
         target = row.tokens[row.start :]
@@ -177,7 +177,7 @@ def writes_as_whole(lm, adapters):
     decoder.leave(rows[0])
     decoder.step()
     for row in rows:
-        lm.adapter.begin(side_by_side([row.adapter]))
+        lm.adapter.begin(stack_adapters([row.adapter]))
         logits = lm.module(input_ids=torch.tensor([row.tokens]), use_cache=False).logits[0, row.prompt_tokens - 1 : -1]
         if verdict(torch.stack(row.logits), logits) == "differs":
             return False
@@ -214,7 +214,7 @@ def loss_and_gradients(module, targets):
     lora = {"targets": targets, "rank": 2, "alpha": 4.0, "last_layers": None}
     lm = TaskLM(module, hooks(module, lora, 0))
     torch.manual_seed(0)
-    adapters = side_by_side([random_adapter(lm) for _ in range(2)])
+    adapters = stack_adapters([random_adapter(lm) for _ in range(2)])
     adapters = {name: weight.requires_grad_() for name, weight in adapters.items()}
     rows = [[TokenRow(torch.randint(5, 250, (length,)).tolist(), length - 3) for length in (9, 14)] for _ in range(2)]
     losses = lm.losses(adapters, collate(rows, pad=1))

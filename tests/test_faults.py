@@ -153,5 +153,5 @@ def notices_agree(rank: int, folder: Path) -> None:
     assert notices.read() == (False, False), "not asked again so soon"
     collective.gather_from_workers(None)
     if rank == 0:
-        run.tell_to_stop()
+        run.request_stop()
     assert notices.read() == (True, False)

@@ -11,7 +11,7 @@ from families import make_model
 from rayml.algorithms.inner_loop import expand, task_gradients
 from rayml.lm.batch import collate
 from rayml.lm.encode import Encoder
-from rayml.lm.frozen import BLOCK_TOKENS, Share, blocks, known_states
+from rayml.lm.frozen import BLOCK_TOKENS, WorkerShare, blocks, compute_known_states
 from rayml.lm.load import load_base
 from rayml.lm.lora import TaskLoRA
 from rayml.lm.model import TaskLM
@@ -43,7 +43,7 @@ def test_losses_and_gradients_are_those_of_whole_forwards(lm, rows, tokenizer, p
         return batch, [losses, *gradients.values()]
 
     whole, expected = found(None)
-    known = known_states(lm, rows, tokenizer.eos_token_id)
+    known = compute_known_states(lm, rows, tokenizer.eos_token_id)
     looked_up, same = found(known)
     torch.testing.assert_close(same, expected, rtol=1e-4, atol=1e-6)
     states = known.of(looked_up)
@@ -53,7 +53,7 @@ def test_losses_and_gradients_are_those_of_whole_forwards(lm, rows, tokenizer, p
 
 
 def test_the_layers_are_not_run_for_what_is_known(lm, rows, tokenizer):
-    lm.known = known_states(lm, rows, tokenizer.eos_token_id)
+    lm.known = compute_known_states(lm, rows, tokenizer.eos_token_id)
     calls = []
     for index, layer in enumerate(lm.module.model.layers):
         layer.self_attn.register_forward_hook(lambda *_, index=index: calls.append(index))
@@ -62,7 +62,7 @@ def test_the_layers_are_not_run_for_what_is_known(lm, rows, tokenizer):
 
 
 def test_a_batch_with_an_unknown_example_is_run_as_a_whole(lm, rows, tokenizer):
-    lm.known = known_states(lm, rows[:8], tokenizer.eos_token_id)
+    lm.known = compute_known_states(lm, rows[:8], tokenizer.eos_token_id)
     assert lm.known.of(collate([rows[:8]], tokenizer.eos_token_id)) is not None
     assert lm.known.of(collate([rows[:9]], tokenizer.eos_token_id)) is None
     assert lm.slot(collate([rows[:9]], tokenizer.eos_token_id)) == []
@@ -72,7 +72,7 @@ def test_a_batch_with_an_unknown_example_is_run_as_a_whole(lm, rows, tokenizer):
 def test_workers_share_the_work_and_find_the_same(lm, tokenizer, workers, monkeypatch):
     monkeypatch.setattr("rayml.lm.frozen.BLOCK_TOKENS", 40)
     rows = [TokenRow([5 + n % 7] * (4 + n % 5) + [9], 4 + n % 5) for n in range(23)]
-    alone = known_states(lm, rows, tokenizer.eos_token_id)
+    alone = compute_known_states(lm, rows, tokenizer.eos_token_id)
     parts = [lm.frozen_states(block, tokenizer.eos_token_id) for block in blocks(rows)[1]]
     assert len(parts) > workers or workers == 9
     parts += [alone.states[:0]] * (-len(parts) % workers)  # in the last turn, some have nothing to do
@@ -84,7 +84,7 @@ def test_workers_share_the_work_and_find_the_same(lm, tokenizer, workers, monkey
             assert torch.equal(mine, of_all[rank])
             return of_all
 
-        together = known_states(lm, rows, tokenizer.eos_token_id, Share(rank, workers, gather))
+        together = compute_known_states(lm, rows, tokenizer.eos_token_id, WorkerShare(rank, workers, gather))
         assert torch.equal(together.states, alone.states)
         assert together.first == alone.first
         assert next(turns, None) is None
@@ -93,19 +93,19 @@ def test_workers_share_the_work_and_find_the_same(lm, tokenizer, workers, monkey
 def test_states_in_a_file_are_those_in_memory_and_leave_nothing_behind(lm, rows, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     batch = collate([rows[:9], rows[3:11]], tokenizer.eos_token_id, packs=True)
-    inside = known_states(lm, rows, tokenizer.eos_token_id)
+    inside = compute_known_states(lm, rows, tokenizer.eos_token_id)
     monkeypatch.setattr(replicated, "MOST_IN_MEMORY", 1000)
     room = replicated.room_for_states
-    outside = known_states(lm, rows, tokenizer.eos_token_id, room=room)
+    outside = compute_known_states(lm, rows, tokenizer.eos_token_id, room=room)
     mapped = Path("/proc/self/maps").read_text() if Path("/proc/self/maps").exists() else str(tmp_path)
     assert str(tmp_path) in mapped
     assert list(tmp_path.iterdir()) == []
     assert torch.equal(outside.of(batch), inside.of(batch))
     monkeypatch.setattr(replicated, "MOST_IN_FILE", 2000)
-    assert known_states(lm, rows, tokenizer.eos_token_id, room=room) is None
+    assert compute_known_states(lm, rows, tokenizer.eos_token_id, room=room) is None
     monkeypatch.setattr(replicated, "MOST_IN_FILE", 2**30)
     monkeypatch.setattr(replicated, "has_disk_for", lambda _: False)
-    assert known_states(lm, rows, tokenizer.eos_token_id, room=room) is None
+    assert compute_known_states(lm, rows, tokenizer.eos_token_id, room=room) is None
 
 
 @pytest.mark.parametrize(("kind", "free", "fits"), [("ext4", 201, True), ("ext4", 200, False), ("tmpfs", 201, False)])
@@ -122,7 +122,7 @@ def test_layers_may_be_wider_than_the_embeddings(tmp_path):
     module = load_base(str(make_model(tmp_path, "opt", word_embed_proj_dim=16)), "float32")
     lm = TaskLM(module, TaskLoRA(module, ["q_proj"], 2, alpha=4.0, last_layers=1))
     rows = [TokenRow([5, 6, 7 + n], 2) for n in range(4)]
-    known = known_states(lm, rows, 1)
+    known = compute_known_states(lm, rows, 1)
     batch = collate([rows], 1)
     lm.losses(None, batch)
     torch.testing.assert_close(known.of(batch), batch.frozen[0])

@@ -265,7 +265,7 @@ def options(rank, path, expected):
 
     head = new_learner(path, full_config(inner__modules=["*.layers.1.*"]))
     start = weights(head)
-    head.take([(side(0, 4), 1.0)], Phase(descends=True))
+    head.run_phase([(side(0, 4), 1.0)], Phase(descends=True))
     moved = {name for name, weight in weights(head).items() if not torch.equal(weight, start[name])}
     assert moved == {name for name in start if ".layers.1." in name}
     assert sum(start.numel() for start in head.optimizer.starts.values()) < sum(w.numel() for w in start.values()) / 2

@@ -23,11 +23,11 @@ from conftest import make_config
 from ray._private.runtime_env.packaging import create_package
 from ray.job_submission import JobStatus
 
-from rayml.cli.deploy import parsed
+from rayml.cli.deploy import parse_command
 from rayml.config import dump_config
 from rayml.errors import ConfigError, RunError
 from rayml.runs.folder import RunFolder
-from rayml.training.submit import EXCLUDED, MOST_BYTES, files_of, prepare, refuse_large, refuse_second_job
+from rayml.training.submit import EXCLUDED, MOST_BYTES, prepare, refuse_large, refuse_second_job, uploaded_files
 
 ROOT = Path(__file__).parents[1]
 TOKEN = "a-token-of-the-tests-0123456789abcdef"
@@ -167,7 +167,7 @@ def test_a_job_needs_the_token_and_goes_on_when_submitted_again(head, tmp_path):
 
 
 def prepared(words, folder, name=None, storage=None):
-    return prepare(parsed(words), folder, name, storage)
+    return prepare(parse_command(words), folder, name, storage)
 
 
 def test_a_run_needs_a_place_that_all_nodes_share(tmp_path):
@@ -197,7 +197,7 @@ def test_a_run_needs_a_place_that_all_nodes_share(tmp_path):
         with pytest.raises(ConfigError, match="--name"):
             prepared(["evaluate", "/mnt/mine"], folder, name)
     with pytest.raises(typer.BadParameter, match="no 'nonsense' to submit"):
-        parsed(["nonsense"])
+        parse_command(["nonsense"])
 
 
 def test_a_bad_config_or_data_that_stays_behind_is_refused_before_it_is_sent(tmp_path):
@@ -231,7 +231,7 @@ def test_only_what_is_needed_is_uploaded(tmp_path):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("x")
     (folder / "code" / "x.py").write_text("x")
-    assert [file.as_posix() for file in files_of(folder)] == ["code/x.py", "config.yaml"]
+    assert [file.as_posix() for file in uploaded_files(folder)] == ["code/x.py", "config.yaml"]
     refuse_large(folder)
     packed = tmp_path / "packed.zip"  # as Ray's client packs it
     create_package(str(folder), packed, include_gitignore=False, excludes=EXCLUDED)

@@ -15,10 +15,10 @@ from rayml.lm.encode import Encoder
 from rayml.lm.label_trie import IGNORE
 from rayml.lm.load import load_tokenizer
 from rayml.lm.model import TaskLM
-from rayml.tasks.kinds import format_target, listed, spans
+from rayml.tasks.kinds import format_target, parse_labels, parse_spans
 from rayml.tasks.prepare import prepare_tasks
 from rayml.tasks.read import read_rows
-from rayml.tasks.row import unanswered
+from rayml.tasks.row import query_example
 from rayml.tasks.table import build_tasks
 
 TURNS = [("user", "我的包裹还没到"), ("assistant", "请告诉我单号"), ("user", "12345"), ("assistant", "明天送达")]
@@ -69,7 +69,7 @@ def task_of(tmp_path, *rows: dict, **more):
 def test_a_row_tells_its_kind_and_is_shown_by_its_kinds_prompt(kind, tmp_path, smollm2):
     task = task_of(tmp_path, ROWS[kind])
     assert task.kind == kind
-    encoder = Encoder(smollm2, "{input}\nLabel:", 128).of(task.name, task.kind)
+    encoder = Encoder(smollm2, "{input}\nLabel:", 128).for_task(task.name, task.kind)
     row = encoder.row(task.examples[0], is_label=kind in ("pair", "relation"))
     text = smollm2.decode(row.tokens, skip_special_tokens=kind != "dialogue")
     if kind == "dialogue":  # by SmolLM2's own chat template
@@ -78,16 +78,16 @@ def test_a_row_tells_its_kind_and_is_shown_by_its_kinds_prompt(kind, tmp_path, s
         asked = smollm2.apply_chat_template(
             [{"role": r, "content": t} for r, t in TURNS[:3]], tokenize=False, add_generation_prompt=True
         )
-        assert smollm2.decode(encoder.asked(task.examples[0])) == asked
+        assert smollm2.decode(encoder.prompt_tokens(task.examples[0])) == asked
     else:
         assert text == SHOWN[kind]
         prompt = SHOWN[kind].removesuffix(" " + task.examples[0].target)
-        assert smollm2.decode(encoder.asked(task.examples[0])) == prompt
+        assert smollm2.decode(encoder.prompt_tokens(task.examples[0])) == prompt
 
 
 def test_only_the_assistants_turns_are_learned(tmp_path, smollm2):
     task = task_of(tmp_path, ROWS["dialogue"])
-    encoder = Encoder(smollm2, "{input}", 128).of(task.name, task.kind)
+    encoder = Encoder(smollm2, "{input}", 128).for_task(task.name, task.kind)
     batch = collate([[encoder.row(task.examples[0], is_label=False)]], smollm2.eos_token_id)
     learned = batch.targets[batch.targets != IGNORE]
     assert smollm2.decode(learned) == "请告诉我单号<|im_end|>明天送达<|im_end|>"
@@ -108,7 +108,7 @@ def test_the_loss_of_a_dialogue_is_transformers_own_with_all_else_masked(tmp_pat
     for start, end in ((23, 31), (54, 58)):  # one token a character; the end is one
         labels[0, start:end] = tokens[0, start:end]
     wanted = model(tokens, labels=labels).loss
-    encoder = Encoder(tokenizer, "{input}", 128).of(task.name, task.kind)
+    encoder = Encoder(tokenizer, "{input}", 128).for_task(task.name, task.kind)
     batch = collate([[encoder.row(task.examples[0], is_label=False)]], tokenizer.eos_token_id)
     found = TaskLM(model, None).losses(None, batch)[0]
     assert found.item() == pytest.approx(wanted.item(), abs=1e-5)
@@ -116,12 +116,12 @@ def test_the_loss_of_a_dialogue_is_transformers_own_with_all_else_masked(tmp_pat
 
 def test_a_long_dialogue_loses_its_beginning_and_never_its_last_turn(tmp_path, smollm2):
     task = task_of(tmp_path, ROWS["dialogue"])
-    encoder = Encoder(smollm2, "{input}", 20).of(task.name, task.kind)
+    encoder = Encoder(smollm2, "{input}", 20).for_task(task.name, task.kind)
     row = encoder.row(task.examples[0], is_label=False)
     assert len(row.tokens) == 20
     assert smollm2.decode(row.tokens[-9:]).endswith("明天送达<|im_end|>")
     with pytest.raises(DataError, match="leaves no room"):
-        Encoder(smollm2, "{input}", 4).of(task.name, task.kind).row(task.examples[0], is_label=False)
+        Encoder(smollm2, "{input}", 4).for_task(task.name, task.kind).row(task.examples[0], is_label=False)
 
 
 @pytest.mark.parametrize(
@@ -166,11 +166,11 @@ def test_a_column_mapping_makes_parts_and_a_setting_names_the_kind(tmp_path):
 
 def test_targets_are_written_and_read_back():
     assert format_target(["delay", "damage"]) == "delay; damage"
-    assert listed("delay;damage ; ") == ["delay", "damage"]
+    assert parse_labels("delay;damage ; ") == ["delay", "damage"]
     assert format_target([]) == "none"
-    assert listed("none") == spans("none") == []
-    assert spans(format_target([{"text": "上海", "type": "LOC"}])) == [("LOC", "上海")]
-    assert spans("LOC: ; what, PER: 李明: x") == [("what, PER", "李明: x")]
+    assert parse_labels("none") == parse_spans("none") == []
+    assert parse_spans(format_target([{"text": "上海", "type": "LOC"}])) == [("LOC", "上海")]
+    assert parse_spans("LOC: ; what, PER: 李明: x") == [("what, PER", "李明: x")]
 
 
 def query(target: str, answer: str, text: str = "", **more) -> dict:
@@ -218,6 +218,6 @@ def test_relations_that_are_none_do_not_count():
 
 
 def test_an_input_alone_is_a_text_fields_or_turns():
-    assert unanswered("hi").input == "hi"
-    assert unanswered({"premise": "a", "hypothesis": "b"}).parts == (("premise", "a"), ("hypothesis", "b"))
-    assert unanswered(TURNS[:1]).parts == (TURNS[0], ("assistant", ""))
+    assert query_example("hi").input == "hi"
+    assert query_example({"premise": "a", "hypothesis": "b"}).parts == (("premise", "a"), ("hypothesis", "b"))
+    assert query_example(TURNS[:1]).parts == (TURNS[0], ("assistant", ""))

@@ -11,10 +11,10 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from rayml.algorithms.inner_loop import adapt, task_gradients
-from rayml.algorithms.registry import chosen
+from rayml.algorithms.registry import parse_algorithm
 from rayml.errors import ConfigError
 from rayml.lm.batch import IGNORE, TaskBatch, collate
-from rayml.lm.frozen import Share
+from rayml.lm.frozen import WorkerShare
 from rayml.lm.initialization import group_by_input, principal_start
 from rayml.lm.load import checkpoint_activations, load_base
 from rayml.lm.lora import MixedUpdate, TaskLoRA, find_linears
@@ -93,7 +93,7 @@ def test_the_fomaml_gradient_is_sgd_on_a_copy_and_the_gradient_there(lm):
     start = perturbed_start(lm)
     support, query = random_batch(2, 4, seed=3), random_batch(2, 3, seed=4)
     found = meta_gradient(
-        chosen({"name": "fomaml"}),
+        parse_algorithm({"name": "fomaml"}),
         lambda fast: lm.losses(fast, support),
         lambda fast: lm.losses(fast, query),
         start,
@@ -123,7 +123,7 @@ def test_adapting_changes_no_parameter_of_the_base(lm):
     before = {name: p.clone() for name, p in lm.module.named_parameters()}
     start, batch = perturbed_start(lm), random_batch(2, 2, seed=5)
     losses = partial(lm.losses, batch=batch)
-    meta_gradient(chosen({"name": "fomaml"}), losses, losses, start, inner_lrs(start), 2, torch.ones(2))
+    meta_gradient(parse_algorithm({"name": "fomaml"}), losses, losses, start, inner_lrs(start), 2, torch.ones(2))
     for name, parameter in lm.module.named_parameters():
         assert torch.equal(parameter, before[name])
         assert parameter.grad is None
@@ -203,7 +203,7 @@ def test_workers_that_divide_the_batches_find_the_same_start(lm, workers):
         assert torch.equal(part, parts[0])
         return parts
 
-    shared = principal_start(lm, batches, 0, Share(0, workers, gather))
+    shared = principal_start(lm, batches, 0, WorkerShare(0, workers, gather))
     for name, weight in principal_start(lm, batches, 0).items():
         assert torch.equal(shared[name], weight)
     assert next([name for name in names if name.endswith(("q_proj", "v_proj"))] for names in group_by_input(full)) == [

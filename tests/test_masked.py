@@ -147,7 +147,7 @@ def run(tmp_path_factory, local_ray):
     config = make_config(
         tmp_path_factory.mktemp("masked"),
         model={"name": "tiny-masked"},
-        lora={"rank": 8, "alpha": 16.0, "targets": ["query", "value", "dense"]},
+        lora={"rank": 8, "alpha": 16.0, "targets": ["query", "value", "dense"], "start": "principal"},
         inner={"steps": 3, "lr": 0.002},
         outer={"steps": 12, "warmup_steps": 0, "lr": 0.001},
         tasks_per_step=8,

@@ -8,7 +8,7 @@ from conftest import meta_gradient
 
 from rayml.algorithms.inner_loop import adapt
 from rayml.algorithms.outer_loop import Learner, initial_log_inner_lrs, outer_schedule
-from rayml.algorithms.registry import chosen
+from rayml.algorithms.registry import parse_algorithm
 
 CENTRES = torch.tensor([[1.0, -2.0], [0.5, 3.0], [-4.0, 0.25]], dtype=torch.float64)
 QUERY_CENTRES = CENTRES * 2 - 1
@@ -22,7 +22,7 @@ def quadratic(centres):
 
 
 def fomaml(support_losses, query_losses, start, inner_lrs, steps, weights, start_weight=0.0):
-    algorithm = chosen({"name": "fomaml_plus", "start_weight": start_weight})
+    algorithm = parse_algorithm({"name": "fomaml_plus", "start_weight": start_weight})
     return meta_gradient(algorithm, support_losses, query_losses, start, inner_lrs, steps, weights)
 
 

@@ -14,7 +14,7 @@ from test_algorithms import START, WEIGHTS, inner_lrs, losses, run
 from test_compare import REQUEST
 
 from rayml.adapter import load_adapter
-from rayml.algorithms.registry import chosen
+from rayml.algorithms.registry import parse_algorithm
 from rayml.api import evaluate
 from rayml.config import load_config, parse_config
 from rayml.errors import ConfigError, RunError
@@ -98,11 +98,11 @@ def test_it_is_served(tmp_path):
 
 def test_a_schedule_alone_is_an_algorithm():
     """The gradient of the weighted query losses after one step and after two, with the steps held constant."""
-    algorithm = chosen({"name": "rayml_multi_step:MultiStep", "decay": 0.25})
+    algorithm = parse_algorithm({"name": "rayml_multi_step:MultiStep", "decay": 0.25})
     assert algorithm.runs_sharded
     assert algorithm.passes(2) == (2, 2)
     found = meta_gradient(algorithm, losses("support"), losses("query"), START, inner_lrs(), 2, WEIGHTS)
-    plain = chosen({"name": "fomaml"})
+    plain = parse_algorithm({"name": "fomaml"})
     one, two = (run(plain, steps=steps) for steps in (1, 2))
     for name in START:
         torch.testing.assert_close(found.start[name], 0.25 * one.start[name] + two.start[name])

@@ -29,12 +29,12 @@ from rayml.lm.catalog import resolve_model
 from rayml.lm.chat import chat_row
 from rayml.lm.encode import Encoder
 from rayml.lm.load import load_tokenizer
-from rayml.lm.tokens import marked, specials_of, tokenize
+from rayml.lm.tokens import mark_specials, specials_of, tokenize
 from rayml.tasks.check import check_data
 from rayml.tasks.convert import parse_columns, to_record, write_records
 from rayml.tasks.formats.text import comma_separated
-from rayml.tasks.kinds import format_target, listed, spans
-from rayml.tasks.read import read_rows, rows_given
+from rayml.tasks.kinds import format_target, parse_labels, parse_spans
+from rayml.tasks.read import read_rows, rows_from_examples
 from rayml.tasks.row import parse_row
 from rayml.tasks.table import build_tasks
 from rayml.tasks.task import Example, Task
@@ -94,8 +94,8 @@ def test_what_is_written_is_read_as_the_same_rows(tmp_path_factory, records):
     st.lists(st.tuples(WORDS.map(str.strip), WORDS.map(str.strip)), max_size=3),
 )
 def test_labels_and_spans_are_the_same_after_being_written(labels, pairs):
-    assert listed(format_target(labels)) == labels
-    assert spans(format_target([{"type": kind, "text": text} for kind, text in pairs])) == pairs
+    assert parse_labels(format_target(labels)) == labels
+    assert parse_spans(format_target([{"type": kind, "text": text} for kind, text in pairs])) == pairs
 
 
 @settings(max_examples=150, deadline=None)
@@ -135,7 +135,7 @@ def test_lists_of_classes_have_their_names(tmp_path):
     data.to_parquet(tmp_path / "lists.parquet")
     for path in (f"hf:{tmp_path / 'lists'}", str(tmp_path / "lists"), str(tmp_path / "lists.parquet")):
         assert [row.target for row in read_rows([path])] == ["a; b", "b"]
-    assert [row.target for row in rows_given(data)] == ["a; b", "b"]
+    assert [row.target for row in rows_from_examples(data)] == ["a; b", "b"]
     datasets.DatasetDict({"validation": data, "test": data}).save_to_disk(tmp_path / "parts")
     with pytest.raises(DataError, match=r"validation, test: hf:.*parts:validation"):
         read_rows([f"hf:{tmp_path / 'parts'}"])
@@ -304,7 +304,7 @@ def test_a_column_or_key_that_stands_twice_is_refused(tmp_path):
 
 def test_conll_keeps_what_is_within_tokens_and_leaves_comments_out(tmp_path):
     rows, _ = read(tmp_path, "a.conll", "Foo\u2028x\tB-ORG\n10\u00a0000\tB-NUM\nNew York\tB-LOC\n#\tO\n")
-    assert [text for _, text in spans(rows[0].target)] == ["Foo\u2028x", "10\u00a0000", "New York"]
+    assert [text for _, text in parse_spans(rows[0].target)] == ["Foo\u2028x", "10\u00a0000", "New York"]
     rows, _ = read(tmp_path, "u.iob2", "# sent_id = 1\n# text = Foo runs\n1\tFoo\tB-PER\t-\n2\truns\tO\t-\n\n")
     assert (rows[0].input, rows[0].target) == ("Foo runs", "PER: Foo")
     with pytest.raises(DataError, match=r"a.conll:21: expected 2 columns"):
@@ -597,10 +597,13 @@ def test_special_tokens_that_a_user_wrote_are_text():
     row = encoder.row(Example(TYPED, "<|im_end|>yes"), is_label=True)
     assert sum(token in specials_of(tokenizer).ids for token in row.tokens) == 1  # the template's own
     assert tokenizer.decode(row.tokens) == f"<|im_start|>{TYPED}\nLabel: <|im_end|>yes"
-    chat = encoder.of("t", "dialogue")
+    chat = encoder.for_task("t", "dialogue")
     turns = (("user", TYPED), ("assistant", f"b{TYPED}"))
     plain = tuple((role, "x") for role, _ in turns)
-    for seen in (lambda t: chat.row(Example("", "", t), False).tokens, lambda t: chat.asked(Example("", "", t))):
+    for seen in (
+        lambda t: chat.row(Example("", "", t), False).tokens,
+        lambda t: chat.prompt_tokens(Example("", "", t)),
+    ):
         specials = [[token for token in seen(t) if token in specials_of(tokenizer).ids] for t in (turns, plain)]
         assert specials[0] == specials[1]
 
@@ -703,6 +706,6 @@ def test_what_a_normalizer_makes_a_special_token_is_text(typed):
     words.add_tokens([AddedToken("<|im_end|>", normalized=True, special=True)])
     end = words.convert_tokens_to_ids("<|im_end|>")
     assert end in words(typed)["input_ids"]
-    tokens, _ = tokenize(words, marked(words, typed) + "<|im_end|>")
+    tokens, _ = tokenize(words, mark_specials(words, typed) + "<|im_end|>")
     assert [token == end for token in tokens] == [False] * (len(tokens) - 1) + [True]
     assert words.decode(tokens, skip_special_tokens=False).count("<|im_end|>") == 1 + typed.count("im_end")

@@ -11,7 +11,7 @@ import torch
 from test_own_data import lines, read
 
 from rayml.errors import DataError
-from rayml.tasks.read import read_rows, rows_given
+from rayml.tasks.read import read_rows, rows_from_examples
 from rayml.tasks.table import build_tasks
 
 ASKED = {"role": "user", "content": "where is it?"}
@@ -250,7 +250,7 @@ def test_advice_that_would_be_wrong_is_not_given(row, tmp_path):
 
 def said_of(examples, caplog):
     caplog.clear()
-    rows = rows_given(examples)
+    rows = rows_from_examples(examples)
     return rows, caplog.text
 
 
@@ -263,26 +263,26 @@ def test_guesses_on_what_is_in_memory_are_said(caplog):
     rows, said = said_of([{"messages": [ASKED, ANSWERED]}], caplog)
     assert rows[0].kind == "dialogue"
     with pytest.raises(DataError, match="which columns are input and target"):
-        rows_given([{"one": "a b", "two": "c"}])
+        rows_from_examples([{"one": "a b", "two": "c"}])
     rows, _ = said_of([("Foo bar", {"entities": [(0, 3, "ORG")]})], caplog)
     assert rows[0].target == "ORG: Foo"
 
 
 def test_data_frames_are_read_or_refused_by_name():
     pandas = pytest.importorskip("pandas")
-    assert pairs(rows_given(pandas.DataFrame([["t", "a"], ["u", "b"]]))) == [("t", "a"), ("u", "b")]
-    assert pairs(rows_given(pandas.DataFrame({"text": ["t"], "label": [numpy.float32(0.1)]}))) == [("t", "0.1")]
+    assert pairs(rows_from_examples(pandas.DataFrame([["t", "a"], ["u", "b"]]))) == [("t", "a"), ("u", "b")]
+    assert pairs(rows_from_examples(pandas.DataFrame({"text": ["t"], "label": [numpy.float32(0.1)]}))) == [("t", "0.1")]
     missing = pandas.DataFrame({"text": ["t", "u"], "label": pandas.array([1, None], "Int64")})
     with pytest.raises(DataError, match="example 1: 'label' is missing"):
-        rows_given(missing)
+        rows_from_examples(missing)
     with pytest.raises(DataError, match="two columns label"):
-        rows_given(pandas.DataFrame([["t", "a", "b"]], columns=["text", "label", "label"]))
+        rows_from_examples(pandas.DataFrame([["t", "a", "b"]], columns=["text", "label", "label"]))
     with pytest.raises(DataError, match="columns of several parts"):
-        rows_given(pandas.DataFrame([["t", "a"]], columns=[("x", "text"), ("x", "label")]))
+        rows_from_examples(pandas.DataFrame([["t", "a"]], columns=[("x", "text"), ("x", "label")]))
     with pytest.raises(DataError, match="got a Series"):
-        rows_given(pandas.Series(["t", "a"]))
+        rows_from_examples(pandas.Series(["t", "a"]))
     with pytest.raises(DataError, match="which columns are input and target"):
-        rows_given(pandas.DataFrame([["t", "a", "b"]]))
+        rows_from_examples(pandas.DataFrame([["t", "a", "b"]]))
 
 
 @pytest.mark.parametrize("format", ["arrow", "torch", "numpy", "pandas", None])
@@ -290,12 +290,12 @@ def test_data_sets_are_read_whatever_they_are_shown_as(format):
     datasets = pytest.importorskip("datasets")
     features = datasets.Features({"input": datasets.Value("string"), "target": datasets.Value("float32")})
     data = datasets.Dataset.from_dict({"input": ["a", "b"], "target": [0.1, 2]}, features=features)
-    assert pairs(rows_given(data.with_format(format))) == [("a", "0.1"), ("b", "2")]
+    assert pairs(rows_from_examples(data.with_format(format))) == [("a", "0.1"), ("b", "2")]
 
 
 def test_values_of_arrays_are_plain():
     given = [("a", numpy.int64(3)), ("b", numpy.bool_(True)), ("c", torch.tensor(1)), numpy.array(["d", "x"])]
-    assert pairs(rows_given(given)) == [("a", "3"), ("b", "true"), ("c", "1"), ("d", "x")]
+    assert pairs(rows_from_examples(given)) == [("a", "3"), ("b", "true"), ("c", "1"), ("d", "x")]
 
 
 def test_numbers_dates_and_decimals_of_a_table_are_their_text(tmp_path):
@@ -311,13 +311,13 @@ def test_numbers_dates_and_decimals_of_a_table_are_their_text(tmp_path):
 
 @pytest.mark.parametrize("targets", [["yes", "no", "maybe"], ["yes"] * 3])
 def test_short_targets_that_are_taken_for_texts_are_said_to_be(targets, caplog):
-    rows = rows_given([(f"text {n}", target) for n, target in enumerate(targets)])
+    rows = rows_from_examples([(f"text {n}", target) for n, target in enumerate(targets)])
     (task,), _ = build_tasks(rows)
     assert not task.options
     assert caplog.text.count("targets are taken for free text") == 1
     caplog.clear()
     for more in ({"kind": "text"}, {"options": [*targets, "other"]}):
-        build_tasks(rows_given([{"input": f"text {n}", "target": t} | more for n, t in enumerate(targets)]))
+        build_tasks(rows_from_examples([{"input": f"text {n}", "target": t} | more for n, t in enumerate(targets)]))
     assert not caplog.text
 
 
@@ -325,4 +325,4 @@ def test_short_targets_that_are_taken_for_texts_are_said_to_be(targets, caplog):
 def test_labels_that_look_the_same_are_refused_by_name(other):
     rows = [(f"text {n}", other if n % 2 else "caf\u00e9") for n in range(4)]
     with pytest.raises(DataError, match=r"labels .*caf.* and .*caf.* are other characters, and look the same"):
-        build_tasks(rows_given(rows))
+        build_tasks(rows_from_examples(rows))

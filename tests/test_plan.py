@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from rayml.cli import app
 from rayml.config import Config, parse_config
 from rayml.errors import ConfigError
-from rayml.planning.memory import memory
+from rayml.planning.memory import plan_memory
 from rayml.planning.plan import smallest_change, with_overrides
 from rayml.planning.shape import read_shape
 from rayml.planning.step import largest_pass, tokens_per_step
@@ -89,7 +89,7 @@ def test_adapters_match_the_closed_forms(llamas, name):
     assert shapes["adapters"].parameters == parameters
     adapter = 16 * layers * ((hidden + hidden) + (hidden + keys) + (hidden + hidden) + (wide + hidden))
     whole = plan_config(path)
-    plan = memory(shapes["adapters"], whole)
+    plan = plan_memory(shapes["adapters"], whole)
     tokens = 8 * 12 * 64  # tasks, query rows, tokens a row
     # bf16 twice, fp32 four bytes: norms, q and attention's output, k and v, log-sum-exp, MLP, inputs of v and down
     layer = tokens * (2 * hidden * 4 + 2 * (2 * hidden + 2 * keys + 3 * wide + hidden + wide) + heads * 4)
@@ -110,7 +110,7 @@ def test_adapters_match_the_closed_forms(llamas, name):
     assert device(plan) == expected | {"allowance": sum(expected.values()) // 10}
     assert plan.host_bytes == 0
 
-    sharded = memory(shapes["adapters"], with_overrides(whole, ["engine=zero", "workers=4"]))
+    sharded = plan_memory(shapes["adapters"], with_overrides(whole, ["engine=zero", "workers=4"]))
     norms = (2 * layers + 1) * hidden
     base = math.ceil((parameters - norms) / 4) + norms
     biggest = (
@@ -129,7 +129,7 @@ def test_mode_full_matches_the_closed_forms(llamas, name):
     keys = hidden * key_heads // heads
     shape = shapes["full"]
     assert shape.trained == parameters
-    local = memory(shape, plan_config(path, "mode=full", "model.dtype=float32"))
+    local = plan_memory(shape, plan_config(path, "mode=full", "model.dtype=float32"))
     rows = 12  # one task at a time
     inputs = 2 * hidden + wide  # of q, k, v; of gate and up; of down: o_proj's is attention's output
     layer = rows * 64 * 4 * (4 * hidden + 2 * hidden + 2 * keys + heads + 3 * wide + inputs)
@@ -148,7 +148,7 @@ def test_mode_full_matches_the_closed_forms(llamas, name):
     zero = ["mode=full", "engine=zero", "workers=8"]
     shard = math.ceil(parameters / 8)
     for stage in (1, 2, 3):
-        plan = memory(shape, plan_config(path, *zero, f"zero.stage={stage}"))
+        plan = plan_memory(shape, plan_config(path, *zero, f"zero.stage={stage}"))
         found = device(plan)
         assert found["optimizer"] + found["fast weights"] + found["meta-gradient"] == 20 * shard
         assert found["gradients"] == 2 * (parameters if stage == 1 else shard)
@@ -157,11 +157,11 @@ def test_mode_full_matches_the_closed_forms(llamas, name):
         whole = 2 * (parameters if stage < 3 else math.ceil((parameters - norms) / 8) + norms)
         assert found["parameters"] == whole
         assert found["logits"] == 2 * VOCABULARY * 14  # 12 rows over 8 workers: 2 each
-        away = memory(shape, plan_config(path, *zero, f"zero.stage={stage}", "zero.offload=optimizer"))
+        away = plan_memory(shape, plan_config(path, *zero, f"zero.stage={stage}", "zero.offload=optimizer"))
         assert sum(host(away).values()) == 20 * shard
         assert device(away)["parameters"] == whole
         assert away.device_bytes == pytest.approx(plan.device_bytes - 1.1 * 20 * shard, rel=1e-6)
-    all_away = memory(shape, plan_config(path, *zero, "zero.offload=all"))
+    all_away = plan_memory(shape, plan_config(path, *zero, "zero.offload=all"))
     assert host(all_away)["parameters"] == whole
     assert device(all_away)["parameters"] == 0
 
@@ -192,7 +192,7 @@ def test_algorithms_differ_in_what_they_keep_and_read(llamas):
 
     def at(*overrides):
         config = plan_config(path, *overrides)
-        return device(memory(shapes["adapters"], config)), tokens_per_step(config), largest_pass(config, 1)
+        return device(plan_memory(shapes["adapters"], config)), tokens_per_step(config), largest_pass(config, 1)
 
     plain, tokens, batch = at()
     assert tokens == 8 * 64 * (3 * 8 + 12)
@@ -227,7 +227,7 @@ def test_the_smallest_change_that_fits(llamas):
     assert "engine=zero" in more
     assert any(part.startswith("workers=") for part in more)
     fitting = with_overrides(plan_config(path, "data.max_tokens=512"), more)
-    assert memory(shapes["adapters"], fitting).fits(12 * 2**30)
+    assert plan_memory(shapes["adapters"], fitting).fits(12 * 2**30)
     assert change(shapes["adapters"], adapters, 0.1) is None
 
 

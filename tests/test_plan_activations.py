@@ -17,7 +17,7 @@ from rayml.lm.lora import TaskLoRA
 from rayml.lm.model import TaskLM
 from rayml.lm.rows import soft_tokens
 from rayml.lm.soft_prompt import TaskPrompt
-from rayml.planning.memory import activation_bytes, memory
+from rayml.planning.memory import activation_bytes, plan_memory
 from rayml.planning.plan import with_overrides
 from rayml.planning.shape import shape_of
 from rayml.planning.step import largest_pass
@@ -116,7 +116,7 @@ def test_saved_activations_are_what_the_formula_says(sizes):
     lm, fast = with_adapters(model, config)
     ignored = [*model.parameters(), *fast.values()]
     measured = saved_bytes(lambda: lm.losses(fast, batch).sum(), ignored)
-    found = device(memory(shape, config))["activations"]
+    found = device(plan_memory(shape, config))["activations"]
     hidden, intermediate, element = sizes[0], sizes[1], getattr(torch, sizes[4]).itemsize
     working = TASKS * ROWS * TOKENS * max(2 * intermediate * element, 5 * hidden * 4)  # not saved, but used
     assert found - working == pytest.approx(measured, rel=0.03)
@@ -132,7 +132,7 @@ def test_soft_prompts_save_what_the_formula_says(sizes):
     }
     batch.tokens[:, :8] = torch.tensor(soft_tokens(8))
     measured = saved_bytes(lambda: lm.losses(prompts, batch).sum(), [*model.parameters(), *prompts.values()])
-    found = device(memory(shape_of(model, config), config))["activations"]
+    found = device(plan_memory(shape_of(model, config), config))["activations"]
     working = TASKS * ROWS * TOKENS * max(2 * sizes[1] * getattr(torch, sizes[4]).itemsize, 5 * sizes[0] * 4)
     assert found - working == pytest.approx(measured, rel=0.05)
 
@@ -149,7 +149,7 @@ def test_the_peak_of_forward_and_backward_is_within_15_percent(sizes, checkpoint
     fast = {name: weight.detach() for name, weight in fast.items()}
     with Peak([*model.parameters(), *fast.values(), batch.tokens, batch.targets]) as peak:
         task_gradients(partial(lm.losses, batch=batch), fast)
-    parts = device(memory(shape, config))
+    parts = device(plan_memory(shape, config))
     assert parts["activations"] + parts["logits"] + parts["gradients"] == pytest.approx(peak.bytes, rel=0.15)
 
 
@@ -168,7 +168,7 @@ def test_exact_maml_takes_two_and_a_half_times_the_activations_for_each_inner_st
         return peak.bytes
 
     config = with_overrides(config, ["algorithm.name=maml", "inner.steps=2"])
-    parts = device(memory(shape_of(model, config), config))
+    parts = device(plan_memory(shape_of(model, config), config))
     assert parts["activations"] + parts["logits"] == pytest.approx(peak_of(2), rel=0.15)
 
 

@@ -10,7 +10,15 @@ from transformers import GPTJConfig
 
 from rayml.experiments.evaluate_command import evaluate_run
 from rayml.lm import precision
-from rayml.lm.precision import Device, cpu_bf16, decide, has_sdpa, look_at, measured_gflops, settled
+from rayml.lm.precision import (
+    Device,
+    choose_precision,
+    cpu_bf16,
+    has_sdpa,
+    inspect_device,
+    measured_gflops,
+    resolve_precision,
+)
 from rayml.runs.folder import RunFolder
 from rayml.training.driver import train
 
@@ -41,7 +49,7 @@ AUTO = ("auto", "auto")
 )
 def test_the_dtype_is_one_that_no_worker_is_slow_in(devices, dtype, attention):
     for order in (devices, devices[::-1]):
-        assert decide(AUTO, order)[:2] == (dtype, attention)
+        assert choose_precision(AUTO, order)[:2] == (dtype, attention)
 
 
 @pytest.mark.parametrize(
@@ -56,34 +64,34 @@ def test_the_dtype_is_one_that_no_worker_is_slow_in(devices, dtype, attention):
     ],
 )
 def test_what_is_opened_keeps_its_dtype_unless_that_is_slow_here(device, made_in, dtype):
-    found = decide(AUTO, [device], made_in)
+    found = choose_precision(AUTO, [device], made_in)
     assert found.dtype == dtype
     assert ("made in" in found.why) == (dtype != made_in)
 
 
 def test_what_was_asked_for_is_done_and_warned_of_with_both_rates():
-    found = decide(("bfloat16", "auto"), [CAPPED])
+    found = choose_precision(("bfloat16", "auto"), [CAPPED])
     assert found.dtype == "bfloat16"
     assert found.warning == (
         "model.dtype=bfloat16 is slow here, CPU with AVX512-BF16 (float32 60, bfloat16 9 GFLOP/s); "
         "model.dtype=auto takes float32"
     )
-    assert "float32 100, bfloat16 700" in str(decide(("float32", "auto"), [AMX]).warning)
-    assert decide(("float32", "auto"), [ZEN4]).warning is None or ZEN4.speed("float32") < 0.5
-    assert decide(("bfloat16", "eager"), [H100]).warning is None
+    assert "float32 100, bfloat16 700" in str(choose_precision(("float32", "auto"), [AMX]).warning)
+    assert choose_precision(("float32", "auto"), [ZEN4]).warning is None or ZEN4.speed("float32") < 0.5
+    assert choose_precision(("bfloat16", "eager"), [H100]).warning is None
 
 
 def test_long_rows_and_models_without_fused_attention_have_their_own():
-    assert decide(AUTO, [AMX], max_tokens=512).attention == "sdpa"
-    assert decide(AUTO, [OLD], sdpa=False).attention == "eager"
-    assert decide(("auto", "sdpa"), [AMX]).attention == "sdpa"
+    assert choose_precision(AUTO, [AMX], max_tokens=512).attention == "sdpa"
+    assert choose_precision(AUTO, [OLD], sdpa=False).attention == "eager"
+    assert choose_precision(("auto", "sdpa"), [AMX]).attention == "sdpa"
 
 
 def test_facts_of_this_machine_take_no_time_and_are_measured_where_there_is_a_choice(monkeypatch):
     monkeypatch.setattr(precision, "cpu_bf16", cpu_bf16)  # what this CPU has, unlike in other tests
-    found = look_at(torch.device("cpu"), (64, 128))
+    found = inspect_device(torch.device("cpu"), (64, 128))
     assert (found.gflops is None) == (cpu_bf16() is None)
-    measured = look_at(torch.device("cpu"), (64, 128), timed=True).gflops
+    measured = inspect_device(torch.device("cpu"), (64, 128), timed=True).gflops
     assert measured
     assert min(measured.values()) > 0
     assert measured_gflops((64, 128)).keys() == {"float32", "bfloat16"}
@@ -97,7 +105,7 @@ def test_a_model_without_fused_attention_is_known_by_its_config(tiny, tmp_path):
 
 def test_second_derivatives_take_eager_attention(tiny, tmp_path):
     config = make_config(tmp_path, model={"attention": "auto"}, algorithm={"name": "maml"})
-    assert settled(config, tiny, [OLD])[0].model.attention == "eager"
+    assert resolve_precision(config, tiny, [OLD])[0].model.attention == "eager"
 
 
 @pytest.mark.ray
@@ -111,7 +119,7 @@ def test_a_run_of_one_dtype_is_read_in_the_other_with_like_scores(tmp_path, loca
         folder.mkdir()
         monkeypatch.setattr("rayml.training.worker.device_for", lambda *_, device=device: device)
         run = train(make_config(folder, model=asked, data=data, outer={"steps": 20, "lr": 0.01}))
-        assert json.loads(run.precision.read_text())["dtype"] == made == RunFolder(run.path).made_in()
+        assert json.loads(run.precision.read_text())["dtype"] == made == RunFolder(run.path).trained_dtype()
         for read, here in (("bfloat16", AMX), ("float32", OLD)):
             monkeypatch.setattr(SESSION + ".device_for", lambda *_, here=here: here)
             quiet = Console(quiet=True)

@@ -5,7 +5,7 @@ import time
 
 from rich.console import Console
 
-from rayml.progress import doing, duration, progress
+from rayml.progress import duration, progress, show_activity
 
 
 def test_without_a_terminal_there_is_a_line_for_each_tenth(capsys):
@@ -51,7 +51,7 @@ def test_a_terminal_shows_bars_and_no_lines(capsys):
 
 def test_what_takes_long_is_said_again_and_again_without_a_terminal(capsys, monkeypatch):
     monkeypatch.setattr("rayml.progress.QUIET_SECONDS", 0.2)
-    with doing(Console(stderr=True), "loading"):
+    with show_activity(Console(stderr=True), "loading"):
         time.sleep(0.9)
     with progress(Console(stderr=True)) as bar:
         bar("adapting", 860)(1)

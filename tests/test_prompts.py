@@ -12,7 +12,7 @@ from rayml.errors import ConfigError, DataError
 from rayml.lm.encode import CHANNEL, Encoder
 from rayml.lm.option_scoring import PromptEnsemble, weighted_prompts
 from rayml.tasks.task import Example, Task
-from rayml.tasks.templates import compiled, render
+from rayml.tasks.templates import compile_template, render
 
 OPTIONS = ["red", "a blue one"]
 TEXTS = ["sky at noon", "ripe tomato"]
@@ -74,11 +74,11 @@ def test_an_ensemble_averages_log_probabilities_and_tasks_may_have_fewer_prompts
 def test_a_tasks_own_template_comes_before_its_kinds_and_that_before_the_prompt(tokenizer, tmp_path):
     templates = {"pair": "{{ premise }} / {{ hypothesis }} ->", "hotel-*": ["H {{ input }}:", "or {{ input }}:"]}
     encoder = make_config(tmp_path, data={"templates": templates}).encoder(tokenizer)
-    assert encoder.of("other", "pair").prompt == "{{ premise }} / {{ hypothesis }} ->"
-    hotel = encoder.of("hotel-rome", "label")
+    assert encoder.for_task("other", "pair").prompt == "{{ premise }} / {{ hypothesis }} ->"
+    hotel = encoder.for_task("hotel-rome", "label")
     assert (hotel.prompt, hotel.ensemble) == ("H {{ input }}:", ("or {{ input }}:",))
-    assert encoder.of("other", "label").prompt == "{input}\nLabel:"
-    assert encoder.of("other", "summary").prompt == "{{ input }}\nSummary:"
+    assert encoder.for_task("other", "label").prompt == "{input}\nLabel:"
+    assert encoder.for_task("other", "summary").prompt == "{{ input }}\nSummary:"
 
 
 def test_templates_put_texts_together():
@@ -108,7 +108,7 @@ def test_templates_put_texts_together():
 )
 def test_templates_that_are_programs_or_show_nothing_are_refused(template):
     with pytest.raises(ConfigError, match="template"):
-        compiled(template)
+        compile_template(template)
 
 
 def test_templates_are_checked_against_the_tasks_before_a_run(tokenizer):

@@ -19,7 +19,7 @@ from rayml.algorithms.prototypes import (
     prototypes,
     squared_distances,
 )
-from rayml.algorithms.registry import chosen
+from rayml.algorithms.registry import parse_algorithm
 from rayml.lm.rows import TokenRow
 from rayml.lm.sides import TaskSide
 
@@ -157,8 +157,8 @@ def token_loss(lm, of, labels, weights):
         for index, token in enumerate(target):
             rivals = sorted({a[index] for a in labels if a[:index] == target[:index] and len(a) > index})
             among = scores[index][rivals] if labels else scores[index]
-            chosen = rivals.index(token) if labels else token
-            steps.append(-among.log_softmax(0)[chosen])
+            parse_algorithm = rivals.index(token) if labels else token
+            steps.append(-among.log_softmax(0)[parse_algorithm])
         losses += [sum(steps)] if labels else steps
     return torch.stack(losses).mean()
 
@@ -226,7 +226,7 @@ def query_loss(lm, task, weights, readout):
 @pytest.mark.parametrize("readout", ["both", "prototypes"])
 def test_the_meta_gradient_is_that_of_each_task_adapted_alone(lm, readout):
     """Two inner steps, first order: the query's gradient at the fast weights, and the support's at the start."""
-    algorithm = chosen({"name": "proto_maml", "readout": readout, "start_weight": 0.5})
+    algorithm = parse_algorithm({"name": "proto_maml", "readout": readout, "start_weight": 0.5})
     start = perturbed_start(lm) | algorithm.prototypes.start()
     inner_lrs = {name: torch.tensor(0.05) for name in start if "lora" in name}
     scores = torch.tensor([1.0, 0.5, 2.0])
@@ -261,7 +261,7 @@ def test_the_meta_gradient_is_that_of_each_task_adapted_alone(lm, readout):
 
 
 def test_with_one_shot_the_label_tokens_alone_are_descended(lm):
-    algorithm = chosen({"name": "proto_maml"})
+    algorithm = parse_algorithm({"name": "proto_maml"})
     start = perturbed_start(lm) | algorithm.prototypes.start()
     one_shot = [[SUPPORT[0][0], SUPPORT[0][1], SUPPORT[0][3]]]
     support = TaskSide(lm, one_shot, [LABELS[0]], [[0, 1, 2]], 1)
@@ -271,7 +271,7 @@ def test_with_one_shot_the_label_tokens_alone_are_descended(lm):
 def test_tasks_of_free_text_alone_are_learned_as_by_fomaml(lm):
     found = {}
     for name in ("proto_maml", "fomaml_plus"):
-        algorithm = chosen({"name": name})
+        algorithm = parse_algorithm({"name": name})
         start = perturbed_start(lm) | (algorithm.prototypes.start() if algorithm.prototypes else {})
         inner = InnerLoop({name: torch.tensor(0.05) for name in start if "lora" in name}, 2, learns_inner_lrs=True)
         found[name] = algorithm.meta_gradient(*sides(lm, tasks=(2,)), start, inner, torch.ones(1))

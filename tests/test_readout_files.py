@@ -13,7 +13,7 @@ from rayml.adapter import load_adapter
 from rayml.algorithms.prototypes import MEANS, SCALE
 from rayml.errors import RunError
 from rayml.lm.load import load_base
-from rayml.lm.lora import side_by_side
+from rayml.lm.lora import stack_adapters
 from rayml.lm.peft_files import READOUT, WEIGHTS
 from rayml.model import load
 from rayml.runs.checkpoint import newest_checkpoint, seal
@@ -40,7 +40,7 @@ def test_peft_loads_a_folder_with_a_readout(learned, tiny):
     adapter = load_adapter(learned)
     tokens = torch.randint(2, 90, (2, 9), generator=torch.Generator().manual_seed(0))
     peft = PeftModel.from_pretrained(load_base(tiny, "float32", "sdpa"), str(learned)).eval()
-    adapter.lm.adapter.begin(side_by_side([adapter.weights]))
+    adapter.lm.adapter.begin(stack_adapters([adapter.weights]))
     with torch.no_grad():
         torch.testing.assert_close(
             adapter.lm.module(tokens).logits, peft(input_ids=tokens).logits, atol=1e-5, rtol=1e-5

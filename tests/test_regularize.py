@@ -22,7 +22,7 @@ from rayml.lm.sides import training_sides
 from rayml.sections import Full
 from rayml.tasks.episodes import Episode
 from rayml.tasks.task import Example
-from rayml.training.replicated import dropping
+from rayml.training.replicated import lora_dropout
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_masks_are_those_of_the_episode_whatever_is_side_by_side_with_it(lm, tmp
     def found(episodes):
         sides = training_sides(lm, episodes, 1, config)
         inner = InnerLoop({name: torch.tensor(0.1) for name in start}, 2)
-        with dropping(config, lm, episodes):
+        with lora_dropout(config, lm, episodes):
             return config.algorithm.meta_gradient(*sides, start, inner, torch.ones(len(episodes)))
 
     whole, parts = found(records), [found([record]) for record in records]

@@ -18,10 +18,10 @@ from test_compare import REQUEST
 
 import rayml
 from rayml.algorithms.inner_loop import InnerLoop
-from rayml.algorithms.registry import chosen
+from rayml.algorithms.registry import parse_algorithm
 from rayml.config import Config
 from rayml.errors import ConfigError
-from rayml.experiments.classifiers import missing
+from rayml.experiments.classifiers import install_command
 from rayml.experiments.method_runs import plan, seconds_per_token
 from rayml.lm import zero
 from rayml.lm.abilities import check_model
@@ -31,12 +31,12 @@ from rayml.lm.encode import Encoder, class_numbers
 from rayml.lm.load import load_base, load_tokenizer
 from rayml.lm.lora import TaskLoRA
 from rayml.lm.model import TaskLM
-from rayml.lm.scorer import Queries
+from rayml.lm.scorer import EpisodeQueries
 from rayml.lm.sentence import INPUT
 from rayml.lm.sides import TaskSide
 from rayml.model import untrained_model
 from rayml.planning.shape import read_shape
-from rayml.runs.files import as_path
+from rayml.runs.files import parse_path
 from rayml.serving.replica import Replica
 from rayml.serving.settings import Serving
 from rayml.tasks.episodes import Sampler
@@ -45,7 +45,7 @@ from rayml.training import collective
 from rayml.training.driver import train
 
 TEXTS = ["I was charged twice", "why?", "The App crashes at START, and the page stays blank. " * 9, "ok"]
-LIBRARY = missing("embedding", "minilm")
+LIBRARY = install_command("embedding", "minilm")
 needs_library = pytest.mark.skipif(bool(LIBRARY), reason=f"sentence-transformers is not installed: {LIBRARY}")
 PROMPTED = {"prompts": {"query": "query: ", "document": ""}, "default_prompt_name": "query"}
 FOLDERS = {
@@ -80,9 +80,9 @@ def vectors(model: rayml.MetaModel, texts, weights=None):
     """What rayml makes of texts, `[N, D]`."""
     episode = Sampler(2, 1, 1, "words", 0).episode([topics()], 0)
     episode = replace(episode, query=tuple(replace(episode.query[0], input=text) for text in texts))
-    asked = Queries(model.lm, model.encoder, [episode], model.config.algorithm).asked
+    queries = EpisodeQueries(model.lm, model.encoder, [episode], model.config.algorithm).queries
     with torch.no_grad():
-        return model.lm.vectors(weights, asked._prompts)[0]
+        return model.lm.vectors(weights, queries._prompts)[0]
 
 
 @needs_library
@@ -186,7 +186,7 @@ def test_the_prompt_is_the_text_as_it_is_unless_told_otherwise(tmp_path, encoder
     told = encoder_config(tmp_path, encoder, data={"prompt": "query: {{ input }}"}).encoder(tokenizer)
     for own, text in ((plain, example.input), (told, f"query: {example.input}")):
         for kind in ("", "pair", "label"):
-            assert own.of("any", kind).row(example, True).tokens == tokenizer(text)["input_ids"]
+            assert own.for_task("any", kind).row(example, True).tokens == tokenizer(text)["input_ids"]
     assert plain.ensemble_rows([example], ["a", "b", "c"])[0][1] == [[plain.row(example, True)]]
 
 
@@ -194,7 +194,7 @@ def test_what_needs_no_label_tokens_is_compared_and_planned(tmp_path, encoder):
     config = encoder_config(tmp_path, encoder, algorithm={"name": "proto_maml", "readout": "prototypes"})
     request = replace(REQUEST, methods=[], seeds=1)
     splits = prepare_splits(config.data)
-    entries = plan(config.model_dump(mode="json"), "here", config, splits, request, as_path(tmp_path / "all"))
+    entries = plan(config.model_dump(mode="json"), "here", config, splits, request, parse_path(tmp_path / "all"))
     trained = {entry.name for entry in entries if entry.trains}
     assert trained >= {"multitask", "protonet", "reptile", "fomaml_plus", "proto_maml"}
     assert not {"zero_shot", "in_context", "metaicl"} & {entry.name for entry in entries}
@@ -241,7 +241,7 @@ def test_a_replica_answers_as_the_adapter_does(tmp_path, encoder):
 
 def meta_gradient_of(folder, lm, tasks):
     """Summed over these tasks and all workers: by proto_maml through prototypes alone."""
-    algorithm, tokenizer = chosen({"name": "proto_maml", "readout": "prototypes"}), load_tokenizer(folder)
+    algorithm, tokenizer = parse_algorithm({"name": "proto_maml", "readout": "prototypes"}), load_tokenizer(folder)
     start = perturbed_start(lm) | algorithm.prototypes.start()
     inner_lrs = {name: torch.tensor(0.5) for name in start if "lora" in name}
     encoder, sampler = Encoder(tokenizer, INPUT, 64), Sampler(2, 2, 2, "words", 0)

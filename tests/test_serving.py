@@ -34,7 +34,7 @@ from rayml.serving.schema import (
 )
 from rayml.serving.settings import Serving
 from rayml.serving.store import AdapterStore, adapter_id
-from rayml.serving.work import Adaptation
+from rayml.serving.work import PendingAdaptation
 
 
 def test_an_adapter_learned_online_is_that_of_rayml_adapt(replica, learned):
@@ -212,7 +212,7 @@ def test_adaptations_take_no_more_than_their_share_while_queries_wait(run):
     )
     engine, seconds = replica.engine, {"learn": 0.0, "answer": 0.0}
     many = request([(f"text {n} " * 10, f"label{n % 3}") for n in range(20)])
-    adaptation = Adaptation(replica.learner.prepared(many), steps=5)
+    adaptation = PendingAdaptation(replica.learner.prepared(many), steps=5)
 
     def timed(name, work):
         def run():

@@ -20,9 +20,9 @@ from rayml.serving.replica import Replica
 from rayml.serving.schema import (
     ClassifyRequest,
 )
-from rayml.serving.served import servable
+from rayml.serving.served import read_servable_run
 from rayml.serving.settings import Serving
-from rayml.serving.work import Adaptation
+from rayml.serving.work import PendingAdaptation
 from rayml.tasks.prepare import prepare_splits
 
 
@@ -137,7 +137,7 @@ def test_lessons_share_a_loop_as_long_as_they_are_small(run):
     rows = len(small.rows) * max(len(row.tokens) for row in small.rows)
     assert 1 < 200 // rows < 6
     for requests, together in (([small] * 6, 200 // rows), ([small, large], 1), ([large, small], 1)):
-        lessons.waiting.extend(Adaptation(one, 1) for one in requests)
+        lessons.waiting.extend(PendingAdaptation(one, 1) for one in requests)
         assert len(lessons._take_next("")) == together
         lessons.waiting.clear()
 
@@ -197,7 +197,7 @@ def test_runs_that_one_copy_cannot_serve_are_refused(tmp_path):
     checkpoint.mkdir()
     seal(checkpoint, step=1, part=0, parts=1)
     with pytest.raises(RunError, match="mode=adapters"):
-        servable(run)
+        read_servable_run(run)
 
 
 def test_rayml_adapt_says_when_the_loss_rose(run, tmp_path):

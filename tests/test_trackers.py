@@ -16,7 +16,7 @@ from rayml.runs.folder import RunFolder
 from rayml.training import progress, trackers
 from rayml.training.driver import train
 from rayml.training.progress import WATCHED_STEPS, DataWait, Lag
-from rayml.training.replicated import slowest
+from rayml.training.replicated import slowest_worker
 
 ROOT = Path(__file__).parents[1]
 PHASES = "data_seconds", "inner_seconds", "outer_seconds", "communication_seconds"
@@ -51,7 +51,7 @@ def test_every_tracker_has_every_step_once_also_after_a_resumption_and_phases_ad
     expressions = [target["expr"] for panel in panels for target in panel.get("targets", [])]
     shown = {name for text in expressions if "run=~" in text for name in re.findall(r"ray_rayml_(\w+)", text)}
     validated = {"val_accuracy_before", "val_accuracy_after", "val_score_before", "val_score_after"}
-    assert shown == shown & ({*records[-1]} | validated | {*slowest(torch.ones(2))}), "the dashboard's panels"
+    assert shown == shown & ({*records[-1]} | validated | {*slowest_worker(torch.ones(2))}), "the dashboard's panels"
 
     port = ray.nodes()[0]["MetricsExportPort"]
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
@@ -86,9 +86,9 @@ def test_waiting_for_episodes_is_said_once(monkeypatch):
 
 def test_a_worker_that_lags_is_named_once():
     lag = Lag()
-    slow = slowest(torch.tensor([1.0, 1.1, 2.2]))
+    slow = slowest_worker(torch.tensor([1.0, 1.1, 2.2]))
     assert slow == {"slowest_worker": 2, "slowest_factor": pytest.approx(2.0)}
-    assert slowest(torch.tensor([1.0])) == {}
+    assert slowest_worker(torch.tensor([1.0])) == {}
     even = [{"slowest_worker": step % 3, "slowest_factor": 3.0} for step in range(WATCHED_STEPS)]
     assert [lag.warning(record) for record in even] == [None] * WATCHED_STEPS, "each is slow now and then"
     (message,) = filter(None, [lag.warning(slow) for _ in range(2 * WATCHED_STEPS)])

@@ -77,7 +77,7 @@ def steps(rank, workers, config, model, tasks):
             learning.encoder.episode(sampler.episode(tasks, share.rank * per_worker + i)) for i in range(per_worker)
         ]
         with Counting() as counting:
-            learning.step(episodes, learning.lay_out(episodes), waited=0.0)
+            learning.step(episodes, learning.prepare(episodes), waited=0.0)
         counted = counting.bytes
     return counted
 

@@ -22,7 +22,7 @@ from rayml.api import evaluate
 from rayml.config import dump_config
 from rayml.errors import ConfigError, DataError, RunError, TrainingError
 from rayml.lm.encode import Encoder
-from rayml.lm.frozen import Share
+from rayml.lm.frozen import WorkerShare
 from rayml.model import load
 from rayml.runs import files
 from rayml.runs.checkpoint import (
@@ -44,7 +44,7 @@ from rayml.tasks.statistics import Curve
 from rayml.tasks.task import Example, Task
 from rayml.training import worker
 from rayml.training.driver import check_resources, cpus_each, train
-from rayml.training.ray_internals import forget_lost
+from rayml.training.ray_internals import forget_lost_checkpoints
 from rayml.training.stream import EncodeEpisode, Job, share_of_step, stream_steps, worker_index
 from rayml.training.worker import validate
 
@@ -113,7 +113,7 @@ def test_all_workers_score_tasks_of_one_kind_at_a_time_and_every_task_counts_the
     config = make_config(tmp_path, tasks_per_step=4, validation={"episodes": 16})
     asked = []
     for rank in range(2):
-        monkeypatch.setattr(worker, "share_of_tasks", lambda _, rank=rank: Share(rank, 2))
+        monkeypatch.setattr(worker, "share_of_tasks", lambda _, rank=rank: WorkerShare(rank, 2))
         learning = Recorder()
         record = validate(config, Job(config, "", None, None, tasks, None), learning)
         asked.append(learning.asked)
@@ -207,9 +207,9 @@ def test_what_ray_train_remembers_is_forgotten_where_it_is_torn_or_gone(tmp_path
     whole = json.dumps({"checkpoint_results": [{"checkpoint_dir_name": "step_00000001"}]})
     for text, stays in ((whole, True), (whole.replace('1"', '2"'), False), (whole[:20], False)):
         memory.write_text(text)
-        forget_lost(tmp_path)
+        forget_lost_checkpoints(tmp_path)
         assert memory.exists() == stays
-    forget_lost(tmp_path)
+    forget_lost_checkpoints(tmp_path)
 
 
 DISK_FULL = """
@@ -369,7 +369,7 @@ def evaluated(folder: Path, steps: int, outer_steps: int) -> dict[str, Any]:
     config = make_config(
         folder,
         data={"ways": 3, "shots": 2, "queries": 4},
-        lora={"rank": 8, "alpha": 8.0},
+        lora={"rank": 8, "alpha": 8.0, "start": "principal"},
         inner={"steps": steps, "lr": 2.0},
         outer={"steps": outer_steps, "warmup_steps": 0, "lr": 0.01},
         run={"checkpoint_every": outer_steps},

@@ -19,7 +19,7 @@ from vllm_server import BESIDE, NEEDED, VllmServer, tiny_for_vllm
 
 import rayml
 from rayml.serving.command import publish_adapter
-from rayml.tasks.task import conversation
+from rayml.tasks.task import format_conversation
 from serve.client import ApiError
 
 pytestmark = [NEEDED, pytest.mark.serve]
@@ -234,7 +234,7 @@ def test_an_adapter_writes_as_it_was_trained_to(server, published):
     name, adapter = published("labels")
     asked = [{"role": "user", "content": "charged twice"}]
     chat = client.chat.completions.create(model=name, messages=asked, logprobs=True, top_logprobs=3)
-    assert chat.choices[0].message.content == adapter.predict(conversation([("user", "charged twice")])).label
+    assert chat.choices[0].message.content == adapter.predict(format_conversation([("user", "charged twice")])).label
     streamed = list(client.chat.completions.create(model=name, messages=asked, stream=True))
     assert streamed[0].choices[0].delta.content == chat.choices[0].message.content
     name, adapter = published("texts", labels={})

@@ -23,15 +23,15 @@ from rayml.serving import answering
 from rayml.serving.app import resources
 from rayml.serving.command import with_cpus
 from rayml.serving.errors import ApiError
-from rayml.serving.served import fits_of
+from rayml.serving.served import adapter_constraints
 from rayml.serving.settings import Adapters, Serving
 from rayml.serving.store import AdapterStore
 from rayml.serving.vllm import engine, scoring
 from rayml.serving.vllm.engine import engine_args, lora_rank, refuse_without_vllm, with_gpus
-from rayml.serving.vllm.mixing import with_top_tokens, without_strangers
+from rayml.serving.vllm.mixing import with_top_tokens, without_base_rows
 from rayml.serving.vllm.scoring import option_log_probs
 from rayml.serving.vllm.versions import Versions
-from rayml.tasks.row import unanswered
+from rayml.tasks.row import query_example
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +147,7 @@ def test_single_tokens_log_probabilities_give_what_predict_does(adapter, tmp_pat
         logs = logits[0].float().log_softmax(-1)
         return {token: float(logs[token]) for token in tokens}
 
-    query = learned.query(unanswered("charged"), list(learned.choices(options).values()))
+    query = learned.query(query_example("charged"), list(learned.choices(options).values()))
     found = asyncio.run(option_log_probs(ask, query.prompts)).exp().tolist()
     assert found == pytest.approx(list(learned.predict("charged", options).probabilities.values()), abs=1e-4)
     assert max(asked) <= 5
@@ -170,7 +170,7 @@ def test_rows_of_the_base_get_nothing_of_the_last_adapter():
         buffer[:] = scaling * torch.einsum("bi,boi->bo", inputs, weights[indices])
 
     inputs, weights, buffer = torch.ones(3, 4), torch.arange(16.0).reshape(2, 2, 4), torch.zeros(3, 2)
-    without_strangers(shrink)(inputs, weights, buffer, torch.tensor([1, -1, 0]), 0.5)
+    without_base_rows(shrink)(inputs, weights, buffer, torch.tensor([1, -1, 0]), 0.5)
     assert buffer.tolist() == [[19, 27], [0, 0], [3, 11]]
 
 
@@ -187,7 +187,7 @@ def test_what_is_being_asked_is_never_deleted(run, adapter, tmp_path):
         await asyncio.sleep(0.01)
 
     async def all_at_once():
-        fits = fits_of(config, base, load_shape(base), Adapters())
+        fits = adapter_constraints(config, base, load_shape(base), Adapters())
         size = sum(file.stat().st_size for file in adapter.iterdir())
         versions = Versions(
             store, fits, lambda card: learned, copies, 2 * size, drop, lambda name, _: observed.append(name)
@@ -225,7 +225,7 @@ def test_a_lost_request_is_sent_again_and_a_refused_one_is_not(monkeypatch):
             return "answer"
 
         told.clear()
-        return asyncio.run(answering.Answering(None, seconds)._until_answered(once))
+        return asyncio.run(answering.AnswererClient(None, seconds)._until_answered(once))
 
     lost = ActorDiedError()
     assert ask(lost, 60) == "answer"

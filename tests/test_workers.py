@@ -8,7 +8,7 @@ import torch
 from conftest import TARGETS, meta_gradient, on_workers, perturbed_start, tiny_lm
 from test_lora import random_rows
 
-from rayml.algorithms.registry import chosen
+from rayml.algorithms.registry import parse_algorithm
 from rayml.lm import zero
 from rayml.lm.batch import collate
 from rayml.lm.load import checkpoint_activations
@@ -30,7 +30,7 @@ def mean_gradient(lm, tasks):
     inner_lrs = {name: torch.tensor(0.3) for name in start}
     support, query = (collate([task_rows(task, side) for task in tasks], pad=1) for side in (0, 1))
     losses = [partial(lm.losses, batch=batch) for batch in (support, query)]
-    algorithm = chosen({"name": "fomaml_plus", "start_weight": 0.0})
+    algorithm = parse_algorithm({"name": "fomaml_plus", "start_weight": 0.0})
     found = meta_gradient(algorithm, *losses, start, inner_lrs, STEPS, torch.ones(len(tasks)))
     sent = [*found.start.values(), *found.inner_lrs.values(), found.query_losses.sum()]
     return [total / TASKS for total in collective.sum_over_workers(sent)]

@@ -12,7 +12,7 @@ from benchmark_machine import Machine, fastest
 
 from gpu_steps.bench import Bench
 from rayml.lm.load import DTYPES
-from rayml.lm.precision import look_at
+from rayml.lm.precision import inspect_device
 
 PACKAGES = "torch", "transformers", "peft", "ray", "deepspeed", "triton", "higher", "torchao", "numpy"
 
@@ -25,7 +25,7 @@ def run(bench: Bench) -> None:
             found = Machine.measured(bench.device, DTYPES[dtype]).described()
             bench.record("rates", dtype=dtype, device=found.pop("name"), **found)
     with bench.attempt("automatic"):
-        bench.record("automatic", device=str(look_at(bench.device)))
+        bench.record("automatic", device=str(inspect_device(bench.device)))
     if bench.device.type == "cuda":
         with bench.attempt("memory"):
             bench.record("memory", **memory(bench.device))

@@ -17,7 +17,7 @@ from rayml.lm.load import checkpoint_activations
 from rayml.lm.lora import TaskLoRA
 from rayml.lm.model import TaskLM
 from rayml.lm.sides import TaskSide
-from rayml.planning.memory import memory
+from rayml.planning.memory import plan_memory
 from rayml.planning.shape import read_shape
 from rayml.training.replicated import build_learner
 
@@ -75,5 +75,5 @@ def peak(held: int, step: Callable[[], Any], device: torch.device) -> int:
 
 
 def plan(config: Config) -> dict[str, Any]:
-    found = memory(read_shape(config), config)
+    found = plan_memory(read_shape(config), config)
     return {"planned_bytes": found.device_bytes, "planned": {part.name: part.device_bytes for part in found.parts}}

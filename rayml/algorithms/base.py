@@ -2,7 +2,7 @@
 
 It is also its own section of the config: its fields are its settings, beside `name`. `config.algorithm` is the object.
 
-The least that an algorithm defines is `turns`, a schedule of minibatches. Two engines can run it: plain torch for T
+The least that an algorithm defines is `minibatches`: their schedule. Two engines can run it: plain torch for T
 tasks at once, and DeepSpeed one minibatch after the other. An algorithm that is not such a schedule overrides
 `meta_gradient`, and then runs in plain torch only.
 """
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from rayml.tasks.task import Task
 
 
-class Turn(NamedTuple):
-    """One minibatch of an episode. Its gradient is taken at the weights that the turns before it have led to."""
+class Minibatch(NamedTuple):
+    """One minibatch of an episode. Its gradient is taken at the weights that those before it have led to."""
 
     side: Literal["support", "query"]
     share: float = 0.0
@@ -62,7 +62,7 @@ class Side(Protocol):
         """Return losses, states, and the log-probabilities of `label_tokens` `[T, C]`, from one forward."""
 
 
-class Asked(Protocol):
+class QueryBatch(Protocol):
     """The queries of T learned tasks: Q each, to be answered with one of C labels. Weights of None: the bare base."""
 
     @property
@@ -131,7 +131,7 @@ class Algorithm(Section):
         """What has a learned inner rate of its own: nothing, each tensor, or each weight."""
         return "none"
 
-    def refuses(self, config: "Config") -> Iterator[str]:
+    def conflicts(self, config: "Config") -> Iterator[str]:
         """Yield why it cannot be combined with other choices of the config, each as `key: reason`."""
         if config.mode == "full" and not self.runs_sharded:
             yield (
@@ -156,12 +156,12 @@ class Algorithm(Section):
 
     @property
     def runs_sharded(self) -> bool:
-        """Whether `turns` of plain losses define all that is learned: that is all that a sharded engine runs."""
+        """Whether `minibatches` of plain losses define all that is learned: that is all that a sharded engine runs."""
         methods = "meta_gradient", "support_losses", "query_losses"
         is_plain = all(getattr(type(self), method) is getattr(Algorithm, method) for method in methods)
         return is_plain and not self.keeps_states and self.keeps == "nothing" and self.learned_rates != "weight"
 
-    def turns(self, steps: int) -> list[Turn]:
+    def minibatches(self, steps: int) -> list[Minibatch]:
         """Return the minibatches of an episode, in order. `steps` is the config's `inner.steps`."""
         raise NotImplementedError
 
@@ -176,7 +176,7 @@ class Algorithm(Section):
     def meta_gradient(
         self, support: Side, query: Side, start: "Params", inner: "InnerLoop", weights: "Tensor"
     ) -> "MetaGradient":
-        """Return the meta-gradient of T episodes, to first order, over the turns.
+        """Return the meta-gradient of T episodes, to first order, over the minibatches.
 
         Args:
             start: the shared start, `[...]` each.
@@ -185,17 +185,17 @@ class Algorithm(Section):
         from rayml.algorithms.meta_gradient import first_order
 
         losses = {"support": self.support_losses(support), "query": self.query_losses(support, query)}
-        return first_order(self.turns(inner.steps), losses, start, inner, weights)
+        return first_order(self.minibatches(inner.steps), losses, start, inner, weights)
 
-    def answer(self, asked: Asked, weights: "Params | None") -> "list[Tensor]":
+    def answer(self, queries: QueryBatch, weights: "Params | None") -> "list[Tensor]":
         """Return the log-probabilities of each query's labels, `[Q, C]` for each task, without gradients."""
-        return self.prototypes.answer(asked, weights) if self.prototypes else asked.label_log_probs(weights)
+        return self.prototypes.answer(queries, weights) if self.prototypes else queries.label_log_probs(weights)
 
     def kept(self, support: Side, weights: "Params") -> "list[Params]":
         """Return what answers need of each learned task's support, beside its weights, without gradients."""
         return self.prototypes.kept(support, weights) if self.prototypes else [{} for _ in support.classes]
 
-    def answers_as(self, other: "Algorithm") -> bool:
+    def can_share_batch(self, other: "Algorithm") -> bool:
         """Return whether one batch may hold queries of both algorithms."""
         is_plain = [
             type(algorithm).answer is Algorithm.answer and algorithm.readout == "labels" for algorithm in (self, other)
@@ -208,21 +208,21 @@ class Algorithm(Section):
 
     def inner_steps(self, steps: int) -> int:
         """Return how many inner steps an episode takes in training."""
-        return sum(turn.descends for turn in self.turns(steps))
+        return sum(minibatch.descends for minibatch in self.minibatches(steps))
 
     def passes(self, steps: int) -> tuple[int, int]:
         """Return how often training runs forward and backward over an episode's support, and over its query."""
-        sides = [turn.side for turn in self.turns(steps)]
+        sides = [minibatch.side for minibatch in self.minibatches(steps)]
         query = sides.count("query")
         return sides.count("support") + query * self.keeps_states, query
 
 
-def batches(turns: Sequence[Turn]) -> list[list[Turn]]:
-    """Return the turns in groups that can share a batch: no inner step is taken between them."""
-    groups: list[list[Turn]] = []
-    for turn in turns:
-        if groups and not turn.descends and not groups[-1][-1].descends:
-            groups[-1].append(turn)
+def group_minibatches(minibatches: Sequence[Minibatch]) -> list[list[Minibatch]]:
+    """Return the minibatches in groups that can share a batch: no inner step is taken between them."""
+    groups: list[list[Minibatch]] = []
+    for minibatch in minibatches:
+        if groups and not minibatch.descends and not groups[-1][-1].descends:
+            groups[-1].append(minibatch)
         else:
-            groups.append([turn])
+            groups.append([minibatch])
     return groups

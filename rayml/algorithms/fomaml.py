@@ -6,14 +6,14 @@ the query's gradient at the fast weights is also the start's gradient.
 
 from typing import Literal
 
-from rayml.algorithms.base import Algorithm, Turn
+from rayml.algorithms.base import Algorithm, Minibatch
 from rayml.sections import NotNegativeFloat
 
 
 class Fomaml(Algorithm):
     """As in the paper: inner rates are fixed, and the start is learned only from the query after adapting."""
 
-    def turns(self, steps: int) -> list[Turn]:
+    def minibatches(self, steps: int) -> list[Minibatch]:
         return adapt_then_query(steps)
 
 
@@ -32,7 +32,7 @@ class FomamlPlus(Algorithm):
     def learned_rates(self) -> Literal["none", "tensor", "weight"]:
         return "tensor" if self.learn_rates else "none"
 
-    def turns(self, steps: int) -> list[Turn]:
+    def minibatches(self, steps: int) -> list[Minibatch]:
         return adapt_then_query(steps, self.start_weight)
 
 
@@ -46,10 +46,13 @@ class MetaSgd(Algorithm):
     def learned_rates(self) -> Literal["none", "tensor", "weight"]:
         return "weight"
 
-    def turns(self, steps: int) -> list[Turn]:
+    def minibatches(self, steps: int) -> list[Minibatch]:
         return adapt_then_query(steps, self.start_weight)
 
 
-def adapt_then_query(steps: int, start_weight: float = 0.0) -> list[Turn]:
+def adapt_then_query(steps: int, start_weight: float = 0.0) -> list[Minibatch]:
     """Return `steps` inner steps on the support, then the query. The first step also counts by `start_weight`."""
-    return [*(Turn("support", 0.0 if k else start_weight, descends=True) for k in range(steps)), Turn("query", 1.0)]
+    return [
+        *(Minibatch("support", 0.0 if k else start_weight, descends=True) for k in range(steps)),
+        Minibatch("query", 1.0),
+    ]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from rayml.algorithms.base import Algorithm, Side, Turn
+from rayml.algorithms.base import Algorithm, Minibatch, Side
 from rayml.algorithms.fomaml import adapt_then_query
 from rayml.algorithms.inner_loop import InnerLoop, Params, TaskLosses
 from rayml.algorithms.meta_gradient import MetaGradient
@@ -27,8 +27,8 @@ class Maml(Algorithm):
     def learned_rates(self) -> Literal["none", "tensor", "weight"]:
         return "tensor" if self.learn_rates else "none"
 
-    def refuses(self, config: "Config") -> Iterator[str]:
-        yield from super().refuses(config)
+    def conflicts(self, config: "Config") -> Iterator[str]:
+        yield from super().conflicts(config)
         if config.engine == "zero":
             yield "algorithm.name: maml differentiates twice, which ZeRO-3 does not support; use engine=local"
         if config.model.attention == "sdpa":
@@ -40,7 +40,7 @@ class Maml(Algorithm):
         if config.inner.unfreeze_every:
             yield "inner.unfreeze_every: maml cannot unfreeze layers gradually"
 
-    def turns(self, steps: int) -> list[Turn]:
+    def minibatches(self, steps: int) -> list[Minibatch]:
         return adapt_then_query(steps)
 
     def meta_gradient(

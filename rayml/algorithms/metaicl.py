@@ -1,6 +1,6 @@
 """MetaICL (Min et al. 2022, arXiv 2110.15943): the support stands in the query's prompt, in training and after it."""
 
-from rayml.algorithms.base import Algorithm, Turn
+from rayml.algorithms.base import Algorithm, Minibatch
 
 
 class MetaIcl(Algorithm):
@@ -9,5 +9,5 @@ class MetaIcl(Algorithm):
     takes_steps = False
     keeps = "prompt"
 
-    def turns(self, steps: int) -> list[Turn]:
-        return [Turn("query", 1.0)]
+    def minibatches(self, steps: int) -> list[Minibatch]:
+        return [Minibatch("query", 1.0)]

@@ -3,11 +3,11 @@
 After training, it adapts to a new task as the others do.
 """
 
-from rayml.algorithms.base import Algorithm, Turn
+from rayml.algorithms.base import Algorithm, Minibatch
 
 
 class Multitask(Algorithm):
     """The mean of both sides' losses at the start."""
 
-    def turns(self, steps: int) -> list[Turn]:
-        return [Turn("support", 0.5), Turn("query", 0.5)]
+    def minibatches(self, steps: int) -> list[Minibatch]:
+        return [Minibatch("support", 0.5), Minibatch("query", 0.5)]

@@ -110,7 +110,7 @@ class Learner:
         self.step += 1
         return norms[0]
 
-    def begin_at(self, start: Params, log_inner_lrs: Params) -> None:
+    def warm_start(self, start: Params, log_inner_lrs: Params) -> None:
         """Begin at what another run learned. What it did not learn stays where an untrained start is."""
         for params, learned in ((self.start, start), (self.log_inner_lrs, log_inner_lrs)):
             for name in params.keys() & learned.keys():

@@ -3,8 +3,8 @@
 A sharded engine keeps fp32 shards of the weights, hands them to an optimizer, and after every `step()` refreshes the
 weights that the forward reads. Here an inner step is an ordinary optimizer step, so the engine needs no changes.
 
-The turns of an algorithm (`rayml.algorithms.base.Turn`) say what each step does. The meta-gradient is a sum of
-gradients, also for Reptile: the difference of nearly equal weights would lose most of its digits.
+The minibatches of an algorithm (`rayml.algorithms.base.Minibatch`) say what each step does. The meta-gradient is a sum
+of gradients, also for Reptile: the difference of nearly equal weights would lose most of its digits.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rayml.algorithms.base import Turn, batches
+from rayml.algorithms.base import Minibatch, group_minibatches
 
 
 class Phase(NamedTuple):
@@ -41,12 +41,12 @@ class Step(NamedTuple):
     """The factor on its gradient in the meta-gradient."""
 
 
-def steps_of(turns: Sequence[Turn]) -> list[Step]:
-    """Return the optimizer steps of one task by an algorithm's turns; turns at the same weights share a step."""
-    groups, steps = batches(turns), []
+def optimizer_steps(minibatches: Sequence[Minibatch]) -> list[Step]:
+    """Return the optimizer steps of one task. Minibatches at the same weights share a step."""
+    groups, steps = group_minibatches(minibatches), []
     for index, group in enumerate(groups):
-        share = sum(turn.share for turn in group)
-        sides = [(turn.side, turn.share / share if len(group) > 1 else 1.0) for turn in group]
+        share = sum(minibatch.share for minibatch in group)
+        sides = [(minibatch.side, minibatch.share / share if len(group) > 1 else 1.0) for minibatch in group]
         phase = Phase(share != 0, group[0].descends, restores=index == len(groups) - 1)
         steps.append(Step(sides, phase, share))
     return steps

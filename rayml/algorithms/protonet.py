@@ -5,7 +5,7 @@ A query belongs to the class whose examples have the nearest mean hidden state (
 
 from typing import Literal
 
-from rayml.algorithms.base import Algorithm, Turn
+from rayml.algorithms.base import Algorithm, Minibatch
 
 
 class ProtoNet(Algorithm):
@@ -15,5 +15,5 @@ class ProtoNet(Algorithm):
     readout: Literal["labels", "prototypes", "both"] = "prototypes"
     """As for the other algorithms; `both` reads label tokens beside the prototypes."""
 
-    def turns(self, steps: int) -> list[Turn]:
-        return [Turn("query", 1.0)]
+    def minibatches(self, steps: int) -> list[Minibatch]:
+        return [Minibatch("query", 1.0)]

@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from rayml.algorithms.base import Asked, Side
+from rayml.algorithms.base import QueryBatch, Side
 from rayml.algorithms.inner_loop import Params, TaskLosses
 
 SCALE, MIX, MEANS = "readout.scale", "readout.mix", "readout.means"
@@ -99,15 +99,15 @@ class Readout(NamedTuple):
 
         return losses
 
-    def answer(self, asked: Asked, weights: Params | None) -> list[Tensor]:
+    def answer(self, queries: QueryBatch, weights: Params | None) -> list[Tensor]:
         """Return the log-probabilities of each query's classes, `[Q, C]` for each task."""
-        ways = max(options for _, options in asked.shape)
-        protos = prototypes(asked.support_states(weights, self.pooling), asked.support_classes, ways)
-        read = asked.read(weights, self.pooling, self.labels)
+        ways = max(options for _, options in queries.shape)
+        protos = prototypes(queries.support_states(weights, self.pooling), queries.support_classes, ways)
+        read = queries.read(weights, self.pooling, self.labels)
         scores = logits(squared_distances(read.states, protos), protos.counts, weights, read.label_log_probs)
         return [
-            task_scores[:queries, :options].log_softmax(-1)
-            for task_scores, (queries, options) in zip(scores, asked.shape, strict=True)
+            task_scores[:count, :options].log_softmax(-1)
+            for task_scores, (count, options) in zip(scores, queries.shape, strict=True)
         ]
 
     def kept(self, support: Side, weights: Params) -> list[Params]:

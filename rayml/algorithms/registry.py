@@ -44,7 +44,7 @@ def algorithm_class(name: str) -> type[Algorithm]:
     return cls
 
 
-def chosen(values: Any) -> Any:
+def parse_algorithm(values: Any) -> Any:
     """Return the algorithm of a config's section `algorithm`, which holds its name and settings."""
     if not isinstance(values, dict):
         return values  # an algorithm already, or a mistake that pydantic reports
@@ -56,8 +56,8 @@ def chosen(values: Any) -> Any:
     return cls.model_validate(values | {"name": name})
 
 
-def default() -> Algorithm:
-    return chosen({})
+def default_algorithm() -> Algorithm:
+    return parse_algorithm({})
 
 
 def algorithm_of(name: str, settings: dict[str, Any]) -> Algorithm:
@@ -67,7 +67,7 @@ def algorithm_of(name: str, settings: dict[str, Any]) -> Algorithm:
         ConfigError: there is no such algorithm, or it has no such settings.
     """
     try:
-        return chosen({**settings, "name": name or DEFAULT})
+        return parse_algorithm({**settings, "name": name or DEFAULT})
     except ValueError as error:
         raise ConfigError(f"learned by {name!r}, which does not answer here: {error}") from None
 
@@ -95,7 +95,7 @@ MOVED = {
 }
 
 
-def modernized(values: dict[str, Any]) -> dict[str, Any]:
+def upgrade_config(values: dict[str, Any]) -> dict[str, Any]:
     """Return the values of an old run's `config.yaml` in today's form.
 
     Before algorithms had settings of their own, `fomaml` was the name of today's `fomaml_plus`, and the file of every

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from rayml.algorithms.base import Algorithm, Turn
+from rayml.algorithms.base import Algorithm, Minibatch
 
 if TYPE_CHECKING:
     from rayml.config import Config
@@ -18,11 +18,11 @@ class Reptile(Algorithm):
     paper).
     """
 
-    def turns(self, steps: int) -> list[Turn]:
-        return [Turn("query" if k % 2 else "support", 1.0, descends=True) for k in range(steps)]
+    def minibatches(self, steps: int) -> list[Minibatch]:
+        return [Minibatch("query" if k % 2 else "support", 1.0, descends=True) for k in range(steps)]
 
-    def refuses(self, config: "Config") -> Iterator[str]:
-        yield from super().refuses(config)
+    def conflicts(self, config: "Config") -> Iterator[str]:
+        yield from super().conflicts(config)
         if not config.inner.steps:
             yield "inner.steps: reptile learns from its inner steps; give it one or more"
         if config.regularize.adversarial:

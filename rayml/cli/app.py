@@ -15,7 +15,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from rayml.errors import RaymlError
-from rayml.interrupt import heed, status
+from rayml.interrupt import exit_status, install_handlers
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -25,14 +25,14 @@ class Commands(TyperGroup):
     """Ends an interrupted command (Ctrl-C, SIGTERM) with one line, which says what is kept, if anything."""
 
     def invoke(self, ctx: Any) -> Any:
-        heed()
+        install_handlers()
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as interrupt:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not interrupt the clean-up
             message = f"stopped: {interrupt}" if str(interrupt) else "stopped"
             err.print(message, markup=False, highlight=False, soft_wrap=True)
-            raise typer.Exit(status(interrupt)) from None
+            raise typer.Exit(exit_status(interrupt)) from None
 
 
 app = typer.Typer(

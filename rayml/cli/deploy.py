@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rayml.cli.app import Checkpoint, RunPath, app, err, out, path
-from rayml.progress import doing
+from rayml.progress import show_activity
 
 if TYPE_CHECKING:
     from rayml.training.submit import Command
@@ -47,14 +47,14 @@ def submit(
     missing = [key for key, value in variables.items() if not key or value is None]
     if missing:
         raise typer.BadParameter(f"--env: expected KEY=VALUE, or a KEY that is set here; got {', '.join(missing)}")
-    with doing(err, "loading libraries"):
+    with show_activity(err, "loading libraries"):
         from rayml.training.submit import submit as submit_job
 
     job_env = {key: value for key, value in variables.items() if value is not None}
-    submit_job(address, parsed(command), working_dir, name, storage, job_env, not detach, stop_on_interrupt, out)
+    submit_job(address, parse_command(command), working_dir, name, storage, job_env, not detach, stop_on_interrupt, out)
 
 
-def parsed(words: list[str]) -> "Command":
+def parse_command(words: list[str]) -> "Command":
     """Parse a rayml command with its own parser."""
     from rayml.training.submit import Command
 

@@ -10,7 +10,7 @@ import typer
 import rayml
 from rayml.cli.app import Checkpoint, Json, RunPath, app, err, out, path, print_keys
 from rayml.errors import RunError
-from rayml.progress import doing
+from rayml.progress import show_activity
 from rayml.starts import refuse_no_run
 from rayml.tasks.formats.text import comma_separated
 
@@ -42,13 +42,13 @@ def adapt(
     folder = new_folder(out_dir)
     rows = read_rows([str(examples)])
     if run is None:
-        with doing(err, "each start learns one half of the examples, and answers the other"):
+        with show_activity(err, "each start learns one half of the examples, and answers the other"):
             model, reason, _ = rayml.choose_start(rows)
         err.print(reason, style="dim", markup=False, highlight=False, soft_wrap=True)
     else:
         refuse_no_run(run)
         RunFolder(run).trained(checkpoint)  # raises at once if it is no finished run
-        with doing(err, "loading libraries and model"):
+        with show_activity(err, "loading libraries and model"):
             model = rayml.load(run, checkpoint=checkpoint)
     assert model.run is not None
     for line in (f"{model.run.start or model.run.path}: {model.checkpoint}", str(model.precision)):
@@ -110,7 +110,7 @@ def predict(
     choices = comma_separated(options) if options else None
     if "://" not in adapter and not (Path(adapter).expanduser() / "rayml.json").exists():
         raise RunError(f"{adapter}: no adapter that `rayml adapt` wrote: there is no rayml.json in it")
-    with doing(err, "loading libraries and model"):
+    with show_activity(err, "loading libraries and model"):
         loaded = rayml.load_adapter(adapter)
     prediction = loaded.predict(parse_input(text), choices)
     if as_json:
@@ -169,7 +169,7 @@ def serve_run(
     if run is None:
         raise typer.BadParameter("give a RUN folder, or --keys")
     refuse_no_run(run)
-    with doing(err, "loading libraries"):
+    with show_activity(err, "loading libraries"):
         from rayml.serving.command import serve_forever
 
     serve_forever(run, overrides or [], host, port, store, keys_file, metrics_port, insecure, checkpoint, out)

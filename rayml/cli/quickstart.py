@@ -56,9 +56,9 @@ def unpack_model(model: str) -> None:
 
 def teach(run: str | None, adapter: str) -> None:
     """Let a run, or else a start that comes with rayml, learn the tickets, and ask it one question."""
-    from rayml.runs.files import as_path, remove
+    from rayml.runs.files import parse_path, remove
 
-    remove(as_path(adapter))
+    remove(parse_path(adapter))
     argument = f"{shlex.quote(run)} " if run else ""
     say(f"adapt {argument}--examples {TICKETS} --out {shlex.quote(adapter)}")
     adapt(TICKETS, adapter, run)

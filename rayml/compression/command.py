@@ -17,9 +17,9 @@ from rayml.errors import ConfigError, RunError
 from rayml.experiments.evaluate_command import held_out_tasks
 from rayml.lm.catalog import resolve_model
 from rayml.lm.sentence import read_sentences
-from rayml.progress import doing, progress
+from rayml.progress import progress, show_activity
 from rayml.runs.checkpoint import folder_name, seal, write_state
-from rayml.runs.files import as_path, write_whole
+from rayml.runs.files import parse_path, write_atomically
 from rayml.runs.folder import RunFolder
 
 LIBRARY = {"int8": "torchao>=0.18", "int4": "bitsandbytes>=0.50"}
@@ -59,7 +59,7 @@ def compress_run(
             before a model is loaded.
     """
     check_ways(quantize, distill, prune, distillation)
-    folder = as_path(to)
+    folder = parse_path(to)
     if folder.exists():
         raise RunError(f"{to}: exists already; give --out a new folder")
     if not isinstance(folder, Path):
@@ -68,7 +68,7 @@ def compress_run(
     config, _ = source.trained(checkpoint)
     base = check_run(config, source, distill)
     tasks = held_out_tasks(config, config.data, None, "test")
-    with doing(err, "loading libraries and model"):
+    with show_activity(err, "loading libraries and model"):
         from rayml.compression import distill as distilling
         from rayml.compression import measure, shrink
         from rayml.model import load
@@ -93,7 +93,7 @@ def compress_run(
         summary = measure.compare(model, compressed_model, tasks, episodes, bar)
     how = f"{quantize}" if quantize else f"pruned by {prune}" if prune else f"distilled into {distill}"
     record = {"run": str(source.path), "how": how, "steps": distillation.steps if distill else None, **summary}
-    write_whole(folder / "compression.json", json.dumps(record, indent=2) + "\n")
+    write_atomically(folder / "compression.json", json.dumps(record, indent=2) + "\n")
     out.print(measure.table(summary, f"{config.model.name}, {how}"))
     out.print(f"{folder}\nnext: rayml serve {shlex.quote(str(to))}", highlight=False, soft_wrap=True)
     return record
@@ -205,6 +205,6 @@ def write_run(source: RunFolder, folder: Path, compressed: Compressed, step: int
     write_state(checkpoint, start | {f"log_rate/{name}": rate.log() for name, rate in compressed.inner_lrs.items()})
     seal(checkpoint, step, part=0, parts=1)
     run.write_untrained(compressed.untrained)
-    write_whole(run.tasks, source.tasks.read_text(encoding="utf-8"))
-    write_whole(run.config, dump_config(config))
+    write_atomically(run.tasks, source.tasks.read_text(encoding="utf-8"))
+    write_atomically(run.config, dump_config(config))
     return run

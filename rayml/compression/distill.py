@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rayml.algorithms.base import Turn
+from rayml.algorithms.base import Minibatch
 from rayml.algorithms.inner_loop import InnerLoop, Params, TaskLosses, adapt
 from rayml.algorithms.meta_gradient import first_order
 from rayml.algorithms.outer_loop import Learner, initial_log_inner_lrs, outer_schedule
@@ -34,7 +34,7 @@ from rayml.lm.initialization import untrained_start
 from rayml.lm.label_losses import token_losses
 from rayml.lm.label_trie import IGNORE
 from rayml.lm.load import DTYPES, load_base, load_tokenizer
-from rayml.lm.lora import LAYER, in_a_layer, layer_number
+from rayml.lm.lora import LAYER, is_in_layer, layer_number
 from rayml.lm.model import TaskLM, hooks, mean_by_task
 from rayml.lm.sides import side_batch
 from rayml.model import MetaModel
@@ -127,7 +127,7 @@ class Student:
 
     def __init__(self, lm: TaskLM, learner: Learner, inner_steps: int, settings: Distillation):
         self.lm, self.learner, self.inner_steps, self.settings = lm, learner, inner_steps, settings
-        self.base = {name: p.requires_grad_() for name, p in lm.module.named_parameters() if in_a_layer(name)}
+        self.base = {name: p.requires_grad_() for name, p in lm.module.named_parameters() if is_in_layer(name)}
         self.optimizer = torch.optim.AdamW(self.base.values(), lr=settings.lr, weight_decay=0.0)
 
     def step(self, teacher: Teacher, episodes: Sequence[dict[str, Any]], pad: int) -> dict[str, float]:
@@ -143,8 +143,8 @@ class Student:
         learner, weights = self.learner, torch.ones(len(episodes), device=self.lm.device)
         side_losses: dict[str, TaskLosses] = {"support": partial(self.lm.losses, batch=support), "query": losses}
         inner = InnerLoop(learner.inner_lrs, self.inner_steps, learns_inner_lrs=True)
-        turns = [*[Turn("support", descends=True)] * self.inner_steps, Turn("query", 1.0)]
-        meta = first_order(turns, side_losses, learner.start, inner, weights)
+        minibatches = [*[Minibatch("support", descends=True)] * self.inner_steps, Minibatch("query", 1.0)]
+        meta = first_order(minibatches, side_losses, learner.start, inner, weights)
         tasks = len(episodes)
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.lr * learner.schedule(learner.step)

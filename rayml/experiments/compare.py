@@ -28,8 +28,8 @@ from rayml.experiments.summaries import summarize
 from rayml.lm.precision import own_device
 from rayml.model import load, untrained_model
 from rayml.progress import progress
-from rayml.runs.checkpoint import identity
-from rayml.runs.files import AnyPath, as_path, checksum, write_whole
+from rayml.runs.checkpoint import manifest_checksums
+from rayml.runs.files import AnyPath, checksum, parse_path, write_atomically
 from rayml.runs.folder import RunFolder, fingerprint
 from rayml.tasks.episodes import EVALUATION_SEED, VALIDATION_SEED
 from rayml.tasks.prepare import prepare_splits
@@ -53,7 +53,7 @@ def compare(
         ConfigError, DataError, RunError: the input is bad; nothing was started.
         TrainingError: no method could be trained.
     """
-    base, folder = parse_config(values, source), as_path(to)
+    base, folder = parse_config(values, source), parse_path(to)
     splits = prepare_splits(base.data)
     if not splits.test or not splits.val:
         raise DataError("compare needs tasks for meta-val and meta-test; raise data.splits.val and data.splits.test")
@@ -99,7 +99,7 @@ def method_result(
         method_run.check_length()
         note = provenance_path(method_run, folder)
         note.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(note, json.dumps(provenance(method_run.config)) + "\n")
+        write_atomically(note, json.dumps(provenance(method_run.config)) + "\n")
         if not ray.is_initialized():
             start_ray(method_run.config)
         steps = method_run.config.outer.steps
@@ -116,7 +116,7 @@ def method_result(
         **adapt_and_answer(method_run, base, splits, request),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(result, ensure_ascii=False) + "\n")
+    write_atomically(path, json.dumps(result, ensure_ascii=False) + "\n")
     return result
 
 
@@ -186,7 +186,7 @@ def result_fingerprint(method_run: MethodRun, base: Config, splits: Splits, requ
     config["data"].pop("path")
     episodes = base.data.ways, base.data.shots, base.data.queries
     effort = request.episodes, request.val_episodes, list(request.factors), list(request.steps), episodes
-    checkpoint = identity(method_run.run.trained()[1]) if method_run.run and not method_run.trains else None
+    checkpoint = manifest_checksums(method_run.run.trained()[1]) if method_run.run and not method_run.trains else None
     tasks = [fingerprint(part) for part in splits]
     versions = provenance(method_run.config), encoder_versions(method_run, request)
     text = repr((config, method_run.method, effort, tasks, checkpoint, versions))
@@ -196,7 +196,7 @@ def result_fingerprint(method_run: MethodRun, base: Config, splits: Splits, requ
 def provenance(config: Config) -> dict[str, Any]:
     """Return what training depends on beside settings and tasks: the code, the engine, and a run that it continues."""
     old_run = config.run.continues
-    start = identity(RunFolder(old_run).trained()[1]) if old_run else []
+    start = manifest_checksums(RunFolder(old_run).trained()[1]) if old_run else []
     return {"code": code_version(), "engine": config.engine, "run.continues": start}
 
 

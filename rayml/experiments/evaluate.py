@@ -10,14 +10,14 @@ import numpy as np
 import torch
 
 from rayml.experiments.answers import LearnedMethod, Setting, label_answers, text_answers
-from rayml.experiments.classifiers import Embedding, Head, answer_by_classifier, missing
+from rayml.experiments.classifiers import Embedding, Head, answer_by_classifier, install_command
 from rayml.lm.catalog import MINILM, resolve_model
 from rayml.lm.fine_tuning import rate_factors
 from rayml.lm.scorer import Outputs, Scorer, batches, curves_of
 from rayml.progress import Bar
 from rayml.runs.files import AnyPath
 from rayml.tasks.episodes import Episode, Sampler
-from rayml.tasks.statistics import Curve, by_task, intervals
+from rayml.tasks.statistics import Curve, intervals, scores_by_task
 from rayml.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def encoder_beside(
     MiniLM is not installed, or there are no label tasks.
     """
     labelled = [task for task in tasks if task.options]
-    if not labelled or missing("embedding", MINILM):
+    if not labelled or install_command("embedding", MINILM):
         return None
     advance = add_bar("a sentence encoder beside it", len(labelled) * episodes)
     encoder, head = Embedding(resolve_model(MINILM), torch.device("cpu"), seed=0), Head("nearest centroid")
@@ -168,7 +168,7 @@ def encoder_beside(
         accuracies += record["curve"]
         advance()
     theirs = np.array(accuracies).reshape(len(labelled), episodes)
-    ours = by_task([curve for curve in evaluation.trained if curve.is_accuracy])[-1]
+    ours = scores_by_task([curve for curve in evaluation.trained if curve.is_accuracy])[-1]
     both = np.stack([theirs, ours - theirs])
 
     def summarize(rows: slice) -> dict[str, Any]:

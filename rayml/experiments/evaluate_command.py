@@ -12,9 +12,9 @@ from rayml.algorithms.registry import DEFAULT
 from rayml.config import Config, dump_config
 from rayml.errors import ConfigError, DataError, RunError
 from rayml.experiments import report
-from rayml.interrupt import kept
-from rayml.progress import doing, progress
-from rayml.runs.files import write_whole
+from rayml.interrupt import with_message
+from rayml.progress import progress, show_activity
+from rayml.runs.files import write_atomically
 from rayml.runs.folder import RunFolder, fingerprint
 from rayml.sections import Data
 from rayml.tasks.episodes import EVALUATION_SEED
@@ -77,7 +77,7 @@ def evaluate_run(
     }
     suffix = "-data" if data else "" if split == "test" else f"-{split}"
     json_path, plot_path = json_file or outputs / f"evaluation{suffix}.json", outputs / f"adaptation{suffix}.png"
-    write_whole(json_path, json.dumps(summary, indent=2) + "\n")
+    write_atomically(json_path, json.dumps(summary, indent=2) + "\n")
     method = "" if config.algorithm.name == DEFAULT else f"{config.algorithm.name}, "
     title = f"{config.model.name}, {sampling.ways}-way {sampling.shots}-shot, {method}after {model.step} outer steps"
     report.plot_adaptation(summary, plot_path, title)
@@ -88,11 +88,11 @@ def evaluate_run(
 
 def _load_model(run: Any, config: Config, tasks: Sequence[Task], checkpoint: str | None, err: Console) -> Any:
     """Load the model of a run, and check that it can answer the tasks."""
-    with doing(err, "loading libraries and model"):
-        from rayml.lm.abilities import refuse_mute
+    with show_activity(err, "loading libraries and model"):
+        from rayml.lm.abilities import refuse_without_text
         from rayml.model import load
 
-        refuse_mute(config, tasks)
+        refuse_without_text(config, tasks)
         model = load(run, checkpoint=checkpoint) if isinstance(run, RunFolder) else run
     if model.run is None:
         raise RunError("an untrained start is evaluated beside a run's; give a run")
@@ -120,7 +120,7 @@ def _scores(
             beside = encoder_beside(evaluation, tasks, sampler, episodes, add_bar)
     except KeyboardInterrupt as interrupt:
         message = f"{parts.episodes} of {total} episodes are kept; the same command goes on with the others"
-        raise kept(interrupt, message) from None
+        raise with_message(interrupt, message) from None
     parts.remove()
     return summarize_evaluation(evaluation) | {"beside": beside}
 

@@ -11,17 +11,17 @@ from rayml.algorithms.inner_loop import expand, task_gradients
 from rayml.algorithms.methods import BUDGET, METHODS, NOT_RUN, USUAL, Method
 from rayml.config import Config, parse_config
 from rayml.errors import ConfigError, RunError
-from rayml.experiments.classifiers import check_classifier, missing
+from rayml.experiments.classifiers import check_classifier, install_command
 from rayml.experiments.evaluate_command import training_tasks
 from rayml.lm.abilities import checked_model
 from rayml.lm.catalog import MINILM, resolve_model
 from rayml.lm.load import load_tokenizer
-from rayml.lm.scorer import side_of
+from rayml.lm.scorer import make_side
 from rayml.lm.sentence import read_sentences
 from rayml.lm.sides import SIDES, side_batch, trained_tokens
 from rayml.model import untrained_model
 from rayml.runs.checkpoint import newest_checkpoint, step_of
-from rayml.runs.files import AnyPath, as_path
+from rayml.runs.files import AnyPath, parse_path
 from rayml.runs.folder import RunFolder
 from rayml.runs.reports import table
 from rayml.tasks.prepare import prepare_splits
@@ -141,7 +141,7 @@ def default_methods(base: Config, splits: Splits, encoder: str) -> list[str]:
     methods = [name for name in USUAL if is_label or not METHODS[name].labels_only]
     if is_encoder(base):
         methods = [name for name in methods if not METHODS[name].by_prompt]
-    return [name for name in methods if METHODS[name].start != "encoder" or not missing(name, encoder)]
+    return [name for name in methods if METHODS[name].start != "encoder" or not install_command(name, encoder)]
 
 
 def is_encoder(config: Config) -> bool:
@@ -155,7 +155,7 @@ def check_names(request: Request) -> None:
         reserved = [override for override in overrides if override.partition("=")[0] in RESERVED_KEYS]
         if reserved:
             raise ConfigError(f"--variant {name}: {', '.join(reserved)}: the comparison sets it for every method")
-    names = [*METHODS, *request.variants, *(as_path(path).name for path in request.runs)]
+    names = [*METHODS, *request.variants, *(parse_path(path).name for path in request.runs)]
     duplicates = sorted({name for name in names if names.count(name) > 1})
     if duplicates:
         raise ConfigError(f"two methods, variants or run folders are named {', '.join(duplicates)}; rename one")
@@ -221,7 +221,7 @@ def seconds_per_token(config: Config, tasks: Sequence[Task]) -> float:
     fast = expand(model.start, 1)
     seconds = 0.0
     for _ in range(2):  # the first warms up
-        support = side_of(model.lm, model.encoder, [episode], "support")
+        support = make_side(model.lm, model.encoder, [episode], "support")
         tokens = support.batch.tokens.numel()
         began = time.perf_counter()
         task_gradients(config.algorithm.support_losses(support), fast)

@@ -13,7 +13,7 @@ import regex
 import torch
 from sacrebleu.metrics import BLEU, CHRF
 
-from rayml.tasks.kinds import KINDS, LABELS, NO_RELATION, listed, spans
+from rayml.tasks.kinds import KINDS, LABELS, NO_RELATION, parse_labels, parse_spans
 
 BINS = 15
 UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}]"
@@ -66,7 +66,9 @@ def relation_set(relation: str) -> set[str]:
 
 def multilabel_scores(targets: Sequence[str], answers: Sequence[str]) -> dict[str, float]:
     """Return micro F1, macro F1, and the share of answers with exactly the target's labels."""
-    pairs = [(set(listed(target)), set(listed(answer))) for target, answer in zip(targets, answers, strict=True)]
+    pairs = [
+        (set(parse_labels(target)), set(parse_labels(answer))) for target, answer in zip(targets, answers, strict=True)
+    ]
     return {
         "micro_f1": multilabel_f1(pairs, "micro"),
         "macro_f1": multilabel_f1(pairs, "macro"),
@@ -118,7 +120,7 @@ def bio_tags(queries: Queries) -> tuple[list[list[str]], list[list[str]]]:
     for query in queries:
         tokens = TOKEN.findall(query["input"])
         (target, more_target), (answer, more_answer) = (
-            tag_spans(tokens, spans(query[key])) for key in ("target", "answer")
+            tag_spans(tokens, parse_spans(query[key])) for key in ("target", "answer")
         )
         extra = max(len(more_target), len(more_answer))
         targets.append(target + more_target + ["O"] * (extra - len(more_target)))

@@ -15,9 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from rayml.config import Config
-from rayml.runs.files import AnyPath, write_whole
+from rayml.runs.files import AnyPath, write_atomically
 from rayml.runs.reports import COLOURS, OURS, THEIRS, file_pyplot, save_figure, table
-from rayml.tasks.statistics import bounds, resampled
+from rayml.tasks.statistics import format_interval, interval_caption
 
 PACKAGES = "rayml", "torch", "transformers", "ray"
 STYLE = """body{font:16px/1.5 sans-serif;max-width:70em;margin:2em auto;padding:0 1em}img{max-width:100%}
@@ -32,7 +32,7 @@ LOOK: dict[str, Any] = {"padding": (0, 0, 0, 1), "caption_justify": "left"}
 def scores_table(summary: dict[str, Any], title: str) -> Table:
     """Return a table with a row per task and one for all: each score with half the width of its 95 % interval."""
     heads = "held-out task", "before", "after adapting", "untrained, after", "difference"
-    caption = f"accuracy or loss on queries; of all: {resampled(len(summary['tasks']))}"
+    caption = f"accuracy or loss on queries; of all: {interval_caption(len(summary['tasks']))}"
     rows = table(heads, left=heads[:1], title=title, caption=caption, **LOOK)
     rows.columns[0].no_wrap = True
     for name, scores in summary["tasks"].items():
@@ -55,7 +55,7 @@ def answers_table(summary: dict[str, Any]) -> Table | None:
             continue
         heads = Text(name), task["kind"]
         for metric, scores in task["answers"].items():
-            cells = [_half_width(scores["before"]), _half_width(scores["after"]), bounds(scores["gain"], "+")]
+            cells = [_half_width(scores["before"]), _half_width(scores["after"]), format_interval(scores["gain"], "+")]
             rows.add_row(*heads, metric.replace("_", " "), *cells)
             heads = Text(""), ""  # a name stands in the first of its rows only
     return rows if rows.row_count else None
@@ -67,7 +67,7 @@ def _half_width(interval: dict[str, float]) -> str:
 
 def _score_cells(scores: dict[str, Any]) -> list[str]:
     means = [_half_width(scores[key]) for key in ("before", "after", "untrained_after")]
-    return [*means, bounds(scores["over_untrained"], "+")]
+    return [*means, format_interval(scores["over_untrained"], "+")]
 
 
 def print_evaluation(summary: dict[str, Any], title: str, out: Console) -> None:
@@ -87,10 +87,10 @@ def beside_table(beside: dict[str, Any]) -> Table:
     heads = "held-out task", beside["encoder"], "difference"
     rows = table(heads, left=heads[:1], caption=caption, **LOOK)
     for name, scores in beside["tasks"].items():
-        rows.add_row(Text(name), _half_width(scores["accuracy"]), bounds(scores["ours_less_it"], "+"))
+        rows.add_row(Text(name), _half_width(scores["accuracy"]), format_interval(scores["ours_less_it"], "+"))
     if len(beside["tasks"]) > 1:
         scores = beside["overall"]
-        rows.add_row("all", _half_width(scores["accuracy"]), bounds(scores["ours_less_it"], "+"))
+        rows.add_row("all", _half_width(scores["accuracy"]), format_interval(scores["ours_less_it"], "+"))
     return rows
 
 
@@ -130,15 +130,15 @@ def write_report(
     summary: dict[str, Any], results: Sequence[dict[str, Any]], config: Config, command: str, folder: AnyPath
 ) -> None:
     """Write `compare.json`, the plots, `report.md` and `report.html` into the folder."""
-    write_whole(folder / "compare.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    write_atomically(folder / "compare.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     parts = [header(config, results, command, summary["failed"])]
     for kind, kind_summary in summary["kinds"].items():
         plot_scores(kind_summary, summary["baseline"], folder / f"{kind}-scores.png")
         plot_curves(kind_summary, folder / f"{kind}-curves.png")
         parts.append(section(kind_summary, kind, summary["baseline"]))
     markdown = "\n".join(parts)
-    write_whole(folder / "report.md", markdown)
-    write_whole(folder / "report.html", as_html(markdown, folder))
+    write_atomically(folder / "report.md", markdown)
+    write_atomically(folder / "report.html", as_html(markdown, folder))
 
 
 def header(config: Config, results: Sequence[dict[str, Any]], command: str, failed: dict[str, str]) -> str:
@@ -201,11 +201,13 @@ def score_rows(kind_summary: dict[str, Any], baseline: str) -> list[list[str]]:
     heads = ["method", names[0], f"over {baseline}", "worst task", *names[1:]]
     rows = [[*heads, *["calibration error"] * is_label(kind_summary), "by seed"]]
     for method in sorted(methods, key=lambda method: -method["main"]["mean"]):
-        difference = bounds(method["over_baseline"], sign="+") if method["over_baseline"] else ""
+        difference = format_interval(method["over_baseline"], sign="+") if method["over_baseline"] else ""
         numbers = [method["worst"]["score"], *(method["metrics"][metric] for metric in others)]
         numbers += [method["calibration_error"]] if is_label(kind_summary) else []
         by_seed = " ".join(f"{score:.2f}" for score in method["seeds"])
-        rows.append([method["method"], bounds(method["main"]), difference, *map("{:.2f}".format, numbers), by_seed])
+        rows.append(
+            [method["method"], format_interval(method["main"]), difference, *map("{:.2f}".format, numbers), by_seed]
+        )
     return rows
 
 

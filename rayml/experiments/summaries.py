@@ -8,7 +8,7 @@ import numpy as np
 from rayml.algorithms.methods import BASELINE
 from rayml.experiments.evaluate import EpisodeAnswers, Evaluation
 from rayml.experiments.metrics import calibration_error, metrics_of, scores, span_report
-from rayml.tasks.statistics import Curve, by_task, interval, intervals
+from rayml.tasks.statistics import Curve, interval, intervals, scores_by_task
 
 Result = dict[str, Any]
 """The answers of one method with one seed: `results/NAME-SEED.json` of a comparison."""
@@ -147,7 +147,7 @@ def select_curves(evaluation: Evaluation, **attributes: Any) -> Evaluation:
 
 def summarize_curves(evaluation: Evaluation) -> dict[str, Any]:
     """Return before, after and the curves from both starts, and the paired differences."""
-    trained, untrained = by_task(evaluation.trained), by_task(evaluation.untrained)
+    trained, untrained = scores_by_task(evaluation.trained), scores_by_task(evaluation.untrained)
     points, tasks, episodes = trained.shape
     differences = trained[-1] - trained[0], trained[-1] - untrained[-1]
     means = intervals(np.stack([*trained, *untrained, *differences]))

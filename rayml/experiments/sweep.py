@@ -29,7 +29,7 @@ from rayml.experiments.search_space import Range, check_space, parse_space, roun
 from rayml.experiments.sweep_report import Trial, TrialTable, report_sweep
 from rayml.lm.abilities import checked_model
 from rayml.runs.checkpoint import val_score
-from rayml.runs.files import AnyPath, as_path, write_whole
+from rayml.runs.files import AnyPath, parse_path, write_atomically
 from rayml.runs.folder import RunFolder
 from rayml.tasks.prepare import prepare_splits
 from rayml.training.driver import own_ray, processors, storage, train, with_absolute_paths
@@ -59,7 +59,7 @@ class SweepJob:
         return parse_config(with_values(values, settings), self.source)
 
     def run_path(self, trial: str) -> str:
-        return str(as_path(self.values["run"]["dir"]) / "trials" / trial)
+        return str(parse_path(self.values["run"]["dir"]) / "trials" / trial)
 
 
 def sweep(values: dict[str, Any], source: str, resume: bool, out: Console) -> AnyPath:
@@ -72,7 +72,7 @@ def sweep(values: dict[str, Any], source: str, resume: bool, out: Console) -> An
     config = with_absolute_paths(parse_config(values, source))
     values = config.model_dump(mode="json")
     space = check_sweep(config, values, source)
-    folder = as_path(config.run.dir)
+    folder = parse_path(config.run.dir)
     begin_sweep(folder, config, resume)
     at_once = 0
     if not os.environ.get("RAY_ADDRESS"):
@@ -120,7 +120,7 @@ def begin_sweep(folder: AnyPath, config: Config, resume: bool) -> None:
     elif folder.is_dir() and any(folder.iterdir()):
         raise RunError(f"{folder}: holds something that is no sweep; give run.dir another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(path, text)
+    write_atomically(path, text)
 
 
 def concurrency(config: Config, cpus: int, cpus_each: int, gpus: int) -> int:
@@ -153,7 +153,7 @@ def run_tune(config: Config, job: SweepJob) -> ray.tune.ResultGrid:
     # A trial only waits for its workers. Ray Tune insists on some resource; any share of a CPU would cost the workers'
     # episode streams a whole CPU, so the trial takes one byte of memory.
     trainable = ray.tune.with_resources(ray.tune.with_parameters(TrialRun, job=job), {"memory": 1})
-    location, distributions = storage(as_path(config.run.dir)), param_space(config, job.space)
+    location, distributions = storage(parse_path(config.run.dir)), param_space(config, job.space)
     state, filesystem = f"{location['storage_path']}/{TUNE}", location.get("storage_filesystem")
     if ray.tune.Tuner.can_restore(state, filesystem):
         return ray.tune.Tuner.restore(
@@ -267,7 +267,7 @@ class TrialRun(ray.tune.Trainable):
     def cleanup(self) -> None:
         try:
             if self.run.path.is_dir():  # else it was refused before it started
-                self.run.tell_to_stop()
+                self.run.request_stop()
         finally:
             self.thread.join()
 

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from rayml.config import Config, dump_config, parse_config, with_values
 from rayml.experiments.search_space import Range
-from rayml.runs.files import AnyPath, write_whole
+from rayml.runs.files import AnyPath, write_atomically
 from rayml.runs.reports import OURS, THEIRS, file_pyplot, save_figure, table
 
 COLOUR_MAP = "viridis"
@@ -50,7 +50,7 @@ def report_sweep(
     ranked = sorted(trials, key=sort_key, reverse=True)
     best = ranked[0]
     write_best(config, best, folder / "best.yaml")
-    write_whole(folder / "trials.json", json.dumps([asdict(trial) for trial in ranked], indent=2) + "\n")
+    write_atomically(folder / "trials.json", json.dumps([asdict(trial) for trial in ranked], indent=2) + "\n")
     write_csv(ranked, folder / "trials.csv")
     plot(space, trials, folder / "sweep.png", f"meta-val, {config.sweep.metric}")
     out.print(trials_table(space, ranked))
@@ -75,7 +75,7 @@ def write_best(config: Config, best: Trial, path: AnyPath) -> None:
     settings = ", ".join(f"{key}={value}" for key, value in best.point.items())
     header = f"# The best trial of a sweep, {best.name}: {settings}.\n"
     header += f"# On meta-val {best.before:.3f} before adapting, {best.after:.3f} after, at outer step {best.step}.\n"
-    write_whole(path, header + dump_config(parse_config(values, str(path))))
+    write_atomically(path, header + dump_config(parse_config(values, str(path))))
 
 
 def write_csv(trials: Sequence[Trial], path: AnyPath) -> None:
@@ -85,7 +85,7 @@ def write_csv(trials: Sequence[Trial], path: AnyPath) -> None:
     writer = csv.DictWriter(text, fieldnames=list(rows[0]))
     writer.writeheader()
     writer.writerows(rows)
-    write_whole(path, text.getvalue())
+    write_atomically(path, text.getvalue())
 
 
 def trials_table(space: Sequence[Range], ranked: Sequence[Trial]) -> Table:

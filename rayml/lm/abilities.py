@@ -27,8 +27,8 @@ from rayml.lm.trials import (
     exports_to_peft,
     find_fault,
     fitting_targets,
+    matches_peft,
     nonfinite_weights,
-    same_in_peft,
     visibility_fault,
 )
 from rayml.tasks.task import Task
@@ -89,19 +89,21 @@ def refuse_unable(base: str, config: "Config", writes: bool) -> None:
         writes: whether the model has to write texts.
     """
     lora = config.lora.shape() if config.mode == "adapters" and config.adapter == "lora" else {}
-    if reason := unable(base, lora, config.soft_tokens, writes, config.model.attention):
+    if reason := why_unusable(base, lora, config.soft_tokens, writes, config.model.attention):
         raise ConfigError(reason)
 
 
-def refuse_mute(config: "Config", tasks: Sequence[Task]) -> None:
+def refuse_without_text(config: "Config", tasks: Sequence[Task]) -> None:
     """Raise ConfigError if some tasks have free text as targets, and a config's model cannot write it."""
     if any(not task.options for task in tasks):
         base = resolve_model(config.model.name)
-        if reason := unable(base, {}, config.soft_tokens, writes=True, attention=config.model.attention):
+        if reason := why_unusable(base, {}, config.soft_tokens, writes=True, attention=config.model.attention):
             raise ConfigError(reason)
 
 
-def unable(base: str, lora: dict[str, Any], soft_tokens: int, writes: bool, attention: str = "auto") -> str | None:
+def why_unusable(
+    base: str, lora: dict[str, Any], soft_tokens: int, writes: bool, attention: str = "auto"
+) -> str | None:
     """Return why a model with such adapters cannot be used, or None.
 
     Args:
@@ -122,14 +124,14 @@ def trial_attention(base: str, attention: str) -> str:
     return ("sdpa" if has_sdpa(base) else "eager") if attention == "auto" else attention
 
 
-def able_targets(base: str, config: "Config") -> list[str]:
+def working_targets(base: str, config: "Config") -> list[str]:
     """Return those of a config's LoRA targets that work in a model, in rayml and in PEFT alike.
 
     Raises:
         ConfigError: none works; the message says why.
     """
     lora, attention = config.lora.shape(), config.model.attention
-    reason = unable(base, lora, 0, writes=False, attention=attention)
+    reason = why_unusable(base, lora, 0, writes=False, attention=attention)
     if not reason:
         return lora["targets"]
     targets = fitting_targets(base, trial_attention(base, attention), lora["targets"], lora["rank"], lora["alpha"])
@@ -202,7 +204,7 @@ def refuse_tokens(tokenizer: Any, embeddings: int, tasks: Sequence[Task] = ()) -
         raise ConfigError(f"{problem}, and your tasks, or the chat template, use {', '.join(used[:4])}")
 
 
-def refuse_strange(lm: TaskLM) -> None:
+def refuse_misbehaving(lm: TaskLM) -> None:
     """Raise ConfigError if a model that was just loaded sees later tokens, or padding, or has weights of NaN."""
     if lm.sentences:  # it looks both ways by design, with a mask over padding
         if reason := nonfinite_weights(lm.module):
@@ -213,7 +215,7 @@ def refuse_strange(lm: TaskLM) -> None:
             raise ConfigError(reason)
 
 
-def refuse_unlike_peft(folder: Path, lm: TaskLM, weights: Params, lora: dict[str, Any], base: str) -> None:
+def refuse_peft_mismatch(folder: Path, lm: TaskLM, weights: Params, lora: dict[str, Any], base: str) -> None:
     """Raise RunError if PEFT, with the adapter written to a folder, does not compute the same as these weights.
 
     A short inner loop may leave the weights too small to tell, so random ones are tried, too.
@@ -221,7 +223,7 @@ def refuse_unlike_peft(folder: Path, lm: TaskLM, weights: Params, lora: dict[str
     if not lm.adapter or lm.sentences:
         return
     weights = {name: weight for name, weight in weights.items() if not is_readout(name)}
-    if not (same_in_peft(lm, weights, folder) and exports_to_peft(lm, base, lora, weights)):
+    if not (matches_peft(lm, weights, folder) and exports_to_peft(lm, base, lora, weights)):
         raise RunError(
             f"{type(lm.module).__name__} with this adapter is another model in PEFT, so it is not written; see "
             "lora.targets, or keep it by `rayml serve`"

@@ -104,7 +104,7 @@ class TaskBatch:
         targets = self.targets.flatten()
         positions = (targets != IGNORE).nonzero().squeeze(1)
         task = positions // (len(targets) // self.tasks)
-        counts = self.counted().view(self.tasks, -1).sum(1).clamp(min=1)
+        counts = self.loss_mask().view(self.tasks, -1).sum(1).clamp(min=1)
         targets, allowed = targets[positions], self.allowed
         return Scored(positions, targets, task, counts, among(allowed, len(targets)), choices(targets, allowed))
 
@@ -137,7 +137,7 @@ class TaskBatch:
         allowed = None if self.allowed is None else self.allowed[is_taken[self.targets != IGNORE]]
         return TaskBatch(self.tokens[rows], self.targets[rows], 1, allowed)
 
-    def counted(self) -> Tensor:
+    def loss_mask(self) -> Tensor:
         """Return what a task's loss is a mean over, `[T * K, L]` bool: every token of free text, one token a label."""
         is_target = self.targets != IGNORE
         if self.allowed is None:

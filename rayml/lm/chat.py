@@ -8,7 +8,7 @@ from jinja2 import TemplateError
 
 from rayml.errors import DataError
 from rayml.lm.rows import TokenRow
-from rayml.lm.tokens import marked, plain, tokenize
+from rayml.lm.tokens import mark_specials, remove_marks, tokenize
 from rayml.tasks.kinds import CHAT
 
 Turns = Sequence[tuple[str, str]]
@@ -28,16 +28,16 @@ def chat_text(tokenizer: Any, turns: Turns, asks: bool = False, **arguments: boo
         DataError: the template refuses the turns, or leaves out the text of one.
     """
     template = own_template(tokenizer) or CHAT
-    marked_turns = [(role, marked(tokenizer, text)) for role, text in turns]
+    marked_turns = [(role, mark_specials(tokenizer, text)) for role, text in turns]
     try:
         text = render(tokenizer, template, marked_turns, takes_parts(tokenizer, template), asks, arguments)
     except (TemplateError, TypeError, ValueError) as error:
         raise DataError(f"the model's chat template refuses a dialogue ({turns[0][1][:60]!r}): {error}") from None
     if missing := first_missing(text, marked_turns, asks):
-        role, said = missing
+        role, said = missing[0], remove_marks(missing[1])[:60]
         raise DataError(
-            f"the model's chat template leaves out what the {role} says ({plain(said)[:60]!r}); use another template, "
-            "or rows of input and target"
+            f"the model's chat template leaves out what the {role} says ({said!r}); use another template, or rows of "
+            "input and target"
         )
     return text
 
@@ -119,7 +119,7 @@ def answer_spans(tokenizer: Any, turns: Turns) -> tuple[str, list[tuple[int, int
                     "the model's chat template changes earlier turns when later ones follow, so the assistant's "
                     f"turns cannot be located: {turns[0][1][:60]!r}; use rows of input and target"
                 )
-            spans.append((len(plain(begin)), len(plain(end.rstrip()))))
+            spans.append((len(remove_marks(begin)), len(remove_marks(end.rstrip()))))
     return whole, spans
 
 
@@ -132,7 +132,7 @@ def chat_row(tokenizer: Any, turns: Turns, max_tokens: int) -> TokenRow:
     text, spans = answer_spans(tokenizer, turns)
     if not own_template(tokenizer):  # a model's own template ends a turn with a token that ends the text
         text += tokenizer.eos_token
-        spans[-1] = spans[-1][0], len(plain(text))
+        spans[-1] = spans[-1][0], len(remove_marks(text))
     tokens, offsets = tokenize(tokenizer, text, add_special_tokens=False)
     is_target = [any(first < stop and last > start for start, stop in spans) for first, last in offsets]
     if not any(is_target):

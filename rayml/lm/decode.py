@@ -19,7 +19,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 from rayml.algorithms.inner_loop import Params
-from rayml.lm.lora import side_by_side
+from rayml.lm.lora import stack_adapters
 from rayml.lm.model import TaskLM
 from rayml.lm.precision import fused_attention
 
@@ -179,7 +179,7 @@ class Decoder:
             adapters = adapters[:1]
         last, stacked = self._stacked
         if len(last) != len(adapters) or any(a is not b for a, b in zip(last, adapters, strict=True)):
-            stacked = side_by_side(adapters)
+            stacked = stack_adapters(adapters)
             self._stacked = adapters, stacked
         return stacked
 

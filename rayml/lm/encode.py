@@ -9,10 +9,10 @@ from typing import Any
 
 from rayml.errors import DataError
 from rayml.lm.chat import ANSWERS, chat_prompt, chat_row
-from rayml.lm.label_trie import can_tell_apart
+from rayml.lm.label_trie import is_prefix_free
 from rayml.lm.rows import TokenRow, encode, masked_row, predicts_masks, soft_tokens
 from rayml.lm.sentence import Sentences, sentence_row, sentences_of
-from rayml.lm.tokens import BLANK, marked, marked_example, plain
+from rayml.lm.tokens import BLANK, mark_specials, marked_example, remove_marks
 from rayml.tasks.episodes import Episode, LabelScheme, relabel
 from rayml.tasks.kinds import KINDS
 from rayml.tasks.task import Example, Parts, Task
@@ -53,7 +53,7 @@ class Encoder:
     ends_labels: bool = False
     """Labels end with the end-of-sequence token, too (`among`)."""
 
-    def of(self, task: str, kind: str, labels: Iterable[str] = ()) -> "Encoder":
+    def for_task(self, task: str, kind: str, labels: Iterable[str] = ()) -> "Encoder":
         """Return the encoder of a task.
 
         Its prompts are the templates for the task, or else those for its kind, or else the default ones.
@@ -111,7 +111,7 @@ class Encoder:
     def rows(self, examples: Iterable[Example], is_label: bool, shown: Sequence[Example] = ()) -> list[TokenRow]:
         return [self.row(example, is_label, shown) for example in examples]
 
-    def asked(self, example: Example, shown: Sequence[Example] = ()) -> list[int]:
+    def prompt_tokens(self, example: Example, shown: Sequence[Example] = ()) -> list[int]:
         """Return the prompt tokens for generating an answer; the example's own target is ignored."""
         if self.kind == "dialogue":
             turns = [*(turn for e in shown for turn in e.parts), *(example.parts[:-1] or [("user", example.input)])]
@@ -153,7 +153,7 @@ class Encoder:
 
         It scores how probable the label makes the input (noisy channel, Min et al. 2022, arXiv 2108.04106).
         """
-        label, text = (marked(self.tokenizer, part) for part in (option, example.input.strip()))
+        label, text = (mark_specials(self.tokenizer, part) for part in (option, example.input.strip()))
         row = encode(self.tokenizer, CHANNEL.format(label), f" {text}", False, 10**9)
         return self._add_soft_tokens(TokenRow(row.tokens[: self.max_tokens], row.start))
 
@@ -174,7 +174,7 @@ class Encoder:
         prompt = self._prompt(example)
         input_characters: set[int] = set()
         for text in [text for _, text in example.parts] or [example.input]:
-            first = plain(prompt).find(text)
+            first = remove_marks(prompt).find(text)
             input_characters |= set(range(first, first + len(text))) if first >= 0 else set()
 
         def keep(character: int) -> bool:
@@ -183,7 +183,7 @@ class Encoder:
         return self._encode(prompt, example, is_label, self.max_tokens, keep)
 
     def _prompt(self, example: Example, shown: Sequence[Example] = ()) -> str:
-        shots = "".join(f"{self._fill_answer(e, marked(self.tokenizer, e.target.strip()))}\n\n" for e in shown)
+        shots = "".join(f"{self._fill_answer(e, mark_specials(self.tokenizer, e.target.strip()))}\n\n" for e in shown)
         if self.is_masked:
             return shots + self._fill_answer(example, self.tokenizer.mask_token)
         return shots + render(self.prompt, marked_example(self.tokenizer, example))
@@ -195,8 +195,8 @@ class Encoder:
 
     def _encode(self, prompt: str, example: Example, is_label: bool, max_tokens: int, keep: Any = None) -> TokenRow:
         if self.sentences:
-            return sentence_row(self.tokenizer, self.sentences, plain(prompt), max_tokens, keep)
-        target = marked(self.tokenizer, example.target.strip())
+            return sentence_row(self.tokenizer, self.sentences, remove_marks(prompt), max_tokens, keep)
+        target = mark_specials(self.tokenizer, example.target.strip())
         if self.is_masked:
             return masked_row(self.tokenizer, prompt, target, is_label, max_tokens, keep)
         ends = self.ends_labels or not is_label
@@ -207,7 +207,7 @@ class Encoder:
         loss_masked = tuple(position + count for position in row.loss_masked)
         return TokenRow([*soft_tokens(count), *row.tokens], row.start + count, loss_masked) if count else row
 
-    def competing(self, labels: Iterable[str], example: Example = NO_TEXT) -> list[list[int]]:
+    def competing_tokens(self, labels: Iterable[str], example: Example = NO_TEXT) -> list[list[int]]:
         """Return the tokens of labels that compete with each other (`rayml.lm.label_trie`).
 
         The list is empty if labels compete with the whole vocabulary instead.
@@ -226,11 +226,11 @@ class Encoder:
 
     def as_choices(self, labels: list[list[int]]) -> list[list[int]]:
         """Return the labels' tokens if a target is chosen among them, token by token; else an empty list."""
-        return labels if self.label_loss == "options" and all(labels) and can_tell_apart(labels) else []
+        return labels if self.label_loss == "options" and all(labels) and is_prefix_free(labels) else []
 
     def episode(self, episode: Episode) -> dict[str, Any]:
         """Return the episode for training as one row of a data set; `decode_rows` reads the two sides back."""
-        is_label, encoder = bool(episode.labels), self.of(episode.task, episode.kind, episode.labels)
+        is_label, encoder = bool(episode.labels), self.for_task(episode.task, episode.kind, episode.labels)
         rng = random.Random(f"{episode.task}/{episode.index}")
         sides = {
             "support": [encoder.with_token_dropout(e, is_label, rng) for e in episode.support]
@@ -238,7 +238,7 @@ class Encoder:
             else encoder.rows(episode.support, is_label),
             "query": encoder.rows(episode.query, is_label, episode.support if self.in_context else ()),
         }
-        labels = encoder.competing(episode.labels, episode.support[0])
+        labels = encoder.competing_tokens(episode.labels, episode.support[0])
         record: dict[str, Any] = {"index": episode.index, "task": episode.task, "labels": labels}
         for side, rows in sides.items():
             record[side] = {
@@ -254,8 +254,8 @@ class Encoder:
         """Raise one DataError that names all templates that do not fit their task, and all unlearnable targets."""
         errors = []
         for task in tasks:
-            encoder, is_dialogue = self.of(task.name, task.kind), task.kind == "dialogue"
-            if problem := encoder.alike(task.options, task.examples[0]):
+            encoder, is_dialogue = self.for_task(task.name, task.kind), task.kind == "dialogue"
+            if problem := encoder.indistinct_labels(task.options, task.examples[0]):
                 errors.append(f"task {task.name!r}: {problem}")
             # One example of every target, and of every set of parts, stands for all.
             samples = {e.target: e for e in task.examples} | {fields(e.parts): e for e in task.examples}
@@ -270,7 +270,7 @@ class Encoder:
         if errors:
             raise DataError("targets, or prompts, that cannot be learned:\n  " + "\n  ".join(errors[:20]))
 
-    def alike(self, labels: Sequence[str], example: Example = NO_TEXT) -> str:
+    def indistinct_labels(self, labels: Sequence[str], example: Example = NO_TEXT) -> str:
         """Return a message that names two labels with the same tokens; "" if all labels differ.
 
         Labels in a script that the vocabulary lacks have the same tokens, as have labels that differ only in what the

@@ -16,20 +16,20 @@ from torch import Tensor, nn
 
 from rayml.algorithms.inner_loop import Params, TaskLosses
 from rayml.lm.batch import TaskBatch
-from rayml.lm.lora import in_a_layer, layer_number
+from rayml.lm.lora import is_in_layer, layer_number
 from rayml.lm.model import TaskLM
 from rayml.lm.sides import TaskSide
 
 
 def depth_of(model: Any, name: str) -> int:
     """Return the layer number of a tensor: -1 for embeddings and prompts, the last for the final norm and the head."""
-    if in_a_layer(name):
+    if is_in_layer(name):
         return layer_number(name)
     after_layers = False
     for parameter in dict(model.named_parameters()):
         if parameter == name:
             break
-        after_layers |= in_a_layer(parameter)
+        after_layers |= is_in_layer(parameter)
     else:
         return -1
     is_embedding = model.get_parameter(name) is model.get_input_embeddings().weight
@@ -67,7 +67,7 @@ def adversarial(losses: TaskLosses, lm: TaskLM, batch: TaskBatch, epsilon: float
         losses: of this batch, whose rows hold one example each.
         epsilon: above 0.
     """
-    lm.try_out()  # its trial forwards must not be shifted
+    lm.probe()  # its trial forwards must not be shifted
 
     def mean_losses(weights: Params) -> Tensor:
         shift = EmbeddingShift(lm)

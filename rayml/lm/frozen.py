@@ -105,7 +105,7 @@ class KnownStates:
         return self.states[index.to(self.states.device)].to(batch.tokens.device)
 
 
-class Share(NamedTuple):
+class WorkerShare(NamedTuple):
     """A worker's share of parts that the workers divide in turn: numbers `rank`, `rank + workers` and so on."""
 
     rank: int = 0
@@ -128,14 +128,14 @@ class Share(NamedTuple):
         return torch.cat([next(by_rank[index % self.workers]) for index in range(len(sizes))])
 
 
-ALONE = Share()
+ALONE = WorkerShare()
 
 
-def known_states(
+def compute_known_states(
     lm: "TaskLM",
     rows: Sequence[TokenRow],
     pad: int,
-    share: Share = ALONE,
+    share: WorkerShare = ALONE,
     progress: Callable[[int], None] = lambda done: None,
     room: Callable[[Tensor, tuple[int, int]], Tensor | None] = Tensor.new_empty,
 ) -> KnownStates | None:
@@ -162,7 +162,7 @@ def known_states(
     return KnownStates(unique, states)
 
 
-def in_file(like: Tensor, shape: tuple[int, int]) -> Tensor:
+def tensor_in_file(like: Tensor, shape: tuple[int, int]) -> Tensor:
     """Return a tensor backed by a temporary file, which goes when the process ends.
 
     The system caches what is read in free memory.

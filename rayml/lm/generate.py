@@ -83,7 +83,7 @@ class Generation:
         return TokenScore(self.tokenizer.decode([token]), float(log_probs[token]), top)
 
 
-def texts_behind(
+def prepare_generations(
     lm: TaskLM, tokenizer: Any, prompts: Sequence[Sequence[int]], adapter: Params | None, most_tokens: int
 ) -> list[Generation]:
     """Return texts to be generated greedily after prompts: up to `most_tokens` each, or the end of the context."""

@@ -9,7 +9,7 @@ from rayml.algorithms.inner_loop import Params
 from rayml.config import Config
 from rayml.lm.batch import TaskBatch, collate
 from rayml.lm.encode import Encoder
-from rayml.lm.frozen import ALONE, Share
+from rayml.lm.frozen import ALONE, WorkerShare
 from rayml.lm.lora import A, TaskLoRA
 from rayml.lm.model import TaskLM
 from rayml.lm.parameters import trained_parameters
@@ -28,7 +28,7 @@ START_EPISODES = 16
 
 
 def untrained_start(
-    config: Config, lm: TaskLM, encoder: Encoder, tasks: Sequence[Task], share: Share = ALONE
+    config: Config, lm: TaskLM, encoder: Encoder, tasks: Sequence[Task], share: WorkerShare = ALONE
 ) -> Params:
     """Return the start of meta-training on these tasks, in fp32; it does not depend on the number of workers.
 
@@ -39,7 +39,7 @@ def untrained_start(
     return adapter_start(config, lm, encoder, tasks, share) | (readout.start() if readout else {})
 
 
-def adapter_start(config: Config, lm: TaskLM, encoder: Encoder, tasks: Sequence[Task], share: Share) -> Params:
+def adapter_start(config: Config, lm: TaskLM, encoder: Encoder, tasks: Sequence[Task], share: WorkerShare) -> Params:
     """Return the start of the adapter, or of the model's own parameters in mode full."""
     if lm.adapter is None:
         return {name: p.detach().float().clone() for name, p in trained_parameters(lm.module, config.full).items()}
@@ -54,7 +54,7 @@ def adapter_start(config: Config, lm: TaskLM, encoder: Encoder, tasks: Sequence[
     return principal_start(lm, batches, config.seed, share)
 
 
-def principal_start(lm: TaskLM, batches: Sequence[TaskBatch], seed: int, share: Share = ALONE) -> Params:
+def principal_start(lm: TaskLM, batches: Sequence[TaskBatch], seed: int, share: WorkerShare = ALONE) -> Params:
     """Return a start whose `A` projects onto what varies between examples, with `B` zero as usual.
 
     The rows of A are the leading principal directions of a linear's inputs at the target positions, each scaled to the

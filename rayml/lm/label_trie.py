@@ -17,7 +17,7 @@ Label = Sequence[int]
 """The tokens of a label."""
 
 
-def can_tell_apart(labels: Sequence[Label]) -> bool:
+def is_prefix_free(labels: Sequence[Label]) -> bool:
     """Return whether labels can be told apart token by token: none is the prefix of another."""
     return label_trie(labels).is_prefix_free
 

@@ -152,7 +152,7 @@ def hash32(numbers: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def side_by_side(adapters: Sequence[Params | None]) -> Params | None:
+def stack_adapters(adapters: Sequence[Params | None]) -> Params | None:
     """Stack adapters `[r, in]` and `[out, r]` as `[T, ...]`; None stands for the bare base.
 
     Ranks and adapted linears may differ: what an adapter lacks is filled with zeros, which add nothing. Returns None if
@@ -219,5 +219,5 @@ def layer_number(name: str) -> int:
     return int(match.group(1)) if match else 0
 
 
-def in_a_layer(name: str) -> bool:
+def is_in_layer(name: str) -> bool:
     return bool(LAYER.search(name))

@@ -50,7 +50,7 @@ class TaskLM:
         if self.sentences is None:
             module.get_output_embeddings().register_forward_pre_hook(self._select_positions)
 
-    def try_out(self) -> None:
+    def probe(self) -> None:
         """Find out now what the model can do, rather than at first use.
 
         Later, other workers, whose shards a forward needs, may be elsewhere, or another thread may run the model.

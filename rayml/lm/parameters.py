@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from rayml.errors import ConfigError
-from rayml.lm.lora import in_a_layer, layer_number
+from rayml.lm.lora import is_in_layer, layer_number
 from rayml.sections import Full
 
 
@@ -24,10 +24,10 @@ def trained_parameters(model: Any, full: Full) -> dict[str, nn.Parameter]:
     tied = model.get_output_embeddings().weight is embeddings
     parameters, after_layers = {}, False
     for name, parameter in named.items():
-        after_layers |= in_a_layer(name)
+        after_layers |= is_in_layer(name)
         if parameter is embeddings:
             is_trained = full.embeddings and (tied or not full.last_layers)
-        elif in_a_layer(name):
+        elif is_in_layer(name):
             is_trained = layer_number(name) >= first
         else:  # the final norm and the output head come after the layers, positions and the like before them
             is_trained = after_layers or not full.last_layers

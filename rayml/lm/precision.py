@@ -82,7 +82,7 @@ class Precision(NamedTuple):
         return f"{self.dtype}, {self.attention} attention: {self.why}"
 
 
-def look_at(device: torch.device, shape: tuple[int, int] = (576, 1536), timed: bool = False) -> Device:
+def inspect_device(device: torch.device, shape: tuple[int, int] = (576, 1536), timed: bool = False) -> Device:
     """Return the facts about a device, in less than a second.
 
     On a CPU with bfloat16 instructions both dtypes are measured: a library may lack kernels that use the instructions,
@@ -142,7 +142,7 @@ def measured_gflops(shape: tuple[int, int]) -> dict[str, float]:
     return {name: 2 * ROWS * width * out / seconds / 1e9 for name, seconds in best.items()}
 
 
-def decide(
+def choose_precision(
     asked: tuple[str, str],
     devices: Sequence[Device],
     made_in: str | None = None,
@@ -180,21 +180,21 @@ def decide(
     return Precision(dtype, attention, why, warning)
 
 
-def settled(
+def resolve_precision(
     config: "Config", base: str, devices: Sequence[Device], made_in: str | None = None
 ) -> "tuple[Config, Precision]":
     """Return a config with `auto` decided for a resolved base on these devices, and the decision."""
     model, sdpa = config.model, not config.algorithm.second_order and has_sdpa(base)
-    precision = decide((model.dtype, model.attention), devices, made_in, config.data.max_tokens, sdpa)
+    precision = choose_precision((model.dtype, model.attention), devices, made_in, config.data.max_tokens, sdpa)
     model = model.model_copy(update={"dtype": precision.dtype, "attention": precision.attention})
     return config.model_copy(update={"model": model}), precision
 
 
-def settled_here(
+def resolve_precision_here(
     config: "Config", base: str, device: torch.device, made_in: str | None = None
 ) -> "tuple[Config, Precision]":
     """Return the same as `settled`, for one device of this machine."""
-    return settled(config, base, [device_for(config, base, device)], made_in)
+    return resolve_precision(config, base, [device_for(config, base, device)], made_in)
 
 
 def own_device(config: "Config") -> torch.device:
@@ -208,7 +208,7 @@ def with_dtype(config: "Config", dtype: str) -> "Config":
 
 def device_for(config: "Config", base: str, device: torch.device) -> Device:
     """Return the facts about a device for a config's model; a CPU is always timed if the user asked for bfloat16."""
-    return look_at(device, widest_linear(base), timed=config.model.dtype == "bfloat16" and device.type == "cpu")
+    return inspect_device(device, widest_linear(base), timed=config.model.dtype == "bfloat16" and device.type == "cpu")
 
 
 def widest_linear(base: str) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """Queries with labels, as an algorithm answers them.
 
-`AskedTasks` has those of T tasks side by side (`rayml.algorithms.base.Asked`). `Query` is one input of a learned task:
-`rayml predict`, the server and the Python API all ask with it.
+`TaskQueries` has those of T tasks side by side (`rayml.algorithms.base.QueryBatch`). `Query` is one input of a learned
+task: `rayml predict`, the server and the Python API all ask with it.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from rayml.algorithms.base import Algorithm
 from rayml.algorithms.inner_loop import Params
 from rayml.algorithms.prototypes import Pooling, Read
 from rayml.lm.batch import TaskBatch, collate
-from rayml.lm.lora import side_by_side
+from rayml.lm.lora import stack_adapters
 from rayml.lm.model import TaskLM
 from rayml.lm.option_scoring import OptionQuery, PromptEnsemble, WeightedPrompts
 from rayml.lm.rows import TokenRow
@@ -33,7 +33,7 @@ class KeptSupport:
     """`[K, D]`, if they were computed before, with the same weights."""
 
 
-class AskedTasks:
+class TaskQueries:
     """The queries of T tasks, all of them with labels.
 
     Args:
@@ -139,7 +139,7 @@ class Query:
         return KeptSupport(self.kept.rows, numbers, self.kept.states)
 
 
-def first_batch(queries: Sequence[Query], most_tokens: int) -> int:
+def first_batch_size(queries: Sequence[Query], most_tokens: int) -> int:
     """Return how many of the first queries fit into one forward, at least one; their algorithms answer alike."""
     rows = longest = 0
     for number, query in enumerate(queries):
@@ -147,12 +147,12 @@ def first_batch(queries: Sequence[Query], most_tokens: int) -> int:
             rows = max(rows, len(option_query.trees))
             longest = max(longest, *(len(tree.tokens) for tree in option_query.trees))
         too_many = (number + 1) * rows * longest > most_tokens
-        if number and (too_many or not query.algorithm.answers_as(queries[0].algorithm)):
+        if number and (too_many or not query.algorithm.can_share_batch(queries[0].algorithm)):
             return number
     return len(queries)
 
 
-def log_probs(lm: TaskLM, pad: int, queries: Sequence[Query]) -> list[Tensor]:
+def answer_queries(lm: TaskLM, pad: int, queries: Sequence[Query]) -> list[Tensor]:
     """Return each query's log-probabilities of its options, `[options]`, all from one forward.
 
     Args:
@@ -167,8 +167,8 @@ def log_probs(lm: TaskLM, pad: int, queries: Sequence[Query]) -> list[Tensor]:
     tasks = [merge_prompts([query.prompts for query in group]) for group in groups]
     kept = [support for group in groups if (support := group[0].support())]
     options, label_tokens = zip(*((group[0].options, group[0].label_tokens) for group in groups), strict=True)
-    asked = AskedTasks(lm, pad, tasks, kept, options, label_tokens)
-    answers = first.algorithm.answer(asked, side_by_side([group[0].weights for group in groups]))
+    batch = TaskQueries(lm, pad, tasks, kept, options, label_tokens)
+    answers = first.algorithm.answer(batch, stack_adapters([group[0].weights for group in groups]))
     return [scores for task in answers for scores in task]
 
 
@@ -177,8 +177,8 @@ def _compute_states(lm: TaskLM, pad: int, queries: Sequence[Query]) -> None:
     for query in queries:
         kept = query.kept
         if kept and kept.states is None:
-            asked = AskedTasks(lm, pad, [query.prompts], [kept])
-            kept.states = asked.support_states(side_by_side([query.weights]), query.algorithm.pooling)[0]
+            batch = TaskQueries(lm, pad, [query.prompts], [kept])
+            kept.states = batch.support_states(stack_adapters([query.weights]), query.algorithm.pooling)[0]
 
 
 def merge_prompts(inputs: Sequence[WeightedPrompts]) -> WeightedPrompts:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rayml.errors import DataError
-from rayml.lm.tokens import plain, tokenize
+from rayml.lm.tokens import remove_marks, tokenize
 
 MARK = "rayml_predicts_masks"
 SOFT = 1 << 40
@@ -52,7 +52,7 @@ def encode(
         DataError: the target has no token, or leaves no room for the prompt.
     """
     tokens, offsets = tokenize(tokenizer, prompt + target)
-    prompt, target = plain(prompt), plain(target)
+    prompt, target = remove_marks(prompt), remove_marks(target)
     start = next((i for i, (_, stop) in enumerate(offsets) if stop > len(prompt)), len(tokens))
     if not target.strip() or start == len(tokens):
         raise DataError(f"target {target!r} has no token (input: {prompt[:60]!r})")
@@ -103,7 +103,7 @@ def masked_row(
     word, _ = tokenize(tokenizer, f" {target.strip()}", add_special_tokens=False)
     if len(word) != 1:
         raise DataError(
-            f"label {plain(target)!r} has {len(word)} tokens, and a mask predicts one; rename it, or use "
+            f"label {remove_marks(target)!r} has {len(word)} tokens, and a mask predicts one; rename it, or use "
             "data.labels=letters"
         )
     tokens, offsets = tokenize(tokenizer, prompt)

@@ -13,7 +13,7 @@ from rayml.lm.encode import Encoder, class_numbers
 from rayml.lm.fine_tuning import special_steps
 from rayml.lm.model import TaskLM
 from rayml.lm.option_scoring import prompts_of, weighted_prompts
-from rayml.lm.queries import AskedTasks, KeptSupport
+from rayml.lm.queries import KeptSupport, TaskQueries
 from rayml.lm.sides import TaskSide
 from rayml.tasks.episodes import Episode, Sampler
 from rayml.tasks.statistics import Curve
@@ -98,22 +98,22 @@ class Prepared:
 
     @cached_property
     def support(self) -> TaskSide:
-        return side_of(self._scorer.lm, self._scorer.encoder, self.episodes, "support")
+        return make_side(self._scorer.lm, self._scorer.encoder, self.episodes, "support")
 
     @cached_property
-    def queries(self) -> "Queries":
-        return Queries(self._scorer.lm, self._scorer.encoder, self.episodes, self._scorer.algorithm)
+    def queries(self) -> "EpisodeQueries":
+        return EpisodeQueries(self._scorer.lm, self._scorer.encoder, self.episodes, self._scorer.algorithm)
 
     @cached_property
-    def before(self) -> "Queries":
+    def before(self) -> "EpisodeQueries":
         """The queries as they are asked before the support is seen: by label tokens, with nothing kept of it."""
         algorithm, has_labels = self._scorer.algorithm, bool(self.episodes[0].labels)
         if algorithm.keeps == "nothing" and not (has_labels and algorithm.keeps_states):
             return self.queries
-        return Queries(self._scorer.lm, self._scorer.encoder, self.episodes)
+        return EpisodeQueries(self._scorer.lm, self._scorer.encoder, self.episodes)
 
 
-class Queries:
+class EpisodeQueries:
     """The queries of T episodes, all of label tasks or all of free text, ready to be answered.
 
     Args:
@@ -125,14 +125,14 @@ class Queries:
         if any(bool(episode.labels) != bool(episodes[0].labels) for episode in episodes):
             raise ValueError("label tasks and free text are not scored together")
         keeps = algorithm.keeps if algorithm else "nothing"
-        self.asked: AskedTasks | TaskSide
+        self.queries: TaskQueries | TaskSide
         if not episodes[0].labels:
-            self.asked = side_of(lm, encoder, episodes, "query", in_context=keeps == "prompt")
+            self.queries = make_side(lm, encoder, episodes, "query", in_context=keeps == "prompt")
             return
         options = [len(e.labels) for e in episodes]
         prompts, kept, first_tokens = [], [], []
         for e in episodes:
-            task_encoder = encoder.of(e.task, e.kind, e.labels)
+            task_encoder = encoder.for_task(e.task, e.kind, e.labels)
             if algorithm and algorithm.keeps_states:
                 rows = task_encoder.rows(e.support, is_label=True)
                 kept.append(KeptSupport(rows, class_numbers(e, "support")))
@@ -143,13 +143,13 @@ class Queries:
             else:
                 shown = e.support if keeps == "prompt" else ()
                 prompts.append(weighted_prompts(lm, task_encoder, e.query, list(e.labels), shown))
-        self.asked = AskedTasks(lm, encoder.pad, prompts, kept, options, first_tokens)
+        self.queries = TaskQueries(lm, encoder.pad, prompts, kept, options, first_tokens)
 
     @torch.no_grad()
     def outputs(self, weights: Params | None) -> Outputs:
-        if isinstance(self.asked, TaskSide):
-            return list(self.lm.losses(weights, self.asked.batch))
-        return self.algorithm.answer(self.asked, weights) if self.algorithm else self.asked.label_log_probs(weights)
+        if isinstance(self.queries, TaskSide):
+            return list(self.lm.losses(weights, self.queries.batch))
+        return self.algorithm.answer(self.queries, weights) if self.algorithm else self.queries.label_log_probs(weights)
 
     def scores(self, weights: Params | None) -> list[float]:
         """Return each episode's accuracy, or, for free text, its mean loss per target token."""
@@ -194,13 +194,15 @@ def batches(model: "MetaModel", tasks: Sequence[Task], sampler: Sampler, episode
             yield [sampler.episode([task], index) for index in range(first, min(first + at_a_time, episodes))]
 
 
-def side_of(lm: TaskLM, encoder: Encoder, episodes: Sequence[Episode], side: str, in_context: bool = False) -> TaskSide:
+def make_side(
+    lm: TaskLM, encoder: Encoder, episodes: Sequence[Episode], side: str, in_context: bool = False
+) -> TaskSide:
     """Return one side of T episodes as evaluation sees it, without token dropout."""
     rows, labels = [], []
     for e in episodes:
-        task_encoder = encoder.of(e.task, e.kind, e.labels)
+        task_encoder = encoder.for_task(e.task, e.kind, e.labels)
         rows.append(task_encoder.rows(getattr(e, side), bool(e.labels), e.support if in_context else ()))
-        labels.append(task_encoder.competing(e.labels, e.support[0]))
+        labels.append(task_encoder.competing_tokens(e.labels, e.support[0]))
     return TaskSide(lm, rows, labels, [class_numbers(e, side) for e in episodes], encoder.pad)
 
 

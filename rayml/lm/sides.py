@@ -76,7 +76,7 @@ class TaskSide:
     def read(self, weights: Params, pooling: Pooling = "last", label_tokens: Tensor | None = None) -> Read:
         return self.lm.read(weights, self.batch, pooling, label_tokens, self.smoothing)
 
-    def lay_out(self) -> None:
+    def prepare(self) -> None:
         """Prepare everything that an algorithm may ask of the tasks, ahead of time."""
         _ = self.batch, self.classes, None if self.lm.sentences else self.label_tokens
 

@@ -32,7 +32,7 @@ PUNCTUATION = re.compile(r"[^\w\s]")
 Offsets = list[tuple[int, int]]
 
 
-def marked(tokenizer: Any, text: str) -> str:
+def mark_specials(tokenizer: Any, text: str) -> str:
     """Return a user's text with marks in front of special tokens."""
     special = specials_of(tokenizer)
     pieces = [text[first:end] for first, end in pairwise([0, *special.normalized_starts(text), len(text)])]
@@ -42,12 +42,12 @@ def marked(tokenizer: Any, text: str) -> str:
 
 def marked_example(tokenizer: Any, example: Example) -> Example:
     """Return an example with all its texts marked."""
-    target, answers = marked(tokenizer, example.target), example.answers
-    parts = tuple((name, marked(tokenizer, text)) for name, text in example.parts)
-    return replace(example, input=marked(tokenizer, example.input), target=target, parts=parts, answers=answers)
+    target, answers = mark_specials(tokenizer, example.target), example.answers
+    parts = tuple((name, mark_specials(tokenizer, text)) for name, text in example.parts)
+    return replace(example, input=mark_specials(tokenizer, example.input), target=target, parts=parts, answers=answers)
 
 
-def plain(text: str) -> str:
+def remove_marks(text: str) -> str:
     """Return a text without its marks."""
     return MARKED.sub(lambda match: UNESCAPED.get(match[0], ""), text)
 
@@ -61,7 +61,7 @@ def tokenize(tokenizer: Any, text: str, add_special_tokens: bool = True) -> tupl
     Raises:
         DataError: the tokenizer has no token for a word, or one that the model has no embedding for.
     """
-    plain_text = plain(text)
+    plain_text = remove_marks(text)
     try:
         encoding = tokenizer(plain_text, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
     except Exception as error:  # `tokenizers` raises plain exceptions
@@ -71,7 +71,7 @@ def tokenize(tokenizer: Any, text: str, add_special_tokens: bool = True) -> tupl
         ) from None
     tokens, offsets = encoding["input_ids"], encoding["offset_mapping"]
     refuse_unembedded(tokenizer, tokens)
-    typed = {len(plain(text[: match.start()])) for match in MARKED.finditer(text) if match[0] == MARK}
+    typed = {len(remove_marks(text[: match.start()])) for match in MARKED.finditer(text) if match[0] == MARK}
     if not typed:
         return tokens, offsets
     spelled_tokens: list[int] = []

@@ -19,7 +19,7 @@ from rayml.algorithms.inner_loop import Params
 from rayml.errors import ConfigError
 from rayml.lm.decode import Decoder
 from rayml.lm.load import auto_model, load_shape, read_config
-from rayml.lm.lora import in_a_layer, layer_number, linear_kinds, side_by_side
+from rayml.lm.lora import is_in_layer, layer_number, linear_kinds, stack_adapters
 from rayml.lm.model import TaskLM, hooks
 from rayml.lm.peft_files import peft_logits, save_adapter
 from rayml.lm.rows import soft_tokens
@@ -160,8 +160,8 @@ def keeps_tasks_apart(lm: TaskLM, _base: str, _lora: dict[str, Any]) -> bool:
     rows = [add_soft_tokens(sample_tokens(2, 7, lm), lm) for _ in adapters]
     ends = torch.arange(1, 5, device=lm.device) * rows[0].shape[1] - 1
     try:
-        together = lm.logits_at(ends, side_by_side(adapters), torch.cat(rows))
-        alone = [lm.logits_at(ends[:2], side_by_side([a]), row) for a, row in zip(adapters, rows, strict=True)]
+        together = lm.logits_at(ends, stack_adapters(adapters), torch.cat(rows))
+        alone = [lm.logits_at(ends[:2], stack_adapters([a]), row) for a, row in zip(adapters, rows, strict=True)]
     except Exception:  # the model's code may raise anything: a linear may return a tuple, or get reordered rows
         return False
     finally:
@@ -179,16 +179,16 @@ def exports_to_peft(lm: TaskLM, base: str, lora: dict[str, Any], like: Params | 
     with tempfile.TemporaryDirectory() as folder:
         kind = "CAUSAL_LM" if lm.pad is None else None
         save_adapter(Path(folder), adapter, lora if lora.get("targets") else {}, base, kind)
-        return same_in_peft(lm, adapter, Path(folder))
+        return matches_peft(lm, adapter, Path(folder))
 
 
-def same_in_peft(lm: TaskLM, adapter: Params, folder: Path) -> bool:
+def matches_peft(lm: TaskLM, adapter: Params, folder: Path) -> bool:
     """Return whether PEFT, with the adapter in a folder, computes the same logits as rayml with these weights."""
     tokens = sample_tokens(2, 12, lm)
     rows = add_soft_tokens(tokens, lm)
     ends = torch.arange(1, len(rows) + 1, device=lm.device) * rows.shape[1] - 1
     with torch.no_grad():
-        ours = lm.logits_at(ends, side_by_side([adapter]), rows)
+        ours = lm.logits_at(ends, stack_adapters([adapter]), rows)
         remove_adapters(lm)
         try:
             theirs = peft_logits(lm.module, folder, tokens)[:, -1]
@@ -217,7 +217,7 @@ def writing_fault(lm: TaskLM) -> str | None:
         return f"{problem} ({type(error).__name__}: {error}); {advice}"
     for row in rows:
         positions = torch.arange(row.prompt_tokens - 1, len(row.tokens) - 1, device=lm.device)
-        expected = lm.logits_at(positions, side_by_side([row.adapter]), torch.tensor([row.tokens], device=lm.device))
+        expected = lm.logits_at(positions, stack_adapters([row.adapter]), torch.tensor([row.tokens], device=lm.device))
         if not is_close(torch.stack(row.logits), expected):
             return f"{problem}: token by token its logits are not those of the whole text; {advice}"
     return None
@@ -310,7 +310,7 @@ def choose_depth(shape: Any) -> tuple[int, int]:
     """
     sizes: dict[int, int] = {}
     for name, parameter in shape.named_parameters():
-        if in_a_layer(name):
+        if is_in_layer(name):
             sizes[layer_number(name)] = sizes.get(layer_number(name), 0) + parameter.numel()
     kinds = list(getattr(shape.config.get_text_config(), "layer_types", None) or [""])
     depth = max(kinds.index(kind) for kind in kinds) + 1

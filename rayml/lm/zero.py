@@ -175,7 +175,7 @@ def set_clip_norm(engine: Any, norm: float) -> None:
     engine.optimizer.clip_grad = norm
 
 
-def left_step_out(engine: Any) -> bool:
+def step_was_skipped(engine: Any) -> bool:
     """Return whether the engine skipped its last step because the gradient was not finite."""
     return bool(engine.optimizer.overflow)
 

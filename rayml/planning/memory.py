@@ -60,7 +60,7 @@ class MemoryPlan:
         return self.device_bytes <= gpu_bytes
 
 
-def memory(shape: Shape, config: Config, target_tokens: int = 1) -> MemoryPlan:
+def plan_memory(shape: Shape, config: Config, target_tokens: int = 1) -> MemoryPlan:
     """Return one worker's memory, in parts.
 
     Args:

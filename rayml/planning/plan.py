@@ -12,7 +12,7 @@ from rich.table import Table
 
 from rayml.config import Config, parse_config
 from rayml.errors import ConfigError
-from rayml.planning.memory import ALLOWANCE, MemoryPlan, activation_parts, memory
+from rayml.planning.memory import ALLOWANCE, MemoryPlan, activation_parts, plan_memory
 from rayml.planning.shape import Shape, read_shape
 from rayml.planning.step import episode_rows, largest_pass, tokens_per_step, traffic
 from rayml.runs.reports import table as empty_table
@@ -55,11 +55,11 @@ def settled_for_plan(config: Config, on_gpu: bool) -> Config:
     import torch
 
     from rayml.lm.catalog import resolve_model
-    from rayml.lm.precision import RECENT_GPU, device_for, settled
+    from rayml.lm.precision import RECENT_GPU, device_for, resolve_precision
 
     base = resolve_model(config.model.name)
     device = RECENT_GPU if on_gpu else device_for(config, base, torch.device("cpu"))
-    return settled(config, base, [device])[0]
+    return resolve_precision(config, base, [device])[0]
 
 
 def local_gpu_bytes(config: Config) -> int | None:
@@ -92,7 +92,7 @@ def alternatives(shape: Shape, config: Config, target_tokens: int) -> Iterator[t
     for overrides in shardings(config):
         candidate = with_overrides(config, overrides)
         if candidate:
-            yield overrides, memory(shape, candidate, target_tokens)
+            yield overrides, plan_memory(shape, candidate, target_tokens)
 
 
 def smallest_change(shape: Shape, config: Config, target_tokens: int, gpu_bytes: int) -> list[str] | None:
@@ -110,7 +110,7 @@ def smallest_change(shape: Shape, config: Config, target_tokens: int, gpu_bytes:
         ):
             overrides = [*worker_overrides, *sharding, *checkpointing, *fewer_tasks]
             candidate = with_overrides(config, overrides)
-            if candidate and memory(shape, candidate, target_tokens).fits(gpu_bytes):
+            if candidate and plan_memory(shape, candidate, target_tokens).fits(gpu_bytes):
                 return [override for override in overrides if differs(config, override)]
         workers *= 2
     return None
@@ -133,7 +133,7 @@ def differs(config: Config, override: str) -> bool:
 
 def build_report(shape: Shape, config: Config, target_tokens: int, gpu_bytes: int | None) -> dict[str, Any]:
     """Return all that is printed, in bytes, tokens and counts."""
-    plan = memory(shape, config, target_tokens)
+    plan = plan_memory(shape, config, target_tokens)
     without_checkpointing, with_checkpointing = (
         sum(part.device_bytes for part in activation_parts(shape, config, target_tokens, checkpointing))
         for checkpointing in (False, True)

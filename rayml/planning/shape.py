@@ -7,7 +7,7 @@ from rayml.config import Config
 from rayml.lm.abilities import check_model
 from rayml.lm.catalog import resolve_model
 from rayml.lm.load import load_shape
-from rayml.lm.lora import find_linears, in_a_layer, layer_number
+from rayml.lm.lora import find_linears, is_in_layer, layer_number
 from rayml.lm.parameters import trained_parameters
 from rayml.lm.sentence import MARK
 
@@ -94,7 +94,7 @@ def shape_of(model: Any, config: Config, whole_below: int = WHOLE_BELOW) -> Shap
     text_config = model.config.get_text_config()
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     layers: dict[int, int] = {}
-    for name in filter(in_a_layer, sizes):
+    for name in filter(is_in_layer, sizes):
         layers[layer_number(name)] = layers.get(layer_number(name), 0) + sizes[name]
     adapted, trained, first = _learned(model, config)
     large = {name: size for name, size in sizes.items() if size >= whole_below}
@@ -133,7 +133,7 @@ def _sharded(model: Any, large: dict[str, int], first: int, trained: list[str]) 
     is_tied, reaches_embedding = head == embedding, embedding in trained
     layer_sizes: dict[int, list[int]] = {}
     for name, size in large.items():
-        if in_a_layer(name) and layer_number(name) >= first:
+        if is_in_layer(name) and layer_number(name) >= first:
             layer_sizes.setdefault(layer_number(name), []).append(size)
     reached_embedding = embedding_size if reaches_embedding and not is_tied else 0
     return {
@@ -161,7 +161,7 @@ def _learned(model: Any, config: Config) -> tuple[tuple[Linear, ...], list[str],
 
 def _lowest_layer(name: str, model: Any) -> int:
     """Return the lowest layer that a backward goes through to reach a parameter."""
-    if in_a_layer(name):
+    if is_in_layer(name):
         return layer_number(name)
     is_embedding = model.get_parameter(name) is model.get_input_embeddings().weight
     return 0 if is_embedding else model.config.num_hidden_layers

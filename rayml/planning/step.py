@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Literal
 
-from rayml.algorithms.base import batches
+from rayml.algorithms.base import group_minibatches
 from rayml.config import Config
 from rayml.planning.shape import Shape
 
@@ -49,11 +49,11 @@ def episode_rows(config: Config) -> tuple[int, int]:
 
 
 def pass_rows(config: Config) -> list[int]:
-    """Return the rows of each pass through an episode. In mode full, turns at the same weights share a pass."""
+    """Return the rows of each pass through an episode. In mode full, minibatches at the same weights share a pass."""
     side_rows = dict(zip(("support", "query"), episode_rows(config), strict=True))
-    turns = config.algorithm.turns(config.inner.steps)
-    groups = batches(turns) if config.mode == "full" else [[turn] for turn in turns]
-    return [sum(side_rows[turn.side] for turn in group) for group in groups]
+    minibatches = config.algorithm.minibatches(config.inner.steps)
+    groups = group_minibatches(minibatches) if config.mode == "full" else [[minibatch] for minibatch in minibatches]
+    return [sum(side_rows[minibatch.side] for minibatch in group) for group in groups]
 
 
 def prompt_examples(config: Config) -> int:

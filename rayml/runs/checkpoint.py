@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from rayml.errors import RunError, StorageError
-from rayml.runs.files import AnyPath, checksum, listed, local_copy, remove
+from rayml.runs.files import AnyPath, checksum, list_matching, local_copy, remove
 from rayml.tasks.statistics import unit_score
 
 STATE = "state.safetensors"
@@ -45,7 +45,7 @@ def step_of(folder: AnyPath) -> int:
 
 def newest_step(checkpoints: AnyPath) -> int:
     """Return the outer step of a run's newest checkpoint, which may be damaged; 0 if there is none."""
-    return max(map(step_of, listed(checkpoints, "step_*")), default=0)
+    return max(map(step_of, list_matching(checkpoints, "step_*")), default=0)
 
 
 def write_state(folder: Path, tensors: dict[str, Tensor]) -> None:
@@ -95,9 +95,9 @@ def is_whole(folder: AnyPath) -> bool:
     return bool(newest_of([folder], verify))
 
 
-def identity(folder: AnyPath) -> list[str]:
+def manifest_checksums(folder: AnyPath) -> list[str]:
     """Return the checksums of a checkpoint's manifests. They change if the same run folder is trained anew."""
-    return [checksum(manifest) for manifest in listed(folder, "manifest_*.json")]
+    return [checksum(manifest) for manifest in list_matching(folder, "manifest_*.json")]
 
 
 def read_checkpoint(folder: AnyPath) -> Saved:
@@ -112,13 +112,13 @@ def read_checkpoint(folder: AnyPath) -> Saved:
 
 def newest_checkpoint(checkpoints: AnyPath) -> AnyPath | None:
     """Return a run's newest whole checkpoint; None if there is none. Warn of damaged ones."""
-    newest = newest_of(listed(checkpoints, "step_*"), verify)
+    newest = newest_of(list_matching(checkpoints, "step_*"), verify)
     return newest and newest[0]
 
 
 def read_newest(checkpoints: AnyPath) -> Saved | None:
     """Return the content of the newest whole checkpoint, read only once; None if there is none."""
-    newest = newest_of(listed(checkpoints, "step_*"), read_checkpoint)
+    newest = newest_of(list_matching(checkpoints, "step_*"), read_checkpoint)
     return newest and newest[1]
 
 
@@ -134,7 +134,7 @@ def newest_of(folders: Sequence[AnyPath], read: Callable[[AnyPath], T]) -> tuple
 
 def keep_only(folder: AnyPath) -> None:
     """Remove the other checkpoints beside this one."""
-    for other in listed(folder.parent, "step_*"):
+    for other in list_matching(folder.parent, "step_*"):
         if other.name != folder.name:
             remove(other)
 
@@ -147,7 +147,7 @@ def _manifest(part: int) -> str:
 
 
 def val_score(record: dict[str, Any], when: str = "after") -> float | None:
-    """Return a record's score on meta-val `before` or `after` adapting (`statistics.overall`); higher is better.
+    """Return a record's score on meta-val `before` or `after` adapting (`statistics.overall_score`); higher is better.
 
     None if there was no validation; -inf if the score is not finite.
     """

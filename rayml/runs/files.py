@@ -34,7 +34,7 @@ def filesystem(path: str) -> tuple[fs.FileSystem, str]:
     return fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(path))
 
 
-def as_path(path: str | AnyPath) -> AnyPath:
+def parse_path(path: str | AnyPath) -> AnyPath:
     """Return the file or folder that a path or a URI names, such as `runs/first` or `s3://bucket/runs/first`.
 
     Raises:
@@ -75,12 +75,12 @@ def _read_checksum(file: AnyPath) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def listed(folder: AnyPath, pattern: str) -> list[AnyPath]:
+def list_matching(folder: AnyPath, pattern: str) -> list[AnyPath]:
     """Return a folder's entries that match a pattern, sorted by name."""
     return sorted(folder.glob(pattern), key=lambda path: path.name)
 
 
-def write_whole(file: AnyPath, text: str) -> None:
+def write_atomically(file: AnyPath, text: str) -> None:
     """Write a file in one step: a reader, or a crash, sees either the old or the new content."""
     if isinstance(file, Remote):
         file.write_text(text)
@@ -102,7 +102,7 @@ def local_copy(folder: AnyPath) -> Iterator[Path]:
         yield Path(copy)
 
 
-def deliver(folder: Path, to: AnyPath) -> None:
+def copy_folder(folder: Path, to: AnyPath) -> None:
     """Copy the files of a local folder."""
     if isinstance(to, Path):
         for file in filter(Path.is_file, folder.rglob("*")):
@@ -115,7 +115,7 @@ def deliver(folder: Path, to: AnyPath) -> None:
 
 
 @contextmanager
-def made_here(folder: AnyPath) -> Iterator[Path]:
+def local_output(folder: AnyPath) -> Iterator[Path]:
     """Yield the path of a local folder to be made, and then copy it to `folder`; the path is `folder` if that is local.
 
     If making it fails, it is removed.
@@ -130,7 +130,7 @@ def made_here(folder: AnyPath) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="rayml-") as temporary:
         local = Path(temporary, folder.name)
         yield local
-        deliver(local, folder)
+        copy_folder(local, folder)
 
 
 def remove(folder: AnyPath) -> None:

@@ -17,13 +17,13 @@ from typing import Any
 from safetensors.torch import load, save
 from torch import Tensor
 
-from rayml.algorithms.registry import modernized
+from rayml.algorithms.registry import upgrade_config
 from rayml.config import Config, dump_config, parse_config, read_values
 from rayml.errors import ConfigError, RunError, StorageError
 from rayml.runs.checkpoint import is_enough, is_whole, newest_checkpoint, step_of, val_scores
-from rayml.runs.files import AnyPath, as_path, listed, write_whole
+from rayml.runs.files import AnyPath, list_matching, parse_path, write_atomically
 from rayml.sections import Run
-from rayml.starts import folder_of, no_run, start_named
+from rayml.starts import no_run_error, run_folder_of, start_named
 from rayml.tasks.splits import Splits
 from rayml.tasks.task import Task
 
@@ -47,7 +47,7 @@ class RunFolder:
     def __init__(self, path: str | AnyPath):
         self.start = start_named(path)
         """The name of a start that comes with rayml, or of a bare base; None for a run."""
-        self.path = as_path(folder_of(self.start) if self.start else path)
+        self.path = parse_path(run_folder_of(self.start) if self.start else path)
         self.config, self.metrics = self.path / "config.yaml", self.path / "metrics.jsonl"
         self.checkpoints, self.latest = self.path / "checkpoints", self.path / "latest"
         self.tasks, self.best, self.model = (self.path / name for name in ("tasks.json", "best", "model"))
@@ -81,12 +81,12 @@ class RunFolder:
             raise RunError(f"{self.path}: holds something other than a run; give run.dir another folder")
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         self.stop.unlink(missing_ok=True)
-        write_whole(self.config, dump_config(config))
-        write_whole(self.tasks, json.dumps(describe(splits), indent=2, ensure_ascii=False) + "\n")
+        write_atomically(self.config, dump_config(config))
+        write_atomically(self.tasks, json.dumps(describe(splits), indent=2, ensure_ascii=False) + "\n")
 
     def _check_same(self, config: Config, splits: Splits) -> None:
         old = self.read_config()
-        before, now = (flat(values.model_dump(exclude=FREE_KEYS)) for values in (old, config))
+        before, now = (flatten(values.model_dump(exclude=FREE_KEYS)) for values in (old, config))
         changed = {name for name in before.keys() | now.keys() if repr(before.get(name)) != repr(now.get(name))}
         if config.outer.schedule != "constant" and old.outer.steps != config.outer.steps:
             changed.add("outer.steps")  # the schedule ends there
@@ -104,9 +104,11 @@ class RunFolder:
 
     def write_precision(self, dtype: str, attention: str, why: str) -> None:
         """Record the dtype and attention that the model is trained in, and why."""
-        write_whole(self.precision, json.dumps({"dtype": dtype, "attention": attention, "why": why}, indent=2) + "\n")
+        write_atomically(
+            self.precision, json.dumps({"dtype": dtype, "attention": attention, "why": why}, indent=2) + "\n"
+        )
 
-    def made_in(self) -> str | None:
+    def trained_dtype(self) -> str | None:
         """Return the dtype that the run was trained in; None if it was not yet trained."""
         if self.precision.exists():
             return json.loads(self.precision.read_text(encoding="utf-8"))["dtype"]
@@ -115,23 +117,23 @@ class RunFolder:
 
     def read_config(self) -> Config:
         """Return the run's config. Old runs, from before algorithms had settings of their own, can be read, too."""
-        return parse_config(modernized(read_values(self.config)), str(self.config))
+        return parse_config(upgrade_config(read_values(self.config)), str(self.config))
 
-    def tell_to_stop(self) -> None:
+    def request_stop(self) -> None:
         """Ask the workers to finish their step, write a checkpoint, and end."""
         self.stop.touch()
 
-    def is_told_to_stop(self) -> bool:
+    def is_stop_requested(self) -> bool:
         """Return whether the workers were asked to stop; False while storage does not answer."""
         with suppress(StorageError):
             return self.stop.exists()
         return False
 
-    def learned_labels(self) -> bool:
+    def has_label_tasks(self) -> bool:
         """Return whether the run was meta-trained on any label task."""
         return any(json.loads(self.tasks.read_text(encoding="utf-8"))["train"].values())
 
-    def learned_kind(self) -> str:
+    def task_kind(self) -> str:
         """Return the kind of the tasks that the run was meta-trained on; "" if there are several."""
         kinds = set(json.loads(self.tasks.read_text(encoding="utf-8")).get("kinds", {}).values())
         return kinds.pop() if len(kinds) == 1 else ""
@@ -140,7 +142,7 @@ class RunFolder:
         """Remove the records after `step`, since those steps will be taken again."""
         if self.metrics.exists():
             lines = [json.dumps(record) + "\n" for record in self.read_metrics() if record["step"] <= step]
-            write_whole(self.metrics, "".join(lines))
+            write_atomically(self.metrics, "".join(lines))
 
     def records(self) -> list[dict[str, Any]]:
         """Return the records of `metrics.jsonl` so far."""
@@ -167,7 +169,7 @@ class RunFolder:
     def is_over(self, config: Config) -> bool:
         """Return whether the newest checkpoint is of the last step, or of where early stopping ended the run."""
         records = self.records()
-        for folder in reversed(listed(self.checkpoints, "step_*")):
+        for folder in reversed(list_matching(self.checkpoints, "step_*")):
             scores = val_scores(record for record in records if record["step"] <= step_of(folder))
             if step_of(folder) < config.outer.steps and not is_enough(scores, config.validation.patience):
                 return False  # whole or not: whoever resumes reads it
@@ -188,7 +190,7 @@ class RunFolder:
         if which not in (None, "best", "newest"):
             raise ConfigError(f"checkpoint: expected best or newest, got {which!r}")
         if not self.config.exists():
-            raise no_run(self.path)
+            raise no_run_error(self.path)
         config = self.read_config()
         folder = newest_checkpoint(self.best) if which != "newest" else None
         if folder is None and which != "best":  # there was no meta-val task, or no validation yet
@@ -198,7 +200,7 @@ class RunFolder:
             raise RunError(f"{self.path}: {reason}; train it first")
         return config, folder
 
-    def told(self, folder: AnyPath) -> str:
+    def describe_checkpoint(self, folder: AnyPath) -> str:
         """Return a description of a checkpoint that `trained` returned."""
         if self.start:
             return f"the start {self.start}, {step_of(folder)} outer steps" if step_of(folder) else "untrained"
@@ -222,9 +224,9 @@ def _value(config: Config, key: str) -> Any:
     return reduce(getattr, key.split("."), config)
 
 
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return a nested config's values by their dotted keys."""
     result: dict[str, Any] = {}
     for key, value in values.items():
-        result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        result |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return result

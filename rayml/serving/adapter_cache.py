@@ -14,7 +14,7 @@ from rayml.adapter import Adapter
 from rayml.algorithms.inner_loop import Params
 from rayml.errors import RunError
 from rayml.lm.peft_files import WEIGHTS, AdapterCard
-from rayml.serving.adapter_files import Fits, read_adapter
+from rayml.serving.adapter_files import AdapterConstraints, read_adapter
 from rayml.serving.errors import ApiError
 from rayml.serving.store import AdapterStore, DamagedError, Manifest, damaged_error
 from rayml.serving.work import Observe
@@ -36,7 +36,7 @@ class AdapterCache:
     def __init__(
         self,
         store: AdapterStore,
-        fits: Fits,
+        fits: AdapterConstraints,
         most_bytes: int,
         adapter_of: Callable[[Params, AdapterCard], Adapter],
         observe: Observe,
@@ -87,7 +87,7 @@ class AdapterCache:
 
 
 def fetch_adapter(
-    store: AdapterStore, owner: str, adapter: str, folder: Path, fits: Fits, observe: Observe
+    store: AdapterStore, owner: str, adapter: str, folder: Path, fits: AdapterConstraints, observe: Observe
 ) -> tuple[Params, AdapterCard, str]:
     """Copy an adapter's files into a folder and check them; return its weights, its card, and its weights' SHA-256.
 

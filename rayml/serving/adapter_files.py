@@ -24,7 +24,7 @@ from rayml.errors import ConfigError, RunError
 from rayml.lm.lora import A, B
 from rayml.lm.peft_files import CARD, PREFIX, PROMPT_KEY, READOUT, WEIGHTS, AdapterCard
 from rayml.lm.soft_prompt import PROMPT
-from rayml.tasks.templates import compiled
+from rayml.tasks.templates import compile_template
 
 CONFIG = "adapter_config.json"
 FILES = CONFIG, WEIGHTS, CARD, READOUT
@@ -49,7 +49,7 @@ PLAIN_INITS = True, False, None, "gaussian", "orthogonal", "eva"
 
 
 @dataclass(frozen=True)
-class Fits:
+class AdapterConstraints:
     """What an adapter has to fit in order to be served."""
 
     names: tuple[str, ...]
@@ -70,7 +70,7 @@ class Fits:
     """The number of tokens; 0 for a sentence encoder, which has no label tokens."""
 
 
-def read_adapter(folder: Path, fits: Fits) -> tuple[Params, AdapterCard]:
+def read_adapter(folder: Path, fits: AdapterConstraints) -> tuple[Params, AdapterCard]:
     """Return the weights and the card of an adapter in a folder, which rayml or plain PEFT wrote.
 
     Raises:
@@ -111,7 +111,7 @@ def read_adapter(folder: Path, fits: Fits) -> tuple[Params, AdapterCard]:
     return weights, card
 
 
-def _read_readout(path: Path, card: AdapterCard, fits: Fits) -> Params:
+def _read_readout(path: Path, card: AdapterCard, fits: AdapterConstraints) -> Params:
     """Return a task's prototypes, their scale and their mix; nothing if the card keeps the task's examples instead."""
     if card.shown and not path.exists():
         return {}
@@ -151,7 +151,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _check_lora_config(config: dict[str, Any], fits: Fits) -> float:
+def _check_lora_config(config: dict[str, Any], fits: AdapterConstraints) -> float:
     """Return the factor of the adapter's updates: alpha / rank, or alpha / sqrt(rank)."""
     init = config.get("init_lora_weights", True)
     if init not in PLAIN_INITS:
@@ -167,7 +167,7 @@ def _check_lora_config(config: dict[str, Any], fits: Fits) -> float:
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _check_base(config: dict[str, Any], fits: Fits) -> None:
+def _check_base(config: dict[str, Any], fits: AdapterConstraints) -> None:
     peft_type = "PROMPT_TUNING" if fits.prompt_width else "LORA"
     if config.get("peft_type") != peft_type:
         raise RunError(f"peft_type is {config.get('peft_type')!r}; only {peft_type} is served")
@@ -180,7 +180,7 @@ def _check_base(config: dict[str, Any], fits: Fits) -> None:
         raise RunError(f"was made for the base {base!r}; this server has {fits.names[0]!r}")
 
 
-def _read_prompt(path: Path, config: dict[str, Any], fits: Fits) -> Params:
+def _read_prompt(path: Path, config: dict[str, Any], fits: AdapterConstraints) -> Params:
     tokens = config.get("num_virtual_tokens")
     if type(tokens) is not int or not 1 <= tokens <= fits.most_rank:
         raise RunError(f"num_virtual_tokens={tokens!r}; 1 to {fits.most_rank} are served")
@@ -191,7 +191,7 @@ def _read_prompt(path: Path, config: dict[str, Any], fits: Fits) -> Params:
         return {PROMPT: file.get_tensor(PROMPT_KEY).float()}
 
 
-def _read_lora(path: Path, fits: Fits, rank: int) -> Params:
+def _read_lora(path: Path, fits: AdapterConstraints, rank: int) -> Params:
     weights: Params = {}
     with open_safetensors(path) as file:
         for key in list(file.keys()):
@@ -213,7 +213,7 @@ def _partner(name: str) -> str:
     return name.removesuffix(A) + B if name.endswith(A) else name.removesuffix(B) + A
 
 
-def _check_shape(key: str, name: str, shape: list[int], fits: Fits) -> None:
+def _check_shape(key: str, name: str, shape: list[int], fits: AdapterConstraints) -> None:
     linear = name.removesuffix(A).removesuffix(B)
     if not key.startswith(PREFIX) or linear not in fits.linears or linear == name:
         raise RunError(f"adapts {key[:120]!r}, which is not a linear layer of this base")
@@ -237,7 +237,7 @@ def _read_card(path: Path) -> AdapterCard:
         raise RunError(f"{CARD} is not what rayml writes: it reads no tokens, or has more than {MOST_PROMPTS} prompts")
     try:
         for prompt in (card.prompt, *card.ensemble):
-            compiled(prompt)
+            compile_template(prompt)
     except ConfigError as error:
         raise RunError(f"{CARD} is not what rayml writes: {error}") from None
     return card

@@ -22,7 +22,7 @@ class LearnerAnswers(NamedTuple):
     reason: str
 
 
-class Answering:
+class AnswererClient:
     """Args:
     handle: of the vLLM replicas.
     again_seconds: how long a lost request is sent again.

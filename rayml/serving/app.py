@@ -14,13 +14,13 @@ from ray.serve.config import AutoscalingConfig, BackpressureConfig, RequestRoute
 from rayml.config import dump_config
 from rayml.lm.catalog import resolve_model
 from rayml.runs.checkpoint import step_of
-from rayml.runs.files import listed
+from rayml.runs.files import list_matching
 from rayml.runs.folder import RunFolder
 from rayml.serving.errors import ApiError
 from rayml.serving.gateway import Gateway
 from rayml.serving.metrics import Metrics
 from rayml.serving.replica import Replica
-from rayml.serving.served import refuse_unservable, servable, store_root
+from rayml.serving.served import read_servable_run, refuse_unservable, store_root
 from rayml.serving.settings import Scaled, Serving, api_keys
 from rayml.serving.store import PUBLIC, AdapterStore, every, owner_of
 from rayml.serving.vllm.answerer import Answerer
@@ -117,7 +117,7 @@ def build(args: Serving) -> serve.Application:
         ConfigError, RunError: the run cannot be served, or the store or the keys cannot be used.
     """
     run = RunFolder(args.run)
-    config, checkpoint = servable(run, args.checkpoint)
+    config, checkpoint = read_servable_run(run, args.checkpoint)
     refuse_unservable(run, config)
     if args.engine == "vllm":
         refuse_without_vllm(config, resolve_model(config.model.name))
@@ -129,7 +129,7 @@ def build(args: Serving) -> serve.Application:
     keys = api_keys(args.keys_file)
     if not keys:
         log.warning("no API key is set: anyone who reaches the port may use this server")
-    manifests = [path.read_text() for path in listed(checkpoint, "manifest_*.json")]  # with the parts' checksums
+    manifests = [path.read_text() for path in list_matching(checkpoint, "manifest_*.json")]  # with the parts' checksums
     content = [str(step_of(checkpoint)), dump_config(config), *manifests]
     fingerprint = hashlib.sha256("\n".join(content).encode()).hexdigest()
     base = args.name or config.model.name.rstrip("/").rsplit("/", 1)[-1]

@@ -23,19 +23,25 @@ from rayml.config import parse_section
 from rayml.errors import ConfigError, RunError
 from rayml.lm.catalog import resolve_model
 from rayml.lm.load import load_shape
-from rayml.lm.precision import own_device, settled_here
-from rayml.overrides import once
-from rayml.progress import doing
+from rayml.lm.precision import own_device, resolve_precision_here
+from rayml.overrides import refuse_duplicates
+from rayml.progress import show_activity
 from rayml.runs.folder import RunFolder
 from rayml.serving.adapter_files import FILES, read_adapter
 from rayml.serving.app import build
 from rayml.serving.ports import end_orphans, mark_session, refuse_taken
-from rayml.serving.served import fits_of, refuse_unlike_peft, refuse_unservable, servable, store_root
+from rayml.serving.served import (
+    adapter_constraints,
+    read_servable_run,
+    refuse_unlike_peft,
+    refuse_unservable,
+    store_root,
+)
 from rayml.serving.settings import Adapters, Scaled, Serving, api_keys, check_host
 from rayml.serving.store import NAME, AdapterStore, Manifest, adapter_id, owner_of
 from rayml.serving.vllm.engine import refuse_without_vllm
-from rayml.training.driver import WORKER_ENV, processors, seldom_look_for_logs
-from rayml.training.ray_internals import listening_here
+from rayml.training.driver import WORKER_ENV, processors, slow_log_monitor
+from rayml.training.ray_internals import listen_on_localhost
 
 APPLICATION = "rayml"
 EXAMPLE = {
@@ -62,11 +68,11 @@ def serve_forever(
     """
     values: dict[str, Any] = {"run": run, "store": store, "keys_file": str(keys_file) if keys_file else None}
     values |= {"checkpoint": checkpoint} if checkpoint else {}
-    serving = parse_section(Serving, values, "rayml serve", once(overrides))
+    serving = parse_section(Serving, values, "rayml serve", refuse_duplicates(overrides))
     keys = api_keys(serving.keys_file)
     check_host(host, keys, insecure)
     folder = RunFolder(run)
-    config, served_checkpoint = servable(folder, serving.checkpoint)
+    config, served_checkpoint = read_servable_run(folder, serving.checkpoint)
     refuse_unservable(folder, config)
     if serving.engine == "vllm":
         refuse_without_vllm(config, resolve_model(config.model.name))
@@ -77,7 +83,7 @@ def serve_forever(
         end_orphans()
         refuse_taken(host, {"--port": port})
         refuse_taken("0.0.0.0", {"--metrics-port": metrics_port})
-    with doing(err, "starting Ray"):
+    with show_activity(err, "starting Ray"):
         start_cluster(serving, metrics_port)
     stop = threading.Event()
     signal.signal(
@@ -89,14 +95,16 @@ def serve_forever(
         serve.start(http_options={"host": host, "port": port})
         host, port = server_address()
         check_host(host, keys, insecure)
-        with doing(err, "loading the model in its replicas"):
+        with show_activity(err, "loading the model in its replicas"):
             serve.run(application, name=APPLICATION, route_prefix="/", logging_config={"encoding": "JSON"})
         base = f"http://{host}:{port}"
         key = ' -H "Authorization: Bearer $KEY"' if keys else ""
         out.print(f"serving {run} at {base} ({time.perf_counter() - began:.0f} s to start; {base}/docs shows the API)")
-        out.print(f"it serves {folder.told(served_checkpoint)}", style="dim", highlight=False)
+        out.print(f"it serves {folder.describe_checkpoint(served_checkpoint)}", style="dim", highlight=False)
         if is_own_ray:  # the replicas are on this machine
-            precision = settled_here(config, resolve_model(config.model.name), own_device(config), folder.made_in())[1]
+            precision = resolve_precision_here(
+                config, resolve_model(config.model.name), own_device(config), folder.trained_dtype()
+            )[1]
             out.print(f"in {precision}", style="dim", highlight=False, markup=False)
         out.print("teach it a task:", style="dim")
         out.print(f"  curl {base}/v1/adapters{key} -d '{json.dumps(EXAMPLE)}'", markup=False, soft_wrap=True)
@@ -148,8 +156,8 @@ def start_cluster(serving: Serving, metrics_port: int | None) -> None:
     needed = sum(most_replicas(scaled) * (scaled.cpus or 1) for scaled in replica_settings(serving).values())
     cpus = max(processors(), math.ceil(needed))
     metrics: dict[str, Any] = {"_metrics_export_port": metrics_port} if metrics_port else {}
-    seldom_look_for_logs()
-    with listening_here():
+    slow_log_monitor()
+    with listen_on_localhost():
         context: Any = ray.init("local", num_cpus=cpus, include_dashboard=False, **metrics, **common)
     mark_session(Path(context.address_info["session_dir"]))
 
@@ -168,7 +176,7 @@ def publish_adapter(
     if not NAME.fullmatch(name):
         raise ConfigError(f"--name {name!r}: letters, digits, - and _, at most 64, beginning with a letter or digit")
     base = resolve_model(config.model.name)
-    fits = fits_of(config, base, load_shape(base), Adapters())
+    fits = adapter_constraints(config, base, load_shape(base), Adapters())
     with tempfile.TemporaryDirectory() as folder:
         copy_files(source, Path(folder))
         try:

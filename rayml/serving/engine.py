@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from rayml.lm.precision import fused_attention
-from rayml.lm.queries import first_batch, log_probs
+from rayml.lm.queries import answer_queries, first_batch_size
 from rayml.model import MetaModel
 from rayml.serving.errors import ApiError, busy_error
 from rayml.serving.lessons import Lessons
 from rayml.serving.settings import Batching, Limits
-from rayml.serving.work import Adaptation, Observe, Waiting, Writing, settle
+from rayml.serving.work import Observe, PendingAdaptation, PendingQuery, PendingText, settle
 from rayml.serving.writer import Writer
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class Engine:
         self.turn_tokens = batching.turn_tokens or TURN_TOKENS[model.lm.device.type != "cpu"]
         self.writer = Writer(model.lm, batching, self.turn_tokens, observe)
         self.lessons = Lessons(model, batching, self.turn_tokens, observe)
-        self._queries: deque[Waiting] = deque()
+        self._queries: deque[PendingQuery] = deque()
         self._pings: deque[Future[None]] = deque()
         self._owed_seconds = 0.0
         """The time that queries have to get before adaptations may go on."""
@@ -61,7 +61,7 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="rayml-engine", daemon=True)
         self._thread.start()
 
-    def classify(self, queries: list[Waiting]) -> None:
+    def classify(self, queries: list[PendingQuery]) -> None:
         """Queue queries to be classified.
 
         Raises:
@@ -69,11 +69,11 @@ class Engine:
         """
         self._submit(self._queries, queries, self.limits.waiting_queries, "queries")
 
-    def write(self, writings: list[Writing]) -> None:
+    def write(self, writings: list[PendingText]) -> None:
         """Queue texts to be written; raises as `classify` does."""
         self._submit(self.writer.waiting, writings, self.limits.waiting_queries, "texts")
 
-    def adapt(self, adaptation: Adaptation) -> None:
+    def adapt(self, adaptation: PendingAdaptation) -> None:
         """Queue an adapter to be learned; raises as `classify` does."""
         self._submit(self.lessons.waiting, [adaptation], self.limits.waiting_adaptations, "adaptations")
 
@@ -91,7 +91,7 @@ class Engine:
     def is_alive(self) -> bool:
         return self._thread.is_alive()
 
-    def cancel(self, writing: Writing) -> None:
+    def cancel(self, writing: PendingText) -> None:
         writing.cancelled = True
 
     def close(self) -> None:
@@ -178,7 +178,7 @@ class Engine:
         try:
             queries = [waiting.query for waiting in batch]
             with fused_attention(self.model.lm.module, max(query.longest for query in queries)):
-                scores = log_probs(self.model.lm, self.model.encoder.pad, queries)
+                scores = answer_queries(self.model.lm, self.model.encoder.pad, queries)
             results = [query_scores.cpu() for query_scores in scores]
             self.observe("classify_batch", len(batch))
         except Exception as error:
@@ -187,10 +187,10 @@ class Engine:
         for waiting, result in zip(batch, results, strict=True):
             settle(waiting.answer, result)
 
-    def _next_queries(self) -> list[Waiting]:
+    def _next_queries(self) -> list[PendingQuery]:
         """Take the first queries that one forward can answer together."""
         queries = [waiting.query for waiting in islice(self._queries, self.batching.queries)]
-        batch = [self._queries.popleft() for _ in range(first_batch(queries, self.turn_tokens))]
+        batch = [self._queries.popleft() for _ in range(first_batch_size(queries, self.turn_tokens))]
         return [waiting for waiting in batch if not waiting.answer.cancelled()]
 
 

@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 
 from rayml.lm.sampling import Sampling
 from rayml.serving import pages
-from rayml.serving.answering import Answering
+from rayml.serving.answering import AnswererClient
 from rayml.serving.answers import ResponseBodies
 from rayml.serving.errors import ApiError
 from rayml.serving.http import (
@@ -77,7 +77,7 @@ class Gateway:
         keys: Mapping[str, str],
         answerers: DeploymentHandle | None = None,
     ):
-        self.vllm = Answering(answerers, serving.answerers.again_seconds) if answerers else None
+        self.vllm = AnswererClient(answerers, serving.answerers.again_seconds) if answerers else None
         self.model, self.serving, self.limits = model, serving, serving.limits
         self.fingerprint, self.keys = fingerprint, keys
         self.store = AdapterStore(store)

@@ -8,12 +8,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from rayml.adaptation import AdaptationRequest, adaptation_request, inner_steps, splits
+from rayml.adaptation import AdaptationRequest, adaptation_request, can_split_support, inner_steps
 from rayml.adapter import Adapter
 from rayml.algorithms.inner_loop import Params
 from rayml.errors import DataError, TrainingError
 from rayml.lm.peft_files import AdapterCard
-from rayml.model import MetaModel, refuse_diverged
+from rayml.model import MetaModel, check_finite
 from rayml.serving.adapter_cache import AdapterCache, Key, start_task
 from rayml.serving.engine import Engine
 from rayml.serving.errors import ApiError, busy_error
@@ -22,7 +22,7 @@ from rayml.serving.queries import without_limit
 from rayml.serving.schema import AdapterRequest
 from rayml.serving.settings import Serving
 from rayml.serving.store import Manifest
-from rayml.serving.work import Adaptation, Observe
+from rayml.serving.work import Observe, PendingAdaptation
 from rayml.tasks.episodes import relabel
 from rayml.tasks.row import Row
 from rayml.tasks.table import FREE_TEXT
@@ -53,7 +53,7 @@ class Learner:
         self.adapter_cache, self._adapter_of = adapter_cache, adapter_of
         self.store = adapter_cache.store
         self._learning: dict[Key, asyncio.Task[Manifest]] = {}
-        self._adaptations: dict[Key, Adaptation] = {}
+        self._adaptations: dict[Key, PendingAdaptation] = {}
         self._background: dict[Key, asyncio.Task[None]] = {}
         self._unfinished = 0
         # Each holds one of the requests that Serve admits at a time; half of these are left for queries.
@@ -135,7 +135,7 @@ class Learner:
         began = time.perf_counter()
         await asyncio.to_thread(self._check_adapter_count, owner)
         prepared = await asyncio.to_thread(self.prepared, request)
-        adaptation = Adaptation(prepared, inner_steps(self.model, request.steps), owner)
+        adaptation = PendingAdaptation(prepared, inner_steps(self.model, request.steps), owner)
         self.engine.adapt(adaptation)
         self._adaptations[owner, adapter_id] = adaptation
         try:
@@ -143,7 +143,7 @@ class Learner:
         finally:
             del self._adaptations[owner, adapter_id]
         try:
-            refuse_diverged(request.name, weights)
+            check_finite(request.name, weights)
         except TrainingError as error:
             raise ApiError(422, str(error), "steps") from None
         adapter = self._adapter_of(weights, prepared.card)
@@ -203,7 +203,7 @@ class Learner:
         return prepared
 
     def _check_example_lengths(self, task: Task, labels: dict[str, str]) -> None:
-        encoder = self.model.encoder.of(task.name, task.kind)
+        encoder = self.model.encoder.for_task(task.name, task.kind)
         shown_labels = {option: label for label, option in labels.items()}
         for index, example in enumerate(task.examples):
             shown = relabel(example, shown_labels.get(example.target))
@@ -219,7 +219,7 @@ class Learner:
         if len(task.options) > limits.options:
             raise ApiError(422, f"examples: {len(task.options)} labels; at most {limits.options}", "examples")
         tokens = len(prepared.rows) * max(len(row.tokens) for row in prepared.rows)
-        if tokens > limits.whole_tokens and not splits(self.model):
+        if tokens > limits.whole_tokens and not can_split_support(self.model):
             algorithm = self.model.config.algorithm.name
             message = f"{tokens} tokens; {algorithm} reads them in one piece, of at most {limits.whole_tokens}"
             raise ApiError(422, f"examples: {message}", "examples")

@@ -9,7 +9,7 @@ from rayml.adaptation import Losses, adapt_requests
 from rayml.algorithms.inner_loop import Params
 from rayml.model import MetaModel
 from rayml.serving.settings import Batching
-from rayml.serving.work import Adaptation, Observe, settle
+from rayml.serving.work import Observe, PendingAdaptation, settle
 
 log = logging.getLogger(__name__)
 Learned = tuple[Params, Losses]
@@ -18,7 +18,7 @@ Learned = tuple[Params, Losses]
 class Loop(NamedTuple):
     """An inner loop that learns several adapters side by side."""
 
-    adaptations: list[Adaptation]
+    adaptations: list[PendingAdaptation]
     steps: Generator[int, None, list[Learned]]
 
 
@@ -27,7 +27,7 @@ class Lessons:
 
     def __init__(self, model: MetaModel, batching: Batching, turn_tokens: int, observe: Observe):
         self.model, self.batching, self.turn_tokens, self.observe = model, batching, turn_tokens, observe
-        self.waiting: deque[Adaptation] = deque()
+        self.waiting: deque[PendingAdaptation] = deque()
         self._loops: dict[str, Loop] = {}
         self._last_turns: dict[str, int] = {}
         """The number of each owner's last turn."""
@@ -71,7 +71,7 @@ class Lessons:
         for adaptation, result in zip(self._loops.pop(owner).adaptations, results, strict=True):
             settle(adaptation.learned, result)
 
-    def _take_next(self, owner: str) -> list[Adaptation]:
+    def _take_next(self, owner: str) -> list[PendingAdaptation]:
         """Take an owner's first adaptation from the queue, and any owners' others that fit into a turn beside it."""
         waiting = list(self.waiting)
         first = next(adaptation for adaptation in waiting if adaptation.owner == owner)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rayml.adapter import Adapter, chosen
+from rayml.adapter import Adapter, most_probable
 from rayml.errors import ConfigError, DataError
 from rayml.lm.encode import Encoder
 from rayml.lm.queries import Query
@@ -16,8 +16,8 @@ from rayml.lm.sampling import Piece, Sampling, TokenScore
 from rayml.serving.answers import IndexedPiece
 from rayml.serving.errors import ApiError
 from rayml.tasks.episodes import relabel
-from rayml.tasks.row import unanswered
-from rayml.tasks.templates import names, unseen
+from rayml.tasks.row import query_example
+from rayml.tasks.templates import template_variables, unused_fields
 
 Given = str | dict[str, str]
 """An input as clients send it: a text, or fields by name."""
@@ -40,7 +40,7 @@ def label_options(adapter: Adapter, options: Sequence[str] | None) -> dict[str, 
         raise ApiError(422, str(error), "options") from None
 
 
-def queries_of(
+def build_queries(
     adapter: Adapter, inputs: Sequence[Given], labels: list[str], context: int, truncate: bool
 ) -> list[tuple[Query, bool]]:
     """Return the query for each input, and whether the beginning of the input was cut off.
@@ -60,12 +60,12 @@ def queries_of(
         refuse_unseen_fields(encoder.prompt, given, f"input.{number}")
         try:
             fields = adapter.card.fields
-            longest_option = relabel(unanswered(given, fields), max(labels, key=len))
+            longest_option = relabel(query_example(given, fields), max(labels, key=len))
             tokens = len(without_limit(encoder).row(longest_option, is_label=True, shown=shown).tokens)
             is_too_long = tokens > most_tokens
             if is_too_long and not truncate:
                 raise too_long_error(number, tokens, most_tokens)
-            query = adapter.query(unanswered(last_characters(given, LONGEST_TOKEN * most_tokens), fields), labels)
+            query = adapter.query(query_example(last_characters(given, LONGEST_TOKEN * most_tokens), fields), labels)
         except DataError as error:
             if str(error).startswith(("template", "an input")):
                 raise ApiError(422, f"input.{number}: {error}", f"input.{number}") from None
@@ -80,9 +80,9 @@ def queries_of(
 
 def refuse_unseen_fields(prompt: str, given: object, field: str) -> None:
     """Raise ApiError if an input has fields that the adapter's prompt does not show."""
-    unknown = unseen(prompt, given) if isinstance(given, dict) else []
+    unknown = unused_fields(prompt, given) if isinstance(given, dict) else []
     if unknown:
-        known = ", ".join(sorted(names(prompt)))
+        known = ", ".join(sorted(template_variables(prompt)))
         raise ApiError(422, f"{field}: the adapter has no field {unknown[0][:60]!r}; it has {known}", field)
 
 
@@ -108,12 +108,12 @@ def classification(
 
     Args:
         labels: the client's.
-        queries: what `queries_of` returned.
+        queries: what `build_queries` returned.
         scores: the log-probabilities of each query's options, `[options]`.
     """
     answers = []
     for (_, is_cut), log_probs in zip(queries, scores, strict=True):
-        prediction = chosen(labels, log_probs)
+        prediction = most_probable(labels, log_probs)
         answers.append({"label": prediction.text, "probabilities": prediction.probabilities, "truncated": is_cut})
     tokens = sum(len(option_query.rows[0].tokens) for query, _ in queries for option_query in query.option_queries)
     return {"answers": answers, "tokens": tokens}

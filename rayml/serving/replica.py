@@ -11,13 +11,13 @@ from rayml.adaptation import adaptation_request, inner_steps
 from rayml.adapter import Adapter
 from rayml.algorithms.inner_loop import Params
 from rayml.errors import DataError
-from rayml.lm.abilities import unable
+from rayml.lm.abilities import why_unusable
 from rayml.lm.chat import chat_prompt, own_template
 from rayml.lm.generate import end_tokens
 from rayml.lm.load import context_tokens
 from rayml.lm.peft_files import AdapterCard, encoder_of
 from rayml.lm.sampling import Piece, Sampling
-from rayml.lm.tokens import marked, tokenize
+from rayml.lm.tokens import mark_specials, tokenize
 from rayml.model import load
 from rayml.runs.folder import RunFolder
 from rayml.serving.adapter_cache import AdapterCache
@@ -26,13 +26,13 @@ from rayml.serving.answers import IndexedPiece
 from rayml.serving.engine import Engine
 from rayml.serving.errors import ApiError
 from rayml.serving.learner import Learner
-from rayml.serving.queries import Given, classification, label_options, label_pieces, queries_of, without_limit
-from rayml.serving.schema import AdapterRequest, ClassifyRequest, Message, is_blank, plain, turns_of
-from rayml.serving.served import fits_of, servable, store_root
+from rayml.serving.queries import Given, build_queries, classification, label_options, label_pieces, without_limit
+from rayml.serving.schema import AdapterRequest, ClassifyRequest, Message, as_input, is_blank, turns_of
+from rayml.serving.served import adapter_constraints, read_servable_run, store_root
 from rayml.serving.settings import Serving
 from rayml.serving.store import AdapterStore, Manifest
-from rayml.serving.work import Adaptation, Observe, Waiting, Writing
-from rayml.tasks.row import unanswered
+from rayml.serving.work import Observe, PendingAdaptation, PendingQuery, PendingText
+from rayml.tasks.row import query_example
 from rayml.tasks.task import Example, Task
 
 
@@ -46,15 +46,15 @@ class Replica:
     def __init__(self, serving: Serving, observe: Observe = lambda name, value: None):
         self.serving = serving
         run = RunFolder(serving.run)
-        servable(run, serving.checkpoint)
+        read_servable_run(run, serving.checkpoint)
         self.model = load(run, checkpoint=serving.checkpoint, every_linear=True)
         # Run the forward that finds out what the model can do now: later, only the engine's thread may run the model.
-        self.model.lm.try_out()
+        self.model.lm.probe()
         self.context = min(context_tokens(self.model.lm.module), serving.limits.context_tokens)
         encoder = dataclasses.replace(self.model.encoder, max_tokens=self.context, soft_tokens=0)
         self.bare = self.model.adapter(None, PLAIN_CARD, encoder=encoder)
         self.store = AdapterStore(store_root(run, serving.store))
-        fits = fits_of(self.model.config, self.model.base, self.model.lm.module, serving.adapters)
+        fits = adapter_constraints(self.model.config, self.model.base, self.model.lm.module, serving.adapters)
         self.adapter_cache = AdapterCache(self.store, fits, serving.adapters.cached_bytes, self._adapter_of, observe)
         self.engine = Engine(self.model, serving.batching, serving.limits, observe)
         self.learner = Learner(serving, self.model, self.engine, self.adapter_cache, self._adapter_of, observe)
@@ -65,13 +65,13 @@ class Replica:
     def cannot_write(self) -> str | None:
         """Why the model cannot write texts; None if it can."""
         config = self.model.config
-        return unable(self.model.base, {}, config.soft_tokens, writes=True, attention=config.model.attention)
+        return why_unusable(self.model.base, {}, config.soft_tokens, writes=True, attention=config.model.attention)
 
     def _warm_up(self) -> None:
         """Learn a small task, so that the first client need not wait for what is set up at first use."""
         targets = ("A", "B")
         task = Task("warm-up", tuple(Example(target.lower(), target) for target in targets), targets)
-        adaptation = Adaptation(adaptation_request(self.model, task), inner_steps(self.model, None))
+        adaptation = PendingAdaptation(adaptation_request(self.model, task), inner_steps(self.model, None))
         self.engine.adapt(adaptation)
         adaptation.learned.result()
 
@@ -101,8 +101,8 @@ class Replica:
     ) -> dict[str, Any]:
         labels = label_options(adapter, options)
         most_tokens = min(self.context, self.serving.limits.whole_tokens)
-        queries = await asyncio.to_thread(queries_of, adapter, inputs, list(labels.values()), most_tokens, truncate)
-        waiting = [Waiting(query) for query, _ in queries]
+        queries = await asyncio.to_thread(build_queries, adapter, inputs, list(labels.values()), most_tokens, truncate)
+        waiting = [PendingQuery(query) for query, _ in queries]
         self.engine.classify(waiting)
         scores = await asyncio.gather(*(asyncio.wrap_future(query.answer) for query in waiting))
         return classification(labels, queries, scores)
@@ -119,7 +119,7 @@ class Replica:
         """
         loaded = await self._adapter(owner, adapter)
         if loaded.labels:
-            inputs = [plain(prompt) for prompt in prompts]
+            inputs = [as_input(prompt) for prompt in prompts]
             if any(isinstance(given, str) and is_blank(given) for given in inputs):
                 field = "messages" if isinstance(prompts[0], list) else "prompt"
                 raise ApiError(400, f"{field}: is empty", field)
@@ -138,7 +138,7 @@ class Replica:
             tokens = await asyncio.to_thread(self._prompt_tokens, loaded, prompt, sampling, index)
             max_tokens = min(sampling.max_tokens, self.context - len(tokens))
             capped = dataclasses.replace(sampling, max_tokens=max_tokens)
-            writing = Writing(self.model.encoder.tokenizer, tokens, loaded.weights, capped, self.ends)
+            writing = PendingText(self.model.encoder.tokenizer, tokens, loaded.weights, capped, self.ends)
             writings.append(writing.send_to(receive))
         try:
             self.engine.write(writings)
@@ -183,12 +183,12 @@ class Replica:
         tokenizer = self.model.encoder.tokenizer
         if adapter is not self.bare:
             is_dialogue = adapter.card.kind == "dialogue"
-            given = turns_of(prompt) if is_dialogue and isinstance(prompt, list) else plain(prompt)
+            given = turns_of(prompt) if is_dialogue and isinstance(prompt, list) else as_input(prompt)
             if isinstance(given, str) and is_blank(given):
                 raise ApiError(400, f"{field}: is empty", field)
-            return without_limit(adapter.encoder).asked(unanswered(given), adapter.shown)
+            return without_limit(adapter.encoder).prompt_tokens(query_example(given), adapter.shown)
         if not isinstance(prompt, list):
-            return tokenize(tokenizer, marked(tokenizer, str(prompt)))[0]
+            return tokenize(tokenizer, mark_specials(tokenizer, str(prompt)))[0]
         if own_template(tokenizer):
             return chat_prompt(tokenizer, turns_of(prompt))
         raise ApiError(400, "this base has no chat template; use /v1/completions", "messages")

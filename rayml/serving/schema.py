@@ -15,8 +15,8 @@ from rayml.serving.errors import ApiError
 from rayml.serving.store import NAME, UNNAMED
 from rayml.tasks.episodes import relabel
 from rayml.tasks.kinds import KindName
-from rayml.tasks.row import unanswered
-from rayml.tasks.task import Example, conversation
+from rayml.tasks.row import query_example
+from rayml.tasks.task import Example, format_conversation
 
 
 def check_characters(text: str) -> str:
@@ -123,10 +123,10 @@ class ExampleBody(Body):
     def example(self, is_dialogue: bool = False) -> Example:
         """Return the task's example. Messages become one text, unless the task is a dialogue."""
         if self.messages is None:
-            return relabel(unanswered(self.input or ""), str(self.target))
+            return relabel(query_example(self.input or ""), str(self.target))
         turns, answer = turns_of(self.messages[:-1]), self.messages[-1].text.strip()
         parts = (*turns, ("assistant", answer)) if is_dialogue else ()
-        return Example(conversation(turns), answer, parts)
+        return Example(format_conversation(turns), answer, parts)
 
 
 class AdapterRequest(Body):
@@ -260,9 +260,9 @@ def turns_of(messages: Sequence[Message]) -> list[tuple[str, str]]:
     return [(message.role, message.text) for message in messages]
 
 
-def plain(prompt: str | dict[str, str] | Sequence[Message]) -> str | dict[str, str]:
+def as_input(prompt: str | dict[str, str] | Sequence[Message]) -> str | dict[str, str]:
     """Return a prompt as the input of an adapter's task. A conversation becomes one text."""
-    return prompt if isinstance(prompt, str | dict) else conversation(turns_of(prompt))
+    return prompt if isinstance(prompt, str | dict) else format_conversation(turns_of(prompt))
 
 
 def parse(kind: type[Body], body: bytes) -> Any:

@@ -12,14 +12,14 @@ from rayml.lm.catalog import public_name, resolve_model
 from rayml.lm.lora import all_linears, linear_kinds
 from rayml.lm.model import TaskLM, hooks
 from rayml.lm.sentence import MARK, read_sentences
-from rayml.lm.trials import same_in_peft, small_copy
+from rayml.lm.trials import matches_peft, small_copy
 from rayml.runs.files import AnyPath
 from rayml.runs.folder import RunFolder
-from rayml.serving.adapter_files import Fits
+from rayml.serving.adapter_files import AdapterConstraints
 from rayml.serving.settings import Adapters
 
 
-def servable(run: RunFolder, which: str | None = None) -> tuple[Config, AnyPath]:
+def read_servable_run(run: RunFolder, which: str | None = None) -> tuple[Config, AnyPath]:
     """Return the config and the checkpoint of a run, if one copy of its weights can serve all tasks.
 
     Raises:
@@ -41,10 +41,10 @@ def store_root(run: RunFolder, store: str | None) -> str:
 
 def refuse_unservable(run: RunFolder, config: Config) -> None:
     """Raise ConfigError if a run's base cannot take its adapters, or has to write texts and cannot."""
-    refuse_unable(resolve_model(config.model.name), config, writes=not run.learned_labels())
+    refuse_unable(resolve_model(config.model.name), config, writes=not run.has_label_tasks())
 
 
-def fits_of(config: Config, base: str, module: Any, limits: Adapters) -> Fits:
+def adapter_constraints(config: Config, base: str, module: Any, limits: Adapters) -> AdapterConstraints:
     """Return what an adapter has to fit in order to be served on a run's base.
 
     Args:
@@ -53,7 +53,7 @@ def fits_of(config: Config, base: str, module: Any, limits: Adapters) -> Fits:
     """
     width, head = module.get_input_embeddings().embedding_dim, module.get_output_embeddings()
     sentences = getattr(module, MARK, None)
-    return Fits(
+    return AdapterConstraints(
         names=(config.model.name, base, public_name(base)),
         linears={name: (linear.out_features, linear.in_features) for name, linear in all_linears(module).items()},
         scale=config.lora.alpha / config.lora.rank,
@@ -66,7 +66,7 @@ def fits_of(config: Config, base: str, module: Any, limits: Adapters) -> Fits:
     )
 
 
-def refuse_unlike_peft(folder: Path, weights: Params, config: Config, base: str, fits: Fits) -> None:
+def refuse_unlike_peft(folder: Path, weights: Params, config: Config, base: str, fits: AdapterConstraints) -> None:
     """Raise RunError if PEFT computes something else with an adapter's folder than what would be served.
 
     Both are tried on a small copy of the base, so that the base's weights need not be read.
@@ -77,5 +77,5 @@ def refuse_unlike_peft(folder: Path, weights: Params, config: Config, base: str,
     weights = {name: weight for name, weight in weights.items() if not is_readout(name)}
     lora = {} if config.soft_tokens else {"targets": linear_kinds(module), "rank": 1, "alpha": fits.scale}
     lm = TaskLM(module, hooks(module, lora, next(iter(weights.values())).shape[0] if config.soft_tokens else 0))
-    if not same_in_peft(lm, weights, folder):
+    if not matches_peft(lm, weights, folder):
         raise RunError("PEFT computes something else with it than this server would: it is more than its weights")

@@ -17,7 +17,7 @@ Observe = Callable[[str, float], None]
 """Takes the name and the value of a metric."""
 
 
-class Waiting:
+class PendingQuery:
     """A query to classify. Its result are the log-probabilities of its options, `[options]`."""
 
     def __init__(self, query: Query):
@@ -25,7 +25,7 @@ class Waiting:
         self.answer: Future[Tensor] = Future()
 
 
-class Writing(Generation):
+class PendingText(Generation):
     """A text to write. `receive` gets it piece by piece."""
 
     cancelled = False
@@ -37,12 +37,12 @@ class Writing(Generation):
         except Exception as error:  # must not end the other texts of the batch
             self.error, self.finish_reason = error, "error"
 
-    def send_to(self, receive: Callable[[Piece | Exception], None]) -> "Writing":
+    def send_to(self, receive: Callable[[Piece | Exception], None]) -> "PendingText":
         self.receive = receive
         return self
 
 
-class Adaptation:
+class PendingAdaptation:
     """An adapter to learn. Its result are the weights, and the support loss before each step and after the last.
 
     Args:

@@ -9,7 +9,7 @@ from rayml.lm.batch import ATTENTION_TOKENS
 from rayml.lm.decode import Decoder, DecodingRow, PromptReader
 from rayml.lm.model import TaskLM
 from rayml.serving.settings import Batching
-from rayml.serving.work import Observe, Writing
+from rayml.serving.work import Observe, PendingText
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ class Writer:
 
     def __init__(self, lm: TaskLM, batching: Batching, turn_tokens: int, observe: Observe):
         self.lm, self.batching, self.turn_tokens, self.observe = lm, batching, turn_tokens, observe
-        self.waiting: deque[Writing] = deque()
+        self.waiting: deque[PendingText] = deque()
         self.short, self.long = self._new_decoder(), self._new_decoder()
         self.reader: PromptReader | None = None
         """Of the long prompt that is being read."""
@@ -49,7 +49,7 @@ class Writer:
         self.reader = None
 
     def _fail(self, rows: Sequence[DecodingRow], error: Exception) -> None:
-        for writing in cast(Sequence[Writing], rows):
+        for writing in cast(Sequence[PendingText], rows):
             writing.receive(error)
 
     def _write_tokens(self) -> None:
@@ -71,17 +71,17 @@ class Writer:
                 self.long = self._new_decoder()
 
     def _send_pieces(self, decoder: Decoder) -> None:
-        for writing in cast(list[Writing], list(decoder.active)):
+        for writing in cast(list[PendingText], list(decoder.active)):
             piece = writing.piece()
             if piece.text or piece.finish_reason or piece.scores:
                 writing.receive(writing.error or piece)
             if piece.finish_reason or writing.cancelled:
                 decoder.leave(writing)
 
-    def _is_long(self, writing: Writing) -> bool:
+    def _is_long(self, writing: PendingText) -> bool:
         return writing.prompt_tokens > self.turn_tokens
 
-    def _drop_cancelled(self) -> list[Writing]:
+    def _drop_cancelled(self) -> list[PendingText]:
         """Drop the waiting texts whose clients have left; return the others. Other threads may add texts meanwhile."""
         for writing in list(self.waiting):
             if writing.cancelled:
@@ -100,8 +100,8 @@ class Writer:
             self._fail(writings, error)
         self._send_pieces(self.short)
 
-    def _take_short(self) -> list[Writing]:
-        batch: list[Writing] = []
+    def _take_short(self) -> list[PendingText]:
+        batch: list[PendingText] = []
         longest = 0
         for writing in self._drop_cancelled():
             if self._is_long(writing):
@@ -118,7 +118,7 @@ class Writer:
     def _read_long_prompt(self) -> None:
         """Read the next part of the current long prompt, or the first part of the next one."""
         self.reader = reader = self.reader or self._next_reader()
-        if reader is None or cast(Writing, reader.row).cancelled:
+        if reader is None or cast(PendingText, reader.row).cancelled:
             self.reader = None
             return
         try:

@@ -48,7 +48,7 @@ def start_named(name: object) -> str | None:
     return str(folder.resolve()) if (folder / "config.json").exists() else None
 
 
-def no_run(name: object) -> RunError:
+def no_run_error(name: object) -> RunError:
     """Return the error for a name that is neither a run's nor a start's."""
     return RunError(
         f"{name}: no run here (there is no config.yaml in it), and no start of this name: {', '.join(shipped())}, or "
@@ -59,10 +59,10 @@ def no_run(name: object) -> RunError:
 def refuse_no_run(name: str) -> None:
     """Raise RunError if there is neither a run nor a start of this name, before loading libraries. A URI may be one."""
     if "://" not in name and not start_named(name) and not (Path(name).expanduser() / "config.yaml").exists():
-        raise no_run(name)
+        raise no_run_error(name)
 
 
-def folder_of(name: str) -> Path:
+def run_folder_of(name: str) -> Path:
     """Return a start's run folder in the cache. If missing, it is written elsewhere and renamed, so it is always whole.
 
     Args:
@@ -158,7 +158,7 @@ def bare_config(name: str) -> "Config":
         ConfigError: the base cannot be used this way. That is tried here, once, before the start is kept.
     """
     from rayml.config import parse_config
-    from rayml.lm.abilities import able_targets, check_model
+    from rayml.lm.abilities import check_model, working_targets
     from rayml.lm.catalog import resolve_model
     from rayml.lm.load import context_tokens, load_shape, load_tokenizer
     from rayml.lm.lora import linear_kinds
@@ -178,14 +178,14 @@ def bare_config(name: str) -> "Config":
         "run": {"dir": "none"},
     }
     config = parse_config(values, name)
-    values["lora"]["targets"] = able_targets(base, config)
+    values["lora"]["targets"] = working_targets(base, config)
     values["data"]["max_tokens"] = min(config.data.max_tokens, context_tokens(model))
     config = parse_config(values, name)
     check_model(config, base, (), load_tokenizer(base))
     return config
 
 
-def learned_part(state: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def shipped_tensors(state: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield the tensors of a checkpoint that are shipped: adapters in 16 bits; readout and log rates as they are."""
     import torch
 

@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, NamedTuple
 
 from rayml.errors import ConfigError
-from rayml.tasks.read import Examples, rows_given
+from rayml.tasks.read import Examples, rows_from_examples
 from rayml.tasks.row import Row
 from rayml.tasks.table import LABELS
 
@@ -53,9 +53,9 @@ def choose_start(examples: Examples, *, among: Sequence[str] = (ENCODER, WRITER)
     """
     from rayml.model import load
 
-    rows = rows_given(examples)
-    name, why = by_kind(rows, among)
-    first_half, second_half = halves(rows) if name is None else ([], [])
+    rows = rows_from_examples(examples)
+    name, why = start_by_kind(rows, among)
+    first_half, second_half = split_halves(rows) if name is None else ([], [])
     if not first_half:
         name = name or among[0]
         return Choice(load(name), f"{name}: {why or 'no label has two examples to choose by'}", {})
@@ -72,7 +72,7 @@ def choose_start(examples: Examples, *, among: Sequence[str] = (ENCODER, WRITER)
     if len(models) == 1:
         ((name, model),) = models.items()
         return Choice(model, f"{name}: {load_error or 'no other was named'}", {})
-    scores = {name: crossed(model, first_half, second_half) for name, model in models.items()}
+    scores = {name: cross_validate(model, first_half, second_half) for name, model in models.items()}
     losses = {name: loss for name, (loss, _) in scores.items()}
     best = min(losses, key=losses.__getitem__)
     total = len(first_half) + len(second_half)
@@ -81,7 +81,7 @@ def choose_start(examples: Examples, *, among: Sequence[str] = (ENCODER, WRITER)
     return Choice(models[best], why, losses)
 
 
-def by_kind(rows: Sequence[Row], among: Sequence[str]) -> tuple[str | None, str]:
+def start_by_kind(rows: Sequence[Row], among: Sequence[str]) -> tuple[str | None, str]:
     """Return the start that this kind of task needs, and why; None if any of them may do."""
     writers = [name for name in among if name != ENCODER]
     if any(row.kind not in ("", *LABELS) for row in rows) or not have_labels(rows):
@@ -98,7 +98,7 @@ def have_labels(rows: Sequence[Row]) -> bool:
     return any(row.options for row in rows) or max(Counter(row.target for row in rows).values(), default=0) > 1
 
 
-def halves(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+def split_halves(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
     """Return two halves of the rows of some labels, every label in both; nothing if there are no two such labels."""
     by_label: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
@@ -110,7 +110,7 @@ def halves(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
     return [row for group in groups for row in group[::2]], [row for group in groups for row in group[1::2]]
 
 
-def crossed(model: "MetaModel", first: Sequence[Row], second: Sequence[Row]) -> tuple[float, int]:
+def cross_validate(model: "MetaModel", first: Sequence[Row], second: Sequence[Row]) -> tuple[float, int]:
     """Return the mean loss of each half's answers after learning the other half, and how many are right."""
     adapters = model.adapt_many({"first": list(first), "second": list(second)})
     losses, right = [], 0

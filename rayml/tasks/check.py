@@ -11,7 +11,7 @@ from rich.text import Text
 
 from rayml.config import Data, load_config, parse_config
 from rayml.errors import DataError
-from rayml.overrides import once
+from rayml.overrides import refuse_duplicates
 from rayml.tasks.read import read_rows
 from rayml.tasks.splits import NAMES, Splits, find_leaks, split_tasks, splits_advice
 from rayml.tasks.table import Duplicates, build_tasks, without_small_classes
@@ -59,7 +59,7 @@ def _data_section(paths: list[str], overrides: list[str], config: Path | None) -
         path = [f"data.path={json.dumps(paths)}"] if paths else []
         return load_config(config, [*path, *overrides]).data
     values = {"model": {"name": "none"}, "run": {"dir": "none"}, "data": {"path": paths}}
-    return parse_config(values, "rayml data check", once(overrides)).data
+    return parse_config(values, "rayml data check", refuse_duplicates(overrides)).data
 
 
 def _table(splits: Splits, duplicates: Duplicates) -> Table:

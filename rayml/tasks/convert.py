@@ -13,7 +13,7 @@ from rich.console import Console
 
 from rayml.errors import DataError
 from rayml.tasks.formats.text import comma_separated
-from rayml.tasks.kinds import NAMES, format_target, listed, spans
+from rayml.tasks.kinds import NAMES, format_target, parse_labels, parse_spans
 from rayml.tasks.read import read_rows
 from rayml.tasks.row import COLUMNS, Row
 
@@ -85,9 +85,9 @@ def to_record(row: Row) -> dict[str, Any]:
     record |= {"input": dict(row.parts) or row.input, "target": row.target}
     items: list[Any] = []
     if row.kind == "ner":
-        items = [{"text": text, "type": span_type} for span_type, text in spans(row.target)]
+        items = [{"text": text, "type": span_type} for span_type, text in parse_spans(row.target)]
     if row.kind == "multilabel":
-        items = listed(row.target)
+        items = parse_labels(row.target)
     if row.kind in ("ner", "multilabel") and format_target(items) == row.target:
         record["target"] = items
     optional = {"options": list(row.options), "answers": list(row.answers), "kind": row.kind}

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rayml.errors import DataError
-from rayml.tasks.task import normalized
+from rayml.tasks.task import normalize_text
 
 Pair = tuple[str, str]  # text, label
 MAX_CHARACTERS = 400  # of an input
@@ -92,10 +92,10 @@ def label_tasks(data: Path) -> dict[str, list[Pair]]:
     for folder in sorted(path for path in data.iterdir() if path.name not in EXCLUDED):
         for file in sorted(folder.rglob("*.jsonl")):
             pairs = _label_pairs(file)
-            texts = {normalized(text) for text, _ in pairs}
+            texts = {normalize_text(text) for text, _ in pairs}
             if not pairs or len(texts & seen) > MAX_SHARED * len(texts):
                 continue
-            pairs = _balanced(_large_classes([pair for pair in pairs if normalized(pair[0]) not in seen]))
+            pairs = _balanced(_large_classes([pair for pair in pairs if normalize_text(pair[0]) not in seen]))
             if pairs:
                 tasks[f"evals/{folder.name}"] = pairs
                 seen |= texts
@@ -169,8 +169,8 @@ def _distinct(pairs: list[Pair]) -> list[Pair]:
     """Return the pairs with each text once, without texts that have two labels."""
     labels: dict[str, set[str]] = {}
     for text, label in pairs:
-        labels.setdefault(normalized(text), set()).add(label)
-    first = {normalized(text): (text, label) for text, label in reversed(pairs)}
+        labels.setdefault(normalize_text(text), set()).add(label)
+    first = {normalize_text(text): (text, label) for text, label in reversed(pairs)}
     return [first[key] for key, names in labels.items() if len(names) == 1]
 
 

@@ -100,12 +100,12 @@ def _split(text: str) -> list[str]:
     return [] if items == [NOTHING] else [item for item in items if item]
 
 
-def listed(text: str) -> list[str]:
+def parse_labels(text: str) -> list[str]:
     """Return the labels in a text from `format_target`, or from a model."""
     return [_unescape(item) for item in _split(text)]
 
 
-def spans(text: str) -> list[tuple[str, str]]:
+def parse_spans(text: str) -> list[tuple[str, str]]:
     """Return the (type, text) of the spans in a text from `format_target`, or from a model."""
     matches = [re.match(r"((?:\\.|[^\\:])+):(.+)", item, flags=re.DOTALL) for item in _split(text)]
     pairs = [(_unescape(match[1]), _unescape(match[2])) for match in matches if match]

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from rayml.errors import DataError
-from rayml.tasks.task import normalized
+from rayml.tasks.task import normalize_text
 
 Pair = tuple[str, str]  # text, label
 RATED = {
@@ -51,7 +51,7 @@ def write_tasks(folder: Path) -> dict[str, int]:
 def _write(path: Path, task: str, pairs: Iterator[Pair], seen: dict[str, str]) -> int:
     """Write each short pair once (two thirds of TREC's lines are repeats), but no text that an earlier source has."""
     short = dict.fromkeys(pair for pair in pairs if len(pair[0].split()) <= MOST_WORDS)
-    unique = [pair for pair in short if seen.setdefault(normalized(pair[0]), task) == task]
+    unique = [pair for pair in short if seen.setdefault(normalize_text(pair[0]), task) == task]
     lines = [json.dumps({"task": task, "input": text, "target": target}) + "\n" for text, target in unique]
     path.write_text("".join(lines), encoding="utf-8")
     return len(unique)

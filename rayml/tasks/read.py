@@ -188,7 +188,7 @@ def _with_options_in_input(row: Row) -> Row:
     return replace(row, input=text, options=(), kind=row.kind or "text", parts=())
 
 
-def rows_given(examples: Examples) -> list[Row]:
+def rows_from_examples(examples: Examples) -> list[Row]:
     """Return the rows of examples in any form that people have them in.
 
     Args:

@@ -9,7 +9,7 @@ from typing import Any
 
 from rayml.errors import DataError
 from rayml.tasks.kinds import NAMES, format_target, infer_kind, is_span
-from rayml.tasks.task import Example, Parts, conversation
+from rayml.tasks.task import Example, Parts, format_conversation
 
 COLUMNS = "task", "input", "target", "options", "kind", "answers", "messages"
 ROLES = "system", "developer", "user", "assistant"
@@ -73,7 +73,7 @@ def parse_row(record: Mapping[str, Any], columns: Mapping[str, str], default_tas
             return _dialogue(task, turns, kind, where)
         if kind == "dialogue":
             raise RowError("a row of kind 'dialogue' has no target; it is the last of its messages, the assistant's")
-        given = conversation(turns)
+        given = format_conversation(turns)
     parts: Parts = ()
     if isinstance(given, dict):
         parts = tuple((name, _check_text(as_text(text), f"input.{name}")) for name, text in given.items())
@@ -118,7 +118,7 @@ def as_text(value: Any) -> Any:
     return str(value) if isinstance(value, int | Decimal | date | time) else value
 
 
-def unanswered(given: Input, fields: Sequence[str] | None = None) -> Example:
+def query_example(given: Input, fields: Sequence[str] | None = None) -> Example:
     """Return the example of an input without a target.
 
     Args:
@@ -136,7 +136,7 @@ def unanswered(given: Input, fields: Sequence[str] | None = None) -> Example:
             turns = [(turn["role"], turn["content"]) if isinstance(turn, Mapping) else turn for turn in given]
             for _, text in turns:
                 _check_unicode(text, "content")
-            given = conversation(turns)
+            given = format_conversation(turns)
             if not fields:
                 return Example(given, "", (*turns, ("assistant", "")))
         names = list(given) if isinstance(given, Mapping) else []
@@ -220,4 +220,4 @@ def _dialogue(task: str, turns: list[tuple[str, str]], kind: str, where: str) ->
     roles = [role for role, _ in turns]
     if "user" not in roles or roles[-1] != "assistant" or roles[0] == "assistant":
         raise RowError("a conversation has a user's turn, begins with none of the assistant's, and ends with one")
-    return Row(task, conversation(turns[:-1]), turns[-1][1], (), where, "dialogue", tuple(turns))
+    return Row(task, format_conversation(turns[:-1]), turns[-1][1], (), where, "dialogue", tuple(turns))

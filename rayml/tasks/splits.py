@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from rayml.errors import DataError
-from rayml.tasks.task import Task, normalized
+from rayml.tasks.task import Task, normalize_text
 
 NAMES = ("train", "val", "test")
 
@@ -106,7 +106,7 @@ def find_leaks(splits: Splits) -> list[tuple[str, str, str]]:
     for split, tasks in zip(NAMES, splits, strict=True):
         for task in tasks:
             for example in task.examples:
-                place = first.setdefault(normalized(example.input), (split, task.name))
+                place = first.setdefault(normalize_text(example.input), (split, task.name))
                 if place[0] != split:
                     leaked.append((example.input, "/".join(place), f"{split}/{task.name}"))
     return leaked

@@ -59,20 +59,20 @@ def intervals(values: np.ndarray) -> list[Interval]:
     return [{"mean": float(mean), "low": float(low), "high": float(high)} for mean, low, high in rows]
 
 
-def by_task(curves: Sequence[Curve]) -> np.ndarray:
+def scores_by_task(curves: Sequence[Curve]) -> np.ndarray:
     """Return the scores of curves, `[points, tasks, episodes]`; every task has the same number of episodes."""
-    groups: dict[str, list[list[float]]] = {}
+    group_by_metric: dict[str, list[list[float]]] = {}
     for curve in curves:
-        groups.setdefault(curve.task, []).append(curve.scores)
-    return np.moveaxis(np.array(list(groups.values())), -1, 0)
+        group_by_metric.setdefault(curve.task, []).append(curve.scores)
+    return np.moveaxis(np.array(list(group_by_metric.values())), -1, 0)
 
 
-def resampled(tasks: int) -> str:
+def interval_caption(tasks: int) -> str:
     """Return a caption on what the intervals of scores on this many tasks are over."""
     return "95 % intervals over " + (f"{tasks} tasks and their episodes" if tasks > 1 else "one task's episodes")
 
 
-def bounds(ends: Interval, sign: str = "") -> str:
+def format_interval(ends: Interval, sign: str = "") -> str:
     """Return an interval's mean and ends as text. For differences, `sign` is "+"."""
     return f"{ends['mean']:{sign}.2f} [{ends['low']:{sign}.2f}, {ends['high']:{sign}.2f}]"
 
@@ -86,7 +86,7 @@ class Group(NamedTuple):
     episodes: int
 
 
-def groups(tasks: Sequence[Task], episodes: int) -> list[Group]:
+def group_by_metric(tasks: Sequence[Task], episodes: int) -> list[Group]:
     """Return the label tasks and those of free text, each group with its share of `episodes`, at least one."""
     result, given, seen = [], 0, 0
     for metric, is_label in (("accuracy", True), ("loss", False)):
@@ -105,11 +105,11 @@ def unit_score(metric: str, mean: float) -> float:
     return mean if metric == "accuracy" else math.exp(-mean)
 
 
-def overall(means: Mapping[str, float], tasks: Sequence[Task]) -> float:
+def overall_score(means: Mapping[str, float], tasks: Sequence[Task]) -> float:
     """Return the mean over tasks of the unit scores of their metrics.
 
     Args:
         means: by metric, for each kind of tasks that there is.
     """
-    total = sum(unit_score(group.metric, means[group.metric]) * len(group.tasks) for group in groups(tasks, 0))
+    total = sum(unit_score(group.metric, means[group.metric]) * len(group.tasks) for group in group_by_metric(tasks, 0))
     return total / len(tasks)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from rayml.errors import DataError
 from rayml.tasks.kinds import NOTHING
 from rayml.tasks.row import Row
-from rayml.tasks.task import Example, Task, normalized
+from rayml.tasks.task import Example, Task, normalize_text
 
 log = logging.getLogger(__name__)
 LABELS = "label", "pair", "relation"
@@ -70,7 +70,7 @@ def _build_task(name: str, rows: list[Row], duplicates: Duplicates) -> Task:
     options = () if kind in FREE_TEXT else _options(rows, kind)
     by_text: dict[str, list[Row]] = {}
     for row in rows:
-        by_text.setdefault(normalized(row.input), []).append(row)
+        by_text.setdefault(normalize_text(row.input), []).append(row)
     examples = []
     for same_text in by_text.values():
         first = same_text[0]

@@ -49,12 +49,12 @@ class Task:
         return replace(self, examples=tuple(e for e in self.examples if e.target in names), options=options)
 
 
-def normalized(text: str) -> str:
+def normalize_text(text: str) -> str:
     """Return a text in the form that checks for duplicates and leaks compare: without case and extra white space."""
     return " ".join(text.split()).casefold()
 
 
-def conversation(turns: Sequence[tuple[str, str]]) -> str:
+def format_conversation(turns: Sequence[tuple[str, str]]) -> str:
     """Return (role, text) turns as one text. The roles are left out if the user has the only turn."""
     if [role for role, _ in turns if role not in ("system", "developer")] == ["user"]:
         return "\n\n".join(text for _, text in turns)

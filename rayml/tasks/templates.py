@@ -35,7 +35,7 @@ ENVIRONMENT = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trai
 
 
 @lru_cache(maxsize=4096)
-def compiled(template: str) -> Template:
+def compile_template(template: str) -> Template:
     """Return a template, ready to render; `{input}` is short for `{{ input }}`.
 
     Raises:
@@ -67,14 +67,14 @@ def _check_nodes(tree: nodes.Template) -> None:
 
 
 @lru_cache(maxsize=4096)
-def names(template: str) -> frozenset[str]:
+def template_variables(template: str) -> frozenset[str]:
     """Return the names of the variables in a template."""
     return frozenset(meta.find_undeclared_variables(ENVIRONMENT.parse(template.replace("{input}", "{{ input }}"))))
 
 
-def unseen(template: str, fields: Iterable[str]) -> list[str]:
+def unused_fields(template: str, fields: Iterable[str]) -> list[str]:
     """Return those of an input's fields that a template never shows."""
-    shown = names(template)
+    shown = template_variables(template)
     return [] if shown & {"input", "parts"} else [field for field in fields if field not in shown]
 
 
@@ -90,7 +90,7 @@ def render(template: str, example: Example, mask: str = "") -> str:
     fields = dict(example.parts)
     try:
         values = {"input": example.input, "parts": example.parts, "mask": mask, **fields}
-        return compiled(template).render(values)
+        return compile_template(template).render(values)
     except TemplateError as error:
         known = ", ".join(["input", "parts", *fields])
         raise DataError(f"template {template[:80]!r}: {error}; there are {known}") from None

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rayml.lm.frozen import Share
+from rayml.lm.frozen import WorkerShare
 
 Result = TypeVar("Result")
 
@@ -42,9 +42,9 @@ def join_from_workers(part: Tensor) -> list[Tensor]:
     return [padded_part[:size] for padded_part, size in zip(parts, sizes, strict=True)]
 
 
-def share() -> Share:
+def share() -> WorkerShare:
     """Return this worker's share of work that is divided over all workers."""
-    return Share(rank(), world_size(), join_from_workers)
+    return WorkerShare(rank(), world_size(), join_from_workers)
 
 
 def from_first_worker(value: Any) -> Any:

@@ -14,16 +14,16 @@ from rich.console import Console
 from rayml.config import Config
 from rayml.errors import ConfigError, RunError
 from rayml.lm.scorer import trained_curves
-from rayml.model import MetaModel, load, start_of
+from rayml.model import MetaModel, load, read_start
 from rayml.progress import progress
-from rayml.runs.files import write_whole
-from rayml.runs.folder import RunFolder, flat
+from rayml.runs.files import write_atomically
+from rayml.runs.folder import RunFolder, flatten
 from rayml.runs.reports import table
 from rayml.sections import Data
 from rayml.tasks.episodes import EVALUATION_SEED
 from rayml.tasks.prepare import prepare_splits
 from rayml.tasks.splits import Splits, refuse_leaks
-from rayml.tasks.statistics import bounds, by_task, interval
+from rayml.tasks.statistics import format_interval, interval, scores_by_task
 from rayml.tasks.task import Task
 
 SAME = (
@@ -44,7 +44,7 @@ FORGETTING = "forgetting.json"
 
 
 @dataclass(frozen=True)
-class Old:
+class OldRun:
     """The run that is continued."""
 
     run: RunFolder
@@ -52,7 +52,7 @@ class Old:
     splits: Splits
 
 
-def old_run(config: Config) -> Old | None:
+def old_run(config: Config) -> OldRun | None:
     """Return the run that a config continues; None if it continues none.
 
     Raises:
@@ -67,7 +67,7 @@ def old_run(config: Config) -> Old | None:
     old_config, _ = run.trained()
     if old_config.mode == "full":
         raise ConfigError("run.continues: a run in mode full is continued by its folder RUN/model as model.name")
-    old_values, values = flat(old_config.model_dump()), flat(config.model_dump())
+    old_values, values = flatten(old_config.model_dump()), flatten(config.model_dump())
     differing = [key for key in SAME if old_values[key] != values[key]]
     if (old_config.algorithm.learned_rates == "weight") != (config.algorithm.learned_rates == "weight"):
         differing.append("algorithm.name")
@@ -75,10 +75,10 @@ def old_run(config: Config) -> Old | None:
         name = run.start or run.path
         raise ConfigError(f"run.continues: {name} has another start; {', '.join(differing)} must be the same as there")
     # A start that comes with rayml comes without its tasks: there is nothing to replay, nor to forget.
-    return Old(run, old_config, Splits((), (), ()) if run.start else prepare_splits(old_config.data))
+    return OldRun(run, old_config, Splits((), (), ()) if run.start else prepare_splits(old_config.data))
 
 
-def with_replay(splits: Splits, old: Old, share: float) -> tuple[Splits, frozenset[str]]:
+def with_replay(splits: Splits, old: OldRun, share: float) -> tuple[Splits, frozenset[str]]:
     """Return the splits with the old meta-train tasks added, and the names of these.
 
     Of two tasks with the same name, the new one is taken.
@@ -99,7 +99,7 @@ def shown_anew(old: Data, new: Data) -> list[str]:
     return keys + [f"data.templates.{name}" for name in old.templates if old.templates[name] != new.templates.get(name)]
 
 
-def report_forgetting(run: RunFolder, old: Old, splits: Splits, out: Console) -> dict[str, Any]:
+def report_forgetting(run: RunFolder, old: OldRun, splits: Splits, out: Console) -> dict[str, Any]:
     """Adapt to the old and the new meta-test tasks from both starts; print the scores, and write `forgetting.json`.
 
     The scores are the accuracy over label tasks, and the loss over free text, after adapting. Their intervals are over
@@ -119,20 +119,27 @@ def report_forgetting(run: RunFolder, old: Old, splits: Splits, out: Console) ->
         scores = {
             name: compare_starts(model, old_model, new_model, tasks, advance) for name, (tasks, model) in groups.items()
         }
-    write_whole(run.path / FORGETTING, json.dumps({"continues": str(old.run.path), "scores": scores}, indent=2) + "\n")
+    write_atomically(
+        run.path / FORGETTING, json.dumps({"continues": str(old.run.path), "scores": scores}, indent=2) + "\n"
+    )
     heads, title = ("meta-test", "before", "after", "change"), "before and after going on"
     rows = table(heads, left=["meta-test"], show_edge=False, padding=(0, 0, 0, 1), title=title)
     for name, intervals in scores.items():
-        rows.add_row(name, bounds(intervals["before"]), bounds(intervals["after"]), bounds(intervals["change"], "+"))
+        rows.add_row(
+            name,
+            format_interval(intervals["before"]),
+            format_interval(intervals["after"]),
+            format_interval(intervals["change"], "+"),
+        )
     out.print(rows)
     return scores
 
 
-def load_old(old: Old, new_model: MetaModel) -> MetaModel:
+def load_old(old: OldRun, new_model: MetaModel) -> MetaModel:
     """Return the old run's model. It shares the base that is loaded already, unless that differs, say in its dtype."""
     if old.config.model != new_model.config.model:
         return load(old.run)
-    start, log_inner_lrs = start_of(old.run)
+    start, log_inner_lrs = read_start(old.run)
     return replace(
         new_model,
         config=old.config,
@@ -155,6 +162,6 @@ def compare_starts(
     for start in (old, new):
         model = replace(start, config=shown_by.config, encoder=shown_by.encoder)
         curves = trained_curves(model, tasks, sampler, episodes_each(tasks), progress)
-        scores.append(by_task(curves)[-1])
+        scores.append(scores_by_task(curves)[-1])
     before, after = scores
     return {"before": interval(before), "after": interval(after), "change": interval(after - before)}

@@ -18,13 +18,13 @@ from rich.console import Console
 
 from rayml.config import Config
 from rayml.errors import ConfigError, TrainingError
-from rayml.interrupt import heed_again, kept
+from rayml.interrupt import reinstall_handlers, with_message
 from rayml.lm.abilities import checked_model
 from rayml.lm.encode import Encoder
 from rayml.model import load
-from rayml.progress import doing
+from rayml.progress import show_activity
 from rayml.runs.checkpoint import newest_checkpoint, step_of
-from rayml.runs.files import AnyPath, as_path, remove
+from rayml.runs.files import AnyPath, parse_path, remove
 from rayml.runs.folder import RunFolder
 from rayml.runs.remote import Remote
 from rayml.starts import start_named
@@ -38,7 +38,7 @@ from rayml.training.ray_internals import (
     ReportController,
     ReportWorkersGone,
     WriteLatest,
-    forget_lost,
+    forget_lost_checkpoints,
     without_idle_actors,
 )
 from rayml.training.stragglers import START_SECONDS, Watch, end_run
@@ -105,7 +105,7 @@ def own_ray(config: Config, at_once: int = 1) -> Iterator[bool]:
     """Start Ray if none runs, for `at_once` runs, and end it after the block; yield whether the cluster is ours."""
     must_start = not ray.is_initialized()
     if must_start:
-        with doing(Console(stderr=True, markup=False), "starting Ray"):
+        with show_activity(Console(stderr=True, markup=False), "starting Ray"):
             start_ray(config, at_once)
     try:
         yield must_start and not os.environ.get("RAY_ADDRESS")
@@ -125,9 +125,9 @@ def with_absolute_paths(config: Config) -> Config:
     data = config.data.model_copy(update={"path": tuple(map(absolute, config.data.path))})
     name = os.path.abspath(config.model.name) if os.path.isdir(config.model.name) else config.model.name
     model = config.model.model_copy(update={"name": name})
-    paths = {"dir": str(as_path(config.run.dir))}
+    paths = {"dir": str(parse_path(config.run.dir))}
     if config.run.continues:
-        paths["continues"] = start_named(config.run.continues) or str(as_path(config.run.continues))
+        paths["continues"] = start_named(config.run.continues) or str(parse_path(config.run.continues))
     run = config.run.model_copy(update=paths)
     return config.model_copy(update={"data": data, "model": model, "run": run})
 
@@ -148,14 +148,14 @@ def start_ray(config: Config, at_once: int = 1) -> None:
         workers = config.most_workers * at_once
         threads = max(1, processors() // workers)
         local_settings = {"address": "local", "num_cpus": workers * (threads + 1), "include_dashboard": False}
-        seldom_look_for_logs()
+        slow_log_monitor()
         # This machine is not preempted; and the end of a run shall be noticed at once.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
         # Prestarted processes would lack the environment below, and so would never be used.
         os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     ray.init(logging_level=logging.ERROR, log_to_driver=False, runtime_env={"env_vars": WORKER_ENV}, **local_settings)
-    heed_again()
+    reinstall_handlers()
     if not local_settings:
         total = ray.cluster_resources()
         try:
@@ -164,7 +164,7 @@ def start_ray(config: Config, at_once: int = 1) -> None:
             warn(f"{error}. Waiting up to {config.run.longest_wait:g} s for more nodes")
 
 
-def seldom_look_for_logs() -> None:
+def slow_log_monitor() -> None:
     """Have a Ray that is started here look for new logs once a minute, not ten times a second: nobody reads them."""
     os.environ.setdefault("RAY_LOG_MONITOR_MANY_FILES_THRESHOLD", "0")
     os.environ.setdefault("LOG_NAME_UPDATE_INTERVAL_S", "60")
@@ -227,7 +227,7 @@ def fit(
     on_this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     longest_wait = config.run.longest_wait
     keep_data_actors(on_this_node, run, longest_wait)
-    forget_lost(run.checkpoints)
+    forget_lost_checkpoints(run.checkpoints)
     actor_class = ray.remote(num_cpus=0, max_restarts=-1)(Heartbeats)
     heartbeats: Any = actor_class.options(scheduling_strategy=on_this_node).remote()
     val = ray.put(splits.val) if splits.val and config.validation.every else None
@@ -308,12 +308,12 @@ def run_trainer(trainer: TorchTrainer, run: RunFolder, heartbeats: Any, console:
     except KeyboardInterrupt as error:
         interrupt = error
     console.print("stopping after this outer step, with a checkpoint, or in a few seconds without")
-    run.tell_to_stop()
+    run.request_stop()
     with suppress(KeyboardInterrupt, Exception):  # the checkpoints show how it ended
         training.result(timeout=SECONDS_TO_STOP)
     folder = newest_checkpoint(run.checkpoints)
     progress = f"{step_of(folder)} outer steps are kept in {run.path}" if folder else "no outer step is kept"
-    interrupt = kept(interrupt, f"{progress}; the same command with --resume goes on")
+    interrupt = with_message(interrupt, f"{progress}; the same command with --resume goes on")
     if not training.done():
         with suppress(ray.exceptions.RayError):
             end_run(heartbeats)

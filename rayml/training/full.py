@@ -1,4 +1,4 @@
-"""Mode full: meta-training of all weights under DeepSpeed ZeRO, by the turns of the config's algorithm.
+"""Mode full: meta-training of all weights under DeepSpeed ZeRO, by the minibatches of the config's algorithm.
 
 All workers adapt to the same task at a time, each with its share of the rows. They cannot adapt to a task each: the
 engine averages gradients over the workers in the inner loop, too, and a step on the mean of several tasks is not MAML.
@@ -15,14 +15,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from rayml.algorithms.outer_loop import StepTimer, outer_schedule
-from rayml.algorithms.phased_optimizer import IDLE, Phase, PhasedOptimizer, steps_of
+from rayml.algorithms.phased_optimizer import IDLE, Phase, PhasedOptimizer, optimizer_steps
 from rayml.config import Config
 from rayml.errors import RunError, TrainingError
 from rayml.lm.batch import TaskBatch
 from rayml.lm.label_losses import token_losses
 from rayml.lm.label_trie import IGNORE
 from rayml.lm.model import TaskLM
-from rayml.lm.zero import TAG, client_optimizer, left_step_out, set_clip_norm
+from rayml.lm.zero import TAG, client_optimizer, set_clip_norm, step_was_skipped
 from rayml.training import collective
 
 MANIFEST = "full.json"
@@ -51,7 +51,7 @@ class OuterStep(NamedTuple):
     """The result of an outer step; the same on every worker."""
 
     task_losses: list[tuple[float, float]]
-    """Each task's loss at the first turn, and its query's loss at the last turn on the query."""
+    """Each task's loss at the first minibatch, and its query's loss at the last minibatch on the query."""
     gradient_norm: float
     """Of the mean meta-gradient."""
 
@@ -104,19 +104,19 @@ class FullLearner:
         return OuterStep(task_losses, math.sqrt(float(squared_norm)))
 
     def _train(self, support: TaskBatch, query: TaskBatch, weight: float, tasks: int) -> tuple[float, float]:
-        """Take the turns of one task, and collect its meta-gradient; return the two losses of an `OuterStep`."""
+        """Take the minibatches of one task, and collect its meta-gradient; return the two losses of an `OuterStep`."""
         batches = {"support": support, "query": query}
         first_loss = query_loss = math.nan
-        for index, step in enumerate(steps_of(self.config.algorithm.turns(self.config.inner.steps))):
+        for index, step in enumerate(optimizer_steps(self.config.algorithm.minibatches(self.config.inner.steps))):
             phase, sides = step.phase, [(batches[name], part) for name, part in step.sides]
             clip = 0.0 if phase.descends else self.config.outer.clip_norm
-            loss = self.take(sides, phase, step.share * weight, tasks if phase.restores else 0, clip)
+            loss = self.run_phase(sides, phase, step.share * weight, tasks if phase.restores else 0, clip)
             first_loss = loss if index == 0 else first_loss
             query_loss = loss if "query" in dict(step.sides) or math.isnan(query_loss) else query_loss
             self.timer("outer" if phase.restores else "inner")
         return first_loss, query_loss
 
-    def take(
+    def run_phase(
         self,
         sides: Sequence[tuple[TaskBatch, float]],
         phase: Phase,
@@ -144,7 +144,7 @@ class FullLearner:
         self.engine.step()
         self.optimizer.enter(IDLE)
         set_clip_norm(self.engine, 0.0)
-        if left_step_out(self.engine):
+        if step_was_skipped(self.engine):
             raise NotFinite(self.outer_step + 1, self._task, "gradient")
 
     def adapt_and_score(self, support: TaskBatch, score: Callable[[], Result]) -> tuple[Result, Result]:
@@ -156,7 +156,7 @@ class FullLearner:
         with torch.no_grad():
             before = score()
         for _ in range(self.config.inner.steps):
-            self.take([(support, 1.0)], Phase(descends=True))
+            self.run_phase([(support, 1.0)], Phase(descends=True))
         with torch.no_grad():
             after = score()
         # Only the engine's step refreshes the weights that the forward reads, and it needs a backward: a cheap one.
@@ -227,7 +227,7 @@ def share_of(sides: Sequence[tuple[TaskBatch, float]]) -> RowShare:
             )
     workers, rank = collective.world_size(), collective.rank()
     task_batch = join_sides([batch for batch, _ in sides])
-    scales = [torch.full((len(b.tokens),), workers * part / int(b.counted().sum())) for b, part in sides]
+    scales = [torch.full((len(b.tokens),), workers * part / int(b.loss_mask().sum())) for b, part in sides]
     scale = torch.cat(scales).to(task_batch.tokens.device)
     if rank < len(task_batch.tokens):
         rows = slice(rank, None, workers)

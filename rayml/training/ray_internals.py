@@ -18,7 +18,7 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, Work
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
 from rayml.errors import StorageError
-from rayml.runs.files import AnyPath, write_whole
+from rayml.runs.files import AnyPath, write_atomically
 
 # This is imported in the controller's process, too: every import here makes every run start later.
 log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ def trial_settings(results: Any) -> list[dict[str, Any]]:
     return [trial.config for trial in results._experiment_analysis.trials]
 
 
-def forget_lost(checkpoints: AnyPath) -> None:
+def forget_lost_checkpoints(checkpoints: AnyPath) -> None:
     """Remove Ray Train's list of checkpoints if one in it is gone, because it would then refuse to go on."""
     snapshot = checkpoints / SNAPSHOT
     if not snapshot.exists():
@@ -47,7 +47,7 @@ def forget_lost(checkpoints: AnyPath) -> None:
 
 
 @contextlib.contextmanager
-def listening_here() -> Iterator[None]:
+def listen_on_localhost() -> Iterator[None]:
     """Let a Ray that starts inside the block listen on 127.0.0.1 only, as it does by default on macOS and Windows.
 
     All its processes take that for the address of this machine.
@@ -108,6 +108,6 @@ class WriteLatest(ray.train.UserCallback):
         if checkpoint is not None:
             folder, name = checkpoint.path.split("/")[-2:]
             try:
-                write_whole(self.latest, f"{folder}/{name}\n")
+                write_atomically(self.latest, f"{folder}/{name}\n")
             except StorageError as error:  # if raised, it would end the run
                 log.warning("%s; the next checkpoint's name is written again", error)

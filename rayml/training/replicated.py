@@ -22,7 +22,7 @@ from rayml.config import Config
 from rayml.lm import zero
 from rayml.lm.encode import Encoder
 from rayml.lm.fine_tuning import rate_factors, special_steps
-from rayml.lm.frozen import ALONE, KnownStates, in_file, known_states
+from rayml.lm.frozen import ALONE, KnownStates, compute_known_states, tensor_in_file
 from rayml.lm.initialization import untrained_start
 from rayml.lm.load import checkpoint_activations, load_base
 from rayml.lm.lora import TaskLoRA
@@ -30,7 +30,7 @@ from rayml.lm.model import TaskLM, hooks
 from rayml.lm.rows import TokenRow
 from rayml.lm.scorer import Scorer
 from rayml.lm.sides import TaskSide, trained_tokens, training_sides
-from rayml.model import start_of
+from rayml.model import read_start
 from rayml.runs.checkpoint import read_newest, write_state
 from rayml.runs.folder import RunFolder
 from rayml.tasks.episodes import relabel
@@ -38,7 +38,7 @@ from rayml.tasks.statistics import Curve
 from rayml.tasks.task import Task
 from rayml.training import collective
 from rayml.training.stragglers import Heartbeat
-from rayml.training.stream import DivergedError, Job, get
+from rayml.training.stream import DivergedError, Job, fetch_once
 
 MIN_REPEATS = 2
 """How often an example must come back on average before its frozen states are worth keeping."""
@@ -54,7 +54,7 @@ def room_for_states(like: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor 
     states = None
     if size <= MOST_IN_FILE and has_disk_for(size * collective.world_size()):
         with suppress(OSError):
-            states = in_file(like, shape)
+            states = tensor_in_file(like, shape)
     return states if all(collective.gather_from_workers(states is not None)) else None
 
 
@@ -78,7 +78,7 @@ class Replicated:
         self.config, self.device, self.heartbeat = config, device, heartbeat
         self.rank, self.workers = collective.rank(), collective.world_size()
         self.lm = build_lm(config, job.model, device)
-        self.encoder = get(job.encoder)
+        self.encoder = fetch_once(job.encoder)
         rows = repeated_rows(job, self.encoder) if self.lm.has_frozen_layers else []
         if rows:
             self.lm.known = self._compute_known_states(rows)
@@ -86,7 +86,7 @@ class Replicated:
         start = agreed_start(job, self.lm)
         factors = rate_factors(self.lm.module, start, config.inner.layer_decay)
         self.learner = build_learner(config, start, factors, device)
-        self.tasks = {task.name: index for index, task in enumerate(get(job.train))}
+        self.tasks = {task.name: index for index, task in enumerate(fetch_once(job.train))}
         self.gains = RecentGains(len(self.tasks), device)
         self.timer = StepTimer(device)
 
@@ -96,7 +96,9 @@ class Replicated:
         def report_progress(percent: int) -> None:
             self.heartbeat.doing(f"reading {len(rows)} training examples with the frozen layers, once: {percent} %")
 
-        return known_states(self.lm, rows, self.encoder.pad, collective.share(), report_progress, room_for_states)
+        return compute_known_states(
+            self.lm, rows, self.encoder.pad, collective.share(), report_progress, room_for_states
+        )
 
     def begin(self, run: RunFolder) -> None:
         """Go on from the newest whole checkpoint; without one, save the untrained start for later comparison."""
@@ -109,8 +111,8 @@ class Replicated:
             return
         old_run = self.config.run.continues
         if old_run:
-            start, log_inner_lrs = start_of(RunFolder(old_run)) if self.rank == 0 else ({}, {})
-            self.learner.begin_at(*map(collective.tensors_from_first_worker, (start, log_inner_lrs)))
+            start, log_inner_lrs = read_start(RunFolder(old_run)) if self.rank == 0 else ({}, {})
+            self.learner.warm_start(*map(collective.tensors_from_first_worker, (start, log_inner_lrs)))
         if self.rank == 0 and self.config.mode == "adapters":
             run.write_untrained(self.learner.start)
 
@@ -119,13 +121,13 @@ class Replicated:
         """Outer steps so far."""
         return self.learner.step
 
-    def lay_out(self, episodes: list[dict[str, Any]]) -> list[tuple[TaskSide, TaskSide]]:
+    def prepare(self, episodes: list[dict[str, Any]]) -> list[tuple[TaskSide, TaskSide]]:
         """Return supports and queries of a step's episodes, in groups of as many tasks as share a forward."""
         group_size = self.config.tasks_together
         groups = [episodes[first : first + group_size] for first in range(0, len(episodes), group_size)]
         sides = [training_sides(self.lm, group, self.encoder.pad, self.config) for group in groups]
         for side in chain.from_iterable(sides):
-            side.lay_out()
+            side.prepare()
         return sides
 
     def step(
@@ -169,7 +171,7 @@ class Replicated:
                 special_steps(support, config.inner.unfreeze_every, regularize.adversarial),
                 ended=lambda: self.timer("inner"),
             )
-            with dropping(config, self.lm, episodes[group]):
+            with lora_dropout(config, self.lm, episodes[group]):
                 gradients.append(config.algorithm.meta_gradient(support, query, learner.start, inner, weights[group]))
             tokens += trained_tokens(config, support.batch, query.batch)
             self.timer("outer")
@@ -210,7 +212,7 @@ class Replicated:
         record = {"step": learner.step, "query_loss": float(query_loss), "gradient_norm": norm, "tokens": int(tokens)}
         if gradient.support_losses is not None:
             record |= {"support_loss": float(support_loss), "inner_lr": float(inner_lrs.mean().exp())}
-        return record | slowest(seconds)
+        return record | slowest_worker(seconds)
 
     def score(self, episodes: Sequence[Any]) -> list[Curve]:
         """Return the scores of this worker's episodes before and after adapting."""
@@ -238,12 +240,13 @@ def repeated_rows(job: Job, encoder: Encoder) -> list[TokenRow]:
     validations = -(-config.outer.steps // config.validation.every) if job.val else 0  # the last step validates, too
     rows: list[TokenRow] = []
     for tasks, episodes in (
-        (get(job.train), config.outer.steps * config.tasks_per_step),
-        (get(job.val) if job.val else (), validations * config.validation.episodes),
+        (fetch_once(job.train), config.outer.steps * config.tasks_per_step),
+        (fetch_once(job.val) if job.val else (), validations * config.validation.episodes),
     ):
         drawn = episodes * data.ways * (data.shots + data.queries)
         if not encoder.in_context and drawn >= MIN_REPEATS * sum(len(task.examples) for task in tasks):
-            rows += [row for task in tasks for row in task_rows(encoder.of(task.name, task.kind), task, data.labels)]
+            for task in tasks:
+                rows += task_rows(encoder.for_task(task.name, task.kind), task, data.labels)
     return rows
 
 
@@ -253,7 +256,7 @@ def task_rows(encoder: Encoder, task: Task, labels: str) -> list[TokenRow]:
     return encoder.rows([relabel(example, letter) for example in task.examples], bool(task.options))
 
 
-def slowest(seconds: torch.Tensor) -> dict[str, Any]:
+def slowest_worker(seconds: torch.Tensor) -> dict[str, Any]:
     """Return which worker was slowest in a step, and how many times the median it took; `seconds`: `[workers]`."""
     if len(seconds) == 1:
         return {}
@@ -274,7 +277,7 @@ def join_gradients(gradients: Sequence[MetaGradient]) -> MetaGradient:
     )
 
 
-def dropping(config: Config, lm: TaskLM, episodes: Sequence[dict[str, Any]]) -> AbstractContextManager[None]:
+def lora_dropout(config: Config, lm: TaskLM, episodes: Sequence[dict[str, Any]]) -> AbstractContextManager[None]:
     """Apply dropout to the adapters' inputs inside the block. Masks depend only on the run's seed and the episode."""
     rate = config.regularize.lora_dropout
     if not rate or not isinstance(lm.adapter, TaskLoRA):
@@ -293,7 +296,7 @@ def build_lm(config: Config, model: str, device: torch.device) -> TaskLM:
         checkpoint_activations(module)
     lora_shape = config.lora.shape() if config.mode == "adapters" else {}
     lm = TaskLM(module, hooks(module, lora_shape, config.soft_tokens))
-    lm.try_out()
+    lm.probe()
     return lm
 
 
@@ -301,7 +304,7 @@ def agreed_start(job: Job, lm: TaskLM) -> Params:
     """Return the start at step 0: the first worker's adapters, since another CPU may compute other last digits."""
     # A sharded model's forwards need all workers, so each runs all of them. Of a whole one, each runs its share.
     share = ALONE if zero.is_sharded(next(lm.module.parameters())) else collective.share()
-    start = untrained_start(job.config, lm, get(job.encoder), get(job.train), share)
+    start = untrained_start(job.config, lm, fetch_once(job.encoder), fetch_once(job.train), share)
     return collective.tensors_from_first_worker(start) if lm.adapter else start
 
 

@@ -15,7 +15,7 @@ import torch
 from rayml.algorithms.outer_loop import RecentGains
 from rayml.lm import zero
 from rayml.lm.batch import TaskBatch
-from rayml.lm.scorer import Queries, side_of
+from rayml.lm.scorer import EpisodeQueries, make_side
 from rayml.lm.sides import on_device, side_batch, trained_tokens
 from rayml.runs.checkpoint import newest_checkpoint
 from rayml.runs.files import AnyPath, local_copy
@@ -25,7 +25,7 @@ from rayml.tasks.statistics import Curve
 from rayml.training import collective
 from rayml.training.full import FullLearner, NotFinite
 from rayml.training.stragglers import Heartbeat
-from rayml.training.stream import DivergedError, Job, get
+from rayml.training.stream import DivergedError, Job, fetch_once
 
 
 class Sharded:
@@ -34,9 +34,9 @@ class Sharded:
     def __init__(self, job: Job, device: torch.device, heartbeat: Heartbeat):
         self.config, self.device, self.heartbeat = job.config, device, heartbeat
         self.parts = collective.world_size()
-        self.encoder = get(job.encoder)
+        self.encoder = fetch_once(job.encoder)
         self.learner = FullLearner(zero.load_full(job.model, job.config, device), job.config)
-        self.tasks = {task.name: index for index, task in enumerate(get(job.train))}
+        self.tasks = {task.name: index for index, task in enumerate(fetch_once(job.train))}
         self.gains = RecentGains(len(self.tasks))
 
     def begin(self, run: RunFolder) -> None:
@@ -51,7 +51,7 @@ class Sharded:
         """Outer steps so far."""
         return self.learner.outer_step
 
-    def lay_out(self, episodes: list[dict[str, Any]]) -> list[tuple[TaskBatch, TaskBatch]]:
+    def prepare(self, episodes: list[dict[str, Any]]) -> list[tuple[TaskBatch, TaskBatch]]:
         """Return supports and queries of a step's episodes, a batch for each task."""
 
         def batch(episode: dict[str, Any], side: str) -> TaskBatch:
@@ -94,8 +94,8 @@ class Sharded:
         """
         curves = []
         for episode in episodes:
-            queries = Queries(self.learner.lm, self.encoder, [episode])
-            support = side_of(self.learner.lm, self.encoder, [episode], "support").batch
+            queries = EpisodeQueries(self.learner.lm, self.encoder, [episode])
+            support = make_side(self.learner.lm, self.encoder, [episode], "support").batch
             try:
                 before, after = self.learner.adapt_and_score(support, partial(queries.scores, None))
             except NotFinite as error:

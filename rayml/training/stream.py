@@ -32,11 +32,11 @@ class EncodeEpisode:
         self.tasks, self.encoder, self.sampler = tasks, encoder, sampler
 
     def __call__(self, index: int) -> dict[str, Any]:
-        return get(self.encoder).episode(self.sampler.episode(get(self.tasks), index))
+        return fetch_once(self.encoder).episode(self.sampler.episode(fetch_once(self.tasks), index))
 
 
 @lru_cache(maxsize=8)
-def get(reference: ray.ObjectRef) -> Any:
+def fetch_once(reference: ray.ObjectRef) -> Any:
     """Return the object, which each process fetches only once."""
     return ray.get(reference)
 
@@ -96,7 +96,7 @@ def stream_steps(
     return batches()
 
 
-def one_ahead(
+def prefetch(
     steps: Iterator[Episodes], lay_out: Callable[[Episodes], Any], device: "torch.device"
 ) -> Iterator[tuple[Episodes, Any]]:
     """Yield each step's episodes, and `lay_out` of them, which is computed in a thread during the step before.

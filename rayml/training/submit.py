@@ -163,7 +163,7 @@ def checked_config(command: Command, folder: Path) -> Config:
     """
     assert command.config
     is_uri = "://" in command.config
-    uploaded = [file.as_posix() for file in files_of(folder)]
+    uploaded = [file.as_posix() for file in uploaded_files(folder)]
     if not is_uri and os.path.normpath(command.config) not in uploaded:
         raise ConfigError(f"{command.config}: is not in {folder}, the folder that is uploaded; put it there")
     config = load_config(command.config if is_uri else folder / command.config, command.overrides)
@@ -176,7 +176,7 @@ def checked_config(command: Command, folder: Path) -> Config:
     return config
 
 
-def files_of(folder: Path) -> list[Path]:
+def uploaded_files(folder: Path) -> list[Path]:
     """Return the files that are uploaded, relative to the folder."""
     files = []
     for root, folders, names in os.walk(folder):
@@ -191,7 +191,7 @@ def is_left_out(name: str) -> bool:
 
 def refuse_large(folder: Path) -> None:
     """Raise ConfigError if the upload is larger than the cluster accepts."""
-    sizes = {file: (folder / file).stat().st_size for file in files_of(folder)}
+    sizes = {file: (folder / file).stat().st_size for file in uploaded_files(folder)}
     total = sum(sizes.values())
     if total > MOST_BYTES:
         largest = sorted(sizes, key=lambda file: -sizes[file])[:3]

@@ -18,8 +18,8 @@ from tensorboardX import SummaryWriter
 
 from rayml.config import Config
 from rayml.errors import ConfigError, TrainingError
-from rayml.runs.files import write_whole
-from rayml.runs.folder import RunFolder, flat
+from rayml.runs.files import write_atomically
+from rayml.runs.folder import RunFolder, flatten
 
 Record = dict[str, Any]
 logger = logging.getLogger(__name__)
@@ -141,7 +141,7 @@ class MLflow:
 
         def create_run() -> str:
             run_id = self.client.create_run(experiment_id, run_name=run.path.name).info.run_id
-            settings = flat(config.model_dump(mode="json"))
+            settings = flatten(config.model_dump(mode="json"))
             self.client.log_batch(run_id, params=[Param(key, str(value)[:500]) for key, value in settings.items()])
             return run_id
 
@@ -168,5 +168,5 @@ def saved_id(run: RunFolder, tracker: str, create: Callable[[], str]) -> str:
     ids = json.loads(file.read_text()) if file.exists() else {}
     if tracker not in ids:
         ids[tracker] = create()
-        write_whole(file, json.dumps(ids))
+        write_atomically(file, json.dumps(ids))
     return ids[tracker]

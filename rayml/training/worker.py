@@ -18,8 +18,8 @@ import ray.train.torch
 import torch
 
 from rayml.config import Config
-from rayml.lm.frozen import ALONE, Share
-from rayml.lm.precision import device_for, settled, with_dtype
+from rayml.lm.frozen import ALONE, WorkerShare
+from rayml.lm.precision import device_for, resolve_precision, with_dtype
 from rayml.runs.checkpoint import (
     folder_name,
     is_best,
@@ -30,15 +30,15 @@ from rayml.runs.checkpoint import (
     seal,
     val_scores,
 )
-from rayml.runs.files import AnyPath, deliver
+from rayml.runs.files import AnyPath, copy_folder
 from rayml.runs.folder import RunFolder
 from rayml.tasks.episodes import VALIDATION_SEED
-from rayml.tasks.statistics import Curve, Group, groups, overall
+from rayml.tasks.statistics import Curve, Group, group_by_metric, overall_score
 from rayml.training import collective
 from rayml.training.replicated import Replicated
 from rayml.training.sharded import Sharded
 from rayml.training.stragglers import Heartbeat
-from rayml.training.stream import DivergedError, EncodeEpisode, Job, get, one_ahead, stream_steps
+from rayml.training.stream import DivergedError, EncodeEpisode, Job, fetch_once, prefetch, stream_steps
 from rayml.training.trackers import Tracker, open_trackers
 
 PREEMPTION_SECONDS = 2
@@ -70,10 +70,10 @@ def train_worker(settings: dict[str, Any]) -> str | None:
 def agreed_precision(job: Job, run: RunFolder, device: torch.device, heartbeat: Heartbeat) -> Config:
     """Return the config with one dtype and attention for all workers. They are kept in the run folder, and shown."""
     devices = collective.gather_from_workers(device_for(job.config, job.model, device))
-    made_in = collective.on_first_worker(run.made_in)
+    made_in = collective.on_first_worker(run.trained_dtype)
     if made_in and job.config.is_sharded:  # the shards of its checkpoints have that dtype
         job = replace(job, config=with_dtype(job.config, made_in))
-    config, precision = settled(job.config, job.model, devices, made_in)
+    config, precision = resolve_precision(job.config, job.model, devices, made_in)
     if collective.rank() == 0:
         run.write_precision(precision.dtype, precision.attention, precision.why)
         heartbeat.note(str(precision), precision.warning)
@@ -87,7 +87,7 @@ def meta_train(
     config, notices = job.config, Notices(run)
     scores = collective.on_first_worker(lambda: val_scores(run.records()))
     ended, checkpoint_seconds = time.perf_counter(), 0.0
-    for episodes, sides in one_ahead(steps, learning.lay_out, learning.device):
+    for episodes, sides in prefetch(steps, learning.prepare, learning.device):
         step, began = learning.done + 1, time.perf_counter()
         validates = bool(job.val) and is_due(step, config.validation.every, config.outer.steps)
         try:
@@ -131,7 +131,7 @@ def steps_left(job: Job, done: int) -> Iterator[list[dict[str, Any]]]:
     )
 
 
-def share_of_tasks(config: Config) -> Share:
+def share_of_tasks(config: Config) -> WorkerShare:
     """Return this worker's share of a step's tasks. Where the model is sharded, each worker takes part in all."""
     return ALONE if config.is_sharded else collective.share()
 
@@ -161,14 +161,14 @@ def validate(config: Config, job: Job, learning: Learning) -> dict[str, float]:
     Each worker scores its share. A sharded model needs the same calls from all workers, so label tasks come first on
     each of them, and free text afterwards.
     """
-    tasks, began = get(job.val), time.perf_counter()
+    tasks, began = fetch_once(job.val), time.perf_counter()
     means: dict[str, dict[str, float]] = {"before": {}, "after": {}}
-    for group in groups(tasks, config.validation.episodes):
+    for group in group_by_metric(tasks, config.validation.episodes):
         curves = validation_curves(config, group, learning)
         for index, when in ((0, "before"), (-1, "after")):
             means[when][group.metric] = mean(curve.scores[index] for curve in curves)
     record = {f"val_{metric}_{when}": score for when, by_metric in means.items() for metric, score in by_metric.items()}
-    record |= {f"val_score_{when}": overall(by_metric, tasks) for when, by_metric in means.items()}
+    record |= {f"val_score_{when}": overall_score(by_metric, tasks) for when, by_metric in means.items()}
     return record | {"validation_seconds": time.perf_counter() - began}
 
 
@@ -206,7 +206,7 @@ class Notices:
             began = time.monotonic()
             # Slow storage takes up at most a twentieth of the time.
             must_ask = began - self.last_check > PREEMPTION_SECONDS + 20 * self.storage_seconds
-            must_stop = (must_ask or self.run.is_local) and self.run.is_told_to_stop()
+            must_stop = (must_ask or self.run.is_local) and self.run.is_stop_requested()
             self.storage_seconds = 0.0 if self.run.is_local else time.monotonic() - began
         must_stop, must_ask = collective.from_first_worker((must_stop, must_ask))
         if not must_ask:
@@ -250,7 +250,7 @@ class StepLog:
         if self.run.is_local:
             return
         try:
-            deliver(self.scratch, self.run.path)
+            copy_folder(self.scratch, self.run.path)
         except OSError as error:
             logger.warning("%s; tried again later", error)
 
@@ -285,7 +285,7 @@ def keep_best(run: RunFolder, learning: Learning) -> None:
     if part:
         try:
             with naming_full_disk(folder, learning.done):
-                deliver(part, folder)
+                copy_folder(part, folder)
         finally:
             shutil.rmtree(part)
     collective.barrier()

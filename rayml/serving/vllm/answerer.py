@@ -15,16 +15,16 @@ from rayml.lm.load import context_tokens, load_shape, load_tokenizer
 from rayml.lm.lora import linear_kinds
 from rayml.lm.model import TaskLM
 from rayml.lm.peft_files import AdapterCard, encoder_of
-from rayml.lm.precision import own_device, settled_here
+from rayml.lm.precision import own_device, resolve_precision_here
 from rayml.lm.sampling import Sampling
 from rayml.runs.folder import RunFolder
 from rayml.serving.adapter_files import PLAIN_CARD
 from rayml.serving.answering import LearnerAnswers
 from rayml.serving.answers import IndexedPiece, ResponseBodies
 from rayml.serving.errors import ApiError
-from rayml.serving.queries import classification, label_options, label_pieces, queries_of
-from rayml.serving.schema import ChatRequest, ClassifyRequest, CompletionRequest, parse, plain
-from rayml.serving.served import fits_of, servable, store_root
+from rayml.serving.queries import build_queries, classification, label_options, label_pieces
+from rayml.serving.schema import ChatRequest, ClassifyRequest, CompletionRequest, as_input, parse
+from rayml.serving.served import adapter_constraints, read_servable_run, store_root
 from rayml.serving.settings import Serving
 from rayml.serving.store import AdapterStore
 from rayml.serving.vllm.engine import engine_args, lora_rank, open_engine, prepare_environment
@@ -54,12 +54,12 @@ class Answerer:
         self._sampling_params, self._tokens_input, self._lora_request = SamplingParams, tokens_input, LoRARequest
         self.serving = serving
         run = RunFolder(serving.run)
-        config, _ = servable(run, serving.checkpoint)
+        config, _ = read_servable_run(run, serving.checkpoint)
         base = resolve_model(config.model.name)
         shape = load_shape(base)
         device = own_device(config)
         on_gpu = device.type == "cuda"
-        dtype = settled_here(config, base, device, run.made_in())[0].model.dtype
+        dtype = resolve_precision_here(config, base, device, run.trained_dtype())[0].model.dtype
         self.context = min(context_tokens(shape), serving.limits.context_tokens)
         self.most_rank = lora_rank(config, serving.answerers)
         prepare_environment(max(1, int(serving.answerers.cpus or 1)), on_gpu)
@@ -75,7 +75,7 @@ class Answerer:
         self._folder = tempfile.TemporaryDirectory(prefix="rayml-adapters-")
         self.versions = Versions(
             AdapterStore(store_root(run, serving.store)),
-            fits_of(config, base, shape, serving.adapters),
+            adapter_constraints(config, base, shape, serving.adapters),
             self._adapter_of,
             Path(self._folder.name),
             serving.adapters.cached_bytes,
@@ -117,7 +117,7 @@ class Answerer:
     async def _classify(self, adapter: Adapter, lora_request: Any, request: ClassifyRequest) -> dict[str, Any]:
         labels = label_options(adapter, request.options)
         queries = await asyncio.to_thread(
-            queries_of, adapter, request.inputs, list(labels.values()), self.context, request.truncate
+            build_queries, adapter, request.inputs, list(labels.values()), self.context, request.truncate
         )
 
         async def log_probs(prompt: Tokens, tokens: list[int]) -> dict[int, float]:
@@ -176,7 +176,7 @@ class Answerer:
     async def _write_labels(self, kind: str, body: bytes, version: Version) -> AsyncIterator[Any]:
         """Yield a response with one of the labels for every prompt, as `Replica.write` does."""
         request: CompletionRequest | ChatRequest = parse(ChatRequest if kind == "chat" else CompletionRequest, body)
-        inputs = [plain(prompt) for prompt in request.prompts]
+        inputs = [as_input(prompt) for prompt in request.prompts]
         seed = self.serving.seed if request.seed is None else request.seed
         sampling = Sampling(1, request.temperature, request.top_p, seed, request.stops, request.top_count)
         to_classify = ClassifyRequest(model=request.model, input=inputs)

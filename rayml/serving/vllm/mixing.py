@@ -23,7 +23,7 @@ def with_top_tokens(logits: Any, metadata: Any) -> Any:
     return replace(metadata, logprob_token_ids=token_ids)
 
 
-def without_strangers(shrink: Callable[..., None]) -> Callable[..., None]:
+def without_base_rows(shrink: Callable[..., None]) -> Callable[..., None]:
     """Wrap vLLM's CPU kernel that multiplies inputs by LoRA's A, so that rows of the bare base get zeros.
 
     Those rows have the adapter index -1. vLLM 0.29 takes it for the last adapter in memory, and applies that one to

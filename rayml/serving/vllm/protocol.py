@@ -28,8 +28,8 @@ from rayml.serving.errors import ApiError
 from rayml.serving.queries import without_limit
 from rayml.serving.settings import Serving
 from rayml.serving.vllm.versions import Version
-from rayml.tasks.row import unanswered
-from rayml.tasks.task import conversation
+from rayml.tasks.row import query_example
+from rayml.tasks.task import format_conversation
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class TaskRenderer(OnlineRenderer):
         if request.tools:
             return create_error_response("this adapter's prompt shows no tools; ask the base", param="tools")
         turns = [(message["role"], text_of(message.get("content"))) for message in request.messages]
-        return [], [tokens_input(prompt_tokens(version, conversation(turns)))]
+        return [], [tokens_input(prompt_tokens(version, format_conversation(turns)))]
 
 
 def is_tokens(prompt: Any) -> bool:
@@ -85,7 +85,7 @@ def text_of(content: Any) -> str:
 
 
 def prompt_tokens(version: Version, text: str) -> list[int]:
-    return without_limit(version.adapter.encoder).asked(unanswered(text), version.adapter.shown)
+    return without_limit(version.adapter.encoder).prompt_tokens(query_example(text), version.adapter.shown)
 
 
 class Protocol:

@@ -20,7 +20,7 @@ from rayml.algorithms.base import Algorithm
 from rayml.lm.lora import A
 from rayml.lm.peft_files import AdapterCard
 from rayml.serving.adapter_cache import Key, fetch_adapter, start_task
-from rayml.serving.adapter_files import Fits
+from rayml.serving.adapter_files import AdapterConstraints
 from rayml.serving.store import AdapterStore
 from rayml.serving.work import Observe
 
@@ -60,7 +60,7 @@ class Versions:
     def __init__(
         self,
         store: AdapterStore,
-        fits: Fits,
+        fits: AdapterConstraints,
         adapter_of: Callable[[AdapterCard], Adapter],
         folder: Path,
         most_bytes: int,

@@ -6,7 +6,7 @@ from vllm.lora.ops.torch_ops import lora_ops
 from vllm.lora.punica_wrapper import punica_cpu
 from vllm.v1.sample.sampler import Sampler
 
-from rayml.serving.vllm.mixing import with_top_tokens, without_strangers
+from rayml.serving.vllm.mixing import with_top_tokens, without_base_rows
 from rayml.serving.vllm.parent import end_with_answerer
 
 
@@ -23,5 +23,5 @@ def _forward_with_top_tokens(self: Any, logits: Any, sampling_metadata: Any, *ar
 
 Sampler.forward = _forward_with_top_tokens
 # Prefill and decode import the kernel under different names. On GPUs vLLM's kernels skip the rows of the base.
-lora_ops.bgmv_shrink = punica_cpu.bgmv_shrink = without_strangers(lora_ops.bgmv_shrink)
+lora_ops.bgmv_shrink = punica_cpu.bgmv_shrink = without_base_rows(lora_ops.bgmv_shrink)
 end_with_answerer()

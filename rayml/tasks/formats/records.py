@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from rayml.tasks.formats.conll import TAG, sentence_record
-from rayml.tasks.task import conversation as as_text
+from rayml.tasks.task import format_conversation as as_text
 
 Record = dict[str, Any]
 SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
