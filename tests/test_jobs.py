@@ -114,6 +114,7 @@ def project(tmp_path) -> Path:
     return folder
 
 
+@pytest.mark.ray
 def test_a_job_needs_the_token_and_goes_on_when_submitted_again(head, tmp_path):
     address, env = head
     folder, shared = project(tmp_path), tmp_path / "shared"
