@@ -109,7 +109,7 @@ def test_all_workers_score_tasks_of_one_kind_at_a_time_and_every_task_counts_the
     """With a sharded base, other calls on another worker would hang."""
     texts = tuple(Task(f"text-{t}", tuple(Example(f"say {i}", f"{t} {i}") for i in range(8))) for t in range(3))
     tasks = [*texts, *toy_tasks(1)]
-    monkeypatch.setattr(worker, "get", lambda tasks: tasks)
+    monkeypatch.setattr(worker, "fetch_once", lambda tasks: tasks)
     config = make_config(tmp_path, tasks_per_step=4, validation={"episodes": 16})
     asked = []
     for rank in range(2):
