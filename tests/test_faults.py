@@ -104,7 +104,7 @@ def test_the_roll_names_whose_process_is_not_heard_of():
 
 
 @pytest.mark.ray
-def test_without_room_for_workers_training_ends_and_says_so(tmp_path, capsys, monkeypatch):
+def test_without_room_for_workers_training_ends_and_says_so(tmp_path, capsys, monkeypatch, local_ray):
     monkeypatch.setattr(watch, "START_SECONDS", 1)
     config = make_config(tmp_path, workers=2, device="cuda", run={"longest_wait": 4.0})
     # In a thread, as a sweep's trials are.
