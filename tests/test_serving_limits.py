@@ -79,7 +79,7 @@ def test_a_key_has_no_more_adapters_than_it_may(run, tmp_path):
 def test_a_failing_batch_fails_alone(run, monkeypatch):
     replica = Replica(Serving(run=str(run.path)))
     with monkeypatch.context() as broken:
-        broken.setattr("rayml.lm.queries.side_by_side", lambda adapters: 1 / 0)
+        broken.setattr("rayml.lm.queries.stack_adapters", lambda adapters: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             ask(replica, None, ["a"], options=["x", "y"])
     assert ask(replica, None, ["a"], options=["x", "y"])
