@@ -44,7 +44,7 @@ def test_peers_come_to_the_same_meta_gradient_and_one_that_does_not_is_left_out(
 
 def test_a_report_of_random_weights_over_an_axis(benchmark, tmp_path, monkeypatch, capsys):
     (tmp_path / "config.yaml").write_text(dump_config(make_config(tmp_path, data={"max_tokens": 16})))
-    command = ["benchmark.py", str(tmp_path / "config.yaml"), "tasks_per_step=2", "--shape=llama-30m", "--repeats=2"]
+    command = ["benchmark.py", str(tmp_path / "config.yaml"), "tasks_per_step=2", "--shape=llama-tiny", "--repeats=2"]
     command += ["data.ways=2", "data.shots=1", "inner.steps=1"]
     monkeypatch.setattr(sys, "argv", [*command, "--axis=lora.rank=2,4", f"--out={tmp_path / 'out'}"])
     benchmark.main()

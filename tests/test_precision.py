@@ -118,7 +118,7 @@ def test_a_run_of_one_dtype_is_read_in_the_other_with_like_scores(tmp_path, loca
         folder = tmp_path / made
         folder.mkdir()
         monkeypatch.setattr("rayml.training.worker.device_for", lambda *_, device=device: device)
-        run = train(make_config(folder, model=asked, data=data, outer={"steps": 20, "lr": 0.01}))
+        run = train(make_config(folder, model=asked, data=data, outer={"steps": 8, "lr": 0.01}))
         assert json.loads(run.precision.read_text())["dtype"] == made == RunFolder(run.path).trained_dtype()
         for read, here in (("bfloat16", AMX), ("float32", OLD)):
             monkeypatch.setattr(SESSION + ".device_for", lambda *_, here=here: here)

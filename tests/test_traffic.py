@@ -33,13 +33,13 @@ SINGLE_NUMBERS = 8
 SMALL = 3000
 """Elements; of the tiny model's tensors some have fewer, and stay whole."""
 WAYS = {
-    "adapters": {},
+    "adapters": {"tasks_per_step": 16},
     "adapters, meta-sgd": {"algorithm": {"name": "meta_sgd"}},
     "adapters, multitask, zero 3": {"algorithm": {"name": "multitask"}, "engine": "zero"},
     "adapters, zero 3": {"engine": "zero"},
     "adapters, zero 3, checkpointing": {"engine": "zero", "model": {"activation_checkpointing": True}},
     "full": {"mode": "full"},
-    "full, zero 1": {"mode": "full", "engine": "zero", "zero": {"stage": 1}},
+    "full, zero 1": {"mode": "full", "engine": "zero", "zero": {"stage": 1}, "tasks_per_step": 8},
     "full, zero 2": {"mode": "full", "engine": "zero", "zero": {"stage": 2}, "algorithm": {"name": "multitask"}},
     "full, zero 3": {"mode": "full", "engine": "zero", "zero": {"stage": 3}},
 }
@@ -126,7 +126,8 @@ def keep_nothing():
 def test_what_is_sent_is_what_the_plan_says(tiny, tmp_path, workers):
     pytest.importorskip("deepspeed")
     ways = {
-        name: make_config(tmp_path, workers=workers, tasks_per_step=2 * workers, **way) for name, way in WAYS.items()
+        name: make_config(tmp_path, **{"workers": workers, "tasks_per_step": workers} | way)
+        for name, way in WAYS.items()
     }
     on_workers(count, workers, workers, ways, tiny, toy_tasks())
 
