@@ -13,6 +13,7 @@ import psutil
 import requests
 from forks import fork_server
 
+from rayml.serving.ports import ray_sessions
 from serve.client import Client
 
 KEYS = "first-key-of-the-tests", "other-key-of-the-tests"
@@ -52,18 +53,17 @@ class Server:
         return [one for one in self.processes() if f"ServeReplica:rayml:{self.deployment}" in command_of(one)]
 
     def processes(self) -> list[psutil.Process]:
-        """Return the server, its children, and what logs into its Ray's session: workers that were forked are not its
+        """Return the server, its children, and what is of its Ray's session: workers that were forked are not its
         children (`forks`)."""
-        server, session = psutil.Process(self.process.pid), str(self.session())
-        workers = [one for one in psutil.process_iter() if command_of(one).startswith("ray::")]
-        logging_there = [worker for worker in workers if logs_into(worker, session)]
-        found = dict.fromkeys([server, *server.children(recursive=True), *logging_there])
+        server, session = psutil.Process(self.process.pid), self.session()
+        of_session = [process for process in psutil.process_iter() if session in sessions_of(process)]
+        found = dict.fromkeys([server, *server.children(recursive=True), *of_session])
         return [process for process in found if fork_server.__file__ not in command_of(process)]
 
     def session(self) -> Path:
         """Return the folder in which this server's Ray logs."""
-        commands = map(command_of, psutil.Process(self.process.pid).children(recursive=True))
-        return Path(next(found[1] for found in (re.search(r"--session[-_]dir=(\S+)", c) for c in commands) if found))
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        return next(session for child in children for session in sessions_of(child))
 
     def metric(self, name: str) -> float:
         text = requests.get(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=60).text
@@ -82,11 +82,12 @@ def command_of(process: psutil.Process) -> str:
         return ""
 
 
-def logs_into(process: psutil.Process, session: str) -> bool:
+def sessions_of(process: psutil.Process) -> set[Path]:
+    """Return the sessions of Ray that a process belongs to; none of one that ended meanwhile."""
     try:
-        return any(file.path.startswith(session) for file in process.open_files())
+        return ray_sessions(process)
     except psutil.Error:
-        return False
+        return set()
 
 
 def free_port() -> int:

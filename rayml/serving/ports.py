@@ -44,12 +44,12 @@ def _is_orphan(process: psutil.Process) -> bool:
     try:
         if process.uids() != psutil.Process().uids():
             return False
-        return any(map(_server_is_gone, _sessions(process)))
+        return any(map(_server_is_gone, ray_sessions(process)))
     except psutil.Error:  # it has ended, or belongs to another user
         return False
 
 
-def _sessions(process: psutil.Process) -> set[Path]:
+def ray_sessions(process: psutil.Process) -> set[Path]:
     """Return the session folders in a process's command line, or, if Ray has replaced that, in its open files."""
     command = " ".join(process.cmdline())
     is_renamed = command.startswith(("ray::", "VLLM::"))
