@@ -36,12 +36,12 @@ WAYS = {
     "adapters": {"tasks_per_step": 16},
     "adapters, meta-sgd": {"algorithm": {"name": "meta_sgd"}},
     "adapters, multitask, zero 3": {"algorithm": {"name": "multitask"}, "engine": "zero"},
-    "adapters, zero 3": {"engine": "zero"},
+    "adapters, zero 3": {"engine": "zero", "tasks_per_step": 16},
     "adapters, zero 3, checkpointing": {"engine": "zero", "model": {"activation_checkpointing": True}},
     "full": {"mode": "full"},
     "full, zero 1": {"mode": "full", "engine": "zero", "zero": {"stage": 1}, "tasks_per_step": 8},
     "full, zero 2": {"mode": "full", "engine": "zero", "zero": {"stage": 2}, "algorithm": {"name": "multitask"}},
-    "full, zero 3": {"mode": "full", "engine": "zero", "zero": {"stage": 3}},
+    "full, zero 3": {"mode": "full", "engine": "zero", "zero": {"stage": 3}, "tasks_per_step": 8},
 }
 
 
