@@ -5,9 +5,10 @@
 
 A file is one data set, whatever tasks it names. Each draw takes some of its classes, or all, and so many examples of
 each; all others of these are asked, or at most `--most` of a class. Beside each start stand the sentence encoder MiniLM
-as it is, with the nearest centroid and with logistic regression, and SetFit, if it is asked for; and of several starts
-the one that `rayml.choose_start` would take for each draw. Intervals: 95 %, over data sets and their draws; of one data
-set, over its draws.
+as it is, with the nearest centroid and with logistic regression, both also with each label's own text as one more
+example; and SetFit, if it is asked for; and of several starts the one that `rayml.choose_start` would take for each
+draw. `--codes` replaces the labels by codes, which say nothing. Intervals: 95 %, over data sets and their draws; of one
+data set, over its draws.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from torch import Tensor
 
 import rayml
 from rayml.algorithms.prototypes import prototypes, squared_distances
-from rayml.experiments.classifiers import classifier_for
+from rayml.experiments.classifiers import PLAIN_HEADS, WITH_NAMES, classifier_for
 from rayml.lm.catalog import MINILM
 from rayml.lm.scorer import accuracy
 from rayml.lm.sides import TaskSide
@@ -40,7 +41,6 @@ from rayml.tasks.task import Example, Task
 
 TOGETHER = 64
 """Texts in one forward of the frozen encoder."""
-FROZEN = "nearest centroid", "logistic regression"
 CHOSEN = "the start that suits"
 Scores = dict[str, dict[str, list[float]]]
 """By method, by data set: an accuracy for each draw."""
@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=5)
     parser.add_argument("--most", type=int, default=20, help="queries of a class")
     parser.add_argument("--steps", type=int, help="inner steps; else the start's own")
+    parser.add_argument("--codes", action="store_true", help="labels as codes such as K27")
     parser.add_argument("--setfit", action="store_true", help="SetFit, too: minutes a draw where classes are many")
     parser.add_argument("--json", type=Path, help="write the draws' accuracies here")
     asked = parser.parse_args()
@@ -69,6 +70,7 @@ def main() -> None:
             began = time.monotonic()
             for draw in range(asked.draws):
                 episode = drawn(task, asked.ways, shots, asked.most, draw)
+                episode = with_codes(episode) if asked.codes else episode
                 found = encoder.scores(episode) | {n: of_start(m, episode, asked.steps) for n, m in models.items()}
                 if len(models) > 1 and shots > 1:
                     found[CHOSEN] = found[better(models, episode)]
@@ -105,6 +107,17 @@ def drawn(task: Task, ways: int | None, shots: int, most: int, seed: int) -> Epi
     return Episode(seed, task.name, tuple(support), tuple(query), {label: label for label in labels})
 
 
+def with_codes(episode: Episode) -> Episode:
+    """Return the episode with a code such as K27 in place of each label."""
+    numbers = random.Random(f"{episode.task} {episode.index}").sample(range(4 * 90), len(episode.labels))
+    codes = {label: f"{'KQTX'[n % 4]}{10 + n // 4}" for label, n in zip(episode.labels, numbers, strict=True)}
+    support, query = (
+        tuple(replace(example, target=codes[example.target]) for example in side)
+        for side in (episode.support, episode.query)
+    )
+    return replace(episode, support=support, query=query, labels={code: code for code in codes.values()})
+
+
 class Encoder:
     """A sentence encoder as it is. What it made of a text is kept."""
 
@@ -113,16 +126,18 @@ class Encoder:
         self._vectors: dict[Example, Tensor] = {}
 
     def scores(self, episode: Episode) -> dict[str, float]:
-        """Return the accuracy of the nearest centroid, and of logistic regression."""
+        """Return the accuracy of the nearest centroid, and of logistic regression, without and with label names."""
         labels = {label: number for number, label in enumerate(episode.labels)}
-        support, query = (self._read(side) for side in (episode.support, episode.query))
-        classes, right = (torch.tensor([labels[e.target] for e in side]) for side in (episode.support, episode.query))
-        nearest = squared_distances(query[None], prototypes(support[None], classes[None]))[0].argmin(-1)
-        regression = LogisticRegression(max_iter=1000, C=10).fit(support.numpy(), classes.numpy())
-        chosen = torch.as_tensor(regression.predict(query.numpy()))
-        return {
-            name: float((found == right).float().mean()) for name, found in zip(FROZEN, (nearest, chosen), strict=True)
-        }
+        names = tuple(Example(label, label) for label in labels)
+        query, right = self._read(episode.query), [labels[example.target] for example in episode.query]
+        scores: dict[str, float] = {}
+        for with_names, examples in (("", episode.support), (WITH_NAMES, (*episode.support, *names))):
+            support, classes = self._read(examples), torch.tensor([labels[example.target] for example in examples])
+            nearest = squared_distances(query[None], prototypes(support[None], classes[None]))[0].argmin(-1)
+            regression = LogisticRegression(max_iter=1000, C=10).fit(support.numpy(), classes.numpy())
+            for head, answers in zip(PLAIN_HEADS, (nearest.numpy(), regression.predict(query.numpy())), strict=True):
+                scores[head + with_names] = float((answers == np.array(right)).mean())
+        return scores
 
     def _read(self, examples: tuple[Example, ...]) -> Tensor:
         new = [example for example in examples if example not in self._vectors]

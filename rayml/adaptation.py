@@ -100,8 +100,8 @@ def adaptation_request(model: "MetaModel", task: Task) -> AdaptationRequest:
         shown_parts=[list(e.parts) for e in kept_examples] if any(e.parts for e in kept_examples) else [],
     )
     labels = encoder.competing_tokens(label_names.values(), examples[0])
-    classes = [list(label_names.values()).index(example.target) for example in examples] if task.options else []
-    return AdaptationRequest(encoder.rows(examples, bool(task.options)), labels, classes, card)
+    rows, classes = encoder.support(examples, list(label_names.values()))
+    return AdaptationRequest(rows, labels, classes, card)
 
 
 def common_fields(task: Task) -> list[str] | None:

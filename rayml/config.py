@@ -110,6 +110,7 @@ class Config(Section):
             templates=tuple(data.templates.items()),
             labels=data.labels,
             soft_tokens=self.soft_tokens,
+            label_names=self.algorithm.label_names and self.algorithm.readout != "labels",
         )
 
     @model_validator(mode="after")

@@ -64,9 +64,19 @@ def test_the_nearest_centroid_and_logistic_regression_are_those_of_a_plain_compu
     means = torch.stack([support[[e.target == label for e in some.support]].mean(0) for label in labels])
     wanted = (-10 * torch.cdist(query, means) ** 2).log_softmax(-1)
     torch.testing.assert_close(classifier.log_probs(some, "nearest centroid"), wanted, atol=1e-4, rtol=0)
-    fitted = LogisticRegression().fit(support.numpy(), [labels.index(e.target) for e in some.support])
-    wanted = torch.as_tensor(fitted.predict_log_proba(query.numpy()))
+    classes = [labels.index(e.target) for e in some.support]
+    wanted = torch.as_tensor(LogisticRegression().fit(support.numpy(), classes).predict_log_proba(query.numpy()))
     torch.testing.assert_close(classifier.log_probs(some, "logistic regression"), wanted, atol=1e-4, rtol=0)
+    names = mean_pooled(folder, labels)
+    means = torch.stack([(2 * mean + name) / 3 for mean, name in zip(means, names, strict=True)])
+    wanted = (-10 * torch.cdist(query, means) ** 2).log_softmax(-1)
+    found = classifier.log_probs(some, "nearest centroid and label names")
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
+    together = torch.cat([support, names]).numpy()
+    fitted = LogisticRegression().fit(together, [*classes, *range(len(labels))])
+    wanted = torch.as_tensor(fitted.predict_log_proba(query.numpy()))
+    found = classifier.log_probs(some, "logistic regression and label names")
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
 
 
 class Known:

@@ -120,15 +120,26 @@ QUERY = [
 ]
 
 
+NAMES = [
+    [TokenRow(tokens, len(tokens), is_name=True) for tokens in task]
+    for task in ([[40, 30], [41, 42, 30], [43, 30]], [[50, 51], [50, 52]], [])
+]
+"""The labels' own texts."""
+
+
 def classes_of(side):
     return [[LABELS[t].index(one.tokens[one.start :]) for one in of] if LABELS[t] else [] for t, of in enumerate(side)]
 
 
-def sides(lm, tasks=(0, 1, 2)):
-    return [
-        TaskSide(lm, [side[t] for t in tasks], [LABELS[t] for t in tasks], [classes_of(side)[t] for t in tasks], 1)
-        for side in (SUPPORT, QUERY)
-    ]
+def sides(lm, tasks=(0, 1, 2), names=False):
+    found = []
+    for side in (SUPPORT, QUERY):
+        rows, classes = [side[t] for t in tasks], [classes_of(side)[t] for t in tasks]
+        if names and side is SUPPORT:
+            rows = [[*of, *NAMES[t]] for t, of in zip(tasks, rows, strict=True)]
+            classes = [[*of, *range(len(NAMES[t]))] for t, of in zip(tasks, classes, strict=True)]
+        found.append(TaskSide(lm, rows, [LABELS[t] for t in tasks], classes, 1))
+    return found
 
 
 @pytest.fixture
@@ -182,16 +193,22 @@ def test_what_is_read_of_examples_that_share_rows_is_what_each_shows_alone(lm, p
 # Meta-gradients
 
 
-def support_loss(lm, task, weights, readout):
+def names_of(lm, task, weights, names):
+    """For each class the state of its label's own text, in a list; empty lists if it is not read."""
+    return [[state(lm, one, weights, "last")] if names else [] for one in NAMES[task]]
+
+
+def support_loss(lm, task, weights, readout, names):
     of, classes = SUPPORT[task], classes_of(SUPPORT)[task]
     tokens = token_loss(lm, of, LABELS[task], weights)
     if not classes:
         return tokens
-    states = [state(lm, one, weights, "last") for one in of]
+    states, name_states = [state(lm, one, weights, "last") for one in of], names_of(lm, task, weights, names)
     losses = []
     for k, own in enumerate(classes):
         means = {
             c: [s for i, (s, label) in enumerate(zip(states, classes, strict=True)) if label == c and i != k]
+            + name_states[c]
             for c in range(len(LABELS[task]))
         }
         if means[own]:
@@ -202,11 +219,12 @@ def support_loss(lm, task, weights, readout):
     return prototype + tokens if readout == "both" else prototype
 
 
-def query_loss(lm, task, weights, readout):
+def query_loss(lm, task, weights, readout, names):
     labels, classes = LABELS[task], classes_of(QUERY)[task]
     if not labels:
         return token_loss(lm, QUERY[task], labels, weights)
     states = [state(lm, one, weights, "last") for one in SUPPORT[task]]
+    name_states = names_of(lm, task, weights, names)
     of_class = classes_of(SUPPORT)[task]
     losses = []
     for one, own in zip(QUERY[task], classes, strict=True):
@@ -215,7 +233,8 @@ def query_loss(lm, task, weights, readout):
         among = scores[sorted(set(firsts))].log_softmax(0)
         found = []
         for c, first in enumerate(firsts):
-            mean = torch.stack([s for s, k in zip(states, of_class, strict=True) if k == c]).mean(0)
+            of_c = [s for s, k in zip(states, of_class, strict=True) if k == c]
+            mean = torch.stack([*of_c, *name_states[c]]).mean(0)
             label = among[sorted(set(firsts)).index(first)] - math.log(firsts.count(first))
             mixed = weights[MIX].exp() * label if readout == "both" else 0.0
             found.append(-weights[SCALE].exp() * (h - mean).square().sum() + mixed)
@@ -223,21 +242,22 @@ def query_loss(lm, task, weights, readout):
     return torch.stack(losses).mean()
 
 
-@pytest.mark.parametrize("readout", ["both", "prototypes"])
-def test_the_meta_gradient_is_that_of_each_task_adapted_alone(lm, readout):
+@pytest.mark.parametrize(("readout", "names"), [("both", False), ("prototypes", False), ("both", True)])
+def test_the_meta_gradient_is_that_of_each_task_adapted_alone(lm, readout, names):
     """Two inner steps, first order: the query's gradient at the fast weights, and the support's at the start."""
     algorithm = parse_algorithm({"name": "proto_maml", "readout": readout, "start_weight": 0.5})
     start = perturbed_start(lm) | algorithm.prototypes.start()
     inner_lrs = {name: torch.tensor(0.05) for name in start if "lora" in name}
     scores = torch.tensor([1.0, 0.5, 2.0])
-    found = algorithm.meta_gradient(*sides(lm), start, InnerLoop(inner_lrs, 2, learns_inner_lrs=True), scores)
+    inner = InnerLoop(inner_lrs, 2, learns_inner_lrs=True)
+    found = algorithm.meta_gradient(*sides(lm, names=names), start, inner, scores)
     expected = {name: torch.zeros_like(weight) for name, weight in start.items()}
     of_rates = dict.fromkeys(inner_lrs, 0.0)
     for task, score in enumerate(scores):
         fast, total = dict(start), {name: torch.zeros_like(start[name]) for name in inner_lrs}
         for step in range(2):
             leaves = fast | {name: fast[name].clone().requires_grad_() for name in inner_lrs}
-            loss = support_loss(lm, task, leaves, readout)
+            loss = support_loss(lm, task, leaves, readout, names)
             gradients = torch.autograd.grad(loss, [leaves[name] for name in inner_lrs], materialize_grads=True)
             for name, gradient in zip(inner_lrs, gradients, strict=True):
                 if step == 0:
@@ -245,7 +265,7 @@ def test_the_meta_gradient_is_that_of_each_task_adapted_alone(lm, readout):
                 total[name] += gradient
                 fast[name] = fast[name] - inner_lrs[name] * gradient
         leaves = {name: weight.clone().requires_grad_() for name, weight in fast.items()}
-        loss = query_loss(lm, task, leaves, readout)
+        loss = query_loss(lm, task, leaves, readout, names)
         torch.testing.assert_close(found.query_losses[task], loss.detach(), atol=1e-5, rtol=1e-5)
         for name, gradient in zip(
             leaves, torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True), strict=True

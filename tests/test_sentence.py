@@ -157,7 +157,8 @@ def test_tasks_side_by_side_have_the_vectors_and_the_gradients_that_each_has_alo
 def test_a_sentence_encoder_is_trained_evaluated_and_asked(tmp_path, encoder, local_mode):
     regularize = {"lora_dropout": 0.1, "token_dropout": 0.1}
     lora = {"rank": 4, "targets": BERT_TARGETS, "last_layers": 2}
-    run = train(encoder_config(tmp_path, encoder, regularize=regularize, lora=lora))
+    algorithm = {"name": "proto_maml", "readout": "prototypes", "label_names": True}
+    run = train(encoder_config(tmp_path, encoder, algorithm=algorithm, regularize=regularize, lora=lora))
     assert 0 <= run.records()[-1]["val_accuracy_after"] <= 1
     found = rayml.evaluate(run.path, episodes=4)["overall"]
     assert found["before"]["mean"] == pytest.approx(1 / 3)  # before it has seen the task it can but guess
@@ -167,16 +168,37 @@ def test_a_sentence_encoder_is_trained_evaluated_and_asked(tmp_path, encoder, lo
     answers = adapter.predict([example.input for example in task.examples])
     adapter.save(tmp_path / "mine")
     again = rayml.load_adapter(tmp_path / "mine").predict([example.input for example in task.examples])
-    # A plain nearest mean, from the vectors alone.
-    learned = {name: weight[None] for name, weight in adapter.weights.items()}
-    own = torch.nn.functional.normalize(vectors(model, [e.input for e in task.examples], learned), dim=-1)
-    labels = list(task.options)
-    means = torch.stack([own[[e.target == label for e in task.examples]].mean(0) for label in labels])
+    # A plain nearest mean, from the vectors alone, where a label's own text is one more example.
+    learned, labels = {name: weight[None] for name, weight in adapter.weights.items()}, list(task.options)
+    own, names = (
+        torch.nn.functional.normalize(vectors(model, texts, learned), dim=-1)
+        for texts in ([e.input for e in task.examples], labels)
+    )
+    sums = torch.stack([own[[e.target == label for e in task.examples]].sum(0) for label in labels])
+    means = (sums + names) / 6
     scale = adapter.weights["readout.scale"].exp()
     wanted = (-scale * torch.cdist(own, means) ** 2).softmax(-1)
     for one, other, row in zip(answers, again, wanted, strict=True):
         assert one.probabilities == pytest.approx(dict(zip(labels, row.tolist(), strict=True)), abs=1e-4)
         assert other.probabilities == pytest.approx(one.probabilities, abs=1e-5)
+
+
+def test_one_shot_can_be_learned_from_beside_the_labels_own_texts(tmp_path, encoder):
+    """Without them no example has another of its class, and nothing is learned; nor where they are codes or letters."""
+
+    def learns(label_names: bool, scheme: str, labels: tuple[str, str]) -> bool:
+        algorithm = {"name": "proto_maml", "readout": "prototypes", "label_names": label_names}
+        data = {"splits": SPLITS, "labels": scheme}
+        config = encoder_config(tmp_path, encoder, algorithm=algorithm, data=data)
+        model = untrained_model(config, prepare_splits(config.data).train)
+        adapter = model.adapt(list(zip(("red as a rose", "blue as the sea"), labels, strict=True)))
+        return not all(torch.equal(weight, model.start[n]) for n, weight in adapter.weights.items() if "lora" in n)
+
+    colours = "red", "blue"
+    assert learns(True, "words", colours)
+    assert not learns(False, "words", colours)
+    assert not learns(True, "letters", colours)
+    assert not learns(True, "words", ("K27", "X4"))
 
 
 def test_the_prompt_is_the_text_as_it_is_unless_told_otherwise(tmp_path, encoder):

@@ -41,6 +41,10 @@ class Side(Protocol):
         """`[T, K]`: each row's class, from 0; -1 for rows of padding, and for free text."""
 
     @property
+    def is_name(self) -> "Tensor":
+        """`[T, K]` bool: the rows of labels' own texts (`Algorithm.label_names`). Classes are not asked of them."""
+
+    @property
     def ways(self) -> int:
         """C: the largest number of classes of a task; at least 1."""
 
@@ -97,6 +101,9 @@ class Algorithm(Section):
     before the label is to the mean of each class's examples), or by both. Free text is always learned by its tokens."""
     pooling: Literal["last", "mean"] = "last"
     """The hidden state that prototypes are made of: that of the prompt's last token, or the mean over its tokens."""
+    label_names: bool = False
+    """Whether a label's own text is one more example in the prototype of its class. It helps sentence encoders where
+    shots are few. Labels that are codes or letters are not read, nor are those of inputs in parts."""
 
     takes_steps: ClassVar[bool] = True
     """Whether a new task is learned by the inner loop. If not, all that is learned of it is what `keeps` says."""

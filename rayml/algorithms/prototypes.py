@@ -10,6 +10,9 @@ probability of the label's first token, among the first tokens of all labels. Sc
 loop; the start holds their logarithms, beside the adapter. Any number of classes costs the same: one forward of the
 prompt gives all logits.
 
+A label's own text may be one more example in the mean of its class: where shots are few, the word says much about the
+class (Luo et al. 2021, "Don't Miss the Labels", Findings of ACL).
+
 Shapes: T tasks, K or Q examples, C classes, D the hidden size.
 """
 
@@ -67,7 +70,8 @@ class Readout(NamedTuple):
         """Return the losses that inner steps descend: those of label tokens, and of leave-one-out prototypes.
 
         An example must not be part of its own class's mean: it would be near it, whatever the weights. A class of one
-        example has no other mean, so with one shot label tokens are the only loss; as they are for free text.
+        example has no other mean, unless its label's own text is read. So with one shot label tokens may be the only
+        loss; as they are for free text. The labels' own texts are in the means, but are not classified themselves.
         """
         is_label = (support.classes >= 0).any(1)
 
@@ -76,7 +80,7 @@ class Readout(NamedTuple):
             protos = prototypes(read.states, support.classes, support.ways)
             distances = leave_one_out(squared_distances(read.states, protos), support.classes, protos.counts)
             has_others = protos.counts.gather(1, support.classes.clamp(min=0)) > 1
-            classes = support.classes.masked_fill(~has_others, -1)
+            classes = support.classes.masked_fill(~has_others | support.is_name, -1)
             prototype_losses = class_losses(logits(distances, protos.counts, weights), classes)
             return prototype_losses + (read.losses if self.labels else read.losses.masked_fill(is_label, 0.0))
 

@@ -50,10 +50,17 @@ class Head:
     head: str
 
 
-class Embedding(Classifier):
-    """Unit vectors of a frozen sentence encoder, with the nearest class mean, or logistic regression, on top."""
+PLAIN_HEADS = "nearest centroid", "logistic regression"
+WITH_NAMES = " and label names"
 
-    heads = "nearest centroid", "logistic regression"
+
+class Embedding(Classifier):
+    """Unit vectors of a frozen sentence encoder, with the nearest class mean, or logistic regression, on top.
+
+    With label names, each label's own text is one more example of its class.
+    """
+
+    heads = (*PLAIN_HEADS, *(f"{head}{WITH_NAMES}" for head in PLAIN_HEADS))
 
     def __init__(self, encoder: str, device: torch.device, seed: int):
         from sentence_transformers import SentenceTransformer
@@ -61,11 +68,14 @@ class Embedding(Classifier):
         self.encoder = SentenceTransformer(encoder, device=str(device))
 
     def log_probs(self, episode: Episode, head: str) -> Tensor:
-        texts = [example.input for example in (*episode.support, *episode.query)]
-        vectors = self.encoder.encode(texts, normalize_embeddings=True, show_progress_bar=False)
-        support, query = vectors[: len(episode.support)], vectors[len(episode.support) :]
-        classes = class_numbers(episode, "support")
-        if head == "nearest centroid":
+        names = list(episode.labels) if head.endswith(WITH_NAMES) else []
+        texts = [*(example.input for example in episode.support), *names]
+        classes = [*class_numbers(episode, "support"), *range(len(names))]
+        vectors = self.encoder.encode(
+            [*texts, *(example.input for example in episode.query)], normalize_embeddings=True, show_progress_bar=False
+        )
+        support, query = vectors[: len(texts)], vectors[len(texts) :]
+        if head.startswith("nearest centroid"):
             means = prototypes(torch.as_tensor(support)[None], torch.tensor([classes]))
             distances = squared_distances(torch.as_tensor(query)[None], means)
             return logits(distances, means.counts, None)[0].log_softmax(-1)

@@ -109,8 +109,9 @@ def plan(
     if unknown:
         raise ConfigError(f"--methods: {', '.join(unknown)} unknown; there are {', '.join(known)}")
     check_names(request)
-    # Naming an algorithm resets its readout to the default, and a sentence encoder has only this one.
-    readout = ["algorithm.readout=prototypes"] if is_encoder(base) else []
+    # Naming an algorithm resets its readout to the default; that of a sentence encoder is the same for all.
+    names = str(base.algorithm.label_names).lower()
+    readout = ["algorithm.readout=prototypes", f"algorithm.label_names={names}"] if is_encoder(base) else []
     by_prompt = [name for name in methods if known[name].by_prompt]
     if by_prompt and readout:
         raise ConfigError(f"--methods: {', '.join(by_prompt)} answer by a prompt; {base.model.name} is an encoder")

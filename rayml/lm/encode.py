@@ -1,6 +1,7 @@
 """Turn an episode's text into rows of tokens, as plain lists that Ray Data can carry."""
 
 import random
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -21,6 +22,8 @@ from rayml.tasks.templates import render
 CHANNEL = "Label: {}\nText:"
 """The text before the input when the input is scored given a label (`data.scoring: channel`)."""
 NO_TEXT = Example("", "")
+WORD = re.compile(r"[^\W\d_]{2}")
+"""Two letters of any script in a row: without them a label is a code."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +55,8 @@ class Encoder:
     """How many soft tokens every row begins with (`rayml.lm.soft_prompt`); `max_tokens` does not count them."""
     ends_labels: bool = False
     """Labels end with the end-of-sequence token, too (`among`)."""
+    label_names: bool = False
+    """A support shows each label's own text, too (`Algorithm.label_names`), if it is words."""
 
     def for_task(self, task: str, kind: str, labels: Iterable[str] = ()) -> "Encoder":
         """Return the encoder of a task.
@@ -110,6 +115,25 @@ class Encoder:
 
     def rows(self, examples: Iterable[Example], is_label: bool, shown: Sequence[Example] = ()) -> list[TokenRow]:
         return [self.row(example, is_label, shown) for example in examples]
+
+    def support(
+        self, examples: Sequence[Example], labels: Sequence[str], rng: random.Random | None = None
+    ) -> tuple[list[TokenRow], list[int]]:
+        """Return the rows of a support with the class of each: its examples, and the labels' own texts, if it has them.
+
+        Args:
+            labels: the classes; empty for free text, whose rows have none.
+            rng: draws the tokens that token dropout leaves out; None: nothing is.
+        """
+        is_label, numbers = bool(labels), {label: number for number, label in enumerate(labels)}
+        rows = [self.with_token_dropout(e, is_label, rng) if rng else self.row(e, is_label) for e in examples]
+        classes = [numbers[example.target] for example in examples if is_label]
+        if self.label_names and all(map(WORD.search, labels)) and not any(example.parts for example in examples):
+            for label, number in numbers.items():
+                row = self.row(Example(label, label), is_label)
+                rows.append(replace(row, tokens=row.tokens[: row.start], is_name=True))
+                classes.append(number)
+        return rows, classes
 
     def prompt_tokens(self, example: Example, shown: Sequence[Example] = ()) -> list[int]:
         """Return the prompt tokens for generating an answer; the example's own target is ignored."""
@@ -231,22 +255,22 @@ class Encoder:
     def episode(self, episode: Episode) -> dict[str, Any]:
         """Return the episode for training as one row of a data set; `decode_rows` reads the two sides back."""
         is_label, encoder = bool(episode.labels), self.for_task(episode.task, episode.kind, episode.labels)
-        rng = random.Random(f"{episode.task}/{episode.index}")
+        rng = random.Random(f"{episode.task}/{episode.index}") if self.token_dropout else None
+        shown = episode.support if self.in_context else ()
         sides = {
-            "support": [encoder.with_token_dropout(e, is_label, rng) for e in episode.support]
-            if self.token_dropout
-            else encoder.rows(episode.support, is_label),
-            "query": encoder.rows(episode.query, is_label, episode.support if self.in_context else ()),
+            "support": encoder.support(episode.support, list(episode.labels), rng),
+            "query": (encoder.rows(episode.query, is_label, shown), class_numbers(episode, "query")),
         }
         labels = encoder.competing_tokens(episode.labels, episode.support[0])
         record: dict[str, Any] = {"index": episode.index, "task": episode.task, "labels": labels}
-        for side, rows in sides.items():
+        for side, (rows, classes) in sides.items():
             record[side] = {
                 "tokens": [row.tokens for row in rows],
                 "starts": [row.start for row in rows],
                 "loss_masked": [list(row.loss_masked) for row in rows],
                 "suffixes": [list(row.suffix) for row in rows],
-                "classes": class_numbers(episode, side),
+                "is_name": [row.is_name for row in rows],
+                "classes": classes,
             }
         return record
 

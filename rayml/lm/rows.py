@@ -35,6 +35,8 @@ class TokenRow:
     """Positions after `start` that are not predicted: what others say between the assistant's turns."""
     suffix: tuple[int, ...] = ()
     """What a masked model reads after the mask, which is the last token before `start`."""
+    is_name: bool = False
+    """Whether it shows a label's own text, in place of an example; it has no target."""
 
 
 def encode(

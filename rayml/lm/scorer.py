@@ -134,8 +134,7 @@ class EpisodeQueries:
         for e in episodes:
             task_encoder = encoder.for_task(e.task, e.kind, e.labels)
             if algorithm and algorithm.keeps_states:
-                rows = task_encoder.rows(e.support, is_label=True)
-                kept.append(KeptSupport(rows, class_numbers(e, "support")))
+                kept.append(KeptSupport(*task_encoder.support(e.support, list(e.labels))))
             if algorithm and not algorithm.scores_options:
                 prompts.append(prompts_of(lm, task_encoder, e.query, next(iter(e.labels))))
                 labels = task_encoder.label_tokens(e.labels, e.support[0])
@@ -198,12 +197,18 @@ def make_side(
     lm: TaskLM, encoder: Encoder, episodes: Sequence[Episode], side: str, in_context: bool = False
 ) -> TaskSide:
     """Return one side of T episodes as evaluation sees it, without token dropout."""
-    rows, labels = [], []
+    rows, classes, labels = [], [], []
     for e in episodes:
         task_encoder = encoder.for_task(e.task, e.kind, e.labels)
-        rows.append(task_encoder.rows(getattr(e, side), bool(e.labels), e.support if in_context else ()))
+        if side == "support":
+            side_rows, side_classes = task_encoder.support(e.support, list(e.labels))
+        else:
+            side_rows = task_encoder.rows(e.query, bool(e.labels), e.support if in_context else ())
+            side_classes = class_numbers(e, side)
+        rows.append(side_rows)
+        classes.append(side_classes)
         labels.append(task_encoder.competing_tokens(e.labels, e.support[0]))
-    return TaskSide(lm, rows, labels, [class_numbers(e, side) for e in episodes], encoder.pad)
+    return TaskSide(lm, rows, labels, classes, encoder.pad)
 
 
 def accuracy(episode: Episode, scores: torch.Tensor) -> float:

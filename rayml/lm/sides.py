@@ -54,6 +54,11 @@ class TaskSide:
         tasks = zip(self.tasks, self.row_classes, strict=True)
         return pad_classes([classes or [-1] * len(rows) for rows, classes in tasks]).to(self.lm.device)
 
+    @cached_property
+    def is_name(self) -> Tensor:
+        names = [torch.tensor([row.is_name for row in rows], dtype=torch.bool) for rows in self.tasks]
+        return torch.nn.utils.rnn.pad_sequence(names, batch_first=True).to(self.lm.device)
+
     @property
     def ways(self) -> int:
         return 1 + max((number for classes in self.row_classes for number in classes), default=0)
@@ -63,7 +68,8 @@ class TaskSide:
         """`[T, C]`: the first token of each class's label, taken from the rows; -1 where a task has no such class."""
         by_task = []
         for rows, classes in zip(self.tasks, self.row_classes, strict=True):
-            first = {number: row.tokens[row.start] for row, number in zip(rows, classes, strict=bool(classes))}
+            numbered = zip(rows, classes, strict=bool(classes))
+            first = {number: row.tokens[row.start] for row, number in numbered if not row.is_name}
             by_task.append([first.get(number, -1) for number in range(max(first, default=0) + 1)])
         return pad_classes(by_task).to(self.lm.device)
 
@@ -78,7 +84,7 @@ class TaskSide:
 
     def prepare(self) -> None:
         """Prepare everything that an algorithm may ask of the tasks, ahead of time."""
-        _ = self.batch, self.classes, None if self.lm.sentences else self.label_tokens
+        _ = self.batch, self.classes, self.is_name, None if self.lm.sentences else self.label_tokens
 
 
 def on_device(batch: TaskBatch, device: torch.device) -> TaskBatch:
@@ -104,10 +110,10 @@ def training_sides(
 
 def decode_rows(side: dict[str, Any]) -> list[TokenRow]:
     """Return the rows of one side of a record that `Encoder.episode` made."""
-    columns = side["tokens"], side["starts"], side["loss_masked"], side["suffixes"]
+    columns = side["tokens"], side["starts"], side["loss_masked"], side["suffixes"], side["is_name"]
     return [
-        TokenRow(list(tokens), start, tuple(loss_masked), tuple(suffix))
-        for tokens, start, loss_masked, suffix in zip(*columns, strict=True)
+        TokenRow(list(tokens), start, tuple(loss_masked), tuple(suffix), bool(is_name))
+        for tokens, start, loss_masked, suffix, is_name in zip(*columns, strict=True)
     ]
 
 

@@ -29,7 +29,7 @@ NO_DATA = "none: this start comes without tasks"
 """`data.path` of a start that was not trained here."""
 ONE_WORD = "{input}\nThe above text in one word:"
 """A prompt after which a causal model's last hidden state sums up the text (Jiang et al. 2023, arXiv 2307.16645)."""
-FORMAT = "2"
+FORMAT = "3"
 """Version of the run folders in the cache."""
 
 
@@ -172,7 +172,11 @@ def bare_config(name: str) -> "Config":
     is_encoder = hasattr(model, MARK)
     values: dict[str, Any] = {
         "model": {"name": name},
-        "algorithm": {"name": UNTRAINED, "readout": "prototypes" if is_encoder else "both"},
+        "algorithm": {
+            "name": UNTRAINED,
+            "readout": "prototypes" if is_encoder else "both",
+            "label_names": is_encoder,
+        },
         "data": {"path": NO_DATA} | ({} if is_encoder else {"prompt": ONE_WORD}),
         "lora": {"targets": kinds, "start": "random"},
         "run": {"dir": "none"},
