@@ -10,7 +10,7 @@ from rayml.algorithms.base import Algorithm
 from rayml.algorithms.inner_loop import Params, TaskLosses, adapt_in_parts
 from rayml.errors import DataError
 from rayml.lm.encode import fields
-from rayml.lm.fine_tuning import special_steps
+from rayml.lm.fine_tuning import inner_loss_transform
 from rayml.lm.peft_files import AdapterCard
 from rayml.lm.rows import TokenRow
 from rayml.lm.sides import TaskSide
@@ -136,7 +136,7 @@ def adapt_requests(
         share = float(part.batch.loss_mask().sum()) / total if len(parts) > 1 else 1.0
         losses = scale_losses(algorithm.support_losses(part), share)
         part_losses.append(losses)
-        descended_losses.append(special_steps(part, model.config.inner.unfreeze_every)(losses))
+        descended_losses.append(inner_loss_transform(part, model.config.inner.unfreeze_every)(losses))
     curve: list[torch.Tensor] = []
     learned: dict[int, Params] = {}
     fast: Params = {}

@@ -96,8 +96,8 @@ class KnownBoth(Known):
     """What is best for label tasks is worst for text."""
 
     def outputs(self, episodes, start, inner_lrs, at):
-        after_steps = ([torch.tensor(loss)] for loss in (3.0, 0.5))
-        yield from super().outputs(episodes, start, inner_lrs, at) if episodes[0].labels else after_steps
+        ended = ([torch.tensor(loss)] for loss in (3.0, 0.5))
+        yield from super().outputs(episodes, start, inner_lrs, at) if episodes[0].labels else ended
 
 
 @pytest.mark.parametrize(("label_tasks", "best"), [(1, 3), (40, 1)])

@@ -17,7 +17,7 @@ from rayml.model import load, read_start
 from rayml.runs.folder import RunFolder
 from rayml.tasks.prepare import prepare_splits
 from rayml.training import continual as continuing
-from rayml.training.continual import FORGETTING, old_run, report_forgetting, shown_anew, with_replay
+from rayml.training.continual import FORGETTING, changed_display_keys, old_run, report_forgetting, with_replay
 from rayml.training.driver import train
 
 
@@ -89,9 +89,9 @@ def test_it_is_said_where_old_tasks_are_replayed_in_another_form(old, tmp_path, 
     config = new_config(tmp_path, old)
     then = config.data
     now = then.model_copy(update={"prompt": "{input}?", "templates": {"toy-*": ("{input}!",)}})
-    assert shown_anew(then, then) == []
-    assert shown_anew(now, then) == ["data.prompt", "data.templates.toy-*"]
-    assert shown_anew(then, now) == ["data.prompt"]
+    assert changed_display_keys(then, then) == []
+    assert changed_display_keys(now, then) == ["data.prompt", "data.templates.toy-*"]
+    assert changed_display_keys(then, now) == ["data.prompt"]
     outer = config.outer.model_copy(update={"steps": 1})
     train(config.model_copy(update={"data": now, "outer": outer}))
     assert f"data.prompt: not as in {old.path}; its tasks are replayed" in capsys.readouterr().err

@@ -167,7 +167,7 @@ def writes_as_whole(lm, adapters):
     decoder = Decoder(lm, most_rows=2, cache_tokens=0)
     if decoder.reads_in_parts:
         reader = decoder.reader(rows[0])
-        assert [decoder.read_on(reader, 9) for _ in range(-(-len(prompts[0]) // 9))][-1]
+        assert [decoder.prefill(reader, 9) for _ in range(-(-len(prompts[0]) // 9))][-1]
     else:
         decoder.join(rows[:1])
     decoder.step()

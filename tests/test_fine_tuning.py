@@ -10,7 +10,7 @@ from test_lora import random_batch
 
 from rayml.algorithms.inner_loop import InnerLoop, adapt, expand
 from rayml.experiments.method_runs import METHODS
-from rayml.lm.fine_tuning import adversarial, depth_of, gradual_unfreezing, rate_factors, special_steps
+from rayml.lm.fine_tuning import adversarial, depth_of, gradual_unfreezing, inner_loss_transform, rate_factors
 from rayml.lm.load import load_base, load_tokenizer
 from rayml.lm.model import TaskLM
 from rayml.lm.sides import training_sides
@@ -150,7 +150,7 @@ def meta_gradient(tiny: str, config, unfreeze_every: int = 0, epsilon: float = 0
     episodes = [encoder.episode(sampler.episode(toy_tasks(), index)) for index in range(2)]
     support, query = training_sides(lm, episodes, encoder.pad, config)
     inner_lrs = {name: torch.tensor(0.1) for name in start}
-    inner = InnerLoop(inner_lrs, 2, special=special_steps(support, unfreeze_every, epsilon))
+    inner = InnerLoop(inner_lrs, 2, transform=inner_loss_transform(support, unfreeze_every, epsilon))
     return config.algorithm.meta_gradient(support, query, start, inner, torch.ones(2))
 
 

@@ -146,7 +146,7 @@ def test_what_others_have_and_this_server_has_not_is_said(server):
 
 
 @pytest.mark.serve
-def test_a_lesson_in_the_background_is_asked_for_until_it_is_learned(server):
+def test_an_adaptation_in_the_background_is_asked_for_until_it_is_learned(server):
     begun = requests.post(
         f"{server.url}/v1/adapters",
         json={"examples": examples(), "name": "later", "steps": 20},

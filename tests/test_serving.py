@@ -62,8 +62,8 @@ def test_adapters_learned_side_by_side_are_those_learned_alone(replica):
     assert together[2].loss_before == together[2].loss_after
 
 
-def test_lessons_in_one_loop_take_their_own_steps(replica):
-    one, other = (replica.learner.prepared(request(pairs)) for pairs in (TICKETS, [("a b", "x"), ("c d", "y")]))
+def test_adaptations_in_one_loop_take_their_own_steps(replica):
+    one, other = (replica.learner.encode_request(request(pairs)) for pairs in (TICKETS, [("a b", "x"), ("c d", "y")]))
 
     def take(asked_for, steps):
         loop = adapt_requests(replica.model, asked_for, steps)
@@ -212,7 +212,7 @@ def test_adaptations_take_no_more_than_their_share_while_queries_wait(run):
     )
     engine, seconds = replica.engine, {"learn": 0.0, "answer": 0.0}
     many = request([(f"text {n} " * 10, f"label{n % 3}") for n in range(20)])
-    adaptation = PendingAdaptation(replica.learner.prepared(many), steps=5)
+    adaptation = PendingAdaptation(replica.learner.encode_request(many), steps=5)
 
     def timed(name, work):
         def run():
@@ -222,7 +222,7 @@ def test_adaptations_take_no_more_than_their_share_while_queries_wait(run):
 
         return run
 
-    engine.lessons.turn = timed("learn", engine.lessons.turn)
+    engine.adaptations.turn = timed("learn", engine.adaptations.turn)
     engine._answer = timed("answer", lambda: time.sleep(0.002))
     engine._has_queries = lambda: not adaptation.learned.done()  # they always wait
     engine.adapt(adaptation)

@@ -129,17 +129,19 @@ def test_a_long_step_is_no_illness_until_it_is_too_long(run):
     replica.engine.close()
 
 
-def test_lessons_share_a_loop_as_long_as_they_are_small(run):
+def test_adaptations_share_a_loop_as_long_as_they_are_small(run):
     replica = Replica(Serving.model_validate({"run": str(run.path), "batching": {"turn_tokens": 200}}))
-    small, large = (replica.learner.prepared(request([(f"t{n}", f"l{n % 2}") for n in range(k)])) for k in (4, 40))
+    small, large = (
+        replica.learner.encode_request(request([(f"t{n}", f"l{n % 2}") for n in range(k)])) for k in (4, 40)
+    )
     replica.engine.close()
-    lessons = replica.engine.lessons
+    adaptations = replica.engine.adaptations
     rows = len(small.rows) * max(len(row.tokens) for row in small.rows)
     assert 1 < 200 // rows < 6
     for requests, together in (([small] * 6, 200 // rows), ([small, large], 1), ([large, small], 1)):
-        lessons.waiting.extend(PendingAdaptation(one, 1) for one in requests)
-        assert len(lessons._take_next("")) == together
-        lessons.waiting.clear()
+        adaptations.waiting.extend(PendingAdaptation(one, 1) for one in requests)
+        assert len(adaptations._take_next("")) == together
+        adaptations.waiting.clear()
 
 
 @pytest.mark.parametrize("algorithm", ["metaicl", "protonet", "proto_maml"])

@@ -1,4 +1,4 @@
-"""Long prompts and long lessons: nobody waits for a stranger's, and nothing is lost on the way."""
+"""Long prompts and long adaptations: nobody waits for a stranger's, and nothing is lost on the way."""
 
 import asyncio
 import json
@@ -121,9 +121,9 @@ def test_a_client_that_leaves_ends_the_reading_of_its_prompt(run):
     assert not engine.writer
 
 
-def test_a_lesson_in_parts_learns_what_it_learns_in_one(replica):
+def test_an_adaptation_in_parts_learns_what_it_learns_in_one(replica):
     """Of different lengths, so that the parts' losses do not count alike."""
-    asked = replica.learner.prepared(request([(f"text {n} " * (1 + n % 5), f"label{n % 3}") for n in range(12)]))
+    asked = replica.learner.encode_request(request([(f"text {n} " * (1 + n % 5), f"label{n % 3}") for n in range(12)]))
 
     def learned(most_tokens):
         loop, yields = adapt_requests(replica.model, [asked], [3], most_tokens), 0
@@ -143,23 +143,23 @@ def test_a_lesson_in_parts_learns_what_it_learns_in_one(replica):
         torch.testing.assert_close(parts[name], weight, atol=1e-5, rtol=1e-4)
 
 
-def test_lessons_of_owners_take_turns(run):
+def test_adaptations_of_owners_take_turns(run):
     replica = replica_of(run)
-    prepared = replica.learner.prepared(request())
+    prepared = replica.learner.encode_request(request())
     replica.engine.close()
-    lessons, order = replica.engine.lessons, []
+    adaptations, order = replica.engine.adaptations, []
     for owner, count in (("many", 8), ("one", 1)):
         for number in range(count):
-            lesson = PendingAdaptation(prepared, steps=1, owner=owner)
-            lesson.learned.add_done_callback(lambda _, told=(owner, number): order.append(told))
-            lessons.waiting.append(lesson)
-    while lessons:
-        lessons.turn()
+            adaptation = PendingAdaptation(prepared, steps=1, owner=owner)
+            adaptation.learned.add_done_callback(lambda _, told=(owner, number): order.append(told))
+            adaptations.waiting.append(adaptation)
+    while adaptations:
+        adaptations.turn()
     assert len(order) == 9
     assert order.index(("one", 0)) <= 2
 
 
-def test_a_lesson_in_the_background_is_learned_and_begun_again_when_it_is_lost(run):
+def test_an_adaptation_in_the_background_is_learned_and_begun_again_when_it_is_lost(run):
     replica, asked = replica_of(run), request(name="later")
 
     async def later(one):
@@ -171,10 +171,10 @@ def test_a_lesson_in_the_background_is_learned_and_begun_again_when_it_is_lost(r
     assert asyncio.run(replica.progress("public", adapter)) is None
     asyncio.run(later(replica))
     assert replica.store.find("public", adapter).examples == 6
-    assert replica.store.begun("public", adapter) is None  # nobody's examples stay
+    assert replica.store.read_request("public", adapter) is None  # nobody's examples stay
     other = "lost." + "0" * 16
-    replica.store.begin("public", other, asked.model_dump_json().encode())
-    assert json.loads(replica.store.begun("public", other))["name"] == "later"
+    replica.store.write_request("public", other, asked.model_dump_json().encode())
+    assert json.loads(replica.store.read_request("public", other))["name"] == "later"
     with pytest.raises(ApiError, match="same label"):
         asyncio.run(replica.begin("public", other, request([("a", "x"), ("b", "x")])))
     replica.engine.close()

@@ -12,9 +12,9 @@ USER = {"role": "user", "content": "x"}
 ASKED = {"model": "m", "input": "x"}
 CHAT = {"model": "m", "messages": [USER]}
 TEXT = {"model": "m", "prompt": "x"}
-LESSON = {"examples": [{"input": "a", "target": "b"}]}
+ADAPTATION = {"examples": [{"input": "a", "target": "b"}]}
 BODIES: dict[type[Body], dict] = {ClassifyRequest: ASKED, ChatRequest: CHAT, CompletionRequest: TEXT}
-BODIES[AdapterRequest] = LESSON
+BODIES[AdapterRequest] = ADAPTATION
 
 
 def parsed(kind: type[Body], changes: dict):

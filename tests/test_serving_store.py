@@ -90,7 +90,7 @@ def test_damaged_files_are_not_believed(store, learned, tmp_path):
     with pytest.raises(DamagedError, match="checksum"):
         store.fetch("public", whole, tmp_path)
     with pytest.raises(DamagedError, match="checksum"):
-        store.verified("public", whole, "rayml.json")
+        store.read_verified("public", whole, "rayml.json")
     with pytest.raises(RunError, match="not a file"):
         store.read("public", whole.id, "../../secret")
 

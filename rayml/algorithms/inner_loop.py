@@ -37,15 +37,15 @@ class InnerLoop:
     steps: int
     learns_inner_lrs: bool = False
     """Whether the meta-gradient is of the rates, too."""
-    special: Callable[[TaskLosses], TaskLosses] = lambda losses: losses
+    transform: Callable[[TaskLosses], TaskLosses] = lambda losses: losses
     """Changes the losses that the steps descend: for layers that are unfrozen gradually, or adversarial inputs."""
-    ended: Callable[[], None] = lambda: None
+    after_steps: Callable[[], None] = lambda: None
     """Called in training after the last inner step."""
 
     def adapt(self, losses: TaskLosses, start: Params, tasks: int, steps: int | None = None) -> Iterator[Adapted]:
         """Yield what the function `adapt` does; `steps` replaces this loop's own number."""
         steps = self.steps if steps is None else steps
-        yield from adapt(self.special(losses), start, self.inner_lrs, steps, tasks)
+        yield from adapt(self.transform(losses), start, self.inner_lrs, steps, tasks)
 
 
 def adapt(support_losses: TaskLosses, start: Params, inner_lrs: Params, steps: int, tasks: int) -> Iterator[Adapted]:

@@ -66,7 +66,7 @@ def exact(
         gradients = torch.autograd.grad(losses.sum(), [fast[name] for name in rates], create_graph=True)
         fast = fast | {name: fast[name] - rates[name] * g for name, g in zip(rates, gradients, strict=True)}
         losses_before = losses.detach() if losses_before is None else losses_before
-    inner.ended()
+    inner.after_steps()
     losses_after = query_losses(fast)
     total = (losses_after * weights.to(losses_after)).sum()
     inputs = [*leaves.values(), *(rates.values() if inner.learns_inner_lrs else ())]

@@ -56,7 +56,7 @@ def first_order(
             task_losses, gradients = adapted.support_losses, adapted.gradients
             steps_taken += 1
             if steps_taken == step_count:
-                inner.ended()
+                inner.after_steps()
         else:
             task_losses, gradients = task_gradients(losses[minibatch.side], adapted.fast)
         minibatch_losses.append((minibatch.side, task_losses))

@@ -72,7 +72,7 @@ def algorithm_of(name: str, settings: dict[str, Any]) -> Algorithm:
         raise ConfigError(f"learned by {name!r}, which does not answer here: {error}") from None
 
 
-def trusted(name: str, settings: dict[str, Any], own: Algorithm) -> Algorithm:
+def trusted_algorithm(name: str, settings: dict[str, Any], own: Algorithm) -> Algorithm:
     """Return what `algorithm_of` does, but for an adapter from an untrusted source: import no unknown code.
 
     Args:

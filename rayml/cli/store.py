@@ -25,12 +25,12 @@ def list_adapters(
     store: StorePath, owner: Annotated[str | None, typer.Option(help="List this owner's alone.")] = None
 ) -> None:
     """List adapters by owner."""
-    from rayml.serving.store import AdapterStore, every
+    from rayml.serving.store import AdapterStore, all_manifests
 
     adapters = AdapterStore(store)
     table = Table("owner", "adapter", "examples", "made", "expires", box=None)
     for name in [owner] if owner else adapters.owners():
-        for manifest in every(adapters, name):
+        for manifest in all_manifests(adapters, name):
             made, expires = format_time(manifest.created_at), format_time(manifest.expires_at)
             table.add_row(name, manifest.id, str(manifest.examples), made, expires)
     out.print(table)
@@ -68,10 +68,10 @@ def find_adapters(store: "AdapterStore", owner: str, adapters: list[str] | None)
     Raises:
         RunError: there is no such adapter.
     """
-    from rayml.serving.store import every
+    from rayml.serving.store import all_manifests
 
     if not adapters:
-        return list(every(store, owner))
+        return list(all_manifests(store, owner))
     manifests = []
     for reference in adapters:
         manifest = store.find(owner, reference)

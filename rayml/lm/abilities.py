@@ -21,7 +21,7 @@ from rayml.lm.model import TaskLM
 from rayml.lm.parameters import trained_parameters
 from rayml.lm.precision import has_sdpa
 from rayml.lm.rows import predicts_masks
-from rayml.lm.sentence import MARK, read_sentences
+from rayml.lm.sentence import SENTENCES_KEY, read_sentences
 from rayml.lm.soft_prompt import PROMPT
 from rayml.lm.trials import (
     exports_to_peft,
@@ -64,7 +64,7 @@ def check_model(config: "Config", base: str, tasks: Sequence[Task] = (), tokeniz
         tokenizer: of the model. None checks neither tokens nor weights: a plan needs the config.json alone.
     """
     shape = load_shape(base)
-    if hasattr(shape, MARK):
+    if hasattr(shape, SENTENCES_KEY):
         refuse_label_tokens(config)
     model_type = shape.config.model_type
     if config.engine == "zero" and model_type in NOT_SHARDED:
@@ -177,7 +177,7 @@ def refuse_long_rows(config: "Config", shape: Any, tasks: Sequence[Task]) -> Non
         ways = max((min(config.data.ways, len(task.options) or 1) for task in tasks), default=1)
         longest *= ways * config.data.shots + 1
     context = context_tokens(shape)
-    if longest > context and not hasattr(shape, MARK):  # a sentence encoder's texts are cut to its context
+    if longest > context and not hasattr(shape, SENTENCES_KEY):  # a sentence encoder's texts are cut to its context
         raise ConfigError(
             f"data.max_tokens: a row may have {longest} tokens, the model takes {context}; lower it or shots"
         )

@@ -91,7 +91,7 @@ class Decoder:
         """Return a reader of the row's prompt that has read nothing yet."""
         return PromptReader(row, self._empty_cache())
 
-    def read_on(self, reader: PromptReader, most_tokens: int) -> bool:
+    def prefill(self, reader: PromptReader, most_tokens: int) -> bool:
         """Read the next tokens of a prompt; return whether that was the last of them.
 
         The row has then taken its first token, and joined.

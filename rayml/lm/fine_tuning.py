@@ -103,7 +103,9 @@ class EmbeddingShift:
         return output + self.value
 
 
-def special_steps(support: TaskSide, unfreeze_every: int, epsilon: float = 0.0) -> Callable[[TaskLosses], TaskLosses]:
+def inner_loss_transform(
+    support: TaskSide, unfreeze_every: int, epsilon: float = 0.0
+) -> Callable[[TaskLosses], TaskLosses]:
     """Return a function from losses of the support to the losses that an inner loop descends.
 
     Args:

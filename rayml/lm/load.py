@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from rayml.errors import ConfigError
 from rayml.lm.rows import mark_masked
-from rayml.lm.sentence import MARK, mark_sentences, read_sentences
+from rayml.lm.sentence import SENTENCES_KEY, mark_sentences, read_sentences
 from rayml.lm.weight_files import find_broken_file, unused_weights
 
 transformers_logging.disable_progress_bar()
@@ -201,7 +201,7 @@ def with_sentences(model: Any, path: str) -> Any:
     """Mark a sentence encoder with how it pools; a pooling head of its own, such as BERT's, is removed."""
     sentences = read_sentences(path)
     if sentences:
-        setattr(model, MARK, sentences)
+        setattr(model, SENTENCES_KEY, sentences)
         model.config.use_cache = False
         if getattr(model, "pooler", None) is not None:
             model.pooler = None

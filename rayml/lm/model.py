@@ -19,7 +19,7 @@ from rayml.lm.label_trie import IGNORE
 from rayml.lm.lora import TaskLoRA, layer_number
 from rayml.lm.pooling import pool_prompts, pool_sentences
 from rayml.lm.rows import TokenRow
-from rayml.lm.sentence import MARK, Sentences
+from rayml.lm.sentence import SENTENCES_KEY, Sentences
 from rayml.lm.soft_prompt import TaskPrompt
 from rayml.lm.zero import is_sharded
 
@@ -45,7 +45,7 @@ class TaskLM:
         self._frozen = frozen_layers(module, adapter)
         self.known: KnownStates | None = None
         """The frozen layers' output for examples that come back; None keeps nothing across batches."""
-        self.sentences: Sentences | None = getattr(self._model, MARK, None)
+        self.sentences: Sentences | None = getattr(self._model, SENTENCES_KEY, None)
         """How the vectors of a sentence encoder are pooled; None for a language model."""
         if self.sentences is None:
             module.get_output_embeddings().register_forward_pre_hook(self._select_positions)

@@ -15,7 +15,7 @@ from typing import Any
 from rayml.errors import DataError
 from rayml.lm.tokens import remove_marks, tokenize
 
-MARK = "rayml_predicts_masks"
+MASKS_KEY = "rayml_predicts_masks"
 SOFT = 1 << 40
 """The first soft token, beyond any vocabulary."""
 
@@ -77,12 +77,12 @@ def encode(
 
 def mark_masked(tokenizer: Any) -> None:
     """Mark the tokenizer of a masked model, since tokenizers of causal models may have a mask token, too."""
-    tokenizer.init_kwargs[MARK] = True
+    tokenizer.init_kwargs[MASKS_KEY] = True
 
 
 def predicts_masks(tokenizer: Any) -> bool:
     """Return whether a tokenizer is that of a masked model."""
-    return bool(getattr(tokenizer, "init_kwargs", {}).get(MARK))
+    return bool(getattr(tokenizer, "init_kwargs", {}).get(MASKS_KEY))
 
 
 def masked_row(

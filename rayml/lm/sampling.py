@@ -17,7 +17,7 @@ class Sampling:
     """Texts that end the answer, and are not part of it."""
     logprobs: int | None = None
     """Return each token's log-probability, and those of this many most probable tokens; None returns neither."""
-    shrinks: bool = False
+    fits_context: bool = False
     """`max_tokens` is a default, and is lowered if the context has no room for all of them."""
 
 

@@ -10,7 +10,7 @@ import torch
 from rayml.algorithms.base import Algorithm
 from rayml.algorithms.inner_loop import InnerLoop, Params, expand
 from rayml.lm.encode import Encoder, class_numbers
-from rayml.lm.fine_tuning import special_steps
+from rayml.lm.fine_tuning import inner_loss_transform
 from rayml.lm.model import TaskLM
 from rayml.lm.option_scoring import prompts_of, weighted_prompts
 from rayml.lm.queries import KeptSupport, TaskQueries
@@ -85,7 +85,7 @@ class Scorer:
     def adapted(self, prepared: "Prepared", start: Params, inner_lrs: Params, steps: int) -> Iterator[Params]:
         """Yield the fast weights `[T, ...]` after 0, 1, ..., `steps` steps on the episodes' support."""
         support = prepared.support
-        inner = InnerLoop(inner_lrs, steps, special=special_steps(support, self.unfreeze_every))
+        inner = InnerLoop(inner_lrs, steps, transform=inner_loss_transform(support, self.unfreeze_every))
         for adapted in inner.adapt(self.algorithm.support_losses(support), start, len(prepared.episodes)):
             yield adapted.fast
 

@@ -16,7 +16,7 @@ from rayml.errors import ConfigError
 from rayml.lm.rows import TokenRow
 from rayml.lm.tokens import refuse_unembedded
 
-MARK = "rayml_sentences"
+SENTENCES_KEY = "rayml_sentences"
 INPUT = "{{ input }}"
 """The default prompt: the text itself."""
 LEGACY = {
@@ -97,12 +97,12 @@ def _read_json(path: str, name: str) -> Any:
 
 def mark_sentences(tokenizer: Any, sentences: Sentences) -> None:
     """Mark the tokenizer of a sentence encoder; unlike the model, it travels to all workers."""
-    tokenizer.init_kwargs[MARK] = asdict(sentences)
+    tokenizer.init_kwargs[SENTENCES_KEY] = asdict(sentences)
 
 
 def sentences_of(tokenizer: Any) -> Sentences | None:
     """Return how a sentence encoder's texts are read, by its tokenizer; None for a language model's."""
-    settings = getattr(tokenizer, "init_kwargs", {}).get(MARK)
+    settings = getattr(tokenizer, "init_kwargs", {}).get(SENTENCES_KEY)
     return Sentences(**settings) if settings else None
 
 

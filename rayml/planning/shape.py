@@ -9,7 +9,7 @@ from rayml.lm.catalog import resolve_model
 from rayml.lm.load import load_shape
 from rayml.lm.lora import find_linears, is_in_layer, layer_number
 from rayml.lm.parameters import trained_parameters
-from rayml.lm.sentence import MARK
+from rayml.lm.sentence import SENTENCES_KEY
 
 WHOLE_BELOW = 100_000
 """Tensors of fewer elements stay whole on every worker under ZeRO-3."""
@@ -116,7 +116,7 @@ def shape_of(model: Any, config: Config, whole_below: int = WHOLE_BELOW) -> Shap
         query_width=heads * head_width,
         key_width=(getattr(text_config, "num_key_value_heads", None) or heads) * head_width,
         heads=heads,
-        vocabulary=0 if hasattr(model, MARK) else text_config.vocab_size,
+        vocabulary=0 if hasattr(model, SENTENCES_KEY) else text_config.vocab_size,
         adapted=adapted,
         first_layer=first,
         is_measured=text_config.model_type in MEASURED,

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from rayml.algorithms.base import Algorithm
 from rayml.algorithms.inner_loop import Params
 from rayml.algorithms.prototypes import MEANS, MIX, SCALE
-from rayml.algorithms.registry import trusted
+from rayml.algorithms.registry import trusted_algorithm
 from rayml.errors import ConfigError, RunError
 from rayml.lm.lora import A, B
 from rayml.lm.peft_files import CARD, PREFIX, PROMPT_KEY, READOUT, WEIGHTS, AdapterCard
@@ -96,7 +96,7 @@ def read_adapter(folder: Path, fits: AdapterConstraints) -> tuple[Params, Adapte
         weights = _read_lora(folder / WEIGHTS, fits, config["r"])
     card = _read_card(folder / CARD)
     try:
-        algorithm = trusted(card.algorithm, card.settings, fits.algorithm)
+        algorithm = trusted_algorithm(card.algorithm, card.settings, fits.algorithm)
     except ConfigError as error:
         raise RunError(str(error)) from None
     if algorithm.prototypes:

@@ -22,7 +22,7 @@ from rayml.serving.metrics import Metrics
 from rayml.serving.replica import Replica
 from rayml.serving.served import read_servable_run, refuse_unservable, store_root
 from rayml.serving.settings import Scaled, Serving, api_keys
-from rayml.serving.store import PUBLIC, AdapterStore, every, owner_of
+from rayml.serving.store import PUBLIC, AdapterStore, all_manifests, owner_of
 from rayml.serving.vllm.answerer import Answerer
 from rayml.serving.vllm.engine import refuse_without_vllm, with_gpus
 from rayml.training.driver import WORKER_ENV
@@ -156,7 +156,7 @@ def settle_owners(store: AdapterStore, keys: Mapping[str, str]) -> None:
     """Move the adapters of a key that has a name now to that name. Warn if there are adapters that no key sees."""
     for key, owner in keys.items():
         if owner != owner_of(key):
-            for manifest in every(store, owner_of(key)):
+            for manifest in all_manifests(store, owner_of(key)):
                 store.move(owner_of(key), manifest.id, owner)
     if keys and PUBLIC not in keys.values() and store.count(PUBLIC):
         advice = f"`rayml store move {store.root} {PUBLIC} NAME` gives them to one"

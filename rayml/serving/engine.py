@@ -23,8 +23,8 @@ from torch import Tensor
 from rayml.lm.precision import fused_attention
 from rayml.lm.queries import answer_queries, first_batch_size
 from rayml.model import MetaModel
+from rayml.serving.adaptation_queue import AdaptationQueue
 from rayml.serving.errors import ApiError, busy_error
-from rayml.serving.lessons import Lessons
 from rayml.serving.settings import Batching, Limits
 from rayml.serving.work import Observe, PendingAdaptation, PendingQuery, PendingText, settle
 from rayml.serving.writer import Writer
@@ -50,7 +50,7 @@ class Engine:
         self.model, self.batching, self.limits, self.observe = model, batching, limits, observe
         self.turn_tokens = batching.turn_tokens or TURN_TOKENS[model.lm.device.type != "cpu"]
         self.writer = Writer(model.lm, batching, self.turn_tokens, observe)
-        self.lessons = Lessons(model, batching, self.turn_tokens, observe)
+        self.adaptations = AdaptationQueue(model, batching, self.turn_tokens, observe)
         self._queries: deque[PendingQuery] = deque()
         self._pings: deque[Future[None]] = deque()
         self._owed_seconds = 0.0
@@ -75,7 +75,7 @@ class Engine:
 
     def adapt(self, adaptation: PendingAdaptation) -> None:
         """Queue an adapter to be learned; raises as `classify` does."""
-        self._submit(self.lessons.waiting, [adaptation], self.limits.waiting_adaptations, "adaptations")
+        self._submit(self.adaptations.waiting, [adaptation], self.limits.waiting_adaptations, "adaptations")
 
     def ping(self) -> Future[None]:
         """Run the model on one token, ahead of all other work."""
@@ -123,7 +123,7 @@ class Engine:
         """Wait until there is work; return False when the engine is closed."""
         timeout: float | None = IDLE_SECONDS
         with self._changed:
-            while self._open and not self._pings and not self._has_queries() and not self.lessons:
+            while self._open and not self._pings and not self._has_queries() and not self.adaptations:
                 if not self._changed.wait(timeout):
                     trim_memory()
                     timeout = None
@@ -136,14 +136,14 @@ class Engine:
         self._pings.clear()
         self._queries.clear()
         self.writer.fail(error)
-        self.lessons.fail(error)
+        self.adaptations.fail(error)
 
     def _turn(self) -> None:
         if self._pings:
             self._answer_pings([self._pings.popleft() for _ in range(len(self._pings))])
-        if self.lessons and (self._owed_seconds <= 0 or not self._has_queries()):
+        if self.adaptations and (self._owed_seconds <= 0 or not self._has_queries()):
             share = self.batching.adaptation_share
-            self._owed_seconds = seconds_of(self.lessons.turn) * (1 / share - 1)
+            self._owed_seconds = seconds_of(self.adaptations.turn) * (1 / share - 1)
         if self._has_queries():
             self._owed_seconds -= seconds_of(self._answer)
 

@@ -172,20 +172,20 @@ class Gateway:
     @handles("adapters")
     async def create(self, owner: str, request: Request) -> Response:
         """Learn an adapter from a few examples. 201; 200, if the same was learned before; 202, in the background."""
-        lesson: AdapterRequest = parse(AdapterRequest, await read_body(request, self.limits))
-        count = len(lesson.examples)
+        body: AdapterRequest = parse(AdapterRequest, await read_body(request, self.limits))
+        count = len(body.examples)
         if not 2 <= count <= self.limits.examples:
             raise ApiError(422, f"examples: {count} given; 2 to {self.limits.examples} are allowed", "examples")
-        if lesson.steps is not None and lesson.steps > self.limits.steps:
+        if body.steps is not None and body.steps > self.limits.steps:
             raise ApiError(422, f"steps: at most {self.limits.steps}", "steps")
-        check_count("options", lesson.options, self.limits.options)
-        content = [self.fingerprint, lesson.name, lesson.pairs, lesson.options, lesson.steps]
-        content += [lesson.kind] if lesson.kind else []
-        adapter = adapter_id(lesson.name, content)
-        if lesson.background or "respond-async" in request.headers.get("prefer", ""):
-            return await self._learn_in_background(owner, adapter, lesson)
-        manifest, is_new = await self._call_replica("learn", owner, adapter, lesson)
-        self.names.refresh(owner, lesson.name)
+        check_count("options", body.options, self.limits.options)
+        content = [self.fingerprint, body.name, body.pairs, body.options, body.steps]
+        content += [body.kind] if body.kind else []
+        adapter = adapter_id(body.name, content)
+        if body.background or "respond-async" in request.headers.get("prefer", ""):
+            return await self._learn_in_background(owner, adapter, body)
+        manifest, is_new = await self._call_replica("learn", owner, adapter, body)
+        self.names.refresh(owner, body.name)
         return JSONResponse(self.names.ready(manifest), 201 if is_new else 200)
 
     @app.get("/v1/adapters")
@@ -203,20 +203,20 @@ class Gateway:
             return JSONResponse(progress)
         return JSONResponse(self.names.ready(manifest or await self.names.find(owner, adapter)))
 
-    async def _learn_in_background(self, owner: str, adapter: str, lesson: AdapterRequest) -> Response:
+    async def _learn_in_background(self, owner: str, adapter: str, body: AdapterRequest) -> Response:
         manifest = await asyncio.to_thread(self.store.find, owner, adapter)
         if manifest:
             return JSONResponse(self.names.ready(manifest))
-        await self._call_replica("begin", owner, adapter, lesson)
+        await self._call_replica("begin", owner, adapter, body)
         headers = {"Location": f"/v1/adapters/{adapter}", "Preference-Applied": "respond-async", "Retry-After": "1"}
         return JSONResponse(self.names.learning(adapter), 202, headers)
 
     async def _progress(self, owner: str, adapter: str) -> dict[str, Any] | None:
-        """Return the progress of a lesson in the background; None if there is no such lesson.
+        """Return the progress of an adaptation in the background; None if there is no such adaptation.
 
-        A lesson whose replica was lost is started again.
+        An adaptation whose replica was lost is started again.
         """
-        note = await asyncio.to_thread(self.store.begun, owner, adapter)
+        note = await asyncio.to_thread(self.store.read_request, owner, adapter)
         if note is None:
             return None
         if (failure := json.loads(note)).get("error"):
@@ -248,7 +248,7 @@ class Gateway:
         try:
             with zipfile.ZipFile(buffer, "w") as file:
                 for name in manifest.files:
-                    file.writestr(name, self.store.verified(owner, manifest, name))
+                    file.writestr(name, self.store.read_verified(owner, manifest, name))
         except DamagedError as error:
             raise damaged_error(owner, manifest.id, error) from None
         return buffer.getvalue()
@@ -317,7 +317,7 @@ class Gateway:
             seed,
             body.stops,
             body.top_count,
-            shrinks=body.most_tokens is None,
+            fits_context=body.most_tokens is None,
         )
 
     async def _call_replica(self, method: str, owner: str, adapter: str | None, *arguments: Any) -> Any:

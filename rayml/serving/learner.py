@@ -106,8 +106,8 @@ class Learner:
             return
         self._count_unfinished()
         try:
-            await asyncio.to_thread(self.prepared, request)
-            await asyncio.to_thread(self.store.begin, owner, adapter, request.model_dump_json().encode())
+            await asyncio.to_thread(self.encode_request, request)
+            await asyncio.to_thread(self.store.write_request, owner, adapter, request.model_dump_json().encode())
         except BaseException:
             self._unfinished -= 1
             raise
@@ -119,13 +119,13 @@ class Learner:
         except Exception as error:
             api_error = as_api_error(error)
             if api_error.status == 500:  # other errors are the client's, and may quote its texts
-                log.exception("a lesson in the background failed")
-            await asyncio.to_thread(self.store.begin, owner, adapter, json.dumps(api_error.body()).encode())
+                log.exception("an adaptation in the background failed")
+            await asyncio.to_thread(self.store.write_request, owner, adapter, json.dumps(api_error.body()).encode())
         finally:
             self._unfinished -= 1
 
     def progress(self, owner: str, adapter: str) -> dict[str, int] | None:
-        """Return the progress of a lesson; None if this replica has no such lesson."""
+        """Return the progress of an adaptation; None if this replica has no such one."""
         key = owner, adapter
         if adaptation := self._adaptations.get(key):
             return {"steps": adaptation.steps, "steps_taken": adaptation.steps_taken}
@@ -134,7 +134,7 @@ class Learner:
     async def _learn(self, owner: str, adapter_id: str, request: AdapterRequest) -> Manifest:
         began = time.perf_counter()
         await asyncio.to_thread(self._check_adapter_count, owner)
-        prepared = await asyncio.to_thread(self.prepared, request)
+        prepared = await asyncio.to_thread(self.encode_request, request)
         adaptation = PendingAdaptation(prepared, inner_steps(self.model, request.steps), owner)
         self.engine.adapt(adaptation)
         self._adaptations[owner, adapter_id] = adaptation
@@ -173,7 +173,7 @@ class Learner:
                     429, f"this key has {limit} adapters, the most that it may have; delete one", code="too_many"
                 )
 
-    def prepared(self, request: AdapterRequest) -> AdaptationRequest:
+    def encode_request(self, request: AdapterRequest) -> AdaptationRequest:
         """Return a request as the engine learns it.
 
         Raises:

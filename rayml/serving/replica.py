@@ -169,8 +169,8 @@ class Replica:
         if not tokens:
             raise ApiError(400, f"prompt {index} is empty", "prompt")
         message, limit = f"prompt {index} has {len(tokens)} tokens", self.serving.limits.whole_tokens
-        if len(tokens) + (1 if sampling.shrinks else sampling.max_tokens) > self.context:
-            message += "" if sampling.shrinks else f" and max_tokens={sampling.max_tokens}"
+        if len(tokens) + (1 if sampling.fits_context else sampling.max_tokens) > self.context:
+            message += "" if sampling.fits_context else f" and max_tokens={sampling.max_tokens}"
             message += f"; the context holds {self.context}, answer included"
             raise ApiError(400, message, "prompt", "context_length_exceeded")
         if len(tokens) > limit and not self.engine.writer.long.reads_in_parts:

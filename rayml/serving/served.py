@@ -11,7 +11,7 @@ from rayml.lm.abilities import refuse_unable
 from rayml.lm.catalog import public_name, resolve_model
 from rayml.lm.lora import all_linears, linear_kinds
 from rayml.lm.model import TaskLM, hooks
-from rayml.lm.sentence import MARK, read_sentences
+from rayml.lm.sentence import SENTENCES_KEY, read_sentences
 from rayml.lm.trials import matches_peft, small_copy
 from rayml.runs.files import AnyPath
 from rayml.runs.folder import RunFolder
@@ -52,7 +52,7 @@ def adapter_constraints(config: Config, base: str, module: Any, limits: Adapters
         module: the base's model; it may be on the meta device.
     """
     width, head = module.get_input_embeddings().embedding_dim, module.get_output_embeddings()
-    sentences = getattr(module, MARK, None)
+    sentences = getattr(module, SENTENCES_KEY, None)
     return AdapterConstraints(
         names=(config.model.name, base, public_name(base)),
         linears={name: (linear.out_features, linear.in_features) for name, linear in all_linears(module).items()},

@@ -3,7 +3,7 @@
     ROOT/OWNER/ID/{adapter_config.json, adapter_model.safetensors, rayml.json, manifest.json}
 
 The manifest is written last, and atomically: an adapter exists once its manifest does. While an adapter is learned in
-the background, its folder holds the request, `lesson.json`.
+the background, its folder holds the request, `request.json`.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from rayml.serving.adapter_files import FILES
 from rayml.serving.errors import ApiError
 
 MANIFEST = "manifest.json"
-LESSON = "lesson.json"
+REQUEST = "request.json"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}\.[0-9a-f]{16}")
 PUBLIC = "public"
@@ -120,7 +120,7 @@ class AdapterStore:
             checksums_now = self._checksums(owner, manifest.id, names)
             if checksums_now == checksums:
                 with contextlib.suppress(FileNotFoundError):  # most adapters are not learned in the background
-                    self.fs.delete_file(f"{target}/{LESSON}")
+                    self.fs.delete_file(f"{target}/{REQUEST}")
                 return published
             checksums = checksums_now
 
@@ -165,9 +165,9 @@ class AdapterStore:
             size = self.fs.get_file_info(f"{self._folder(owner, manifest.id)}/{name}").size or 0
             if size > most_bytes:
                 raise RunError(f"{name} has {size} bytes; at most {most_bytes}")
-            (folder / name).write_bytes(self.verified(owner, manifest, name))
+            (folder / name).write_bytes(self.read_verified(owner, manifest, name))
 
-    def verified(self, owner: str, manifest: Manifest, name: str) -> bytes:
+    def read_verified(self, owner: str, manifest: Manifest, name: str) -> bytes:
         """Return the content of an adapter's file, checked against its checksum. Raises as `fetch` does."""
         data = self.read(owner, manifest.id, name)
         if hashlib.sha256(data).hexdigest() != manifest.files[name]:
@@ -182,15 +182,15 @@ class AdapterStore:
             raise DamagedError(f"{name} is gone")
         return data
 
-    def begin(self, owner: str, adapter: str, request: bytes) -> None:
-        """Save the request of a lesson in the background, so that any replica can start it again."""
+    def write_request(self, owner: str, adapter: str, request: bytes) -> None:
+        """Save the request of an adaptation in the background, so that any replica can start it again."""
         folder = self._folder(owner, adapter)
         self.fs.create_dir(folder, recursive=True)
-        self._write_whole(f"{folder}/{LESSON}", request)
+        self._write_whole(f"{folder}/{REQUEST}", request)
 
-    def begun(self, owner: str, adapter: str) -> bytes | None:
-        """Return what `begin` saved; None if there is no such lesson."""
-        return self._read(owner, adapter, LESSON) if ID.fullmatch(adapter) else None
+    def read_request(self, owner: str, adapter: str) -> bytes | None:
+        """Return what `write_request` saved; None if there is nothing."""
+        return self._read(owner, adapter, REQUEST) if ID.fullmatch(adapter) else None
 
     def owners(self) -> list[str]:
         """Return all who have adapters in the store."""
@@ -283,7 +283,7 @@ class AdapterStore:
         self.fs.move(part, path)
 
 
-def every(store: AdapterStore, owner: str) -> Iterator[Manifest]:
+def all_manifests(store: AdapterStore, owner: str) -> Iterator[Manifest]:
     """Yield all adapters of an owner."""
     after: str | None = ""
     while after is not None:

@@ -122,7 +122,7 @@ class Writer:
             self.reader = None
             return
         try:
-            if self.long.read_on(reader, self._part_tokens(reader)):
+            if self.long.prefill(reader, self._part_tokens(reader)):
                 self.reader = None
         except Exception as error:
             log.exception("reading a prompt failed")

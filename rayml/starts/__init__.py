@@ -139,7 +139,7 @@ def untrained_state(config: "Config") -> tuple[dict[str, Any], dict[str, Any], b
     from rayml.lm.catalog import resolve_model
     from rayml.lm.load import load_shape
     from rayml.lm.model import hooks
-    from rayml.lm.sentence import MARK
+    from rayml.lm.sentence import SENTENCES_KEY
 
     base = load_shape(resolve_model(config.model.name))
     adapter = hooks(base, config.lora.shape(), 0)
@@ -148,7 +148,7 @@ def untrained_state(config: "Config") -> tuple[dict[str, Any], dict[str, Any], b
     untrained = adapter.untrained_start(config.seed) | (readout.start() if readout else {})
     rates = initial_log_inner_lrs(untrained, config.inner.lr, config.inner.modules, per_weight=False)
     state = {f"start/{n}": w for n, w in untrained.items()} | {f"log_rate/{n}": rate for n, rate in rates.items()}
-    return untrained, state, hasattr(base, MARK)
+    return untrained, state, hasattr(base, SENTENCES_KEY)
 
 
 def bare_config(name: str) -> "Config":
@@ -162,14 +162,14 @@ def bare_config(name: str) -> "Config":
     from rayml.lm.catalog import resolve_model
     from rayml.lm.load import context_tokens, load_shape, load_tokenizer
     from rayml.lm.lora import linear_kinds
-    from rayml.lm.sentence import MARK
+    from rayml.lm.sentence import SENTENCES_KEY
 
     base = resolve_model(name)
     model = load_shape(base)
     kinds = linear_kinds(model)
     if not kinds:
         raise ConfigError(f"{name}: has no linear layers for adapters; train one with adapter=soft_prompt")
-    is_encoder = hasattr(model, MARK)
+    is_encoder = hasattr(model, SENTENCES_KEY)
     values: dict[str, Any] = {
         "model": {"name": name},
         "algorithm": {

@@ -93,7 +93,7 @@ def with_replay(splits: Splits, old: OldRun, share: float) -> tuple[Splits, froz
     return splits._replace(train=(*splits.train, *replayed)), frozenset(task.name for task in replayed)
 
 
-def shown_anew(old: Data, new: Data) -> list[str]:
+def changed_display_keys(old: Data, new: Data) -> list[str]:
     """Return the keys because of which replayed tasks are shown differently than in their own run."""
     keys = [f"data.{key}" for key in ("prompt", "labels") if getattr(old, key) != getattr(new, key)]
     return keys + [f"data.templates.{name}" for name in old.templates if old.templates[name] != new.templates.get(name)]

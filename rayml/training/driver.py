@@ -30,7 +30,7 @@ from rayml.runs.remote import Remote
 from rayml.starts import start_named
 from rayml.tasks.prepare import prepare_splits
 from rayml.tasks.splits import Splits
-from rayml.training.continual import FORGETTING, old_run, report_forgetting, shown_anew, with_replay
+from rayml.training.continual import FORGETTING, changed_display_keys, old_run, report_forgetting, with_replay
 from rayml.training.heartbeat import Heartbeats
 from rayml.training.progress import Progress
 from rayml.training.ray_internals import (
@@ -72,7 +72,7 @@ def train(config: Config, resume: bool = False, at_once: int = 1) -> RunFolder:
     old = old_run(config)
     if old:
         splits, replayed = with_replay(splits, old, config.data.replay)
-        changed_keys = ", ".join(shown_anew(old.config.data, config.data))
+        changed_keys = ", ".join(changed_display_keys(old.config.data, config.data))
         if changed_keys and replayed:
             warn(f"{changed_keys}: not as in {old.run.path}; its tasks are replayed as this config shows them")
     model, encoder = checked_model(config, [task for part in splits for task in part])

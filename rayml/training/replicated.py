@@ -21,7 +21,7 @@ from rayml.algorithms.outer_loop import Learner, RecentGains, StepTimer, initial
 from rayml.config import Config
 from rayml.lm import zero
 from rayml.lm.encode import Encoder
-from rayml.lm.fine_tuning import rate_factors, special_steps
+from rayml.lm.fine_tuning import inner_loss_transform, rate_factors
 from rayml.lm.frozen import ALONE, KnownStates, compute_known_states, tensor_in_file
 from rayml.lm.initialization import untrained_start
 from rayml.lm.load import checkpoint_activations, load_base
@@ -168,8 +168,8 @@ class Replicated:
                 learner.inner_lrs,
                 config.inner.steps,
                 config.learns_inner_lrs,
-                special_steps(support, config.inner.unfreeze_every, regularize.adversarial),
-                ended=lambda: self.timer("inner"),
+                inner_loss_transform(support, config.inner.unfreeze_every, regularize.adversarial),
+                after_steps=lambda: self.timer("inner"),
             )
             with lora_dropout(config, self.lm, episodes[group]):
                 gradients.append(config.algorithm.meta_gradient(support, query, learner.start, inner, weights[group]))

@@ -22,7 +22,7 @@ class Loop(NamedTuple):
     steps: Generator[int, None, list[Learned]]
 
 
-class Lessons:
+class AdaptationQueue:
     """The adapters that wait to be learned, and one running loop for each owner: no owner waits for another's loop."""
 
     def __init__(self, model: MetaModel, batching: Batching, turn_tokens: int, observe: Observe):
