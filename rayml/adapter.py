@@ -19,7 +19,7 @@ from rayml.algorithms.registry import algorithm_of
 from rayml.errors import ConfigError, RunError
 from rayml.lm.abilities import refuse_misbehaving, refuse_peft_mismatch, why_unusable
 from rayml.lm.catalog import public_name, resolve_model
-from rayml.lm.encode import Encoder
+from rayml.lm.encode import Encoder, label_examples
 from rayml.lm.generate import prepare_generations, write
 from rayml.lm.load import load_base, load_tokenizer
 from rayml.lm.lora import TaskLoRA
@@ -178,6 +178,11 @@ class Adapter:
         Args:
             labels: the options, as the model sees them.
         """
+        if self.encoder.sentences and not self.kept:
+            # Without a task, the options' own texts are all that a text can be compared with.
+            rows, classes = self.encoder.rows(label_examples(labels, example), is_label=True), range(len(labels))
+            prompts = prompts_of(self.lm, self.encoder, [example], labels[0])
+            return Query(prompts, self.weights, self.algorithm, KeptSupport(rows, classes), classes)
         if not self.kept:
             shown = self.shown if self.algorithm.keeps == "prompt" else ()
             prompts = weighted_prompts(self.lm, self.encoder, [example], labels, shown)
@@ -193,8 +198,9 @@ class Adapter:
 
     @cached_property
     def algorithm(self) -> Algorithm:
-        """The algorithm that it answers by: that of its run."""
-        return algorithm_of(self.card.algorithm, self.card.settings)
+        """The algorithm that it answers by: that of its run. A sentence encoder without one answers by prototypes."""
+        reads = {"readout": "prototypes"} if self.encoder.sentences and not self.card.algorithm else {}
+        return algorithm_of(self.card.algorithm, self.card.settings | reads)
 
     @cached_property
     def shown(self) -> list[Example]:

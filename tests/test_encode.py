@@ -51,6 +51,20 @@ def test_a_merge_over_the_seam_belongs_to_the_target():
     assert row.start == 1
 
 
+def test_a_target_without_a_prompt_is_all_predicted(tokenizer):
+    """As the beginning of a text. Labels of one token would have none left if their first one was not."""
+    row = encode(tokenizer, "", "yes", end=False, max_tokens=10)
+    assert row.tokens[: row.start] == [
+        tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    ]
+    assert text(tokenizer, row.tokens[row.start :]) == "yes"
+    words = Tokenizer(models.WordLevel({"billing": 0, "delivery": 1, "<e>": 2}, unk_token="<e>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    plain = Encoder(PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<e>"), "{input}", max_tokens=40)
+    assert plain.label_tokens(["billing", "delivery"]) == [[0], [1]]
+    assert not plain.indistinct_labels(["billing", "delivery"])
+
+
 def test_free_text_ends_with_the_end_of_sequence_and_labels_do_not(encoder, tokenizer):
     example = Example("q", "yes")
     assert encoder.row(example, is_label=False).tokens[-1] == tokenizer.eos_token_id

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from statistics import fmean
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ from rayml.planning.shape import read_shape
 from rayml.runs.files import parse_path
 from rayml.serving.replica import Replica
 from rayml.serving.settings import Serving
-from rayml.tasks.episodes import Sampler
+from rayml.tasks.episodes import EVALUATION_SEED, Sampler
 from rayml.tasks.prepare import prepare_splits
 from rayml.training import collective
 from rayml.training.driver import train
@@ -83,6 +84,12 @@ def vectors(model: rayml.MetaModel, texts, weights=None):
     queries = EpisodeQueries(model.lm, model.encoder, [episode], model.config.algorithm).queries
     with torch.no_grad():
         return model.lm.vectors(weights, queries._prompts)[0]
+
+
+def nearest_name(model: rayml.MetaModel, texts, labels, weights=None) -> list[str]:
+    """The label whose own text is nearest to each text."""
+    own, names = (torch.nn.functional.normalize(vectors(model, of, weights), dim=-1) for of in (texts, labels))
+    return [labels[index] for index in torch.cdist(own, names).argmin(1).tolist()]
 
 
 @needs_library
@@ -161,8 +168,14 @@ def test_a_sentence_encoder_is_trained_evaluated_and_asked(tmp_path, encoder, lo
     run = train(encoder_config(tmp_path, encoder, algorithm=algorithm, regularize=regularize, lora=lora))
     assert 0 <= run.records()[-1]["val_accuracy_after"] <= 1
     found = rayml.evaluate(run.path, episodes=4)["overall"]
-    assert found["before"]["mean"] == pytest.approx(1 / 3)  # before it has seen the task it can but guess
     model = rayml.load(run.path)
+    sampler, tasks = model.config.data.sampler(EVALUATION_SEED), prepare_splits(model.config.data).test
+    start = {name: weight[None] for name, weight in model.start.items()}
+    before = []
+    for episode in (sampler.episode([task], index) for task in tasks for index in range(4)):
+        nearest = nearest_name(model, [example.input for example in episode.query], list(episode.labels), start)
+        before.append(fmean(map(str.__eq__, nearest, [example.target for example in episode.query])))
+    assert found["before"]["mean"] == pytest.approx(fmean(before))  # the labels' own texts are all that it has
     task = toy_tasks(tasks=1, classes=4, per_class=5, seed=9)[0]
     adapter = model.adapt([(example.input, example.target) for example in task.examples])
     answers = adapter.predict([example.input for example in task.examples])
@@ -259,6 +272,11 @@ def test_a_replica_answers_as_the_adapter_does(tmp_path, encoder):
         for answer, of in zip(ask(replica, manifest.id, SERVED), wanted, strict=True):
             assert answer["label"] == of.label
             assert answer["probabilities"] == pytest.approx(of.probabilities, abs=1e-4)
+    # Without a task, texts are compared with the options' own texts.
+    options = ["an invoice", "a parcel", "an error"]
+    assert [answer["label"] for answer in ask(replica, None, SERVED, options=options)] == nearest_name(
+        model, SERVED, options
+    )
 
 
 def meta_gradient_of(folder, lm, tasks):

@@ -129,10 +129,9 @@ class Encoder:
         rows = [self.with_token_dropout(e, is_label, rng) if rng else self.row(e, is_label) for e in examples]
         classes = [numbers[example.target] for example in examples if is_label]
         if self.label_names and all(map(WORD.search, labels)) and not any(example.parts for example in examples):
-            for label, number in numbers.items():
-                row = self.row(Example(label, label), is_label)
-                rows.append(replace(row, tokens=row.tokens[: row.start], is_name=True))
-                classes.append(number)
+            names = self.rows(label_examples(labels, NO_TEXT), is_label)
+            rows += [replace(row, tokens=row.tokens[: row.start], is_name=True) for row in names]
+            classes += range(len(labels))
         return rows, classes
 
     def prompt_tokens(self, example: Example, shown: Sequence[Example] = ()) -> list[int]:
@@ -317,6 +316,14 @@ def one_is_prefix(labels: Iterable[str]) -> bool:
     """Return whether a label is the prefix of another, in any case: some tokenizers drop case."""
     ordered = sorted(label.strip().casefold() for label in labels)  # a prefix sorts right before what it begins
     return any(longer.startswith(label) for label, longer in pairwise(ordered))
+
+
+def label_examples(labels: Iterable[str], example: Example) -> list[Example]:
+    """Return each label's own text as an example of that label, with the parts that the example's input has."""
+    return [
+        replace(example, input=label, target=label, parts=tuple((name, label) for name, _ in example.parts))
+        for label in labels
+    ]
 
 
 def without_input(example: Example) -> Example:

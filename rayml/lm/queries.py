@@ -79,8 +79,6 @@ class TaskQueries:
         return pad_classes([support.classes for support in self.kept]).to(self.lm.device)
 
     def label_log_probs(self, weights: Params | None) -> list[Tensor]:
-        if self.lm.sentences:  # without label tokens it can only guess before it has seen a task's support
-            return [torch.full(shape, 1 / shape[1], device=self.lm.device).log() for shape in self.shape]
         return self._ensemble.log_probs(weights)
 
     @torch.no_grad()

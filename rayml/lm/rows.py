@@ -64,7 +64,9 @@ def encode(
         tokens, start = [tokens[i] for i in indices], start - (len(tokens) - len(indices))
     if end:
         tokens = [*tokens, tokenizer.eos_token_id]
-    start = max(start, 1)  # nothing predicts the first token
+    if start == 0:  # something must predict the first token: a text begins as it does where another one has ended
+        begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        tokens, start = [begin, *tokens], 1
     cut = max(0, len(tokens) - max_tokens)
     if start - cut < 1:
         raise DataError(

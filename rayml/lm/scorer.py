@@ -1,7 +1,7 @@
 """Score adaptation: the query score before adapting to a task's support, and after every inner step."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -9,7 +9,7 @@ import torch
 
 from rayml.algorithms.base import Algorithm
 from rayml.algorithms.inner_loop import InnerLoop, Params, expand
-from rayml.lm.encode import Encoder, class_numbers
+from rayml.lm.encode import Encoder, class_numbers, label_examples
 from rayml.lm.fine_tuning import inner_loss_transform
 from rayml.lm.model import TaskLM
 from rayml.lm.option_scoring import prompts_of, weighted_prompts
@@ -106,8 +106,15 @@ class Prepared:
 
     @cached_property
     def before(self) -> "EpisodeQueries":
-        """The queries as they are asked before the support is seen: by label tokens, with nothing kept of it."""
+        """The queries as they are asked before the support is seen: by label tokens, with nothing kept of it.
+
+        A sentence encoder, which has no label tokens, compares them with the labels' own texts.
+        """
         algorithm, has_labels = self._scorer.algorithm, bool(self.episodes[0].labels)
+        if self._scorer.encoder.sentences:
+            episodes = [replace(e, support=tuple(label_examples(e.labels, e.query[0]))) for e in self.episodes]
+            encoder = replace(self._scorer.encoder, label_names=False)  # they are the examples already
+            return EpisodeQueries(self._scorer.lm, encoder, episodes, algorithm)
         if algorithm.keeps == "nothing" and not (has_labels and algorithm.keeps_states):
             return self.queries
         return EpisodeQueries(self._scorer.lm, self._scorer.encoder, self.episodes)
