@@ -180,9 +180,9 @@ class Adapter:
         """
         if self.encoder.sentences and not self.kept:
             # Without a task, the options' own texts are all that a text can be compared with.
-            rows, classes = self.encoder.rows(label_examples(labels, example), is_label=True), range(len(labels))
+            rows, indices = self.encoder.rows(label_examples(labels, example), is_label=True), range(len(labels))
             prompts = prompts_of(self.lm, self.encoder, [example], labels[0])
-            return Query(prompts, self.weights, self.algorithm, KeptSupport(rows, classes), classes)
+            return Query(prompts, self.weights, self.algorithm, KeptSupport(rows, indices), indices)
         if not self.kept:
             shown = self.shown if self.algorithm.keeps == "prompt" else ()
             prompts = weighted_prompts(self.lm, self.encoder, [example], labels, shown)

@@ -164,7 +164,7 @@ def test_tasks_side_by_side_have_the_vectors_and_the_gradients_that_each_has_alo
 def test_a_sentence_encoder_is_trained_evaluated_and_asked(tmp_path, encoder, local_mode):
     regularize = {"lora_dropout": 0.1, "token_dropout": 0.1}
     lora = {"rank": 4, "targets": BERT_TARGETS, "last_layers": 2}
-    algorithm = {"name": "proto_maml", "readout": "prototypes", "label_names": True}
+    algorithm = {"name": "proto_maml", "readout": "prototypes", "label_names": 2}
     run = train(encoder_config(tmp_path, encoder, algorithm=algorithm, regularize=regularize, lora=lora))
     assert 0 <= run.records()[-1]["val_accuracy_after"] <= 1
     found = rayml.evaluate(run.path, episodes=4)["overall"]
@@ -181,14 +181,14 @@ def test_a_sentence_encoder_is_trained_evaluated_and_asked(tmp_path, encoder, lo
     answers = adapter.predict([example.input for example in task.examples])
     adapter.save(tmp_path / "mine")
     again = rayml.load_adapter(tmp_path / "mine").predict([example.input for example in task.examples])
-    # A plain nearest mean, from the vectors alone, where a label's own text is one more example.
+    # A plain nearest mean, from the vectors alone, where a label's own text counts as two examples.
     learned, labels = {name: weight[None] for name, weight in adapter.weights.items()}, list(task.options)
     own, names = (
         torch.nn.functional.normalize(vectors(model, texts, learned), dim=-1)
         for texts in ([e.input for e in task.examples], labels)
     )
     sums = torch.stack([own[[e.target == label for e in task.examples]].sum(0) for label in labels])
-    means = (sums + names) / 6
+    means = (sums + 2 * names) / 7
     scale = adapter.weights["readout.scale"].exp()
     wanted = (-scale * torch.cdist(own, means) ** 2).softmax(-1)
     for one, other, row in zip(answers, again, wanted, strict=True):
@@ -199,7 +199,7 @@ def test_a_sentence_encoder_is_trained_evaluated_and_asked(tmp_path, encoder, lo
 def test_one_shot_can_be_learned_from_beside_the_labels_own_texts(tmp_path, encoder):
     """Without them no example has another of its class, and nothing is learned; nor where they are codes or letters."""
 
-    def learns(label_names: bool, scheme: str, labels: tuple[str, str]) -> bool:
+    def learns(label_names: int, scheme: str, labels: tuple[str, str]) -> bool:
         algorithm = {"name": "proto_maml", "readout": "prototypes", "label_names": label_names}
         data = {"splits": SPLITS, "labels": scheme}
         config = encoder_config(tmp_path, encoder, algorithm=algorithm, data=data)
@@ -208,10 +208,10 @@ def test_one_shot_can_be_learned_from_beside_the_labels_own_texts(tmp_path, enco
         return not all(torch.equal(weight, model.start[n]) for n, weight in adapter.weights.items() if "lora" in n)
 
     colours = "red", "blue"
-    assert learns(True, "words", colours)
-    assert not learns(False, "words", colours)
-    assert not learns(True, "letters", colours)
-    assert not learns(True, "words", ("K27", "X4"))
+    assert learns(1, "words", colours)
+    assert not learns(0, "words", colours)
+    assert not learns(1, "letters", colours)
+    assert not learns(1, "words", ("K27", "X4"))
 
 
 def test_the_prompt_is_the_text_as_it_is_unless_told_otherwise(tmp_path, encoder):

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
 from rayml.errors import DataError
-from rayml.sections import Section
+from rayml.sections import NotNegativeInt, Section
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -101,8 +101,8 @@ class Algorithm(Section):
     before the label is to the mean of each class's examples), or by both. Free text is always learned by its tokens."""
     pooling: Literal["last", "mean"] = "last"
     """The hidden state that prototypes are made of: that of the prompt's last token, or the mean over its tokens."""
-    label_names: bool = False
-    """Whether a label's own text is one more example in the prototype of its class. It helps sentence encoders where
+    label_names: NotNegativeInt = 0
+    """How many examples a label's own text counts as in the prototype of its class. It helps sentence encoders where
     shots are few. Labels that are codes or letters are not read, nor are those of inputs in parts."""
 
     takes_steps: ClassVar[bool] = True

@@ -10,7 +10,7 @@ probability of the label's first token, among the first tokens of all labels. Sc
 loop; the start holds their logarithms, beside the adapter. Any number of classes costs the same: one forward of the
 prompt gives all logits.
 
-A label's own text may be one more example in the mean of its class: where shots are few, the word says much about the
+A label's own text may count as examples in the mean of its class: where shots are few, the word says much about the
 class (Luo et al. 2021, "Don't Miss the Labels", Findings of ACL).
 
 Shapes: T tasks, K or Q examples, C classes, D the hidden size.
