@@ -28,6 +28,7 @@ def adapt(
     out_dir: Annotated[str, typer.Option("--out", help="The adapter's folder, which must not exist.", metavar="DIR")],
     run: Annotated[str | None, typer.Argument(metavar="[RUN]", help=STARTS)] = None,
     name: Annotated[str | None, typer.Option(help="The adapter's name. Default: the folder's.")] = None,
+    steps: Annotated[int | None, typer.Option(min=0, help="Inner steps. Default: those of the run or start.")] = None,
     checkpoint: Checkpoint = None,
 ) -> None:
     """Learn one new task from a few examples. Writes a stock PEFT folder, which vLLM and LoRAX load, too.
@@ -53,7 +54,7 @@ def adapt(
     assert model.run is not None
     for line in (f"{model.run.start or model.run.path}: {model.checkpoint}", str(model.precision)):
         err.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
-    adapter = model.adapt(rows, name=name or folder.name)
+    adapter = model.adapt(rows, name=name or folder.name, steps=steps)
     adapter.save(folder)
     out.print(describe_adapter(adapter))
     if adapter.losses[-1] > adapter.losses[0]:
