@@ -32,6 +32,7 @@ from rayml.lm.encode import Encoder, class_numbers
 from rayml.lm.load import load_base, load_tokenizer
 from rayml.lm.lora import TaskLoRA
 from rayml.lm.model import TaskLM
+from rayml.lm.queries import answer_queries
 from rayml.lm.scorer import EpisodeQueries
 from rayml.lm.sentence import INPUT
 from rayml.lm.sides import TaskSide
@@ -42,6 +43,7 @@ from rayml.serving.replica import Replica
 from rayml.serving.settings import Serving
 from rayml.tasks.episodes import EVALUATION_SEED, Sampler
 from rayml.tasks.prepare import prepare_splits
+from rayml.tasks.task import Example
 from rayml.training import collective
 from rayml.training.driver import train
 
@@ -277,6 +279,12 @@ def test_a_replica_answers_as_the_adapter_does(tmp_path, encoder):
     assert [answer["label"] for answer in ask(replica, None, SERVED, options=options)] == nearest_name(
         model, SERVED, options
     )
+    # Requests with other options may share a batch.
+    pair = [replica.bare.query(Example(SERVED[0], ""), labels) for labels in (options, ["red", "a parcel", "why"])]
+    alone = [answer_queries(model.lm, model.encoder.pad, [query])[0] for query in pair]
+    for together, wanted in zip(answer_queries(model.lm, model.encoder.pad, pair), alone, strict=True):
+        torch.testing.assert_close(together, wanted, atol=1e-4, rtol=0)
+    assert (alone[0] - alone[1]).abs().max() > 1e-3
 
 
 def meta_gradient_of(folder, lm, tasks):

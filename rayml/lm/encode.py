@@ -130,7 +130,7 @@ class Encoder:
         classes = [numbers[example.target] for example in examples if is_label]
         if self.label_names and all(map(WORD.search, labels)) and not any(example.parts for example in examples):
             names = self.rows(label_examples(labels, NO_TEXT), is_label)
-            rows += [replace(row, tokens=row.tokens[: row.start], is_name=True) for row in names] * self.label_names
+            rows += [replace(row.without_target(), is_name=True) for row in names] * self.label_names
             classes += [*range(len(labels))] * self.label_names
         return rows, classes
 

@@ -66,8 +66,7 @@ class TaskQueries:
 
     @cached_property
     def _prompts(self) -> TaskBatch:
-        tasks = [[query.rows[0] for query in task[0][1]] for task in self.tasks]
-        prompts = [[TokenRow(r.tokens[: r.start], r.start, suffix=r.suffix) for r in rows] for rows in tasks]
+        prompts = [[query.rows[0].without_target() for query in task[0][1]] for task in self.tasks]
         return collate(prompts, self.pad).to(self.lm.device)
 
     @cached_property
@@ -159,7 +158,7 @@ def answer_queries(lm: TaskLM, pad: int, queries: Sequence[Query]) -> list[Tenso
     """
     _compute_states(lm, pad, queries)
     first = queries[0]
-    is_one_task = all(query.weights is first.weights for query in queries)
+    is_one_task = all(query.weights is first.weights and query.kept is first.kept for query in queries)
     is_one_task = is_one_task and len({(query.options, tuple(query.classes)) for query in queries}) == 1
     groups = [queries] if is_one_task else [[query] for query in queries]
     tasks = [merge_prompts([query.prompts for query in group]) for group in groups]

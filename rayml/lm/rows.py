@@ -9,7 +9,7 @@ token.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rayml.errors import DataError
@@ -37,6 +37,9 @@ class TokenRow:
     """What a masked model reads after the mask, which is the last token before `start`."""
     is_name: bool = False
     """Whether it shows a label's own text, in place of an example; it has no target."""
+
+    def without_target(self) -> "TokenRow":
+        return replace(self, tokens=self.tokens[: self.start], loss_masked=())
 
 
 def encode(
