@@ -146,9 +146,9 @@ def scaling(
 
 def assumptions(config: Config, machines: Machines) -> str:
     rate = machines.peak_flops * machines.utilisation / 1e12
-    tasks = "the rows of each task are shared" if config.is_sharded else f"{config.tasks_per_worker} task(s) a worker"
+    tasks = "the rows of each task are shared" if config.is_sharded else f"{config.tasks_per_worker} task(s) per worker"
     return (
-        f"Predicted, not measured: {rate:.0f} TFLOP/s a GPU, {machines.node_gpus} to a node at "
+        f"Predicted, not measured: {rate:.0f} TFLOP/s per GPU, {machines.node_gpus} GPUs per node at "
         f"{machines.link_bytes / GIGA:g} GB/s each, {tasks}; least: all is sent while they compute, most: nothing."
     )
 
@@ -199,11 +199,18 @@ def plot(predictions: dict[float, list[ScalingPoint]], config: Config, machines:
     ticks = [point.workers for point in points]
     ideal = [first.tasks / first.fastest * count / first.workers for count in ticks]
     right.plot(ticks, ideal, color="black", linestyle=":", label="linear")
-    for axis, label in ((left, "seconds of an outer step"), (right, "tasks a second")):
-        axis.set(xscale="log", yscale="log", xlabel="GPUs", ylabel=label)
+    seconds = [bound for points in predictions.values() for point in points for bound in point.seconds]
+    if max(seconds) > 10 * min(seconds):
+        left.set_yscale("log")
+    else:  # a logarithmic axis of less than a decade has hardly a number on it
+        left.set_ylim(0, 1.1 * max(seconds))
+    right.set_yscale("log")
+    for axis, label in ((left, "seconds per outer step"), (right, "tasks per second")):
+        axis.set(xscale="log", xlabel="GPUs", ylabel=label)
         axis.set_xticks(ticks, [str(tick) for tick in ticks])
-        axis.minorticks_off()
+        axis.xaxis.minorticks_off()
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.grid(alpha=0.25)
-    right.legend(frameon=False, title="GB/s a GPU between nodes")
+    right.legend(frameon=False, title="GB/s per GPU between nodes")
     figure.suptitle(f"{title(config)}\n{assumptions(config, machines)}", fontsize=9)
     save_figure(figure, picture)
