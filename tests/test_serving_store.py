@@ -245,6 +245,12 @@ def test_a_key_that_gets_a_name_keeps_its_adapters(store, learned, caplog):
     assert f"rayml store move {store.root} public NAME" in caplog.text
 
 
+def test_an_adapter_moved_to_its_own_owner_stays(store, learned):
+    made = store.publish("desk", manifest_of("t"), learned)
+    store.move("desk", made.id, "desk")
+    assert store.find("desk", made.id) == made
+
+
 def test_rayml_store_lists_moves_and_deletes(store, learned):
     from typer.testing import CliRunner
 

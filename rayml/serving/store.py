@@ -210,6 +210,8 @@ class AdapterStore:
         manifest = self._manifest(owner, adapter)
         if manifest is None:
             raise RunError(f"{owner} has no adapter {adapter}")
+        if to == owner:
+            return  # the copy is the original, and must not be deleted
         with tempfile.TemporaryDirectory() as folder:
             self.fetch(owner, manifest, Path(folder))
             self.publish(to, manifest, Path(folder))
