@@ -16,13 +16,14 @@ from rayml.model import load
 from rayml.runs.checkpoint import seal
 from rayml.runs.folder import RunFolder
 from rayml.serving.errors import ApiError
+from rayml.serving.queries import build_queries
 from rayml.serving.replica import Replica
 from rayml.serving.schema import (
     ClassifyRequest,
 )
 from rayml.serving.served import read_servable_run
 from rayml.serving.settings import Serving
-from rayml.serving.work import PendingAdaptation
+from rayml.serving.work import PendingAdaptation, PendingQuery
 from rayml.tasks.prepare import prepare_splits
 
 
@@ -85,6 +86,42 @@ def test_a_failing_batch_fails_alone(run, monkeypatch):
     assert ask(replica, None, ["a"], options=["x", "y"])
     asyncio.run(replica.check(5))
     replica.engine.close()
+
+
+def test_a_query_that_comes_while_others_are_taken_disturbs_none(replica):
+    engine, late = replica.engine, []
+    ((query, _),) = build_queries(replica.bare, ["a"], ["x", "y"], 100, truncate=False)
+
+    class Interrupted(PendingQuery):
+        @property
+        def query(self):
+            if not late:
+                late.append(PendingQuery(query))
+                engine.classify(late)
+            return query
+
+        @query.setter
+        def query(self, _):
+            pass
+
+    waiting = [Interrupted(query), PendingQuery(query)]
+    engine.classify(waiting)
+    for one in (*waiting, *late):
+        assert len(one.answer.result(20)) == 2
+
+
+def test_a_query_that_comes_while_a_turn_fails_is_not_forgotten(run):
+    def fail():
+        raise RuntimeError("broken")
+
+    engine = Replica(Serving(run=str(run.path))).engine
+    engine._turn = fail
+    first, second = PendingQuery(None), PendingQuery(None)
+    first.answer.add_done_callback(lambda _: engine.classify([second]))
+    engine.classify([first])
+    with pytest.raises(RuntimeError, match="broken"):
+        second.answer.result(20)
+    engine.close()
 
 
 def test_whoever_leaves_takes_nobody_along(replica):

@@ -130,11 +130,11 @@ class Engine:
             return self._open
 
     def _fail_all(self, error: Exception) -> None:
-        futures: list[Future] = [*self._pings, *(waiting.answer for waiting in self._queries)]
-        for future in futures:
-            settle(future, error)
-        self._pings.clear()
-        self._queries.clear()
+        # One by one: others may submit more meanwhile, who must not be forgotten.
+        while self._pings:
+            settle(self._pings.popleft(), error)
+        while self._queries:
+            settle(self._queries.popleft().answer, error)
         self.writer.fail(error)
         self.adaptations.fail(error)
 
@@ -189,7 +189,9 @@ class Engine:
 
     def _next_queries(self) -> list[PendingQuery]:
         """Take the first queries that one forward can answer together."""
-        queries = [waiting.query for waiting in islice(self._queries, self.batching.queries)]
+        with self._changed:  # a deque to which another thread adds cannot be iterated over
+            first = list(islice(self._queries, self.batching.queries))
+        queries = [waiting.query for waiting in first]
         batch = [self._queries.popleft() for _ in range(first_batch_size(queries, self.turn_tokens))]
         return [waiting for waiting in batch if not waiting.answer.cancelled()]
 

@@ -43,8 +43,9 @@ class Writer:
     def fail(self, error: Exception) -> None:
         """Give an error to all texts, and start afresh."""
         reading = [self.reader.row] if self.reader else []
-        self._fail([*reading, *self.short.active, *self.long.active, *self.waiting], error)
-        self.waiting.clear()
+        self._fail([*reading, *self.short.active, *self.long.active], error)
+        while self.waiting:  # one by one: other threads may add more meanwhile
+            self.waiting.popleft().receive(error)
         self.short, self.long = self._new_decoder(), self._new_decoder()
         self.reader = None
 
