@@ -1,6 +1,7 @@
 """Requests as clients send them: what is taken, what is refused, and what the refusal names."""
 
 import json
+import time
 
 import pytest
 
@@ -64,6 +65,24 @@ def test_a_key_that_stands_twice_is_refused(body):
     with pytest.raises(ApiError, match="input: appears twice") as refused:
         parse(ClassifyRequest, body)
     assert refused.value.code == "duplicate_key"
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "says"),
+    [
+        (AdapterRequest, {"examples": [{"text": "a", "label": "b"}] * 10_000}, "examples.0.text: unknown field"),
+        (ClassifyRequest, {"options": [f"label {n}" for n in range(30_000)]}, None),
+        (CompletionRequest, {"metadata": {f"key {n}": "" for n in range(30_000)}}, None),
+    ],
+)
+def test_a_long_body_does_not_hold_up_others(kind, changes, says):
+    began = time.perf_counter()
+    if says is None:
+        parsed(kind, changes)
+    else:
+        with pytest.raises(ApiError, match=says):
+            parsed(kind, changes)
+    assert time.perf_counter() - began < 2
 
 
 def test_what_asks_for_nothing_is_taken():

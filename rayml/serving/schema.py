@@ -6,7 +6,8 @@ OpenAI's for features that this server lacks are accepted with those values that
 
 import json
 import unicodedata
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -42,9 +43,15 @@ def check_not_blank(text: str) -> str:
 
 
 def check_unique(texts: list[str]) -> list[str]:
-    if duplicate := next((text for index, text in enumerate(texts) if text in texts[:index]), None):
+    duplicate = first_duplicate(texts)
+    if duplicate is not None:
         raise ValueError(f"{duplicate[:60]!r} appears twice")
     return texts
+
+
+def first_duplicate(texts: Iterable[str]) -> str | None:
+    """Return the first text that appears twice, if any. A body may hold very many."""
+    return next((text for text, count in Counter(texts).items() if count > 1), None)
 
 
 def check_any_text(fields: dict[str, str]) -> dict[str, str]:
@@ -276,7 +283,8 @@ def parse(kind: type[Body], body: bytes) -> Any:
         json.loads(body, object_pairs_hook=refuse_duplicate_keys)
     except ValidationError as error:
         mistakes = error.errors(include_url=False, include_context=False, include_input=False)
-        paths = [client_path(mistake, body) for mistake in mistakes]
+        content = read_json(body)  # once, since a long body may have a mistake in every line
+        paths = [client_path(mistake, content) for mistake in mistakes]
         # pydantic reports a mistake for each member of a union. Report the member that matched the deepest, and that
         # did not fail because of its type alone.
         mistake, path = max(
@@ -293,20 +301,23 @@ def parse(kind: type[Body], body: bytes) -> Any:
 
 def refuse_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return a JSON object. If a key appears twice it is refused: parsers disagree on which of the values counts."""
-    keys = [key for key, _ in pairs]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise ApiError(400, f"{key[:60]}: appears twice", key[:60], "duplicate_key")
+    key = first_duplicate(key for key, _ in pairs)
+    if key is not None:
+        raise ApiError(400, f"{key[:60]}: appears twice", key[:60], "duplicate_key")
     return dict(pairs)
 
 
-def client_path(mistake: Any, body: bytes) -> list[str]:
+def read_json(body: bytes) -> Any:
+    """Return the content of a body; None if it is not JSON."""
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+
+
+def client_path(mistake: Any, node: Any) -> list[str]:
     """Return the path to the field of a mistake in the client's body: pydantic's, without its names of union
     members."""
-    try:
-        node = json.loads(body)
-    except (ValueError, RecursionError):
-        return []
     path = []
     for key in mistake["loc"]:
         if key in node if isinstance(node, dict) else isinstance(node, list) and isinstance(key, int):
