@@ -180,6 +180,24 @@ def test_an_adaptation_in_the_background_is_learned_and_begun_again_when_it_is_l
     replica.engine.close()
 
 
+def test_what_a_client_waits_for_may_be_asked_for_in_the_background_too(replica):
+    asked, adapter = request(name="both"), "both." + "0" * 16
+
+    async def both():
+        waiting = asyncio.create_task(replica.learn("public", adapter, asked))
+        while not replica.learner._learning:
+            await asyncio.sleep(0)
+        await replica.begin("public", adapter, asked)
+        assert replica.store.read_request("public", adapter) or replica.store.find("public", adapter)
+        await waiting
+        while await replica.progress("public", adapter) is not None:
+            await asyncio.sleep(0.01)
+
+    asyncio.run(both())
+    assert replica.store.find("public", adapter)
+    assert replica.store.read_request("public", adapter) is None
+
+
 def test_prototypes_learn_in_one_piece_within_a_limit(tmp_path):
     run = make_run(tmp_path / "m", algorithm={"name": "proto_maml"})
     limits = {"limits": {"whole_tokens": 300}}

@@ -102,7 +102,7 @@ class Learner:
             ApiError: as `learn`.
         """
         key = owner, adapter
-        if key in self._learning or key in self._background:
+        if key in self._background:
             return
         self._count_unfinished()
         try:
@@ -116,6 +116,7 @@ class Learner:
     async def _learn_in_background(self, owner: str, adapter: str, request: AdapterRequest) -> None:
         try:
             await self._find_or_learn(owner, adapter, request)
+            await asyncio.to_thread(self.store.delete_request, owner, adapter)
         except Exception as error:
             api_error = as_api_error(error)
             if api_error.status == 500:  # other errors are the client's, and may quote its texts

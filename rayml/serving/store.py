@@ -119,8 +119,6 @@ class AdapterStore:
             self._write_manifest(owner, published)
             checksums_now = self._checksums(owner, manifest.id, names)
             if checksums_now == checksums:
-                with contextlib.suppress(FileNotFoundError):  # most adapters are not learned in the background
-                    self.fs.delete_file(f"{target}/{REQUEST}")
                 return published
             checksums = checksums_now
 
@@ -191,6 +189,11 @@ class AdapterStore:
     def read_request(self, owner: str, adapter: str) -> bytes | None:
         """Return what `write_request` saved; None if there is nothing."""
         return self._read(owner, adapter, REQUEST) if ID.fullmatch(adapter) else None
+
+    def delete_request(self, owner: str, adapter: str) -> None:
+        """Delete what `write_request` saved, if anything."""
+        with contextlib.suppress(FileNotFoundError):
+            self.fs.delete_file(f"{self._folder(owner, adapter)}/{REQUEST}")
 
     def owners(self) -> list[str]:
         """Return all who have adapters in the store."""
