@@ -1,8 +1,10 @@
 """What a replica does, without HTTP: it learns, answers, and shares its time."""
 
 import asyncio
+import json
 import shutil
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,7 +29,9 @@ from rayml.adapter import load_adapter
 from rayml.errors import RunError
 from rayml.lm.peft_files import load_learned
 from rayml.lm.sampling import Sampling
+from rayml.serving.gateway import Gateway
 from rayml.serving.http import as_api_error
+from rayml.serving.names import Names
 from rayml.serving.replica import Replica
 from rayml.serving.schema import (
     ClassifyRequest,
@@ -92,6 +96,18 @@ def test_an_adapter_lives_as_long_as_the_most_generous_said(replica):
     assert learn_for(90) > first + 20
     assert learn_for(None) is None
     assert learn_for(30) is None
+
+
+def test_a_request_in_the_background_is_as_generous(replica):
+    async def call_replica(method, *arguments):
+        return await getattr(replica, method)(*arguments)
+
+    gateway = SimpleNamespace(store=replica.store, names=Names("tiny", replica.store, 2), _call_replica=call_replica)
+    adapter = adapter_id("kept", [0])
+    asyncio.run(replica.learn("public", adapter, request(name="kept", ttl_seconds=60)))
+    response = asyncio.run(Gateway._learn_in_background(gateway, "public", adapter, request(name="kept")))
+    assert (response.status_code, json.loads(response.body)["expires_at"]) == (200, None)
+    assert replica.store.find("public", adapter).expires_at is None
 
 
 def test_one_text_s_trouble_is_its_own(replica, monkeypatch):

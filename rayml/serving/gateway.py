@@ -204,8 +204,8 @@ class Gateway:
         return JSONResponse(self.names.ready(manifest or await self.names.find(owner, adapter)))
 
     async def _learn_in_background(self, owner: str, adapter: str, body: AdapterRequest) -> Response:
-        manifest = await asyncio.to_thread(self.store.find, owner, adapter)
-        if manifest:
+        if await asyncio.to_thread(self.store.find, owner, adapter):
+            manifest, _ = await self._call_replica("learn", owner, adapter, body)  # lets it live as long as asked for
             return JSONResponse(self.names.ready(manifest))
         await self._call_replica("begin", owner, adapter, body)
         headers = {"Location": f"/v1/adapters/{adapter}", "Preference-Applied": "respond-async", "Retry-After": "1"}
