@@ -34,6 +34,7 @@ from rayml.tasks.prepare import prepare_splits
         ([("a", "x"), ("b", "y")], {"options": ["x", "z"]}, "none of the options"),
         ([("a", "x"), (" A ", "y")], {}, "stands under x and y"),
         ([("a", "x"), ("b " * 400, "y")], {}, "examples.1: has 8"),
+        ([("a", "x"), ("a", "x"), ("c", "y"), ("b " * 400, "y")], {}, "examples.3: has 8"),
         ([(f"t{n}", f"l{n}") for n in range(27)], {}, "27 classes"),
     ],
 )

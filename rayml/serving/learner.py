@@ -5,7 +5,7 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rayml.adaptation import AdaptationRequest, adaptation_request, can_split_support, inner_steps
@@ -26,7 +26,7 @@ from rayml.serving.work import Observe, PendingAdaptation
 from rayml.tasks.episodes import relabel
 from rayml.tasks.row import Row
 from rayml.tasks.table import FREE_TEXT
-from rayml.tasks.task import Task
+from rayml.tasks.task import Example, Task
 
 log = logging.getLogger(__name__)
 
@@ -199,14 +199,15 @@ class Learner:
             prepared = adaptation_request(self.model, task)
         except DataError as error:
             raise ApiError(422, f"examples: {error}", "examples") from None
-        self._check_example_lengths(task, prepared.card.labels)
+        self._check_example_lengths(task, examples, prepared.card.labels)
         self._check_size(task, prepared)
         return prepared
 
-    def _check_example_lengths(self, task: Task, labels: dict[str, str]) -> None:
+    def _check_example_lengths(self, task: Task, examples: Sequence[Example], labels: dict[str, str]) -> None:
+        """Refuse examples that would be cut. They are the client's: the task has no duplicates."""
         encoder = self.model.encoder.for_task(task.name, task.kind)
         shown_labels = {option: label for label, option in labels.items()}
-        for index, example in enumerate(task.examples):
+        for index, example in enumerate(examples):
             shown = relabel(example, shown_labels.get(example.target))
             tokens = len(without_limit(encoder).row(shown, bool(task.options)).tokens) - encoder.soft_tokens
             if tokens > encoder.max_tokens + (not task.options):  # the token that ends a free text does not count
