@@ -32,6 +32,7 @@ from rayml.lm.sampling import Sampling
 from rayml.serving.gateway import Gateway
 from rayml.serving.http import as_api_error
 from rayml.serving.names import Names
+from rayml.serving.queries import label_piece
 from rayml.serving.replica import Replica
 from rayml.serving.schema import (
     ClassifyRequest,
@@ -208,6 +209,12 @@ def test_an_adapter_with_labels_writes_one_of_them(replica):
     assert torch.tensor(piece.scores[0].logprob).exp() == pytest.approx(expected["probabilities"][piece.text])
     drawn = [write(replica, manifest.id, ["charged again"], Sampling(5, temperature=1.0, seed=s)) for s in range(40)]
     assert {pieces[0][1].text for pieces in drawn} == {"billing", "bug", "delivery"}
+
+
+def test_a_label_is_drawn_within_top_p():
+    samplings = [Sampling(1, temperature=1.0, top_p=0.8, seed=seed) for seed in range(60)]
+    drawn = {label_piece({"a": 0.6, "b": 0.3, "c": 0.1}, sampling).text for sampling in samplings}
+    assert drawn == {"a", "b"}
 
 
 def test_what_a_client_leaves_is_not_written_on(replica):

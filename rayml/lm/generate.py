@@ -38,11 +38,7 @@ class Generation:
         self.tokens, self.prompt_tokens = list(prompt), len(prompt)
         self.most_tokens = len(prompt) + sampling.max_tokens
         self.finish_reason: str | None = None
-        self._generator = torch.Generator()
-        if sampling.seed is None:
-            self._generator.seed()
-        else:
-            self._generator.manual_seed(sampling.seed)
+        self._generator = new_generator(sampling.seed)
         self._text = TextStream(tokenizer, sampling.stop)
         self._unsent = Piece("")
 
@@ -111,6 +107,16 @@ def end_tokens(module: Any, tokenizer: Any) -> frozenset[int]:
     eos = getattr(getattr(module, "generation_config", None), "eos_token_id", None)
     tokens = tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])
     return frozenset(token for token in tokens if token is not None)
+
+
+def new_generator(seed: int | None) -> torch.Generator:
+    """Return a generator on the CPU; without a seed, one that nobody can repeat."""
+    generator = torch.Generator()
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    return generator
 
 
 def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor
 from rayml.adapter import Adapter, most_probable
 from rayml.errors import ConfigError, DataError
 from rayml.lm.encode import Encoder
+from rayml.lm.generate import choose, new_generator
 from rayml.lm.queries import Query
 from rayml.lm.sampling import Piece, Sampling, TokenScore
 from rayml.serving.answers import IndexedPiece
@@ -127,14 +128,9 @@ def label_pieces(result: dict[str, Any], sampling: Sampling) -> list[IndexedPiec
 
 
 def label_piece(probabilities: dict[str, float], sampling: Sampling) -> Piece:
-    """Return the most probable label as a text; or one drawn at random, if there is a temperature."""
-    label = max(probabilities, key=lambda option: probabilities[option])
-    if sampling.temperature:
-        generator = torch.Generator()
-        generator.manual_seed(sampling.seed) if sampling.seed is not None else generator.seed()
-        log_probs = torch.tensor(list(probabilities.values()), dtype=torch.float64).log()
-        weights = ((log_probs - log_probs.max()) / sampling.temperature).softmax(-1)
-        label = list(probabilities)[int(torch.multinomial(weights, 1, generator=generator))]
+    """Return a label as a text, chosen as tokens are: the most probable one, or by temperature and `top_p`."""
+    log_probs = torch.tensor(list(probabilities.values()), dtype=torch.float64).log()
+    label = list(probabilities)[choose(log_probs, sampling, new_generator(sampling.seed))]
     if sampling.logprobs is None:
         return Piece(label, tokens=1, finish_reason="stop")
     logs = {option: math.log(max(p, 1e-45)) for option, p in probabilities.items()}
