@@ -1,6 +1,7 @@
 """Answering by vLLM, as far as no vLLM is needed: what it is told, what it is not asked, and how options are scored."""
 
 import asyncio
+import json
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from rayml.serving.served import adapter_constraints
 from rayml.serving.settings import Adapters, Serving
 from rayml.serving.store import AdapterStore
 from rayml.serving.vllm import engine, scoring
+from rayml.serving.vllm.answerer import Answerer
 from rayml.serving.vllm.engine import engine_args, lora_rank, refuse_without_vllm, with_gpus
 from rayml.serving.vllm.mixing import with_top_tokens, without_base_rows
 from rayml.serving.vllm.scoring import option_log_probs
@@ -211,6 +213,29 @@ def test_what_is_being_asked_is_never_deleted(run, adapter, tmp_path):
 
     asyncio.run(asyncio.wait_for(all_at_once(), 60))
     assert observed.count("evictions") > 9
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "status", "says"),
+    [
+        ("completions", {"prompt": ""}, 400, "prompt: is empty"),
+        ("completions", {"prompt": ["x", " "]}, 400, "prompt: is empty"),
+        ("chat", {"messages": [{"role": "user", "content": " "}]}, 400, "messages: is empty"),
+        ("completions", {"prompt": []}, 422, "prompt: 0 given"),
+        ("completions", {"prompt": ["x"] * 65}, 422, "prompt: 65 given"),
+    ],
+)
+def test_an_adapter_with_labels_is_asked_within_the_limits_by_vllm_too(kind, changes, status, says):
+    async def respond():
+        return [
+            item async for item in answerer._write_labels(kind, json.dumps({"model": "m"} | changes).encode(), None)
+        ]
+
+    answerer = object.__new__(Answerer)
+    answerer.serving = vllm()
+    with pytest.raises(ApiError, match=says) as refused:
+        asyncio.run(respond())
+    assert refused.value.status == status
 
 
 def test_a_lost_request_is_sent_again_and_a_refused_one_is_not(monkeypatch):

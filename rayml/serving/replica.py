@@ -27,7 +27,7 @@ from rayml.serving.engine import Engine
 from rayml.serving.errors import ApiError
 from rayml.serving.learner import Learner
 from rayml.serving.queries import Given, build_queries, classification, label_options, label_pieces, without_limit
-from rayml.serving.schema import AdapterRequest, ClassifyRequest, Message, as_input, is_blank, turns_of
+from rayml.serving.schema import AdapterRequest, ClassifyRequest, Message, as_input, turns_of
 from rayml.serving.served import adapter_constraints, read_servable_run, store_root
 from rayml.serving.settings import Serving
 from rayml.serving.store import AdapterStore, Manifest
@@ -108,7 +108,7 @@ class Replica:
         return classification(labels, queries, scores)
 
     async def write(
-        self, owner: str, adapter: str | None, prompts: Sequence[Given | list[Message]], sampling: Sampling
+        self, owner: str, adapter: str | None, prompts: Sequence[str | list[Message]], sampling: Sampling
     ) -> AsyncIterator[IndexedPiece]:
         """Yield (index of the prompt, next piece of its text, tokens of the prompt) until all texts have ended.
 
@@ -120,9 +120,6 @@ class Replica:
         loaded = await self._adapter(owner, adapter)
         if loaded.labels:
             inputs = [as_input(prompt) for prompt in prompts]
-            if any(isinstance(given, str) and is_blank(given) for given in inputs):
-                field = "messages" if isinstance(prompts[0], list) else "prompt"
-                raise ApiError(400, f"{field}: is empty", field)
             for indexed_piece in label_pieces(await self._classify(loaded, inputs), sampling):
                 yield indexed_piece
             return
@@ -157,13 +154,13 @@ class Replica:
                 self.engine.cancel(writing)
 
     def _prompt_tokens(
-        self, adapter: Adapter, prompt: Given | list[Message], sampling: Sampling, index: int
+        self, adapter: Adapter, prompt: str | list[Message], sampling: Sampling, index: int
     ) -> list[int]:
         if self.cannot_write:
             raise ApiError(400, f"{self.cannot_write}; ask /v1/classify", "model")
         field = "messages" if isinstance(prompt, list) else "prompt"
         try:
-            tokens = self._encode(adapter, prompt, field)
+            tokens = self._encode(adapter, prompt)
         except DataError as error:
             raise ApiError(400, str(error), field) from None
         if not tokens:
@@ -178,17 +175,15 @@ class Replica:
             raise ApiError(400, message, "prompt", "context_length_exceeded")
         return tokens
 
-    def _encode(self, adapter: Adapter, prompt: Given | list[Message], field: str) -> list[int]:
+    def _encode(self, adapter: Adapter, prompt: str | list[Message]) -> list[int]:
         """Return the tokens of a prompt, in the adapter's template; for the base, in its chat template, or as it is."""
         tokenizer = self.model.encoder.tokenizer
         if adapter is not self.bare:
             is_dialogue = adapter.card.kind == "dialogue"
             given = turns_of(prompt) if is_dialogue and isinstance(prompt, list) else as_input(prompt)
-            if isinstance(given, str) and is_blank(given):
-                raise ApiError(400, f"{field}: is empty", field)
             return without_limit(adapter.encoder).prompt_tokens(query_example(given), adapter.shown)
         if not isinstance(prompt, list):
-            return tokenize(tokenizer, mark_specials(tokenizer, str(prompt)))[0]
+            return tokenize(tokenizer, mark_specials(tokenizer, prompt))[0]
         if own_template(tokenizer):
             return chat_prompt(tokenizer, turns_of(prompt))
         raise ApiError(400, "this base has no chat template; use /v1/completions", "messages")

@@ -267,9 +267,17 @@ def turns_of(messages: Sequence[Message]) -> list[tuple[str, str]]:
     return [(message.role, message.text) for message in messages]
 
 
-def as_input(prompt: str | dict[str, str] | Sequence[Message]) -> str | dict[str, str]:
-    """Return a prompt as the input of an adapter's task. A conversation becomes one text."""
-    return prompt if isinstance(prompt, str | dict) else format_conversation(turns_of(prompt))
+def as_input(prompt: str | Sequence[Message]) -> str:
+    """Return a prompt as the input of an adapter's task. A conversation becomes one text.
+
+    Raises:
+        ApiError: 400, it is empty.
+    """
+    text = prompt if isinstance(prompt, str) else format_conversation(turns_of(prompt))
+    if is_blank(text):
+        field = "prompt" if isinstance(prompt, str) else "messages"
+        raise ApiError(400, f"{field}: is empty", field)
+    return text
 
 
 def parse(kind: type[Body], body: bytes) -> Any:

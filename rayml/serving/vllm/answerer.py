@@ -5,7 +5,7 @@ import dataclasses
 import json
 import tempfile
 import uuid
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +22,8 @@ from rayml.serving.adapter_files import PLAIN_CARD
 from rayml.serving.answering import LearnerAnswers
 from rayml.serving.answers import IndexedPiece, ResponseBodies
 from rayml.serving.errors import ApiError
-from rayml.serving.queries import build_queries, classification, label_options, label_pieces
+from rayml.serving.http import check_count
+from rayml.serving.queries import Given, build_queries, classification, label_options, label_pieces
 from rayml.serving.schema import ChatRequest, ClassifyRequest, CompletionRequest, as_input, parse
 from rayml.serving.served import adapter_constraints, read_servable_run, store_root
 from rayml.serving.settings import Serving
@@ -108,17 +109,25 @@ class Answerer:
     async def classify(self, owner: str, adapter: str | None, request: ClassifyRequest) -> Any:
         """Return what `Replica.classify` does, or LearnerAnswers."""
         if adapter is None:
-            return await self._classify(self.bare, None, request)
+            return await self._classify(self.bare, None, request.inputs, request.options, request.truncate)
         async with self.versions.use(owner, adapter) as version:
             if reason := version.unanswered(self.most_rank):
                 return LearnerAnswers(reason)
-            return await self._classify(version.adapter, await self._load(version), request)
+            lora_request = await self._load(version)
+            return await self._classify(
+                version.adapter, lora_request, request.inputs, request.options, request.truncate
+            )
 
-    async def _classify(self, adapter: Adapter, lora_request: Any, request: ClassifyRequest) -> dict[str, Any]:
-        labels = label_options(adapter, request.options)
-        queries = await asyncio.to_thread(
-            build_queries, adapter, request.inputs, list(labels.values()), self.context, request.truncate
-        )
+    async def _classify(
+        self,
+        adapter: Adapter,
+        lora_request: Any,
+        inputs: Sequence[Given],
+        options: Sequence[str] | None = None,
+        truncate: bool = False,
+    ) -> dict[str, Any]:
+        labels = label_options(adapter, options)
+        queries = await asyncio.to_thread(build_queries, adapter, inputs, list(labels.values()), self.context, truncate)
 
         async def log_probs(prompt: Tokens, tokens: list[int]) -> dict[int, float]:
             return await self._log_probs(prompt, tokens, lora_request)
@@ -176,11 +185,11 @@ class Answerer:
     async def _write_labels(self, kind: str, body: bytes, version: Version) -> AsyncIterator[Any]:
         """Yield a response with one of the labels for every prompt, as `Replica.write` does."""
         request: CompletionRequest | ChatRequest = parse(ChatRequest if kind == "chat" else CompletionRequest, body)
+        check_count("prompt", request.prompts, self.serving.limits.inputs)
         inputs = [as_input(prompt) for prompt in request.prompts]
         seed = self.serving.seed if request.seed is None else request.seed
         sampling = Sampling(1, request.temperature, request.top_p, seed, request.stops, request.top_count)
-        to_classify = ClassifyRequest(model=request.model, input=inputs)
-        result = await self._classify(version.adapter, await self._load(version), to_classify)
+        result = await self._classify(version.adapter, await self._load(version), inputs)
         pieces, bodies = label_pieces(result, sampling), ResponseBodies(request)
         if not request.stream:
             yield json.dumps(bodies.whole(pieces), ensure_ascii=False)
