@@ -172,28 +172,30 @@ class Adapter:
             raise ConfigError(f"options: {', '.join(unknown)} not among the task's labels: {', '.join(shown)}")
         return {label: shown[label] for label in options or shown}
 
-    def query(self, example: Example, labels: Sequence[str]) -> Query:
+    def query(self, example: Example, labels: Sequence[str], max_tokens: int | None = None) -> Query:
         """Return the query for one input, with every prompt of the task's ensemble.
 
         Args:
             labels: the options, as the model sees them.
+            max_tokens: cut the input to fewer tokens than the task's card says.
         """
+        encoder = self.encoder if max_tokens is None else replace(self.encoder, max_tokens=max_tokens)
         if self.encoder.sentences and not self.kept:
             # Without a task, the options' own texts are all that a text can be compared with.
             rows, indices = self.encoder.rows(label_examples(labels, example), is_label=True), range(len(labels))
-            prompts = prompts_of(self.lm, self.encoder, [example], labels[0])
+            prompts = prompts_of(self.lm, encoder, [example], labels[0])
             return Query(prompts, self.weights, self.algorithm, KeptSupport(rows, indices), indices)
         if not self.kept:
             shown = self.shown if self.algorithm.keeps == "prompt" else ()
-            prompts = weighted_prompts(self.lm, self.encoder, [example], labels, shown)
+            prompts = weighted_prompts(self.lm, encoder, [example], labels, shown)
             return Query(prompts, self.weights, self.algorithm)
         all_labels = list(self.card.labels)
         classes = [all_labels.index(label) for label in labels]
         tokens = [self.card.label_tokens[index] for index in classes] if self.card.label_tokens else ()
         if self.algorithm.scores_options:
-            prompts = weighted_prompts(self.lm, self.encoder, [example], labels)
+            prompts = weighted_prompts(self.lm, encoder, [example], labels)
         else:
-            prompts = prompts_of(self.lm, self.encoder, [example], all_labels[0])
+            prompts = prompts_of(self.lm, encoder, [example], all_labels[0])
         return Query(prompts, self._forward_weights, self.algorithm, self.kept, classes, tokens)
 
     @cached_property

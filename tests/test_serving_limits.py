@@ -3,6 +3,7 @@
 import asyncio
 import json
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from rayml.model import load
 from rayml.runs.checkpoint import seal
 from rayml.runs.folder import RunFolder
 from rayml.serving.errors import ApiError
-from rayml.serving.queries import build_queries
+from rayml.serving.queries import build_queries, without_limit
 from rayml.serving.replica import Replica
 from rayml.serving.schema import (
     ClassifyRequest,
@@ -25,6 +26,7 @@ from rayml.serving.served import read_servable_run
 from rayml.serving.settings import Serving
 from rayml.serving.work import PendingAdaptation, PendingQuery
 from rayml.tasks.prepare import prepare_splits
+from rayml.tasks.row import query_example
 
 
 @pytest.mark.parametrize(
@@ -53,6 +55,25 @@ def test_too_long_an_input_is_refused_or_cut_where_asked(replica):
     assert answer["truncated"]
     with pytest.raises(ApiError, match="context"):
         write(replica, None, ["a" * 4000], Sampling(200))
+
+
+@pytest.mark.parametrize("labels", [["card", "card lost"], ["x", "y"]])
+def test_no_input_is_cut_unseen(replica, labels):
+    adapter = replace(replica.bare, encoder=replace(replica.bare.encoder, max_tokens=40))
+    cuts = []
+    for count in range(15, 45):
+        ((query, is_cut),) = build_queries(adapter, ["x" * count], labels, 1000, truncate=True)
+        whole = without_limit(adapter.encoder).option_rows([query_example("x" * count)], labels)[0]
+        assert is_cut == (query.option_queries[0].rows != whole)
+        cuts.append(is_cut)
+    assert set(cuts) == {False, True}
+
+
+@pytest.mark.parametrize("options", [["x", "y"], ["one long option", "one long opinion"]])
+def test_the_base_s_input_is_cut_to_what_is_read_in_one_piece(replica, options):
+    ((query, is_cut),) = build_queries(replica.bare, ["word " * 200], options, 300, truncate=True)
+    assert is_cut
+    assert 290 < query.tokens <= 300
 
 
 def test_a_full_queue_says_so_and_recovers(run):

@@ -128,6 +128,11 @@ class Query:
         """The tokens of its longest option with the prompt."""
         return max(len(row.tokens) for option_query in self.option_queries for row in option_query.rows)
 
+    @property
+    def tokens(self) -> int:
+        """The tokens that are read for it."""
+        return sum(len(tree.tokens) for option_query in self.option_queries for tree in option_query.trees)
+
     def support(self) -> KeptSupport | None:
         """Return the support with its classes renumbered as indices of the options."""
         if self.kept is None:

@@ -61,20 +61,25 @@ def build_queries(
         refuse_unseen_fields(encoder.prompt, given, f"input.{number}")
         try:
             fields = adapter.card.fields
-            longest_option = relabel(query_example(given, fields), max(labels, key=len))
-            tokens = len(without_limit(encoder).row(longest_option, is_label=True, shown=shown).tokens)
+            example = query_example(last_characters(given, LONGEST_TOKEN * most_tokens), fields)
+            query = adapter.query(example, labels)
+            whole = relabel(query_example(given, fields), labels[0])
+            prompt_tokens = without_limit(encoder).row(whole, is_label=True, shown=shown).start
+            tokens = prompt_tokens + max(len(row.tokens) - row.start for row in query.option_queries[0].rows)
             is_too_long = tokens > most_tokens
             if is_too_long and not truncate:
                 raise too_long_error(number, tokens, most_tokens)
-            query = adapter.query(query_example(last_characters(given, LONGEST_TOKEN * most_tokens), fields), labels)
+            while truncate and (excess := query.tokens - context) > 0:
+                fewer = math.ceil(excess / sum(len(option_query.trees) for option_query in query.option_queries))
+                max_tokens = (query.longest - encoder.soft_tokens - fewer) // (len(shown) + 1)
+                query, is_too_long = adapter.query(example, labels, max_tokens), True
         except DataError as error:
             if str(error).startswith(("template", "an input")):
                 raise ApiError(422, f"input.{number}: {error}", f"input.{number}") from None
             message = f"options: one of them has no tokens, or is too long to be read with input.{number}"
             raise ApiError(422, message, "options") from None
-        tokens = sum(len(tree.tokens) for option_query in query.option_queries for tree in option_query.trees)
-        if tokens > context:
-            raise too_long_error(number, tokens, context)
+        if query.tokens > context:
+            raise too_long_error(number, query.tokens, context)
         queries.append((query, is_too_long))
     return queries
 
