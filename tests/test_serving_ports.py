@@ -45,6 +45,12 @@ def test_a_taken_port_is_named_with_who_has_it():
     refuse_taken("127.0.0.1", {"--port": port})
 
 
+@pytest.mark.parametrize("host", ["203.0.113.9", "no-such-host.invalid"])
+def test_a_host_of_another_machine_is_no_taken_port(host):
+    with pytest.raises(ConfigError, match=f"--port 8000: this machine cannot listen there at {host}: "):
+        refuse_taken(host, {"--port": 8000})
+
+
 def test_what_a_killed_server_left_is_ended_and_nothing_else(sleeper, tmp_path):
     of_the_dead, of_the_living, of_others = (tmp_path / f"session_{name}" for name in ("dead", "living", "others"))
     for folder in (of_the_dead, of_the_living, of_others):

@@ -1,6 +1,7 @@
 """What `rayml serve` does before it starts Ray: check that ports are free, and end what a killed server left behind."""
 
 import contextlib
+import errno
 import json
 import re
 import socket
@@ -69,28 +70,31 @@ def _server_is_gone(session: Path) -> bool:
 
 
 def refuse_taken(host: str, ports: Mapping[str, int | None]) -> None:
-    """Raise ConfigError if a port is taken; it names the process that has it.
+    """Raise ConfigError if a port is taken, with the process that has it, or if it cannot be listened on at all.
 
     Args:
         ports: each port by the option that sets it.
     """
     for option, port in ports.items():
-        if port and _is_taken(host, port):
+        problem = _bind_error(host, port) if port else None
+        if problem and problem.errno == errno.EADDRINUSE:
             raise ConfigError(f"{option} {port} is taken{_taken_by(port)}; end it, or give another port")
+        if problem:
+            raise ConfigError(f"{option} {port}: this machine cannot listen there at {host}: {problem.strerror}")
 
 
-def _is_taken(host: str, port: int) -> bool:
+def _bind_error(host: str, port: int) -> OSError | None:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # ignores connections that were closed lately
         try:
             probe.bind((host, port))
-        except OSError:
-            return True
-    return False
+        except OSError as error:
+            return error
+    return None
 
 
-def _taken_by(port: int) -> str:
+def _taken_by(port: int | None) -> str:
     with contextlib.suppress(psutil.Error):
         for connection in psutil.net_connections("tcp"):
             is_listening = connection.status == psutil.CONN_LISTEN
