@@ -27,6 +27,7 @@ from rayml.adapter import load_adapter
 from rayml.errors import ConfigError, RunError
 from rayml.serving.adapter_cache import AdapterCache
 from rayml.serving.errors import ApiError
+from rayml.serving.names import Names
 from rayml.serving.schema import (
     AdapterRequest,
     ChatRequest,
@@ -243,6 +244,16 @@ def test_a_key_that_gets_a_name_keeps_its_adapters(store, learned, caplog):
     assert store.find(owner_of(key), made.id) is None
     assert "1 adapters were made without a key" in caplog.text
     assert f"rayml store move {store.root} public NAME" in caplog.text
+
+
+def test_the_base_s_name_may_have_a_colon(store, learned):
+    made, names = store.publish("public", manifest_of("t"), learned), Names("llama:8b", store, 2)
+    assert asyncio.run(names.adapter("public", "llama:8b")) is None
+    for reference in (made.id, "t"):
+        assert asyncio.run(names.adapter("public", f"llama:8b:{reference}")) == made.id
+    for unknown in ("llama", "llama:8b:", "llama:8", "llama:8bt", ""):
+        with pytest.raises(ApiError, match="no "):
+            asyncio.run(names.adapter("public", unknown))
 
 
 def test_an_adapter_moved_to_its_own_owner_stays(store, learned):

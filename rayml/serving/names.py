@@ -33,13 +33,13 @@ class Names:
         Raises:
             ApiError: 404, there is no such model.
         """
-        base, colon, reference = model.partition(":")
-        if base != self.base:
+        if model == self.base:
+            return None
+        if not model.startswith(f"{self.base}:"):
             raise ApiError(
                 404, f"no model {model[:120]!r}; there is {self.base!r}, and {self.base}:ADAPTER", "model", NOT_FOUND
             )
-        if not colon:
-            return None
+        reference = model.removeprefix(f"{self.base}:")
         expires_at, adapter = self._cache.get((owner, reference), (0.0, ""))
         if time.monotonic() < expires_at:
             return adapter
