@@ -204,6 +204,11 @@ def test_every_serving_setting_is_explained():
     assert [name for name, text in explained.items() if not text] == []
 
 
+def test_a_store_at_home_is_the_same_to_all(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Serving(run="r", store="~/adapters").store == AdapterStore("~/adapters").path == f"{tmp_path}/adapters"
+
+
 def test_keys_come_from_a_file_and_the_environment(tmp_path, monkeypatch):
     file = tmp_path / "keys"
     file.write_text("# team a\n" + "a" * 20 + "\n\n" + "b" * 20 + "\n")

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from rayml.errors import ConfigError
-from rayml.sections import NotNegativeFloat, NotNegativeInt, Section
+from rayml.sections import EXPAND_HOME, NotNegativeFloat, NotNegativeInt, Section
 from rayml.serving.store import NAME, owner_of
 
 MIB = 1 << 20
@@ -151,7 +151,7 @@ class Serving(Section):
     """The run folder, on storage that all nodes share, or its URI."""
     checkpoint: Literal["best", "newest"] | None = None
     """`best` on meta-val, or `newest`. By default the best if there were validations, else the newest."""
-    store: str | None = None
+    store: Annotated[str, EXPAND_HOME] | None = None
     """Where adapters are kept: a folder, or a URI (`s3://`, `gs://`). By default `adapters` in the run folder."""
     name: str | None = None
     """The base's name in `model`. By default the last part of the run's model.name."""
