@@ -85,6 +85,11 @@ def test_a_long_body_does_not_hold_up_others(kind, changes, says):
     assert time.perf_counter() - began < 2
 
 
+@pytest.mark.parametrize("text", ["\U0001fae8", "\U0001fae9", "\ue000", "\U0005ffff"])
+def test_characters_newer_than_python_are_visible(text):
+    assert parsed(ClassifyRequest, {"input": text}).inputs == [text]
+
+
 def test_what_asks_for_nothing_is_taken():
     """What OpenAI's clients and others send along with every request."""
     both = {

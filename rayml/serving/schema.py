@@ -19,6 +19,9 @@ from rayml.tasks.kinds import KindName
 from rayml.tasks.row import query_example
 from rayml.tasks.task import Example, format_conversation
 
+INVISIBLE = "Zs", "Zl", "Zp", "Cc", "Cf"
+"""Unicode's categories of spaces, control and zero-width characters. Emoji that are newer than Python are in none."""
+
 
 def check_characters(text: str) -> str:
     """Refuse NUL characters and lone surrogates, which tokenizers cannot encode."""
@@ -33,7 +36,7 @@ def check_characters(text: str) -> str:
 
 def is_blank(text: str) -> bool:
     """Return whether nothing of a text is visible: it has only spaces, control and zero-width characters."""
-    return all(unicodedata.category(character)[0] in "ZC" for character in text)
+    return all(unicodedata.category(character) in INVISIBLE for character in text)
 
 
 def check_not_blank(text: str) -> str:
