@@ -175,6 +175,11 @@ def test_a_zip_is_published_without_following_its_paths(run, learned, tmp_path):
         publish_adapter(learned / "rayml.json", run.path, "z", str(tmp_path / "store"), Console(quiet=True))
 
 
+def test_an_adapter_is_published_under_its_folder_s_whole_name(run, learned, tmp_path):
+    publish_adapter(learned.rename(tmp_path / "tickets.v2"), run.path, None, str(tmp_path / "s"), Console(quiet=True))
+    assert AdapterStore(str(tmp_path / "s")).find("public", "tickets-v2")
+
+
 @pytest.mark.parametrize("begun", ["pissa", "olora", "corda", "loftq"])
 def test_an_adapter_that_changes_the_base_is_not_published(replica, run, tmp_path, begun):
     from peft import LoraConfig, get_peft_model

@@ -172,7 +172,7 @@ def publish_adapter(
     """
     run = RunFolder(run_path)
     config, _ = run.trained()
-    name = name or re.sub(r"[^A-Za-z0-9_-]", "-", source.stem)
+    name = name or re.sub(r"[^A-Za-z0-9_-]", "-", source.name if source.is_dir() else source.stem)
     if not NAME.fullmatch(name):
         raise ConfigError(f"--name {name!r}: letters, digits, - and _, at most 64, beginning with a letter or digit")
     base = resolve_model(config.model.name)
