@@ -8,7 +8,7 @@ client.classify(adapter.model, ["the page is blank"])[0].label
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +27,21 @@ class ApiError(Exception):
 
 @dataclass(frozen=True)
 class Adapter:
-    """A task that the server has learned. Times are seconds since 1970."""
+    """A task that the server has learned, or is learning. Times are seconds since 1970."""
 
     id: str
     model: str
     """The `model` of requests that ask it."""
     name: str
-    created: int
-    expires_at: int | None
-    examples: int
-    steps: int
-    loss_before: float | None
-    loss_after: float | None
-    seconds: float
-    status: str = "ready"
+    status: str
+    """`ready`, `learning` or `failed`; what follows is known once it is ready."""
+    created: int | None = None
+    expires_at: int | None = None
+    examples: int | None = None
+    steps: int | None = None
+    loss_before: float | None = None
+    loss_after: float | None = None
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ class Client:
 
 
 def _adapter(body: dict[str, Any]) -> Adapter:
-    return Adapter(**{key: value for key, value in body.items() if key != "object"})
+    return Adapter(**{field.name: body[field.name] for field in fields(Adapter) if field.name in body})
 
 
 def _error(status: int, error: dict[str, Any]) -> ApiError:
