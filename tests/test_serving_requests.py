@@ -1,10 +1,13 @@
 """Requests as clients send them: what is taken, what is refused, and what the refusal names."""
 
+import asyncio
 import json
 import time
 
 import pytest
 
+from rayml.lm.sampling import Piece, TokenScore
+from rayml.serving.answers import ResponseBodies
 from rayml.serving.errors import ApiError
 from rayml.serving.schema import AdapterRequest, Body, ChatRequest, ClassifyRequest, CompletionRequest, parse
 from rayml.tasks.templates import unused_fields
@@ -123,3 +126,22 @@ def test_fields_that_a_prompt_never_shows_are_known():
     assert unused_fields("{{ premise }} {{ hypothesis }}", ["premise", "hypothesis", "hypotesis"]) == ["hypotesis"]
     assert unused_fields("{% for name, text in parts %}{{ text }}{% endfor %}", ["anything"]) == []
     assert unused_fields("{input}", ["anything"]) == []
+
+
+def test_the_offsets_of_streamed_tokens_go_on():
+    async def pieces():
+        for texts in (["ab", "c"], [], ["de"], ["f"]):
+            for index in (0, 1):
+                yield index, Piece("".join(texts), [TokenScore(text, -1.0, []) for text in texts]), 1
+
+    async def offsets(bodies):
+        *events, _ = [event.removeprefix("data: ") async for event in bodies.events(pieces(), with_usage=False)]
+        choices = [json.loads(event)["choices"][0] for event in events]
+        return [choice["logprobs"]["text_offset"] for choice in choices if choice["index"] == 1]
+
+    async def whole(bodies):
+        return bodies.whole([piece async for piece in pieces()])["choices"][1]["logprobs"]["text_offset"]
+
+    asked = parsed(CompletionRequest, {"logprobs": 0})
+    assert asyncio.run(offsets(ResponseBodies(asked))) == [[0, 2], [], [3], [5]]
+    assert asyncio.run(whole(ResponseBodies(asked))) == [0, 2, 3, 5]

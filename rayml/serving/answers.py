@@ -3,7 +3,9 @@
 import json
 import time
 import uuid
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 from rayml.lm.sampling import Piece, TokenScore
@@ -34,11 +36,14 @@ class ResponseBodies:
         choices = [self._choice(index, texts[index], scores[index], finish_reasons[index]) for index in sorted(texts)]
         return self.head | {"object": self.object, "choices": choices, "usage": usage(pieces)}
 
-    def _choice(self, index: int, text: str, scores: list[TokenScore], finish_reason: str | None) -> dict[str, Any]:
+    def _choice(
+        self, index: int, text: str, scores: list[TokenScore], finish_reason: str | None, offset: int = 0
+    ) -> dict[str, Any]:
+        """Return a text, or its next piece, whose tokens begin at the character `offset`."""
         content = {"message": {"role": "assistant", "content": text}} if self.is_chat else {"text": text}
-        return {"index": index, **content, "logprobs": self._logprobs(scores), "finish_reason": finish_reason}
+        return {"index": index, **content, "logprobs": self._logprobs(scores, offset), "finish_reason": finish_reason}
 
-    def _logprobs(self, scores: list[TokenScore]) -> dict[str, Any] | None:
+    def _logprobs(self, scores: list[TokenScore], offset: int) -> dict[str, Any] | None:
         if not self.has_scores:
             return None
         if self.is_chat:
@@ -51,16 +56,18 @@ class ResponseBodies:
             "tokens": [score.text for score in scores],
             "token_logprobs": [score.logprob for score in scores],
             "top_logprobs": [dict(score.top) for score in scores],
-            "text_offset": [sum(len(score.text) for score in scores[:index]) for index in range(len(scores))],
+            "text_offset": list(accumulate((len(score.text) for score in scores[:-1]), initial=offset)) if scores else [],
         }
 
     async def events(self, pieces: AsyncIterator[IndexedPiece], with_usage: bool) -> AsyncIterator[str]:
         """Yield the pieces as server-sent events; then, if wanted, the usage; and `[DONE]` at the end."""
         seen: list[IndexedPiece] = []
         begun: set[int] = set()
+        offsets: Counter[int] = Counter()
         async for index, piece, prompt_tokens in pieces:
             seen.append((index, Piece("", tokens=piece.tokens), prompt_tokens))
-            choice = self._choice(index, piece.text, piece.scores, piece.finish_reason)
+            choice = self._choice(index, piece.text, piece.scores, piece.finish_reason, offsets[index])
+            offsets[index] += sum(len(score.text) for score in piece.scores)
             if self.is_chat:
                 delta: dict[str, str] = {} if index in begun else {"role": "assistant"}
                 choice.pop("message")
