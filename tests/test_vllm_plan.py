@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -236,6 +237,28 @@ def test_an_adapter_with_labels_is_asked_within_the_limits_by_vllm_too(kind, cha
     with pytest.raises(ApiError, match=says) as refused:
         asyncio.run(respond())
     assert refused.value.status == status
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "expected"),
+    [
+        ("completions", {}, {"max_tokens": 64}),
+        ("completions", {"max_tokens": None}, {"max_tokens": 64}),
+        ("completions", {"max_tokens": 7}, {"max_tokens": 7}),
+        ("chat", {}, {}),
+    ],
+)
+def test_a_completion_has_by_default_as_many_tokens_as_without_vllm(monkeypatch, kind, given, expected):
+    async def respond(kind, fields, version):
+        return json.dumps(fields)
+
+    async def text():
+        return [item async for item in answerer._respond(kind, json.dumps(given).encode(), None)]
+
+    monkeypatch.setitem(sys.modules, "rayml.serving.vllm.protocol", SimpleNamespace(is_tokens=None))
+    answerer = object.__new__(Answerer)
+    answerer.serving, answerer.protocol = vllm(), SimpleNamespace(respond=respond)
+    assert [json.loads(item) for item in asyncio.run(text())] == [expected]
 
 
 def test_a_lost_request_is_sent_again_and_a_refused_one_is_not(monkeypatch):

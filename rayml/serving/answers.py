@@ -56,7 +56,9 @@ class ResponseBodies:
             "tokens": [score.text for score in scores],
             "token_logprobs": [score.logprob for score in scores],
             "top_logprobs": [dict(score.top) for score in scores],
-            "text_offset": list(accumulate((len(score.text) for score in scores[:-1]), initial=offset)) if scores else [],
+            "text_offset": list(accumulate((len(score.text) for score in scores[:-1]), initial=offset))
+            if scores
+            else [],
         }
 
     async def events(self, pieces: AsyncIterator[IndexedPiece], with_usage: bool) -> AsyncIterator[str]:

@@ -38,15 +38,20 @@ from rayml.serving.http import (
 )
 from rayml.serving.metrics import Metrics
 from rayml.serving.names import Names
-from rayml.serving.schema import AdapterRequest, ChatRequest, ClassifyRequest, CompletionRequest, parse
+from rayml.serving.schema import (
+    COMPLETION_TOKENS,
+    AdapterRequest,
+    ChatRequest,
+    ClassifyRequest,
+    CompletionRequest,
+    parse,
+)
 from rayml.serving.settings import Serving
 from rayml.serving.store import AdapterStore, DamagedError, Manifest, adapter_id, damaged_error
 
 log = logging.getLogger("ray.serve")
 DESCRIPTION = "Learn a task from a few examples, and ask it by name."
 app = FastAPI(title="rayml", description=DESCRIPTION, docs_url=None, redoc_url=None)
-COMPLETION_TOKENS = 64
-"""The default length of a completion."""
 
 
 @app.exception_handler(HTTPException)

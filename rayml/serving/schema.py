@@ -74,6 +74,8 @@ Fields = Annotated[dict[str, Text], Field(min_length=1, max_length=16), AfterVal
 Input = VisibleText | Fields
 EmptyList = Annotated[list[Any], Field(max_length=0)]
 """For a feature of OpenAI's that this server lacks."""
+COMPLETION_TOKENS = 64
+"""The default length of a completion."""
 
 
 class Body(BaseModel):

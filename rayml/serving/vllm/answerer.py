@@ -24,7 +24,7 @@ from rayml.serving.answers import IndexedPiece, ResponseBodies
 from rayml.serving.errors import ApiError
 from rayml.serving.http import check_count
 from rayml.serving.queries import Given, build_queries, classification, label_options, label_pieces
-from rayml.serving.schema import ChatRequest, ClassifyRequest, CompletionRequest, as_input, parse
+from rayml.serving.schema import COMPLETION_TOKENS, ChatRequest, ClassifyRequest, CompletionRequest, as_input, parse
 from rayml.serving.served import adapter_constraints, read_servable_run, store_root
 from rayml.serving.settings import Serving
 from rayml.serving.store import AdapterStore
@@ -174,6 +174,8 @@ class Answerer:
             async for item in self._write_labels(kind, body, version):
                 yield item
             return
+        if kind == "completions" and fields.get("max_tokens") is None:
+            fields["max_tokens"] = min(COMPLETION_TOKENS, self.serving.limits.max_tokens)  # vLLM's default is another
         response = await self.protocol.respond(kind, fields, version)
         if isinstance(response, str):
             yield response
