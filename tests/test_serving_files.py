@@ -80,6 +80,7 @@ POISON = {
     "rayml.json is not": lambda d: change_card(d, max_tokens="x"),
     "nothing of the input": lambda d: change_card(d, prompt="x"),
     "reads no tokens": lambda d: change_card(d, max_tokens=0),
+    "has soft_tokens=5": lambda d: change_card(d, soft_tokens=5),
 }
 
 

@@ -15,12 +15,13 @@ from rayml.adapter import load_adapter
 from rayml.algorithms.inner_loop import task_gradients
 from rayml.errors import ConfigError, RunError
 from rayml.lm.batch import IGNORE, collate
+from rayml.lm.catalog import resolve_model
 from rayml.lm.encode import Encoder
-from rayml.lm.load import load_base
+from rayml.lm.load import load_base, load_shape
 from rayml.lm.lora import stack_adapters
 from rayml.lm.model import TaskLM
 from rayml.lm.option_scoring import PromptEnsemble, weighted_prompts
-from rayml.lm.peft_files import PROMPT_KEY, WEIGHTS
+from rayml.lm.peft_files import PROMPT_KEY, WEIGHTS, AdapterCard, save_adapter, write_card
 from rayml.lm.soft_prompt import PROMPT, TaskPrompt
 from rayml.model import load
 from rayml.runs.folder import RunFolder
@@ -209,6 +210,17 @@ def test_files_that_do_not_fit_are_refused(learned, run, tmp_path):
     with pytest.raises(RunError, match="not finite"):
         read_adapter(learned, fits)
     (learned / WEIGHTS).write_bytes(weights)
+
+
+def test_the_server_puts_plain_peft_s_prompts_before_a_text_too(tmp_path):
+    base, folder = resolve_model("tiny"), tmp_path / "plain"
+    config = make_config(tmp_path, adapter="soft_prompt", soft_prompt={"tokens": 4})
+    fits = adapter_constraints(config, base, load_shape(base), Serving(run="x").adapters)
+    save_adapter(folder, {PROMPT: torch.zeros(5, 64)}, {}, "tiny")
+    assert read_adapter(folder, fits)[1].soft_tokens == 5
+    write_card(folder, AdapterCard("t", "tiny", "float32", "{input}", 9, soft_tokens=6))
+    with pytest.raises(RunError, match="soft_tokens=6, and the weights have 5"):
+        read_adapter(folder, fits)
 
 
 def test_what_does_not_go_together_is_refused(tmp_path):

@@ -8,7 +8,7 @@ import contextlib
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,11 @@ def read_adapter(folder: Path, fits: AdapterConstraints) -> tuple[Params, Adapte
         extra_scale = _check_lora_config(config, fits) / fits.scale
         weights = _read_lora(folder / WEIGHTS, fits, config["r"])
     card = _read_card(folder / CARD)
+    soft_tokens = len(weights[PROMPT]) if fits.prompt_width else 0
+    if card == PLAIN_CARD:
+        card = replace(card, soft_tokens=soft_tokens)
+    if card.soft_tokens != soft_tokens:  # a row would begin with tokens that no embedding belongs to
+        raise RunError(f"{CARD} has soft_tokens={card.soft_tokens}, and the weights have {soft_tokens}")
     try:
         algorithm = trusted_algorithm(card.algorithm, card.settings, fits.algorithm)
     except ConfigError as error:
