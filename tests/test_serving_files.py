@@ -57,6 +57,7 @@ HEAD = "base_model.model.lm_head.lora_A.weight"
 POISON = {
     "not finite": poison_weights(lambda t: t[first(t, "lora_B")].fill_(float("nan"))),
     "has the shape": poison_weights(lambda t: swap(t, "lora_A", torch.zeros(4, 7))),
+    r"has the shape \[\]": poison_weights(lambda t: swap(t, "lora_A", torch.tensor(1.0))),
     "not have the rank r=4": poison_weights(narrower),
     "B.* finite": poison_config(lora_alpha=1e300),
     "do not come in pairs": poison_weights(lambda t: t.pop(first(t, "lora_A"))),

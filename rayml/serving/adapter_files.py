@@ -122,7 +122,7 @@ def _read_readout(path: Path, card: AdapterCard, fits: AdapterConstraints) -> Pa
         return {}
     with open_safetensors(path) as file:
         shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-        classes = shapes.get(MEANS, [0])[0]
+        classes = (shapes.get(MEANS) or [0])[0]
         expected = {SCALE: [], MIX: [], MEANS: [classes, fits.hidden_size]}
         if not 1 <= classes <= len(card.labels) or any(expected.get(name) != shapes[name] for name in shapes):
             raise RunError(f"{READOUT} holds {shapes}; expected {MEANS} of {len(card.labels)} x {fits.hidden_size}")
@@ -223,7 +223,7 @@ def _check_shape(key: str, name: str, shape: list[int], fits: AdapterConstraints
     if not key.startswith(PREFIX) or linear not in fits.linears or linear == name:
         raise RunError(f"adapts {key[:120]!r}, which is not a linear layer of this base")
     out_features, in_features = fits.linears[linear]
-    rank = shape[0] if name.endswith(A) else shape[-1]
+    rank = (shape or [0])[0 if name.endswith(A) else -1]
     expected = [rank, in_features] if name.endswith(A) else [out_features, rank]
     if shape != expected or not 1 <= rank <= fits.most_rank:
         raise RunError(f"{name} has the shape {shape}; this base needs {expected}, with ranks up to {fits.most_rank}")
