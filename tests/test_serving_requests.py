@@ -5,11 +5,14 @@ import json
 import time
 
 import pytest
+from fastapi import Request
 
 from rayml.lm.sampling import Piece, TokenScore
 from rayml.serving.answers import ResponseBodies
 from rayml.serving.errors import ApiError
+from rayml.serving.http import read_body
 from rayml.serving.schema import AdapterRequest, Body, ChatRequest, ClassifyRequest, CompletionRequest, parse
+from rayml.serving.settings import Limits
 from rayml.tasks.templates import unused_fields
 
 USER = {"role": "user", "content": "x"}
@@ -145,3 +148,14 @@ def test_the_offsets_of_streamed_tokens_go_on():
     asked = parsed(CompletionRequest, {"logprobs": 0})
     assert asyncio.run(offsets(ResponseBodies(asked))) == [[0, 2], [], [3], [5]]
     assert asyncio.run(whole(ResponseBodies(asked))) == [0, 2, 3, 5]
+
+
+def test_a_client_that_leaves_while_it_sends_is_no_error_of_the_server_s():
+    messages = [{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}]
+
+    async def receive():
+        return messages.pop(0)
+
+    with pytest.raises(ApiError, match="left") as refused:
+        asyncio.run(read_body(Request({"type": "http"}, receive), Limits()))
+    assert refused.value.status == 400

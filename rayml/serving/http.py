@@ -16,6 +16,7 @@ from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
+from starlette.requests import ClientDisconnect
 
 from rayml.serving.answers import event
 from rayml.serving.errors import ApiError, busy_error
@@ -107,7 +108,7 @@ async def read_body(request: Request, limits: Limits) -> bytes:
     """Read a request body within the limits on its size and on the time it takes.
 
     Raises:
-        ApiError: 413, it is too long; 408, it is too slow.
+        ApiError: 413, it is too long; 408, it is too slow; 400, the client left.
     """
     body = bytearray()
     try:
@@ -119,6 +120,8 @@ async def read_body(request: Request, limits: Limits) -> bytes:
     except TimeoutError:
         message = f"the body was not complete after {limits.body_seconds:g} s"
         raise ApiError(408, message, code="timeout") from None
+    except ClientDisconnect:  # nobody reads this error, but it must not count as one of the server's
+        raise ApiError(400, "the client left before its body was complete", code="disconnected") from None
     return bytes(body)
 
 
