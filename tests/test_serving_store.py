@@ -251,6 +251,17 @@ def test_a_key_that_gets_a_name_keeps_its_adapters(store, learned, caplog):
     assert f"rayml store move {store.root} public NAME" in caplog.text
 
 
+def test_a_damaged_adapter_does_not_keep_a_server_from_starting(store, learned, caplog):
+    from rayml.serving.app import settle_owners
+
+    old_owner = owner_of("k" * 20)
+    damaged, whole = (store.publish(old_owner, manifest_of(name), learned) for name in ("a", "b"))
+    store.fs.delete_file(f"{store.path}/{old_owner}/{damaged.id}/rayml.json")
+    settle_owners(store, {"k" * 20: "desk"})
+    assert store.find("desk", whole.id) == whole
+    assert f"adapter {damaged.id} cannot be moved to desk: rayml.json is gone" in caplog.text
+
+
 def test_the_base_s_name_may_have_a_colon(store, learned):
     made, names = store.publish("public", manifest_of("t"), learned), Names("llama:8b", store, 2)
     assert asyncio.run(names.adapter("public", "llama:8b")) is None

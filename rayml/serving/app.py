@@ -22,7 +22,7 @@ from rayml.serving.metrics import Metrics
 from rayml.serving.replica import Replica
 from rayml.serving.served import read_servable_run, refuse_unservable, store_root
 from rayml.serving.settings import Scaled, Serving, api_keys
-from rayml.serving.store import PUBLIC, AdapterStore, all_manifests, owner_of
+from rayml.serving.store import PUBLIC, AdapterStore, DamagedError, all_manifests, owner_of
 from rayml.serving.vllm.answerer import Answerer
 from rayml.serving.vllm.engine import refuse_without_vllm, with_gpus
 from rayml.training.driver import WORKER_ENV
@@ -157,7 +157,10 @@ def settle_owners(store: AdapterStore, keys: Mapping[str, str]) -> None:
     for key, owner in keys.items():
         if owner != owner_of(key):
             for manifest in all_manifests(store, owner_of(key)):
-                store.move(owner_of(key), manifest.id, owner)
+                try:
+                    store.move(owner_of(key), manifest.id, owner)
+                except DamagedError as error:  # it stays where it is, and the others are served
+                    log.error("adapter %s cannot be moved to %s: %s", manifest.id, owner, error)
     if keys and PUBLIC not in keys.values() and store.count(PUBLIC):
         advice = f"`rayml store move {store.root} {PUBLIC} NAME` gives them to one"
         log.warning("%d adapters were made without a key, and no key sees them; %s", store.count(PUBLIC), advice)
