@@ -164,8 +164,8 @@ class Bytes:
         return bytes(tokens).decode(errors="replace")
 
 
-def stream(text, stop=()):
-    streamed = TextStream(Bytes(), stop)
+def stream(text, stop=(), drops_spaces=False):
+    streamed = TextStream(Bytes(), stop, drops_spaces)
     pieces = []
     for token in text.encode():
         pieces.append(streamed.add(token))
@@ -185,6 +185,9 @@ def test_text_ends_before_a_stop_text_that_came_in_pieces():
     assert "".join(stream("one\nEN two", ("\nEND",))) == "one\nEN two"
     assert stream("a\nEb", ("\nEND",))[:4] == ["a", "", "", "\nEb"]
     assert "".join(stream("xx天y", ("天",))) == "xx"
+    assert "".join(stream(" one two", (" ",))) == ""
+    assert "".join(stream("  one two", (" ",), drops_spaces=True)) == "one"
+    assert "".join(stream("  \none", ("\n",), drops_spaces=True)) == ""
 
 
 def test_log_probabilities_are_those_of_the_logits(lm, tokenizer, adapters):

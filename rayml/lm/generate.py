@@ -23,6 +23,7 @@ class Generation:
         adapter: the task's weights; None for the bare base.
         sampling: with a `max_tokens` of at least 1.
         ends: tokens that end the text; by default the tokenizer's end-of-sequence token.
+        drops_spaces: as `TextStream`'s.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class Generation:
         adapter: Params | None,
         sampling: Sampling,
         ends: Collection[int] | None = None,
+        drops_spaces: bool = False,
     ):
         self.tokenizer, self.adapter, self.sampling = tokenizer, adapter, sampling
         self.ends = ends or {tokenizer.eos_token_id}
@@ -39,7 +41,7 @@ class Generation:
         self.most_tokens = len(prompt) + sampling.max_tokens
         self.finish_reason: str | None = None
         self._generator = new_generator(sampling.seed)
-        self._text = TextStream(tokenizer, sampling.stop)
+        self._text = TextStream(tokenizer, sampling.stop, drops_spaces)
         self._unsent = Piece("")
 
     def take(self, logits: Tensor) -> None:
@@ -137,10 +139,13 @@ class TextStream:
     """Turns tokens into text as soon as it is certain.
 
     Characters with bytes still to come are held back, and so is what may be the beginning of a stop text.
+
+    Args:
+        drops_spaces: leave out the spaces that the text begins with: they are no stop texts, either.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()):
-        self.tokenizer, self.stop = tokenizer, stop
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), drops_spaces: bool = False):
+        self.tokenizer, self.stop, self.drops_spaces = tokenizer, stop, drops_spaces
         self.stopped = False
         self._tokens: list[int] = []
         self._decoded, self._sent = 0, 0  # counts of tokens in `_text`, and of characters of it that were returned
@@ -157,6 +162,8 @@ class TextStream:
             return ""
         self._text += after[len(before) :]
         self._decoded = len(self._tokens)
+        if self.drops_spaces and not self._sent:
+            self._text = self._text.lstrip(" ")
         stops = [index for index in (self._text.find(stop) for stop in self.stop) if index >= 0]
         if stops:
             self.stopped = True

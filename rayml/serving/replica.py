@@ -135,7 +135,9 @@ class Replica:
             tokens = await asyncio.to_thread(self._prompt_tokens, loaded, prompt, sampling, index)
             max_tokens = min(sampling.max_tokens, self.context - len(tokens))
             capped = dataclasses.replace(sampling, max_tokens=max_tokens)
-            writing = PendingText(self.model.encoder.tokenizer, tokens, loaded.weights, capped, self.ends)
+            # An adapter puts a space before the target.
+            drops_spaces = loaded is not self.bare
+            writing = PendingText(self.model.encoder.tokenizer, tokens, loaded.weights, capped, self.ends, drops_spaces)
             writings.append(writing.send_to(receive))
         try:
             self.engine.write(writings)
