@@ -39,6 +39,7 @@ from rayml.lm.sides import TaskSide
 from rayml.model import untrained_model
 from rayml.planning.shape import read_shape
 from rayml.runs.files import parse_path
+from rayml.serving.adapter_files import PLAIN_CARD
 from rayml.serving.replica import Replica
 from rayml.serving.settings import Serving
 from rayml.tasks.episodes import EVALUATION_SEED, Sampler
@@ -285,6 +286,17 @@ def test_a_replica_answers_as_the_adapter_does(tmp_path, encoder):
     for together, wanted in zip(answer_queries(model.lm, model.encoder.pad, pair), alone, strict=True):
         torch.testing.assert_close(together, wanted, atol=1e-4, rtol=0)
     assert (alone[0] - alone[1]).abs().max() > 1e-3
+
+
+def test_the_bare_encoder_answers_beside_adapters_of_its_algorithm_as_it_does_alone(tmp_path, encoder):
+    config = encoder_config(tmp_path, encoder, algorithm={"name": "fomaml_plus", "readout": "prototypes"})
+    model = untrained_model(config, prepare_splits(config.data).train)
+    adapter, bare = model.adapt(TICKETS), model.adapter(None, PLAIN_CARD)
+    pair = [of.query(Example(SERVED[0], ""), list(adapter.labels)) for of in (adapter, bare)]
+    assert adapter.algorithm.can_share_batch(bare.algorithm)
+    alone = [answer_queries(model.lm, model.encoder.pad, [query])[0] for query in pair]
+    for together, wanted in zip(answer_queries(model.lm, model.encoder.pad, pair), alone, strict=True):
+        torch.testing.assert_close(together, wanted, atol=1e-4, rtol=0)
 
 
 def meta_gradient_of(folder, lm, tasks):

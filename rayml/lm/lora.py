@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rayml.algorithms.inner_loop import Params
+from rayml.algorithms.prototypes import INITIAL_LOGS
 from rayml.errors import ConfigError
 
 A, B = ".lora_A", ".lora_B"
@@ -155,8 +156,8 @@ def hash32(numbers: Tensor) -> Tensor:
 def stack_adapters(adapters: Sequence[Params | None]) -> Params | None:
     """Stack adapters `[r, in]` and `[out, r]` as `[T, ...]`; None stands for the bare base.
 
-    Ranks and adapted linears may differ: what an adapter lacks is filled with zeros, which add nothing. Returns None if
-    all are the bare base.
+    Ranks and adapted linears may differ: what an adapter lacks is filled with zeros, which add nothing; the scale and
+    mix of a readout with their initial values. Returns None if all are the bare base.
     """
     shapes: dict[str, list[torch.Size]] = {}
     for adapter in adapters:
@@ -169,7 +170,7 @@ def stack_adapters(adapters: Sequence[Params | None]) -> Params | None:
         return {name: weight.unsqueeze(0) for name, weight in first.items()}
     like = next(iter(first.values()))
     largest = {name: [max(dims) for dims in zip(*sizes, strict=True)] for name, sizes in shapes.items()}
-    stacked = {name: like.new_zeros(len(adapters), *size) for name, size in largest.items()}
+    stacked = {n: like.new_full((len(adapters), *dims), INITIAL_LOGS.get(n, 0.0)) for n, dims in largest.items()}
     for index, adapter in enumerate(adapters):
         for name, weight in (adapter or {}).items():
             stacked[name][index][tuple(map(slice, weight.shape))] = weight
