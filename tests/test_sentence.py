@@ -21,7 +21,7 @@ import rayml
 from rayml.algorithms.inner_loop import InnerLoop
 from rayml.algorithms.registry import parse_algorithm
 from rayml.config import Config
-from rayml.errors import ConfigError
+from rayml.errors import ConfigError, DataError
 from rayml.experiments.classifiers import install_command
 from rayml.experiments.method_runs import plan, seconds_per_token
 from rayml.lm import zero
@@ -262,6 +262,14 @@ def test_what_a_sentence_encoder_cannot_do_is_refused(tmp_path, encoder):
         load_tokenizer(str(folder))
     (folder / "modules.json").unlink()
     assert load_base(str(folder), "float32").pooler is None  # a bare model: its mean is taken
+
+
+@pytest.mark.parametrize("given", [[("a", "x"), ("b", "x")], [{"input": "a", "target": "b c", "kind": "text"}]])
+def test_a_sentence_encoder_does_not_take_texts_to_write(tmp_path, encoder, given):
+    config = encoder_config(tmp_path, encoder, algorithm={"name": "proto_maml", "readout": "prototypes"})
+    model = untrained_model(config, prepare_splits(config.data).train)
+    with pytest.raises(DataError, match=r"a sentence encoder writes no text.*two labels or more"):
+        model.adapt(given)
 
 
 def test_a_replica_answers_as_the_adapter_does(tmp_path, encoder):
