@@ -31,7 +31,8 @@ from rayml.lm.queries import KeptSupport, Query, answer_queries, first_batch_siz
 from rayml.lm.soft_prompt import TaskPrompt
 from rayml.lm.tokens import mark_embeddings
 from rayml.runs.files import AnyPath, local_copy, local_output, parse_path
-from rayml.tasks.row import Input, is_dialogue, query_example
+from rayml.tasks.read import to_plain
+from rayml.tasks.row import Input, as_text, is_dialogue, query_example
 from rayml.tasks.task import Example
 
 if TYPE_CHECKING:
@@ -117,9 +118,9 @@ class Adapter:
 
         Args:
             inputs: a text, the fields of an input as a dict, in any order, or a dialogue's messages `[{"role",
-                "content"}, ...]`; or a list of N inputs, which are answered side by side.
+                "content"}, ...]`; or a list of N inputs, which are answered side by side, as are a DataFrame's rows.
             options: choose among these alone. For a task with labels they must be some of its labels; for a task of
-                free text they can be anything.
+                free text they can be anything. Numbers, true and false are taken as text, as in examples.
 
         Returns:
             A `Prediction`; for a list, N of them in its order.
@@ -128,6 +129,8 @@ class Adapter:
             ConfigError: an option that the task does not have, or a masked model is asked for a text.
             DataError: no input, an input with other fields than the task's, or one that does not fit its prompt.
         """
+        if hasattr(inputs, "iloc") and hasattr(inputs, "columns"):  # a DataFrame, which would yield its columns' names
+            inputs = inputs.to_dict("records")
         many = not isinstance(inputs, str | Mapping) and isinstance(inputs, Iterable) and not is_dialogue(inputs)
         queries = [self._to_example(value) for value in (inputs if many else [inputs])]  # type: ignore[arg-type]
         labels = self.choices(options)
@@ -162,12 +165,13 @@ class Adapter:
         Raises:
             ConfigError: an option that the task does not have, or options that the model cannot tell apart.
         """
+        options = option_texts(options)
         if not self.card.labels:
-            if alike := self.encoder.indistinct_labels(options or ()):
+            if alike := self.encoder.indistinct_labels(options):
                 raise ConfigError(f"options: {alike}")
-            return {option: option for option in options or ()}
+            return {option: option for option in options}
         shown = {label: shown_label for shown_label, label in self.card.labels.items()}
-        unknown = [option for option in options or () if option not in shown]
+        unknown = [option for option in options if option not in shown]
         if unknown:
             raise ConfigError(f"options: {', '.join(unknown)} not among the task's labels: {', '.join(shown)}")
         return {label: shown[label] for label in options or shown}
@@ -255,6 +259,14 @@ class Adapter:
         for first in range(0, len(texts), MOST_TEXTS):
             write(self.lm, texts[first : first + MOST_TEXTS])
         return [Prediction(text.piece().text.strip()) for text in texts]
+
+
+def option_texts(options: Iterable[Any] | None) -> list[str]:
+    """Return options as texts, as targets are read; raise ConfigError if they are none."""
+    texts = options if isinstance(options, str) else as_text(to_plain([] if options is None else list(options)))
+    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+        raise ConfigError(f"options: expected a list of texts, got {options!r}")
+    return texts
 
 
 def most_probable(labels: Iterable[str], scores: torch.Tensor) -> Prediction:

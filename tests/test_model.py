@@ -303,6 +303,19 @@ def test_an_evaluation_that_was_cut_off_goes_on_with_the_others_and_comes_to_the
 PREMISES = [{"premise": f"it rains {n}", "hypothesis": f"it is {'wet' if n % 2 else 'dry'}"} for n in range(4)]
 
 
+def test_options_may_be_numbers_as_labels_may_and_are_a_list(model):
+    import numpy
+
+    digits = model.adapt([("a b", 1), ("c d", 2), ("e f", True)])
+    assert digits.labels == ("1", "2", "true")
+    for options in ([1, 2], numpy.array([1, 2]), iter([1.0, "2"])):
+        assert set(digits.predict("a", options=options).probabilities) == {"1", "2"}
+    assert set(digits.predict("a", options=[2, True]).probabilities) == {"2", "true"}
+    for options in ("1", [None, 1], [[1]]):
+        with pytest.raises(ConfigError, match=r"options: expected a list of texts, got"):
+            digits.predict("a", options=options)
+
+
 def test_fields_are_taken_by_their_names_in_the_order_of_the_first(model):
     labels = ["no", "yes", "no", "yes"]
     rows = [{"input": given, "target": label} for given, label in zip(PREMISES, labels, strict=True)]
@@ -328,6 +341,19 @@ def test_a_question_may_be_asked_as_a_text_and_a_conversation_has_a_label(model)
     about = model.adapt([{"messages": talk, "label": f"l{n}"} for n, talk in enumerate(talks)])
     assert about.labels == ("l0", "l1")
     assert about.predict(talks[0]) == about.predict("user: where?\nassistant: x")
+
+
+def test_a_table_is_asked_row_by_row_and_a_pair_is_no_dialogue(model):
+    import pandas
+
+    labels = ["no", "yes", "no", "yes"]
+    learned = model.adapt([{"input": given, "target": label} for given, label in zip(PREMISES, labels, strict=True)])
+    assert learned.predict(pandas.DataFrame(PREMISES)) == learned.predict(PREMISES)
+    tickets = model.adapt(TICKETS)
+    with pytest.raises(DataError, match="expected a text, got the fields input, target"):
+        tickets.predict(pandas.DataFrame(examples()))
+    with pytest.raises(DataError, match=r"expected a text, .* got .*charged twice"):
+        tickets.predict([("charged twice", "billing")])
 
 
 @pytest.mark.parametrize("given", [5, None, [5], "x\udcff", {"a": 1}, b"x", [("user", None)]])

@@ -152,11 +152,11 @@ def query_example(given: Input, fields: Sequence[str] | None = None) -> Example:
 
 
 def is_dialogue(given: Any) -> bool:
-    """Return whether an input is a dialogue: a list of messages, or of (role, text)."""
+    """Return whether an input is a dialogue: a list of messages, or of (role, text). Pairs (input, target) are none."""
     if not isinstance(given, Sequence) or isinstance(given, str) or not given:
         return False
     messages = [isinstance(turn, Mapping) and {"role", "content"} <= turn.keys() for turn in given]
-    return all(messages) or all(isinstance(turn, tuple) and len(turn) == 2 for turn in given)
+    return all(messages) or all(isinstance(turn, tuple) and len(turn) == 2 and turn[0] in ROLES for turn in given)
 
 
 def _input(record: Mapping[str, Any], columns: Mapping[str, str]) -> Any:
