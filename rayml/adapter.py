@@ -25,7 +25,16 @@ from rayml.lm.load import load_base, load_tokenizer
 from rayml.lm.lora import TaskLoRA
 from rayml.lm.model import TaskLM, hooks
 from rayml.lm.option_scoring import prompts_of, weighted_prompts
-from rayml.lm.peft_files import EMBEDS, AdapterCard, encoder_of, load_learned, save_adapter, save_model, write_card
+from rayml.lm.peft_files import (
+    EMBEDS,
+    READOUT,
+    AdapterCard,
+    encoder_of,
+    load_learned,
+    save_adapter,
+    save_model,
+    write_card,
+)
 from rayml.lm.precision import choose_precision, has_sdpa, inspect_device, widest_linear
 from rayml.lm.queries import KeptSupport, Query, answer_queries, first_batch_size
 from rayml.lm.soft_prompt import TaskPrompt
@@ -299,7 +308,9 @@ def load_adapter(folder: str | AnyPath, *, model: "MetaModel | Adapter | None" =
     mark_embeddings(tokenizer, lm.module.get_input_embeddings().num_embeddings)
     on_device = {name: weight.to(lm.device) for name, weight in weights.items()} or None
     adapter = Adapter(lm, encoder_of(card, tokenizer), on_device, card, base)
-    _ = adapter.algorithm  # raises if it is unknown here
+    algorithm = adapter.algorithm  # raises if it is unknown here
+    if algorithm.keeps_states and card.labels and not (card.shown or MEANS in weights):
+        raise RunError(f"{folder}: has no {READOUT}, which {algorithm.name} needs for its answers")
     return adapter
 
 

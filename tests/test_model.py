@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 
 import pytest
@@ -172,6 +173,20 @@ def test_an_adapter_of_another_base_is_refused(model, tmp_path):
         rayml.load_adapter(tmp_path / "gates", model=every)
     with pytest.raises(RunError, match="no adapter"):
         rayml.load_adapter(tmp_path)
+
+
+def test_an_adapter_whose_files_are_cut_short_or_missing_is_refused(model, tmp_path):
+    model.adapt(TICKETS).save(tmp_path / "cut")
+    weights = tmp_path / "cut" / "adapter_model.safetensors"
+    for size in (weights.stat().st_size // 2, 0):
+        os.truncate(weights, size)
+        with pytest.raises(RunError, match="no adapter that `rayml adapt` wrote"):
+            rayml.load_adapter(tmp_path / "cut", model=model)
+    reads = rayml.load(make_run(tmp_path / "reads", algorithm={"name": "proto_maml"}))
+    reads.adapt(TICKETS).save(tmp_path / "means")
+    (tmp_path / "means" / "readout.safetensors").unlink()
+    with pytest.raises(RunError, match=r"has no readout.safetensors, which proto_maml needs for its answers"):
+        rayml.load_adapter(tmp_path / "means", model=reads)
 
 
 def test_a_task_of_mode_full_answers_from_memory_and_from_its_folder(full, tmp_path):

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -177,7 +178,7 @@ def load_learned(folder: Path) -> tuple[Params, AdapterCard, str | None]:
         tensors = load_file(folder / WEIGHTS)
         if (folder / READOUT).exists():
             tensors |= load_file(folder / READOUT)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise RunError(f"{folder}: no adapter that `rayml adapt` wrote: {error}") from error
     return {weight_name(key): tensor.float() for key, tensor in tensors.items()}, card, None
 
