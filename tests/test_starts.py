@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from statistics import fmean
 
 import pytest
@@ -151,6 +152,7 @@ def test_what_a_bare_base_cannot_read_is_refused_by_name(cache, tmp_path):
 def test_what_it_is_made_of_decides_where_it_is_kept(mine, cache):
     first = run_folder_of("mine")
     assert run_folder_of("mine") == first
+    assert first.stat().st_mode == first.parent.stat().st_mode  # other users of the cache can read it
     (starts.HERE / "mine" / LEARNED).unlink()
     assert run_folder_of("mine") != first
     assert load("mine").checkpoint == "untrained"
@@ -162,6 +164,12 @@ def test_a_run_folder_comes_before_a_start_of_its_name(mine, tmp_path):
     (tmp_path / "mine" / "config.yaml").write_text("{}")
     assert start_named("mine") is None
     assert RunFolder("mine").path == tmp_path / "mine"
+
+
+def test_a_models_folder_is_a_start_as_a_path_too(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    assert start_named(tmp_path) == start_named(str(tmp_path)) == str(tmp_path)
+    assert start_named(Path("minilm")) is None  # a folder of this name, and no start
 
 
 def test_what_is_neither_is_refused_as_a_run(cache):

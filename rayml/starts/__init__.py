@@ -40,7 +40,7 @@ def shipped() -> tuple[str, ...]:
 
 def start_named(name: object) -> str | None:
     """Return a start's name, or the absolute path of a bare base's folder; None for anything else, such as a run."""
-    folder = Path(name).expanduser() if isinstance(name, str) and "://" not in name else None
+    folder = Path(name).expanduser() if isinstance(name, str | Path) and "://" not in str(name) else None
     if folder is None or (folder / "config.yaml").exists():
         return None
     if name in (*shipped(), *BARE):
@@ -86,8 +86,10 @@ def run_folder_of(name: str) -> Path:
         except OSError as error:
             raise RunError(f"{name}: cannot be written to {folder.parent} ({error}); set RAYML_CACHE") from error
         try:
-            write_run(scratch, source, name)
-            scratch.rename(folder)
+            made = scratch / "run"
+            made.mkdir()  # other users may read it, unlike `scratch`
+            write_run(made, source, name)
+            made.rename(folder)
         except OSError:
             if not folder.is_dir():  # otherwise another process was first
                 raise
