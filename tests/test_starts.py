@@ -243,6 +243,9 @@ def test_examples_are_halved_label_by_label():
     assert sorted(row.target for row in one) == [*["bill"] * 2, *["crash"] * 2, *["ship"] * 2]
     assert sorted(row.target for row in other) == ["bill", "crash", "ship"]
     assert not {row.input for row in one} & {row.input for row in other}
+    twice = [("a", "x"), ("A ", "x"), ("c", "x"), ("b", "y"), ("d", "y"), ("b", "y")]
+    halves = split_halves(rows_from_examples(twice))
+    assert [[row.input for row in half] for half in halves] == [["a", "b"], ["c", "d"]], "no text is in both"
     many = rows_from_examples([(f"{label} {n}", f"label {label}") for label in range(20) for n in range(10)])
     assert sum(map(len, split_halves(many))) == MOST_LABELS * MOST_EACH
     assert split_halves(rows_from_examples([("a", "x"), ("b", "x"), ("c", "y")])) == ([], []), (

@@ -16,6 +16,7 @@ from rayml.errors import ConfigError
 from rayml.tasks.read import Examples, rows_from_examples
 from rayml.tasks.row import Row
 from rayml.tasks.table import LABELS
+from rayml.tasks.task import normalize_text
 
 if TYPE_CHECKING:
     from rayml.model import MetaModel
@@ -99,14 +100,17 @@ def have_labels(rows: Sequence[Row]) -> bool:
 
 
 def split_halves(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-    """Return two halves of the rows of some labels, every label in both; nothing if there are no two such labels."""
-    by_label: dict[str, list[Row]] = defaultdict(list)
+    """Return two halves of the rows of some labels, every label in both; nothing if there are no two such labels.
+
+    A text that comes twice is taken once: none is asked that was learned.
+    """
+    by_label: dict[str, dict[str, Row]] = defaultdict(dict)
     for row in rows:
-        by_label[row.target].append(row)
-    labels = [label for label, label_rows in by_label.items() if len(label_rows) > 1][:MOST_LABELS]
+        by_label[row.target].setdefault(normalize_text(row.input), row)
+    labels = tuple(label for label, label_rows in by_label.items() if len(label_rows) > 1)[:MOST_LABELS]
     if len(labels) < 2:
         return [], []
-    groups = [[replace(row, options=tuple(labels)) for row in by_label[label][:MOST_EACH]] for label in labels]
+    groups = [[replace(row, options=labels) for row in [*by_label[label].values()][:MOST_EACH]] for label in labels]
     return [row for group in groups for row in group[::2]], [row for group in groups for row in group[1::2]]
 
 
