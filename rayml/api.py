@@ -73,14 +73,14 @@ def trained_run(
 def evaluate(
     run: "str | AnyPath | RunFolder | MetaModel",
     *,
-    data: str | Sequence[str] | None = None,
+    data: str | Path | Sequence[str | Path] | None = None,
     ways: int | None = None,
     shots: int | None = None,
     episodes: int = 50,
     seed: int = 0,
     split: str = "test",
     checkpoint: str | None = None,
-    json_file: Path | None = None,
+    json_file: "str | AnyPath | None" = None,
     console: "Console | None" = None,
 ) -> dict[str, Any]:
     """Adapt to held-out tasks, from the meta-trained start and from an untrained one, and compare.
@@ -110,12 +110,14 @@ def evaluate(
     """
     from rayml.experiments.evaluate_command import evaluate_run
     from rayml.model import MetaModel
+    from rayml.runs.files import parse_path
     from rayml.runs.folder import RunFolder
 
     source = run if isinstance(run, MetaModel | RunFolder) else RunFolder(run)
-    paths = [data] if isinstance(data, str) else list(data) if data else None
+    paths = [str(path) for path in ([data] if isinstance(data, str | Path) else data or ())]
+    to = parse_path(json_file) if isinstance(json_file, str) else json_file
     out, err = consoles(console)
-    return evaluate_run(source, paths, ways, shots, episodes, seed, split, checkpoint, json_file, out, err)
+    return evaluate_run(source, paths or None, ways, shots, episodes, seed, split, checkpoint, to, out, err)
 
 
 def compare(

@@ -4,10 +4,11 @@ import dataclasses
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_config
+from conftest import make_config, toy_tasks, write_tasks
 from serving_run import TEXTS, TICKETS, examples, make_run
 from typer.testing import CliRunner
 
@@ -291,10 +292,16 @@ def test_the_untrained_start_adapts_at_the_rates_that_training_began_with(tmp_pa
         assert trained.scores == pytest.approx(untrained.scores, abs=1e-6)
 
 
-def test_a_model_that_is_loaded_is_evaluated_as_its_folder_is(run, model):
+def test_a_model_that_is_loaded_is_evaluated_as_its_folder_is(run, model, tmp_path):
     by_folder = rayml.evaluate(run.path, episodes=2)
     assert rayml.evaluate(model, episodes=2) == by_folder
     assert json.loads((run.path / "evaluation.json").read_text()) == by_folder
+    file = write_tasks(tmp_path / "other.jsonl", toy_tasks(tasks=1, seed=5))
+    for data, number in ((file, 0), ([file], 1), ([str(file)], 2)):
+        told = str(tmp_path / f"{number}.json")
+        by_path = rayml.evaluate(model, data=data, episodes=1, json_file=told)
+        assert by_path == json.loads(Path(told).read_text())
+        assert by_path["tasks_from"] == [str(file)]
     with pytest.raises(ConfigError, match="split: expected test or val"):
         rayml.evaluate(model, split="train")
 

@@ -14,7 +14,7 @@ from rayml.errors import ConfigError, DataError, RunError
 from rayml.experiments import report
 from rayml.interrupt import with_message
 from rayml.progress import progress, show_activity
-from rayml.runs.files import write_atomically
+from rayml.runs.files import AnyPath, write_atomically
 from rayml.runs.folder import RunFolder, fingerprint
 from rayml.sections import Data
 from rayml.tasks.episodes import EVALUATION_SEED
@@ -37,7 +37,7 @@ def evaluate_run(
     seed: int,
     split: str,
     checkpoint: str | None,
-    json_file: Path | None,
+    json_file: AnyPath | None,
     out: Console,
     err: Console,
 ) -> dict[str, Any]:
