@@ -16,7 +16,7 @@ from rayml.lm.rows import TokenRow
 from rayml.lm.sides import TaskSide
 from rayml.tasks.episodes import LETTERS, relabel, shown_labels
 from rayml.tasks.row import Row
-from rayml.tasks.table import LABELS, build_tasks
+from rayml.tasks.table import FREE_TEXT, LABELS, build_tasks
 from rayml.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -40,13 +40,14 @@ def new_task(rows: Sequence[Row], name: str, labels: bool, kind: str = "") -> Ta
 
     Args:
         labels: take two different targets or more for labels, even if each occurs only once.
-        kind: the kind of rows that do not name one.
+        kind: the kind of rows that do not name one; given options, only one that has labels.
 
     Raises:
         DataError: the same text has two labels.
     """
     targets = tuple(sorted({row.target for row in rows}))
-    if kind not in ("label", "text"):  # plain labels and texts are recognized by their targets
+    is_choice = kind in FREE_TEXT and any(row.options for row in rows)
+    if kind not in ("label", "text") and not is_choice:  # plain labels and texts are recognized by their targets
         rows = [replace(row, kind=row.kind or kind) for row in rows]
     if labels and len(targets) > 1 and rows[0].kind in ("", *LABELS):
         rows = [replace(row, options=row.options or targets) for row in rows]

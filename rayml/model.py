@@ -7,6 +7,7 @@ import logging
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
 from time import perf_counter
 from typing import Any, TypeVar
 
@@ -107,6 +108,7 @@ class MetaModel:
         """
         return self.adapt_many({name: examples}, steps=steps)[name]
 
+    @torch.enable_grad()
     def adapt_many(
         self, tasks: Mapping[str, Examples], *, steps: int | None = None, at_once: int = AT_ONCE
     ) -> dict[str, Adapter]:
@@ -120,8 +122,9 @@ class MetaModel:
         Raises:
             DataError, TrainingError: as `adapt`.
         """
-        if steps is not None and (not isinstance(steps, int) or steps < 0):
-            raise ConfigError(f"steps: expected a whole number, 0 or more, got {steps}")
+        for name, number, least in (("steps", steps, 0), ("at_once", at_once, 1)):
+            if number is not None and not (isinstance(number, Integral) and number >= least):
+                raise ConfigError(f"{name}: expected a whole number, {least} or more, got {number}")
         steps = inner_steps(self, steps)
         new_tasks = [self.task(rows_from_examples(examples), name) for name, examples in tasks.items()]
         requests = [adaptation_request(self, task) for task in new_tasks]

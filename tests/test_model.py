@@ -141,6 +141,25 @@ def test_an_adaptation_that_diverged_is_an_error_and_not_an_adapter(tmp_path):
         wild.adapt(TICKETS, steps=-1)
 
 
+def test_a_task_is_learned_where_gradients_are_off_and_by_numpys_numbers(model):
+    import numpy
+
+    expected = model.adapt(TICKETS, steps=2)
+    with torch.no_grad():
+        assert_equal_weights(model.adapt(TICKETS, steps=numpy.int64(2)), expected)
+    for at_once in (0, -1, "2"):
+        with pytest.raises(ConfigError, match=f"at_once: expected a whole number, 1 or more, got {at_once}"):
+            model.adapt_many({"tickets": TICKETS}, at_once=at_once)
+
+
+def test_options_are_labels_whatever_kind_the_run_is_of(model):
+    writer = dataclasses.replace(model)
+    vars(writer).update(kind="ner", takes_labels=False)  # as of a run on spans alone
+    rows = [row | {"options": ["billing", "bug", "delivery"]} for row in examples()]
+    assert writer.adapt(rows).labels == ("billing", "bug", "delivery")
+    assert writer.adapt(examples()[:2]).card.kind == "ner"
+
+
 def test_the_base_is_loaded_once(run, tmp_path, monkeypatch):
     loads, load = [], adapter_module.load_base
     for module, name in ((model_module, "load_module"), (adapter_module, "load_base")):
