@@ -264,7 +264,12 @@ def test_what_a_sentence_encoder_cannot_do_is_refused(tmp_path, encoder):
     assert load_base(str(folder), "float32").pooler is None  # a bare model: its mean is taken
 
 
-@pytest.mark.parametrize("given", [[("a", "x"), ("b", "x")], [{"input": "a", "target": "b c", "kind": "text"}]])
+TALK = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+
+
+@pytest.mark.parametrize(
+    "given", [[("a", "x"), ("b", "x")], [{"input": "a", "target": "b c", "kind": "text"}], [{"messages": TALK}]]
+)
 def test_a_sentence_encoder_does_not_take_texts_to_write(tmp_path, encoder, given):
     config = encoder_config(tmp_path, encoder, algorithm={"name": "proto_maml", "readout": "prototypes"})
     model = untrained_model(config, prepare_splits(config.data).train)

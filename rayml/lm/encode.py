@@ -283,6 +283,7 @@ class Encoder:
             if self.sentences and not task.options:
                 advice = "give examples of two labels or more, or `options` in the rows"
                 errors.append(f"task {task.name!r}: a sentence encoder writes no text; {advice}")
+                continue
             # One example of every target, and of every set of parts, stands for all.
             samples = {e.target: e for e in task.examples} | {fields(e.parts): e for e in task.examples}
             for example in task.examples if is_dialogue else samples.values():
