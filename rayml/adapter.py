@@ -139,7 +139,7 @@ class Adapter:
             DataError: no input, an input with other fields than the task's, or one that does not fit its prompt.
         """
         if hasattr(inputs, "iloc") and hasattr(inputs, "columns"):  # a DataFrame, which would yield its columns' names
-            inputs = inputs.to_dict("records")
+            inputs = inputs.to_dict("records")  # type: ignore[union-attr]
         many = not isinstance(inputs, str | Mapping) and isinstance(inputs, Iterable) and not is_dialogue(inputs)
         queries = [self._to_example(value) for value in (inputs if many else [inputs])]  # type: ignore[arg-type]
         labels = self.choices(options)
