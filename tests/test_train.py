@@ -46,6 +46,7 @@ from rayml.training import worker
 from rayml.training.driver import check_resources, cpus_each, train
 from rayml.training.ray_internals import forget_lost_checkpoints
 from rayml.training.stream import EncodeEpisode, Job, share_of_step, stream_steps, worker_index
+from rayml.training.trackers import saved_id
 from rayml.training.worker import validate
 
 needs_ray = pytest.mark.ray
@@ -199,6 +200,22 @@ def test_a_run_folder_of_another_config_or_in_use_is_refused(tmp_path, no_ray):
     (tmp_path / "mine" / "thesis.tex").touch()
     with pytest.raises(RunError, match="something other than a run"):
         RunFolder(tmp_path / "mine").begin(config, splits, resume=False)
+
+
+def test_nothing_that_a_run_without_a_checkpoint_left_is_taken_for_the_next_one_s(tmp_path):
+    config = make_config(tmp_path)
+    splits, run = prepare_splits(config.data), RunFolder(config.run.dir)
+    run.begin(config, splits, resume=False)
+    best = run.best / "step_00000004"  # it had validations, and was killed before its first checkpoint
+    best.mkdir(parents=True)
+    (best / "state.safetensors").touch()
+    (run.best / "mine").touch()
+    run.write_precision("bfloat16", "eager", "it was asked for")
+    saved_id(run, "wandb", lambda: "first")
+    run.begin(config, splits, resume=True)
+    assert [path.name for path in run.best.iterdir()] == ["mine"]
+    assert run.trained_dtype() == config.model.dtype == "float32"
+    assert saved_id(run, "wandb", lambda: "second") == "second"
 
 
 def test_what_ray_train_remembers_is_forgotten_where_it_is_torn_or_gone(tmp_path):

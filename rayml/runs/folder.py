@@ -21,7 +21,7 @@ from rayml.algorithms.registry import upgrade_config
 from rayml.config import Config, dump_config, parse_config, read_values
 from rayml.errors import ConfigError, RunError, StorageError
 from rayml.runs.checkpoint import is_enough, is_whole, newest_checkpoint, step_of, val_scores
-from rayml.runs.files import AnyPath, list_matching, parse_path, write_atomically
+from rayml.runs.files import AnyPath, list_matching, parse_path, remove, write_atomically
 from rayml.sections import Run
 from rayml.starts import no_run_error, run_folder_of, start_named
 from rayml.tasks.splits import Splits
@@ -52,6 +52,7 @@ class RunFolder:
         self.checkpoints, self.latest = self.path / "checkpoints", self.path / "latest"
         self.tasks, self.best, self.model = (self.path / name for name in ("tasks.json", "best", "model"))
         self.stop, self.precision = self.path / "stop", self.path / "precision.json"
+        self.trackers = self.path / "trackers.json"
 
     @property
     def outputs(self) -> AnyPath:
@@ -77,12 +78,21 @@ class RunFolder:
             self._check_same(config, splits)
             if not resume:
                 raise RunError(f"{self.path}: holds a run already; --resume it, or give run.dir another folder")
-        elif self.path.is_dir() and any(self.path.iterdir()) and not self.config.exists():
-            raise RunError(f"{self.path}: holds something other than a run; give run.dir another folder")
+        elif self.path.is_dir() and any(self.path.iterdir()):
+            if not self.config.exists():
+                raise RunError(f"{self.path}: holds something other than a run; give run.dir another folder")
+            self._forget()
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         self.stop.unlink(missing_ok=True)
         write_atomically(self.config, dump_config(config))
         write_atomically(self.tasks, json.dumps(describe(splits), indent=2, ensure_ascii=False) + "\n")
+
+    def _forget(self) -> None:
+        """Remove what a run without a checkpoint left: its config may be another one, and readers prefer `best/`."""
+        for folder in list_matching(self.best, "step_*"):
+            remove(folder)
+        for file in (self.precision, self.trackers):
+            file.unlink(missing_ok=True)
 
     def _check_same(self, config: Config, splits: Splits) -> None:
         old = self.read_config()

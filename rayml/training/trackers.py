@@ -164,9 +164,8 @@ class MLflow:
 
 def saved_id(run: RunFolder, tracker: str, create: Callable[[], str]) -> str:
     """Return the tracker's own id for this run, which is created once and saved in the run folder."""
-    file = run.path / "trackers.json"
-    ids = json.loads(file.read_text()) if file.exists() else {}
+    ids = json.loads(run.trackers.read_text()) if run.trackers.exists() else {}
     if tracker not in ids:
         ids[tracker] = create()
-        write_atomically(file, json.dumps(ids))
+        write_atomically(run.trackers, json.dumps(ids))
     return ids[tracker]
