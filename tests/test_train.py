@@ -43,7 +43,7 @@ from rayml.tasks.prepare import prepare_splits
 from rayml.tasks.statistics import Curve
 from rayml.tasks.task import Example, Task
 from rayml.training import worker
-from rayml.training.driver import check_resources, cpus_each, train
+from rayml.training.driver import check_resources, cpus_each, processors, train
 from rayml.training.ray_internals import forget_lost_checkpoints
 from rayml.training.stream import EncodeEpisode, Job, share_of_step, stream_steps, worker_index
 from rayml.training.trackers import saved_id
@@ -153,6 +153,11 @@ def test_more_workers_than_processors_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="workers: 4 need a GPU each, there are 1"):
         check_resources(config.model_copy(update={"device": "cuda"}), cpus=64, cpus_each=2, gpus=1)
     check_resources(config, cpus=8, cpus_each=2, gpus=0)
+
+
+def test_processors_are_counted_where_a_process_cannot_be_bound_to_some(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS
+    assert processors() == os.cpu_count()
 
 
 @pytest.mark.parametrize(

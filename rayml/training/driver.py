@@ -134,7 +134,9 @@ def with_absolute_paths(config: Config) -> Config:
 
 def processors() -> int:
     """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0))
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def start_ray(config: Config, at_once: int = 1) -> None:
