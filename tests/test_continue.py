@@ -16,8 +16,16 @@ from rayml.errors import ConfigError, DataError, RunError
 from rayml.model import load, read_start
 from rayml.runs.folder import RunFolder
 from rayml.tasks.prepare import prepare_splits
+from rayml.tasks.splits import Splits
 from rayml.training import continual as continuing
-from rayml.training.continual import FORGETTING, changed_display_keys, old_run, report_forgetting, with_replay
+from rayml.training.continual import (
+    FORGETTING,
+    OldRun,
+    changed_display_keys,
+    old_run,
+    report_forgetting,
+    with_replay,
+)
 from rayml.training.driver import train
 
 
@@ -102,18 +110,33 @@ def test_old_episodes_have_their_share_and_scores_are_of_the_same_episodes(old, 
     config = new_config(tmp_path, old)
     found = old_run(config)
     assert found is not None
-    splits, replayed = with_replay(prepare_splits(config.data), found, 0.25)
+    splits, replayed = with_replay(prepare_splits(config.data), found, config.data)
     assert replayed == {f"toy-{n}" for n in range(5)}
     assert not replayed & {task.name for task in (*splits.val, *splits.test)}
     sampler = replace(config.data.sampler(0), replayed=replayed, replay=0.25)
     drawn = Counter(sampler.episode(splits.train, index).task in replayed for index in range(2000))
     assert drawn[True] / 2000 == pytest.approx(0.25, abs=0.03)
-    assert with_replay(prepare_splits(config.data), found, 0.0)[1] == frozenset()
+    none = config.data.model_copy(update={"replay": 0.0})
+    assert with_replay(prepare_splits(config.data), found, none)[1] == frozenset()
     # A run beside itself has forgotten nothing.
     scores = report_forgetting(old, found, found.splits, Console(quiet=True))
     assert all(ends["change"] == {"mean": 0.0, "low": 0.0, "high": 0.0} for ends in scores.values())
     start, _ = read_start(old)
     assert all(torch.equal(start[name], weight) for name, weight in load(old).start.items())
+
+
+def test_old_tasks_without_enough_examples_for_an_episode_of_this_run_are_refused_or_left_out(tmp_path):
+    """The old run may have taken fewer shots."""
+    small, large = toy_tasks(2, per_class=8)
+    large = replace(large, examples=tuple(replace(e, input=f"{e.input} {i}") for i in range(2) for e in large.examples))
+    config = make_config(tmp_path)
+    before = OldRun(RunFolder(tmp_path / "old"), config, Splits((small, large), (), ()))
+    data = config.data.model_copy(update={"shots": 10, "replay": 0.25})
+    with pytest.raises(DataError, match=r"task 'toy-0', class '\w+': has 8, needs 12"):
+        with_replay(Splits(renamed(9, "new"), (), ()), before, data)
+    data = data.model_copy(update={"drop_small_classes": True})
+    splits, replayed = with_replay(Splits(renamed(9, "new"), (), ()), before, data)
+    assert replayed == {"toy-1"} == {task.name for task in splits.train if task.name.startswith("toy")}
 
 
 @pytest.mark.ray

@@ -24,6 +24,7 @@ from rayml.tasks.episodes import EVALUATION_SEED
 from rayml.tasks.prepare import prepare_splits
 from rayml.tasks.splits import Splits, refuse_leaks
 from rayml.tasks.statistics import format_interval, interval, scores_by_task
+from rayml.tasks.table import without_small_classes
 from rayml.tasks.task import Task
 
 SAME = (
@@ -78,17 +79,21 @@ def old_run(config: Config) -> OldRun | None:
     return OldRun(run, old_config, Splits((), (), ()) if run.start else prepare_splits(old_config.data))
 
 
-def with_replay(splits: Splits, old: OldRun, share: float) -> tuple[Splits, frozenset[str]]:
+def with_replay(splits: Splits, old: OldRun, data: Data) -> tuple[Splits, frozenset[str]]:
     """Return the splits with the old meta-train tasks added, and the names of these.
 
     Of two tasks with the same name, the new one is taken.
 
     Raises:
-        DataError: a new task has a text of the old meta-test tasks, or a replayed one has a text of the new ones.
+        DataError: a new task has a text of the old meta-test tasks, or a replayed one has a text of the new ones, or too
+            few examples for an episode of this run.
     """
     refuse_leaks("this run's meta-train", splits.train, old.splits.test)
     new_names = {task.name for part in splits for task in part}
-    replayed = tuple(task for task in old.splits.train if task.name not in new_names) if share else ()
+    replayed = tuple(task for task in old.splits.train if task.name not in new_names) if data.replay else ()
+    if data.drop_small_classes:
+        replayed = without_small_classes(replayed, data.shots + data.queries)
+    data.sampler(seed=0).check(replayed)
     refuse_leaks("the tasks to replay", replayed, splits.test)
     return splits._replace(train=(*splits.train, *replayed)), frozenset(task.name for task in replayed)
 

@@ -71,7 +71,7 @@ def train(config: Config, resume: bool = False, at_once: int = 1) -> RunFolder:
     splits, replayed = prepare_splits(config.data), frozenset[str]()
     old = old_run(config)
     if old:
-        splits, replayed = with_replay(splits, old, config.data.replay)
+        splits, replayed = with_replay(splits, old, config.data)
         changed_keys = ", ".join(changed_display_keys(old.config.data, config.data))
         if changed_keys and replayed:
             warn(f"{changed_keys}: not as in {old.run.path}; its tasks are replayed as this config shows them")
