@@ -96,6 +96,24 @@ def test_folders_are_copied_there_and_back(root, tmp_path):
     assert found == {"sub/weights": 100_000, "card": 1}
 
 
+def test_a_folder_is_there_when_it_is_whole(tmp_path):
+    """A process that is killed while it writes runs nothing that would clean up."""
+    folder = tmp_path / "adapters" / "desk"
+    (tmp_path / "adapters" / "desk.part").mkdir(parents=True)  # one that was killed
+    (tmp_path / "adapters" / "desk.part" / "half").touch()
+    with local_output(folder) as made:
+        assert not made.exists()
+        made.mkdir()
+        (made / "weights").touch()
+        assert not folder.exists()
+    assert [path.name for path in folder.iterdir()] == ["weights"]
+    with pytest.raises(MemoryError), local_output(tmp_path / "other") as made:
+        made.mkdir()
+        raise MemoryError
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapters"]
+    assert [path.name for path in folder.parent.iterdir()] == ["desk"]
+
+
 def test_uris_keep_their_settings(s3):
     run = parse_path(f"s3://bucket/runs/?region=us-east-1&endpoint_override={s3.removeprefix('http://')}&scheme=http")
     assert str(run / "first") == str(run).replace("runs?", "runs/first?")

@@ -8,7 +8,9 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +28,7 @@ from rayml.lm.frozen import WorkerShare
 from rayml.model import load
 from rayml.runs import files
 from rayml.runs.checkpoint import (
+    folder_name,
     is_best,
     is_enough,
     newest_checkpoint,
@@ -37,12 +40,13 @@ from rayml.runs.checkpoint import (
     verify,
     write_state,
 )
+from rayml.runs.files import local_output
 from rayml.runs.folder import RunFolder
 from rayml.tasks.episodes import Sampler
 from rayml.tasks.prepare import prepare_splits
 from rayml.tasks.statistics import Curve
 from rayml.tasks.task import Example, Task
-from rayml.training import worker
+from rayml.training import driver, worker
 from rayml.training.driver import check_resources, cpus_each, processors, train
 from rayml.training.ray_internals import forget_lost_checkpoints
 from rayml.training.stream import EncodeEpisode, Job, share_of_step, stream_steps, worker_index
@@ -232,6 +236,38 @@ def test_what_ray_train_remembers_is_forgotten_where_it_is_torn_or_gone(tmp_path
         forget_lost_checkpoints(tmp_path)
         assert memory.exists() == stays
     forget_lost_checkpoints(tmp_path)
+
+
+def test_a_model_that_could_not_be_written_at_the_end_is_written_when_the_run_is_resumed(tmp_path, monkeypatch):
+    config = make_config(tmp_path, mode="full")
+    run = RunFolder(config.run.dir)
+    fits, kills = [], iter([True, False])
+
+    def fit(*_):
+        fits.append(run.model.exists())
+        folder = run.checkpoints / folder_name(config.outer.steps)
+        folder.mkdir()
+        write_state(folder, {"w": torch.ones(1)})
+        seal(folder, config.outer.steps, part=0, parts=1)
+
+    def save(path):
+        with local_output(path) as here:
+            here.mkdir()
+            (here / "config.json").touch()
+            if next(kills):
+                raise MemoryError
+            (here / "model.safetensors").touch()
+
+    monkeypatch.setattr(driver, "own_ray", lambda _: nullcontext(False))
+    monkeypatch.setattr(driver, "fit", fit)
+    monkeypatch.setattr(driver, "load", lambda _: SimpleNamespace(save=save))
+    with pytest.raises(MemoryError):
+        train(config)
+    assert not run.model.exists()
+    train(config, resume=True)
+    train(config, resume=True)
+    assert fits == [False], "it is trained once"
+    assert sorted(path.name for path in run.model.iterdir()) == ["config.json", "model.safetensors"]
 
 
 DISK_FULL = """

@@ -116,16 +116,18 @@ def copy_folder(folder: Path, to: AnyPath) -> None:
 
 @contextmanager
 def local_output(folder: AnyPath) -> Iterator[Path]:
-    """Yield the path of a local folder to be made, and then copy it to `folder`; the path is `folder` if that is local.
+    """Yield the path of a local folder to be made, which then becomes `folder`, or is copied there.
 
-    If making it fails, it is removed.
+    A local `folder` is whole, or is not there at all: it is made beside, and renamed at the end.
     """
     if isinstance(folder, Path):
+        part = folder.with_name(folder.name + ".part")
+        remove(part)  # of a process that was killed
         try:
-            yield folder
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
+            yield part
+            part.rename(folder)
+        finally:
+            remove(part)
         return
     with tempfile.TemporaryDirectory(prefix="rayml-") as temporary:
         local = Path(temporary, folder.name)
