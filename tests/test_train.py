@@ -211,6 +211,14 @@ def test_a_run_folder_of_another_config_or_in_use_is_refused(tmp_path, no_ray):
         RunFolder(tmp_path / "mine").begin(config, splits, resume=False)
 
 
+def test_a_run_folder_that_cannot_be_made_is_named(tmp_path):
+    config = make_config(tmp_path)
+    splits, file = prepare_splits(config.data), Path(config.data.path[0])
+    for path, reason in ((file, "Not a directory"), (file / "run", "Not a directory"), (Path("/proc/run"), "No such")):
+        with pytest.raises(RunError, match=rf"{path}: cannot be written to \({reason}.*another folder"):
+            RunFolder(path).begin(config, splits, resume=False)
+
+
 def test_nothing_that_a_run_without_a_checkpoint_left_is_taken_for_the_next_one_s(tmp_path):
     config = make_config(tmp_path)
     splits, run = prepare_splits(config.data), RunFolder(config.run.dir)

@@ -72,7 +72,8 @@ class RunFolder:
         """Make the folder, or check that its run may be resumed. A run without a checkpoint begins anew.
 
         Raises:
-            RunError: it holds a run, and `resume` is False; or it holds the run of another config.
+            RunError: it holds a run, and `resume` is False; or it holds the run of another config; or it cannot be
+                written to.
         """
         if any(self.checkpoints.glob("step_*")):
             self._check_same(config, splits)
@@ -82,10 +83,16 @@ class RunFolder:
             if not self.config.exists():
                 raise RunError(f"{self.path}: holds something other than a run; give run.dir another folder")
             self._forget()
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
-        self.stop.unlink(missing_ok=True)
-        write_atomically(self.config, dump_config(config))
-        write_atomically(self.tasks, json.dumps(describe(splits), indent=2, ensure_ascii=False) + "\n")
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self.stop.unlink(missing_ok=True)
+            write_atomically(self.config, dump_config(config))
+            write_atomically(self.tasks, json.dumps(describe(splits), indent=2, ensure_ascii=False) + "\n")
+        except StorageError:
+            raise
+        except OSError as error:
+            reason = error.strerror or error
+            raise RunError(f"{self.path}: cannot be written to ({reason}); give run.dir another folder") from error
 
     def _forget(self) -> None:
         """Remove what a run without a checkpoint left: its config may be another one, and readers prefer `best/`."""
