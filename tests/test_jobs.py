@@ -212,8 +212,17 @@ def test_a_bad_config_or_data_that_stays_behind_is_refused_before_it_is_sent(tmp
             prepared(["compare" if data[0] == "--data" else "train", "config.yaml", *data], folder, storage="/mnt")
     (folder / "tasks").mkdir()
     (folder / "tasks" / "rows.jsonl").write_text("{}")
-    for path in ("tasks", "./tasks", "tasks/*.jsonl"):
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "data").mkdir(parents=True)
+    (elsewhere / "rows.jsonl").write_text("{}")
+    (elsewhere / "data" / "rows.jsonl").write_text("{}")
+    (folder / "linked").symlink_to(elsewhere)
+    uploaded = ("tasks", "./tasks", "tasks/*.jsonl", "tasks/**/*.jsonl", ".", "linked", "linked/rows.jsonl")
+    for path in uploaded:
         prepared(["train", "config.yaml", f"data.path={path}"], folder, storage="/mnt")
+    for path in ("../elsewhere", "linked/data", "linked/data/*.jsonl", "tasks/*.csv", "*.jsonl"):
+        with pytest.raises(ConfigError, match="is not uploaded"):
+            prepared(["train", "config.yaml", f"data.path={path}"], folder, storage="/mnt")
 
 
 def test_two_jobs_never_write_to_one_place():
@@ -232,12 +241,15 @@ def test_only_what_is_needed_is_uploaded(tmp_path):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("x")
     (folder / "code" / "x.py").write_text("x")
-    assert [file.as_posix() for file in uploaded_files(folder)] == ["code/x.py", "config.yaml"]
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "rows.jsonl").write_text("x")
+    (folder / "tasks").symlink_to(tmp_path / "linked")
+    assert [file.as_posix() for file in uploaded_files(folder)] == ["code/x.py", "config.yaml", "tasks/rows.jsonl"]
     refuse_large(folder)
     packed = tmp_path / "packed.zip"  # as Ray's client packs it
     create_package(str(folder), packed, include_gitignore=False, excludes=EXCLUDED)
     names = [name for name in ZipFile(packed).namelist() if not name.endswith("/")]
-    assert sorted(names) == ["code/x.py", "config.yaml"]
+    assert sorted(names) == ["code/x.py", "config.yaml", "tasks/rows.jsonl"]
     with (folder / "code" / "weights.bin").open("wb") as file:
         file.truncate(MOST_BYTES + 1)
     with pytest.raises(ConfigError, match=r"the largest: code/weights.bin \(90 MiB\)"):

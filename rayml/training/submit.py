@@ -1,6 +1,7 @@
 """`rayml submit`: run a rayml command as a job on a Ray cluster, and upload no more than it needs."""
 
 import asyncio
+import glob
 import os
 import re
 import shlex
@@ -8,8 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatch
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from ray.exceptions import RayError
 from ray.job_submission import JobStatus, JobSubmissionClient
@@ -168,18 +168,24 @@ def checked_config(command: Command, folder: Path) -> Config:
         raise ConfigError(f"{command.config}: is not in {folder}, the folder that is uploaded; put it there")
     config = load_config(command.config if is_uri else folder / command.config, command.overrides)
     for path in command.data or config.data.path:
-        if is_shared(path) or path.startswith("hf:"):
-            continue
-        pattern = os.path.normpath(path)
-        if not any(fnmatch(file, pattern) or file.startswith(f"{pattern}/") for file in uploaded):
+        if not (is_shared(path) or path.startswith("hf:") or is_uploaded(path, folder, uploaded)):
             raise ConfigError(f"data.path: {path} is not uploaded; put it where all nodes read it, and give that path")
     return config
+
+
+def is_uploaded(path: str, folder: Path, uploaded: Sequence[str]) -> bool:
+    """Return whether a relative path names any uploaded file: itself, its folder, or by a glob."""
+    matches = [path] if (folder / path).exists() else glob.glob(path, root_dir=folder, recursive=True)
+    names = set(map(os.path.normpath, matches))
+    return "." in names or any(
+        name in names or not names.isdisjoint(map(str, PurePosixPath(name).parents)) for name in uploaded
+    )
 
 
 def uploaded_files(folder: Path) -> list[Path]:
     """Return the files that are uploaded, relative to the folder."""
     files = []
-    for root, folders, names in os.walk(folder):
+    for root, folders, names in os.walk(folder, followlinks=True):  # as Ray does
         folders[:] = [name for name in folders if not is_left_out(name)]  # not even listed: a .venv is large
         files += [Path(root, name) for name in names if not is_left_out(name)]
     return sorted(file.relative_to(folder) for file in files if file.is_file())
