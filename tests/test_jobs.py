@@ -1,5 +1,6 @@
 """Jobs on a real Ray head with token auth: `ray job submit`, `rayml submit`, and who is refused."""
 
+import io
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from zipfile import ZipFile
 
+import aiohttp
 import psutil
 import pytest
 import requests
@@ -22,12 +24,21 @@ import typer
 from conftest import make_config
 from ray._private.runtime_env.packaging import create_package
 from ray.job_submission import JobStatus
+from rich.console import Console
 
 from rayml.cli.deploy import parse_command
 from rayml.config import dump_config
 from rayml.errors import ConfigError, RunError
 from rayml.runs.folder import RunFolder
-from rayml.training.submit import EXCLUDED, MOST_BYTES, prepare, refuse_large, refuse_second_job, uploaded_files
+from rayml.training.submit import (
+    EXCLUDED,
+    MOST_BYTES,
+    follow_job,
+    prepare,
+    refuse_large,
+    refuse_second_job,
+    uploaded_files,
+)
 
 ROOT = Path(__file__).parents[1]
 TOKEN = "a-token-of-the-tests-0123456789abcdef"
@@ -233,6 +244,17 @@ def test_two_jobs_never_write_to_one_place():
         refuse_second_job(client, "/mnt/a")
     for output in ("/mnt/b", "/mnt/c", None):
         refuse_second_job(client, output)
+
+
+def test_logs_that_break_off_are_an_error_that_says_how_to_go_on():
+    async def tail_job_logs(job):
+        yield "step 1\n"
+        raise aiohttp.ServerDisconnectedError  # no OSError
+
+    client, printed = SimpleNamespace(tail_job_logs=tail_job_logs), io.StringIO()
+    with pytest.raises(RunError, match=r"Server disconnected; job a-1 goes on: ray job logs --follow"):
+        follow_job(client, "http://head:8265", "a-1", False, Console(file=printed))
+    assert printed.getvalue() == "step 1\n"
 
 
 def test_only_what_is_needed_is_uploaded(tmp_path):

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+import aiohttp
 from ray.exceptions import RayError
 from ray.job_submission import JobStatus, JobSubmissionClient
 from rich.console import Console
@@ -24,7 +25,7 @@ EXCLUDED = [".?*", "*.egg-info", *sorted(LEFT_OUT)]
 """The same, as patterns for Ray's packing. `.?*` and not `.*`, which would match the root folder "." as well."""
 MOST_BYTES = 90 * 2**20
 """The largest upload. A dashboard accepts 100 MiB; the rest is for the archive's own bytes."""
-CLIENT_ERRORS = RayError, RuntimeError, OSError, ValueError
+CLIENT_ERRORS = RayError, RuntimeError, OSError, ValueError, aiohttp.ClientError
 """What Ray's client raises, depending on what went wrong."""
 START_SECONDS = 30
 """How long a cluster's head that has just started may refuse jobs."""
