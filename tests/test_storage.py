@@ -107,9 +107,14 @@ def test_a_folder_is_there_when_it_is_whole(tmp_path):
         (made / "weights").touch()
         assert not folder.exists()
     assert [path.name for path in folder.iterdir()] == ["weights"]
-    with pytest.raises(MemoryError), local_output(tmp_path / "other") as made:
-        made.mkdir()
-        raise MemoryError
+
+    def fail():
+        with local_output(tmp_path / "other") as made:
+            made.mkdir()
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        fail()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapters"]
     assert [path.name for path in folder.parent.iterdir()] == ["desk"]
 

@@ -17,6 +17,7 @@ import pytest
 import ray
 import torch
 from conftest import SPLITS, make_config, toy_tasks
+from ray._private import worker as ray_worker
 from safetensors.torch import load_file
 
 from rayml.adapter import load_adapter
@@ -47,7 +48,7 @@ from rayml.tasks.prepare import prepare_splits
 from rayml.tasks.statistics import Curve
 from rayml.tasks.task import Example, Task
 from rayml.training import driver, worker
-from rayml.training.driver import check_resources, cpus_each, processors, train
+from rayml.training.driver import WORKER_ENV, check_resources, cpus_each, processors, start_ray, train
 from rayml.training.ray_internals import forget_lost_checkpoints
 from rayml.training.stream import EncodeEpisode, Job, share_of_step, stream_steps, worker_index
 from rayml.training.trackers import saved_id
@@ -162,6 +163,18 @@ def test_more_workers_than_processors_are_refused(tmp_path):
 def test_processors_are_counted_where_a_process_cannot_be_bound_to_some(monkeypatch):
     monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS
     assert processors() == os.cpu_count()
+
+
+def test_a_job_may_set_what_rayml_sets_for_its_workers(tmp_path, monkeypatch):
+    """`rayml submit --env TOKENIZERS_PARALLELISM=true`: Ray gives it to the driver, and merges it with the driver's."""
+    monkeypatch.setattr(os, "environ", os.environ | {"TOKENIZERS_PARALLELISM": "true"})
+    of_driver = {}
+    monkeypatch.setattr(ray, "init", lambda **settings: of_driver.update(settings))
+    start_ray(make_config(tmp_path))
+    may_override = os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] == "1"
+    of_job = {"env_vars": {"TOKENIZERS_PARALLELISM": "true", "MINE": "1"}}
+    merged = ray_worker._merge_runtime_env(of_job, of_driver["runtime_env"], override=may_override)
+    assert merged["env_vars"] == WORKER_ENV | {"TOKENIZERS_PARALLELISM": "true", "MINE": "1"}
 
 
 @pytest.mark.parametrize(

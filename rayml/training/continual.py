@@ -85,8 +85,8 @@ def with_replay(splits: Splits, old: OldRun, data: Data) -> tuple[Splits, frozen
     Of two tasks with the same name, the new one is taken.
 
     Raises:
-        DataError: a new task has a text of the old meta-test tasks, or a replayed one has a text of the new ones, or too
-            few examples for an episode of this run.
+        DataError: a new task has a text of the old meta-test tasks; or a replayed one has a text of the new ones, or
+            too few examples for an episode of this run.
     """
     refuse_leaks("this run's meta-train", splits.train, old.splits.test)
     new_names = {task.name for part in splits for task in part}

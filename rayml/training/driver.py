@@ -156,7 +156,10 @@ def start_ray(config: Config, at_once: int = 1) -> None:
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
         # Prestarted processes would lack the environment below, and so would never be used.
         os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
-    ray.init(logging_level=logging.ERROR, log_to_driver=False, runtime_env={"env_vars": WORKER_ENV}, **local_settings)
+    # Ray refuses variables that the job sets, too, unless one may override the other. Here, what is set already counts.
+    os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
+    env = {name: os.environ.get(name, value) for name, value in WORKER_ENV.items()}
+    ray.init(logging_level=logging.ERROR, log_to_driver=False, runtime_env={"env_vars": env}, **local_settings)
     reinstall_handlers()
     if not local_settings:
         total = ray.cluster_resources()
