@@ -4,6 +4,7 @@ import json
 import re
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -70,6 +71,21 @@ def test_a_tracker_that_is_not_installed_is_named_before_the_start(monkeypatch, 
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="pip install wandb mlflow-skinny"):
         trackers.check_trackers(["tensorboard", "wandb", "mlflow"], RunFolder(tmp_path))
+
+
+def test_mlflow_takes_settings_with_any_keys_of_their_own(monkeypatch, tmp_path):
+    tracking, logged = pytest.importorskip("mlflow.tracking"), {}
+    client = SimpleNamespace(
+        get_experiment_by_name=lambda name: SimpleNamespace(experiment_id="1"),
+        create_run=lambda *_, **__: SimpleNamespace(info=SimpleNamespace(run_id="a")),
+        log_batch=lambda _, params: logged.update({param.key: param.value for param in params}),
+        get_metric_history=lambda *_: [],
+    )
+    monkeypatch.setattr(tracking, "MlflowClient", lambda _: client)
+    config = make_config(tmp_path, data={"templates": {"hotel-*": ["{input}:"]}})
+    trackers.MLflow(config, RunFolder(tmp_path), tmp_path, 0)
+    assert (logged["data.templates"], logged["inner.steps"]) == ("{'hotel-*': ['{input}:']}", "2")
+    assert all(re.fullmatch(r"[\w. :/-]+", name) for name in logged), "MLflow refuses others"
 
 
 def test_waiting_for_episodes_is_said_once(monkeypatch):

@@ -16,10 +16,10 @@ from typing import Any, Protocol
 from ray.util.metrics import Gauge
 from tensorboardX import SummaryWriter
 
-from rayml.config import Config
+from rayml.config import Config, flatten
 from rayml.errors import ConfigError, TrainingError
 from rayml.runs.files import write_atomically
-from rayml.runs.folder import RunFolder, flatten
+from rayml.runs.folder import RunFolder
 
 Record = dict[str, Any]
 logger = logging.getLogger(__name__)
