@@ -14,10 +14,11 @@ from test_train import SPLITS, steps_logged
 
 from rayml.errors import ConfigError
 from rayml.runs.folder import RunFolder
-from rayml.training import progress, trackers
+from rayml.training import progress, trackers, worker
 from rayml.training.driver import train
 from rayml.training.progress import WATCHED_STEPS, DataWait, Lag
 from rayml.training.replicated import slowest_worker
+from rayml.training.stream import DivergedError, Job
 
 ROOT = Path(__file__).parents[1]
 PHASES = "data_seconds", "inner_seconds", "outer_seconds", "communication_seconds"
@@ -86,6 +87,28 @@ def test_mlflow_takes_settings_with_any_keys_of_their_own(monkeypatch, tmp_path)
     trackers.MLflow(config, RunFolder(tmp_path), tmp_path, 0)
     assert (logged["data.templates"], logged["inner.steps"]) == ("{'hotel-*': ['{input}:']}", "2")
     assert all(re.fullmatch(r"[\w. :/-]+", name) for name in logged), "MLflow refuses others"
+
+
+@pytest.mark.parametrize("diverges", [True, False])
+def test_trackers_are_told_whether_training_failed(monkeypatch, tmp_path, diverges):
+    def step(*_, **__):
+        learning.done += 1
+        if diverges:
+            raise DivergedError(["toy-1"])
+        return {"step": 1, "query_loss": 0.5}
+
+    learning = SimpleNamespace(done=0, device=torch.device("cpu"), prepare=lambda episodes: None, step=step)
+    tracker = SimpleNamespace(write=lambda record: None, close=lambda failed: failures.append(failed))
+    failures = []
+    monkeypatch.setattr(worker, "open_trackers", lambda *_: [tracker])
+    monkeypatch.setattr(worker, "report", lambda *_: None)
+    config = make_config(tmp_path, outer={"steps": 1})
+    run = RunFolder(config.run.dir)
+    run.path.mkdir()
+    with worker.StepLog(config, run, 0) as log:
+        reason = worker.meta_train(Job(config, "", None, None, None, None), run, learning, iter([[]]), log)
+    assert ("toy-1" in (reason or "")) == diverges
+    assert failures == [diverges]
 
 
 def test_waiting_for_episodes_is_said_once(monkeypatch):

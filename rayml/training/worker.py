@@ -96,6 +96,8 @@ def meta_train(
             record |= {"checkpoint_seconds": checkpoint_seconds} | gpu_peak()  # of the checkpoint before this step
             record |= validate(config, job, learning) if validates else {}
         except DivergedError as error:
+            if log:
+                log.failed = True
             return stop_reason(step, error.tasks)
         scores += val_scores([record])
         if log:
@@ -225,12 +227,14 @@ class StepLog:
         self.run, self.file = run, run.metrics.open("a", buffering=1)
         self.scratch = run.path if isinstance(run.path, Path) else Path(tempfile.mkdtemp(prefix="rayml-"))
         self.trackers = open_trackers(config, run, self.scratch, step)
+        self.failed = False
+        """Whether training ended without an exception, and yet failed."""
 
     def __enter__(self) -> "StepLog":
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        self.close(failed=kind is not None)
+        self.close(self.failed or kind is not None)
 
     def write(self, record: dict[str, Any]) -> None:
         self.file.write(json.dumps(record) + "\n")
