@@ -10,10 +10,12 @@ import pytest
 import ray
 import torch
 from conftest import make_config, training_here
+from rich.console import Console
 from test_train import SPLITS, steps_logged
 
 from rayml.errors import ConfigError
 from rayml.runs.folder import RunFolder
+from rayml.tasks.prepare import prepare_splits
 from rayml.training import progress, trackers, worker
 from rayml.training.driver import train
 from rayml.training.progress import WATCHED_STEPS, DataWait, Lag
@@ -109,6 +111,19 @@ def test_trackers_are_told_whether_training_failed(monkeypatch, tmp_path, diverg
         reason = worker.meta_train(Job(config, "", None, None, None, None), run, learning, iter([[]]), log)
     assert ("toy-1" in (reason or "")) == diverges
     assert failures == [diverges]
+
+
+def test_progress_goes_on_from_the_newest_checkpoint_and_not_from_steps_that_are_taken_again(tmp_path):
+    config = make_config(tmp_path)
+    run, splits = RunFolder(config.run.dir), prepare_splits(config.data)
+    run.begin(config, splits, resume=False)
+    for checkpoint in (0, 5):
+        run.metrics.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(1, 9)))
+        if checkpoint:
+            (run.checkpoints / f"step_{checkpoint:08d}").mkdir()
+        run.begin(config, splits, resume=True)
+        assert steps_logged(run) == list(range(1, checkpoint + 1))
+        assert progress.Progress(run, 10, Console(quiet=True), None).step == checkpoint
 
 
 def test_waiting_for_episodes_is_said_once(monkeypatch):

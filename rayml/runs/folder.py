@@ -20,7 +20,7 @@ from torch import Tensor
 from rayml.algorithms.registry import upgrade_config
 from rayml.config import Config, dump_config, parse_config, read_values
 from rayml.errors import ConfigError, RunError, StorageError
-from rayml.runs.checkpoint import is_enough, is_whole, newest_checkpoint, step_of, val_scores
+from rayml.runs.checkpoint import is_enough, is_whole, newest_checkpoint, newest_step, step_of, val_scores
 from rayml.runs.files import AnyPath, list_matching, parse_path, remove, write_atomically
 from rayml.sections import Run
 from rayml.starts import no_run_error, run_folder_of, start_named
@@ -93,6 +93,7 @@ class RunFolder:
         except OSError as error:
             reason = error.strerror or error
             raise RunError(f"{self.path}: cannot be written to ({reason}); give run.dir another folder") from error
+        self.truncate_metrics(newest_step(self.checkpoints))  # progress is shown from there
 
     def _forget(self) -> None:
         """Remove what a run without a checkpoint left: its config may be another one, and readers prefer `best/`."""
