@@ -126,6 +126,17 @@ def test_progress_goes_on_from_the_newest_checkpoint_and_not_from_steps_that_are
         assert progress.Progress(run, 10, Console(quiet=True), None).step == checkpoint
 
 
+def test_who_polls_for_new_steps_does_not_parse_the_old_ones_again(tmp_path, monkeypatch):
+    run = RunFolder(tmp_path)
+    assert run.records_after(0) == []
+    run.metrics.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(1, 101)) + '{"st')
+    assert run.records_after(0) == run.records() == [{"step": step} for step in range(1, 101)]
+    parsed, loads = [], json.loads
+    monkeypatch.setattr(json, "loads", lambda text: (parsed.append(text), loads(text))[1])
+    assert run.records_after(98) == [{"step": 99}, {"step": 100}]
+    assert len(parsed) == 3
+
+
 def test_waiting_for_episodes_is_said_once(monkeypatch):
     waits = DataWait()
     slow, quick = {"data_seconds": 0.2, "step_seconds": 1.0}, {"data_seconds": 0.01, "step_seconds": 1.0}

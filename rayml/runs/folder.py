@@ -167,15 +167,26 @@ class RunFolder:
         return list(self.read_metrics()) if self.metrics.exists() else []
 
     def records_after(self, step: int) -> list[dict[str, Any]]:
-        """Return the records of later steps, for callers that poll; none while storage does not answer."""
+        """Return the records of later steps, for callers that poll; none while storage does not answer.
+
+        The earlier ones are not parsed: in a long run that would take most of a core.
+        """
+        later: list[dict[str, Any]] = []
         with suppress(StorageError):
-            return [record for record in self.records() if record["step"] > step]
-        return []
+            for line in reversed(self._metric_lines() if self.metrics.exists() else []):
+                record = json.loads(line)
+                if record["step"] <= step:
+                    break
+                later.append(record)
+        return later[::-1]
 
     def read_metrics(self) -> Iterator[dict[str, Any]]:
-        """Yield the records of `metrics.jsonl`, without a last line that a crash left unfinished."""
-        for line in self.metrics.read_text().split("\n")[:-1]:
-            yield json.loads(line)
+        """Yield the records of `metrics.jsonl`."""
+        return map(json.loads, self._metric_lines())
+
+    def _metric_lines(self) -> list[str]:
+        """Return the lines of `metrics.jsonl`, without a last one that a crash left unfinished."""
+        return self.metrics.read_text().split("\n")[:-1]
 
     def write_untrained(self, start: dict[str, Tensor]) -> None:
         """Write the start at step 0, with which the trained start is compared."""
