@@ -16,7 +16,7 @@ from pydantic import (
 )
 
 from rayml.errors import ConfigError
-from rayml.tasks.episodes import Sampler
+from rayml.tasks.episodes import VALIDATION_SEED, Sampler
 from rayml.tasks.kinds import KindName
 from rayml.tasks.row import COLUMNS
 from rayml.tasks.splits import SplitRule
@@ -142,6 +142,10 @@ class Data(Section):
 
     def sampler(self, seed: int) -> Sampler:
         return Sampler(self.ways, self.shots, self.queries, self.labels, seed, self.sampling_exponent())
+
+    def validation_sampler(self) -> Sampler:
+        """Return the sampler of meta-val episodes: a score is a mean over tasks, so each has the same share of them."""
+        return replace(self.sampler(VALIDATION_SEED), sampling_exponent=0.0)
 
     def training_sampler(self, seed: int) -> Sampler:
         """Return the sampler of training episodes, whose sizes may vary."""

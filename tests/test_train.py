@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -131,6 +132,18 @@ def test_all_workers_score_tasks_of_one_kind_at_a_time_and_every_task_counts_the
     assert record["val_score_after"] == pytest.approx((0.5 + 3 * math.exp(-2)) / 4)
     assert val_score(record) == record["val_score_after"]
     assert val_score(record, "before") == pytest.approx((0.25 + 3 * math.exp(-0.25)) / 4)
+
+
+def test_a_task_with_many_classes_counts_as_much_in_a_validation_as_one_with_few(tmp_path, monkeypatch):
+    """In training it has more of the episodes."""
+    few, many = *toy_tasks(1, classes=3), replace(*toy_tasks(1, classes=30), name="many")
+    monkeypatch.setattr(worker, "fetch_once", lambda tasks: tasks)
+    right = SimpleNamespace(
+        score=lambda episodes: [Curve(e.task, 0, True, [float(e.task == "many")]) for e in episodes]
+    )
+    config = make_config(tmp_path, validation={"episodes": 400})
+    record = validate(config, Job(config, "", None, None, (few, many), None), right)
+    assert record["val_score_after"] == pytest.approx(0.5, abs=0.1)
 
 
 def test_a_validation_that_is_not_finite_is_never_the_best():

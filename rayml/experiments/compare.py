@@ -31,7 +31,7 @@ from rayml.progress import progress
 from rayml.runs.checkpoint import manifest_checksums
 from rayml.runs.files import AnyPath, checksum, parse_path, write_atomically
 from rayml.runs.folder import RunFolder, fingerprint
-from rayml.tasks.episodes import EVALUATION_SEED, VALIDATION_SEED
+from rayml.tasks.episodes import EVALUATION_SEED
 from rayml.tasks.prepare import prepare_splits
 from rayml.tasks.splits import Splits
 from rayml.tasks.task import Task
@@ -126,7 +126,7 @@ def adapt_and_answer(method_run: MethodRun, base: Config, splits: Splits, reques
     All methods get the same episodes, with labels shown as the method's own config says.
     """
     data = base.data.model_copy(update={"labels": method_run.config.data.labels})
-    val = splits.val, data.sampler(VALIDATION_SEED), request.val_episodes
+    val = splits.val, data.validation_sampler(), request.val_episodes
     test = splits.test, data.sampler(EVALUATION_SEED), request.episodes
     choice: Choice[Any]
     with progress(Console(stderr=True, markup=False), transient=True) as add_bar:

@@ -32,7 +32,6 @@ from rayml.runs.checkpoint import (
 )
 from rayml.runs.files import AnyPath, copy_folder
 from rayml.runs.folder import RunFolder
-from rayml.tasks.episodes import VALIDATION_SEED
 from rayml.tasks.statistics import Curve, Group, group_by_metric, overall_score
 from rayml.training import collective
 from rayml.training.replicated import Replicated
@@ -179,7 +178,7 @@ def validation_curves(config: Config, group: Group, learning: Learning) -> list[
     rank, workers, _ = share_of_tasks(config)
     batch_size = math.ceil(config.tasks_per_step / workers)
     episodes = math.ceil(group.episodes / config.tasks_per_step) * config.tasks_per_step
-    sampler = config.data.sampler(VALIDATION_SEED)
+    sampler = config.data.validation_sampler()
     curves: list[Curve] = []
     for batch in range(math.ceil(episodes / (batch_size * workers))):
         first = (batch * workers + rank) * batch_size
