@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from rayml.lm.batch import TaskBatch
 from rayml.lm.load import load_base
 from rayml.lm.model import TaskLM
 from rayml.lm.parameters import parameter_groups, trained_parameters
+from rayml.training import full
 from rayml.training.full import MANIFEST, FullLearner, NotFinite
 
 pytest.importorskip("deepspeed")
@@ -248,6 +250,24 @@ def test_bf16_and_offloading_follow_plain_torch(small):
     for dtype in ("float32", "bfloat16"):
         expected[dtype] = run_reference(small, full_config(), dtype=dtype, outer_steps=2).weights()
     on_workers(precisions, 2, small, expected)
+
+
+def test_labels_are_smoothed_in_training_alone(monkeypatch):
+    config, smoothings = full_config(regularize__label_smoothing=0.3), []
+
+    def share_loss(lm, share, smoothing):
+        smoothings.append(smoothing)
+        return torch.zeros(())
+
+    monkeypatch.setattr(full, "share_loss", share_loss)
+    learner = FullLearner.__new__(FullLearner)
+    learner.config, learner.lm, learner.outer_step, learner._task = config, None, 0, 0
+    learner.engine = lambda **_: SimpleNamespace(logits=torch.zeros(1))
+    learner.timer, learner._step = (lambda phase: None), lambda *_: None
+    learner.adapt_and_score(side(0, 4), lambda: 0.5)
+    assert smoothings == [0.0] * config.inner.steps
+    learner._train(*meta_batch(0)[0], 1.0, 0)
+    assert smoothings[config.inner.steps :] == [0.3] * (config.inner.steps + 1)
 
 
 def options(rank, path, expected):

@@ -110,7 +110,8 @@ class FullLearner:
         for index, step in enumerate(optimizer_steps(self.config.algorithm.minibatches(self.config.inner.steps))):
             phase, sides = step.phase, [(batches[name], part) for name, part in step.sides]
             clip = 0.0 if phase.descends else self.config.outer.clip_norm
-            loss = self.run_phase(sides, phase, step.share * weight, tasks if phase.restores else 0, clip)
+            smoothing = self.config.regularize.label_smoothing
+            loss = self.run_phase(sides, phase, step.share * weight, tasks if phase.restores else 0, clip, smoothing)
             first_loss = loss if index == 0 else first_loss
             query_loss = loss if "query" in dict(step.sides) or math.isnan(query_loss) else query_loss
             self.timer("outer" if phase.restores else "inner")
@@ -123,12 +124,13 @@ class FullLearner:
         weight: float = 1.0,
         tasks: int = 0,
         clip_norm: float = 0.0,
+        smoothing: float = 0.0,
     ) -> float:
         """Take the phase's step on the loss of some sides, each with its part; return the loss over all workers.
 
         `weight` and `tasks` are those of `PhasedOptimizer.enter`.
         """
-        loss = share_loss(self.lm, share_of(sides), self.config.regularize.label_smoothing)
+        loss = share_loss(self.lm, share_of(sides), smoothing)
         (total,) = collective.sum_over_workers([loss.detach()])
         mean = float(total) / collective.world_size()
         if not math.isfinite(mean):
