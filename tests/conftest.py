@@ -204,7 +204,7 @@ def training_here():
     from rayml.training import driver, worker
 
     def keep(run, learning, record):
-        part = worker.write_part(learning, run.checkpoints)
+        part = worker.write_part(learning)
         copy_folder(part, run.checkpoints / folder_name(learning.done))
         shutil.rmtree(part)
 

@@ -1,11 +1,13 @@
 """Meta-training on a local Ray: the stream, exact resume, the gain on unseen tasks, and what stops it."""
 
+import errno
 import json
 import math
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from contextlib import nullcontext
@@ -331,6 +333,16 @@ def test_a_full_disk_is_named_and_the_old_checkpoint_survives(tmp_path):
     assert "RunError" in lines[0], found
     assert "the disk is full" in lines[0]
     assert lines[-1] == "step_00000001"
+
+
+def test_a_full_disk_is_the_one_of_temporary_files_where_a_part_does_not_fit_there(tmp_path, monkeypatch):
+    def write(folder):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(RunError, match=rf"{tmp_path}/rayml-\w+: the disk is full; the checkpoints before step 7"):
+        worker.write_part(SimpleNamespace(done=7, parts=1, write=write))
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_checkpoint_reads_back_and_a_changed_one_is_refused(tmp_path):

@@ -30,7 +30,7 @@ from rayml.runs.checkpoint import (
     seal,
     val_scores,
 )
-from rayml.runs.files import AnyPath, copy_folder
+from rayml.runs.files import copy_folder
 from rayml.runs.folder import RunFolder
 from rayml.tasks.statistics import Curve, Group, group_by_metric, overall_score
 from rayml.training import collective
@@ -272,7 +272,7 @@ def report(run: RunFolder, learning: Learning, record: dict[str, Any]) -> None:
 
     Ray Train uploads it during the steps that follow, and then removes it here.
     """
-    part = write_part(learning, run.checkpoints)
+    part = write_part(learning)
     ray.train.report(
         record,
         ray.train.Checkpoint.from_directory(part) if part else None,
@@ -284,7 +284,7 @@ def report(run: RunFolder, learning: Learning, record: dict[str, Any]) -> None:
 def keep_best(run: RunFolder, learning: Learning) -> None:
     """Keep the checkpoint of the best validation so far, and remove the previous one; a barrier for all workers."""
     folder = run.best / folder_name(learning.done)
-    part = write_part(learning, run.best)
+    part = write_part(learning)
     if part:
         try:
             with naming_full_disk(folder, learning.done):
@@ -296,14 +296,14 @@ def keep_best(run: RunFolder, learning: Learning) -> None:
         keep_only(folder)
 
 
-def write_part(learning: Learning, checkpoints: AnyPath) -> Path | None:
+def write_part(learning: Learning) -> Path | None:
     """Write this worker's part of a checkpoint, with its manifest, to a folder of its own; None if it has no part.
 
     All workers call this together: a sharded model gathers its parts.
     """
     rank, folder = collective.rank(), Path(tempfile.mkdtemp(prefix="rayml-"))
     try:
-        with naming_full_disk(checkpoints / folder_name(learning.done), learning.done):
+        with naming_full_disk(folder, learning.done):
             learning.write(folder)
             if rank < learning.parts:
                 seal(folder, learning.done, rank, learning.parts)
