@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 
 from rayml.adapter import load_adapter
 from rayml.api import evaluate
-from rayml.config import dump_config
+from rayml.config import dump_config, load_config
 from rayml.errors import ConfigError, DataError, RunError, TrainingError
 from rayml.lm.encode import Encoder
 from rayml.lm.frozen import WorkerShare
@@ -237,6 +237,20 @@ def test_a_run_folder_of_another_config_or_in_use_is_refused(tmp_path, no_ray):
     (tmp_path / "mine" / "thesis.tex").touch()
     with pytest.raises(RunError, match="something other than a run"):
         RunFolder(tmp_path / "mine").begin(config, splits, resume=False)
+
+
+def test_advice_for_a_run_that_diverged_can_be_followed(tmp_path):
+    config = make_config(tmp_path)
+    splits, run = prepare_splits(config.data), RunFolder(config.run.dir)
+    run.begin(config, splits, resume=False)
+    (run.checkpoints / "step_00000005").mkdir()
+    advice = worker.stop_reason(config, 7, ["toy-1"])
+    assert "--resume" not in advice
+    for key, value in (("inner.lr", 0.01), ("outer.lr", 1e-5), ("model.dtype", "bfloat16")):
+        assert key in advice
+        with pytest.raises(RunError, match=r"use another run\.dir"):
+            run.begin(load_config(config, {key: value}), splits, resume=True)
+    assert advice.endswith("To begin there at this run's last checkpoint, --continue this run")
 
 
 def test_a_run_folder_that_cannot_be_made_is_named(tmp_path):

@@ -41,10 +41,7 @@ class NotFinite(TrainingError):  # noqa: N818
 
     def __str__(self) -> str:
         where = "in validation" if self.task is None else f"in task {self.task} of the step"
-        return (
-            f"outer step {self.outer_step}: a {self.what} is not finite, {where}. The last checkpoint is kept. "
-            "Lower inner.lr or outer.lr, or use model.dtype=float32, and --resume"
-        )
+        return f"outer step {self.outer_step}: a {self.what} is not finite, {where}"
 
 
 class OuterStep(NamedTuple):

@@ -97,7 +97,7 @@ def meta_train(
         except DivergedError as error:
             if log:
                 log.failed = True
-            return stop_reason(step, error.tasks)
+            return stop_reason(config, step, error.tasks)
         scores += val_scores([record])
         if log:
             log.write(record)
@@ -142,12 +142,15 @@ def gpu_peak() -> dict[str, float]:
     return {"gpu_peak_gib": torch.cuda.max_memory_allocated() / 2**30} if torch.cuda.is_initialized() else {}
 
 
-def stop_reason(step: int, tasks: list[str]) -> str:
+def stop_reason(config: Config, step: int, tasks: list[str]) -> str:
     """Name the step and the tasks whose loss or gradient was not finite; all workers call this together."""
+    is_full = config.mode == "full"
+    keep = "`rayml export` this run, and name that folder as model.name" if is_full else "--continue this run"
     all_tasks = sorted({task for names in collective.gather_from_workers(tasks) for task in names})
     return (
         f"outer step {step}: a loss or gradient is not finite; tasks: {', '.join(all_tasks) or 'gradient only'}. "
-        "The last checkpoint is kept. Lower inner.lr or outer.lr, or use model.dtype=float32, and --resume"
+        "A run resumes with its own settings: use another run.dir with a lower inner.lr or outer.lr, or with "
+        f"model.dtype=float32. To begin there at this run's last checkpoint, {keep}"
     )
 
 
