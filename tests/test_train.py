@@ -239,6 +239,17 @@ def test_a_run_folder_of_another_config_or_in_use_is_refused(tmp_path, no_ray):
         RunFolder(tmp_path / "mine").begin(config, splits, resume=False)
 
 
+def test_two_processes_never_train_one_run(tmp_path, no_ray):
+    config = make_config(tmp_path)
+    with RunFolder(config.run.dir).held(), pytest.raises(RunError, match=r"run: another process is training it"):
+        train(config)
+    assert not any(Path(config.run.dir).iterdir())
+    with RunFolder(config.run.dir).held():
+        RunFolder(config.run.dir).begin(config, prepare_splits(config.data), resume=False)
+    with RunFolder(config.data.path[0]).held():
+        pass  # a file: it is `begin` that says so
+
+
 def test_advice_for_a_run_that_diverged_can_be_followed(tmp_path):
     config = make_config(tmp_path)
     splits, run = prepare_splits(config.data), RunFolder(config.run.dir)

@@ -6,10 +6,12 @@ adapters), `model/` (in mode full, at the end), `tensorboard/`, and files of oth
 storage, named by a URI.
 """
 
+import fcntl
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -67,6 +69,28 @@ class RunFolder:
     def poll_seconds(self) -> float:
         """Seconds between two looks for changes. They are slow in object storage."""
         return 0.5 if self.is_local else 5
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Refuse to let two processes write here: inside the block, a second one gets an error.
+
+        Object storage, and some shared file systems, have no locks: there, nobody is refused.
+
+        Raises:
+            RunError: another process holds the folder.
+        """
+        with ExitStack() as stack:
+            if isinstance(self.path, Path):
+                with suppress(OSError):  # `begin` says what is wrong
+                    self.path.mkdir(parents=True, exist_ok=True)
+                    folder = os.open(self.path, os.O_RDONLY)
+                    stack.callback(os.close, folder)
+                    try:
+                        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    except BlockingIOError as error:
+                        reason = "another process is training it; wait for its end, or give run.dir another folder"
+                        raise RunError(f"{self.path}: {reason}") from error
+            yield
 
     def begin(self, config: Config, splits: Splits, resume: bool) -> None:
         """Make the folder, or check that its run may be resumed. A run without a checkpoint begins anew.

@@ -80,19 +80,20 @@ def train(config: Config, resume: bool = False, at_once: int = 1) -> RunFolder:
     check_trackers(config.run.trackers, run)
     if not os.environ.get("RAY_ADDRESS") and not ray.is_initialized():
         check_resources(config, cpus=processors(), cpus_each=1, gpus=torch.cuda.device_count())
-    run.begin(config, splits, resume)
-    if config.validation.patience and not splits.val:
-        warn("validation.patience: there is no task for meta-val, so it never stops; raise data.splits.val")
-    must_train = not run.is_over(config)
-    if must_train:
-        remove(run.model)
-        with own_ray(config) as ray_is_ours:
-            fit(config, run, splits, model, encoder, at_once, replayed, ray_is_ours)
-    # An earlier command may have been cut off between training and what follows it.
-    if config.mode == "full" and not run.model.exists():
-        load(run).save(run.model)
-    if old and not old.run.start and (must_train or not (run.path / FORGETTING).exists()):
-        report_forgetting(run, old, splits, Console(stderr=True, markup=False))
+    with run.held():
+        run.begin(config, splits, resume)
+        if config.validation.patience and not splits.val:
+            warn("validation.patience: there is no task for meta-val, so it never stops; raise data.splits.val")
+        must_train = not run.is_over(config)
+        if must_train:
+            remove(run.model)
+            with own_ray(config) as ray_is_ours:
+                fit(config, run, splits, model, encoder, at_once, replayed, ray_is_ours)
+        # An earlier command may have been cut off between training and what follows it.
+        if config.mode == "full" and not run.model.exists():
+            load(run).save(run.model)
+        if old and not old.run.start and (must_train or not (run.path / FORGETTING).exists()):
+            report_forgetting(run, old, splits, Console(stderr=True, markup=False))
     return run
 
 
