@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import make_config, toy_tasks, training_here, write_tasks
 from rich.console import Console
+from serving_run import make_run
 
 from rayml import model as model_module
 from rayml.config import Config
@@ -22,6 +23,7 @@ from rayml.training.continual import (
     FORGETTING,
     OldRun,
     changed_display_keys,
+    load_old,
     old_run,
     report_forgetting,
     with_replay,
@@ -123,6 +125,18 @@ def test_old_episodes_have_their_share_and_scores_are_of_the_same_episodes(old, 
     assert all(ends["change"] == {"mean": 0.0, "low": 0.0, "high": 0.0} for ends in scores.values())
     start, _ = read_start(old)
     assert all(torch.equal(start[name], weight) for name, weight in load(old).start.items())
+
+
+@pytest.mark.parametrize(("dtype", "bases"), [("auto", 1), ("bfloat16", 2)])
+def test_both_starts_are_asked_on_one_base_where_it_runs_in_one_dtype(dtype, bases, tmp_path, monkeypatch):
+    settings = {"name": "tiny", "attention": "sdpa"}
+    first = make_run(tmp_path / "first", model=settings | {"dtype": dtype})
+    second = make_run(tmp_path / "second", model=settings | {"dtype": "auto"})
+    loaded, load_base = [], model_module.load_module
+    monkeypatch.setattr(model_module, "load_module", lambda *args: (loaded.append(args), load_base(*args))[1])
+    before = load_old(OldRun(first, first.read_config(), Splits((), (), ())), load(second))
+    assert len(loaded) == bases
+    assert before.config.model == load(first).config.model
 
 
 def test_old_tasks_without_enough_examples_for_an_episode_of_this_run_are_refused_or_left_out(tmp_path):

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from rayml.config import Config
 from rayml.errors import ConfigError, RunError
+from rayml.lm.precision import resolve_precision_here
 from rayml.lm.scorer import trained_curves
 from rayml.model import MetaModel, load, read_start
 from rayml.progress import progress
@@ -142,12 +143,13 @@ def report_forgetting(run: RunFolder, old: OldRun, splits: Splits, out: Console)
 
 def load_old(old: OldRun, new_model: MetaModel) -> MetaModel:
     """Return the old run's model. It shares the base that is loaded already, unless that differs, say in its dtype."""
-    if old.config.model != new_model.config.model:
+    config, _ = resolve_precision_here(old.config, new_model.base, new_model.device, old.run.trained_dtype())
+    if config.model != new_model.config.model:
         return load(old.run)
     start, log_inner_lrs = read_start(old.run)
     return replace(
         new_model,
-        config=old.config,
+        config=config,
         encoder=old.config.encoder(new_model.encoder.tokenizer),
         start={name: weight.to(new_model.device) for name, weight in start.items()},
         inner_lrs={name: rate.exp().to(new_model.device) for name, rate in log_inner_lrs.items()},
