@@ -4,6 +4,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import ray.train
@@ -20,6 +21,7 @@ from faults import (
     stop_worker,
 )
 from pydantic import ValidationError
+from rich.console import Console
 
 from rayml.config import Config, dump_config, load_config
 from rayml.errors import TrainingError
@@ -27,7 +29,7 @@ from rayml.runs.folder import RunFolder
 from rayml.training import collective, worker
 from rayml.training import stragglers as watch
 from rayml.training.driver import train
-from rayml.training.heartbeat import Heartbeats
+from rayml.training.heartbeat import Heartbeats, Straggler
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +103,23 @@ def test_the_roll_names_whose_process_is_not_heard_of():
     assert heartbeats.lost(0.0) is None, "it has not begun"
     heartbeats.beat("worker 0")
     assert str(heartbeats.lost(0.0)) == "worker 0 gives no sign of life", "with no other, nobody else would say so"
+
+
+@pytest.mark.parametrize(("without_workers", "stays"), [(0.0, False), (3.0, True)])
+def test_a_worker_that_has_caught_up_is_not_blamed_for_a_later_failure(monkeypatch, without_workers, stays):
+    """Workers that are gone have not caught up."""
+    late = Straggler("worker 1 keeps the others waiting", 900.0)
+    answers = [[None, late], 0.0, [None, None], without_workers]
+    watching = watch.Watch(MagicMock(), 0.08, Console(quiet=True))
+
+    def get(*_, **__):
+        if len(answers) == 1:
+            watching.stop.set()
+        return answers.pop(0)
+
+    monkeypatch.setattr(watch.ray, "get", get)
+    watching._watch()
+    assert watching.named == (late if stays else None)
 
 
 @pytest.mark.ray

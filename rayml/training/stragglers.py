@@ -60,7 +60,7 @@ class Watch:
     def __init__(self, heartbeats: Any, longest_wait: float, console: Console):
         self.heartbeats, self.longest_wait, self.console = heartbeats, longest_wait, console
         self.named: Straggler | None = None
-        """The straggler that was printed last."""
+        """The straggler that was printed last; None once it has caught up."""
         self.found_no_room = False
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True)
@@ -87,6 +87,8 @@ class Watch:
             late = [straggler for straggler in stragglers if straggler and straggler.seconds >= patience]
             if late:
                 self._name(late[0])
+            elif not without_workers:
+                self.named = None  # a later failure has another cause
             if without_workers >= START_SECONDS + patience:
                 with suppress(ray.exceptions.RayError):
                     self._warn(f"no room for the workers after {without_workers:.0f} s; the cluster has {resources()}")
