@@ -11,8 +11,10 @@ from test_lora import random_batch
 from rayml.algorithms.inner_loop import InnerLoop, adapt, expand
 from rayml.experiments.method_runs import METHODS
 from rayml.lm.fine_tuning import adversarial, depth_of, gradual_unfreezing, inner_loss_transform, rate_factors
+from rayml.lm.frozen import compute_known_states
 from rayml.lm.load import load_base, load_tokenizer
 from rayml.lm.model import TaskLM
+from rayml.lm.rows import TokenRow
 from rayml.lm.sides import training_sides
 from rayml.model import untrained_model
 from rayml.tasks.prepare import prepare_splits
@@ -122,14 +124,18 @@ def plain_adversarial(lm: TaskLM, fast, batch, epsilon: float) -> torch.Tensor:
     return (clean + losses(worst)) / 2
 
 
-@pytest.mark.parametrize("last_layers", [None, 1])
-def test_the_adversarial_loss_and_its_gradient_are_those_of_the_paper(tiny, last_layers):
+@pytest.mark.parametrize(("last_layers", "is_known"), [(None, False), (1, False), (1, True)])
+def test_the_adversarial_loss_and_its_gradient_are_those_of_the_paper(tiny, last_layers, is_known):
     from rayml.lm.lora import TaskLoRA
 
     module = load_base(tiny, "float32", "eager")
     lm = TaskLM(module, TaskLoRA(module, ("q_proj", "down_proj"), 4, 8.0, last_layers))
     start, batch = perturbed_start(lm), random_batch(2, 3, seed=3)
     leaves = {name: w.clone().requires_grad_() for name, w in expand(start, 2).items()}
+    if is_known:
+        rows = [TokenRow(list(tokens), len(tokens)) for _, _, tokens in batch.examples]
+        lm.known = compute_known_states(lm, rows, pad=1)
+        assert lm.known.of(batch) is not None
     lm.losses(leaves, batch)  # what lies below the adapted layers is kept with the batch by now
     losses = adversarial(partial(lm.losses, batch=batch), lm, batch, 0.2)
     found = losses(leaves)

@@ -71,6 +71,7 @@ def adversarial(losses: TaskLosses, lm: TaskLM, batch: TaskBatch, epsilon: float
 
     def mean_losses(weights: Params) -> Tensor:
         shift = EmbeddingShift(lm)
+        known, lm.known = lm.known, None  # it is of embeddings without a shift
         try:
             batch.frozen.clear()  # the frozen layers' output depends on the shift
             clean = losses(weights)
@@ -83,6 +84,7 @@ def adversarial(losses: TaskLosses, lm: TaskLM, batch: TaskBatch, epsilon: float
             return (clean + losses(weights)) / 2
         finally:
             batch.frozen.clear()
+            lm.known = known
             shift.hook.remove()
 
     return mean_losses
