@@ -90,6 +90,18 @@ def test_an_exported_model_loads_in_stock_transformers_with_equal_logits(tiny, t
     torch.testing.assert_close(ours, theirs.flatten(0, 1), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("left", [0, 300])
+def test_an_adapter_that_is_not_whole_is_refused(tiny, tmp_path, left):
+    lm = tiny_lm(tiny)
+    lora = {"targets": list(TARGETS), "rank": 4, "alpha": 8.0, "last_layers": None}
+    save_adapter(tmp_path, perturbed_start(lm), lora, tiny)
+    write_card(tmp_path, AdapterCard("t", "tiny", "float32", "{input}", 64, lora=lora))
+    weights = tmp_path / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:left])
+    with pytest.raises(RunError, match="no adapter that `rayml adapt` wrote"):
+        load_learned(tmp_path)
+
+
 def test_a_folder_without_an_adapter_is_refused(tmp_path):
     with pytest.raises(RunError, match="no adapter"):
         load_learned(tmp_path)
