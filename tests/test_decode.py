@@ -1,5 +1,7 @@
 """Continuous batching against transformers' own generation, one text at a time."""
 
+import copy
+
 import pytest
 import torch
 from conftest import tiny_lm
@@ -160,7 +162,7 @@ def test_choices_follow_temperature_and_top_p():
 class Bytes:
     """A tokenizer of UTF-8 bytes: characters come in pieces."""
 
-    def decode(self, tokens, skip_special_tokens=True):
+    def decode(self, tokens, skip_special_tokens=True, clean_up_tokenization_spaces=None):
         return bytes(tokens).decode(errors="replace")
 
 
@@ -178,6 +180,16 @@ def test_text_comes_as_early_as_it_is_certain():
     assert "".join(stream("naïve 天气 🙂!")) == "naïve 天气 🙂!"
     assert not any("\ufffd" in piece for piece in stream("天气"))
     assert stream("abc") == ["a", "b", "c", ""]
+
+
+def test_text_is_as_the_model_wrote_it_whatever_the_tokenizer_tidies_up(tokenizer):
+    """Some tokenizers, such as Llama 3's, leave out spaces before what follows them: `'s` and `.`, for example."""
+    tidying = copy.deepcopy(tokenizer)
+    tidying.clean_up_tokenization_spaces = True
+    text, streamed = "it 's here .", TextStream(tidying)
+    tokens = tokenizer(text)["input_ids"]
+    assert tidying.decode(tokens) == "it's here."
+    assert "".join([*map(streamed.add, tokens), streamed.rest()]) == text
 
 
 def test_text_ends_before_a_stop_text_that_came_in_pieces():

@@ -77,8 +77,8 @@ class Generation:
         log_probs = logits.log_softmax(-1)
         best = log_probs.topk(min(self.sampling.logprobs or 0, len(log_probs)))
         pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        top = [(self.tokenizer.decode([other]), log_prob) for other, log_prob in pairs]
-        return TokenScore(self.tokenizer.decode([token]), float(log_probs[token]), top)
+        top = [(decode(self.tokenizer, [other]), log_prob) for other, log_prob in pairs]
+        return TokenScore(decode(self.tokenizer, [token]), float(log_probs[token]), top)
 
 
 def prepare_generations(
@@ -135,6 +135,11 @@ def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> in
     return int(tokens[torch.multinomial(nucleus, 1, generator=generator)])
 
 
+def decode(tokenizer: Any, tokens: Sequence[int], skip_special_tokens: bool = False) -> str:
+    """Return the text of tokens as it is: some tokenizers would leave out its spaces before `.` and `'s`."""
+    return tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+
+
 class TextStream:
     """Turns tokens into text as soon as it is certain.
 
@@ -156,8 +161,8 @@ class TextStream:
         self._tokens.append(token)
         # A few earlier tokens are decoded, too: a tokenizer may drop the space in front of a text's first word.
         first = max(0, self._decoded - 4)
-        before = self.tokenizer.decode(self._tokens[first : self._decoded], skip_special_tokens=True)
-        after = self.tokenizer.decode(self._tokens[first:], skip_special_tokens=True)
+        before = decode(self.tokenizer, self._tokens[first : self._decoded], skip_special_tokens=True)
+        after = decode(self.tokenizer, self._tokens[first:], skip_special_tokens=True)
         if after.endswith("\ufffd"):
             return ""
         self._text += after[len(before) :]
