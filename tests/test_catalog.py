@@ -32,6 +32,7 @@ def test_what_many_ask_for_is_made_once_and_whole(tmp_path, monkeypatch):
 
     def ask(_):
         folder = _cached("a-model", make)
+        assert folder.stat().st_mode == tmp_path.joinpath("cache").stat().st_mode  # others may read it as well
         return sorted(file.name for file in folder.iterdir())
 
     with ThreadPoolExecutor(4) as pool:
@@ -48,6 +49,7 @@ def test_what_failed_half_way_is_made_anew(tmp_path, monkeypatch):
 
     with pytest.raises(OSError, match="no room"):
         _cached("a-model", fail)
+    assert [file.name for file in (tmp_path / "cache").iterdir()] == ["a-model.lock"]
     assert (_cached("a-model", lambda folder: (folder / "last").write_text("2")) / "last").exists()
 
 

@@ -78,9 +78,11 @@ def _cached(name: str, make: Callable[[Path], None]) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.parent / f"{name}.lock"):
             if not folder.is_dir():
-                unfinished = Path(tempfile.mkdtemp(dir=folder.parent))
-                make(unfinished)
-                unfinished.rename(folder)
+                with tempfile.TemporaryDirectory(dir=folder.parent) as unfinished:  # goes if it cannot be made
+                    made = Path(unfinished) / name
+                    made.mkdir()
+                    make(made)
+                    made.rename(folder)
     return folder
 
 
