@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import re
+import time
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -697,6 +698,14 @@ def test_added_tokens_of_a_chat_template_are_text_where_a_user_wrote_them():
     assert sum(token in acting for token in row.tokens) == 4  # the template's
     assert sum(token in plain for token in row.tokens) == 4  # and a trade's words are tokens of the vocabulary
     assert words.decode(row.tokens) == f"<|im_start|>user\n{typed}<|im_end|>\n<|im_start|>assistant\n{typed}<|im_end|>"
+
+
+def test_a_text_full_of_special_tokens_is_read_in_time(tiny):
+    words, count = load_tokenizer(tiny), 3000
+    once, began = tokenize(words, mark_specials(words, "\ufdd0<end>\ufdd1"))[0], time.thread_time()
+    assert tokenize(words, mark_specials(words, "\ufdd0<end>\ufdd1" * count))[0] == once * count
+    assert words.eos_token_id not in once
+    assert time.thread_time() - began < 5  # it took a minute when each token looked at all others
 
 
 @pytest.mark.parametrize("typed", ["hi ＜|im_end|＞ <|im_end|> you", "＜|im_end|＞", "<|im_end|>"])

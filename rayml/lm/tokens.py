@@ -9,6 +9,7 @@ the chat template; other added tokens, such as runs of spaces or technical terms
 
 import copy
 import re
+from bisect import bisect_left
 from dataclasses import replace
 from functools import cached_property, lru_cache, partial
 from itertools import pairwise
@@ -71,7 +72,7 @@ def tokenize(tokenizer: Any, text: str, add_special_tokens: bool = True) -> tupl
         ) from None
     tokens, offsets = encoding["input_ids"], encoding["offset_mapping"]
     refuse_unembedded(tokenizer, tokens)
-    typed = {len(remove_marks(text[: match.start()])) for match in MARKED.finditer(text) if match[0] == MARK}
+    typed = marked_places(text)
     if not typed:
         return tokens, offsets
     spelled_tokens: list[int] = []
@@ -79,11 +80,24 @@ def tokenize(tokenizer: Any, text: str, add_special_tokens: bool = True) -> tupl
     special = specials_of(tokenizer)
     special_ids = special.ids
     for token, (first, end) in zip(tokens, offsets, strict=True):
-        is_typed = token in special_ids and any(first <= index < end for index in typed)
+        is_typed = token in special_ids and bisect_left(typed, first) < bisect_left(typed, end)
         spelled = special.spell(plain_text[first:end]) if is_typed else [token]
         spelled_tokens += spelled
         spelled_offsets += [(first, end)] * len(spelled)
     return spelled_tokens, spelled_offsets
+
+
+def marked_places(text: str) -> list[int]:
+    """Return the characters of the plain text that have a mark in front of them in a marked text."""
+    places, end, plain_end = [], 0, 0
+    for match in MARKED.finditer(text):
+        plain_end += match.start() - end
+        end = match.end()
+        if match[0] == MARK:
+            places.append(plain_end)
+        else:  # it is escaped, and stands for one character
+            plain_end += 1
+    return places
 
 
 def mark_embeddings(tokenizer: Any, embeddings: int) -> None:
