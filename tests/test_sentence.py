@@ -109,6 +109,15 @@ def test_a_vector_is_that_of_the_library(tmp_path, name):
     assert len({tuple(v.tolist()) for v in found}) == len(TEXTS)
 
 
+def test_a_text_is_cut_to_the_models_context_where_nothing_else_limits_it(tmp_path):
+    folder = write_encoder(tmp_path / "encoder", reading={"max_seq_length": None})
+    own = encoder_config(tmp_path, folder, data={"max_tokens": 1024, "labels": "words"}).encoder(load_tokenizer(folder))
+    row = own.row(Example("a" * 2000, ""), is_label=True)
+    assert len(row.tokens) == 512
+    lm = TaskLM(load_base(folder, "float32"), None)
+    assert lm.vectors(None, collate([[row]], own.pad)).isfinite().all()
+
+
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
     return write_encoder(tmp_path_factory.mktemp("encoder"))

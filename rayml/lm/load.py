@@ -1,6 +1,7 @@
 """Load base models and their tokenizers: from safetensors only, and never with code that comes with a model."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,9 @@ def load_tokenizer(path: str):
     if predicts_masks:
         mark_masked(tokenizer)
     if sentences:
+        if sentences.max_tokens is None:  # as in sentence-transformers
+            most = min(tokenizer.model_max_length, context_tokens(load_shape(path)))
+            sentences = replace(sentences, max_tokens=most)
         mark_sentences(tokenizer, sentences)
     needed = ("pad_token", "mask_token") if predicts_masks else () if sentences else ("eos_token",)
     missing = [name for name in needed if getattr(tokenizer, name) is None]

@@ -41,7 +41,7 @@ class Sentences:
     prompt: str = ""
     """The text that the model was trained to see before every text."""
     max_tokens: int | None = None
-    """Longer texts lose their end; None is the tokenizer's limit."""
+    """Longer texts lose their end; None is the tokenizer's limit, or the model's context if that is shorter."""
     lower_case: bool = False
 
 
