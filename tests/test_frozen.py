@@ -5,17 +5,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TARGETS, perturbed_start, toy_tasks
+from conftest import TARGETS, make_config, perturbed_start, toy_tasks
 from families import make_model
+from tokenizers.processors import Sequence
 
 from rayml.algorithms.inner_loop import expand, task_gradients
 from rayml.lm.batch import collate
+from rayml.lm.catalog import resolve_model
 from rayml.lm.encode import Encoder
 from rayml.lm.frozen import BLOCK_TOKENS, WorkerShare, blocks, compute_known_states
-from rayml.lm.load import load_base
+from rayml.lm.load import load_base, load_tokenizer
 from rayml.lm.lora import TaskLoRA
 from rayml.lm.model import TaskLM
 from rayml.lm.rows import TokenRow
+from rayml.lm.sides import training_sides
+from rayml.tasks.task import Example, Task
 from rayml.training import replicated
 
 
@@ -66,6 +70,35 @@ def test_a_batch_with_an_unknown_example_is_run_as_a_whole(lm, rows, tokenizer):
     assert lm.known.of(collate([rows[:8]], tokenizer.eos_token_id)) is not None
     assert lm.known.of(collate([rows[:9]], tokenizer.eos_token_id)) is None
     assert lm.slot(collate([rows[:9]], tokenizer.eos_token_id)) == []
+
+
+TEXT = Task("t", tuple(Example(f"say {n}", f"it is {n}") for n in range(8)))
+
+
+@pytest.mark.parametrize("name", ["labels", "letters", "texts", "names", "masked", "masked without an end"])
+def test_what_is_known_is_what_episodes_read(tmp_path, name):
+    base = "tiny-masked" if name.startswith("masked") else "tiny"
+    readout = {"readout": "prototypes", "label_names": 2} if name == "names" else {}
+    changes = {"model": {"name": base}, "algorithm": {"name": "fomaml", **readout}}
+    changes["data"] = {"labels": "words" if name in ("labels", "names") else "letters", "prompt": "{{ input }}:"}
+    config, tokenizer = make_config(tmp_path, **changes), load_tokenizer(resolve_model(base))
+    if name == "masked without an end":
+        tokenizer.backend_tokenizer.post_processor = Sequence([])
+    module = load_base(resolve_model(base), "float32")
+    targets = ["query"] if base == "tiny-masked" else TARGETS
+    lm = TaskLM(module, TaskLoRA(module, targets, 4, alpha=8.0, last_layers=2))
+    encoder, task = config.encoder(tokenizer), TEXT if name == "texts" else toy_tasks(1)[0]
+    rows = replicated.task_rows(encoder.for_task(task.name, task.kind), task, config.data.labels)
+    known = compute_known_states(lm, rows, encoder.pad)
+    episode = encoder.episode(config.data.sampler(0).episode([task], 0))
+    for side in training_sides(lm, [episode], encoder.pad, config):
+        side.losses(expand(perturbed_start(lm), 1))
+        found, wanted = known.of(side.batch), side.batch.frozen[0]
+        for row, begin, tokens in side.batch.examples:
+            read = slice(begin, begin + len(tokens))
+            torch.testing.assert_close(found[row, read], wanted[row, read], rtol=1e-4, atol=1e-5)
+    if name == "texts":  # not every prefix of theirs: those took memory by the square of their length
+        assert len(known.first) == len(TEXT.examples)
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 9])

@@ -251,9 +251,20 @@ def repeated_rows(job: Job, encoder: Encoder) -> list[TokenRow]:
 
 
 def task_rows(encoder: Encoder, task: Task, labels: str) -> list[TokenRow]:
-    """Return a row for each example of a task, as episodes show it. Which letter stands for a label may differ."""
+    """Return what episodes read of a task: a row for each example, and for each label's own text, if it has those.
+
+    Which letter stands for a label may differ, and how many of a label's tokens are read.
+    """
     letter = "A" if task.options and labels == "letters" else None
-    return encoder.rows([relabel(example, letter) for example in task.examples], bool(task.options))
+    examples = [relabel(example, letter) for example in task.examples]
+    rows, _ = encoder.support(examples, [letter] if letter else task.options)
+    if encoder.is_masked:  # whose tokens all see each other: none is read after the mask but the suffix
+        read = [[*row.tokens[: row.start], *row.suffix] for row in rows]
+    elif not task.options:  # a text's last token predicts nothing
+        read = [row.tokens[:-1] for row in rows]
+    else:
+        return rows
+    return [TokenRow(tokens, len(tokens)) for tokens in read]
 
 
 def slowest_worker(seconds: torch.Tensor) -> dict[str, Any]:
