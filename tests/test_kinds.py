@@ -15,11 +15,12 @@ from rayml.lm.encode import Encoder
 from rayml.lm.label_trie import IGNORE
 from rayml.lm.load import load_tokenizer
 from rayml.lm.model import TaskLM
-from rayml.tasks.kinds import format_target, parse_labels, parse_spans
+from rayml.tasks.kinds import CHAT, format_target, parse_labels, parse_spans
 from rayml.tasks.prepare import prepare_tasks
 from rayml.tasks.read import read_rows
 from rayml.tasks.row import query_example
 from rayml.tasks.table import build_tasks
+from rayml.tasks.task import Example
 
 TURNS = [("user", "我的包裹还没到"), ("assistant", "请告诉我单号"), ("user", "12345"), ("assistant", "明天送达")]
 ROWS = {
@@ -122,6 +123,21 @@ def test_a_long_dialogue_loses_its_beginning_and_never_its_last_turn(tmp_path, s
     assert smollm2.decode(row.tokens[-9:]).endswith("明天送达<|im_end|>")
     with pytest.raises(DataError, match="leaves no room"):
         Encoder(smollm2, "{input}", 4).for_task(task.name, task.kind).row(task.examples[0], is_label=False)
+
+
+def test_a_long_dialogue_keeps_the_token_that_texts_begin_with(tiny):
+    """As any other prompt that is cut. The hidden states of many models are far off without it."""
+    words = load_tokenizer(tiny)
+    words.bos_token = "~"
+    words.chat_template = "~" + CHAT
+    turns = [("user", "hello " * 20), ("assistant", "good day")]
+    encoder = Encoder(words, "{input}", 40, kind="dialogue")
+    row = encoder.row(Example("", "good day", tuple(turns)), is_label=False)
+    prompt = encoder.prompt_tokens(Example("", "", (*turns[:1], ("assistant", ""))))
+    assert [len(row.tokens), len(prompt)] == [40, 40]
+    assert words.decode(row.tokens[row.start :]) == "good day"
+    assert [words.decode(tokens)[0] for tokens in (row.tokens, prompt)] == ["~", "~"]
+    assert words.decode(prompt).endswith("assistant: ")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from rayml.errors import DataError
-from rayml.lm.rows import TokenRow
+from rayml.lm.rows import TokenRow, cut_left
 from rayml.lm.tokens import mark_specials, remove_marks, tokenize
 from rayml.tasks.kinds import CHAT
 
@@ -147,7 +147,7 @@ def chat_row(tokenizer: Any, turns: Turns, max_tokens: int) -> TokenRow:
             f"the assistant's turn {turns[-1][1][:60]!r} leaves no room for what it answers within "
             f"data.max_tokens={max_tokens}; raise it or shorten the turn"
         )
-    tokens, is_target = tokens[cut:], is_target[cut:]
+    tokens, is_target = cut_left(tokenizer, tokens, max_tokens), is_target[cut:]
     start = next(position for position in range(1, len(tokens)) if is_target[position])
     loss_masked = tuple(position for position in range(start, len(tokens)) if not is_target[position])
     return TokenRow(tokens, start, loss_masked)

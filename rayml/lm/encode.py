@@ -11,7 +11,7 @@ from typing import Any
 from rayml.errors import DataError
 from rayml.lm.chat import ANSWERS, chat_prompt, chat_row
 from rayml.lm.label_trie import is_prefix_free
-from rayml.lm.rows import TokenRow, encode, masked_row, predicts_masks, soft_tokens
+from rayml.lm.rows import TokenRow, cut_left, encode, masked_row, predicts_masks, soft_tokens
 from rayml.lm.sentence import Sentences, sentence_row, sentences_of
 from rayml.lm.tokens import BLANK, mark_specials, marked_example, remove_marks
 from rayml.tasks.episodes import Episode, LabelScheme, relabel
@@ -138,8 +138,9 @@ class Encoder:
         """Return the prompt tokens for generating an answer; the example's own target is ignored."""
         if self.kind == "dialogue":
             turns = [*(turn for e in shown for turn in e.parts), *(example.parts[:-1] or [("user", example.input)])]
-            tokens = chat_prompt(self.tokenizer, turns, **ANSWERS)[-self.max_tokens * (len(shown) + 1) :]
-            return [*soft_tokens(self.soft_tokens), *tokens]
+            tokens = chat_prompt(self.tokenizer, turns, **ANSWERS)
+            most = self.max_tokens * (len(shown) + 1)
+            return [*soft_tokens(self.soft_tokens), *cut_left(self.tokenizer, tokens, most)]
         row = self.row(replace(example, target="."), is_label=False, shown=shown)
         return row.tokens[: row.start]
 

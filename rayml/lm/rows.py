@@ -76,8 +76,14 @@ def encode(
             f"target {target[:60]!r} has {len(tokens) - start} tokens, which leaves no room for its input within "
             f"data.max_tokens={max_tokens}; raise it or shorten the target"
         )
-    bos = tokens[:1] if cut and tokens[0] == tokenizer.bos_token_id else []  # models rely on it
-    return TokenRow(bos + tokens[cut + len(bos) :], start - cut)
+    return TokenRow(cut_left(tokenizer, tokens, max_tokens), start - cut)
+
+
+def cut_left(tokenizer: Any, tokens: list[int], most: int) -> list[int]:
+    """Return the last `most` tokens of a text; the token that texts begin with stays, since models rely on it."""
+    cut = max(0, len(tokens) - most)
+    bos = tokens[:1] if cut and tokens[0] == tokenizer.bos_token_id else []
+    return bos + tokens[cut + len(bos) :]
 
 
 def mark_masked(tokenizer: Any) -> None:
