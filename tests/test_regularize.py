@@ -132,6 +132,22 @@ def test_a_support_is_thinned_in_its_input_alone_and_the_same_every_time(tokeniz
     assert everything == Encoder(tokenizer, "{input}:", 64).row(EPISODE.support[0], True)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "parts", "kept"),
+    [
+        ("text: {input}\nLabel:", (), "text: \nLabel: A"),
+        ("text: {{ head }}, {{ tail }}", (("head", "text"), ("tail", "te")), "text: ,  A"),
+        ("text: {{ tail }}, {{ head }}", (("head", "text"), ("tail", "te")), "text: ,  A"),
+    ],
+)
+def test_what_a_prompt_says_by_itself_is_not_thinned_out(tokenizer, prompt, parts, kept):
+    """Even where the input says the same."""
+    row = Encoder(tokenizer, prompt, 64, token_dropout=1.0).with_token_dropout(
+        Example("text", "A", parts), True, random.Random(0)
+    )
+    assert tokenizer.decode(row.tokens) == kept
+
+
 def test_in_context_queries_carry_the_support_and_only_their_target_counts(tokenizer, lm):
     encoder = Encoder(tokenizer, "{input}\nLabel:", 40, in_context=True)
     record = encoder.episode(EPISODE)

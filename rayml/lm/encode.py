@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import Any
 
 from rayml.errors import DataError
@@ -196,10 +196,18 @@ class Encoder:
         if self.kind == "dialogue":
             return self.row(example, is_label)
         prompt = self._prompt(example)
+        plain_prompt, without = remove_marks(prompt), remove_marks(self._prompt(without_input(example)))
+        # What the prompt says by itself may be in the input, too: look behind it.
+        begin = end = sum(
+            1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(plain_prompt, without, strict=False))
+        )
         input_characters: set[int] = set()
         for text in [text for _, text in example.parts] or [example.input]:
-            first = remove_marks(prompt).find(text)
-            input_characters |= set(range(first, first + len(text))) if first >= 0 else set()
+            first = plain_prompt.find(text, end)
+            first = plain_prompt.find(text, begin) if first < 0 else first  # not in the order of the fields
+            if first >= 0:
+                end = first + len(text)
+                input_characters |= set(range(first, end))
 
         def keep(character: int) -> bool:
             return character not in input_characters or rng.random() >= self.token_dropout
