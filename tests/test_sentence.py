@@ -34,7 +34,7 @@ from rayml.lm.lora import TaskLoRA
 from rayml.lm.model import TaskLM
 from rayml.lm.queries import answer_queries
 from rayml.lm.scorer import EpisodeQueries
-from rayml.lm.sentence import INPUT
+from rayml.lm.sentence import INPUT, sentence_row, sentences_of
 from rayml.lm.sides import TaskSide
 from rayml.model import untrained_model
 from rayml.planning.shape import read_shape
@@ -107,6 +107,17 @@ def test_a_vector_is_that_of_the_library(tmp_path, name):
     found = vectors(model, TEXTS)
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
     assert len({tuple(v.tolist()) for v in found}) == len(TEXTS)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_a_text_is_cut_as_the_tokenizer_would_whatever_limit_another_thread_has(tmp_path, is_causal):
+    """A server's requests are read side by side: when they cut by the tokenizer's own limit, some had another's."""
+    words = load_tokenizer(write_encoder(tmp_path / "encoder", is_causal=is_causal))
+    sentences = sentences_of(words)
+    rows = {limit: sentence_row(words, sentences, TEXTS[2] * 2, limit).tokens for limit in (3, 16, 100, 1 << 30)}
+    assert words.backend_tokenizer.truncation is None
+    for limit, tokens in rows.items():
+        assert tokens == words(TEXTS[2] * 2, truncation=True, max_length=min(limit, 128))["input_ids"]
 
 
 def test_a_text_is_cut_to_the_models_context_where_nothing_else_limits_it(tmp_path):

@@ -7,6 +7,7 @@ Gurevych 2019, arXiv 1908.10084). Answers come from prototypes of such vectors a
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -117,10 +118,13 @@ def sentence_row(
     prompt = len(sentences.prompt)
     text = sentences.prompt + text
     limit = min(max_tokens, sentences.max_tokens or tokenizer.model_max_length)
-    encoding = tokenizer(
-        text.lower() if sentences.lower_case else text, truncation=True, max_length=limit, return_offsets_mapping=True
-    )
+    # The tokenizer's own truncation is a state of it: threads with other limits would cut each other's texts.
+    encoding = tokenizer(text.lower() if sentences.lower_case else text, return_offsets_mapping=True, verbose=False)
     tokens, offsets = encoding["input_ids"], encoding["offset_mapping"]
+    excess, ending = len(tokens) - limit, takewhile(lambda span: span[0] == span[1], reversed(offsets))
+    if excess > 0:
+        end = len(tokens) - sum(1 for _ in ending)  # what ends every text, such as [SEP], stays
+        del tokens[end - excess : end], offsets[end - excess : end]
     refuse_unembedded(tokenizer, tokens)
     if keep is not None:
         spans = zip(tokens, offsets, strict=True)
