@@ -110,7 +110,7 @@ class Config(Section):
             templates=tuple(data.templates.items()),
             labels=data.labels,
             soft_tokens=self.soft_tokens,
-            label_names=self.algorithm.label_names if self.algorithm.readout != "labels" else 0,
+            label_names=self.algorithm.label_names > 0 and self.algorithm.readout != "labels",
         )
 
     @model_validator(mode="after")

@@ -33,8 +33,8 @@ class Minibatch(NamedTuple):
     """Whether an inner step on the same gradient follows. Then only what the inner loop changes has a gradient."""
 
 
-class Side(Protocol):
-    """The supports, or the queries, of T episodes in training: K rows each. Weights are fast weights, `[T, ...]`."""
+class LabelledStates(Protocol):
+    """K rows of each of T tasks, with their classes. Weights are fast weights, `[T, ...]`; None: the bare base."""
 
     @property
     def classes(self) -> "Tensor":
@@ -43,6 +43,17 @@ class Side(Protocol):
     @property
     def is_name(self) -> "Tensor":
         """`[T, K]` bool: the rows of labels' own texts (`Algorithm.label_names`). Classes are not asked of them."""
+
+    def states(self, weights: "Params | None", pooling: "Pooling" = "last") -> "Tensor":
+        """Return a hidden state of unit length for each prompt, `[T, K, D]`: the last one before the target, or the
+        mean over the prompt."""
+
+    def base_states(self, pooling: "Pooling" = "last") -> "Tensor":
+        """Return `states` by the bare base, without a gradient. They are computed once."""
+
+
+class Side(LabelledStates, Protocol):
+    """The supports, or the queries, of T episodes in training."""
 
     @property
     def ways(self) -> int:
@@ -58,10 +69,6 @@ class Side(Protocol):
     def losses(self, weights: "Params") -> "Tensor":
         """Return each task's loss, `[T]`: the mean over its labels, or over the target tokens of free text."""
 
-    def states(self, weights: "Params", pooling: "Pooling" = "last") -> "Tensor":
-        """Return a hidden state of unit length for each prompt, `[T, K, D]`: the last one before the target, or the
-        mean over the prompt."""
-
     def read(self, weights: "Params", pooling: "Pooling" = "last", label_tokens: "Tensor | None" = None) -> "Read":
         """Return losses, states, and the log-probabilities of `label_tokens` `[T, C]`, from one forward."""
 
@@ -74,20 +81,17 @@ class QueryBatch(Protocol):
         """(Q, C) of each task."""
 
     @property
-    def support_classes(self) -> "Tensor":
-        """`[T, K]`: the classes of the support that was kept (`Algorithm.keeps`), as `Side.classes`."""
+    def support(self) -> LabelledStates:
+        """The support that was kept (`Algorithm.keeps`)."""
 
     def label_log_probs(self, weights: "Params | None") -> "list[Tensor]":
         """Return the labels' log-probabilities by all of their tokens, `[Q, C]` for each task."""
 
     def states(self, weights: "Params | None", pooling: "Pooling" = "last") -> "Tensor":
-        """Return the hidden state of each query's prompt, `[T, Q, D]`, as `Side.states`."""
+        """Return the hidden state of each query's prompt, `[T, Q, D]`, as `LabelledStates.states`."""
 
     def read(self, weights: "Params | None", pooling: "Pooling" = "last", labels: bool = False) -> "Read":
         """Return the states and, with `labels`, the labels' log-probabilities by their first tokens."""
-
-    def support_states(self, weights: "Params | None", pooling: "Pooling" = "last") -> "Tensor":
-        """Return the hidden states of the support that was kept, `[T, K, D]`."""
 
 
 class Algorithm(Section):
@@ -102,8 +106,9 @@ class Algorithm(Section):
     pooling: Literal["last", "mean"] = "last"
     """The hidden state that prototypes are made of: that of the prompt's last token, or the mean over its tokens."""
     label_names: NotNegativeInt = 0
-    """How many examples a label's own text counts as in the prototype of its class. It helps sentence encoders where
-    shots are few. Labels that are codes or letters are not read, nor are those of inputs in parts."""
+    """How many examples a label's own text counts as, at most, in the prototype of its class: fewer, the fewer examples
+    are nearest to their own label's text, and no more than the class has. It helps sentence encoders where shots are
+    few. Labels that are codes or letters are not read, nor are those of inputs in parts."""
 
     takes_steps: ClassVar[bool] = True
     """Whether a new task is learned by the inner loop. If not, all that is learned of it is what `keeps` says."""
@@ -121,7 +126,7 @@ class Algorithm(Section):
         """How classes are read; None if it is by label tokens alone."""
         from rayml.algorithms.prototypes import Readout
 
-        return None if self.readout == "labels" else Readout(self.readout == "both", self.pooling)
+        return None if self.readout == "labels" else Readout(self.readout == "both", self.pooling, self.label_names)
 
     @property
     def keeps_states(self) -> bool:

@@ -11,7 +11,8 @@ loop; the start holds their logarithms, beside the adapter. Any number of classe
 prompt gives all logits.
 
 A label's own text may count as examples in the mean of its class: where shots are few, the word says much about the
-class (Luo et al. 2021, "Don't Miss the Labels", Findings of ACL).
+class (Luo et al. 2021, "Don't Miss the Labels", Findings of ACL). How many it counts as depends on how well the labels'
+own texts tell the examples apart (`example_counts`).
 
 Shapes: T tasks, K or Q examples, C classes, D the hidden size.
 """
@@ -22,13 +23,17 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from rayml.algorithms.base import QueryBatch, Side
+from rayml.algorithms.base import LabelledStates, QueryBatch, Side
 from rayml.algorithms.inner_loop import Params, TaskLosses
 
 SCALE, MIX, MEANS = "readout.scale", "readout.mix", "readout.means"
 """Names of the readout's tensors: the logarithms of scale and mix `[]`, and a learned task's prototypes `[C, D]`."""
 INITIAL_LOGS = {SCALE: math.log(10.0), MIX: math.log(0.3)}
 """The logarithms that the outer loop begins with."""
+PRIOR_EXAMPLES, PRIOR_SHARE = 2, 0.8
+"""Of examples that are nearest to their own label's text, before any was looked at (`example_counts`)."""
+LEAST = 0.05
+"""What counts as less of an example does not count: means of that little cannot be told from zero in their sums."""
 Pooling = Literal["last", "mean"]
 
 
@@ -52,7 +57,7 @@ class Prototypes(NamedTuple):
     means: Tensor
     """`[T, C, D]`"""
     counts: Tensor
-    """`[T, C]`: how many examples each is the mean of."""
+    """`[T, C]`: how many examples each is the mean of; a label's own text may count as part of one."""
 
 
 class Readout(NamedTuple):
@@ -61,6 +66,8 @@ class Readout(NamedTuple):
     labels: bool
     """Whether label tokens are read, beside the prototypes."""
     pooling: Pooling = "last"
+    label_names: int = 0
+    """As `Algorithm.label_names`."""
 
     def start(self) -> Params:
         """Return the readout's part of an untrained start."""
@@ -71,17 +78,19 @@ class Readout(NamedTuple):
 
         An example must not be part of its own class's mean: it would be near it, whatever the weights. A class of one
         example has no other mean, unless its label's own text is read. So with one shot label tokens may be the only
-        loss; as they are for free text. The labels' own texts are in the means, but are not classified themselves.
+        loss; as they are for free text. The labels' own texts are in the means, but are not classified themselves. What
+        is classified by part of an example, since nothing else is left, counts as that part.
         """
         is_label = (support.classes >= 0).any(1)
 
         def losses(weights: Params) -> Tensor:
             read = support.read(weights, self.pooling)
-            protos = prototypes(read.states, support.classes, support.ways)
+            protos = prototypes(read.states, support.classes, support.ways, self.counts(support))
             distances = leave_one_out(squared_distances(read.states, protos), support.classes, protos.counts)
-            has_others = protos.counts.gather(1, support.classes.clamp(min=0)) > 1
-            classes = support.classes.masked_fill(~has_others | support.is_name, -1)
-            prototype_losses = class_losses(logits(distances, protos.counts, weights), classes)
+            others = protos.counts.gather(1, support.classes.clamp(min=0)) - 1
+            classes = support.classes.masked_fill((others <= 0) | support.is_name, -1)
+            scores = logits(distances, protos.counts, weights)
+            prototype_losses = class_losses(scores, classes, shares=others.clamp(0.0, 1.0))
             return prototype_losses + (read.losses if self.labels else read.losses.masked_fill(is_label, 0.0))
 
         return losses
@@ -95,7 +104,8 @@ class Readout(NamedTuple):
         tokens = support.label_tokens if self.labels else None
 
         def losses(weights: Params) -> Tensor:
-            protos = prototypes(support.states(weights, self.pooling), support.classes, support.ways)
+            states = support.states(weights, self.pooling)
+            protos = prototypes(states, support.classes, support.ways, self.counts(support))
             read = query.read(weights, self.pooling, tokens)
             distances = squared_distances(read.states, protos)
             scores = logits(distances, protos.counts, weights, read.label_log_probs)
@@ -106,7 +116,8 @@ class Readout(NamedTuple):
     def answer(self, queries: QueryBatch, weights: Params | None) -> list[Tensor]:
         """Return the log-probabilities of each query's classes, `[Q, C]` for each task."""
         ways = max(options for _, options in queries.shape)
-        protos = prototypes(queries.support_states(weights, self.pooling), queries.support_classes, ways)
+        support = queries.support
+        protos = prototypes(support.states(weights, self.pooling), support.classes, ways, self.counts(support))
         read = queries.read(weights, self.pooling, self.labels)
         scores = logits(squared_distances(read.states, protos), protos.counts, weights, read.label_log_probs)
         return [
@@ -116,23 +127,72 @@ class Readout(NamedTuple):
 
     def kept(self, support: Side, weights: Params) -> list[Params]:
         """Return what answers need of each task's support: the means of its classes; nothing for free text."""
-        means = prototypes(support.states(weights, self.pooling), support.classes).means
+        states = support.states(weights, self.pooling)
+        means = prototypes(states, support.classes, counts=self.counts(support)).means
         ways = (support.classes.max(1).values + 1).tolist()
         return [{MEANS: mean[:count].clone()} if count else {} for mean, count in zip(means, ways, strict=True)]
 
+    def counts(self, support: LabelledStates) -> Tensor | None:
+        """Return how many examples each row counts as, `[T, K]`; None if each is one.
 
-def prototypes(states: Tensor, classes: Tensor, ways: int | None = None) -> Prototypes:
+        Workers of a sharded base must make the same calls: whether one is made depends on no task.
+        """
+        if not self.label_names:
+            return None
+        states = support.base_states(self.pooling)
+        return example_counts(states, support.classes, support.is_name, self.label_names)
+
+
+def prototypes(states: Tensor, classes: Tensor, ways: int | None = None, counts: Tensor | None = None) -> Prototypes:
     """Return the mean of each class's states.
 
     Args:
         states: `[T, K, D]`.
         classes: `[T, K]`, from 0 to C - 1; -1 for rows of padding.
         ways: C; None takes it from `classes`, which waits for a GPU.
+        counts: `[T, K]`, how many examples each row counts as; None: one.
     """
     ways = max(1, int(classes.max()) + 1) if ways is None else ways
-    members = (classes.unsqueeze(-1) == torch.arange(ways, device=classes.device)).to(states)  # [T, K, C]
-    counts = members.sum(1)
-    return Prototypes(members.mT @ states / counts.clamp(min=1).unsqueeze(-1), counts)
+    members = one_hot(classes, ways).to(states)
+    if counts is not None:
+        members = members * counts.unsqueeze(-1)
+    totals = members.sum(1)
+    return Prototypes(members.mT @ states / totals.clamp(min=LEAST).unsqueeze(-1), totals)
+
+
+def one_hot(classes: Tensor, ways: int) -> Tensor:
+    """Return `[..., C]` bool; all False where the class is -1."""
+    return classes.unsqueeze(-1) == torch.arange(ways, device=classes.device)
+
+
+def example_counts(states: Tensor, classes: Tensor, is_name: Tensor, most: int) -> Tensor:
+    """Return how many examples each row of a support counts as in the mean of its class, `[T, K]`.
+
+    An example counts as one. A label's own text counts as
+
+        min(most * (a - 1/C) / (1 - 1/C), the examples of its class),    0 below chance
+
+    a is the share of the examples that are nearest to their own label's text. So names that say what the classes are
+    outweigh a few examples, and names that do not, or mislead, are left out. A few examples say little about the names,
+    which mostly do mean something: the share begins with `PRIOR_EXAMPLES`, of which `PRIOR_SHARE` are right.
+
+    Args:
+        states: `[T, K, D]`, by the base: after inner steps the share would be of what was learned.
+        classes: `[T, K]`; -1 for rows of padding.
+        is_name: `[T, K]`, the rows of labels' own texts.
+    """
+    ways = max(1, int(classes.max()) + 1)
+    members = one_hot(classes, ways)
+    names, examples = ((members & rows.unsqueeze(-1)).to(states) for rows in (is_name, ~is_name))
+    distances = squared_distances(states, Prototypes(names.mT @ states, names.sum(1)))
+    nearest = distances.masked_fill((names.sum(1) == 0).unsqueeze(1), torch.inf).argmin(-1)
+    right = ((nearest == classes) & ~is_name).sum(1)
+    share = (right + PRIOR_EXAMPLES * PRIOR_SHARE) / (examples.sum((1, 2)) + PRIOR_EXAMPLES)
+    chance = 1 / (names.sum(1) > 0).sum(1).clamp(min=2)
+    worth = most * ((share - chance) / (1 - chance)).clamp(min=0.0)
+    own = (members * examples.sum(1).unsqueeze(1)).sum(-1)  # the examples of each row's class
+    counts = torch.minimum(worth.unsqueeze(1), own)
+    return torch.where(is_name, counts.where(counts >= LEAST, 0.0), 1.0)
 
 
 def squared_distances(states: Tensor, protos: Prototypes) -> Tensor:
@@ -147,7 +207,7 @@ def leave_one_out(distances: Tensor, classes: Tensor, counts: Tensor) -> Tensor:
     Without h the mean m of n examples is (n m - h) / (n - 1), which is n / (n - 1) times as far from h as m.
     """
     is_own_class = torch.arange(counts.shape[1], device=classes.device) == classes.unsqueeze(-1)
-    n = counts.clamp(min=2).unsqueeze(1)
+    n = counts.clamp(min=1 + LEAST).unsqueeze(1)
     return distances * torch.where(is_own_class, (n / (n - 1)).square(), 1.0)
 
 
@@ -186,12 +246,13 @@ def label_log_probs(token_logits: Tensor, tokens: Tensor) -> Tensor:
     return shared.log_softmax(-1).masked_fill(missing, 0.0)
 
 
-def class_losses(scores: Tensor, classes: Tensor, smoothing: float = 0.0) -> Tensor:
+def class_losses(scores: Tensor, classes: Tensor, smoothing: float = 0.0, shares: Tensor | float = 1.0) -> Tensor:
     """Return each task's mean loss `[T]`, from logits `[T, Q, C]`; 0 for a task without any class.
 
     Args:
         classes: `[T, Q]`; -1 does not count.
         smoothing: share of the target's weight that is spread evenly over the classes.
+        shares: `[T, Q]`, the factor on each loss.
     """
     log_probs = scores.log_softmax(-1)
     losses = -log_probs.gather(2, classes.clamp(min=0).unsqueeze(2)).squeeze(2)
@@ -200,4 +261,4 @@ def class_losses(scores: Tensor, classes: Tensor, smoothing: float = 0.0) -> Ten
         evenly = -log_probs.masked_fill(~possible, 0.0).sum(-1) / possible.sum(-1)
         losses = (1 - smoothing) * losses + smoothing * evenly
     counted = classes >= 0
-    return losses.masked_fill(~counted, 0.0).sum(1) / counted.sum(1).clamp(min=1)
+    return (shares * losses).masked_fill(~counted, 0.0).sum(1) / counted.sum(1).clamp(min=1)

@@ -55,8 +55,8 @@ class Encoder:
     """How many soft tokens every row begins with (`rayml.lm.soft_prompt`); `max_tokens` does not count them."""
     ends_labels: bool = False
     """Labels end with the end-of-sequence token, too (`among`)."""
-    label_names: int = 0
-    """How often a support shows each label's own text, if it is words (`Algorithm.label_names`)."""
+    label_names: bool = False
+    """Whether a support shows each label's own text, if it is words (`Algorithm.label_names`)."""
 
     def for_task(self, task: str, kind: str, labels: Iterable[str] = ()) -> "Encoder":
         """Return the encoder of a task.
@@ -130,8 +130,8 @@ class Encoder:
         classes = [numbers[example.target] for example in examples if is_label]
         if self.label_names and all(map(WORD.search, labels)) and not any(example.parts for example in examples):
             names = self.rows(label_examples(labels, NO_TEXT), is_label)
-            rows += [replace(row.without_target(), is_name=True) for row in names] * self.label_names
-            classes += [*range(len(labels))] * self.label_names
+            rows += [replace(row.without_target(), is_name=True) for row in names]
+            classes += range(len(labels))
         return rows, classes
 
     def prompt_tokens(self, example: Example, shown: Sequence[Example] = ()) -> list[int]:

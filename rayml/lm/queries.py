@@ -19,7 +19,7 @@ from rayml.lm.lora import stack_adapters
 from rayml.lm.model import TaskLM
 from rayml.lm.option_scoring import OptionQuery, PromptEnsemble, WeightedPrompts
 from rayml.lm.rows import TokenRow
-from rayml.lm.sides import pad_classes
+from rayml.lm.sides import TaskSide, pad_classes
 
 
 @dataclass(eq=False)
@@ -31,6 +31,21 @@ class KeptSupport:
     """The class of each row; -1 for a class that is not among the options."""
     states: Tensor | None = None
     """`[K, D]`, if they were computed before, with the same weights."""
+
+
+class KnownStates:
+    """The supports of T tasks whose states were computed before (`rayml.algorithms.base.LabelledStates`)."""
+
+    def __init__(self, states: Sequence[Tensor], classes: Sequence[Sequence[int]]):
+        self._states = torch.nn.utils.rnn.pad_sequence(list(states), batch_first=True)
+        self.classes = pad_classes(classes).to(self._states.device)
+        self.is_name = torch.zeros_like(self.classes, dtype=torch.bool)  # they are in the means already
+
+    def states(self, _weights: Params | None, _pooling: Pooling = "last") -> Tensor:
+        return self._states
+
+    def base_states(self, _pooling: Pooling = "last") -> Tensor:
+        return self._states
 
 
 class TaskQueries:
@@ -70,31 +85,23 @@ class TaskQueries:
         return collate(prompts, self.pad).to(self.lm.device)
 
     @cached_property
-    def _kept_rows(self) -> TaskBatch:
-        return collate([support.rows for support in self.kept], self.pad).to(self.lm.device)
-
-    @cached_property
-    def support_classes(self) -> Tensor:
-        return pad_classes([support.classes for support in self.kept]).to(self.lm.device)
+    def support(self) -> TaskSide | KnownStates:
+        classes = [support.classes for support in self.kept]
+        known = [support.states for support in self.kept if support.states is not None]
+        if len(known) == len(self.kept):
+            return KnownStates(known, classes)
+        rows = [support.rows for support in self.kept]
+        return TaskSide(self.lm, rows, [()] * len(rows), classes, self.pad, packs=False)
 
     def label_log_probs(self, weights: Params | None) -> list[Tensor]:
         return self._ensemble.log_probs(weights)
 
-    @torch.no_grad()
     def states(self, weights: Params | None, pooling: Pooling = "last") -> Tensor:
         return self.lm.states(weights, self._prompts, pooling)
 
-    @torch.no_grad()
     def read(self, weights: Params | None, pooling: Pooling = "last", labels: bool = False) -> Read:
         tokens = pad_classes(self._label_tokens).to(self.lm.device) if labels else None
         return self.lm.read(weights, self._prompts, pooling, tokens)
-
-    @torch.no_grad()
-    def support_states(self, weights: Params | None, pooling: Pooling = "last") -> Tensor:
-        known = [support.states for support in self.kept if support.states is not None]
-        if len(known) == len(self.kept):
-            return torch.nn.utils.rnn.pad_sequence(known, batch_first=True)
-        return self.lm.states(weights, self._kept_rows, pooling)
 
 
 @dataclass(eq=False)
@@ -154,6 +161,7 @@ def first_batch_size(queries: Sequence[Query], most_tokens: int) -> int:
     return len(queries)
 
 
+@torch.no_grad()
 def answer_queries(lm: TaskLM, pad: int, queries: Sequence[Query]) -> list[Tensor]:
     """Return each query's log-probabilities of its options, `[options]`, all from one forward.
 
@@ -180,7 +188,7 @@ def _compute_states(lm: TaskLM, pad: int, queries: Sequence[Query]) -> None:
         kept = query.kept
         if kept and kept.states is None:
             batch = TaskQueries(lm, pad, [query.prompts], [kept])
-            kept.states = batch.support_states(stack_adapters([query.weights]), query.algorithm.pooling)[0]
+            kept.states = batch.support.states(stack_adapters([query.weights]), query.algorithm.pooling)[0]
 
 
 def merge_prompts(inputs: Sequence[WeightedPrompts]) -> WeightedPrompts:

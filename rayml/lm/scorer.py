@@ -113,7 +113,7 @@ class Prepared:
         algorithm, has_labels = self._scorer.algorithm, bool(self.episodes[0].labels)
         if self._scorer.encoder.sentences:
             episodes = [replace(e, support=tuple(label_examples(e.labels, e.query[0]))) for e in self.episodes]
-            encoder = replace(self._scorer.encoder, label_names=0)  # they are the examples already
+            encoder = replace(self._scorer.encoder, label_names=False)  # they are the examples already
             return EpisodeQueries(self._scorer.lm, encoder, episodes, algorithm)
         if algorithm.keeps == "nothing" and not (has_labels and algorithm.keeps_states):
             return self.queries

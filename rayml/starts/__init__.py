@@ -177,7 +177,7 @@ def bare_config(name: str) -> "Config":
         "algorithm": {
             "name": UNTRAINED,
             "readout": "prototypes" if is_encoder else "both",
-            "label_names": int(is_encoder),
+            "label_names": 3 * is_encoder,
         },
         "data": {"path": NO_DATA} | ({} if is_encoder else {"prompt": ONE_WORD}),
         "lora": {"targets": kinds, "start": "random"},
