@@ -209,6 +209,25 @@ def test_spans_score_as_conll_counts_them():
     assert scores("ner", asked[2:])["span_f1"] == 1.0
 
 
+@pytest.mark.parametrize(
+    ("text", "target", "answer", "f1"),
+    [
+        ("Apple's CEO", "org: Apple", "org: Google", 0),  # neither is a whole word of the text
+        ("Apple's CEO", "org: Apple", "org: Apple", 1),
+        ("Apple's and BMW's CEO", "org: Apple; org: BMW", "org: Oslo; org: BMW", 1 / 2),
+        ("New York and York", "place: New York; place: York", "place: York; place: New York", 1),
+        ("Rome, Rome.", "place: Rome; place: Rome", "place: Rome; city: Rome", 1 / 2),
+        ("in Rome", "place: Rome", "place: Rome; place: Rome", 2 / 3),
+    ],
+)
+def test_a_span_is_right_by_its_type_and_words_wherever_and_in_whichever_order_it_stands(text, target, answer, f1):
+    assert scores("ner", [query(target, answer, text)])["span_f1"] == pytest.approx(f1)
+
+
+def test_a_task_without_any_span_has_a_report():
+    assert span_report([query("none", "none", "nothing here")]) == "no spans, neither in targets nor in answers"
+
+
 def test_labels_of_which_several_hold_score_by_label_and_as_a_whole():
     found = scores("multilabel", [query("a; b", "b; a"), query("a", "a; c"), query("none", "none")])
     assert found == pytest.approx({"micro_f1": 2 * 3 / (3 + 4), "macro_f1": (1 + 1 + 0) / 3, "exact_match": 2 / 3})

@@ -6,6 +6,7 @@ torchmetrics and scikit-learn (for seqeval) take seconds to import, and every wo
 function imports what it uses.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -95,7 +96,7 @@ def span_scores(queries: Queries) -> dict[str, float]:
     from seqeval.metrics import f1_score, precision_score, recall_score
 
     targets, answers = bio_tags(queries)
-    if not any(tag != "O" for tags in (*targets, *answers) for tag in tags):
+    if not any((*targets, *answers)):
         return dict.fromkeys(("span_f1", "span_precision", "span_recall"), 1.0)
     return {
         "span_f1": float(f1_score(targets, answers, zero_division=0)),
@@ -108,45 +109,31 @@ def span_report(queries: Queries) -> str:
     """Return seqeval's report: precision, recall, F1 and number of spans, by type."""
     from seqeval.metrics import classification_report
 
-    return str(classification_report(*bio_tags(queries), zero_division=0))
+    targets, answers = bio_tags(queries)
+    if not any((*targets, *answers)):
+        return "no spans, neither in targets nor in answers"
+    return str(classification_report(targets, answers, zero_division=0))
 
 
 def bio_tags(queries: Queries) -> tuple[list[list[str]], list[list[str]]]:
-    """Return the BIO tags of every input's tokens, for the targets and for the answers.
+    """Return the tags of every query's spans, for the targets and for the answers.
 
-    An answered span that does not occur in the input is tagged on extra tokens behind it, so that it counts as wrong.
+    Each span has one tag, at the same place in both if its type and its words are the same. A place is "O" where only
+    the other side has the span, or has it more often. So neither the order of spans counts, nor where a text holds them.
     """
     targets, answers = [], []
     for query in queries:
-        tokens = TOKEN.findall(query["input"])
-        (target, more_target), (answer, more_answer) = (
-            tag_spans(tokens, parse_spans(query[key])) for key in ("target", "answer")
-        )
-        extra = max(len(more_target), len(more_answer))
-        targets.append(target + more_target + ["O"] * (extra - len(more_target)))
-        answers.append(answer + more_answer + ["O"] * (extra - len(more_answer)))
+        target, answer = (Counter(map(typed_words, parse_spans(query[key]))) for key in ("target", "answer"))
+        places = [(span, number) for span, count in (target | answer).items() for number in range(count)]
+        for tags, found in ((targets, target), (answers, answer)):
+            tags.append([f"B-{span[0]}" if number < found[span] else "O" for span, number in places])
     return targets, answers
 
 
-def tag_spans(tokens: Sequence[str], typed_spans: Sequence[tuple[str, str]]) -> tuple[list[str], list[str]]:
-    """Return the tags of the tokens, and the tags of spans that are not among them."""
-    tags, extra = ["O"] * len(tokens), []
-    for kind, text in typed_spans:
-        span = TOKEN.findall(text)
-        span_tags = [f"B-{kind}", *[f"I-{kind}"] * (len(span) - 1)]
-        for start in range(len(tokens) - len(span) + 1):
-            end = start + len(span)
-            if is_span(tokens[start:end], span) and set(tags[start:end]) == {"O"}:
-                tags[start:end] = span_tags
-                break
-        else:
-            extra += span_tags
-    return tags, extra
-
-
-def is_span(tokens: Sequence[str], span: Sequence[str]) -> bool:
-    """Return whether tokens equal a span's, ignoring punctuation that is attached to them."""
-    return all(a == b or WORD.findall(a) == WORD.findall(b) != [] for a, b in zip(tokens, span, strict=True))
+def typed_words(typed_span: tuple[str, str]) -> tuple[str, tuple[str, ...]]:
+    """Return a span's type and its words, without punctuation that is attached to them."""
+    kind, text = typed_span
+    return kind, tuple(" ".join(WORD.findall(token)) or token for token in TOKEN.findall(text))
 
 
 def text_scores(
