@@ -231,6 +231,7 @@ def test_a_task_without_any_span_has_a_report():
 def test_labels_of_which_several_hold_score_by_label_and_as_a_whole():
     found = scores("multilabel", [query("a; b", "b; a"), query("a", "a; c"), query("none", "none")])
     assert found == pytest.approx({"micro_f1": 2 * 3 / (3 + 4), "macro_f1": (1 + 1 + 0) / 3, "exact_match": 2 / 3})
+    assert set(scores("multilabel", [query("a", "a")]).values()) == {1.0}
 
 
 def test_chinese_answers_score_by_their_characters():

@@ -8,7 +8,7 @@ function imports what it uses.
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import regex
 import torch
@@ -77,18 +77,17 @@ def multilabel_scores(targets: Sequence[str], answers: Sequence[str]) -> dict[st
     }
 
 
-def multilabel_f1(pairs: Sequence[tuple[set[str], set[str]]], average: Any) -> float:
+def multilabel_f1(pairs: Sequence[tuple[set[str], set[str]]], average: Literal["micro", "macro"]) -> float:
     """Return the F1 of (target, answer) label sets; 1 if all are empty."""
-    from torchmetrics.functional.classification import multilabel_f1_score
-
-    labels = sorted(set().union(*(target | answer for target, answer in pairs)))
-    if not labels:
+    right, said = Counter[str](), Counter[str]()
+    for target, answer in pairs:
+        right.update(target & answer)
+        said.update([*target, *answer])
+    if not said:
         return 1.0
-    columns = [*labels, *[""] * (2 - len(labels))]  # torchmetrics requires two
-    targets, answers = (
-        torch.tensor([[label in pair[side] for label in columns] for pair in pairs]).int() for side in (0, 1)
-    )
-    return float(multilabel_f1_score(answers, targets, num_labels=len(columns), average=average))
+    if average == "micro":
+        return 2 * right.total() / said.total()
+    return sum(2 * right[label] / count for label, count in said.items()) / len(said)
 
 
 def span_scores(queries: Queries) -> dict[str, float]:
