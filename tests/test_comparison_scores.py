@@ -135,6 +135,19 @@ def test_text_scores_are_those_of_their_formulas():
     assert found["chrf"] == pytest.approx(sum(map(chrf, targets, answers)) / 3, abs=1e-3)
 
 
+@pytest.mark.parametrize("kind", ["label", "pair", "relation"])
+def test_tasks_of_labels_that_have_one_target_are_scored_as_text(kind):
+    texts = [{"target": "yes", "answer": "yes", "answers": [], "input": "a"}]
+    losses = [Curve("t", 0, False, [1.0, 0.5])]
+    found = summarize_evaluation(Evaluation(losses, losses, [EpisodeAnswers("t", kind, texts, texts)]))
+    assert found["tasks"]["t"]["answers"]["exact_match"]["after"]["mean"] == 1.0
+    labelled, written = result("lora", 0, {"t1": [1.0]}), result("lora", 0, {"t2": [1.0]})
+    for episode, queries in ((labelled["episodes"][0], None), (written["episodes"][0], texts)):
+        episode |= {"kind": kind} | ({"queries": queries} if queries else {})
+    labelled["episodes"] += written["episodes"]
+    assert set(summarize([labelled])["kinds"]) == {kind, "text"}
+
+
 def test_the_calibration_error_is_the_gap_between_confidence_and_accuracy():
     rng = np.random.default_rng(0)
     queries = [{"confidence": float(c), "answer": "a", "target": "ab"[int(rng.random() > c)]} for c in rng.random(300)]

@@ -28,7 +28,12 @@ def metrics_of(kind: str, is_label: bool) -> tuple[str, ...]:
     """Return the names of a task's metrics, the main metric first."""
     if is_label:
         return KINDS[kind].metrics if kind in ("pair", "relation") else LABELS
-    return KINDS[kind if kind in KINDS else "text"].metrics
+    return KINDS[text_kind(kind)].metrics
+
+
+def text_kind(kind: str) -> str:
+    """Return the kind that free text is scored by: "text" for a kind of labels, such as pairs that all have one target."""
+    return kind if kind in KINDS and KINDS[kind].metrics[0] != LABELS[0] else "text"
 
 
 def scores(kind: str, queries: Queries) -> dict[str, float]:

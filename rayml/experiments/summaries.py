@@ -7,7 +7,7 @@ import numpy as np
 
 from rayml.algorithms.methods import BASELINE
 from rayml.experiments.evaluate import EpisodeAnswers, Evaluation
-from rayml.experiments.metrics import calibration_error, metrics_of, scores, span_report
+from rayml.experiments.metrics import calibration_error, metrics_of, scores, span_report, text_kind
 from rayml.tasks.statistics import Curve, interval, intervals, scores_by_task
 
 Result = dict[str, Any]
@@ -30,10 +30,10 @@ def summarize(results: Sequence[Result]) -> dict[str, Any]:
 
 def group_of(episode: dict[str, Any]) -> str:
     """Return the group that an episode is summarized in: its kind, or `label` for plain labels."""
-    kind = episode.get("kind")
+    kind = episode.get("kind", "")
     if is_label(episode):
         return kind if kind in ("pair", "relation") else "label"
-    return kind or "text"
+    return text_kind(kind)
 
 
 def is_label(episode: dict[str, Any]) -> bool:
