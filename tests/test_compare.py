@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import make_config, tiny_lm, toy_tasks
+from conftest import make_config, tiny_lm, toy_tasks, write_tasks
 from rich.console import Console
 from test_train_algorithms import config_for
 from typer.testing import CliRunner
@@ -210,6 +210,29 @@ def test_methods_are_planned_with_equal_tokens(tmp_path):
     again = plan(other, "here", base, prepare_splits(base.data), replace(request, variants={}), tmp_path)
     steps = {method_run.name: method_run.config.outer.steps for method_run in method_runs}
     assert {method_run.name: method_run.config.outer.steps for method_run in again}.items() <= steps.items()
+
+
+def test_a_variant_with_data_of_its_own_is_planned_and_asked_anew_by_that_data(tmp_path):
+    base = config_for(tmp_path, "fomaml", outer={"steps": 40})
+    splits, values = prepare_splits(base.data), values_of(tmp_path)
+    path = tmp_path / "own.jsonl"
+    request = replace(REQUEST, methods=["fomaml"], variants={"own": (f"data.path={path}", "data.splits.test_tasks=[]")})
+
+    def planned(words: int):
+        texts = [
+            replace(task, examples=tuple(replace(e, input=f"{e.input}{' more' * words}") for e in task.examples))
+            for task in toy_tasks(seed=7)
+        ]
+        write_tasks(path, texts)
+        _, own = plan(with_values(values, {"outer.steps": 40}), "here", base, splits, request, tmp_path / "all")
+        return own, result_fingerprint(own, base, splits, request)
+
+    (short, asked), (long, asked_again) = planned(1), planned(5)
+    row, more = 8 + len("\nLabel:"), len(" more")
+    assert short.tokens_per_step == 4 * 18 * (row + more)
+    assert long.tokens_per_step == 4 * 18 * (row + 5 * more)
+    assert long.config.outer.steps < short.config.outer.steps < 40
+    assert asked != asked_again
 
 
 def test_a_diverged_answer_has_no_confidence():

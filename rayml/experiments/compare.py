@@ -187,7 +187,7 @@ def result_fingerprint(method_run: MethodRun, base: Config, splits: Splits, requ
     episodes = base.data.ways, base.data.shots, base.data.queries
     effort = request.episodes, request.val_episodes, list(request.factors), list(request.steps), episodes
     checkpoint = manifest_checksums(method_run.run.trained()[1]) if method_run.run and not method_run.trains else None
-    tasks = [fingerprint(part) for part in splits]
+    tasks = [*(fingerprint(part) for part in splits), method_run.tasks_checksum]
     versions = provenance(method_run.config), encoder_versions(method_run, request)
     text = repr((config, method_run.method, effort, tasks, checkpoint, versions))
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.console import Console
@@ -22,7 +22,7 @@ from rayml.lm.sides import SIDES, side_batch, trained_tokens
 from rayml.model import untrained_model
 from rayml.runs.checkpoint import newest_checkpoint, step_of
 from rayml.runs.files import AnyPath, parse_path
-from rayml.runs.folder import RunFolder
+from rayml.runs.folder import RunFolder, fingerprint
 from rayml.runs.reports import table
 from rayml.tasks.prepare import prepare_splits
 from rayml.tasks.splits import Splits, refuse_leaks
@@ -72,6 +72,8 @@ class MethodRun:
     """The run folder of a trained method, else None."""
     is_given: bool = False
     """Whether that run is finished already, and compared as it is."""
+    tasks_checksum: str = ""
+    """Of the meta-train tasks; "" for a given run."""
 
     @property
     def tokens(self) -> int:
@@ -124,14 +126,14 @@ def plan(
         config = parse_config(values, f"{source} for {name}", [*overrides, f"run.dir={folder / f'{name}-0'}"])
         if method.start == "encoder":
             check_classifier(name, request.encoder, [*splits.val, *splits.test])
-        else:
-            check_method_run(config, base, splits)
-        step_tokens = tokens_per_step(config, splits.train) if method.start == "trained" else 0
+        tasks = splits.train if method.start == "encoder" else checked_tasks(config, base, splits)
+        step_tokens = tokens_per_step(config, tasks) if method.start == "trained" else 0
         overrides += [f"outer.steps={max(1, round(budget / step_tokens))}"] if step_tokens else []
         for seed in range(request.seeds if method.has_seeds else 1):
             run = RunFolder(folder / f"{name}-{seed}")
             config = parse_config(values, source, [*overrides, f"seed={seed}", f"run.dir={run.path}"])
-            method_runs.append(MethodRun(name, seed, method, config, step_tokens, run if step_tokens else None))
+            method_run = MethodRun(name, seed, method, config, step_tokens, run if step_tokens else None)
+            method_runs.append(replace(method_run, tasks_checksum=fingerprint(tasks)))
     method_runs.sort(key=lambda method_run: method_run.seed)  # so that one that is cut off has compared all methods
     return method_runs + [given_method_run(RunFolder(path), splits) for path in request.runs]
 
@@ -162,11 +164,17 @@ def check_names(request: Request) -> None:
         raise ConfigError(f"two methods, variants or run folders are named {', '.join(duplicates)}; rename one")
 
 
-def check_method_run(config: Config, base: Config, splits: Splits) -> None:
-    """Raise what training would raise, and DataError if a variant would train on a text of meta-test."""
-    checked_model(config, [task for part in splits for task in part])
+def checked_tasks(config: Config, base: Config, splits: Splits) -> tuple[Task, ...]:
+    """Return the tasks that a method is trained on: the base's, unless a variant sets other data.
+
+    Raises what training would raise, and DataError if a variant would train on a text of meta-test.
+    """
+    tasks = splits.train
     if config.data.model_copy(update={"labels": base.data.labels}) != base.data:
-        refuse_leaks(config.run.dir, prepare_splits(config.data).train, splits.test)
+        tasks = prepare_splits(config.data).train
+        refuse_leaks(config.run.dir, tasks, splits.test)
+    checked_model(config, [*tasks, *splits.val, *splits.test])
+    return tasks
 
 
 def given_method_run(run: RunFolder, splits: Splits) -> MethodRun:

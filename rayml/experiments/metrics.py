@@ -32,7 +32,7 @@ def metrics_of(kind: str, is_label: bool) -> tuple[str, ...]:
 
 
 def text_kind(kind: str) -> str:
-    """Return the kind that free text is scored by: "text" for a kind of labels, such as pairs that all have one target."""
+    """Return the kind that free text is scored by: "text" for a kind of labels, as of pairs with one target for all."""
     return kind if kind in KINDS and KINDS[kind].metrics[0] != LABELS[0] else "text"
 
 
@@ -123,7 +123,7 @@ def bio_tags(queries: Queries) -> tuple[list[list[str]], list[list[str]]]:
     """Return the tags of every query's spans, for the targets and for the answers.
 
     Each span has one tag, at the same place in both if its type and its words are the same. A place is "O" where only
-    the other side has the span, or has it more often. So neither the order of spans counts, nor where a text holds them.
+    the other side has the span, or has it more often. Neither the order of spans counts, nor where a text holds them.
     """
     targets, answers = [], []
     for query in queries:
