@@ -14,6 +14,7 @@ from serving_run import make_run
 from rayml import model as model_module
 from rayml.config import Config
 from rayml.errors import ConfigError, DataError, RunError
+from rayml.experiments.evaluate_command import held_out_tasks, training_tasks
 from rayml.model import load, read_start
 from rayml.runs.folder import RunFolder
 from rayml.tasks.prepare import prepare_splits
@@ -151,6 +152,22 @@ def test_old_tasks_without_enough_examples_for_an_episode_of_this_run_are_refuse
     data = data.model_copy(update={"drop_small_classes": True})
     splits, replayed = with_replay(Splits(renamed(9, "new"), (), ()), before, data)
     assert replayed == {"toy-1"} == {task.name for task in splits.train if task.name.startswith("toy")}
+
+
+def test_what_the_old_run_was_trained_on_is_no_held_out_task(tmp_path, caplog):
+    old_config = make_config(tmp_path)
+    old = RunFolder(old_config.run.dir)
+    old.begin(old_config, prepare_splits(old_config.data), resume=False)
+    (tmp_path / "more").mkdir()
+    config = new_config(tmp_path / "more", old)
+    sampling = config.data.model_copy(update={"queries": 1})
+    seen, unseen = (write_tasks(tmp_path / f"{n}.jsonl", toy_tasks()[n : n + 1]) for n in (0, 5))
+    assert [task.name for task in held_out_tasks(config, sampling, [str(unseen)], "test")] == ["toy-5"]
+    with pytest.raises(DataError, match=r"--data: 100 text\(s\) are trained on"):
+        held_out_tasks(config, sampling, [str(seen)], "test")
+    shutil.rmtree(old.path)
+    assert all(task.name.startswith("new") for task in training_tasks(config))
+    assert "which is gone" in caplog.text
 
 
 @pytest.mark.ray

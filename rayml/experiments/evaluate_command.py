@@ -149,9 +149,17 @@ def held_out_tasks(
 
 
 def training_tasks(config: Config) -> tuple[Task, ...]:
-    """Return the run's meta-train tasks; none, with a warning, if its data can no longer be read."""
+    """Return the meta-train tasks of a run, and of those that it continues; none, with a warning, of data that can no
+    longer be read."""
+    tasks: tuple[Task, ...] = ()
     try:
-        return prepare_splits(config.data).train
+        tasks = prepare_splits(config.data).train
     except DataError as error:
         log.warning("--data is not compared with what was trained on: %s", error)
-        return ()
+    old = RunFolder(config.run.continues) if config.run.continues else None
+    if old is None or old.start:  # a start comes without its tasks
+        return tasks
+    if not old.config.exists():
+        log.warning("--data is not compared with what %s was trained on, which is gone", old.path)
+        return tasks
+    return (*tasks, *training_tasks(old.read_config()))
