@@ -110,14 +110,12 @@ def evaluate(
     """
     from rayml.experiments.evaluate_command import evaluate_run
     from rayml.model import MetaModel
-    from rayml.runs.files import parse_path
     from rayml.runs.folder import RunFolder
 
     source = run if isinstance(run, MetaModel | RunFolder) else RunFolder(run)
     paths = [str(path) for path in ([data] if isinstance(data, str | Path) else data or ())]
-    to = parse_path(json_file) if isinstance(json_file, str) else json_file
     out, err = consoles(console)
-    return evaluate_run(source, paths or None, ways, shots, episodes, seed, split, checkpoint, to, out, err)
+    return evaluate_run(source, paths or None, ways, shots, episodes, seed, split, checkpoint, json_file, out, err)
 
 
 def compare(

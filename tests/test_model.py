@@ -341,6 +341,29 @@ def test_an_evaluation_that_was_cut_off_goes_on_with_the_others_and_comes_to_the
     assert len(done) == 8
 
 
+def test_the_numbers_go_to_a_new_folder_or_it_is_said_before_the_work_that_they_cannot(model, tmp_path, monkeypatch):
+    found = rayml.evaluate(model, episodes=2, json_file=str(tmp_path / "new" / "folder" / "e.json"))
+    assert json.loads((tmp_path / "new" / "folder" / "e.json").read_text()) == found
+    monkeypatch.setattr("rayml.experiments.evaluate.evaluate", None)
+    (tmp_path / "file").touch()
+    for place, message in ((tmp_path / "file" / "e.json", "cannot be written"), (tmp_path, "is a folder")):
+        with pytest.raises(RunError, match=message):
+            rayml.evaluate(model, episodes=2, json_file=place)
+
+
+def test_what_an_evaluation_has_done_is_kept_until_its_numbers_are_written(model, monkeypatch):
+    def fail(*_):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("rayml.experiments.evaluate_command.write_atomically", fail)
+        with pytest.raises(OSError, match="no space left"):
+            rayml.evaluate(model, episodes=4)
+    monkeypatch.setattr(Parts, "keep", fail)  # none has to be done again
+    assert rayml.evaluate(model, episodes=4)["episodes"] == 4
+    assert not (model.run.path / "evaluation.part.jsonl").exists()
+
+
 PREMISES = [{"premise": f"it rains {n}", "hypothesis": f"it is {'wet' if n % 2 else 'dry'}"} for n in range(4)]
 
 

@@ -14,7 +14,7 @@ from rayml.errors import ConfigError, DataError, RunError
 from rayml.experiments import report
 from rayml.interrupt import with_message
 from rayml.progress import progress, show_activity
-from rayml.runs.files import AnyPath, write_atomically
+from rayml.runs.files import AnyPath, parse_path, write_atomically
 from rayml.runs.folder import RunFolder, fingerprint
 from rayml.sections import Data
 from rayml.tasks.episodes import EVALUATION_SEED
@@ -23,6 +23,7 @@ from rayml.tasks.splits import refuse_leaks
 from rayml.tasks.task import Task
 
 if TYPE_CHECKING:
+    from rayml.experiments.evaluate import Parts
     from rayml.model import MetaModel
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ def evaluate_run(
     seed: int,
     split: str,
     checkpoint: str | None,
-    json_file: AnyPath | None,
+    json_file: str | AnyPath | None,
     out: Console,
     err: Console,
 ) -> dict[str, Any]:
@@ -46,8 +47,9 @@ def evaluate_run(
     All input is checked before the model is loaded.
 
     Raises:
-        RunError, DataError, ConfigError: no run, no tasks, or an unknown split.
+        RunError, DataError, ConfigError: no run, no tasks, an unknown split, or no place for the JSON.
     """
+    json_path = _writable(json_file) if json_file else None
     if split not in ("test", "val"):
         raise ConfigError(f"split: expected test or val, got {split!r}")
     config = run.trained(checkpoint)[0] if isinstance(run, RunFolder) else run.config
@@ -65,6 +67,7 @@ def evaluate_run(
         outputs.mkdir(parents=True, exist_ok=True)
     sizes = {"ways": sampling.ways, "shots": sampling.shots, "queries": sampling.queries}
     settings = {**sizes, "episodes": episodes, "seed": seed}
+    scores, parts = _scores(model, config, tasks, sampling, settings, err)
     summary = {
         "run": model.run.start or str(model.run.path),
         "checkpoint": model.checkpoint,
@@ -73,17 +76,30 @@ def evaluate_run(
         "inner_steps": config.inner.steps,
         "tasks_from": data or f"meta-{split}",
         **settings,
-        **_scores(model, config, tasks, sampling, settings, err),
+        **scores,
     }
     suffix = "-data" if data else "" if split == "test" else f"-{split}"
-    json_path, plot_path = json_file or outputs / f"evaluation{suffix}.json", outputs / f"adaptation{suffix}.png"
+    json_path, plot_path = json_path or outputs / f"evaluation{suffix}.json", outputs / f"adaptation{suffix}.png"
     write_atomically(json_path, json.dumps(summary, indent=2) + "\n")
+    parts.remove()
     method = "" if config.algorithm.name == DEFAULT else f"{config.algorithm.name}, "
     title = f"{config.model.name}, {sampling.ways}-way {sampling.shots}-shot, {method}after {model.step} outer steps"
     report.plot_adaptation(summary, plot_path, title)
     report.print_evaluation(summary, title, out)
     out.print(f"{json_path}\n{plot_path}", highlight=False, soft_wrap=True)
     return summary
+
+
+def _writable(file: str | AnyPath) -> AnyPath:
+    """Return the path of a file, after making its folder; raise RunError if it cannot be written there."""
+    path = parse_path(file)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"--json {file}: cannot be written: {error}") from error
+    if path.is_dir():
+        raise RunError(f"--json {file}: is a folder; give a file")
+    return path
 
 
 def _load_model(run: Any, config: Config, tasks: Sequence[Task], checkpoint: str | None, err: Console) -> Any:
@@ -104,8 +120,11 @@ def _load_model(run: Any, config: Config, tasks: Sequence[Task], checkpoint: str
 
 def _scores(
     model: "MetaModel", config: Config, tasks: Sequence[Task], data: Data, settings: dict[str, int], err: Console
-) -> dict[str, Any]:
-    """Return the scores of all episodes. Those that were done before an interruption are not done again."""
+) -> tuple[dict[str, Any], "Parts"]:
+    """Return the scores of all episodes, and the file with those done so far, to be removed once they are written.
+
+    Episodes that were done before an interruption are not done again.
+    """
     from rayml.experiments.evaluate import Parts, encoder_beside, evaluate
     from rayml.experiments.summaries import summarize_evaluation
 
@@ -121,8 +140,7 @@ def _scores(
     except KeyboardInterrupt as interrupt:
         message = f"{parts.episodes} of {total} episodes are kept; the same command goes on with the others"
         raise with_message(interrupt, message) from None
-    parts.remove()
-    return summarize_evaluation(evaluation) | {"beside": beside}
+    return summarize_evaluation(evaluation) | {"beside": beside}, parts
 
 
 def held_out_tasks(

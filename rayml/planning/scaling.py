@@ -133,6 +133,7 @@ def scaling(
         network: [predict(shape, config, count, replace(machines, network_bytes=network)) for count in workers]
         for network in networks
     }
+    picture.parent.mkdir(parents=True, exist_ok=True)
     plot(predictions, config, machines, picture)
     if as_json:
         rows = [
