@@ -17,13 +17,14 @@ from rayml import adapter as adapter_module
 from rayml import model as model_module
 from rayml.cli import app
 from rayml.errors import ConfigError, DataError, RunError, TrainingError
-from rayml.experiments.evaluate import Parts, evaluate
+from rayml.experiments.evaluate import Evaluation, Parts, evaluate
 from rayml.lm.fine_tuning import rate_factors
 from rayml.model import untrained_model
 from rayml.runs.checkpoint import folder_name, read_checkpoint, seal, write_state
 from rayml.runs.folder import RunFolder
 from rayml.tasks.prepare import prepare_splits
 from rayml.tasks.read import read_rows
+from rayml.tasks.statistics import Curve
 
 OTHERS = [("a b", "x"), ("c d", "y"), ("e f", "x"), ("g", "y"), ("h i", "y")]
 
@@ -362,6 +363,18 @@ def test_what_an_evaluation_has_done_is_kept_until_its_numbers_are_written(model
     monkeypatch.setattr(Parts, "keep", fail)  # none has to be done again
     assert rayml.evaluate(model, episodes=4)["episodes"] == 4
     assert not (model.run.path / "evaluation.part.jsonl").exists()
+
+
+def test_a_line_that_a_crash_left_unfinished_does_not_spoil_the_next(tmp_path):
+    """The parts of an evaluation, of which each start of the command reads those before."""
+    parts = [Evaluation([Curve("t", n, True, [0.5])], [Curve("t", n, True, [0.25])], []) for n in range(3)]
+    for number, part in enumerate(parts):
+        kept = Parts(tmp_path, "same")
+        assert [kept.next() for _ in range(number + 1)] == [*parts[:number], None]
+        kept.keep(part)
+        with kept.path.open("a") as file:
+            file.write('[[{"task": "t", "ind')
+    assert [Parts(tmp_path, "same").next()] == parts[:1]
 
 
 PREMISES = [{"premise": f"it rains {n}", "hypothesis": f"it is {'wet' if n % 2 else 'dry'}"} for n in range(4)]

@@ -15,7 +15,7 @@ from rayml.lm.catalog import MINILM, resolve_model
 from rayml.lm.fine_tuning import rate_factors
 from rayml.lm.scorer import Outputs, Scorer, batches, curves_of
 from rayml.progress import Bar
-from rayml.runs.files import AnyPath
+from rayml.runs.files import AnyPath, write_atomically
 from rayml.tasks.episodes import Episode, Sampler
 from rayml.tasks.statistics import Curve, intervals, scores_by_task
 from rayml.tasks.task import Task
@@ -70,7 +70,11 @@ class Parts:
         self._file = self.path.open("a", buffering=1) if parts else None
 
     def _read(self) -> Iterator[Evaluation]:
-        head, *lines = self.path.read_text(encoding="utf-8").split("\n")[:-1] or [""]
+        text = self.path.read_text(encoding="utf-8")
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:  # a crash left a line unfinished, which the next one must not be added to
+            write_atomically(self.path, whole)
+        head, *lines = whole.split("\n")[:-1] or [""]
         for line in lines if head == self.fingerprint else []:
             trained, untrained, answers = json.loads(line)
             yield Evaluation(
