@@ -10,7 +10,7 @@ import pytest
 from rayml.compression.measure import compare_scores
 from rayml.experiments.evaluate import EpisodeAnswers, Evaluation
 from rayml.experiments.metrics import BINS, calibration_error, label_scores, text_scores
-from rayml.experiments.report import scores_table
+from rayml.experiments.report import plot_adaptation, scores_table
 from rayml.experiments.summaries import summarize, summarize_evaluation
 from rayml.tasks.statistics import Curve, interval, intervals
 
@@ -77,6 +77,18 @@ def test_the_headline_of_an_evaluation_is_over_tasks_and_a_task_is_over_its_epis
     assert apart["difference"] == pytest.approx(over_untrained)
     caption = scores_table(found, "").caption
     assert "3 tasks and their episodes" in str(caption)
+
+
+def test_many_tasks_of_any_name_are_plotted(tmp_path, monkeypatch):
+    monkeypatch.setattr("rayml.experiments.report.MOST_PANELS", 4)
+    names = "from $5_ to $9^", "b", "c", "d", "e"
+    both = curves({name: [0.5, 0.75] for name in names})
+    drawn = []
+    monkeypatch.setattr("rayml.experiments.report.save_figure", lambda figure, path: drawn.append(figure))
+    plot_adaptation(summarize_evaluation(Evaluation(both, both, answered(names))), tmp_path / "a.png", "a title")
+    (figure,) = drawn
+    assert len(figure.axes) == 4
+    figure.savefig(tmp_path / "a.png")  # this is where mathematics would be read
 
 
 def answered(tasks) -> list[EpisodeAnswers]:

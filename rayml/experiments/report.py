@@ -24,6 +24,8 @@ STYLE = """body{font:16px/1.5 sans-serif;max-width:70em;margin:2em auto;padding:
 table{border-collapse:collapse;display:block;overflow-x:auto}td,th{padding:.2em .7em;border-bottom:1px solid #ddd}"""
 LOOK: dict[str, Any] = {"padding": (0, 0, 0, 1), "caption_justify": "left"}
 """Of the tables of an evaluation."""
+MOST_PANELS = 60
+"""Of a plot of adaptation: a picture of some hundreds is too large to be drawn."""
 
 
 # Reports of an evaluation
@@ -95,15 +97,16 @@ def beside_table(beside: dict[str, Any]) -> Table:
 
 
 def plot_adaptation(summary: dict[str, Any], path: AnyPath, title: str) -> None:
-    """Plot the adaptation curves of all tasks together, and of each task, to a PNG."""
+    """Plot the adaptation curves of all tasks together, and of each task (of the first ones if there are many)."""
     pyplot = file_pyplot()
-    panels = {"all held-out tasks": summary["overall"], **(summary["tasks"] if len(summary["tasks"]) > 1 else {})}
+    tasks = list(summary["tasks"].items())[: MOST_PANELS - 1] if len(summary["tasks"]) > 1 else []
+    panels = [("all held-out tasks", summary["overall"]), *tasks]
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure, axes = pyplot.subplots(
         rows, columns, figsize=(4.2 * columns, 3.4 * rows), sharex=True, squeeze=False, layout="constrained"
     )
-    for axis, (name, scores) in zip(axes.flat, panels.items(), strict=False):
+    for axis, (name, scores) in zip(axes.flat, panels, strict=False):
         steps = list(range(len(scores["curve"])))
         for key, label, colour in (
             ("curve", "meta-trained start", OURS),
@@ -112,7 +115,8 @@ def plot_adaptation(summary: dict[str, Any], path: AnyPath, title: str) -> None:
             means, lows, highs = ([point[end] for point in scores[key]] for end in ("mean", "low", "high"))
             axis.plot(steps, means, color=colour, marker="o", label=label)
             axis.fill_between(steps, lows, highs, color=colour, alpha=0.18, linewidth=0)
-        axis.set(title=name, xlabel="inner steps", ylabel=f"query {scores['metric']}", xticks=steps)
+        title_of_task = name.replace("$", r"\$")  # else what is between two is read as mathematics
+        axis.set(title=title_of_task, xlabel="inner steps", ylabel=f"query {scores['metric']}", xticks=steps)
         axis.grid(alpha=0.25)
         if scores["metric"] == "accuracy":
             axis.set_ylim(0, 1)
