@@ -10,6 +10,7 @@ from conftest import toy_tasks, write_tasks
 from typer.testing import CliRunner
 
 from rayml.cli import app
+from rayml.errors import DataError
 from rayml.tasks.task import Task
 
 REPOSITORY = Path(__file__).parent.parent
@@ -75,3 +76,13 @@ def test_data_check_names_the_line_of_a_bad_row(tmp_path):
     found = rayml("data", "check", str(path))
     assert found.returncode == 1
     assert "bad.jsonl:2: not JSON" in found.stderr
+
+
+@pytest.mark.parametrize("place", ["s3://bucket/few.jsonl", "hf:org/name:train", "~/few.jsonl"])
+def test_examples_may_be_anywhere_that_data_may(place, tmp_path, monkeypatch):
+    def read_rows(paths):
+        raise DataError(f"read {paths[0]}")
+
+    monkeypatch.setattr("rayml.tasks.read.read_rows", read_rows)
+    found = CliRunner().invoke(app, ["adapt", "tiny", "--examples", place, "--out", str(tmp_path / "new")])
+    assert str(found.exception) == f"read {place}"

@@ -23,7 +23,7 @@ STARTS = "A run folder that `rayml train` made, or its URI; or a start: `minilm`
 @app.command()
 def adapt(
     examples: Annotated[
-        Path, typer.Option(parser=path, help="Rows of input and target, in any format that `data.path` reads.")
+        str, typer.Option(help="Rows of input and target, in any place and format that `data.path` reads.")
     ],
     out_dir: Annotated[str, typer.Option("--out", help="The adapter's folder, which must not exist.", metavar="DIR")],
     run: Annotated[str | None, typer.Argument(metavar="[RUN]", help=STARTS)] = None,
@@ -41,7 +41,7 @@ def adapt(
     from rayml.tasks.read import read_rows
 
     folder = new_folder(out_dir)
-    rows = read_rows([str(examples)])
+    rows = read_rows([examples])
     if run is None:
         with show_activity(err, "each start learns one half of the examples, and answers the other"):
             model, reason, _ = rayml.choose_start(rows)

@@ -61,7 +61,7 @@ def teach(run: str | None, adapter: str) -> None:
     remove(parse_path(adapter))
     argument = f"{shlex.quote(run)} " if run else ""
     say(f"adapt {argument}--examples {TICKETS} --out {shlex.quote(adapter)}")
-    adapt(TICKETS, adapter, run)
+    adapt(str(TICKETS), adapter, run)
     say(f'predict {shlex.quote(adapter)} --input "{QUESTION}"')
     predict(adapter, QUESTION)
 
