@@ -17,6 +17,7 @@ from rayml.compression.distill import (
     Student,
     Teacher,
     divergence,
+    keep_layers,
     query_losses,
     with_base_gradients,
     write_student,
@@ -231,3 +232,9 @@ def test_bad_input_is_refused_first(run, tmp_path):
     with pytest.raises(RunError, match="mode full"):
         compressed(run, new, prune=0.5)
     assert not new.exists()
+
+
+def test_a_student_of_the_last_layer_alone_keeps_what_is_outside_of_layers():
+    teacher = {name: torch.ones(1) for name in ("prompt", "readout.log_scale", "m.layers.0.a.A", "m.layers.3.a.A")}
+    assert set(keep_layers(teacher, [3])) == {"prompt", "readout.log_scale", "m.layers.0.a.A"}
+    assert set(keep_layers(teacher, [0, 3])) == {"prompt", "readout.log_scale", "m.layers.0.a.A", "m.layers.1.a.A"}

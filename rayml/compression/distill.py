@@ -232,13 +232,15 @@ def student_lm(config: Config, path: str, model: MetaModel) -> TaskLM:
 
 
 def keep_layers(teacher: Params, layers: Sequence[int]) -> Params:
-    """Return the adapters (or rates) of some of the teacher's layers, by their names in the student."""
-    numbers = {layer: number for number, layer in enumerate(layers)}
-    return {
-        LAYER.sub(f".{numbers[layer_number(name)]}.", name, count=1): tensor.clone()
-        for name, tensor in teacher.items()
-        if layer_number(name) in numbers
-    }
+    """Return the adapters (or rates) of some of the teacher's layers, by their names in the student, and all that is
+    outside of layers: a soft prompt, a readout."""
+    numbers, kept = {layer: number for number, layer in enumerate(layers)}, {}
+    for name, tensor in teacher.items():
+        if not is_in_layer(name):
+            kept[name] = tensor.clone()
+        elif layer_number(name) in numbers:
+            kept[LAYER.sub(f".{numbers[layer_number(name)]}.", name, count=1)] = tensor.clone()
+    return kept
 
 
 def write_student(base: str, kept: Sequence[int], folder: Path) -> None:
