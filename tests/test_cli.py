@@ -6,10 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 from conftest import toy_tasks, write_tasks
 from typer.testing import CliRunner
 
 from rayml.cli import app
+from rayml.cli.training import numbers, variants
 from rayml.errors import DataError
 from rayml.tasks.task import Task
 
@@ -86,3 +88,23 @@ def test_examples_may_be_anywhere_that_data_may(place, tmp_path, monkeypatch):
     monkeypatch.setattr("rayml.tasks.read.read_rows", read_rows)
     found = CliRunner().invoke(app, ["adapt", "tiny", "--examples", place, "--out", str(tmp_path / "new")])
     assert str(found.exception) == f"read {place}"
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["slow"], "expected NAME=VALUE, got 'slow'"),
+        (["=inner.lr=0.1"], "expected NAME=VALUE"),
+        (["a=inner.lr=0.1", "a=inner.lr=0.2"], "a is given twice"),
+        (["a=data.prompt='{{ input }}"], "a: No closing quotation"),
+    ],
+)
+def test_a_variant_that_cannot_be_read_is_refused(texts, message):
+    with pytest.raises(typer.BadParameter, match=message):
+        variants(texts)
+
+
+def test_a_variant_is_a_name_with_settings():
+    assert variants(["a=inner.lr=0.1 data.prompt='x y'", "b="]) == {"a": ["inner.lr=0.1", "data.prompt=x y"], "b": []}
+    with pytest.raises(typer.BadParameter, match="--rates: expected"):
+        numbers("nan,1", float, "--rates")

@@ -175,7 +175,7 @@ def sweep(
     """
     given = {"trials": trials, "concurrent": concurrent, "scheduler": scheduler, "searcher": searcher, "metric": metric}
     settings = {f"sweep.{key}": value for key, value in given.items() if value is not None}
-    rayml.sweep(config, overrides, search=named(search), resume=resume, console=out, **settings)
+    rayml.sweep(config, overrides, search=named(search, "--search"), resume=resume, console=out, **settings)
 
 
 @app.command()
@@ -221,7 +221,7 @@ def compare(
         config,
         overrides,
         methods=[name.strip() for name in methods.split(",")] if methods else [],
-        variants={name: shlex.split(changes) for name, changes in named(variant).items()},
+        variants=variants(variant),
         runs=run or [],
         seeds=seeds,
         episodes=episodes,
@@ -237,9 +237,28 @@ def compare(
     )
 
 
-def named(texts: list[str] | None) -> dict[str, str]:
+def variants(texts: list[str] | None) -> dict[str, list[str]]:
+    """Return the settings of each variant by its name."""
+    split = {}
+    for name, changes in named(texts, "--variant").items():
+        try:
+            split[name] = shlex.split(changes)
+        except ValueError as error:
+            raise typer.BadParameter(f"--variant {name}: {error}, in {changes!r}") from error
+    return split
+
+
+def named(texts: list[str] | None, option: str) -> dict[str, str]:
     """Return the values of `NAME=value` texts by their names."""
-    return {name: value for name, _, value in (text.partition("=") for text in texts or [])}
+    values: dict[str, str] = {}
+    for text in texts or []:
+        name, equals, value = text.partition("=")
+        if not (name and equals):
+            raise typer.BadParameter(f"{option}: expected NAME=VALUE, got {text!r}")
+        if name in values:
+            raise typer.BadParameter(f"{option}: {name} is given twice")
+        values[name] = value
+    return values
 
 
 def numbers(text: str, kind: type, option: str) -> list[Any]:
@@ -248,6 +267,6 @@ def numbers(text: str, kind: type, option: str) -> list[Any]:
         values = sorted({kind(part) for part in text.split(",")})
     except ValueError:
         values = []
-    if not values or values[0] <= 0:
+    if not values or not all(value > 0 for value in values):
         raise typer.BadParameter(f"{option}: expected comma-separated numbers above 0, got {text!r}")
     return values
