@@ -10,7 +10,7 @@ import pytest
 from rayml.compression.measure import compare_scores
 from rayml.experiments.evaluate import EpisodeAnswers, Evaluation
 from rayml.experiments.metrics import BINS, calibration_error, label_scores, text_scores
-from rayml.experiments.report import plot_adaptation, scores_table
+from rayml.experiments.report import as_html, markdown_table, plot_adaptation, scores_table
 from rayml.experiments.summaries import summarize, summarize_evaluation
 from rayml.tasks.statistics import Curve, interval, intervals
 
@@ -89,6 +89,11 @@ def test_many_tasks_of_any_name_are_plotted(tmp_path, monkeypatch):
     (figure,) = drawn
     assert len(figure.axes) == 4
     figure.savefig(tmp_path / "a.png")  # this is where mathematics would be read
+
+
+def test_a_bar_in_a_tasks_name_ends_no_cell_of_a_report(tmp_path):
+    page = as_html(markdown_table([["task", "lora"], ["bbq|age", "0.50"]]), tmp_path)
+    assert "<td>bbq|age</td>\n<td>0.50</td>" in page
 
 
 def answered(tasks) -> list[EpisodeAnswers]:

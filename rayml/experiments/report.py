@@ -239,7 +239,8 @@ def task_rows(kind_summary: dict[str, Any]) -> list[list[str]]:
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     rule = ["---"] * len(rows[0])
-    return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], rule, *rows[1:]])
+    cells = ([cell.replace("|", "\\|") for cell in row] for row in [rows[0], rule, *rows[1:]])
+    return "\n".join("| " + " | ".join(row) + " |" for row in cells)
 
 
 def as_html(markdown: str, folder: AnyPath) -> str:
