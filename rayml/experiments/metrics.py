@@ -125,7 +125,8 @@ def bio_tags(queries: Queries) -> tuple[list[list[str]], list[list[str]]]:
     Each span has one tag, at the same place in both if its type and its words are the same. A place is "O" where only
     the other side has the span, or has it more often. Neither the order of spans counts, nor where a text holds them.
     """
-    targets, answers = [], []
+    targets: list[list[str]] = []
+    answers: list[list[str]] = []
     for query in queries:
         target, answer = (Counter(map(typed_words, parse_spans(query[key]))) for key in ("target", "answer"))
         places = [(span, number) for span, count in (target | answer).items() for number in range(count)]
