@@ -222,6 +222,15 @@ def test_a_mark_outside_its_text_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "mark", [[1, 2, None], [1.0, 2.0, "X"], {"start": 1, "end": 2}, {"start": 1, "end": 2, "labels": ["X"]}]
+)
+def test_a_text_whose_spans_cannot_be_read_is_not_taken_for_one_without(mark, tmp_path):
+    marked = {"text": "ab", "entities": [[0, 1, "X"]]}
+    with pytest.raises(DataError, match=r"a.jsonl:2: a span has a start, an end and a label, got"):
+        read(tmp_path, "a.jsonl", lines([marked, marked | {"entities": [[0, 1, "X"], mark]}]))
+
+
+@pytest.mark.parametrize(
     ("decided", "target", "kind"),
     [
         ({"label": "BUG"}, "BUG", ""),

@@ -3,6 +3,7 @@ with marked spans."""
 
 from collections.abc import Callable, Collection, Sequence, Set
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 from rayml.tasks.formats.conll import TAG, sentence_record
@@ -119,6 +120,10 @@ def read_marked(record: Record) -> Record | str:
     marks = [mark for mark in map(parse_mark, record[key] if key else []) if mark]
     if not isinstance(text, str):
         return "'text' is not text"
+    lists = [] if key else [value for value in map(record.get, MARKS) if isinstance(value, list)]
+    unknown = [mark for mark in chain(*lists) if isinstance(mark, dict | list) and not parse_mark(mark)]
+    if unknown:
+        return f"a span has a start, an end and a label, got {str(unknown[0])[:60]}"
     if not all(0 <= start < end <= len(text) for start, end, _ in marks):
         return f"a span of {key} does not lie within its text of {len(text)} characters"
     rest = {key: value for key, value in record.items() if key not in MARKS}
