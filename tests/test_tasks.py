@@ -224,6 +224,14 @@ def test_labels_and_free_text_are_told_apart(tmp_path):
 # Splits
 
 
+def test_a_row_without_options_has_a_target_among_those_of_its_task(tmp_path):
+    """One row may tell the options for all; a target that none of them tells was a KeyError."""
+    rows = [row(text="a", target="x", options=["x", "y"]), row(text="b", target="y")]
+    assert table(tmp_path, rows)[0][0].options == ("x", "y")
+    with pytest.raises(DataError, match="task 't': target 'z' at .*:3 is none of the options .*: x, y$"):
+        table(tmp_path, [*rows, row(text="c", target="z")])
+
+
 def test_adding_tasks_moves_none_that_was_there():
     rule = SplitRule(val=0.2, test=0.3)
     tasks = [Task(f"task-{i}", TEXT.examples) for i in range(200)]

@@ -36,7 +36,8 @@ def build_tasks(rows: Iterable[Row]) -> tuple[tuple[Task, ...], Duplicates]:
     on average. Otherwise, and if its kind is one of `FREE_TEXT`, it is free text.
 
     Raises:
-        DataError: a task has rows of several kinds, inputs of different fields, or labels that look the same.
+        DataError: a task has rows of several kinds, inputs of different fields, labels that look the same, or a target
+            that is none of its options.
     """
     by_task: dict[str, list[Row]] = {}
     for row in rows:
@@ -120,6 +121,13 @@ def _options(rows: list[Row], kind: str) -> tuple[str, ...]:
     targets = tuple(sorted({row.target for row in rows}))
     are_labels = kind in LABELS or (kind == "" and len(targets) <= len(rows) / 2)
     options = given or (targets if len(targets) >= 2 and are_labels else ())
+    known = {*options}
+    stray = next((row for row in rows if options and row.target not in known), None)
+    if stray:
+        raise DataError(
+            f"task {stray.task!r}: target {stray.target!r} at {stray.where} is none of the options of the task's other "
+            f"rows: {', '.join(options[:10])}"
+        )
     by_look: dict[str, str] = {}
     for option in options:
         other = by_look.setdefault(visible(option), option)
