@@ -158,6 +158,16 @@ class Data(Section):
                 raise ValueError(f"data.fewest_{key}: {fewest} is more than data.{key}={most}")
         return self
 
+    @model_validator(mode="after")
+    def _classes_hold_an_episode(self) -> "Data":
+        need = self.shots + self.queries
+        if self.most_per_class is not None and self.most_per_class < need:
+            raise ValueError(
+                f"data.most_per_class: {self.most_per_class} examples are too few for data.shots={self.shots} + "
+                f"data.queries={self.queries}; give {need} or more"
+            )
+        return self
+
     def sampling_exponent(self) -> float:
         """Return the exponent e: a task's share of the episodes is proportional to classes ** e."""
         return {"proportional": 1.0, "temperature": 1 / self.temperature}.get(self.weighting, 0.0)

@@ -116,6 +116,7 @@ def test_every_key_says_what_it_means():
         (["zero.offload=optimizer"], "mode=full with engine=zero"),
         (["mode=full", "engine=zero", "zero.stage=2", "zero.offload=all"], "all needs zero.stage=3"),
         (["validation.patience=2", "validation.every=0"], "it never stops"),
+        (["data.most_per_class=6", "data.shots=3", "data.queries=4"], "data.queries=4; give 7 or more"),
     ],
 )
 def test_choices_that_do_not_go_together_are_refused_with_the_reason(overrides, reason):
