@@ -150,6 +150,20 @@ def test_all_of_a_well_known_record_is_taken(row, read_as, tmp_path):
     assert "left out" not in said
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"conversations": [{"from": ["human"], "value": "hi"}, {"from": "gpt", "value": "hello"}]},
+        {"context": "c", "question": "q", "answers": {"text": [["a"]]}},
+        {"text": "t", "answer": "accept", "accept": ["a"], "config": "single"},
+        {"instruction": "i", "output": "o", "system": ["be kind"]},
+    ],
+)
+def test_a_field_of_another_type_than_its_formats_is_refused_by_its_line(row, tmp_path):
+    with pytest.raises(DataError, match=r"a.jsonl:1: a field is of another type"):
+        read(tmp_path, "a.jsonl", lines([row]))
+
+
 def test_the_answer_to_a_question_is_among_its_columns(tmp_path):
     rows, _ = read(tmp_path, "a.csv", "question,A,B,C,answer\nbig?,mouse,whale,,B\nold?,1,2,3,a\nred?,x,y,z,y\n")
     assert [row.target for row in rows] == ["whale", "1", "y"]

@@ -5,7 +5,7 @@ import io
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -114,10 +114,20 @@ def convert_records(source: Source, columns: Columns, format: str | None = None)
     if not record_format:
         return source
     read, required, optional = record_formats.FORMATS[record_format]
-    records = [(where, read(record) if isinstance(record, dict) else record) for where, record in source.records]
+    records = [(where, read_record(read, record)) for where, record in source.records]
     why = f"its keys, such as {', '.join(source.keys[:4])}"
     ignored = tuple(key for key in source.keys if key not in required | optional | {*COLUMNS})
     return replace(source, format=record_format, why=why, records=records, ignored=ignored)
+
+
+def read_record(read: Callable[[dict[str, Any]], Any], record: dict[str, Any] | str) -> Any:
+    """Return what a format reads in a record, or a message about what is wrong with it."""
+    if isinstance(record, str):
+        return record
+    try:
+        return read(record)
+    except (AttributeError, TypeError) as error:
+        return f"a field is of another type than in its format: {error}"
 
 
 def is_saved_data_set(path: str) -> bool:
