@@ -248,6 +248,18 @@ def test_what_an_annotator_rejected_is_no_example(decided, target, kind, tmp_pat
 def test_lines_of_fasttext_are_read(tmp_path):
     rows, _ = read(tmp_path, "a.txt", "__label__a some text, here\n__label__b __label__c more\n")
     assert [(row.input, row.target) for row in rows] == [("some text, here", "a"), ("more", "b; c")]
+    with pytest.raises(DataError, match=r"a.txt:2: has no label"):
+        read(tmp_path, "a.txt", "__label__a some text\nand more\n", format="fasttext")
+
+
+def test_a_table_of_empty_cells_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"a.csv: all its cells are empty"):
+        read(tmp_path, "a.csv", ",\n,\n")
+
+
+def test_columns_of_conll_are_counted_from_the_first(tmp_path):
+    with pytest.raises(DataError, match="the columns of CoNLL are numbers from 0"):
+        read(tmp_path, "a.conll", "Ada B-PER\nis O\n", columns={"input": "0", "target": "-5"})
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,14 @@ def test_columns_side_by_side_are_paired_by_their_index(tmp_path):
         read(tmp_path, "a.json", '{"text": {"0": "a", "1": "b"}, "label": {"1": "y", "2": "x"}}')
 
 
+def test_columns_that_pandas_numbers_are_named_by_number(tmp_path):
+    table = '{"columns": [0, 1], "index": [0, 1], "data": [["a", "x"], ["b", "y"]]}'
+    rows, _ = read(tmp_path, "a.json", table, columns={"input": "0", "target": "1"})
+    assert pairs(rows) == [("a", "x"), ("b", "y")]
+    with pytest.raises(DataError, match="which columns are input and target. There are 0, 1"):
+        read(tmp_path, "a.json", table)
+
+
 def test_spacys_pairs_of_a_text_and_its_entities_are_read(tmp_path):
     content = [["Foo bar", {"entities": [[0, 3, "ORG"]]}], ["nothing", {"entities": []}]]
     rows, _ = read(tmp_path, "a.json", json.dumps(content))

@@ -184,6 +184,8 @@ def read_text(text: str, file: File, columns: Columns, format: str | None) -> tu
         rows = tables.read_cells(text)
     except csv.Error as error:
         raise DataError(f"{name}:{error}; close the quote, or write it twice, within quotes") from None
+    if not rows:
+        raise DataError(f"{name}: all its cells are empty; a row has an input and a target")
     headed = tables.has_heading(rows, file.unpacked_name, columns)
     if format == "crossfit" or not (format or headed or columns):
         why = "two columns without a heading, in a .tsv"
@@ -194,10 +196,9 @@ def read_text(text: str, file: File, columns: Columns, format: str | None) -> tu
 
 def conll_columns(columns: Columns) -> tuple[int | None, int | None]:
     """Return the numbers of the token's and the tag's column, where the user named them."""
-    try:
-        token, tag = (int(columns[field]) if field in columns else None for field in ("input", "target"))
-    except ValueError:
-        raise DataError("--columns: the columns of CoNLL are numbers from 0, such as input=0,target=3") from None
+    if not all(columns.get(field, "0").isdecimal() for field in ("input", "target")):
+        raise DataError("--columns: the columns of CoNLL are numbers from 0, such as input=0,target=3")
+    token, tag = (int(columns[field]) if field in columns else None for field in ("input", "target"))
     return token, tag
 
 

@@ -38,7 +38,10 @@ def read_fasttext(lines: list[str], name: str) -> Records:
             rows.append((number, " ".join(word for word in words if not word.startswith(LABEL)), labels))
     is_multilabel = any(len(labels) > 1 for _, _, labels in rows)
     for number, text, labels in rows:
-        yield f"{name}:{number}", {"input": text, "target": labels if is_multilabel else labels[0]}
+        if labels:
+            yield f"{name}:{number}", {"input": text, "target": labels if is_multilabel else labels[0]}
+        else:
+            yield f"{name}:{number}", f"has no label; a label is a word that begins with {LABEL}"
 
 
 def find_delimiter(text: str) -> str:

@@ -131,7 +131,7 @@ def column_rows(document: dict[str, Any]) -> list[dict[str, Any]]:
     names, data = document.get("columns"), document.get("data")
     if isinstance(names, list) and isinstance(data, list):
         is_table = all(isinstance(cells, list) and len(cells) == len(names) for cells in data)
-        return [dict(zip(names, cells, strict=True)) for cells in data] if is_table else []
+        return [dict(zip(map(str, names), cells, strict=True)) for cells in data] if is_table else []
     columns = list(document.values())
     if len(columns) < 2 or not (all(isinstance(column, dict) for column in columns) or are_list_columns(document)):
         return []
