@@ -192,9 +192,22 @@ def test_missing_and_empty_files_are_refused(tmp_path, name, content, message):
 
 
 def test_a_broken_parquet_file_is_refused(tmp_path):
-    (tmp_path / "x.parquet").write_text("no parquet")
+    path = tmp_path / "x.parquet"
+    path.write_text("no parquet")
     with pytest.raises(DataError, match="not a Parquet file"):
-        read_rows([str(tmp_path / "x.parquet")])
+        read_rows([str(path)])
+    rows = {"input": [f"text {i} " * 20 for i in range(1000)], "target": ["a", "b"] * 500}
+    pyarrow.parquet.write_table(pyarrow.table(rows), path)
+    data = bytearray(path.read_bytes())
+    data[100:140] = b"\xff" * 40
+    path.write_bytes(data)
+    with pytest.raises(DataError, match="a damaged one: Corrupt snappy"):
+        read_rows([str(path)])
+    latin = pyarrow.array([b"caf\xe9", b"tea"])
+    column = pyarrow.StringArray.from_buffers(2, *latin.buffers()[1:])
+    pyarrow.parquet.write_table(pyarrow.table({"input": column, "target": ["a", "b"]}), path)
+    with pytest.raises(DataError, match="a damaged one: .*UTF8"):
+        read_rows([str(path)])
 
 
 # Tables

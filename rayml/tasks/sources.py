@@ -209,8 +209,9 @@ def read_parquet(data: bytes, name: str) -> Records:
         if repeated:
             raise DataError(f"{name}: has two columns {', '.join(repeated)}; rename one")
         table = pyarrow.parquet.read_table(io.BytesIO(data))
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{name}: not a Parquet file: {error}") from error
+        table.validate(full=True)  # finds texts that are not UTF-8
+    except (pyarrow.ArrowException, OSError) as error:  # OSError: a damaged page
+        raise DataError(f"{name}: not a Parquet file, or a damaged one: {error}") from error
     for number, column in enumerate(table.schema):
         if pyarrow.types.is_float32(column.type):
             table = table.set_column(number, column.name, table[number].cast("string").cast("float64"))
