@@ -563,6 +563,11 @@ def test_paths_of_the_command_line_are_at_home_and_quoted(tmp_path, monkeypatch)
                 assert hint.__metadata__[0].parser is expanded
 
 
+def test_a_setting_to_check_may_be_long(tmp_path):
+    read(tmp_path, "a.jsonl", lines({"input": f"text {i}", "target": "ab"[i % 2]} for i in range(16)))
+    assert check_data([str(tmp_path / "a.jsonl"), f"data.prompt={'Say what it is. ' * 20}{{input}}"], None, Console())
+
+
 def test_inputs_of_several_parts_are_no_parquet(tmp_path):
     rows = [{"input": {"a": "x", "b": "y"}, "target": "t"}, {"input": {"a": "x", "c": "y"}, "target": "t"}]
     with pytest.raises(DataError, match=r"several parts \(a, b and a, c\).*write .jsonl"):
