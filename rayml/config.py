@@ -275,7 +275,8 @@ def with_values(values: dict[str, Any], settings: Mapping[str, Any]) -> dict[str
     """Return nested values with the dotted keys of `settings` set, the algorithm before its settings."""
     values = copy.deepcopy(values)
     for key, value in sorted(settings.items(), key=lambda item: item[0] != ALGORITHM):
-        if key == ALGORITHM and (values.get("algorithm") or {}).get("name", DEFAULT) != value:
+        algorithm = values.get("algorithm") or {}
+        if key == ALGORITHM and isinstance(algorithm, dict) and algorithm.get("name", DEFAULT) != value:
             values["algorithm"] = {}
         section = values
         *parents, last = key.split(".")
@@ -318,7 +319,7 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return settings by dotted keys: `{"inner": {"lr": 0.1}}` and `{"inner.lr": 0.1}` give the same."""
     flat: dict[str, Any] = {}
     for name, value in settings.items():
-        key = prefix + name
+        key = f"{prefix}{name}"
         if isinstance(value, Mapping) and any(known.startswith(f"{key}.") for known in keys()):
             flat |= flatten(value, f"{key}.")
         else:

@@ -223,6 +223,14 @@ def test_values_of_yaml_are_those_of_yaml_1_2(tmp_path):
         load_config(put(tmp_path, "a: " + "[" * 9999))
 
 
+def test_values_of_other_shapes_are_refused_by_their_key():
+    values = {"model": {"name": "tiny"}, "data": {"path": "a.jsonl"}, "run": {"dir": "r"}}
+    with pytest.raises(ConfigError, match="algorithm.name: algorithm is a value, not a section"):
+        load_config(values | {"algorithm": "maml"}, ["algorithm.name=fomaml"])
+    with pytest.raises(ConfigError, match="inner.1: no such key"):
+        load_config(values | {"inner": {1: 2}})
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
