@@ -225,9 +225,9 @@ def test_values_of_yaml_are_those_of_yaml_1_2(tmp_path):
 
 def test_values_of_other_shapes_are_refused_by_their_key():
     values = {"model": {"name": "tiny"}, "data": {"path": "a.jsonl"}, "run": {"dir": "r"}}
-    with pytest.raises(ConfigError, match="algorithm.name: algorithm is a value, not a section"):
+    with pytest.raises(ConfigError, match=r"algorithm.name: algorithm is a value, not a section"):
         load_config(values | {"algorithm": "maml"}, ["algorithm.name=fomaml"])
-    with pytest.raises(ConfigError, match="inner.1: no such key"):
+    with pytest.raises(ConfigError, match=r"inner.1: no such key"):
         load_config(values | {"inner": {1: 2}})
 
 

@@ -206,7 +206,7 @@ def test_a_broken_parquet_file_is_refused(tmp_path):
     latin = pyarrow.array([b"caf\xe9", b"tea"])
     column = pyarrow.StringArray.from_buffers(2, *latin.buffers()[1:])
     pyarrow.parquet.write_table(pyarrow.table({"input": column, "target": ["a", "b"]}), path)
-    with pytest.raises(DataError, match="a damaged one: .*UTF8"):
+    with pytest.raises(DataError, match=r"a damaged one: .*UTF8"):
         read_rows([str(path)])
 
 
@@ -241,7 +241,7 @@ def test_a_row_without_options_has_a_target_among_those_of_its_task(tmp_path):
     """One row may tell the options for all; a target that none of them tells was a KeyError."""
     rows = [row(text="a", target="x", options=["x", "y"]), row(text="b", target="y")]
     assert table(tmp_path, rows)[0][0].options == ("x", "y")
-    with pytest.raises(DataError, match="task 't': target 'z' at .*:3 is none of the options .*: x, y$"):
+    with pytest.raises(DataError, match=r"task 't': target 'z' at .*:3 is none of the options .*: x, y$"):
         table(tmp_path, [*rows, row(text="c", target="z")])
 
 

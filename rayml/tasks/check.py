@@ -35,8 +35,8 @@ def check_data(arguments: list[str], config: Path | None, out: Console) -> bool:
     def say(text: str) -> None:
         out.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    # `Path.exists` raises for names that are too long, as a prompt may be
-    settings = [text for text in arguments if "=" in text and "/" not in text.split("=")[0] and not os.path.exists(text)]
+    is_file = os.path.exists  # `Path.exists` raises for names that are too long, as a prompt may be
+    settings = [text for text in arguments if "=" in text and "/" not in text.split("=")[0] and not is_file(text)]
     data = _data_section([text for text in arguments if text not in settings], settings, config)
     tasks, duplicates = build_tasks(read_rows(data.path, data.columns, data.kind, say=say))
     if data.drop_small_classes:
