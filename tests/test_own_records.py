@@ -76,7 +76,7 @@ def test_columns_that_pandas_numbers_are_named_by_number(tmp_path):
     table = '{"columns": [0, 1], "index": [0, 1], "data": [["a", "x"], ["b", "y"]]}'
     rows, _ = read(tmp_path, "a.json", table, columns={"input": "0", "target": "1"})
     assert pairs(rows) == [("a", "x"), ("b", "y")]
-    with pytest.raises(DataError, match="which columns are input and target. There are 0, 1"):
+    with pytest.raises(DataError, match=r"which columns are input and target. There are 0, 1"):
         read(tmp_path, "a.json", table)
 
 
@@ -156,6 +156,23 @@ def test_all_of_a_well_known_record_is_taken(row, read_as, tmp_path):
     rows, said = read(tmp_path, "a.jsonl", lines([row, row]))
     assert pairs(rows) == [read_as] * 2
     assert "left out" not in said
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "who?", "answer": ["she", "her"]},
+        {"question": "who?", "answers": ["she", "her"]},
+        {"input": {"question": "who?"}, "target": ["she", "her"], "kind": "qa"},
+    ],
+)
+def test_several_answers_to_a_question_are_each_right(row, tmp_path):
+    """As in NQ and TriviaQA. They were several labels, of which the model had to write all."""
+    rows, _ = read(tmp_path, "a.jsonl", lines([row, row]))
+    assert (rows[0].target, rows[0].kind) == ("she", "qa")
+    assert "her" in rows[0].answers
+    tags, _ = read(tmp_path, "b.jsonl", lines([{"question": "how?", "tags": ["x", "y"]}] * 2))
+    assert (tags[0].target, tags[0].kind) == ("x; y", "multilabel")
 
 
 @pytest.mark.parametrize(

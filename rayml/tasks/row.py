@@ -46,8 +46,8 @@ def parse_row(record: Mapping[str, Any], columns: Mapping[str, str], default_tas
     Args:
         record: `input` is a text, fields `{name: text}`, or messages `[{"role", "content"}]`, and so is `messages`.
             A dialogue ends with its answer, unless there is a `target`: then the whole dialogue is the input. `target`
-            is a text, or a list of labels, or of spans `{"text", "type"}`. Numbers, dates, true and false are taken as
-            text. White space around targets and labels is dropped.
+            is a text, or a list of labels, of spans `{"text", "type"}`, or of right answers to a question. Numbers,
+            dates, true and false are taken as text. White space around targets and labels is dropped.
         columns: the record's names of fields, where they differ; `input.NAME` names a part of the input.
         default_task: for records without a task, where no column is named for it.
 
@@ -65,7 +65,8 @@ def parse_row(record: Mapping[str, Any], columns: Mapping[str, str], default_tas
     kind = value("kind") or ""
     if kind and kind not in NAMES:
         raise RowError(f"'kind' is {kind!r}; there are {', '.join(NAMES)}")
-    target, target_column = value("target"), columns.get("target", "target")
+    target: Any = value("target")
+    target_column = columns.get("target", "target")
     given = _input(record, columns)
     if isinstance(given, list):
         turns = _turns(given)
@@ -78,17 +79,27 @@ def parse_row(record: Mapping[str, Any], columns: Mapping[str, str], default_tas
     if isinstance(given, dict):
         parts = tuple((name, _check_text(as_text(text), f"input.{name}")) for name, text in given.items())
     text = "\n".join(text for _, text in parts) or _check_text(as_text(given), columns.get("input", "input"))
+    others: list[Any] = []
+    if isinstance(target, list) and (kind or _kind_of_answers(parts, target_column)) == "qa":
+        kind, target, others = "qa", next(iter(target), ""), target[1:]
     kind = kind or infer_kind([name for name, _ in parts], target)
     is_list = isinstance(target, list)
     if is_list:
         target = _format_list(target, target_column)
     target = _check_text(target, target_column).strip()
     options, answers = (_texts(value(field) or [], field) for field in ("options", "answers"))
+    answers = tuple(dict.fromkeys((*_texts(others, target_column), *answers)))
     if is_list:
         options = ()  # several labels may hold at once, so they do not compete
     if options and target not in options:
         raise RowError(f"target {target!r} is not among its options {list(options)}")
     return Row(task, text, target, options, where, kind, parts, answers)
+
+
+def _kind_of_answers(parts: Parts, column: str) -> str:
+    """Return "qa" for a question whose column of answers may hold a list: each is right by itself."""
+    is_question = any(name == "question" for name, _ in parts)
+    return "qa" if is_question and column.casefold() in ("answer", "answers") else ""
 
 
 def _format_list(target: list[Any], column: str) -> str:
