@@ -18,6 +18,8 @@ from rayml.lm.catalog import (
     public_name,
     resolve_model,
 )
+from rayml.lm.load import load_shape, load_tokenizer
+from rayml.lm.precision import has_sdpa
 
 
 def test_what_many_ask_for_is_made_once_and_whole(tmp_path, monkeypatch):
@@ -66,6 +68,16 @@ def test_a_gguf_is_read_once_and_the_library_is_as_it_was():
 def test_what_is_no_model_is_refused_by_what_there_is():
     with pytest.raises(ConfigError, match=rf"no folder here and no Hugging Face id; or use {SMOLLM2}, {MINILM}, tiny"):
         resolve_model("/no/such/folder")
+
+
+@pytest.mark.parametrize("content", [None, "[]", '{"model_type": "llama", "hidden_size": "wide"}'])
+def test_a_config_that_cannot_be_had_is_refused_by_name(tmp_path, content):
+    """With no network a model of the Hub cannot: here its folder stands for it."""
+    if content:
+        (tmp_path / "config.json").write_text(content)
+    for read in (load_tokenizer, load_shape, has_sdpa):
+        with pytest.raises(ConfigError, match=r"^model\.name: no config of a model at '/"):
+            read(str(tmp_path))
 
 
 def test_an_adapter_names_its_base_as_others_load_it(tmp_path):

@@ -102,15 +102,14 @@ def test_an_episode_survives_its_way_through_a_data_set(encoder):
 
 def test_a_support_shows_the_labels_own_texts_if_they_are_read(encoder):
     task = Task("t", tuple(Example(f"input {i}", ["red", "blue"][i % 2]) for i in range(12)), ("red", "blue"))
-    episode, reads = Sampler(2, 2, 2, "words", 0).episode((task,), 0), replace(encoder, label_names=2)
+    episode, reads = Sampler(2, 2, 2, "words", 0).episode((task,), 0), replace(encoder, label_names=True)
     record = reads.episode(episode)
     rows = decode_rows(record["support"])
     assert rows[:4] == encoder.rows(episode.support, is_label=True)
-    assert [text(encoder.tokenizer, row.tokens) for row in rows[4:]] == [
-        f"{label}\nLabel:" for label in episode.labels
-    ] * 2
+    names = [text(encoder.tokenizer, row.tokens) for row in rows[4:]]
+    assert names == [f"{label}\nLabel:" for label in episode.labels]
     assert all(row.is_name and row.start == len(row.tokens) for row in rows[4:])  # nothing is to be predicted
-    assert record["support"]["classes"] == [0, 0, 1, 1, 0, 1, 0, 1]
+    assert record["support"]["classes"] == [0, 0, 1, 1, 0, 1]
     assert decode_rows(record["query"]) == encoder.rows(episode.query, is_label=True)
     pairs = [replace(example, parts=(("one", example.input), ("two", "x"))) for example in episode.support]
     for shown, labels in ((pairs, list(episode.labels)), ([Example("a", "free text")], [])):

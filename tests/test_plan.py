@@ -284,5 +284,5 @@ def test_other_models_are_estimated_and_unknown_ones_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"lora\.targets: down_proj"):
         read_shape(plan_config(str(tmp_path / "gpt2")))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match="no causal language model"):
+    with pytest.raises(ConfigError, match="no config of a model"):
         read_shape(plan_config(str(tmp_path / "empty")))

@@ -13,6 +13,7 @@ from rayml.algorithms.prototypes import (
     MIX,
     SCALE,
     class_losses,
+    example_counts,
     label_log_probs,
     leave_one_out,
     logits,
@@ -65,6 +66,48 @@ def test_leave_one_out_is_the_mean_of_the_others_and_so_is_its_gradient():
                 pair = [torch.autograd.grad(one, states, retain_graph=True)[0] for one in (ours[0, k, c], expected)]
                 torch.testing.assert_close(*pair)
     assert ours.isfinite().all()
+
+
+NAMED = torch.tensor([[0, 1, 1, 2, 0, 0, 0, 1, 2], [1, 0, 0, 0, 1, -1, -1, -1, -1], [0, 1, 0, 1, -1, -1, -1, -1, -1]])
+IS_NAME = torch.tensor([[False] * 6 + [True] * 3, [False] * 3 + [True] * 2 + [False] * 4, [False] * 9])
+"""The first task has three labels' own texts, the second two, and the third, whose labels are codes, none."""
+
+
+@pytest.mark.parametrize("fit", ["exact", "random", "swapped"])
+def test_a_label_s_own_text_counts_as_much_as_it_tells_the_examples_apart(fit):
+    states, most = unit(3, 9, 7), 3
+    for task, names in ((0, (6, 7, 8)), (1, (3, 4))):
+        if fit != "random":
+            for row in range(names[0]):  # each example is its own label's text, or the next label's
+                states[task, row] = states[task, names[(int(NAMED[task, row]) + (fit == "swapped")) % len(names)]]
+    counts = example_counts(states, NAMED, IS_NAME, most)
+    assert (counts[~IS_NAME] == 1).all()
+    for task, names in ((0, (6, 7, 8)), (1, (3, 4))):
+        right = 0
+        for row in range(names[0]):
+            distances = [(states[task, row] - states[task, name]).square().sum() for name in names]
+            right += min(range(len(names)), key=distances.__getitem__) == NAMED[task, row]
+        share, chance = (right + 2 * 0.8) / (names[0] + 2), 1 / len(names)
+        worth = most * max(0.0, (share - chance) / (1 - chance))
+        for number, name in enumerate(names):
+            examples = int((NAMED[task, : names[0]] == number).sum())
+            assert counts[task, name] == pytest.approx(min(worth, examples) if worth >= 0.05 else 0.0)
+    assert (counts[0, 6:] > 0.9).all() == (fit == "exact")
+
+
+def test_part_of_an_example_is_left_in_as_that_part():
+    states, counts = unit(1, 4, 7), torch.tensor([[1.0, 1.0, 0.4, 2.5]]).double()
+    classes = torch.tensor([[0, 1, 0, 1]])
+    protos = prototypes(states, classes, counts=counts)
+    left = leave_one_out(squared_distances(states, protos), classes, protos.counts)
+    for k, c, other in ((0, 0, 2), (1, 1, 3)):  # without the example, the label's own text is left
+        torch.testing.assert_close(
+            protos.means[0, c], (states[0, k] + counts[0, other] * states[0, other]) / (1 + counts[0, other])
+        )
+        torch.testing.assert_close(left[0, k, c], (states[0, k] - states[0, other]).square().sum())
+    scores = drawn(1, 4, 2)
+    expected = nn.functional.cross_entropy(scores[0], classes[0], reduction="none") * counts[0]
+    torch.testing.assert_close(class_losses(scores, classes, shares=counts)[0], expected.mean())
 
 
 def test_labels_that_begin_alike_share_the_probability_of_their_first_token():

@@ -85,7 +85,7 @@ class Readout(NamedTuple):
 
         def losses(weights: Params) -> Tensor:
             read = support.read(weights, self.pooling)
-            protos = prototypes(read.states, support.classes, support.ways, self.counts(support))
+            protos = prototypes(read.states, support.classes, support.ways, self.counts(support, support.ways))
             distances = leave_one_out(squared_distances(read.states, protos), support.classes, protos.counts)
             others = protos.counts.gather(1, support.classes.clamp(min=0)) - 1
             classes = support.classes.masked_fill((others <= 0) | support.is_name, -1)
@@ -105,7 +105,7 @@ class Readout(NamedTuple):
 
         def losses(weights: Params) -> Tensor:
             states = support.states(weights, self.pooling)
-            protos = prototypes(states, support.classes, support.ways, self.counts(support))
+            protos = prototypes(states, support.classes, support.ways, self.counts(support, support.ways))
             read = query.read(weights, self.pooling, tokens)
             distances = squared_distances(read.states, protos)
             scores = logits(distances, protos.counts, weights, read.label_log_probs)
@@ -117,7 +117,7 @@ class Readout(NamedTuple):
         """Return the log-probabilities of each query's classes, `[Q, C]` for each task."""
         ways = max(options for _, options in queries.shape)
         support = queries.support
-        protos = prototypes(support.states(weights, self.pooling), support.classes, ways, self.counts(support))
+        protos = prototypes(support.states(weights, self.pooling), support.classes, ways, self.counts(support, ways))
         read = queries.read(weights, self.pooling, self.labels)
         scores = logits(squared_distances(read.states, protos), protos.counts, weights, read.label_log_probs)
         return [
@@ -132,7 +132,7 @@ class Readout(NamedTuple):
         ways = (support.classes.max(1).values + 1).tolist()
         return [{MEANS: mean[:count].clone()} if count else {} for mean, count in zip(means, ways, strict=True)]
 
-    def counts(self, support: LabelledStates) -> Tensor | None:
+    def counts(self, support: LabelledStates, ways: int | None = None) -> Tensor | None:
         """Return how many examples each row counts as, `[T, K]`; None if each is one.
 
         Workers of a sharded base must make the same calls: whether one is made depends on no task.
@@ -140,7 +140,7 @@ class Readout(NamedTuple):
         if not self.label_names:
             return None
         states = support.base_states(self.pooling)
-        return example_counts(states, support.classes, support.is_name, self.label_names)
+        return example_counts(states, support.classes, support.is_name, self.label_names, ways)
 
 
 def prototypes(states: Tensor, classes: Tensor, ways: int | None = None, counts: Tensor | None = None) -> Prototypes:
@@ -165,7 +165,7 @@ def one_hot(classes: Tensor, ways: int) -> Tensor:
     return classes.unsqueeze(-1) == torch.arange(ways, device=classes.device)
 
 
-def example_counts(states: Tensor, classes: Tensor, is_name: Tensor, most: int) -> Tensor:
+def example_counts(states: Tensor, classes: Tensor, is_name: Tensor, most: int, ways: int | None = None) -> Tensor:
     """Return how many examples each row of a support counts as in the mean of its class, `[T, K]`.
 
     An example counts as one. A label's own text counts as
@@ -180,8 +180,9 @@ def example_counts(states: Tensor, classes: Tensor, is_name: Tensor, most: int) 
         states: `[T, K, D]`, by the base: after inner steps the share would be of what was learned.
         classes: `[T, K]`; -1 for rows of padding.
         is_name: `[T, K]`, the rows of labels' own texts.
+        ways: as for `prototypes`.
     """
-    ways = max(1, int(classes.max()) + 1)
+    ways = max(1, int(classes.max()) + 1) if ways is None else ways
     members = one_hot(classes, ways)
     names, examples = ((members & rows.unsqueeze(-1)).to(states) for rows in (is_name, ~is_name))
     distances = squared_distances(states, Prototypes(names.mT @ states, names.sum(1)))
@@ -206,9 +207,8 @@ def leave_one_out(distances: Tensor, classes: Tensor, counts: Tensor) -> Tensor:
 
     Without h the mean m of n examples is (n m - h) / (n - 1), which is n / (n - 1) times as far from h as m.
     """
-    is_own_class = torch.arange(counts.shape[1], device=classes.device) == classes.unsqueeze(-1)
     n = counts.clamp(min=1 + LEAST).unsqueeze(1)
-    return distances * torch.where(is_own_class, (n / (n - 1)).square(), 1.0)
+    return distances * torch.where(one_hot(classes, counts.shape[1]), (n / (n - 1)).square(), 1.0)
 
 
 def logits(distances: Tensor, counts: Tensor, weights: Params | None, label_log_probs: Tensor | None = None) -> Tensor:

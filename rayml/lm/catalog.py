@@ -56,6 +56,20 @@ def resolve_model(name: str) -> str:
     )
 
 
+def base_config(base: str) -> Any:
+    """Return transformers' config of a resolved model, as it is in its config.json.
+
+    Raises:
+        ConfigError: there is none, it cannot be read, or the Hub cannot be reached.
+    """
+    from transformers import AutoConfig  # imports torch
+
+    try:
+        return AutoConfig.from_pretrained(base)
+    except Exception as error:  # the Hub's client, and the checks of each model's config, raise errors of many kinds
+        raise ConfigError(f"model.name: no config of a model at {base!r}: {error}") from error
+
+
 def public_name(base: str) -> str:
     """Return the name by which others can load a resolved base: its Hugging Face id if known, else its folder."""
     if base == str(cache_folder() / SMOLLM2):

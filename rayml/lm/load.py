@@ -13,7 +13,6 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, which transformers imports, warns of no GPU
 
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -23,6 +22,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from transformers.utils import logging as transformers_logging
 
 from rayml.errors import ConfigError
+from rayml.lm.catalog import base_config
 from rayml.lm.rows import mark_masked
 from rayml.lm.sentence import SENTENCES_KEY, mark_sentences, read_sentences
 from rayml.lm.weight_files import find_broken_file, unused_weights
@@ -39,10 +39,10 @@ def load_tokenizer(path: str):
     Raises:
         ConfigError: it cannot be loaded, or is not a fast one (the seam of prompt and target needs offsets).
     """
+    sentences = read_sentences(path)
+    predicts_masks = not sentences and is_masked(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-        sentences = read_sentences(path)
-        predicts_masks = not sentences and is_masked(path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.name: no tokenizer at {path!r}: {error}") from error
     if predicts_masks:
@@ -80,12 +80,13 @@ def load_base(path: str, dtype: str, attention: str = "sdpa", deepspeed: dict[st
 
 def _from_pretrained(path: str, **settings: Any) -> Any:
     """Return the model with exactly the weights of its files: missing ones would be random at every load."""
+    auto_class, config = auto_model(path), read_config(path)
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # what it would warn about is an error here
     try:
-        model, info = auto_model(path).from_pretrained(
+        model, info = auto_class.from_pretrained(
             path,
-            config=read_config(path),
+            config=config,
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
@@ -137,14 +138,14 @@ def plain_config(path: str) -> Any:
     """Return a resolved model's config as it is in the file.
 
     Raises:
-        ConfigError: it is an encoder-decoder, or its folder holds an adapter, too.
+        ConfigError: it is an encoder-decoder, or its folder holds an adapter, too; or as `base_config`.
     """
     if (Path(path) / "adapter_config.json").exists():
         raise ConfigError(
             f"model.name: {path!r} holds a PEFT adapter beside the model (adapter_config.json), which transformers "
             "would put into it; move the adapter elsewhere, or merge it"
         )
-    config = AutoConfig.from_pretrained(path)
+    config = base_config(path)
     if config.is_encoder_decoder:
         raise ConfigError(f"model.name: {config.model_type} at {path!r} is an encoder-decoder; take a causal model")
     return config
@@ -163,17 +164,18 @@ def load_shape(path: str, attention: str = "eager"):
     Raises:
         ConfigError: there is no such config.
     """
+    auto_class, config = auto_model(path), plain_config(path)
     try:
         with torch.device("meta"):
-            shape = auto_model(path).from_config(plain_config(path), attn_implementation=attention)
-            return with_sentences(shape, path)
+            shape = auto_class.from_config(config, attn_implementation=attention)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.name: no causal language model's config at {path!r}: {error}") from error
+    return with_sentences(shape, path)
 
 
 def is_masked(path: str) -> bool:
     """Return whether a model predicts masked tokens, and not the next one, by the architecture in its config."""
-    architectures = getattr(AutoConfig.from_pretrained(path), "architectures", None) or []
+    architectures = getattr(base_config(path), "architectures", None) or []
     return any(name.endswith("ForMaskedLM") for name in architectures)
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from transformers import AutoConfig
 
+from rayml.lm.catalog import base_config
 from rayml.lm.load import DTYPES, auto_model
 
 if TYPE_CHECKING:
@@ -213,14 +213,14 @@ def device_for(config: "Config", base: str, device: torch.device) -> Device:
 
 def widest_linear(base: str) -> tuple[int, int]:
     """Return `(in, out)` of a resolved model's MLP, from its config alone."""
-    config = AutoConfig.from_pretrained(base).get_text_config()
+    config = base_config(base).get_text_config()
     hidden = getattr(config, "hidden_size", 576)
     return hidden, getattr(config, "intermediate_size", None) or 4 * hidden
 
 
 def has_sdpa(base: str) -> bool:
     """Return whether transformers has fused attention for a resolved model."""
-    model_class = auto_model(base)._model_mapping.get(type(AutoConfig.from_pretrained(base)), None)
+    model_class = auto_model(base)._model_mapping.get(type(base_config(base)), None)
     classes = model_class if isinstance(model_class, tuple) else (model_class,)
     return all(getattr(cls, "_supports_sdpa", True) for cls in classes)
 

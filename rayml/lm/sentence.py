@@ -14,6 +14,7 @@ from typing import Any
 from transformers.utils import cached_file
 
 from rayml.errors import ConfigError
+from rayml.lm.catalog import base_config
 from rayml.lm.rows import TokenRow
 from rayml.lm.tokens import refuse_unembedded
 
@@ -53,13 +54,11 @@ def read_sentences(path: str) -> Sentences | None:
     in which case the mean is taken, as in sentence-transformers.
 
     Raises:
-        ConfigError: it has modules that are not supported.
+        ConfigError: it has modules that are not supported; or as `base_config`.
     """
     modules = _read_json(path, "modules.json")
     if modules is None:
-        from transformers import AutoConfig  # imports torch
-
-        architectures = getattr(AutoConfig.from_pretrained(path), "architectures", None) or []
+        architectures = getattr(base_config(path), "architectures", None) or []
         headless = [name for name in architectures if name.endswith("Model") and not name.endswith("HeadModel")]
         return Sentences() if headless else None
     names = [module["type"].rsplit(".", 1)[-1] for module in modules]

@@ -29,7 +29,7 @@ NO_DATA = "none: this start comes without tasks"
 """`data.path` of a start that was not trained here."""
 ONE_WORD = "{input}\nThe above text in one word:"
 """A prompt after which a causal model's last hidden state sums up the text (Jiang et al. 2023, arXiv 2307.16645)."""
-FORMAT = "3"
+FORMAT = "4"
 """Version of the run folders in the cache."""
 
 
