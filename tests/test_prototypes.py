@@ -174,7 +174,7 @@ def classes_of(side):
     return [[LABELS[t].index(one.tokens[one.start :]) for one in of] if LABELS[t] else [] for t, of in enumerate(side)]
 
 
-def sides(lm, tasks=(0, 1, 2), names=False):
+def sides(lm, tasks=(0, 1, 2), names=0):
     found = []
     for side in (SUPPORT, QUERY):
         rows, classes = [side[t] for t in tasks], [classes_of(side)[t] for t in tasks]
@@ -236,9 +236,27 @@ def test_what_is_read_of_examples_that_share_rows_is_what_each_shows_alone(lm, p
 # Meta-gradients
 
 
-def names_of(lm, task, weights, names):
-    """For each class the state of its label's own text, in a list; empty lists if it is not read."""
-    return [[state(lm, one, weights, "last")] if names else [] for one in NAMES[task]]
+def counted_names(lm, task, weights, names):
+    """For each class the state of its label's own text with the number of examples that it counts as, in a list."""
+    if not names:
+        return [[] for _ in NAMES[task]]
+    worth, classes = name_worth(lm, task, names), classes_of(SUPPORT)[task]
+    counts = [min(worth, classes.count(c)) for c in range(len(NAMES[task]))]
+    return [[(state(lm, one, weights, "last"), n)] if n else [] for one, n in zip(NAMES[task], counts, strict=True)]
+
+
+def name_worth(lm, task, most):
+    """Of the bare base: how many examples a label's own text counts as, at most."""
+    names, right = [state(lm, one, {}, "last") for one in NAMES[task]], 0
+    for one, own in zip(SUPPORT[task], classes_of(SUPPORT)[task], strict=True):
+        distances = [(state(lm, one, {}, "last") - name).square().sum() for name in names]
+        right += min(range(len(names)), key=distances.__getitem__) == own
+    share, chance = (right + 1.6) / (len(SUPPORT[task]) + 2), 1 / len(names)
+    return most * max(0.0, (share - chance) / (1 - chance))
+
+
+def weighted_mean(counted):
+    return sum(n * vector for vector, n in counted) / sum(n for _, n in counted)
 
 
 def support_loss(lm, task, weights, readout, names):
@@ -246,18 +264,18 @@ def support_loss(lm, task, weights, readout, names):
     tokens = token_loss(lm, of, LABELS[task], weights)
     if not classes:
         return tokens
-    states, name_states = [state(lm, one, weights, "last") for one in of], names_of(lm, task, weights, names)
+    states, name_states = [state(lm, one, weights, "last") for one in of], counted_names(lm, task, weights, names)
     losses = []
     for k, own in enumerate(classes):
-        means = {
-            c: [s for i, (s, label) in enumerate(zip(states, classes, strict=True)) if label == c and i != k]
+        others = {
+            c: [(s, 1) for i, (s, label) in enumerate(zip(states, classes, strict=True)) if label == c and i != k]
             + name_states[c]
             for c in range(len(LABELS[task]))
         }
-        if means[own]:
+        if others[own]:
             # A class that is left without an example by this one is its own; others all have some.
-            near = [-weights[SCALE].exp() * (states[k] - torch.stack(m).mean(0)).square().sum() for m in means.values()]
-            losses.append(-torch.stack(near).log_softmax(0)[own])
+            near = [-weights[SCALE].exp() * (states[k] - weighted_mean(m)).square().sum() for m in others.values()]
+            losses.append(-torch.stack(near).log_softmax(0)[own] * min(1, sum(n for _, n in others[own])))
     prototype = torch.stack(losses).mean() if losses else 0.0 * tokens
     return prototype + tokens if readout == "both" else prototype
 
@@ -267,7 +285,7 @@ def query_loss(lm, task, weights, readout, names):
     if not labels:
         return token_loss(lm, QUERY[task], labels, weights)
     states = [state(lm, one, weights, "last") for one in SUPPORT[task]]
-    name_states = names_of(lm, task, weights, names)
+    name_states = counted_names(lm, task, weights, names)
     of_class = classes_of(SUPPORT)[task]
     losses = []
     for one, own in zip(QUERY[task], classes, strict=True):
@@ -276,8 +294,7 @@ def query_loss(lm, task, weights, readout, names):
         among = scores[sorted(set(firsts))].log_softmax(0)
         found = []
         for c, first in enumerate(firsts):
-            of_c = [s for s, k in zip(states, of_class, strict=True) if k == c]
-            mean = torch.stack([*of_c, *name_states[c]]).mean(0)
+            mean = weighted_mean([(s, 1) for s, k in zip(states, of_class, strict=True) if k == c] + name_states[c])
             label = among[sorted(set(firsts)).index(first)] - math.log(firsts.count(first))
             mixed = weights[MIX].exp() * label if readout == "both" else 0.0
             found.append(-weights[SCALE].exp() * (h - mean).square().sum() + mixed)
@@ -285,10 +302,10 @@ def query_loss(lm, task, weights, readout, names):
     return torch.stack(losses).mean()
 
 
-@pytest.mark.parametrize(("readout", "names"), [("both", False), ("prototypes", False), ("both", True)])
+@pytest.mark.parametrize(("readout", "names"), [("both", 0), ("prototypes", 0), ("both", 3), ("both", 1)])
 def test_the_meta_gradient_is_that_of_each_task_adapted_alone(lm, readout, names):
     """Two inner steps, first order: the query's gradient at the fast weights, and the support's at the start."""
-    algorithm = parse_algorithm({"name": "proto_maml", "readout": readout, "start_weight": 0.5})
+    algorithm = parse_algorithm({"name": "proto_maml", "readout": readout, "start_weight": 0.5, "label_names": names})
     start = perturbed_start(lm) | algorithm.prototypes.start()
     inner_lrs = {name: torch.tensor(0.05) for name in start if "lora" in name}
     scores = torch.tensor([1.0, 0.5, 2.0])
@@ -317,7 +334,7 @@ def test_the_meta_gradient_is_that_of_each_task_adapted_alone(lm, readout, names
             if name in inner_lrs:
                 of_rates[name] -= score * (gradient * total[name]).sum()
     for name in start:
-        torch.testing.assert_close(found.start[name], expected[name], atol=2e-5, rtol=1e-3, msg=name)
+        torch.testing.assert_close(found.start[name], expected[name], atol=1e-4, rtol=1e-3)
     for name in inner_lrs:
         torch.testing.assert_close(found.inner_lrs[name], of_rates[name], atol=2e-5, rtol=1e-3, msg=name)
     assert found.start[SCALE].abs() > 1e-3

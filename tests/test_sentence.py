@@ -238,6 +238,20 @@ def test_one_shot_can_be_learned_from_beside_the_labels_own_texts(tmp_path, enco
     assert not learns(1, "words", ("K27", "X4"))
 
 
+def test_evaluation_answers_as_an_adapter_does(tmp_path, encoder):
+    algorithm = {"name": "proto_maml", "readout": "prototypes", "label_names": 3}
+    config = encoder_config(tmp_path, encoder, algorithm=algorithm)
+    model, task = untrained_model(config, toy_tasks()), toy_tasks(tasks=1, classes=3, per_class=6, seed=9)[0]
+    episode, scorer = config.data.sampler(EVALUATION_SEED).episode([task], 0), model.scorer()
+    *_, outputs = scorer.outputs(scorer.prepare([episode]), model.start, model.inner_lrs, {0, scorer.steps})
+    adapter = model.adapt([(example.input, example.target) for example in episode.support])
+    answers = adapter.predict([example.input for example in episode.query])
+    wanted = [[answer.probabilities[label] for label in episode.labels] for answer in answers]
+    torch.testing.assert_close(outputs[0].exp(), torch.tensor(wanted), atol=1e-5, rtol=1e-4)
+    counts = config.algorithm.prototypes.counts(scorer.prepare([episode]).support)
+    assert (counts[:, -3:] != 1).all()  # names that count as one each would show nothing
+
+
 def test_the_prompt_is_the_text_as_it_is_unless_told_otherwise(tmp_path, encoder):
     tokenizer = load_tokenizer(encoder)
     example = topics().examples[0]
