@@ -1,5 +1,6 @@
 """Sentence encoders as the base: the vectors of sentence-transformers, and the adapters and inner loop of others."""
 
+import asyncio
 import json
 import os
 import shutil
@@ -317,6 +318,7 @@ def test_a_replica_answers_as_the_adapter_does(tmp_path, encoder):
     changes = {"model": {"name": encoder, "dtype": "float32"}, "algorithm": {"name": "protonet"}}
     run = make_run(tmp_path, lora={"rank": 4, "targets": BERT_TARGETS}, data={"labels": "words"}, **changes)
     replica, model = Replica(Serving(run=str(run.path))), rayml.load(run.path)
+    asyncio.run(replica.check(60))  # as Serve does before it sends anything
     manifests = learn(replica, request(name="one"), request(TICKETS[:4], name="two"))
     for manifest, pairs in zip(manifests, (TICKETS, TICKETS[:4]), strict=True):
         wanted = model.adapt(pairs).predict(SERVED)

@@ -157,6 +157,8 @@ def start_cluster(serving: Serving, metrics_port: int | None) -> None:
     cpus = max(processors(), math.ceil(needed))
     metrics: dict[str, Any] = {"_metrics_export_port": metrics_port} if metrics_port else {}
     slow_log_monitor()
+    # On a busy machine a proxy takes longer to start than the 5 s after which Serve would kill it.
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
     with listen_on_localhost():
         context: Any = ray.init("local", num_cpus=cpus, include_dashboard=False, **metrics, **common)
     mark_session(Path(context.address_info["session_dir"]))

@@ -20,8 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rayml.lm.batch import collate
 from rayml.lm.precision import fused_attention
 from rayml.lm.queries import answer_queries, first_batch_size
+from rayml.lm.rows import TokenRow
 from rayml.model import MetaModel
 from rayml.serving.adaptation_queue import AdaptationQueue
 from rayml.serving.errors import ApiError, busy_error
@@ -153,15 +155,21 @@ class Engine:
     def _answer_pings(self, answers: list[Future[None]]) -> None:
         result: Exception | None = None
         try:
-            token = torch.zeros(1, 1, dtype=torch.int64, device=self.model.lm.device)
-            with torch.no_grad():
-                logits = self.model.lm.logits_at(token[0], None, token)
-            if not torch.isfinite(logits).all():
-                raise RuntimeError("the model's logits are not finite")
+            if not self._read_token().isfinite().all():
+                raise RuntimeError("the model's output is not finite")
         except Exception as error:
             result = error
         for answer in answers:
             settle(answer, result)
+
+    @torch.no_grad()
+    def _read_token(self) -> Tensor:
+        """Return what the bare base makes of one token: its logits, or a sentence encoder's vector."""
+        lm = self.model.lm
+        if lm.sentences:
+            return lm.vectors(None, collate([[TokenRow([0], 1)]], self.model.encoder.pad).to(lm.device))
+        token = torch.zeros(1, 1, dtype=torch.int64, device=lm.device)
+        return lm.logits_at(token[0], None, token)
 
     def _answer(self) -> None:
         """Go on with the texts, and classify before and after each part: a query is short, and has a client waiting."""
