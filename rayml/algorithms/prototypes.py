@@ -81,11 +81,11 @@ class Readout(NamedTuple):
         loss; as they are for free text. The labels' own texts are in the means, but are not classified themselves. What
         is classified by part of an example, since nothing else is left, counts as that part.
         """
-        is_label = (support.classes >= 0).any(1)
+        is_label, counts = (support.classes >= 0).any(1), self.counts(support, support.ways)
 
         def losses(weights: Params) -> Tensor:
             read = support.read(weights, self.pooling)
-            protos = prototypes(read.states, support.classes, support.ways, self.counts(support, support.ways))
+            protos = prototypes(read.states, support.classes, support.ways, counts)
             distances = leave_one_out(squared_distances(read.states, protos), support.classes, protos.counts)
             others = protos.counts.gather(1, support.classes.clamp(min=0)) - 1
             classes = support.classes.masked_fill((others <= 0) | support.is_name, -1)
@@ -100,12 +100,11 @@ class Readout(NamedTuple):
 
         The forwards do not depend on the tasks, one for each side: workers of a sharded base must make the same calls.
         """
-        is_label = (query.classes >= 0).any(1)
+        is_label, counts = (query.classes >= 0).any(1), self.counts(support, support.ways)
         tokens = support.label_tokens if self.labels else None
 
         def losses(weights: Params) -> Tensor:
-            states = support.states(weights, self.pooling)
-            protos = prototypes(states, support.classes, support.ways, self.counts(support, support.ways))
+            protos = prototypes(support.states(weights, self.pooling), support.classes, support.ways, counts)
             read = query.read(weights, self.pooling, tokens)
             distances = squared_distances(read.states, protos)
             scores = logits(distances, protos.counts, weights, read.label_log_probs)
