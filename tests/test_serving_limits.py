@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import make_config
+from pydantic import ValidationError
 from serving_run import TEXTS, TICKETS, ask, examples, learn, learned, make_run, replica, request, run, write  # noqa: F401
 
 from rayml.adapter import load_adapter
@@ -77,13 +78,18 @@ def test_the_base_s_input_is_cut_to_what_is_read_in_one_piece(replica, options):
 
 
 def test_a_full_queue_says_so_and_recovers(run):
-    replica = Replica(Serving.model_validate({"run": str(run.path), "limits": {"waiting_queries": 3}}))
+    replica = Replica(Serving.model_validate({"run": str(run.path), "limits": {"waiting_queries": 3, "inputs": 3}}))
     assert len(ask(replica, None, ["a", "b", "c"], options=["x", "y"])) == 3
     with pytest.raises(ApiError, match="at most 3") as refused:
         ask(replica, None, ["a", "b", "c", "d"], options=["x", "y"])
     assert refused.value.status == 429
     assert len(ask(replica, None, ["a", "b", "c"], options=["x", "y"])) == 3
     replica.engine.close()
+
+
+def test_a_request_that_could_never_wait_is_refused_at_the_start():
+    with pytest.raises(ValidationError, match="waiting_queries"):
+        Serving.model_validate({"run": "r", "limits": {"inputs": 300}})
 
 
 def test_a_key_has_no_more_adapters_than_it_may(run, tmp_path):

@@ -3,6 +3,7 @@
 import asyncio
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 from serving_run import (  # noqa: F401
@@ -272,6 +273,19 @@ def test_the_base_s_name_may_have_a_colon(store, learned):
             asyncio.run(names.adapter("public", unknown))
 
 
+def test_what_failed_in_the_background_can_be_deleted_and_what_is_being_learned_cannot(store):
+    names, failed, learning = Names("m", store, 2), "a." + "0" * 16, "b." + "0" * 16
+    store.write_request("public", failed, b'{"error": {"message": "no memory"}}')
+    store.write_request("public", learning, b'{"name": "b"}')
+    assert asyncio.run(names.delete("public", failed)) == failed
+    assert store.read_request("public", failed) is None
+    with pytest.raises(ApiError, match="still being learned") as refused:
+        asyncio.run(names.delete("public", learning))
+    assert refused.value.status == 409
+    with pytest.raises(ApiError, match="no adapter"):
+        asyncio.run(names.delete("public", failed))
+
+
 def test_an_adapter_moved_to_its_own_owner_stays(store, learned):
     made = store.publish("desk", manifest_of("t"), learned)
     store.move("desk", made.id, "desk")
@@ -296,6 +310,8 @@ def test_rayml_store_lists_moves_and_deletes(store, learned):
     assert "refused" in output_of("move", store.root, "desk", "../x")
     assert "deleted" in output_of("delete", store.root, "desk", made.id)
     assert store.owners() == []
+    assert "no folder" in output_of("list", f"{store.root}-typo")
+    assert not Path(f"{store.root}-typo").exists()
 
 
 def test_others_are_let_in_by_a_key_alone():

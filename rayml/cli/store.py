@@ -27,7 +27,7 @@ def list_adapters(
     """List adapters by owner."""
     from rayml.serving.store import AdapterStore, all_manifests
 
-    adapters = AdapterStore(store)
+    adapters = AdapterStore(store, create=False)
     table = Table("owner", "adapter", "examples", "made", "expires", box=None)
     for name in [owner] if owner else adapters.owners():
         for manifest in all_manifests(adapters, name):
@@ -43,7 +43,7 @@ def move(store: StorePath, owner: Owner, to: Owner, adapters: Which = None) -> N
 
     if not NAME.fullmatch(to):
         raise typer.BadParameter(f"{to!r}: letters, digits, - and _, at most 64, beginning with a letter or digit")
-    opened = AdapterStore(store)
+    opened = AdapterStore(store, create=False)
     for manifest in find_adapters(opened, owner, adapters):
         opened.move(owner, manifest.id, to)
         out.print(f"{manifest.id}: {owner} -> {to}", highlight=False, soft_wrap=True)
@@ -56,7 +56,7 @@ def delete(
     """Delete an owner's adapters, by their ids or names."""
     from rayml.serving.store import AdapterStore
 
-    opened = AdapterStore(store)
+    opened = AdapterStore(store, create=False)
     for manifest in find_adapters(opened, owner, adapters):
         opened.delete(owner, manifest.id)
         out.print(f"{manifest.id}: deleted", highlight=False, soft_wrap=True)

@@ -235,8 +235,8 @@ class Gateway:
     @handles("adapters")
     async def delete(self, owner: str, request: Request, adapter: str) -> Response:
         """Delete an adapter."""
-        manifest = await self.names.delete(owner, adapter)
-        return JSONResponse({"id": manifest.id, "object": "adapter", "deleted": True})
+        deleted = await self.names.delete(owner, adapter)
+        return JSONResponse({"id": deleted, "object": "adapter", "deleted": True})
 
     @app.get("/v1/adapters/{adapter}/download")
     @handles("download")

@@ -1,6 +1,7 @@
 """The models as clients see them: `BASE`, and `BASE:ADAPTER` by an adapter's id, or by its name for the newest."""
 
 import asyncio
+import json
 import time
 from typing import Any
 
@@ -64,16 +65,20 @@ class Names:
         """Forget what a name resolved to: there may be a newer adapter of that name."""
         self._cache.pop((owner, name), None)
 
-    async def delete(self, owner: str, reference: str) -> Manifest:
-        """Delete an adapter, and return it.
+    async def delete(self, owner: str, reference: str) -> str:
+        """Delete an adapter, or one that failed to be learned in the background, and return its id.
 
         Raises:
-            ApiError: 404, there is no such adapter.
+            ApiError: 404, there is no such adapter; 409, it is still being learned.
         """
-        manifest = await self.find(owner, reference)
-        await asyncio.to_thread(self.store.delete, owner, manifest.id)
-        self._cache = {key: entry for key, entry in self._cache.items() if entry[1] != manifest.id}
-        return manifest
+        manifest = await asyncio.to_thread(self.store.find, owner, reference)
+        request = None if manifest else await asyncio.to_thread(self.store.read_request, owner, reference)
+        if request is not None and "error" not in json.loads(request):
+            raise ApiError(409, f"adapter {reference} is still being learned; delete it after that", "model")
+        adapter = reference if request is not None else (manifest or await self.find(owner, reference)).id
+        await asyncio.to_thread(self.store.delete, owner, adapter)
+        self._cache = {key: entry for key, entry in self._cache.items() if entry[1] != adapter}
+        return adapter
 
     def model(self, manifest: Manifest | None) -> dict[str, Any]:
         """Return the entry of an adapter, or of the base, in OpenAI's list of models."""

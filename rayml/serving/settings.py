@@ -4,9 +4,9 @@ import os
 import re
 from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from rayml.errors import ConfigError
 from rayml.sections import EXPAND_HOME, NotNegativeFloat, NotNegativeInt, Section
@@ -46,6 +46,12 @@ class Limits(Section):
     """Queries that may wait in a replica: 429 with Retry-After."""
     retry_after_seconds: PositiveInt = 2
     """The value of Retry-After."""
+
+    @model_validator(mode="after")
+    def _a_request_can_wait(self) -> Self:
+        if self.inputs > self.waiting_queries:
+            raise ValueError(f"inputs: a request may have {self.inputs}, but only waiting_queries may wait; raise that")
+        return self
 
 
 class Batching(Section):

@@ -82,19 +82,26 @@ def damaged_error(owner: str, adapter: str, error: DamagedError) -> ApiError:
 
 
 class AdapterStore:
-    """Args: root: a folder, or a URI (`s3://bucket/path`, `gs://`, `file://`).
+    """The adapters of a server, by owner.
+
+    Args:
+        root: a folder, or a URI (`s3://bucket/path`, `gs://`, `file://`).
+        create: whether the folder is made if there is none.
 
     Every method may raise OSError, if the storage does not answer. That is not the same as an adapter that is missing.
 
     Raises:
-        ConfigError: the root cannot be made or reached.
+        ConfigError: the root cannot be made or reached, or is not there.
     """
 
-    def __init__(self, root: str):
+    def __init__(self, root: str, create: bool = True):
         self.root = root
         try:
             self.fs, self.path = filesystem(root)
-            self.fs.create_dir(self.path, recursive=True)
+            if create:
+                self.fs.create_dir(self.path, recursive=True)
+            elif self.fs.get_file_info(self.path).type != fs.FileType.Directory:
+                raise ConfigError(f"store: there is no folder {root!r}")
         except (OSError, ValueError) as error:
             raise ConfigError(f"store: {root!r} cannot be used: {error}") from error
 
