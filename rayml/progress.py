@@ -120,3 +120,8 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def warn(message: str) -> None:
+    """Print a warning to stderr."""
+    Console(stderr=True, markup=False).print(message, style="yellow", highlight=False, soft_wrap=True)

@@ -123,7 +123,7 @@ def local_ray(tmp_path_factory):
 def share_ray(tmp_path_factory) -> None:
     import ray
 
-    from rayml.training.driver import start_ray
+    from rayml.ray_start import start_ray
 
     if not ray.is_initialized():
         start_ray(make_config(tmp_path_factory.mktemp("ray"), workers=2))

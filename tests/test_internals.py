@@ -115,7 +115,9 @@ def test_ray_s_variables_are_still_read():
         for module in (ray.air.constants, ray.tune.constants)
         for name in re.findall(r'"([A-Z_]+)"', inspect.getsource(module))
     }
-    source = "".join((ROOT / "rayml" / name).read_text() for name in ("training/driver.py", "experiments/sweep.py"))
+    source = "".join(
+        (ROOT / "rayml" / name).read_text() for name in ("ray_start.py", "training/driver.py", "experiments/sweep.py")
+    )
     ours = set(re.findall(r'"((?:RAY_TRAIN|RAY_AIR|TUNE)_[A-Z_]+)"', source))
     assert len(ours) >= 6
     assert ours <= known, f"Ray does not know {', '.join(sorted(ours - known))}"

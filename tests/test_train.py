@@ -30,6 +30,7 @@ from rayml.errors import ConfigError, DataError, RunError, TrainingError
 from rayml.lm.encode import Encoder
 from rayml.lm.frozen import WorkerShare
 from rayml.model import load
+from rayml.ray_start import WORKER_ENV, check_resources, processors, start_ray
 from rayml.runs import files
 from rayml.runs.checkpoint import (
     folder_name,
@@ -51,7 +52,7 @@ from rayml.tasks.prepare import prepare_splits
 from rayml.tasks.statistics import Curve
 from rayml.tasks.task import Example, Task
 from rayml.training import driver, worker
-from rayml.training.driver import WORKER_ENV, check_resources, cpus_each, processors, start_ray, train
+from rayml.training.driver import cpus_each, train
 from rayml.training.ray_internals import forget_lost_checkpoints
 from rayml.training.stream import EncodeEpisode, Job, share_of_step, stream_steps, worker_index
 from rayml.training.trackers import saved_id

@@ -28,6 +28,7 @@ from rayml.experiments.summaries import summarize
 from rayml.lm.precision import own_device
 from rayml.model import load, untrained_model
 from rayml.progress import progress
+from rayml.ray_start import start_ray
 from rayml.runs.checkpoint import manifest_checksums
 from rayml.runs.files import AnyPath, checksum, parse_path, write_atomically
 from rayml.runs.folder import RunFolder, fingerprint
@@ -35,7 +36,7 @@ from rayml.tasks.episodes import EVALUATION_SEED
 from rayml.tasks.prepare import prepare_splits
 from rayml.tasks.splits import Splits
 from rayml.tasks.task import Task
-from rayml.training.driver import start_ray, train
+from rayml.training.driver import train
 
 
 def compare(

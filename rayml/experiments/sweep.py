@@ -28,11 +28,12 @@ from rayml.errors import ConfigError, RunError, TrainingError
 from rayml.experiments.search_space import Range, check_space, parse_space, round_point
 from rayml.experiments.sweep_report import Trial, TrialTable, report_sweep
 from rayml.lm.abilities import checked_model
+from rayml.ray_start import own_ray, processors
 from rayml.runs.checkpoint import val_score
 from rayml.runs.files import AnyPath, parse_path, write_atomically
 from rayml.runs.folder import RunFolder
 from rayml.tasks.prepare import prepare_splits
-from rayml.training.driver import own_ray, processors, storage, train, with_absolute_paths
+from rayml.training.driver import storage, train, with_absolute_paths
 from rayml.training.ray_internals import trial_settings
 
 SCORE = "score"

@@ -13,6 +13,7 @@ from ray.serve.config import AutoscalingConfig, BackpressureConfig, RequestRoute
 
 from rayml.config import dump_config
 from rayml.lm.catalog import resolve_model
+from rayml.ray_start import WORKER_ENV
 from rayml.runs.checkpoint import step_of
 from rayml.runs.files import list_matching
 from rayml.runs.folder import RunFolder
@@ -25,7 +26,6 @@ from rayml.serving.settings import Scaled, Serving, api_keys
 from rayml.serving.store import PUBLIC, AdapterStore, DamagedError, all_manifests, owner_of
 from rayml.serving.vllm.answerer import Answerer
 from rayml.serving.vllm.engine import refuse_without_vllm, with_gpus
-from rayml.training.driver import WORKER_ENV
 
 HEALTH_SECONDS = 30.0
 log = logging.getLogger(__name__)

@@ -26,6 +26,7 @@ from rayml.lm.load import load_shape
 from rayml.lm.precision import own_device, resolve_precision_here
 from rayml.overrides import refuse_duplicates
 from rayml.progress import show_activity
+from rayml.ray_start import WORKER_ENV, processors, slow_log_monitor
 from rayml.runs.folder import RunFolder
 from rayml.serving.adapter_files import FILES, read_adapter
 from rayml.serving.app import build
@@ -40,7 +41,6 @@ from rayml.serving.served import (
 from rayml.serving.settings import Adapters, Scaled, Serving, api_keys, check_host
 from rayml.serving.store import NAME, AdapterStore, Manifest, adapter_id, owner_of
 from rayml.serving.vllm.engine import refuse_without_vllm
-from rayml.training.driver import WORKER_ENV, processors, slow_log_monitor
 from rayml.training.ray_internals import listen_on_localhost
 
 APPLICATION = "rayml"
