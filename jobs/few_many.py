@@ -7,8 +7,8 @@ A file is one data set, whatever tasks it names. Each draw takes some of its cla
 each; all others of these are asked, or at most `--most` of a class. Beside each start stand the sentence encoder MiniLM
 as it is, with the nearest centroid and with logistic regression, both also with each label's own text as one more
 example; and SetFit, if it is asked for; and of several starts the one that `rayml.choose_start` would take for each
-draw. `--codes` replaces the labels by codes, which say nothing. Intervals: 95 %, over data sets and their draws; of one
-data set, over its draws.
+draw. `--labels` replaces the labels by codes such as K27, by unrelated words, or by those of other classes. Intervals:
+95 %, over data sets and their draws; of one data set, over its draws.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import json
 import random
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -42,6 +43,17 @@ from rayml.tasks.task import Example, Task
 TOGETHER = 64
 """Texts in one forward of the frozen encoder."""
 CHOSEN = "the start that suits"
+WORDS = [
+    *("river", "apple", "window", "guitar", "cloud", "hammer", "rabbit", "velvet", "island", "copper"),
+    *("garden", "pencil", "thunder", "basket", "marble", "ladder", "pepper", "lantern", "meadow", "button"),
+]
+"""Labels that say nothing of any class."""
+RELABELED: dict[str, Callable[[list[str], random.Random], list[str]]] = {
+    "own": lambda labels, _rng: labels,
+    "codes": lambda labels, rng: [f"{'KQTX'[n % 4]}{10 + n // 4}" for n in rng.sample(range(4 * 90), len(labels))],
+    "words": lambda labels, rng: rng.sample(WORDS, len(labels)),
+    "swapped": lambda labels, _rng: [*labels[1:], labels[0]],
+}
 Scores = dict[str, dict[str, list[float]]]
 """By method, by data set: an accuracy for each draw."""
 
@@ -55,7 +67,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=5)
     parser.add_argument("--most", type=int, default=20, help="queries of a class")
     parser.add_argument("--steps", type=int, help="inner steps; else the start's own")
-    parser.add_argument("--codes", action="store_true", help="labels as codes such as K27")
+    parser.add_argument("--labels", choices=list(RELABELED), default="own", help="what each class is called")
     parser.add_argument("--setfit", action="store_true", help="SetFit, too: minutes a draw where classes are many")
     parser.add_argument("--json", type=Path, help="write the draws' accuracies here")
     asked = parser.parse_args()
@@ -70,7 +82,7 @@ def main() -> None:
             began = time.monotonic()
             for draw in range(asked.draws):
                 episode = drawn(task, asked.ways, shots, asked.most, draw)
-                episode = with_codes(episode) if asked.codes else episode
+                episode = relabeled(episode, asked.labels)
                 found = encoder.scores(episode) | {n: of_start(m, episode, asked.steps) for n, m in models.items()}
                 if len(models) > 1 and shots > 1:
                     found[CHOSEN] = found[better(models, episode)]
@@ -107,15 +119,15 @@ def drawn(task: Task, ways: int | None, shots: int, most: int, seed: int) -> Epi
     return Episode(seed, task.name, tuple(support), tuple(query), {label: label for label in labels})
 
 
-def with_codes(episode: Episode) -> Episode:
-    """Return the episode with a code such as K27 in place of each label."""
-    numbers = random.Random(f"{episode.task} {episode.index}").sample(range(4 * 90), len(episode.labels))
-    codes = {label: f"{'KQTX'[n % 4]}{10 + n // 4}" for label, n in zip(episode.labels, numbers, strict=True)}
+def relabeled(episode: Episode, how: str) -> Episode:
+    """Return the episode with other labels, drawn anew for it."""
+    own = list(episode.labels)
+    new = dict(zip(own, RELABELED[how](own, random.Random(f"{episode.task} {episode.index}")), strict=True))
     support, query = (
-        tuple(replace(example, target=codes[example.target]) for example in side)
+        tuple(replace(example, target=new[example.target]) for example in side)
         for side in (episode.support, episode.query)
     )
-    return replace(episode, support=support, query=query, labels={code: code for code in codes.values()})
+    return replace(episode, support=support, query=query, labels={label: label for label in new.values()})
 
 
 class Encoder:

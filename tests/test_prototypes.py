@@ -56,7 +56,7 @@ def test_leave_one_out_is_the_mean_of_the_others_and_so_is_its_gradient():
     states = unit(1, 6, 7).requires_grad_()
     classes = CLASSES[:1]
     found = prototypes(states, classes)
-    ours = leave_one_out(squared_distances(states, found), classes, found.counts)
+    ours = leave_one_out(states, found, classes)
     for k in range(6):
         for c in range(3):
             others = [states[0, i] for i in range(6) if classes[0, i] == c and i != k]
@@ -99,7 +99,7 @@ def test_part_of_an_example_is_left_in_as_that_part():
     states, counts = unit(1, 4, 7), torch.tensor([[1.0, 1.0, 0.4, 2.5]]).double()
     classes = torch.tensor([[0, 1, 0, 1]])
     protos = prototypes(states, classes, counts=counts)
-    left = leave_one_out(squared_distances(states, protos), classes, protos.counts)
+    left = leave_one_out(states, protos, classes)
     for k, c, other in ((0, 0, 2), (1, 1, 3)):  # without the example, the label's own text is left
         torch.testing.assert_close(
             protos.means[0, c], (states[0, k] + counts[0, other] * states[0, other]) / (1 + counts[0, other])
@@ -240,16 +240,16 @@ def counted_names(lm, task, weights, names):
     """For each class the state of its label's own text with the number of examples that it counts as, in a list."""
     if not names:
         return [[] for _ in NAMES[task]]
-    worth, classes = name_worth(lm, task, names), classes_of(SUPPORT)[task]
+    worth, classes = name_worth(lm, task, weights, names), classes_of(SUPPORT)[task]
     counts = [min(worth, classes.count(c)) for c in range(len(NAMES[task]))]
     return [[(state(lm, one, weights, "last"), n)] if n else [] for one, n in zip(NAMES[task], counts, strict=True)]
 
 
-def name_worth(lm, task, most):
-    """Of the bare base: how many examples a label's own text counts as, at most."""
-    names, right = [state(lm, one, {}, "last") for one in NAMES[task]], 0
+def name_worth(lm, task, weights, most):
+    """How many examples a label's own text counts as."""
+    names, right = [state(lm, one, weights, "last") for one in NAMES[task]], 0
     for one, own in zip(SUPPORT[task], classes_of(SUPPORT)[task], strict=True):
-        distances = [(state(lm, one, {}, "last") - name).square().sum() for name in names]
+        distances = [(state(lm, one, weights, "last") - name).square().sum() for name in names]
         right += min(range(len(names)), key=distances.__getitem__) == own
     share, chance = (right + 1.6) / (len(SUPPORT[task]) + 2), 1 / len(names)
     return most * max(0.0, (share - chance) / (1 - chance))
@@ -307,7 +307,7 @@ def test_the_meta_gradient_is_that_of_each_task_adapted_alone(lm, readout, names
     """Two inner steps, first order: the query's gradient at the fast weights, and the support's at the start."""
     algorithm = parse_algorithm({"name": "proto_maml", "readout": readout, "start_weight": 0.5, "label_names": names})
     start = perturbed_start(lm) | algorithm.prototypes.start()
-    inner_lrs = {name: torch.tensor(0.05) for name in start if "lora" in name}
+    inner_lrs = {name: torch.tensor(0.01) for name in start if "lora" in name}
     scores = torch.tensor([1.0, 0.5, 2.0])
     inner = InnerLoop(inner_lrs, 2, learns_inner_lrs=True)
     found = algorithm.meta_gradient(*sides(lm, names=names), start, inner, scores)
@@ -336,7 +336,7 @@ def test_the_meta_gradient_is_that_of_each_task_adapted_alone(lm, readout, names
     for name in start:
         torch.testing.assert_close(found.start[name], expected[name], atol=1e-4, rtol=1e-3)
     for name in inner_lrs:
-        torch.testing.assert_close(found.inner_lrs[name], of_rates[name], atol=2e-5, rtol=1e-3, msg=name)
+        torch.testing.assert_close(found.inner_lrs[name], of_rates[name], atol=1e-4, rtol=1e-3, msg=name)
     assert found.start[SCALE].abs() > 1e-3
 
 

@@ -48,9 +48,6 @@ class LabelledStates(Protocol):
         """Return a hidden state of unit length for each prompt, `[T, K, D]`: the last one before the target, or the
         mean over the prompt."""
 
-    def base_states(self, pooling: "Pooling" = "last") -> "Tensor":
-        """Return `states` by the bare base, without a gradient. They are computed once."""
-
 
 class Side(LabelledStates, Protocol):
     """The supports, or the queries, of T episodes in training."""

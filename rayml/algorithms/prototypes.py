@@ -81,12 +81,12 @@ class Readout(NamedTuple):
         loss; as they are for free text. The labels' own texts are in the means, but are not classified themselves. What
         is classified by part of an example, since nothing else is left, counts as that part.
         """
-        is_label, counts = (support.classes >= 0).any(1), self.counts(support, support.ways)
+        is_label = (support.classes >= 0).any(1)
 
         def losses(weights: Params) -> Tensor:
             read = support.read(weights, self.pooling)
-            protos = prototypes(read.states, support.classes, support.ways, counts)
-            distances = leave_one_out(squared_distances(read.states, protos), support.classes, protos.counts)
+            protos = self.means_of(support, read.states, support.ways)
+            distances = leave_one_out(read.states, protos, support.classes)
             others = protos.counts.gather(1, support.classes.clamp(min=0)) - 1
             classes = support.classes.masked_fill((others <= 0) | support.is_name, -1)
             scores = logits(distances, protos.counts, weights)
@@ -100,11 +100,11 @@ class Readout(NamedTuple):
 
         The forwards do not depend on the tasks, one for each side: workers of a sharded base must make the same calls.
         """
-        is_label, counts = (query.classes >= 0).any(1), self.counts(support, support.ways)
+        is_label = (query.classes >= 0).any(1)
         tokens = support.label_tokens if self.labels else None
 
         def losses(weights: Params) -> Tensor:
-            protos = prototypes(support.states(weights, self.pooling), support.classes, support.ways, counts)
+            protos = self.means_of(support, support.states(weights, self.pooling), support.ways)
             read = query.read(weights, self.pooling, tokens)
             distances = squared_distances(read.states, protos)
             scores = logits(distances, protos.counts, weights, read.label_log_probs)
@@ -115,8 +115,7 @@ class Readout(NamedTuple):
     def answer(self, queries: QueryBatch, weights: Params | None) -> list[Tensor]:
         """Return the log-probabilities of each query's classes, `[Q, C]` for each task."""
         ways = max(options for _, options in queries.shape)
-        support = queries.support
-        protos = prototypes(support.states(weights, self.pooling), support.classes, ways, self.counts(support, ways))
+        protos = self.means_of(queries.support, queries.support.states(weights, self.pooling), ways)
         read = queries.read(weights, self.pooling, self.labels)
         scores = logits(squared_distances(read.states, protos), protos.counts, weights, read.label_log_probs)
         return [
@@ -126,20 +125,16 @@ class Readout(NamedTuple):
 
     def kept(self, support: Side, weights: Params) -> list[Params]:
         """Return what answers need of each task's support: the means of its classes; nothing for free text."""
-        states = support.states(weights, self.pooling)
-        means = prototypes(states, support.classes, counts=self.counts(support)).means
+        means = self.means_of(support, support.states(weights, self.pooling)).means
         ways = (support.classes.max(1).values + 1).tolist()
         return [{MEANS: mean[:count].clone()} if count else {} for mean, count in zip(means, ways, strict=True)]
 
-    def counts(self, support: LabelledStates, ways: int | None = None) -> Tensor | None:
-        """Return how many examples each row counts as, `[T, K]`; None if each is one.
-
-        Workers of a sharded base must make the same calls: whether one is made depends on no task.
-        """
-        if not self.label_names:
-            return None
-        states = support.base_states(self.pooling)
-        return example_counts(states, support.classes, support.is_name, self.label_names, ways)
+    def means_of(self, support: LabelledStates, states: Tensor, ways: int | None = None) -> Prototypes:
+        """Return the means of the classes of a support with these `states`; labels' own texts are in them, if read."""
+        counts = None
+        if self.label_names:
+            counts = example_counts(states.detach(), support.classes, support.is_name, self.label_names, ways)
+        return prototypes(states, support.classes, ways, counts)
 
 
 def prototypes(states: Tensor, classes: Tensor, ways: int | None = None, counts: Tensor | None = None) -> Prototypes:
@@ -176,7 +171,7 @@ def example_counts(states: Tensor, classes: Tensor, is_name: Tensor, most: int, 
     which mostly do mean something: the share begins with `PRIOR_EXAMPLES`, of which `PRIOR_SHARE` are right.
 
     Args:
-        states: `[T, K, D]`, by the base: after inner steps the share would be of what was learned.
+        states: `[T, K, D]`.
         classes: `[T, K]`; -1 for rows of padding.
         is_name: `[T, K]`, the rows of labels' own texts.
         ways: as for `prototypes`.
@@ -201,13 +196,16 @@ def squared_distances(states: Tensor, protos: Prototypes) -> Tensor:
     return lengths - 2 * states @ protos.means.mT
 
 
-def leave_one_out(distances: Tensor, classes: Tensor, counts: Tensor) -> Tensor:
-    """Return the distances `[T, K, C]` of examples to the means of the *other* examples of each class.
+def leave_one_out(states: Tensor, protos: Prototypes, classes: Tensor) -> Tensor:
+    """Return the squared distances `[T, K, C]` of examples to the means of the *other* examples of each class.
 
-    Without h the mean m of n examples is (n m - h) / (n - 1), which is n / (n - 1) times as far from h as m.
+    Without h the mean m of n examples is (n m - h) / (n - 1), which is n / (n - 1) times as far from h as m. m - h is
+    taken number by number: where little but h is in m, a difference of lengths would be mostly rounding.
     """
-    n = counts.clamp(min=1 + LEAST).unsqueeze(1)
-    return distances * torch.where(one_hot(classes, counts.shape[1]), (n / (n - 1)).square(), 1.0)
+    own = one_hot(classes, protos.counts.shape[1])
+    n = (own * protos.counts.unsqueeze(1)).sum(-1, keepdim=True).clamp(min=1 + LEAST)
+    to_others = (own.to(states) @ protos.means - states) * (n / (n - 1))
+    return torch.where(own, to_others.square().sum(-1, keepdim=True), squared_distances(states, protos))
 
 
 def logits(distances: Tensor, counts: Tensor, weights: Params | None, label_log_probs: Tensor | None = None) -> Tensor:

@@ -44,9 +44,6 @@ class KnownStates:
     def states(self, _weights: Params | None, _pooling: Pooling = "last") -> Tensor:
         return self._states
 
-    def base_states(self, _pooling: Pooling = "last") -> Tensor:
-        return self._states
-
 
 class TaskQueries:
     """The queries of T tasks, all of them with labels.

@@ -44,7 +44,6 @@ class TaskSide:
     ):
         self.lm, self.tasks, self.labels, self.row_classes, self.pad = lm, tasks, labels, row_classes, pad
         self.smoothing, self.packs = smoothing, packs and lm.packs
-        self._base_states: Tensor | None = None
 
     @cached_property
     def batch(self) -> TaskBatch:
@@ -79,12 +78,6 @@ class TaskSide:
 
     def states(self, weights: Params | None, pooling: Pooling = "last") -> Tensor:
         return self.lm.states(weights, self.batch, pooling)
-
-    def base_states(self, pooling: Pooling = "last") -> Tensor:
-        if self._base_states is None:
-            with torch.no_grad():
-                self._base_states = self.states(None, pooling)
-        return self._base_states
 
     def read(self, weights: Params, pooling: Pooling = "last", label_tokens: Tensor | None = None) -> Read:
         return self.lm.read(weights, self.batch, pooling, label_tokens, self.smoothing)
