@@ -58,7 +58,7 @@ class Names:
         """
         manifest = await asyncio.to_thread(self.store.find, owner, reference)
         if manifest is None:
-            raise ApiError(404, f"no adapter {reference[:120]!r}", "model", NOT_FOUND)
+            raise no_adapter_error(reference)
         return manifest
 
     def refresh(self, owner: str, name: str) -> None:
@@ -72,10 +72,13 @@ class Names:
             ApiError: 404, there is no such adapter; 409, it is still being learned.
         """
         manifest = await asyncio.to_thread(self.store.find, owner, reference)
-        request = None if manifest else await asyncio.to_thread(self.store.read_request, owner, reference)
-        if request is not None and "error" not in json.loads(request):
-            raise ApiError(409, f"adapter {reference} is still being learned; delete it after that", "model")
-        adapter = reference if request is not None else (manifest or await self.find(owner, reference)).id
+        if manifest is None:
+            request = await asyncio.to_thread(self.store.read_request, owner, reference)
+            if request is None:
+                raise no_adapter_error(reference)
+            if "error" not in json.loads(request):
+                raise ApiError(409, f"adapter {reference} is still being learned; delete it after that", "model")
+        adapter = manifest.id if manifest else reference
         await asyncio.to_thread(self.store.delete, owner, adapter)
         self._cache = {key: entry for key, entry in self._cache.items() if entry[1] != adapter}
         return adapter
@@ -108,3 +111,7 @@ class Names:
         """Return an adapter that is being learned, as the API shows it."""
         name, model = adapter.rpartition(".")[0], f"{self.base}:{adapter}"
         return {"id": adapter, "object": "adapter", "model": model, "name": name, "status": "learning"}
+
+
+def no_adapter_error(reference: str) -> ApiError:
+    return ApiError(404, f"no adapter {reference[:120]!r}", "model", NOT_FOUND)

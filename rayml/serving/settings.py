@@ -50,7 +50,10 @@ class Limits(Section):
     @model_validator(mode="after")
     def _a_request_can_wait(self) -> Self:
         if self.inputs > self.waiting_queries:
-            raise ValueError(f"inputs: a request may have {self.inputs}, but only waiting_queries may wait; raise that")
+            raise ValueError(
+                f"inputs: {self.inputs} is more than waiting_queries={self.waiting_queries}, so that such a request could "
+                "never wait; raise both"
+            )
         return self
 
 
