@@ -51,8 +51,8 @@ class Limits(Section):
     def _a_request_can_wait(self) -> Self:
         if self.inputs > self.waiting_queries:
             raise ValueError(
-                f"inputs: {self.inputs} is more than waiting_queries={self.waiting_queries}, so that such a request could "
-                "never wait; raise both"
+                f"inputs: {self.inputs} is more than waiting_queries={self.waiting_queries}: such a request would never be "
+                "taken; raise both"
             )
         return self
 
