@@ -51,8 +51,8 @@ class Limits(Section):
     def _a_request_can_wait(self) -> Self:
         if self.inputs > self.waiting_queries:
             raise ValueError(
-                f"inputs: {self.inputs} is more than waiting_queries={self.waiting_queries}: such a request would never be "
-                "taken; raise both"
+                f"inputs: a request may have {self.inputs}, which is more than waiting_queries={self.waiting_queries}: "
+                "it would never be taken; raise that, too"
             )
         return self
 
