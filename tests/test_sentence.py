@@ -20,6 +20,7 @@ from test_compare import REQUEST
 
 import rayml
 from rayml.algorithms.inner_loop import InnerLoop
+from rayml.algorithms.prototypes import prototypes
 from rayml.algorithms.registry import parse_algorithm
 from rayml.config import Config
 from rayml.errors import ConfigError, DataError
@@ -210,7 +211,7 @@ def test_a_sentence_encoder_is_trained_evaluated_and_asked(tmp_path, encoder, lo
     texts, targets = [e.input for e in task.examples], [e.target for e in task.examples]
     own, names = (torch.nn.functional.normalize(vectors(model, of, learned), dim=-1) for of in (texts, labels))
     sums = torch.stack([own[[target == label for target in targets]].sum(0) for label in labels])
-    right = sum(map(str.__eq__, nearest_name(model, texts, labels), targets))
+    right = sum(map(str.__eq__, nearest_name(model, texts, labels, learned), targets))
     worth = 2 * max(0.0, ((right + 1.6) / (len(texts) + 2) - 1 / 4) / (1 - 1 / 4))
     assert 0.05 < worth < 2
     means = (sums + worth * names) / (5 + worth)
@@ -249,8 +250,10 @@ def test_evaluation_answers_as_an_adapter_does(tmp_path, encoder):
     answers = adapter.predict([example.input for example in episode.query])
     wanted = [[answer.probabilities[label] for label in episode.labels] for answer in answers]
     torch.testing.assert_close(outputs[0].exp(), torch.tensor(wanted), atol=1e-5, rtol=1e-4)
-    counts = config.algorithm.prototypes.counts(scorer.prepare([episode]).support)
-    assert (counts[:, -3:] != 1).all()  # names that count as one each would show nothing
+    support = scorer.prepare([episode]).support
+    states = support.states(None)
+    measured = config.algorithm.prototypes.means_of(support, states).counts
+    assert (measured != prototypes(states, support.classes).counts).all()  # names that count as one would show nothing
 
 
 def test_the_prompt_is_the_text_as_it_is_unless_told_otherwise(tmp_path, encoder):
