@@ -38,13 +38,14 @@ MAY_LOAD = {
     "compression": HEAVY - {"ray"},
     "experiments": HEAVY - {"ray"},
     "training": HEAVY - {"ray"},
+    "ray_start": HEAVY,
     "serving": HEAVY,
 }
 """From the least to the most: so one process tells for all of them, one room after another."""
 FLOORS = [
     {"errors"},
     {"tasks", "sections", "overrides", "yaml12", "config", "algorithms", "starts"},
-    {"lm", "runs", "interrupt", "progress"},
+    {"lm", "runs", "interrupt", "progress", "ray_start"},
     {"adaptation", "adapter", "model"},
     {"training", "planning"},
     {"experiments", "compression", "serving"},
