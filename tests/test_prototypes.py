@@ -307,7 +307,7 @@ def test_the_meta_gradient_is_that_of_each_task_adapted_alone(lm, readout, names
     """Two inner steps, first order: the query's gradient at the fast weights, and the support's at the start."""
     algorithm = parse_algorithm({"name": "proto_maml", "readout": readout, "start_weight": 0.5, "label_names": names})
     start = perturbed_start(lm) | algorithm.prototypes.start()
-    inner_lrs = {name: torch.tensor(0.01) for name in start if "lora" in name}
+    inner_lrs = {name: torch.tensor(0.005) for name in start if "lora" in name}
     scores = torch.tensor([1.0, 0.5, 2.0])
     inner = InnerLoop(inner_lrs, 2, learns_inner_lrs=True)
     found = algorithm.meta_gradient(*sides(lm, names=names), start, inner, scores)
@@ -336,7 +336,7 @@ def test_the_meta_gradient_is_that_of_each_task_adapted_alone(lm, readout, names
     for name in start:
         torch.testing.assert_close(found.start[name], expected[name], atol=1e-4, rtol=1e-3)
     for name in inner_lrs:
-        torch.testing.assert_close(found.inner_lrs[name], of_rates[name], atol=1e-4, rtol=1e-3, msg=name)
+        torch.testing.assert_close(found.inner_lrs[name], of_rates[name], atol=2e-5, rtol=1e-3, msg=name)
     assert found.start[SCALE].abs() > 1e-3
 
 
