@@ -101,7 +101,7 @@ class AdapterStore:
             if create:
                 self.fs.create_dir(self.path, recursive=True)
             elif self.fs.get_file_info(self.path).type != fs.FileType.Directory:
-                raise ConfigError(f"store: there is no folder {root!r}")
+                raise FileNotFoundError("no folder is there")
         except (OSError, ValueError) as error:
             raise ConfigError(f"store: {root!r} cannot be used: {error}") from error
 
