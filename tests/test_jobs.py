@@ -240,8 +240,9 @@ def test_two_jobs_never_write_to_one_place():
     running = SimpleNamespace(submission_id="a-1", metadata={"rayml_output": "/mnt/a"}, status=JobStatus.RUNNING)
     ended = SimpleNamespace(submission_id="b-1", metadata={"rayml_output": "/mnt/b"}, status=JobStatus.FAILED)
     client = SimpleNamespace(list_jobs=lambda: [running, ended])
-    with pytest.raises(RunError, match="job a-1 still writes there"):
-        refuse_second_job(client, "/mnt/a")
+    for output in ("/mnt/a", "/mnt/a/"):
+        with pytest.raises(RunError, match="job a-1 still writes there"):
+            refuse_second_job(client, output)
     for output in ("/mnt/b", "/mnt/c", None):
         refuse_second_job(client, output)
 

@@ -407,6 +407,13 @@ def test_columns_that_stand_twice_in_parquet_are_said(tmp_path):
         read_rows([str(tmp_path / "a.parquet")])
 
 
+@pytest.mark.parametrize("told", [b"not JSON", b"[]", b'{"info": null}'])
+def test_what_other_programs_say_in_parquet_is_not_read(tmp_path, told):
+    table = pyarrow.table([["a"], ["b"]], names=["input", "target"]).replace_schema_metadata({b"huggingface": told})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert [row.target for row in read_rows([str(tmp_path / "a.parquet")])] == ["b"]
+
+
 def test_marks_within_files_that_were_put_together_are_no_text(tmp_path):
     rows, _ = read(
         tmp_path, "a.jsonl", lines([{"input": "a", "target": "b"}]) + "\ufeff" + '{"input": "c", "target": "d"}'

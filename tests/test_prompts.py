@@ -87,6 +87,8 @@ def test_templates_put_texts_together():
     assert render("{input}!", Example("{{ 7 * 7 }}", "")) == "{{ 7 * 7 }}!"  # a text is no template
     with pytest.raises(DataError, match="'context' is undefined; there are input, parts, premise, hypothesis"):
         render("{{ context }}", PAIR)
+    with pytest.raises(DataError, match=r"template .*truncate"):
+        render("{{ premise | truncate('ten') }}", PAIR)
 
 
 @pytest.mark.parametrize(

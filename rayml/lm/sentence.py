@@ -61,8 +61,8 @@ def read_sentences(path: str) -> Sentences | None:
         architectures = getattr(base_config(path), "architectures", None) or []
         headless = [name for name in architectures if name.endswith("Model") and not name.endswith("HeadModel")]
         return Sentences() if headless else None
-    names = [module["type"].rsplit(".", 1)[-1] for module in modules]
-    if names not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]) or modules[0]["path"]:
+    names = [str(module.get("type")).rsplit(".", 1)[-1] for module in modules]
+    if names not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]) or modules[0].get("path"):
         raise ConfigError(
             f"model.name: {path!r} is made of {', '.join(names)}; rayml reads a Transformer in the folder itself, "
             "Pooling, and Normalize"

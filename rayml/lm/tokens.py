@@ -102,7 +102,7 @@ def marked_places(text: str) -> list[int]:
 
 def mark_embeddings(tokenizer: Any, embeddings: int) -> None:
     """Record with a tokenizer how many embeddings the model has, if the tokenizer has more tokens."""
-    if max(len(tokenizer) - 1, *tokenizer.added_tokens_decoder) >= embeddings:
+    if max([len(tokenizer) - 1, *tokenizer.added_tokens_decoder]) >= embeddings:
         setattr(tokenizer, EMBEDDINGS, embeddings)
 
 

@@ -85,7 +85,7 @@ def write_atomically(file: AnyPath, text: str) -> None:
     if isinstance(file, Remote):
         file.write_text(text)
         return
-    part = file.with_name(file.name + ".part")
+    part = file.with_name(f"{file.name}.{os.getpid()}.part")  # another process may write the same file
     part.write_text(text, encoding="utf-8")
     os.replace(part, file)
 

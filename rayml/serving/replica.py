@@ -183,7 +183,9 @@ class Replica:
         if adapter is not self.bare:
             is_dialogue = adapter.card.kind == "dialogue"
             given = turns_of(prompt) if is_dialogue and isinstance(prompt, list) else as_input(prompt)
-            return without_limit(adapter.encoder).prompt_tokens(query_example(given), adapter.shown)
+            return without_limit(adapter.encoder).prompt_tokens(
+                query_example(given, adapter.card.fields), adapter.shown
+            )
         if not isinstance(prompt, list):
             return tokenize(tokenizer, mark_specials(tokenizer, prompt))[0]
         if own_template(tokenizer):

@@ -215,8 +215,11 @@ def read_parquet(data: bytes, name: str) -> Records:
     for number, column in enumerate(table.schema):
         if pyarrow.types.is_float32(column.type):
             table = table.set_column(number, column.name, table[number].cast("string").cast("float64"))
-    metadata = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
-    features = metadata.get("info", {}).get("features") or {}
+    try:
+        metadata = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
+        features = metadata["info"]["features"] or {}
+    except (ValueError, KeyError, TypeError):  # another program's, or none
+        features = {}
     for number, record in enumerate(table.to_pylist(), start=1):
         yield f"{name}: row {number}", name_classes_of(record, features)
 

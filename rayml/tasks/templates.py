@@ -85,12 +85,12 @@ def render(template: str, example: Example, mask: str = "") -> str:
         mask: the value of `{{ mask }}`, where a masked model's target may be within the prompt.
 
     Raises:
-        DataError: the template has a variable that the example lacks.
+        DataError: the template has a variable that the example lacks, or a filter that fails on it.
     """
     fields = dict(example.parts)
     try:
         values = {"input": example.input, "parts": example.parts, "mask": mask, **fields}
         return compile_template(template).render(values)
-    except TemplateError as error:
+    except (TemplateError, TypeError, ValueError) as error:
         known = ", ".join(["input", "parts", *fields])
         raise DataError(f"template {template[:80]!r}: {error}; there are {known}") from None

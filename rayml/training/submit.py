@@ -227,7 +227,8 @@ def first_line(error: Exception) -> str:
 def refuse_second_job(client: JobSubmissionClient, output: str | None) -> None:
     """Raise RunError if another job still writes to this place: two would spoil each other's results."""
     for job in client.list_jobs():
-        if output and (job.metadata or {}).get("rayml_output") == output and not job.status.is_terminal():
+        theirs = (job.metadata or {}).get("rayml_output", "")
+        if output and theirs.rstrip("/") == output.rstrip("/") and not job.status.is_terminal():
             raise RunError(f"{output}: job {job.submission_id} still writes there; stop it, or choose another place")
 
 

@@ -85,7 +85,8 @@ def text_of(content: Any) -> str:
 
 
 def prompt_tokens(version: Version, text: str) -> list[int]:
-    return without_limit(version.adapter.encoder).prompt_tokens(query_example(text), version.adapter.shown)
+    adapter = version.adapter
+    return without_limit(adapter.encoder).prompt_tokens(query_example(text, adapter.card.fields), adapter.shown)
 
 
 class Protocol:
