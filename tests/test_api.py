@@ -106,7 +106,7 @@ def test_the_first_python_block_of_a_page_runs(page, workplace):
     code = next(block for block in blocks(REPOSITORY / page) if "rayml.load(" in block)
     shutil.rmtree(workplace / "adapters", ignore_errors=True)
     python(code, workplace)
-    assert rayml.load_adapter(workplace / "adapters" / "tickets").labels
+    assert rayml.load_adapter(workplace / "adapters" / "from-python").labels
 
 
 def test_settings_are_changed_in_any_form(tmp_path):

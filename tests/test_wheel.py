@@ -59,7 +59,7 @@ def test_the_wheel_offers_the_same_api_and_commands(installed, workplace):
     code = next(block for block in blocks(REPOSITORY / "README.md") if "rayml.load(" in block)
     code += "\nprint(rayml.__file__)\n[getattr(rayml, name) for name in rayml.__all__]"
     assert run(installed / "python", "-c", code, folder=workplace).startswith(str(installed.parent))
-    told = run(installed / "rayml", "predict", "adapters/tickets", "--input", "late", folder=workplace)
+    told = run(installed / "rayml", "predict", "adapters/from-python", "--input", "late", folder=workplace)
     assert {line.split()[-1] for line in told.splitlines()[1:]} == {"billing", "bug", "delivery"}
 
 

@@ -212,10 +212,10 @@ def compare(
 
     `lora` adapts from an untrained start; `full` and the like fine-tune the model itself. `embedding` is a sentence
     encoder with the nearest centroid or logistic regression, whichever does better on meta-val; `setfit` fine-tunes
-    that encoder. Both need `pip install 'rayml[baselines]'`. The config's outer steps are those of the default
-    algorithm; other methods take as many steps as use the same number of forward-backward tokens. The rate and steps of
-    each adaptation are chosen on meta-val, with equally many tries. If it is cut off, run it again to continue.
-    Writes `report.md` and `report.html`, and every answer to `results/`.
+    that encoder. Both need packages of their own; if one is missing, the error has the command that installs it. The
+    config's outer steps are those of the default algorithm; other methods take as many steps as use the same number of
+    forward-backward tokens. The rate and steps of each adaptation are chosen on meta-val, with equally many tries. If
+    it is cut off, run it again to continue. Writes `report.md` and `report.html`, and every answer to `results/`.
     """
     rayml.compare(
         config,

@@ -234,7 +234,7 @@ def read_data_set(name: str, split: str) -> Records:
     try:
         import datasets  # slow to import, and only needed here
     except ImportError:
-        raise DataError(f"hf:{name}: needs the package datasets: pip install 'rayml[hub-data]'") from None
+        raise DataError(f"hf:{name}: needs the package datasets: pip install 'datasets>=3'") from None
     try:
         if Path(name).expanduser().is_dir():
             data_set = datasets.load_from_disk(os.path.expanduser(name))

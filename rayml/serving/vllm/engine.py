@@ -40,7 +40,7 @@ def refuse_without_vllm(config: Config, base: str) -> None:
         raise ConfigError(f"engine: {reason}{instead}")
     if not vllm_version():
         raise ConfigError(
-            "engine: vLLM is not installed here; `pip install 'rayml[vllm]'` installs it on a machine with GPUs, "
+            "engine: vLLM is not installed here; `pip install 'vllm>=0.29,<0.30'` installs it on a machine with GPUs, "
             "`make .venv/.vllm` in a checkout without GPUs"
         )
 
