@@ -24,8 +24,6 @@ def main() -> None:
     parser.add_argument("run")
     parser.add_argument("name")
     parser.add_argument("--max-tokens", type=int, help="of a new task's texts; else the run's")
-    parser.add_argument("--steps", type=int, help="inner steps of a new task; else the run's")
-    parser.add_argument("--rates", type=float, default=1.0, metavar="FACTOR", help="of the learned inner rates")
     asked = parser.parse_args()
     run = RunFolder(asked.run)
     saved = read_newest(run.checkpoints)
@@ -33,11 +31,9 @@ def main() -> None:
     values = settings(load_config(run.config), saved.step)
     if asked.max_tokens:
         values["data"]["max_tokens"] = asked.max_tokens
-    if asked.steps:
-        values["inner"]["steps"] = asked.steps
     folder = HERE / asked.name
     folder.mkdir(exist_ok=True)
-    save_file(dict(shipped_tensors(saved.tensors, asked.rates)), folder / LEARNED)
+    save_file(dict(shipped_tensors(saved.tensors)), folder / LEARNED)
     (folder / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
     (folder / LEARNED).chmod(0o644)
     print(f"{folder / LEARNED}: {(folder / LEARNED).stat().st_size / 1e6:.1f} MB, of {saved.step} outer steps")

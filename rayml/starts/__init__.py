@@ -8,7 +8,6 @@ takes a run takes a start as well.
 
 import hashlib
 import json
-import math
 import re
 import shutil
 import tempfile
@@ -192,16 +191,10 @@ def bare_config(name: str) -> "Config":
     return config
 
 
-def shipped_tensors(state: dict[str, Any], rates: float = 1.0) -> Iterator[tuple[str, Any]]:
-    """Yield the tensors of a checkpoint that are shipped: adapters in 16 bits, the readout, and log rates.
-
-    Args:
-        rates: a factor on the rates. Longer adaptation than in training may need lower ones.
-    """
+def shipped_tensors(state: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the tensors of a checkpoint that are shipped: adapters in 16 bits; readout and log rates as they are."""
     import torch
 
     for name, weight in state.items():
-        if name.startswith("log_rate/"):
-            yield name, weight + math.log(rates)
-        elif name.startswith("start/"):
-            yield name, weight.to(torch.float16) if weight.dim() == 2 else weight
+        if name.startswith(("start/", "log_rate/")):
+            yield name, weight.to(torch.float16) if name.startswith("start/") and weight.dim() == 2 else weight
