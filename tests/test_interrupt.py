@@ -87,7 +87,7 @@ def test_ctrl_c_leaves_a_checkpoint_of_the_step_it_came_in(tmp_path):
 @pytest.mark.ray
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_long_first_step_is_not_waited_for(tmp_path, number):
-    config = make_config(tmp_path, tasks_per_step=4_000, outer={"steps": 1})
+    config = make_config(tmp_path, tasks_per_step=2_000, outer={"steps": 1})
     run = RunFolder(config.run.dir)
     with command(tmp_path, "train", write(tmp_path, config)) as training:
         training.wait_for(lambda: training.said("first outer step"))
