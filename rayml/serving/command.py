@@ -85,10 +85,9 @@ def serve_forever(
         refuse_taken("0.0.0.0", {"--metrics-port": metrics_port})
     with show_activity(err, "starting Ray"):
         start_cluster(serving, metrics_port)
-    stop = threading.Event()
     signal.signal(
         signal.SIGTERM, signal.default_int_handler
-    )  # until it serves, SIGTERM ends it at once, as Ctrl-C does
+    )  # ends it at once until it serves, as Ctrl-C does
     try:
         began = time.perf_counter()
         application = build(serving)
@@ -97,21 +96,18 @@ def serve_forever(
         check_host(host, keys, insecure)
         with show_activity(err, "loading the model in its replicas"):
             serve.run(application, name=APPLICATION, route_prefix="/", logging_config={"encoding": "JSON"})
-        base = f"http://{host}:{port}"
-        key = ' -H "Authorization: Bearer $KEY"' if keys else ""
-        out.print(f"serving {run} at {base} ({time.perf_counter() - began:.0f} s to start; {base}/docs shows the API)")
+        url = f"http://{host}:{port}"
+        out.print(f"serving {run} at {url} ({time.perf_counter() - began:.0f} s to start; {url}/docs shows the API)")
         out.print(f"it serves {folder.describe_checkpoint(served_checkpoint)}", style="dim", highlight=False)
         if is_own_ray:  # the replicas are on this machine
-            precision = resolve_precision_here(
-                config, resolve_model(config.model.name), own_device(config), folder.trained_dtype()
-            )[1]
+            base, device = resolve_model(config.model.name), own_device(config)
+            precision = resolve_precision_here(config, base, device, folder.trained_dtype())[1]
             out.print(f"in {precision}", style="dim", highlight=False, markup=False)
         out.print("teach it a task:", style="dim")
-        out.print(f"  curl {base}/v1/adapters{key} -d '{json.dumps(EXAMPLE)}'", markup=False, soft_wrap=True)
+        key = ' -H "Authorization: Bearer $KEY"' if keys else ""
+        out.print(f"  curl {url}/v1/adapters{key} -d '{json.dumps(EXAMPLE)}'", markup=False, soft_wrap=True)
         out.print("Ctrl-C stops it.", style="dim")
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: stop.set())
-        stop.wait()
+        wait_for_signal()
         out.print("finishing the requests that have begun ...", style="dim")
         serve.delete(APPLICATION)  # lets the replicas finish; a shutdown alone would cut them off
     except KeyboardInterrupt:
@@ -120,6 +116,14 @@ def serve_forever(
             serve.delete(APPLICATION)
     finally:
         ray.shutdown()  # ends a Ray of our own; on a cluster, Serve and the applications of others go on
+
+
+def wait_for_signal() -> None:
+    """Return at Ctrl-C or SIGTERM."""
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    stop.wait()
 
 
 def server_address() -> tuple[str, int]:
