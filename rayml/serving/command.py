@@ -85,9 +85,7 @@ def serve_forever(
         refuse_taken("0.0.0.0", {"--metrics-port": metrics_port})
     with show_activity(err, "starting Ray"):
         start_cluster(serving, metrics_port)
-    signal.signal(
-        signal.SIGTERM, signal.default_int_handler
-    )  # ends it at once until it serves, as Ctrl-C does
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends it at once until it serves, as Ctrl-C does
     try:
         began = time.perf_counter()
         application = build(serving)
