@@ -113,7 +113,7 @@ def test_what_vllm_cannot_serve_is_refused_with_what_to_do(tmp_path, changes, sa
 
 def test_without_vllm_the_error_names_the_command(run, monkeypatch):
     monkeypatch.setattr(engine, "vllm_version", lambda: "")
-    with pytest.raises(ConfigError, match=r"pip install 'rayml\[vllm\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'vllm>=0.29,<0.30'"):
         refuse_without_vllm(run.read_config(), resolve_model("tiny"))
 
 
