@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import psutil
 import pytest
+import requests
 import torch
 from rich.console import Console
 from serving_process import KEYS, wait_for
@@ -173,6 +174,11 @@ def test_openai_s_own_client_gets_what_vllm_has(server, model):
         client.completions.create(model="base", prompt="x", n=65, temperature=1)
     with pytest.raises(openai.BadRequestError, match="context"):
         client.completions.create(model="base", prompt="x " * 9000)
+    questions = [{"input": {"context": f"red {n}", "question": "which?"}, "target": f"the {n}th"} for n in range(3)]
+    body = {"name": "fields", "kind": "qa", "examples": questions}
+    learned = requests.post(f"{server.url}/v1/adapters", json=body, headers={"Authorization": f"Bearer {KEYS[0]}"})
+    with pytest.raises(openai.BadRequestError, match="expected the fields context, question, got a text"):
+        client.completions.create(model=learned.json()["model"], prompt="x")
 
 
 def test_an_evaluation_harness_gets_log_probabilities_of_what_it_sends(server, run):
