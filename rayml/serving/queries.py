@@ -17,7 +17,7 @@ from rayml.lm.sampling import Piece, Sampling, TokenScore
 from rayml.serving.answers import IndexedPiece
 from rayml.serving.errors import ApiError
 from rayml.tasks.episodes import relabel
-from rayml.tasks.row import query_example
+from rayml.tasks.row import Input, query_example
 from rayml.tasks.templates import template_variables, unused_fields
 
 Given = str | dict[str, str]
@@ -100,6 +100,16 @@ def last_characters(given: Given, count: int) -> Given:
 def too_long_error(number: int, tokens: int, limit: int) -> ApiError:
     message = f"input.{number}: has {tokens} tokens; at most {limit} are read. Shorten it, or set truncate"
     return ApiError(400, message, f"input.{number}", "context_length_exceeded")
+
+
+def task_prompt(adapter: Adapter, given: Input) -> list[int]:
+    """Return the tokens of an input in an adapter's own prompt, however many they are.
+
+    Raises:
+        DataError: an input with other fields than the task's, or one that does not fit its prompt.
+    """
+    example = query_example(given, adapter.card.fields)
+    return without_limit(adapter.encoder).prompt_tokens(example, adapter.shown)
 
 
 def without_limit(encoder: Encoder) -> Encoder:

@@ -26,13 +26,12 @@ from rayml.serving.answers import IndexedPiece
 from rayml.serving.engine import Engine
 from rayml.serving.errors import ApiError
 from rayml.serving.learner import Learner
-from rayml.serving.queries import Given, build_queries, classification, label_options, label_pieces, without_limit
+from rayml.serving.queries import Given, build_queries, classification, label_options, label_pieces, task_prompt
 from rayml.serving.schema import AdapterRequest, ClassifyRequest, Message, as_input, turns_of
 from rayml.serving.served import adapter_constraints, read_servable_run, store_root
 from rayml.serving.settings import Serving
 from rayml.serving.store import AdapterStore, Manifest
 from rayml.serving.work import Observe, PendingAdaptation, PendingQuery, PendingText
-from rayml.tasks.row import query_example
 from rayml.tasks.task import Example, Task
 
 
@@ -183,9 +182,7 @@ class Replica:
         if adapter is not self.bare:
             is_dialogue = adapter.card.kind == "dialogue"
             given = turns_of(prompt) if is_dialogue and isinstance(prompt, list) else as_input(prompt)
-            return without_limit(adapter.encoder).prompt_tokens(
-                query_example(given, adapter.card.fields), adapter.shown
-            )
+            return task_prompt(adapter, given)
         if not isinstance(prompt, list):
             return tokenize(tokenizer, mark_specials(tokenizer, prompt))[0]
         if own_template(tokenizer):

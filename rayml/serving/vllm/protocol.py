@@ -26,10 +26,9 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from rayml.errors import DataError
 from rayml.lm.chat import ANSWERS
 from rayml.serving.errors import ApiError
-from rayml.serving.queries import without_limit
+from rayml.serving.queries import task_prompt
 from rayml.serving.settings import Serving
 from rayml.serving.vllm.versions import Version
-from rayml.tasks.row import query_example
 from rayml.tasks.task import format_conversation
 
 
@@ -61,7 +60,7 @@ class TaskRenderer(OnlineRenderer):
         version = TARGET.get().version
         if version and not is_tokens(request.prompt):
             texts = [request.prompt] if isinstance(request.prompt, str) else request.prompt
-            request.prompt = [prompt_tokens(version, text) for text in texts]
+            request.prompt = [task_prompt(version.adapter, text) for text in texts]
         return await super().render_completion(request, **kwargs)
 
     async def render_chat(self, request: Any, **kwargs: Any) -> Any:
@@ -73,7 +72,7 @@ class TaskRenderer(OnlineRenderer):
         if request.tools:
             return create_error_response("this adapter's prompt shows no tools; ask the base", param="tools")
         turns = [(message["role"], text_of(message.get("content"))) for message in request.messages]
-        return [], [tokens_input(prompt_tokens(version, format_conversation(turns)))]
+        return [], [tokens_input(task_prompt(version.adapter, format_conversation(turns)))]
 
 
 def is_tokens(prompt: Any) -> bool:
@@ -83,11 +82,6 @@ def is_tokens(prompt: Any) -> bool:
 
 def text_of(content: Any) -> str:
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content or ())
-
-
-def prompt_tokens(version: Version, text: str) -> list[int]:
-    adapter = version.adapter
-    return without_limit(adapter.encoder).prompt_tokens(query_example(text, adapter.card.fields), adapter.shown)
 
 
 class Protocol:
