@@ -23,7 +23,6 @@ from vllm.lora.request import LoRARequest
 from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from rayml.errors import DataError
 from rayml.lm.chat import ANSWERS
 from rayml.serving.errors import ApiError
 from rayml.serving.queries import task_prompt
@@ -129,8 +128,6 @@ class Protocol:
             response = await create(request)
         except (ApiError, EngineDeadError):
             raise
-        except DataError as error:
-            raise ApiError(400, str(error), "messages" if kind == "chat" else "prompt") from None
         except Exception as error:
             response = create_error_response(error)
         if isinstance(response, ErrorResponse):
