@@ -1,6 +1,7 @@
 """Prototypes as a readout: against plain loops, and through the model against one example, and one task, at a time."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -14,10 +15,12 @@ from rayml.algorithms.prototypes import (
     SCALE,
     class_losses,
     example_counts,
+    factor,
     label_log_probs,
     leave_one_out,
     logits,
     prototypes,
+    refine,
     squared_distances,
 )
 from rayml.algorithms.registry import parse_algorithm
@@ -108,6 +111,54 @@ def test_part_of_an_example_is_left_in_as_that_part():
     scores = drawn(1, 4, 2)
     expected = nn.functional.cross_entropy(scores[0], classes[0], reduction="none") * counts[0]
     torch.testing.assert_close(class_losses(scores, classes, shares=counts)[0], expected.mean())
+
+
+def refined(states, classes, counts, weights, steps, labels=None):
+    means = protos = prototypes(states, classes, counts=counts)
+    for _ in range(steps):
+        scores = logits(squared_distances(states, protos), protos.counts, weights, labels)
+        protos = refine(protos, means, states, classes, counts, scores, factor(weights, SCALE))
+    return protos
+
+
+def test_refined_prototypes_are_those_of_a_plain_loop():
+    states, counts = unit(3, 6, 7), torch.tensor([[1.0, 1, 1, 1, 1, 0.5], [1.0, 1, 2, 1, 1, 1], [1.0] * 6]).double()
+    weights = {SCALE: torch.tensor([5.0, 7.0, 1.0]).double().log(), MIX: torch.tensor([0.5, 2.0, 1.0]).double().log()}
+    labels = drawn(3, 6, 3)
+    found = refined(states, CLASSES, counts, weights, 3, labels).means
+    for task, (ways, scale, mix) in enumerate(((3, 5.0, 0.5), (2, 7.0, 2.0))):
+        rows = [(states[task, k], int(c), counts[task, k], labels[task, k]) for k, c in enumerate(CLASSES[task])]
+        rows = [row for row in rows if row[1] >= 0]
+        first = means = [weighted_mean([(h, n) for h, c, n, _ in rows if c == k]) for k in range(ways)]
+        for _ in range(3):
+            moved = []
+            for k in range(ways):
+                step, total = first[k] - means[k], 1.0
+                for h, c, n, label in rows:
+                    scores = [-scale * (h - mean).square().sum() + mix * label[w] for w, mean in enumerate(means)]
+                    p = torch.stack(scores).softmax(0)[k]
+                    step = step + n * (int(c == k) - p) * (h - means[k])
+                    total += n * (int(c == k) + (3 + scale / 2) * p)
+                moved.append(means[k] + step / total)
+            means = moved
+        torch.testing.assert_close(found[task, :ways], torch.stack(means))
+    assert found.isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [3.0, 10.0, 30.0])
+def test_refined_prototypes_tell_examples_apart_better_with_every_step(scale):
+    """Also where there is nothing to tell them apart by, and where one class has a hundred times another's examples."""
+    weights = {SCALE: torch.tensor([scale]).double().log()}
+    for sizes in ([300, 3, 30], [30] * 3, [5] * 20):
+        classes = torch.tensor([[c for c, size in enumerate(sizes) for _ in range(size)]])
+        states, counts = unit(1, classes.shape[1], 5), torch.ones(classes.shape, dtype=torch.float64)
+        losses = []
+        for steps in range(0, 60, 6):
+            protos = refined(states, classes, counts, weights, steps)
+            scores = logits(squared_distances(states, protos), protos.counts, weights)
+            losses.append(class_losses(scores, classes).item())
+        assert all(later < earlier + 1e-3 for earlier, later in pairwise(losses))
+        assert losses[-1] < losses[0]
 
 
 def test_labels_that_begin_alike_share_the_probability_of_their_first_token():

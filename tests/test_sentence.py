@@ -19,8 +19,8 @@ from test_classifiers import topics
 from test_compare import REQUEST
 
 import rayml
-from rayml.algorithms.inner_loop import InnerLoop
-from rayml.algorithms.prototypes import prototypes
+from rayml.algorithms.inner_loop import InnerLoop, expand
+from rayml.algorithms.prototypes import MEANS, prototypes
 from rayml.algorithms.registry import parse_algorithm
 from rayml.config import Config
 from rayml.errors import ConfigError, DataError
@@ -189,7 +189,7 @@ def test_tasks_side_by_side_have_the_vectors_and_the_gradients_that_each_has_alo
 def test_a_sentence_encoder_is_trained_evaluated_and_asked(tmp_path, encoder, local_mode):
     regularize = {"lora_dropout": 0.1, "token_dropout": 0.1}
     lora = {"rank": 4, "targets": BERT_TARGETS, "last_layers": 2}
-    algorithm = {"name": "proto_maml", "readout": "prototypes", "label_names": 2}
+    algorithm = {"name": "proto_maml", "readout": "prototypes", "label_names": 2, "prototype_steps": 0}
     run = train(encoder_config(tmp_path, encoder, algorithm=algorithm, regularize=regularize, lora=lora))
     assert 0 <= run.records()[-1]["val_accuracy_after"] <= 1
     found = rayml.evaluate(run.path, episodes=4)["overall"]
@@ -240,8 +240,9 @@ def test_one_shot_can_be_learned_from_beside_the_labels_own_texts(tmp_path, enco
     assert not learns(1, "words", ("K27", "X4"))
 
 
-def test_evaluation_answers_as_an_adapter_does(tmp_path, encoder):
-    algorithm = {"name": "proto_maml", "readout": "prototypes", "label_names": 3}
+@pytest.mark.parametrize("steps", [0, 5])
+def test_evaluation_answers_as_an_adapter_does(tmp_path, encoder, steps):
+    algorithm = {"name": "proto_maml", "readout": "prototypes", "label_names": 3, "prototype_steps": steps}
     config = encoder_config(tmp_path, encoder, algorithm=algorithm)
     model, task = untrained_model(config, toy_tasks()), toy_tasks(tasks=1, classes=3, per_class=6, seed=9)[0]
     episode, scorer = config.data.sampler(EVALUATION_SEED).episode([task], 0), model.scorer()
@@ -252,6 +253,9 @@ def test_evaluation_answers_as_an_adapter_does(tmp_path, encoder):
     torch.testing.assert_close(outputs[0].exp(), torch.tensor(wanted), atol=1e-5, rtol=1e-4)
     support = scorer.prepare([episode]).support
     states = support.states(None)
+    means = config.algorithm.prototypes.means_of(support, support.states(expand(adapter._forward_weights, 1))).means[0]
+    learned = adapter.weights[MEANS][[list(adapter.labels).index(label) for label in episode.labels]]
+    assert torch.allclose(learned, means, atol=1e-5) == (steps == 0)
     measured = config.algorithm.prototypes.means_of(support, states).counts
     assert (measured != prototypes(states, support.classes).counts).all()  # names that count as one would show nothing
 

@@ -66,7 +66,9 @@ class Side(LabelledStates, Protocol):
     def losses(self, weights: "Params") -> "Tensor":
         """Return each task's loss, `[T]`: the mean over its labels, or over the target tokens of free text."""
 
-    def read(self, weights: "Params", pooling: "Pooling" = "last", label_tokens: "Tensor | None" = None) -> "Read":
+    def read(
+        self, weights: "Params | None", pooling: "Pooling" = "last", label_tokens: "Tensor | None" = None
+    ) -> "Read":
         """Return losses, states, and the log-probabilities of `label_tokens` `[T, C]`, from one forward."""
 
 
@@ -106,6 +108,9 @@ class Algorithm(Section):
     """How many examples a label's own text counts as, at most, in the prototype of its class: fewer, the fewer examples
     are nearest to their own label's text, and no more than the class has. It helps sentence encoders where shots are
     few. Labels that are codes or letters are not read, nor are those of inputs in parts."""
+    prototype_steps: NotNegativeInt = 0
+    """By how many steps the prototypes of a learned task leave the means of the classes' examples, to tell these apart.
+    It helps where classes are many."""
 
     takes_steps: ClassVar[bool] = True
     """Whether a new task is learned by the inner loop. If not, all that is learned of it is what `keeps` says."""
@@ -123,7 +128,9 @@ class Algorithm(Section):
         """How classes are read; None if it is by label tokens alone."""
         from rayml.algorithms.prototypes import Readout
 
-        return None if self.readout == "labels" else Readout(self.readout == "both", self.pooling, self.label_names)
+        if self.readout == "labels":
+            return None
+        return Readout(self.readout == "both", self.pooling, self.label_names, self.prototype_steps)
 
     @property
     def keeps_states(self) -> bool:
@@ -200,7 +207,7 @@ class Algorithm(Section):
         """Return the log-probabilities of each query's labels, `[Q, C]` for each task, without gradients."""
         return self.prototypes.answer(queries, weights) if self.prototypes else queries.label_log_probs(weights)
 
-    def kept(self, support: Side, weights: "Params") -> "list[Params]":
+    def kept(self, support: Side, weights: "Params | None") -> "list[Params]":
         """Return what answers need of each learned task's support, beside its weights, without gradients."""
         return self.prototypes.kept(support, weights) if self.prototypes else [{} for _ in support.classes]
 

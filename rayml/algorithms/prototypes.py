@@ -14,6 +14,9 @@ A label's own text may count as examples in the mean of its class: where shots a
 class (Luo et al. 2021, "Don't Miss the Labels", Findings of ACL). How many it counts as depends on how well the labels'
 own texts tell the examples apart (`example_counts`).
 
+Means know nothing of the other classes. Once a task is learned, its prototypes leave them, to tell its examples apart
+(`refine`). That helps most where classes are many.
+
 Shapes: T tasks, K or Q examples, C classes, D the hidden size.
 """
 
@@ -68,6 +71,8 @@ class Readout(NamedTuple):
     pooling: Pooling = "last"
     label_names: int = 0
     """As `Algorithm.label_names`."""
+    steps: int = 0
+    """As `Algorithm.prototype_steps`."""
 
     def start(self) -> Params:
         """Return the readout's part of an untrained start."""
@@ -123,18 +128,25 @@ class Readout(NamedTuple):
             for task_scores, (count, options) in zip(scores, queries.shape, strict=True)
         ]
 
-    def kept(self, support: Side, weights: Params) -> list[Params]:
-        """Return what answers need of each task's support: the means of its classes; nothing for free text."""
-        means = self.means_of(support, support.states(weights, self.pooling)).means
+    def kept(self, support: Side, weights: Params | None) -> list[Params]:
+        """Return what answers need of each learned task's support: its prototypes; nothing for free text."""
+        read = support.read(weights, self.pooling, support.label_tokens if self.labels else None)
+        counts = self._counts(support, read.states, support.ways)
+        means = protos = prototypes(read.states, support.classes, support.ways, counts)
+        for _ in range(self.steps):
+            scores = logits(squared_distances(read.states, protos), protos.counts, weights, read.label_log_probs)
+            protos = refine(protos, means, read.states, support.classes, counts, scores, factor(weights, SCALE))
         ways = (support.classes.max(1).values + 1).tolist()
-        return [{MEANS: mean[:count].clone()} if count else {} for mean, count in zip(means, ways, strict=True)]
+        return [{MEANS: mean[:count].clone()} if count else {} for mean, count in zip(protos.means, ways, strict=True)]
 
     def means_of(self, support: LabelledStates, states: Tensor, ways: int | None = None) -> Prototypes:
         """Return the means of the classes of a support with these `states`; labels' own texts are in them, if read."""
-        counts = None
-        if self.label_names:
-            counts = example_counts(states.detach(), support.classes, support.is_name, self.label_names, ways)
-        return prototypes(states, support.classes, ways, counts)
+        return prototypes(states, support.classes, ways, self._counts(support, states, ways))
+
+    def _counts(self, support: LabelledStates, states: Tensor, ways: int | None) -> Tensor:
+        if not self.label_names:
+            return torch.ones_like(support.classes, dtype=states.dtype)
+        return example_counts(states.detach(), support.classes, support.is_name, self.label_names, ways)
 
 
 def prototypes(states: Tensor, classes: Tensor, ways: int | None = None, counts: Tensor | None = None) -> Prototypes:
@@ -152,6 +164,40 @@ def prototypes(states: Tensor, classes: Tensor, ways: int | None = None, counts:
         members = members * counts.unsqueeze(-1)
     totals = members.sum(1)
     return Prototypes(members.mT @ states / totals.clamp(min=LEAST).unsqueeze(-1), totals)
+
+
+def refine(
+    protos: Prototypes,
+    means: Prototypes,
+    states: Tensor,
+    classes: Tensor,
+    counts: Tensor,
+    scores: Tensor,
+    scale: Tensor | float,
+) -> Prototypes:
+    """Return prototypes that tell the rows of a support apart a little better than `protos` do.
+
+        m + (sum(n (y - p) (h - m)) + mean - m) / (sum(n (y + (E - 1) p)) + 1)
+
+    with, for each row, its state h, the number of examples that it counts as n, whether it is of the class y, and the
+    probability p that it is. Rows that are surely of the class do nothing, those in doubt pull its prototype m, and
+    those of other classes that are taken for it push it away. One more example is always at the mean, so that a few
+    examples do not move it far. This is how the means of Gaussians are trained to maximize mutual information, by the
+    extended Baum-Welch algorithm with I-smoothing (Povey and Woodland 2002, "Minimum phone error and I-smoothing for
+    improved discriminative training", ICASSP).
+
+    Args:
+        protos: what this function returned before; `means` at first.
+        means: of `states` by `classes` and `counts`, as `prototypes` returns them.
+        scores: `[T, K, C]`, the logits of the rows by `protos`.
+        scale: of these logits; the larger it is, the larger E, so that no step goes too far.
+    """
+    members = one_hot(classes, means.counts.shape[1]).to(states) * counts.unsqueeze(-1)
+    taken = members.sum(-1, keepdim=True) * scores.softmax(-1)
+    pull = members - taken
+    total = means.counts.unsqueeze(-1) + (3 + scale / 2) * taken.sum(1).unsqueeze(-1) + 1
+    moved = pull.mT @ states - pull.sum(1).unsqueeze(-1) * protos.means + means.means - protos.means
+    return protos._replace(means=protos.means + moved / total)
 
 
 def one_hot(classes: Tensor, ways: int) -> Tensor:

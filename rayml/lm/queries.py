@@ -11,9 +11,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from rayml.algorithms.base import Algorithm
+from rayml.algorithms.base import Algorithm, LabelledStates
 from rayml.algorithms.inner_loop import Params
-from rayml.algorithms.prototypes import Pooling, Read
+from rayml.algorithms.prototypes import MEANS, Pooling, Read
 from rayml.lm.batch import TaskBatch, collate
 from rayml.lm.lora import stack_adapters
 from rayml.lm.model import TaskLM
@@ -45,13 +45,30 @@ class KnownStates:
         return self._states
 
 
+class LearnedPrototypes:
+    """The prototypes that an algorithm keeps of the supports of T tasks (`rayml.algorithms.base.LabelledStates`)."""
+
+    def __init__(self, algorithm: Algorithm, support: TaskSide):
+        self._algorithm, self._support = algorithm, support
+        by_task = []
+        for rows, classes in zip(support.tasks, support.row_classes, strict=True):
+            known = {number for row, number in zip(rows, classes, strict=True) if not row.is_name}
+            by_task.append([number if number in known else -1 for number in range(1 + max(classes))])
+        self.classes = pad_classes(by_task).to(support.lm.device)
+        self.is_name = torch.zeros_like(self.classes, dtype=torch.bool)  # they are in the prototypes already
+
+    def states(self, weights: Params | None, _pooling: Pooling = "last") -> Tensor:
+        kept = self._algorithm.kept(self._support, weights)
+        return torch.nn.utils.rnn.pad_sequence([task[MEANS] for task in kept], batch_first=True)
+
+
 class TaskQueries:
     """The queries of T tasks, all of them with labels.
 
     Args:
         pad: the token that rows are padded with.
         tasks: each task's prompt ensemble; its options are the labels.
-        kept: each task's support, if the algorithm keeps hidden states.
+        support: what is kept of the tasks' supports, if the algorithm keeps hidden states.
         options: how many labels each task has. None: as many as the ensemble has options. Give it where the ensemble
             has one label alone, since no label tokens are scored.
         label_tokens: the first token of each label, if those are read.
@@ -62,11 +79,11 @@ class TaskQueries:
         lm: TaskLM,
         pad: int,
         tasks: Sequence[WeightedPrompts],
-        kept: Sequence[KeptSupport] = (),
+        support: LabelledStates | None = None,
         options: Sequence[int] | None = None,
         label_tokens: Sequence[Sequence[int]] = (),
     ):
-        self.lm, self.pad, self.tasks, self.kept = lm, pad, tasks, kept
+        self.lm, self.pad, self.tasks, self._support = lm, pad, tasks, support
         queries = [task[0][1] for task in tasks]
         options = [len(task[0].rows) for task in queries] if options is None else options
         self.shape = [(len(task), count) for task, count in zip(queries, options, strict=True)]
@@ -81,14 +98,10 @@ class TaskQueries:
         prompts = [[query.rows[0].without_target() for query in task[0][1]] for task in self.tasks]
         return collate(prompts, self.pad).to(self.lm.device)
 
-    @cached_property
-    def support(self) -> TaskSide | KnownStates:
-        classes = [support.classes for support in self.kept]
-        known = [support.states for support in self.kept if support.states is not None]
-        if len(known) == len(self.kept):
-            return KnownStates(known, classes)
-        rows = [support.rows for support in self.kept]
-        return TaskSide(self.lm, rows, [()] * len(rows), classes, self.pad, packs=False)
+    @property
+    def support(self) -> LabelledStates:
+        assert self._support is not None  # only algorithms that keep hidden states ask for it
+        return self._support
 
     def label_log_probs(self, weights: Params | None) -> list[Tensor]:
         return self._ensemble.log_probs(weights)
@@ -137,13 +150,6 @@ class Query:
         """The tokens that are read for it."""
         return sum(len(tree.tokens) for option_query in self.option_queries for tree in option_query.trees)
 
-    def support(self) -> KeptSupport | None:
-        """Return the support with its classes renumbered as indices of the options."""
-        if self.kept is None:
-            return None
-        numbers = [self.classes.index(c) if c in self.classes else -1 for c in self.kept.classes]
-        return KeptSupport(self.kept.rows, numbers, self.kept.states)
-
 
 def first_batch_size(queries: Sequence[Query], most_tokens: int) -> int:
     """Return how many of the first queries fit into one forward, at least one; their algorithms answer alike."""
@@ -166,26 +172,28 @@ def answer_queries(lm: TaskLM, pad: int, queries: Sequence[Query]) -> list[Tenso
         pad: the token that rows are padded with.
         queries: of any adapters whose algorithms answer alike.
     """
-    _compute_states(lm, pad, queries)
     first = queries[0]
     is_one_task = all(query.weights is first.weights and query.kept is first.kept for query in queries)
     is_one_task = is_one_task and len({(query.options, tuple(query.classes)) for query in queries}) == 1
     groups = [queries] if is_one_task else [[query] for query in queries]
     tasks = [merge_prompts([query.prompts for query in group]) for group in groups]
-    kept = [support for group in groups if (support := group[0].support())]
+    known = [found for group in groups if (found := _known_support(lm, pad, group[0]))]
     options, label_tokens = zip(*((group[0].options, group[0].label_tokens) for group in groups), strict=True)
-    batch = TaskQueries(lm, pad, tasks, kept, options, label_tokens)
+    support = KnownStates(*zip(*known, strict=True)) if known else None
+    batch = TaskQueries(lm, pad, tasks, support, options, label_tokens)
     answers = first.algorithm.answer(batch, stack_adapters([group[0].weights for group in groups]))
     return [scores for task in answers for scores in task]
 
 
-def _compute_states(lm: TaskLM, pad: int, queries: Sequence[Query]) -> None:
-    """Compute the hidden states of kept supports that have none yet."""
-    for query in queries:
-        kept = query.kept
-        if kept and kept.states is None:
-            batch = TaskQueries(lm, pad, [query.prompts], [kept])
-            kept.states = batch.support.states(stack_adapters([query.weights]), query.algorithm.pooling)[0]
+def _known_support(lm: TaskLM, pad: int, query: Query) -> tuple[Tensor, list[int]] | None:
+    """Return the states of a query's kept support, and which option each is of; -1 for none. They are computed once."""
+    kept = query.kept
+    if kept is None:
+        return None
+    if kept.states is None:
+        rows = TaskSide(lm, [kept.rows], [()], [kept.classes], pad, packs=False)
+        kept.states = rows.states(stack_adapters([query.weights]), query.algorithm.pooling)[0]
+    return kept.states, [query.classes.index(c) if c in query.classes else -1 for c in kept.classes]
 
 
 def merge_prompts(inputs: Sequence[WeightedPrompts]) -> WeightedPrompts:

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from rayml.algorithms.base import Algorithm
+from rayml.algorithms.base import Algorithm, LabelledStates
 from rayml.algorithms.inner_loop import InnerLoop, Params, expand
 from rayml.lm.encode import Encoder, class_numbers, label_examples
 from rayml.lm.fine_tuning import inner_loss_transform
 from rayml.lm.model import TaskLM
 from rayml.lm.option_scoring import prompts_of, weighted_prompts
-from rayml.lm.queries import KeptSupport, TaskQueries
+from rayml.lm.queries import LearnedPrototypes, TaskQueries
 from rayml.lm.sides import TaskSide
 from rayml.tasks.episodes import Episode, Sampler
 from rayml.tasks.statistics import Curve
@@ -102,7 +102,9 @@ class Prepared:
 
     @cached_property
     def queries(self) -> "EpisodeQueries":
-        return EpisodeQueries(self._scorer.lm, self._scorer.encoder, self.episodes, self._scorer.algorithm)
+        return EpisodeQueries(
+            self._scorer.lm, self._scorer.encoder, self.episodes, self._scorer.algorithm, self.support
+        )
 
     @cached_property
     def before(self) -> "EpisodeQueries":
@@ -114,7 +116,8 @@ class Prepared:
         if self._scorer.encoder.sentences:
             episodes = [replace(e, support=tuple(label_examples(e.labels, e.query[0]))) for e in self.episodes]
             encoder = replace(self._scorer.encoder, label_names=False)  # they are the examples already
-            return EpisodeQueries(self._scorer.lm, encoder, episodes, algorithm)
+            means = algorithm.model_copy(update={"prototype_steps": 0})
+            return EpisodeQueries(self._scorer.lm, encoder, episodes, means)
         if algorithm.keeps == "nothing" and not (has_labels and algorithm.keeps_states):
             return self.queries
         return EpisodeQueries(self._scorer.lm, self._scorer.encoder, self.episodes)
@@ -125,9 +128,17 @@ class EpisodeQueries:
 
     Args:
         algorithm: answers, with what it keeps of the episodes' support. None: score the label tokens.
+        support: that of the episodes, if it was made before.
     """
 
-    def __init__(self, lm: TaskLM, encoder: Encoder, episodes: Sequence[Episode], algorithm: Algorithm | None = None):
+    def __init__(
+        self,
+        lm: TaskLM,
+        encoder: Encoder,
+        episodes: Sequence[Episode],
+        algorithm: Algorithm | None = None,
+        support: TaskSide | None = None,
+    ):
         self.lm, self.episodes, self.algorithm = lm, episodes, algorithm
         if any(bool(episode.labels) != bool(episodes[0].labels) for episode in episodes):
             raise ValueError("label tasks and free text are not scored together")
@@ -137,11 +148,9 @@ class EpisodeQueries:
             self.queries = make_side(lm, encoder, episodes, "query", in_context=keeps == "prompt")
             return
         options = [len(e.labels) for e in episodes]
-        prompts, kept, first_tokens = [], [], []
+        prompts, first_tokens = [], []
         for e in episodes:
             task_encoder = encoder.for_task(e.task, e.kind, e.labels)
-            if algorithm and algorithm.keeps_states:
-                kept.append(KeptSupport(*task_encoder.support(e.support, list(e.labels))))
             if algorithm and not algorithm.scores_options:
                 prompts.append(prompts_of(lm, task_encoder, e.query, next(iter(e.labels))))
                 labels = task_encoder.label_tokens(e.labels, e.support[0])
@@ -149,6 +158,10 @@ class EpisodeQueries:
             else:
                 shown = e.support if keeps == "prompt" else ()
                 prompts.append(weighted_prompts(lm, task_encoder, e.query, list(e.labels), shown))
+        kept: LabelledStates | None = None
+        if algorithm and algorithm.keeps_states:
+            side = support or make_side(lm, encoder, episodes, "support")
+            kept = LearnedPrototypes(algorithm, side) if algorithm.prototypes else side
         self.queries = TaskQueries(lm, encoder.pad, prompts, kept, options, first_tokens)
 
     @torch.no_grad()

@@ -79,7 +79,7 @@ class TaskSide:
     def states(self, weights: Params | None, pooling: Pooling = "last") -> Tensor:
         return self.lm.states(weights, self.batch, pooling)
 
-    def read(self, weights: Params, pooling: Pooling = "last", label_tokens: Tensor | None = None) -> Read:
+    def read(self, weights: Params | None, pooling: Pooling = "last", label_tokens: Tensor | None = None) -> Read:
         return self.lm.read(weights, self.batch, pooling, label_tokens, self.smoothing)
 
     def prepare(self) -> None:
