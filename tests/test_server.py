@@ -199,6 +199,7 @@ def test_the_server_and_its_ray_listen_on_this_machine_alone(server):
 def test_the_docs_ask_nobody_else_for_anything(server):
     page = requests.get(f"{server.url}/docs", timeout=120)
     assert "POST /v1/adapters" in page.text
+    assert "as in <code>/v1/adapters</code>" in page.text
     assert "://" not in page.text
     assert "default-src 'none'" in page.headers["Content-Security-Policy"]
 

@@ -191,6 +191,14 @@ def test_missing_and_empty_files_are_refused(tmp_path, name, content, message):
         read_rows([str(tmp_path / name)])
 
 
+def test_an_empty_path_is_not_this_folder(tmp_path, monkeypatch):
+    (tmp_path / "rows.jsonl").write_text('{"input": "a", "target": "b"}\n')
+    monkeypatch.chdir(tmp_path)
+    assert len(read_rows(["."])) == 1
+    with pytest.raises(DataError, match="path of the data is empty"):
+        read_rows([""])
+
+
 def test_a_broken_parquet_file_is_refused(tmp_path):
     path = tmp_path / "x.parquet"
     path.write_text("no parquet")

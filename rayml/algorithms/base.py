@@ -108,9 +108,9 @@ class Algorithm(Section):
     """How many examples a label's own text counts as, at most, in the prototype of its class: fewer, the fewer examples
     are nearest to their own label's text, and no more than the class has. It helps sentence encoders where shots are
     few. Labels that are codes or letters are not read, nor are those of inputs in parts."""
-    prototype_steps: NotNegativeInt = 0
+    prototype_steps: NotNegativeInt = 80
     """By how many steps the prototypes of a learned task leave the means of the classes' examples, to tell these apart.
-    It helps where classes are many."""
+    It helps where classes are many. 0: they stay the means."""
 
     takes_steps: ClassVar[bool] = True
     """Whether a new task is learned by the inner loop. If not, all that is learned of it is what `keeps` says."""

@@ -9,7 +9,6 @@ the label tokens' loss alone. Free text is learned as by `fomaml_plus`.
 from typing import Literal
 
 from rayml.algorithms.fomaml import FomamlPlus
-from rayml.sections import NotNegativeInt
 
 
 class ProtoMaml(FomamlPlus):
@@ -17,5 +16,3 @@ class ProtoMaml(FomamlPlus):
 
     readout: Literal["labels", "prototypes", "both"] = "both"
     """As for the other algorithms."""
-    prototype_steps: NotNegativeInt = 80
-    """As for the other algorithms. Each takes less than a hundredth of an inner step."""

@@ -112,8 +112,8 @@ def plan(
         raise ConfigError(f"--methods: {', '.join(unknown)} unknown; there are {', '.join(known)}")
     check_names(request)
     # Naming an algorithm resets its readout to the default; that of a sentence encoder is the same for all.
-    names = f"algorithm.label_names={base.algorithm.label_names}"
-    readout = ["algorithm.readout=prototypes", names] if is_encoder(base) else []
+    kept = [f"algorithm.{name}={getattr(base.algorithm, name)}" for name in ("label_names", "prototype_steps")]
+    readout = ["algorithm.readout=prototypes", *kept] if is_encoder(base) else []
     by_prompt = [name for name in methods if known[name].by_prompt]
     if by_prompt and readout:
         raise ConfigError(f"--methods: {', '.join(by_prompt)} answer by a prompt; {base.model.name} is an encoder")

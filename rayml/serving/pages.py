@@ -4,6 +4,7 @@ elsewhere."""
 import base64
 import hashlib
 import json
+import re
 from functools import cache
 from html import escape
 from importlib.resources import files
@@ -34,6 +35,7 @@ def docs(schema: dict[str, Any]) -> Response:
 
 def _route(method: str, path: str, operation: dict[str, Any]) -> str:
     description = escape(operation.get("description") or operation.get("summary", ""))
+    description = re.sub(r"`([^`]+)`", r"<code>\1</code>", description)
     html = f"<h2>{method.upper()} {escape(path)}</h2><p>{description}</p>"
     content = operation.get("requestBody", {}).get("content", {}).get("application/json")
     if not content:

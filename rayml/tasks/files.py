@@ -132,6 +132,8 @@ def find_files(path: str, say: Say) -> list[File]:
     Raises:
         DataError: there is none.
     """
+    if not path.strip():
+        raise DataError("the path of the data is empty; name a file, or . for this folder")
     try:
         local = pyarrow.fs.LocalFileSystem(), os.path.expanduser(path)
         filesystem, inner = pyarrow.fs.FileSystem.from_uri(path) if "://" in path else local
