@@ -72,6 +72,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the draws' accuracies here")
     asked = parser.parse_args()
     tasks = [data_set(path) for path in asked.data]
+    if asked.labels == "words" and (most := max(asked.ways or len(task.classes) for task in tasks)) > len(WORDS):
+        parser.error(f"--labels words has {len(WORDS)} words for {most} classes: give --ways")
     models = {name: rayml.load(name) for name in filter(None, asked.starts.replace("none", "").split(","))}
     encoder = Encoder(rayml.load(MINILM))
     setfit = classifier_for("setfit", MINILM, torch.device("cpu"), seed=0) if asked.setfit else None
