@@ -15,7 +15,6 @@ from rayml.algorithms.prototypes import (
     SCALE,
     class_losses,
     example_counts,
-    factor,
     label_log_probs,
     leave_one_out,
     logits,
@@ -113,19 +112,11 @@ def test_part_of_an_example_is_left_in_as_that_part():
     torch.testing.assert_close(class_losses(scores, classes, shares=counts)[0], expected.mean())
 
 
-def refined(states, classes, counts, weights, steps, labels=None):
-    means = protos = prototypes(states, classes, counts=counts)
-    for _ in range(steps):
-        scores = logits(squared_distances(states, protos), protos.counts, weights, labels)
-        protos = refine(protos, means, states, classes, counts, scores, factor(weights, SCALE))
-    return protos
-
-
 def test_refined_prototypes_are_those_of_a_plain_loop():
     states, counts = unit(3, 6, 7), torch.tensor([[1.0, 1, 1, 1, 1, 0.5], [1.0, 1, 2, 1, 1, 1], [1.0] * 6]).double()
     weights = {SCALE: torch.tensor([5.0, 7.0, 1.0]).double().log(), MIX: torch.tensor([0.5, 2.0, 1.0]).double().log()}
     labels = drawn(3, 6, 3)
-    found = refined(states, CLASSES, counts, weights, 3, labels).means
+    found = refine(prototypes(states, CLASSES, counts=counts), states, CLASSES, counts, weights, 3, labels).means
     for task, (ways, scale, mix) in enumerate(((3, 5.0, 0.5), (2, 7.0, 2.0))):
         rows = [(states[task, k], int(c), counts[task, k], labels[task, k]) for k, c in enumerate(CLASSES[task])]
         rows = [row for row in rows if row[1] >= 0]
@@ -152,9 +143,9 @@ def test_refined_prototypes_tell_examples_apart_better_with_every_step(scale):
     for sizes in ([300, 3, 30], [30] * 3, [5] * 20):
         classes = torch.tensor([[c for c, size in enumerate(sizes) for _ in range(size)]])
         states, counts = unit(1, classes.shape[1], 5), torch.ones(classes.shape, dtype=torch.float64)
-        losses = []
+        means, losses = prototypes(states, classes), []
         for steps in range(0, 60, 6):
-            protos = refined(states, classes, counts, weights, steps)
+            protos = refine(means, states, classes, counts, weights, steps)
             scores = logits(squared_distances(states, protos), protos.counts, weights)
             losses.append(class_losses(scores, classes).item())
         assert all(later < earlier + 1e-3 for earlier, later in pairwise(losses))

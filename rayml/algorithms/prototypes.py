@@ -132,10 +132,8 @@ class Readout(NamedTuple):
         """Return what answers need of each learned task's support: its prototypes; nothing for free text."""
         read = support.read(weights, self.pooling, support.label_tokens if self.labels else None)
         counts = self._counts(support, read.states, support.ways)
-        means = protos = prototypes(read.states, support.classes, support.ways, counts)
-        for _ in range(self.steps):
-            scores = logits(squared_distances(read.states, protos), protos.counts, weights, read.label_log_probs)
-            protos = refine(protos, means, read.states, support.classes, counts, scores, factor(weights, SCALE))
+        means = prototypes(read.states, support.classes, support.ways, counts)
+        protos = refine(means, read.states, support.classes, counts, weights, self.steps, read.label_log_probs)
         ways = (support.classes.max(1).values + 1).tolist()
         return [{MEANS: mean[:count].clone()} if count else {} for mean, count in zip(protos.means, ways, strict=True)]
 
@@ -167,37 +165,42 @@ def prototypes(states: Tensor, classes: Tensor, ways: int | None = None, counts:
 
 
 def refine(
-    protos: Prototypes,
     means: Prototypes,
     states: Tensor,
     classes: Tensor,
     counts: Tensor,
-    scores: Tensor,
-    scale: Tensor | float,
+    weights: Params | None,
+    steps: int,
+    label_log_probs: Tensor | None = None,
 ) -> Prototypes:
-    """Return prototypes that tell the rows of a support apart a little better than `protos` do.
+    """Return prototypes that tell the rows of a support apart better than the means of their classes do.
+
+    Each step moves a prototype m to
 
         m + (sum(n (y - p) (h - m)) + mean - m) / (sum(n (y + (E - 1) p)) + 1)
 
     with, for each row, its state h, the number of examples that it counts as n, whether it is of the class y, and the
-    probability p that it is. Rows that are surely of the class do nothing, those in doubt pull its prototype m, and
-    those of other classes that are taken for it push it away. One more example is always at the mean, so that a few
-    examples do not move it far. This is how the means of Gaussians are trained to maximize mutual information, by the
-    extended Baum-Welch algorithm with I-smoothing (Povey and Woodland 2002, "Minimum phone error and I-smoothing for
-    improved discriminative training", ICASSP).
+    probability p that it is. Rows that are surely of the class do nothing, those in doubt pull its prototype, and those
+    of other classes that are taken for it push it away. One more example is always at the mean, so that a few examples
+    do not move it far. E grows with the scale of the logits, so that no step goes too far. This is how the means of
+    Gaussians are trained to maximize mutual information: by the extended Baum-Welch algorithm, with I-smoothing (Povey
+    and Woodland 2002, "Minimum phone error and I-smoothing for improved discriminative training", ICASSP).
 
     Args:
-        protos: what this function returned before; `means` at first.
         means: of `states` by `classes` and `counts`, as `prototypes` returns them.
-        scores: `[T, K, C]`, the logits of the rows by `protos`.
-        scale: of these logits; the larger it is, the larger E, so that no step goes too far.
+        weights, label_log_probs: as for `logits`.
     """
     members = one_hot(classes, means.counts.shape[1]).to(states) * counts.unsqueeze(-1)
-    taken = members.sum(-1, keepdim=True) * scores.softmax(-1)
-    pull = members - taken
-    total = means.counts.unsqueeze(-1) + (3 + scale / 2) * taken.sum(1).unsqueeze(-1) + 1
-    moved = pull.mT @ states - pull.sum(1).unsqueeze(-1) * protos.means + means.means - protos.means
-    return protos._replace(means=protos.means + moved / total)
+    caution = 3 + factor(weights, SCALE) / 2  # E - 1
+    protos = means
+    for _ in range(steps):
+        scores = logits(squared_distances(states, protos), means.counts, weights, label_log_probs)
+        taken = members.sum(-1, keepdim=True) * scores.softmax(-1)
+        pull = members - taken
+        step = pull.mT @ states - pull.sum(1).unsqueeze(-1) * protos.means + means.means - protos.means
+        total = means.counts.unsqueeze(-1) + caution * taken.sum(1).unsqueeze(-1) + 1
+        protos = protos._replace(means=protos.means + step / total)
+    return protos
 
 
 def one_hot(classes: Tensor, ways: int) -> Tensor:
