@@ -40,10 +40,6 @@ class LabelledStates(Protocol):
     def classes(self) -> "Tensor":
         """`[T, K]`: each row's class, from 0; -1 for rows of padding, and for free text."""
 
-    @property
-    def is_name(self) -> "Tensor":
-        """`[T, K]` bool: the rows of labels' own texts (`Algorithm.label_names`). Classes are not asked of them."""
-
     def states(self, weights: "Params | None", pooling: "Pooling" = "last") -> "Tensor":
         """Return a hidden state of unit length for each prompt, `[T, K, D]`: the last one before the target, or the
         mean over the prompt."""
@@ -55,6 +51,10 @@ class Side(LabelledStates, Protocol):
     @property
     def ways(self) -> int:
         """C: the largest number of classes of a task; at least 1."""
+
+    @property
+    def is_name(self) -> "Tensor":
+        """`[T, K]` bool: the rows of labels' own texts (`Algorithm.label_names`). Classes are not asked of them."""
 
     @property
     def label_tokens(self) -> "Tensor":

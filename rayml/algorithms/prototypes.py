@@ -26,7 +26,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from rayml.algorithms.base import LabelledStates, QueryBatch, Side
+from rayml.algorithms.base import QueryBatch, Side
 from rayml.algorithms.inner_loop import Params, TaskLosses
 
 SCALE, MIX, MEANS = "readout.scale", "readout.mix", "readout.means"
@@ -90,7 +90,7 @@ class Readout(NamedTuple):
 
         def losses(weights: Params) -> Tensor:
             read = support.read(weights, self.pooling)
-            protos = self.means_of(support, read.states, support.ways)
+            protos = self.means_of(support, read.states)
             distances = leave_one_out(read.states, protos, support.classes)
             others = protos.counts.gather(1, support.classes.clamp(min=0)) - 1
             classes = support.classes.masked_fill((others <= 0) | support.is_name, -1)
@@ -109,7 +109,7 @@ class Readout(NamedTuple):
         tokens = support.label_tokens if self.labels else None
 
         def losses(weights: Params) -> Tensor:
-            protos = self.means_of(support, support.states(weights, self.pooling), support.ways)
+            protos = self.means_of(support, support.states(weights, self.pooling))
             read = query.read(weights, self.pooling, tokens)
             distances = squared_distances(read.states, protos)
             scores = logits(distances, protos.counts, weights, read.label_log_probs)
@@ -120,7 +120,7 @@ class Readout(NamedTuple):
     def answer(self, queries: QueryBatch, weights: Params | None) -> list[Tensor]:
         """Return the log-probabilities of each query's classes, `[Q, C]` for each task."""
         ways = max(options for _, options in queries.shape)
-        protos = self.means_of(queries.support, queries.support.states(weights, self.pooling), ways)
+        protos = prototypes(queries.support.states(weights, self.pooling), queries.support.classes, ways)
         read = queries.read(weights, self.pooling, self.labels)
         scores = logits(squared_distances(read.states, protos), protos.counts, weights, read.label_log_probs)
         return [
@@ -131,20 +131,20 @@ class Readout(NamedTuple):
     def kept(self, support: Side, weights: Params | None) -> list[Params]:
         """Return what answers need of each learned task's support: its prototypes; nothing for free text."""
         read = support.read(weights, self.pooling, support.label_tokens if self.labels else None)
-        counts = self._counts(support, read.states, support.ways)
+        counts = self._counts(support, read.states)
         means = prototypes(read.states, support.classes, support.ways, counts)
         protos = refine(means, read.states, support.classes, counts, weights, self.steps, read.label_log_probs)
         ways = (support.classes.max(1).values + 1).tolist()
         return [{MEANS: mean[:count].clone()} if count else {} for mean, count in zip(protos.means, ways, strict=True)]
 
-    def means_of(self, support: LabelledStates, states: Tensor, ways: int | None = None) -> Prototypes:
+    def means_of(self, support: Side, states: Tensor) -> Prototypes:
         """Return the means of the classes of a support with these `states`; labels' own texts are in them, if read."""
-        return prototypes(states, support.classes, ways, self._counts(support, states, ways))
+        return prototypes(states, support.classes, support.ways, self._counts(support, states))
 
-    def _counts(self, support: LabelledStates, states: Tensor, ways: int | None) -> Tensor:
+    def _counts(self, support: Side, states: Tensor) -> Tensor:
         if not self.label_names:
             return torch.ones_like(support.classes, dtype=states.dtype)
-        return example_counts(states.detach(), support.classes, support.is_name, self.label_names, ways)
+        return example_counts(states.detach(), support.classes, support.is_name, self.label_names, support.ways)
 
 
 def prototypes(states: Tensor, classes: Tensor, ways: int | None = None, counts: Tensor | None = None) -> Prototypes:

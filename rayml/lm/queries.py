@@ -39,7 +39,6 @@ class KnownStates:
     def __init__(self, states: Sequence[Tensor], classes: Sequence[Sequence[int]]):
         self._states = torch.nn.utils.rnn.pad_sequence(list(states), batch_first=True)
         self.classes = pad_classes(classes).to(self._states.device)
-        self.is_name = torch.zeros_like(self.classes, dtype=torch.bool)  # they are in the means already
 
     def states(self, _weights: Params | None, _pooling: Pooling = "last") -> Tensor:
         return self._states
@@ -55,7 +54,6 @@ class LearnedPrototypes:
             known = {number for row, number in zip(rows, classes, strict=True) if not row.is_name}
             by_task.append([number if number in known else -1 for number in range(1 + max(classes))])
         self.classes = pad_classes(by_task).to(support.lm.device)
-        self.is_name = torch.zeros_like(self.classes, dtype=torch.bool)  # they are in the prototypes already
 
     def states(self, weights: Params | None, _pooling: Pooling = "last") -> Tensor:
         kept = self._algorithm.kept(self._support, weights)
