@@ -58,14 +58,16 @@ def test_too_long_an_input_is_refused_or_cut_where_asked(replica):
         write(replica, None, ["a" * 4000], Sampling(200))
 
 
+@pytest.mark.parametrize("ensemble", [(), ("A longer one: {input}\nLabel:",)])
 @pytest.mark.parametrize("labels", [["card", "card lost"], ["x", "y"]])
-def test_no_input_is_cut_unseen(replica, labels):
-    adapter = replace(replica.bare, encoder=replace(replica.bare.encoder, max_tokens=40))
+def test_no_input_is_cut_unseen(replica, labels, ensemble):
+    encoder = replace(replica.bare.encoder, max_tokens=40, ensemble=ensemble)
+    adapter = replace(replica.bare, encoder=encoder)
     cuts = []
-    for count in range(15, 45):
+    for count in range(5, 45):
         ((query, is_cut),) = build_queries(adapter, ["x" * count], labels, 1000, truncate=True)
-        whole = without_limit(adapter.encoder).option_rows([query_example("x" * count)], labels)[0]
-        assert is_cut == (query.option_queries[0].rows != whole)
+        whole = without_limit(encoder).ensemble_rows([query_example("x" * count)], labels)
+        assert is_cut == ([q.rows for q in query.option_queries] != [rows for _, (rows,) in whole])
         cuts.append(is_cut)
     assert set(cuts) == {False, True}
 

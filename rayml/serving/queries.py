@@ -64,7 +64,9 @@ def build_queries(
             example = query_example(last_characters(given, LONGEST_TOKEN * most_tokens), fields)
             query = adapter.query(example, labels)
             whole = relabel(query_example(given, fields), labels[0])
-            prompt_tokens = without_limit(encoder).row(whole, is_label=True, shown=shown).start
+            prompts = (encoder.prompt, *encoder.ensemble) if len(query.prompts) > 1 else (encoder.prompt,)
+            encoders = [dataclasses.replace(without_limit(encoder), prompt=prompt) for prompt in prompts]
+            prompt_tokens = max(e.row(whole, is_label=True, shown=shown).start for e in encoders)
             tokens = prompt_tokens + max(len(row.tokens) - row.start for row in query.option_queries[0].rows)
             is_too_long = tokens > most_tokens
             if is_too_long and not truncate:
