@@ -16,7 +16,7 @@ import json
 import random
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -33,6 +33,7 @@ from rayml.lm.catalog import MINILM
 from rayml.lm.scorer import accuracy
 from rayml.lm.sides import TaskSide
 from rayml.model import MetaModel
+from rayml.runs.reports import COLOURS, file_pyplot, save_figure
 from rayml.starts.choice import cross_validate, split_halves
 from rayml.tasks.episodes import Episode
 from rayml.tasks.read import read_rows, rows_from_examples
@@ -70,6 +71,7 @@ def main() -> None:
     parser.add_argument("--labels", choices=list(RELABELED), default="own", help="what each class is called")
     parser.add_argument("--setfit", action="store_true", help="SetFit, too: minutes a draw where classes are many")
     parser.add_argument("--json", type=Path, help="write the draws' accuracies here")
+    parser.add_argument("--plot", type=Path, help="plot accuracies over shots here, as a PNG")
     asked = parser.parse_args()
     tasks = [data_set(path) for path in asked.data]
     if asked.labels == "words" and (most := max(asked.ways or len(task.classes) for task in tasks)) > len(WORDS):
@@ -97,6 +99,8 @@ def main() -> None:
             if asked.json:
                 asked.json.write_text(json.dumps(everything, indent=1) + "\n")
         print(table(scores, list(models)), flush=True)
+    if asked.plot:
+        plot(everything, list(models), asked.plot)
 
 
 def data_set(path: str) -> Task:
@@ -188,6 +192,32 @@ def table(scores: Scores, starts: list[str]) -> str:
         for name in (name for name in values if name not in (CHOSEN, *starts) or (start == CHOSEN and name in starts)):
             lines.append(f"  {start} less {name:22} {shown(intervals((values[start] - values[name])[None])[0])}")
     return "\n".join(lines)
+
+
+def plot(everything: dict[str, Scores], starts: Sequence[str], picture: Path) -> None:
+    """Plot accuracies over shots, and the lead of the first start over every method that is no start."""
+    figure, (left, right) = file_pyplot().subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    by_shots = sorted((int(name.split()[0]), scores) for name, scores in everything.items())
+    shots, methods = [number for number, _ in by_shots], list(by_shots[0][1])
+    for number, method in enumerate([*(name for name in methods if name not in starts), *starts]):
+        accuracies = [np.array(list(scores[method].values())) for _, scores in by_shots]  # [data sets, draws] each
+        look = {"color": COLOURS[-number - 1] if method not in starts else COLOURS[starts.index(method)], "marker": "o"}
+        left.plot(shots, [found.mean() for found in accuracies], label=method, **look)
+        if method not in starts:
+            ours = [np.array(list(scores[starts[0]].values())) for _, scores in by_shots]
+            leads = [intervals((a - b)[None])[0] for a, b in zip(ours, accuracies, strict=True)]
+            bars = [[lead["mean"] - lead["low"] for lead in leads], [lead["high"] - lead["mean"] for lead in leads]]
+            places = [shot * 1.06 ** (number - 1.5) for shot in shots]  # side by side
+            right.errorbar(places, [lead["mean"] for lead in leads], bars, capsize=3, linestyle="", **look)
+    right.axhline(0, color="grey", linewidth=1)
+    left.set(ylabel="accuracy, mean over data sets")
+    right.set(ylabel=f"{starts[0]} minus each method, 95 % intervals")
+    for axis in (left, right):
+        axis.set_xscale("log", base=2)
+        axis.set(xlabel="examples per class", xticks=shots, xticklabels=shots)
+        axis.grid(alpha=0.25)
+    left.legend(frameon=False)
+    save_figure(figure, picture)
 
 
 def shown(found: dict[str, float]) -> str:
