@@ -76,6 +76,8 @@ def main() -> None:
     tasks = [data_set(path) for path in asked.data]
     if asked.labels == "words" and (most := max(asked.ways or len(task.classes) for task in tasks)) > len(WORDS):
         parser.error(f"--labels words has {len(WORDS)} words for {most} classes: give --ways")
+    if asked.plot and asked.starts == "none":
+        parser.error("--plot shows the lead of a start: name one with --starts")
     models = {name: rayml.load(name) for name in filter(None, asked.starts.replace("none", "").split(","))}
     encoder = Encoder(rayml.load(MINILM))
     setfit = classifier_for("setfit", MINILM, torch.device("cpu"), seed=0) if asked.setfit else None
@@ -198,17 +200,20 @@ def plot(everything: dict[str, Scores], starts: Sequence[str], picture: Path) ->
     """Plot accuracies over shots, and the lead of the first start over every method that is no start."""
     figure, (left, right) = file_pyplot().subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     by_shots = sorted((int(name.split()[0]), scores) for name, scores in everything.items())
-    shots, methods = [number for number, _ in by_shots], list(by_shots[0][1])
-    for number, method in enumerate([*(name for name in methods if name not in starts), *starts]):
-        accuracies = [np.array(list(scores[method].values())) for _, scores in by_shots]  # [data sets, draws] each
-        look = {"color": COLOURS[-number - 1] if method not in starts else COLOURS[starts.index(method)], "marker": "o"}
-        left.plot(shots, [found.mean() for found in accuracies], label=method, **look)
-        if method not in starts:
-            ours = [np.array(list(scores[starts[0]].values())) for _, scores in by_shots]
-            leads = [intervals((a - b)[None])[0] for a, b in zip(ours, accuracies, strict=True)]
-            bars = [[lead["mean"] - lead["low"] for lead in leads], [lead["high"] - lead["mean"] for lead in leads]]
-            places = [shot * 1.06 ** (number - 1.5) for shot in shots]  # side by side
-            right.errorbar(places, [lead["mean"] for lead in leads], bars, capsize=3, linestyle="", **look)
+    shots = [number for number, _ in by_shots]
+    # By method, for each number of shots: [data sets, draws].
+    values = {name: [np.array(list(scores[name].values())) for _, scores in by_shots] for name in by_shots[0][1]}
+    baselines = [name for name in values if name not in (CHOSEN, *starts)]
+    colours = dict(zip(baselines, reversed(COLOURS), strict=False)) | dict(zip(starts, COLOURS, strict=False))
+    for method in (*baselines, *starts):
+        left.plot(shots, [of.mean() for of in values[method]], label=method, color=colours[method], marker="o")
+    for number, method in enumerate(baselines):
+        differences = [ours - theirs for ours, theirs in zip(values[starts[0]], values[method], strict=True)]
+        leads = [intervals(of[None])[0] for of in differences]
+        bars = [[lead["mean"] - lead["low"] for lead in leads], [lead["high"] - lead["mean"] for lead in leads]]
+        places = [shot * 1.06 ** (number - 1.5) for shot in shots]  # side by side
+        means = [lead["mean"] for lead in leads]
+        right.errorbar(places, means, bars, capsize=3, linestyle="", color=colours[method], marker="o")
     right.axhline(0, color="grey", linewidth=1)
     left.set(ylabel="accuracy, mean over data sets")
     right.set(ylabel=f"{starts[0]} minus each method, 95 % intervals")
