@@ -260,6 +260,20 @@ def test_evaluation_answers_as_an_adapter_does(tmp_path, encoder, steps):
     assert (measured != prototypes(states, support.classes).counts).all()  # names that count as one would show nothing
 
 
+def test_a_label_without_an_example_is_no_answer_though_its_text_is_read(tmp_path, encoder):
+    config = encoder_config(
+        tmp_path, encoder, algorithm={"name": "proto_maml", "readout": "prototypes", "label_names": 3}
+    )
+    model = untrained_model(config, toy_tasks())
+    scorer = model.scorer()
+    episode = config.data.sampler(EVALUATION_SEED).episode([toy_tasks(tasks=1, classes=3, per_class=6, seed=9)[0]], 0)
+    missing = next(iter(episode.labels))
+    episode = replace(episode, support=tuple(e for e in episode.support if e.target != missing))
+    *_, (scores,) = scorer.outputs(scorer.prepare([episode]), model.start, model.inner_lrs, {0, scorer.steps})
+    assert (scores[:, 0] == -torch.inf).all()
+    assert scores[:, 1:].isfinite().all()
+
+
 def test_the_prompt_is_the_text_as_it_is_unless_told_otherwise(tmp_path, encoder):
     tokenizer = load_tokenizer(encoder)
     example = topics().examples[0]
