@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 import torch
@@ -124,7 +125,7 @@ def drawn(task: Task, ways: int | None, shots: int, most: int, seed: int) -> Epi
         examples = rng.sample(task.classes[label], len(task.classes[label]))
         support += examples[:shots]
         query += examples[shots : shots + most]
-    return Episode(seed, task.name, tuple(support), tuple(query), {label: label for label in labels})
+    return Episode(seed, task.name, tuple(support), tuple(query), {label: label for label in labels}, task.kind)
 
 
 def relabeled(episode: Episode, how: str) -> Episode:
@@ -174,14 +175,20 @@ class Encoder:
 
 def of_start(model: MetaModel, episode: Episode, steps: int | None) -> float:
     """Return the accuracy after adapting from a start."""
-    adapter = model.adapt([(e.input, e.target) for e in episode.support], name=episode.task, steps=steps)
-    answers = adapter.predict([example.input for example in episode.query])
+    adapter = model.adapt(as_rows(episode, episode.support), name=episode.task, steps=steps)
+    answers = adapter.predict([row["input"] for row in as_rows(episode, episode.query)])
     return fmean(answer.label == e.target for answer, e in zip(answers, episode.query, strict=True))
+
+
+def as_rows(episode: Episode, examples: Sequence[Example]) -> list[dict[str, Any]]:
+    """Return examples as a user gives them: an input in parts is a dict."""
+    kind = {"kind": episode.kind} if episode.kind else {}
+    return [{"input": dict(e.parts) or e.input, "target": e.target, **kind} for e in examples]
 
 
 def better(models: dict[str, MetaModel], episode: Episode) -> str:
     """Return the start that answers each half of the support best after learning the other."""
-    one, other = split_halves(rows_from_examples([(example.input, example.target) for example in episode.support]))
+    one, other = split_halves(rows_from_examples(as_rows(episode, episode.support)))
     return min(models, key=lambda name: cross_validate(models[name], one, other)[0])
 
 

@@ -112,6 +112,7 @@ class Config(Section):
             labels=data.labels,
             soft_tokens=self.soft_tokens,
             label_names=self.algorithm.label_names > 0 and self.algorithm.readout != "labels",
+            texts_in_context=self.algorithm.texts_in_context,
         )
 
     @model_validator(mode="after")

@@ -141,7 +141,8 @@ def test_a_run_folder_from_before_algorithms_had_settings_opens_as_what_it_was(n
     values = {"model": {"name": "tiny"}, "data": {"path": "a.jsonl"}, "run": {"dir": "r"}, "algorithm": {"name": name}}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values | BEFORE))
     config = RunFolder(tmp_path).read_config()
-    assert config.algorithm.model_dump(exclude={"readout", "pooling", "label_names", "prototype_steps"}) == settings
+    common = {"readout", "pooling", "label_names", "prototype_steps", "texts_in_context"}
+    assert config.algorithm.model_dump(exclude=common) == settings
     assert (config.inner.lr, config.outer.lr) == (0.2, 0.1)
     with pytest.raises(ConfigError) as error:  # whoever writes a config is told where a key went
         load_config(tmp_path / "config.yaml")
@@ -158,6 +159,7 @@ def test_a_changed_algorithm_forgets_the_settings_of_the_one_before():
         "pooling": "last",
         "label_names": 0,
         "prototype_steps": 80,
+        "texts_in_context": False,
     }
     # In whatever order they are given.
     other = parse_config(values, "here", ["algorithm.start_weight=0.25", "algorithm.name=meta_sgd"]).algorithm

@@ -112,6 +112,11 @@ class Algorithm(Section):
     """By how many steps the prototypes of a learned task leave the means of the classes' examples, to tell these apart.
     It helps where classes are many. 0: they stay the means."""
 
+    texts_in_context: bool = False
+    """Free text is learned and answered with the task's examples in the prompt: each example is predicted from those
+    before it, in training and in inner steps, and a query from all (in-context tuning, Chen et al. 2022, arXiv
+    2110.07814). Small models hardly write lists, spans or answers otherwise. Labels are learned as ever."""
+
     takes_steps: ClassVar[bool] = True
     """Whether a new task is learned by the inner loop. If not, all that is learned of it is what `keeps` says."""
     keeps: ClassVar[Literal["nothing", "prompt", "states"]] = "nothing"
@@ -136,6 +141,14 @@ class Algorithm(Section):
     def keeps_states(self) -> bool:
         """Whether answers need hidden states of the support: all of them, or the mean of each class."""
         return self.keeps == "states" or self.readout != "labels"
+
+    def keeps_examples(self, is_label: bool) -> bool:
+        """Return whether answers need the examples of such a task themselves."""
+        return self.keeps != "nothing" or self.shows_examples(is_label)
+
+    def shows_examples(self, is_label: bool) -> bool:
+        """Return whether the examples of such a task stand in the prompt of its queries."""
+        return self.keeps == "prompt" or (self.texts_in_context and not is_label)
 
     @property
     def scores_options(self) -> bool:
@@ -175,7 +188,8 @@ class Algorithm(Section):
         """Whether `minibatches` of plain losses define all that is learned: that is all that a sharded engine runs."""
         methods = "meta_gradient", "support_losses", "query_losses"
         is_plain = all(getattr(type(self), method) is getattr(Algorithm, method) for method in methods)
-        return is_plain and not self.keeps_states and self.keeps == "nothing" and self.learned_rates != "weight"
+        is_plain &= not self.texts_in_context and self.keeps == "nothing"
+        return is_plain and not self.keeps_states and self.learned_rates != "weight"
 
     def minibatches(self, steps: int) -> list[Minibatch]:
         """Return the minibatches of an episode, in order. `steps` is the config's `inner.steps`."""

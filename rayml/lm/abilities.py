@@ -173,9 +173,9 @@ def refuse_label_tokens(config: "Config") -> None:
 def refuse_long_rows(config: "Config", shape: Any, tasks: Sequence[Task]) -> None:
     """Raise ConfigError if rows may be longer than the model's context."""
     longest = config.data.max_tokens + config.soft_tokens
-    if config.algorithm.keeps == "prompt":
-        ways = max((min(config.data.ways, len(task.options) or 1) for task in tasks), default=1)
-        longest *= ways * config.data.shots + 1
+    algorithm = config.algorithm
+    ways = [min(config.data.ways, len(t.options) or 1) for t in tasks if algorithm.shows_examples(bool(t.options))]
+    longest *= max(ways, default=0) * config.data.shots + 1
     context = context_tokens(shape)
     if longest > context and not hasattr(shape, SENTENCES_KEY):  # a sentence encoder's texts are cut to its context
         raise ConfigError(

@@ -11,7 +11,7 @@ from typing import Any
 from rayml.errors import DataError
 from rayml.lm.chat import ANSWERS, chat_prompt, chat_row
 from rayml.lm.label_trie import is_prefix_free
-from rayml.lm.rows import TokenRow, cut_left, encode, masked_row, predicts_masks, soft_tokens
+from rayml.lm.rows import TokenRow, cut_left, encode, encode_sequence, masked_row, predicts_masks, soft_tokens
 from rayml.lm.sentence import Sentences, sentence_row, sentences_of
 from rayml.lm.tokens import BLANK, mark_specials, marked_example, remove_marks
 from rayml.tasks.episodes import Episode, LabelScheme, relabel
@@ -22,6 +22,8 @@ from rayml.tasks.templates import render
 CHANNEL = "Label: {}\nText:"
 """The text before the input when the input is scored given a label (`data.scoring: channel`)."""
 NO_TEXT = Example("", "")
+SHOT_END = "\n\n"
+"""Stands after each example in a prompt."""
 WORD = re.compile(r"[^\W\d_]{2}")
 """Two letters of any script in a row: without them a label is a code."""
 
@@ -57,6 +59,12 @@ class Encoder:
     """Labels end with the end-of-sequence token, too (`among`)."""
     label_names: bool = False
     """Whether a support shows each label's own text, if it is words (`Algorithm.label_names`)."""
+    texts_in_context: bool = False
+    """Free text is learned and answered with its task's examples in the prompt (`Algorithm.texts_in_context`)."""
+
+    def shows(self, is_label: bool) -> bool:
+        """Return whether the support stands in the queries' prompt."""
+        return self.in_context or (self.texts_in_context and not is_label)
 
     def for_task(self, task: str, kind: str, labels: Iterable[str] = ()) -> "Encoder":
         """Return the encoder of a task.
@@ -111,7 +119,23 @@ class Encoder:
         if self.kind == "dialogue" and example.parts:
             turns = [turn for e in (*shown, example) for turn in e.parts]
             return self._add_soft_tokens(chat_row(self.tokenizer, turns, max_tokens))
-        return self._encode(self._prompt(example, shown), example, is_label, max_tokens)
+        return self._encode(self._prompt(example, shown, is_label), example, is_label, max_tokens)
+
+    def sequence(self, examples: Sequence[Example]) -> TokenRow:
+        """Return examples of free text in one row, as they stand in a prompt: each is predicted from those before it.
+
+        It costs what the examples cost in rows of their own, and each target that is learned is seen in context.
+        """
+        most = self.max_tokens * len(examples)
+        if self.kind == "dialogue":
+            row = chat_row(self.tokenizer, [turn for example in examples for turn in example.parts], most)
+            return self._add_soft_tokens(row)
+        text, ends = "", []
+        for example in examples:
+            begin = text + render(self.prompt, marked_example(self.tokenizer, example))
+            text = self._add_shot(text, example, is_label=False)
+            ends.append((len(remove_marks(begin)), len(remove_marks(text)) - len(SHOT_END)))
+        return self._add_soft_tokens(encode_sequence(self.tokenizer, text.removesuffix(SHOT_END), ends, most))
 
     def rows(self, examples: Iterable[Example], is_label: bool, shown: Sequence[Example] = ()) -> list[TokenRow]:
         return [self.row(example, is_label, shown) for example in examples]
@@ -126,6 +150,8 @@ class Encoder:
             rng: draws the tokens that token dropout leaves out; None: nothing is.
         """
         is_label, numbers = bool(labels), {label: number for number, label in enumerate(labels)}
+        if self.texts_in_context and not is_label:
+            return [self.sequence(examples)], []
         rows = [self.with_token_dropout(e, is_label, rng) if rng else self.row(e, is_label) for e in examples]
         classes = [numbers[example.target] for example in examples if is_label]
         if self.label_names and all(map(WORD.search, labels)) and not any(example.parts for example in examples):
@@ -214,11 +240,18 @@ class Encoder:
 
         return self._encode(prompt, example, is_label, self.max_tokens, keep)
 
-    def _prompt(self, example: Example, shown: Sequence[Example] = ()) -> str:
-        shots = "".join(f"{self._fill_answer(e, mark_specials(self.tokenizer, e.target.strip()))}\n\n" for e in shown)
+    def _prompt(self, example: Example, shown: Sequence[Example] = (), is_label: bool = True) -> str:
+        shots = ""
+        for shot in shown:
+            shots = self._add_shot(shots, shot, is_label)
         if self.is_masked:
             return shots + self._fill_answer(example, self.tokenizer.mask_token)
         return shots + render(self.prompt, marked_example(self.tokenizer, example))
+
+    def _add_shot(self, text: str, example: Example, is_label: bool) -> str:
+        """Return a text with an example after it. Free text ends as it is to end when it is generated."""
+        filled = self._fill_answer(example, mark_specials(self.tokenizer, example.target.strip()))
+        return f"{text}{filled}{'' if is_label else self.tokenizer.eos_token}{SHOT_END}"
 
     def _fill_answer(self, example: Example, answer: str) -> str:
         """Return the prompt with an answer in place of its mask, or at its end if it has none."""
@@ -264,7 +297,7 @@ class Encoder:
         """Return the episode for training as one row of a data set; `decode_rows` reads the two sides back."""
         is_label, encoder = bool(episode.labels), self.for_task(episode.task, episode.kind, episode.labels)
         rng = random.Random(f"{episode.task}/{episode.index}") if self.token_dropout else None
-        shown = episode.support if self.in_context else ()
+        shown = episode.support if self.shows(is_label) else ()
         sides = {
             "support": encoder.support(episode.support, list(episode.labels), rng),
             "query": (encoder.rows(episode.query, is_label, shown), class_numbers(episode, "query")),

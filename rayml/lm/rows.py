@@ -8,7 +8,7 @@ causal models. There are three differences: text may follow the mask, padding mu
 token.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -77,6 +77,27 @@ def encode(
             f"data.max_tokens={max_tokens}; raise it or shorten the target"
         )
     return TokenRow(cut_left(tokenizer, tokens, max_tokens), start - cut)
+
+
+def encode_sequence(tokenizer: Any, text: str, targets: Sequence[tuple[int, int]], max_tokens: int) -> TokenRow:
+    """Tokenise a text that holds several targets, and cut it from the left to fit `max_tokens`.
+
+    Args:
+        targets: the span of characters of each target in the plain text, without marks.
+
+    Raises:
+        DataError: a target has no token, or none is left.
+    """
+    tokens, offsets = tokenize(tokenizer, text)
+    cut = max(0, len(tokens) - max_tokens)
+    predicted = [
+        [i - cut for i, (a, b) in enumerate(offsets) if b > begin and a < end and i > cut] for begin, end in targets
+    ]
+    if not predicted[-1]:
+        raise DataError(f"a target has no token within data.max_tokens={max_tokens} ({remove_marks(text)[-60:]!r})")
+    learned = {i for indices in predicted for i in indices}
+    start = min(learned)
+    return TokenRow(tokens[cut:], start, tuple(i for i in range(start, len(tokens) - cut) if i not in learned))
 
 
 def cut_left(tokenizer: Any, tokens: list[int], most: int) -> list[int]:

@@ -118,7 +118,7 @@ class Prepared:
             encoder = replace(self._scorer.encoder, label_names=False)  # they are the examples already
             means = algorithm.model_copy(update={"prototype_steps": 0})
             return EpisodeQueries(self._scorer.lm, encoder, episodes, means)
-        if algorithm.keeps == "nothing" and not (has_labels and algorithm.keeps_states):
+        if not algorithm.keeps_examples(has_labels) and not (has_labels and algorithm.keeps_states):
             return self.queries
         return EpisodeQueries(self._scorer.lm, self._scorer.encoder, self.episodes)
 
@@ -145,7 +145,8 @@ class EpisodeQueries:
         keeps = algorithm.keeps if algorithm else "nothing"
         self.queries: TaskQueries | TaskSide
         if not episodes[0].labels:
-            self.queries = make_side(lm, encoder, episodes, "query", in_context=keeps == "prompt")
+            in_context = bool(algorithm and algorithm.shows_examples(is_label=False))
+            self.queries = make_side(lm, encoder, episodes, "query", in_context=in_context)
             return
         options = [len(e.labels) for e in episodes]
         prompts, first_tokens = [], []

@@ -58,7 +58,7 @@ def pass_rows(config: Config) -> list[int]:
 
 def prompt_examples(config: Config) -> int:
     """Return the number of examples in a query's prompt, the query included."""
-    return 1 + episode_rows(config)[0] * (config.algorithm.keeps == "prompt")
+    return 1 + episode_rows(config)[0] * config.algorithm.shows_examples(is_label=False)
 
 
 def largest_pass(config: Config, target_tokens: int) -> Pass:

@@ -118,7 +118,7 @@ def cross_validate(model: "MetaModel", first: Sequence[Row], second: Sequence[Ro
     adapters = model.adapt_many({"first": list(first), "second": list(second)})
     losses, right = [], 0
     for adapter, rows in ((adapters["first"], second), (adapters["second"], first)):
-        for answer, row in zip(adapter.predict([row.input for row in rows]), rows, strict=True):
+        for answer, row in zip(adapter.predict([dict(row.parts) or row.input for row in rows]), rows, strict=True):
             losses.append(-math.log(max(answer.probabilities[row.target], MIN_PROBABILITY)))
             right += answer.label == row.target
     return fmean(losses), right
