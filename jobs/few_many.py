@@ -168,7 +168,8 @@ class Encoder:
             for first in range(0, len(order), TOGETHER):
                 some = order[first : first + TOGETHER]
                 side = TaskSide(self.model.lm, [[rows[i] for i in some]], [[]], [[]], self.model.encoder.pad)
-                for i, vector in zip(some, self.model.lm.states(None, side.batch)[0], strict=True):
+                for i, vector in zip(some, self.model.lm.vectors(None, side.batch)[0], strict=True):
+                    vector = torch.nn.functional.normalize(vector, dim=-1)
                     self._vectors[new[i]] = vector
         return torch.stack([self._vectors[example] for example in examples])
 

@@ -35,6 +35,7 @@ from rayml.lm.peft_files import (
     save_model,
     write_card,
 )
+from rayml.lm.pooling import add_no_similarity, vector_width
 from rayml.lm.precision import choose_precision, has_sdpa, inspect_device, widest_linear
 from rayml.lm.queries import KeptSupport, Query, answer_queries, first_batch_size
 from rayml.lm.soft_prompt import TaskPrompt
@@ -230,6 +231,8 @@ class Adapter:
         means = (self.weights or {}).get(MEANS)
         if means is not None:
             classes = [index for index, mean in enumerate(means) if mean.any()]  # zeros: a label without an example
+            if self.lm.sentences:
+                means = add_no_similarity(means, vector_width(self.lm.sentences, self.lm.module.config))
             return KeptSupport((), classes, means[classes])
         all_labels = list(self.card.labels)
         rows = self.encoder.rows(self.shown, is_label=True)

@@ -2,6 +2,7 @@
 
 import math
 from itertools import pairwise
+from statistics import fmean
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from rayml.algorithms.prototypes import (
     prototypes,
     refine,
     squared_distances,
+    weigh_similarity,
 )
 from rayml.algorithms.registry import parse_algorithm
 from rayml.lm.rows import TokenRow
@@ -423,3 +425,32 @@ def test_a_readout_that_does_not_go_with_an_algorithm_is_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             make_config(tmp_path, **changes)
+
+
+def test_similarity_counts_as_far_as_it_tells_the_classes_apart():
+    """Against a loop over examples and classes."""
+    generator = torch.Generator().manual_seed(3)
+    states = torch.randn(3, 7, 5, generator=generator)
+    classes = torch.tensor([[0, 0, 1, 1, 2, -1, 1], [0, 1, 0, 1, 0, 1, 0], [0, 0, 0, 1, 1, 1, -1]])
+    states[1, :, -1] = torch.tensor([0.1, 3.0, 0.2, 3.1, 0.0, 2.9, 0.1])  # tells them apart
+    states[2, :, -1] = torch.tensor([0.0, 4.0, 0.1, 0.2, 4.0, 4.1, 9.9])
+    is_pair = torch.ones(3, 7, dtype=torch.bool)
+    found = weigh_similarity(states, classes, is_pair, 3)
+    assert torch.equal(found[..., :-1], states[..., :-1])
+    shares = []
+    for task in range(3):
+        rows = [(float(states[task, k, -1]), int(c)) for k, c in enumerate(classes[task]) if c >= 0]
+        right = asked = 0
+        for k, (own, c) in enumerate(rows):
+            rest = {label: [s for j, (s, other) in enumerate(rows) if other == label and j != k] for _, label in rows}
+            if rest[c]:
+                asked += 1
+                right += min((abs(own - fmean(some)), label) for label, some in rest.items() if some)[1] == c
+        chance = 1 / len({label for _, label in rows})
+        shares.append(min(1.0, max(0.0, 3 * ((right + 1.6) / (asked + 2) - chance) / (1 - chance))))
+        mean = fmean(own for own, _ in rows)
+        wanted = [mean + shares[-1] * (own - mean) for own, _ in rows]
+        torch.testing.assert_close(found[task, classes[task] >= 0, -1], torch.tensor(wanted))
+    assert shares[1] == 1.0
+    assert 0 < min(shares) < 1
+    assert weigh_similarity(states, classes, None, 3) is states

@@ -12,6 +12,7 @@ from statistics import fmean
 import pytest
 import torch
 from conftest import SPLITS, make_config, on_workers, perturbed_start, toy_tasks
+from safetensors.torch import load_file, save_file
 from sentence_encoders import BERT_TARGETS, write_encoder
 from serving_run import TEXTS as SERVED
 from serving_run import TICKETS, ask, learn, make_run, request
@@ -34,6 +35,8 @@ from rayml.lm.encode import Encoder, class_numbers
 from rayml.lm.load import load_base, load_tokenizer
 from rayml.lm.lora import TaskLoRA
 from rayml.lm.model import TaskLM
+from rayml.lm.peft_files import READOUT
+from rayml.lm.pooling import SIMILARITY
 from rayml.lm.queries import answer_queries
 from rayml.lm.scorer import EpisodeQueries
 from rayml.lm.sentence import INPUT, sentence_row, sentences_of
@@ -420,3 +423,52 @@ def test_a_language_model_of_the_hub_s_cache_loads_without_a_network(tmp_path, t
     own = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
     printed = subprocess.run([sys.executable, "-c", code], env=os.environ | own, capture_output=True, text=True)
     assert printed.stdout == "True torch.float32\n", printed.stderr
+
+
+PAIRS = [
+    ({"one": "red car", "other": "a car"}, "same"),
+    ({"one": "blue", "other": "the sea"}, "same"),
+    ({"one": "x y", "other": "q"}, "no"),
+    ({"one": "u", "other": "v"}, "no"),
+]
+
+
+def test_the_similarity_of_a_pair_stands_beside_its_vector(encoder):
+    """By the bare encoder, whatever the weights; zero for what is no pair, also in one batch with pairs."""
+    model, reads = encoder_lm(encoder), Encoder(load_tokenizer(encoder), INPUT, 64)
+    weights = expand(perturbed_start(model), 2)
+    examples = [Example(" ".join(given.values()), label, tuple(given.items())) for given, label in PAIRS]
+    plain = reads.rows([Example(text, "a") for text in ("red car", "a car", "blue")], True)
+    side = TaskSide(model, [reads.rows(examples, True), plain], [(), ()], [[0, 0, 1, 1], [0, 1, 0]], reads.pad)
+    states = side.states(weights)
+    vectors = torch.nn.functional.normalize(model.vectors(weights, side.batch), dim=-1)
+    torch.testing.assert_close(states[..., :-1], vectors)
+    for number, (given, _) in enumerate(PAIRS):
+        texts = collate([reads.rows([Example(text, "a") for text in given.values()], True)], reads.pad)
+        one, other = model.vectors(None, texts)[0]
+        expected = SIMILARITY * torch.nn.functional.cosine_similarity(one, other, dim=0)
+        torch.testing.assert_close(states[0, number, -1], expected, rtol=1e-4, atol=1e-4)
+    assert not states[1, :, -1].any()
+    torch.testing.assert_close(model.states(weights, side.batch.to(torch.device("cpu"))), states)
+
+
+def test_pairs_are_learned_saved_and_asked(tmp_path, encoder):
+    """Prototypes that were kept before texts of pairs were compared have one number less, and still answer."""
+    algorithm = {"name": "proto_maml", "readout": "prototypes", "prototype_steps": 0}
+    model = untrained_model(encoder_config(tmp_path, encoder, algorithm=algorithm), toy_tasks())
+    adapter = model.adapt(PAIRS, steps=0)
+    means = adapter.weights[MEANS]
+    assert means[:, -1].abs().min() > 0
+    adapter.save(tmp_path / "pairs")
+    asked = [given for given, _ in PAIRS]
+    wanted = [answer.probabilities for answer in adapter.predict(asked)]
+    assert [answer.probabilities for answer in rayml.load_adapter(tmp_path / "pairs").predict(asked)] == [
+        pytest.approx(some, abs=1e-5) for some in wanted
+    ]
+    texts = model.adapt([("a", "x"), ("b", "y"), ("c", "x")], steps=0)
+    assert not texts.weights[MEANS][:, -1].any()
+    texts.save(tmp_path / "texts")
+    readout = load_file(tmp_path / "texts" / READOUT)
+    save_file(readout | {MEANS: readout[MEANS][:, :-1].contiguous()}, tmp_path / "texts" / READOUT)
+    before = rayml.load_adapter(tmp_path / "texts").predict("a").probabilities
+    assert before == pytest.approx(texts.predict("a").probabilities, abs=1e-6)

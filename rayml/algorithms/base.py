@@ -57,6 +57,10 @@ class Side(LabelledStates, Protocol):
         """`[T, K]` bool: the rows of labels' own texts (`Algorithm.label_names`). Classes are not asked of them."""
 
     @property
+    def is_pair(self) -> "Tensor | None":
+        """`[T, K]` bool: rows of two texts, whose states end with how similar these are; None if there are none."""
+
+    @property
     def label_tokens(self) -> "Tensor":
         """`[T, C]`: the first token of each class's label; -1 where a task has no such class."""
 

@@ -90,8 +90,9 @@ class Readout(NamedTuple):
 
         def losses(weights: Params) -> Tensor:
             read = support.read(weights, self.pooling)
-            protos = self.means_of(support, read.states)
-            distances = leave_one_out(read.states, protos, support.classes)
+            states = weigh_similarity(read.states, support.classes, support.is_pair, support.ways)
+            protos = self.means_of(support, states)
+            distances = leave_one_out(states, protos, support.classes)
             others = protos.counts.gather(1, support.classes.clamp(min=0)) - 1
             classes = support.classes.masked_fill((others <= 0) | support.is_name, -1)
             scores = logits(distances, protos.counts, weights)
@@ -109,7 +110,10 @@ class Readout(NamedTuple):
         tokens = support.label_tokens if self.labels else None
 
         def losses(weights: Params) -> Tensor:
-            protos = self.means_of(support, support.states(weights, self.pooling))
+            states = weigh_similarity(
+                support.states(weights, self.pooling), support.classes, support.is_pair, support.ways
+            )
+            protos = self.means_of(support, states)
             read = query.read(weights, self.pooling, tokens)
             distances = squared_distances(read.states, protos)
             scores = logits(distances, protos.counts, weights, read.label_log_probs)
@@ -131,9 +135,10 @@ class Readout(NamedTuple):
     def kept(self, support: Side, weights: Params | None) -> list[Params]:
         """Return what answers need of each learned task's support: its prototypes; nothing for free text."""
         read = support.read(weights, self.pooling, support.label_tokens if self.labels else None)
-        counts = self._counts(support, read.states)
-        means = prototypes(read.states, support.classes, support.ways, counts)
-        protos = refine(means, read.states, support.classes, counts, weights, self.steps, read.label_log_probs)
+        states = weigh_similarity(read.states, support.classes, support.is_pair, support.ways)
+        counts = self._counts(support, states)
+        means = prototypes(states, support.classes, support.ways, counts)
+        protos = refine(means, states, support.classes, counts, weights, self.steps, read.label_log_probs)
         ways = (support.classes.max(1).values + 1).tolist()
         return [{MEANS: mean[:count].clone()} if count else {} for mean, count in zip(protos.means, ways, strict=True)]
 
@@ -237,6 +242,42 @@ def example_counts(states: Tensor, classes: Tensor, is_name: Tensor, most: int, 
     own = (members * examples.sum(1).unsqueeze(1)).sum(-1)  # the examples of each row's class
     counts = torch.minimum(worth.unsqueeze(1), own)
     return torch.where(is_name, counts.where(counts >= LEAST, 0.0), 1.0)
+
+
+def weigh_similarity(states: Tensor, classes: Tensor, is_pair: Tensor | None, ways: int) -> Tensor:
+    """Return the states of a support, with the similarity of each pair, their last number, moved towards its mean.
+
+    What is left of its distance to the mean is the share
+
+        min(1, 3 (a - 1/C) / (1 - 1/C)),    0 below chance
+
+    where a is the share of the examples whose similarity is nearest to the mean of their own class, of its other
+    examples. So it counts where classes differ in how similar the texts are, as with paraphrases or answers, and not
+    where one text is a name in the other. As in `example_counts`, a begins with a few examples that are right.
+
+    Args:
+        states: `[T, K, D + 1]`.
+        classes: `[T, K]`; -1 for rows of padding.
+        is_pair: `[T, K]`; None returns the states as they are.
+    """
+    if is_pair is None:
+        return states
+    similarity = states[..., -1].detach()
+    asked = is_pair & (classes >= 0)
+    classes = classes.masked_fill(~asked, -1)
+    members = one_hot(classes, ways)
+    alone = similarity.unsqueeze(-1)
+    left = members.sum(1, keepdim=True) - members.int()
+    others = ((members * alone).sum(1, keepdim=True) - members * alone) / left.clamp(min=1)
+    nearest = (alone - others).abs().masked_fill(left == 0, torch.inf).argmin(-1)
+    asked &= (members & (left > 0)).any(-1)
+    share = ((nearest == classes) & asked).sum(1) + PRIOR_EXAMPLES * PRIOR_SHARE
+    share = share / (asked.sum(1) + PRIOR_EXAMPLES)
+    chance = 1 / members.any(1).sum(1).clamp(min=2)
+    kept = (3 * (share - chance) / (1 - chance)).clamp(0.0, 1.0).unsqueeze(-1)
+    known = classes >= 0
+    mean = (similarity * known).sum(1, keepdim=True) / known.sum(1, keepdim=True).clamp(min=1)
+    return torch.cat([states[..., :-1], (mean + kept * (similarity - mean)).unsqueeze(-1)], dim=-1)
 
 
 def squared_distances(states: Tensor, protos: Prototypes) -> Tensor:

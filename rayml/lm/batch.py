@@ -82,6 +82,11 @@ class TaskBatch:
     prompts: Tensor | None = None
     """`[T, K, 2]`: the first and last position of each example's prompt in the flattened tokens, in the task's own
     order; 0 and 0 for padding."""
+    pairs: "TaskBatch | None" = None
+    """The two texts of each example that is a pair for a sentence encoder, one after the other: `[T * 2 K, L]`, those
+    of other examples with one token. None if there are no pairs."""
+    is_pair: Tensor | None = None
+    """`[T, K]` bool, if there are pairs: which examples are."""
 
     def to(self, device: torch.device) -> "TaskBatch":
         """Return the batch on a device, with all that forwards need of it; a copy from pinned memory does not wait."""
@@ -92,9 +97,10 @@ class TaskBatch:
         return self._map(Tensor.pin_memory)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "TaskBatch":
-        names = "tokens", "targets", "allowed", "position_ids", "prompts"
+        names = "tokens", "targets", "allowed", "position_ids", "prompts", "is_pair"
         cached = ("scored",) if self.prompts is None else ("scored", "read_at", "seen")
-        changed = replace(self, frozen=[], **{name: map_tensors(getattr(self, name), change) for name in names})
+        mapped = {name: map_tensors(getattr(self, name), change) for name in names}
+        changed = replace(self, frozen=[], pairs=self.pairs and self.pairs._map(change), **mapped)
         vars(changed).update({name: map_tensors(getattr(self, name), change) for name in cached})
         return changed
 
@@ -190,7 +196,18 @@ def collate(
         None if packing is one_each else position_ids.flatten(0, 1),
         examples=tuple(located),
         prompts=prompts,
+        **pairs_of(tasks, pad),
     )
+
+
+def pairs_of(tasks: Sequence[Sequence[TokenRow]], pad: int) -> dict[str, Any]:
+    """Return a batch's texts of pairs, and which examples are pairs; nothing if none is."""
+    are_pairs = [torch.tensor([bool(row.pair) for row in task]) for task in tasks]
+    if not any(some.any() for some in are_pairs):
+        return {}
+    texts = [[text for row in task for text in row.pair or ((pad,), (pad,))] for task in tasks]
+    rows = [[TokenRow(list(tokens), len(tokens)) for tokens in task] for task in texts]
+    return {"pairs": collate(rows, pad), "is_pair": nn.utils.rnn.pad_sequence(are_pairs, batch_first=True)}
 
 
 @dataclass(frozen=True, slots=True)

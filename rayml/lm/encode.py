@@ -22,6 +22,8 @@ from rayml.tasks.templates import render
 CHANNEL = "Label: {}\nText:"
 """The text before the input when the input is scored given a label (`data.scoring: channel`)."""
 NO_TEXT = Example("", "")
+PAIR = 2
+"""How many parts an input has whose parts a sentence encoder compares."""
 SHOT_END = "\n\n"
 """Stands after each example in a prompt."""
 WORD = re.compile(r"[^\W\d_]{2}")
@@ -260,12 +262,19 @@ class Encoder:
 
     def _encode(self, prompt: str, example: Example, is_label: bool, max_tokens: int, keep: Any = None) -> TokenRow:
         if self.sentences:
-            return sentence_row(self.tokenizer, self.sentences, remove_marks(prompt), max_tokens, keep)
+            return self._sentence_row(self.sentences, remove_marks(prompt), example.parts, max_tokens, keep)
         target = mark_specials(self.tokenizer, example.target.strip())
         if self.is_masked:
             return masked_row(self.tokenizer, prompt, target, is_label, max_tokens, keep)
         ends = self.ends_labels or not is_label
         return self._add_soft_tokens(encode(self.tokenizer, prompt, f" {target}", ends, max_tokens, keep))
+
+    def _sentence_row(self, sentences: Sentences, text: str, parts: Parts, max_tokens: int, keep: Any) -> TokenRow:
+        row = sentence_row(self.tokenizer, sentences, text, max_tokens, keep)
+        if len(parts) != PAIR:
+            return row
+        pair = (sentence_row(self.tokenizer, sentences, part, max_tokens) for _, part in parts)
+        return replace(row, pair=tuple(tuple(one.tokens) for one in pair))
 
     def _add_soft_tokens(self, row: TokenRow) -> TokenRow:
         count = self.soft_tokens
@@ -311,6 +320,7 @@ class Encoder:
                 "loss_masked": [list(row.loss_masked) for row in rows],
                 "suffixes": [list(row.suffix) for row in rows],
                 "is_name": [row.is_name for row in rows],
+                "pairs": [[list(tokens) for tokens in row.pair] for row in rows],
                 "classes": classes,
             }
         return record

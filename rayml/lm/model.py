@@ -17,7 +17,7 @@ from rayml.lm.frozen import FrozenLayers, KnownStates
 from rayml.lm.label_losses import MOST_LOGITS, Choices, token_losses
 from rayml.lm.label_trie import IGNORE
 from rayml.lm.lora import TaskLoRA, layer_number
-from rayml.lm.pooling import pool_prompts, pool_sentences
+from rayml.lm.pooling import add_similarity, pool_prompts, pool_sentences
 from rayml.lm.rows import TokenRow
 from rayml.lm.sentence import SENTENCES_KEY, Sentences
 from rayml.lm.soft_prompt import TaskPrompt
@@ -223,15 +223,22 @@ class TaskLM:
     def states(self, weights: Params | None, batch: TaskBatch, pooling: Pooling = "last") -> Tensor:
         """Return a vector of unit length for each prompt, `[T, K, D]` in fp32.
 
-        It is a pooled hidden state (`pool_prompts`), or a sentence encoder's vector of the text.
+        It is a pooled hidden state (`pool_prompts`), or a sentence encoder's vector of the text, followed by how
+        similar the texts of a pair are, `[T, K, D + 1]` (`add_similarity`).
         """
         if self.sentences:
-            return nn.functional.normalize(self.vectors(weights, batch), dim=-1)
+            vectors = nn.functional.normalize(self.vectors(weights, batch), dim=-1)
+            return add_similarity(vectors, self._pair_vectors(batch), batch.is_pair)
         assert batch.prompts is not None
         hidden: list[Tensor] = []
         ends = batch.prompts[..., 1].flatten()
         self._batch_logits(ends, weights, batch, hidden)
         return pool_prompts(hidden[0], batch, pooling)
+
+    @torch.no_grad()
+    def _pair_vectors(self, batch: TaskBatch) -> Tensor | None:
+        """Return the bare encoder's vectors of the texts of pairs: adapted ones diverge, and rank pairs no better."""
+        return None if batch.pairs is None else self.vectors(None, batch.pairs)
 
     def vectors(self, weights: Params | None, batch: TaskBatch) -> Tensor:
         """Return a sentence encoder's vector of each text, `[T, K, D]` in fp32."""

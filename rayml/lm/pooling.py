@@ -1,11 +1,16 @@
 """Pool hidden states into one vector for each prompt, or for each text of a sentence encoder."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from rayml.algorithms.prototypes import Pooling
 from rayml.lm.batch import TaskBatch
 from rayml.lm.sentence import Sentences
+
+SIMILARITY = 4.0
+"""What the similarity of a pair counts beside a vector of length 1; chosen on pairs of three data sets."""
 
 
 def pool_prompts(hidden: Tensor, batch: TaskBatch, pooling: Pooling) -> Tensor:
@@ -34,6 +39,33 @@ def pool_sentences(sentences: Sentences, hidden: Tensor, seen: Tensor) -> Tensor
     states, mask = hidden.float(), seen.unsqueeze(-1).float()
     vectors = torch.cat([_pool(kind, states, mask) for kind in sentences.poolings], dim=-1)
     return nn.functional.normalize(vectors, dim=-1) if sentences.is_unit else vectors
+
+
+def add_similarity(vectors: Tensor, texts: Tensor | None, is_pair: Tensor | None) -> Tensor:
+    """Return unit vectors `[T, K, D]` with one more number, `[T, K, D + 1]`: how similar the two texts of a pair are.
+
+    Whether one text answers, repeats or follows from another is in what both have in common, and hardly in the vector
+    of both together. The number is SIMILARITY times the cosine of their vectors; zero for what is no pair.
+
+    Args:
+        texts: the bare encoder's vectors of the texts of the pairs, `[T, 2 K, D]`; None if there are no pairs.
+        is_pair: `[T, K]` bool.
+    """
+    if texts is None or is_pair is None:
+        return nn.functional.pad(vectors, (0, 1))
+    one, other = texts.unflatten(1, (-1, 2)).unbind(2)
+    similarity = SIMILARITY * nn.functional.cosine_similarity(one, other, dim=-1) * is_pair
+    return torch.cat([vectors, similarity.unsqueeze(-1)], dim=-1)
+
+
+def vector_width(sentences: Sentences, config: Any) -> int:
+    """Return the length of a sentence encoder's vector, by its model's config."""
+    return len(sentences.poolings) * config.hidden_size
+
+
+def add_no_similarity(prototypes: Tensor, width: int) -> Tensor:
+    """Return a sentence encoder's prototypes as wide as its states are, if they were kept before `add_similarity`."""
+    return nn.functional.pad(prototypes, (0, 1)) if prototypes.shape[-1] == width else prototypes
 
 
 def _pool(kind: str, states: Tensor, mask: Tensor) -> Tensor:

@@ -37,6 +37,8 @@ class TokenRow:
     """What a masked model reads after the mask, which is the last token before `start`."""
     is_name: bool = False
     """Whether it shows a label's own text, in place of an example; it has no target."""
+    pair: tuple[tuple[int, ...], ...] = ()
+    """The tokens of each of two texts that a sentence encoder compares (`rayml.lm.pooling.add_similarity`)."""
 
     def without_target(self) -> "TokenRow":
         return replace(self, tokens=self.tokens[: self.start], loss_masked=())

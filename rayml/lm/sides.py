@@ -60,6 +60,10 @@ class TaskSide:
         return torch.nn.utils.rnn.pad_sequence(names, batch_first=True).to(self.lm.device)
 
     @property
+    def is_pair(self) -> Tensor | None:
+        return self.batch.is_pair
+
+    @property
     def ways(self) -> int:
         return 1 + max((number for classes in self.row_classes for number in classes), default=0)
 
@@ -110,10 +114,10 @@ def training_sides(
 
 def decode_rows(side: dict[str, Any]) -> list[TokenRow]:
     """Return the rows of one side of a record that `Encoder.episode` made."""
-    columns = side["tokens"], side["starts"], side["loss_masked"], side["suffixes"], side["is_name"]
+    columns = side["tokens"], side["starts"], side["loss_masked"], side["suffixes"], side["is_name"], side["pairs"]
     return [
-        TokenRow(list(tokens), start, tuple(loss_masked), tuple(suffix), bool(is_name))
-        for tokens, start, loss_masked, suffix, is_name in zip(*columns, strict=True)
+        TokenRow(list(tokens), start, tuple(loss_masked), tuple(suffix), bool(is_name), tuple(map(tuple, pair)))
+        for tokens, start, loss_masked, suffix, is_name, pair in zip(*columns, strict=True)
     ]
 
 

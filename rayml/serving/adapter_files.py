@@ -64,7 +64,7 @@ class AdapterConstraints:
     """The run's. Adapters may have been learned by it, or by any that comes with rayml."""
     prompt_width: int = 0
     """The width of the embeddings if soft prompts are served; 0 if LoRA is."""
-    hidden_size: int = 0
+    prototype_size: int = 0
     """The width of prototypes."""
     vocabulary: int = 0
     """The number of tokens; 0 for a sentence encoder, which has no label tokens."""
@@ -123,9 +123,12 @@ def _read_readout(path: Path, card: AdapterCard, fits: AdapterConstraints) -> Pa
     with open_safetensors(path) as file:
         shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
         classes = (shapes.get(MEANS) or [0])[0]
-        expected = {SCALE: [], MIX: [], MEANS: [classes, fits.hidden_size]}
+        size = fits.prototype_size
+        if not fits.vocabulary and shapes.get(MEANS) == [classes, size - 1]:
+            size -= 1  # kept before texts of pairs were compared (`rayml.lm.pooling.add_no_similarity`)
+        expected = {SCALE: [], MIX: [], MEANS: [classes, size]}
         if not 1 <= classes <= len(card.labels) or any(expected.get(name) != shapes[name] for name in shapes):
-            raise RunError(f"{READOUT} holds {shapes}; expected {MEANS} of {len(card.labels)} x {fits.hidden_size}")
+            raise RunError(f"{READOUT} holds {shapes}; expected {MEANS} of {len(card.labels)} x {fits.prototype_size}")
         readout = {name: file.get_tensor(name).float() for name in shapes}
     if any(abs(readout[name]) > MOST_LOG for name in (SCALE, MIX) if name in readout):
         raise RunError(f"{READOUT} has a scale or a mix that is out of range")

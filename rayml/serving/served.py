@@ -11,6 +11,7 @@ from rayml.lm.abilities import refuse_unable
 from rayml.lm.catalog import public_name, resolve_model
 from rayml.lm.lora import all_linears, linear_kinds
 from rayml.lm.model import TaskLM, hooks
+from rayml.lm.pooling import vector_width
 from rayml.lm.sentence import SENTENCES_KEY, read_sentences
 from rayml.lm.trials import matches_peft, small_copy
 from rayml.runs.files import AnyPath
@@ -61,7 +62,7 @@ def adapter_constraints(config: Config, base: str, module: Any, limits: Adapters
         most_bytes=limits.most_bytes,
         algorithm=config.algorithm,
         prompt_width=width if config.soft_tokens else 0,
-        hidden_size=len(sentences.poolings) * module.config.hidden_size if sentences else head.in_features,
+        prototype_size=vector_width(sentences, module.config) + 1 if sentences else head.in_features,
         vocabulary=0 if sentences else head.out_features,
     )
 
