@@ -73,7 +73,7 @@ def adaptation_request(model: "MetaModel", task: Task) -> AdaptationRequest:
     label_names = shown_labels(task, task.options, config.data.labels)  # from the user's labels to what the model sees
     encoder = model.encoder.for_task(task.name, task.kind, label_names.values())
     examples = [relabel(example, label_names.get(example.target)) for example in task.examples]
-    kept_examples = examples if algorithm.keeps_examples(bool(task.options)) else []
+    kept_examples = encoder.shown(examples, bool(task.options)) if algorithm.keeps != "states" else examples
     settings = algorithm.settings()
     first_tokens: list[int] = []
     if task.options and algorithm.prototypes is not None:

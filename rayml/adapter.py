@@ -200,7 +200,7 @@ class Adapter:
             prompts = prompts_of(self.lm, encoder, [example], labels[0])
             return Query(prompts, self.weights, self.algorithm, KeptSupport(rows, indices), indices)
         if not self.kept:
-            shown = self.shown if self.algorithm.keeps == "prompt" else ()
+            shown = self.shown if self.algorithm.shows_examples(bool(self.labels)) else ()
             prompts = weighted_prompts(self.lm, encoder, [example], labels, shown)
             return Query(prompts, self.weights, self.algorithm)
         all_labels = list(self.card.labels)

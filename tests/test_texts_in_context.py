@@ -109,3 +109,15 @@ def test_a_run_learns_texts_in_context(tmp_path, local_mode):
 def test_it_cannot_be_sharded():
     assert parse_algorithm({"name": "fomaml_plus"}).runs_sharded
     assert not parse_algorithm({"name": "fomaml_plus", "texts_in_context": True}).runs_sharded
+
+
+def test_examples_that_have_no_room_in_the_prompt_are_learned_all_the_same(encoder, monkeypatch):
+    size = len(encoder.row(EXAMPLES[0], is_label=False).tokens)
+    monkeypatch.setattr("rayml.lm.encode.SHOWN_TOKENS", 2 * size + 1)
+    many = [EXAMPLES[0]] * 5
+    rows, _ = encoder.support(many, [])
+    assert [row.tokens for row in rows] == [encoder.sequence(many[:n]).tokens for n in (2, 2, 1)]
+    assert len(encoder.shown(many, is_label=False)) == 2
+    assert encoder.shown(many, is_label=True) == ()
+    monkeypatch.setattr("rayml.lm.encode.SHOWN_TOKENS", 1)  # one is shown at least
+    assert len(encoder.shown(many, is_label=False)) == 1

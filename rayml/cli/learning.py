@@ -17,7 +17,10 @@ from rayml.tasks.formats.text import comma_separated
 if TYPE_CHECKING:
     from rayml.adapter import Adapter
 
-STARTS = "A run folder that `rayml train` made, or its URI; or a start: `minilm`, `smollm2-135m`, or a model's folder."
+STARTS = (
+    "A run folder that `rayml train` made, or its URI; or a start: `minilm`, `smollm2-135m`, `smollm2-135m-texts` (for "
+    "spans, answers and other texts), or a model's folder."
+)
 
 
 @app.command()
@@ -38,6 +41,7 @@ def adapt(
     """
     from rayml.adapter import new_folder
     from rayml.runs.folder import RunFolder
+    from rayml.starts.choice import READER, WRITER
     from rayml.tasks.read import read_rows
 
     folder = new_folder(out_dir)
@@ -56,6 +60,8 @@ def adapt(
         err.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
     adapter = model.adapt(rows, name=name or folder.name, steps=steps)
     adapter.save(folder)
+    if model.run.start == READER and not adapter.labels:
+        err.print(f"{READER} was trained on labels; {WRITER} does better at texts", style="yellow")
     out.print(describe_adapter(adapter))
     if adapter.losses[-1] > adapter.losses[0]:
         warning = "the loss rose: the inner steps are too long for this task; lower inner.lr, or learn it"

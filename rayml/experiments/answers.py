@@ -169,7 +169,7 @@ def label_answers(episode: Episode, log_probs: torch.Tensor) -> list[dict[str, A
 def text_answers(method: LearnedMethod, episode: Episode, setting: Setting) -> list[dict[str, Any]]:
     """Return the text that is generated, greedily, for each query."""
     scorer, encoder = method.scorer, method.scorer.encoder.for_task(episode.task, episode.kind)
-    shown = episode.support if encoder.shows(is_label=False) and method.takes_support else ()
+    shown = encoder.shown(episode.support, is_label=False) if method.takes_support else ()
     longest_target = max(len(encoder.tokenizer(example.target)["input_ids"]) for example in episode.support)
     most_tokens = min(encoder.max_tokens, 2 * longest_target + SPARE_TOKENS)
     prompts = [encoder.prompt_tokens(query, shown) for query in episode.query]

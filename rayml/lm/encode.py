@@ -26,6 +26,8 @@ PAIR = 2
 """How many parts an input has whose parts a sentence encoder compares."""
 SHOT_END = "\n\n"
 """Stands after each example in a prompt."""
+SHOWN_TOKENS = 2048
+"""The most tokens of examples in a prompt of `texts_in_context`; half of the context, where that is less."""
 WORD = re.compile(r"[^\W\d_]{2}")
 """Two letters of any script in a row: without them a label is a code."""
 
@@ -67,6 +69,26 @@ class Encoder:
     def shows(self, is_label: bool) -> bool:
         """Return whether the support stands in the queries' prompt."""
         return self.in_context or (self.texts_in_context and not is_label)
+
+    def shown(self, support: Sequence[Example], is_label: bool) -> Sequence[Example]:
+        """Return the examples of a support that stand in the queries' prompt: of free text, as many as have room."""
+        if self.in_context or not self.shows(is_label):
+            return support if self.in_context else ()
+        return self._parts(support)[0]
+
+    def _parts(self, examples: Sequence[Example]) -> list[list[Example]]:
+        """Return examples of free text in groups that have room in a prompt each."""
+        room = min(SHOWN_TOKENS, self.tokenizer.model_max_length // 2)
+        parts: list[list[Example]] = []
+        left = 0
+        for example in examples:
+            tokens = len(self.row(example, is_label=False).tokens)
+            if tokens > left:
+                parts.append([])
+                left = room
+            parts[-1].append(example)
+            left -= tokens
+        return parts
 
     def for_task(self, task: str, kind: str, labels: Iterable[str] = ()) -> "Encoder":
         """Return the encoder of a task.
@@ -153,7 +175,7 @@ class Encoder:
         """
         is_label, numbers = bool(labels), {label: number for number, label in enumerate(labels)}
         if self.texts_in_context and not is_label:
-            return [self.sequence(examples)], []
+            return [self.sequence(part) for part in self._parts(examples)], []
         rows = [self.with_token_dropout(e, is_label, rng) if rng else self.row(e, is_label) for e in examples]
         classes = [numbers[example.target] for example in examples if is_label]
         if self.label_names and all(map(WORD.search, labels)) and not any(example.parts for example in examples):
@@ -306,7 +328,7 @@ class Encoder:
         """Return the episode for training as one row of a data set; `decode_rows` reads the two sides back."""
         is_label, encoder = bool(episode.labels), self.for_task(episode.task, episode.kind, episode.labels)
         rng = random.Random(f"{episode.task}/{episode.index}") if self.token_dropout else None
-        shown = episode.support if self.shows(is_label) else ()
+        shown = self.shown(episode.support, is_label)
         sides = {
             "support": encoder.support(episode.support, list(episode.labels), rng),
             "query": (encoder.rows(episode.query, is_label, shown), class_numbers(episode, "query")),

@@ -224,7 +224,8 @@ def make_side(
         if side == "support":
             side_rows, side_classes = task_encoder.support(e.support, list(e.labels))
         else:
-            side_rows = task_encoder.rows(e.query, bool(e.labels), e.support if in_context else ())
+            shown = task_encoder.shown(e.support, bool(e.labels)) if in_context else ()
+            side_rows = task_encoder.rows(e.query, bool(e.labels), shown)
             side_classes = class_numbers(e, side)
         rows.append(side_rows)
         classes.append(side_classes)

@@ -54,7 +54,7 @@ def build_queries(
         ApiError: 400, an input is too long, and not to be truncated; 422, a label that cannot be scored.
     """
     encoder = adapter.encoder
-    shown = adapter.shown if adapter.algorithm.keeps == "prompt" else []
+    shown = adapter.shown if adapter.algorithm.shows_examples(bool(adapter.labels)) else []
     most_tokens = min(encoder.max_tokens * (len(shown) + 1) + encoder.soft_tokens, context)
     queries = []
     for number, given in enumerate(inputs):
