@@ -40,14 +40,14 @@ from rayml.lm.pooling import SIMILARITY
 from rayml.lm.queries import answer_queries
 from rayml.lm.scorer import EpisodeQueries
 from rayml.lm.sentence import INPUT, sentence_row, sentences_of
-from rayml.lm.sides import TaskSide
+from rayml.lm.sides import TaskSide, decode_rows
 from rayml.model import untrained_model
 from rayml.planning.shape import read_shape
 from rayml.runs.files import parse_path
 from rayml.serving.adapter_files import PLAIN_CARD
 from rayml.serving.replica import Replica
 from rayml.serving.settings import Serving
-from rayml.tasks.episodes import EVALUATION_SEED, Sampler
+from rayml.tasks.episodes import EVALUATION_SEED, Episode, Sampler
 from rayml.tasks.prepare import prepare_splits
 from rayml.tasks.task import Example
 from rayml.training import collective
@@ -449,6 +449,9 @@ def test_the_similarity_of_a_pair_stands_beside_its_vector(encoder):
         expected = SIMILARITY * torch.nn.functional.cosine_similarity(one, other, dim=0)
         torch.testing.assert_close(states[0, number, -1], expected, rtol=1e-4, atol=1e-4)
     assert not states[1, :, -1].any()
+    episode = Episode(0, "t", tuple(examples), tuple(examples[:1]), {"same": "same", "no": "no"}, "pair")
+    record = reads.episode(episode)  # as Ray Data carries it to the workers
+    assert decode_rows(record["support"]) == reads.rows(examples, True)
     torch.testing.assert_close(model.states(weights, side.batch.to(torch.device("cpu"))), states)
 
 

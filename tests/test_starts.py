@@ -28,7 +28,14 @@ from rayml.runs.folder import RunFolder
 from rayml.serving.replica import Replica
 from rayml.serving.settings import Serving
 from rayml.starts import LEARNED, run_folder_of, shipped, shipped_tensors, start_named, untrained_state
-from rayml.starts.choice import MOST_EACH, MOST_LABELS, choose_start, split_halves, starts_for_kind
+from rayml.starts.choice import (
+    MOST_EACH,
+    MOST_LABELS,
+    choose_start,
+    cross_validate,
+    split_halves,
+    starts_for_kind,
+)
 from rayml.tasks.read import rows_from_examples
 from rayml.training.driver import train
 
@@ -248,6 +255,17 @@ def test_some_kinds_of_tasks_take_a_language_model():
     spans = rows_from_examples([("to Rome", [{"text": "Rome", "type": "city"}]), ("no", [])])
     assert list(starts_for_kind(spans, every)[0]) == ["smollm2-135m-texts"]
     assert list(starts_for_kind(spans, ("runs/mine", *every))[0]) == ["runs/mine", "smollm2-135m-texts"]
+
+
+def test_pairs_are_tried_as_pairs(tiny):
+    labels = ("same", "other")
+    pairs = rows_from_examples(
+        [({"one": a, "two": b}, label) for a, b, label in (("x", "y", "same"), ("u", "v", "other"))]
+    )
+    rows = [replace(row, options=labels) for row in pairs]
+    loss, right = cross_validate(load("tiny"), rows, rows)
+    assert loss > 0
+    assert 0 <= right <= 4
 
 
 def test_a_start_that_is_not_installed_is_left_out_and_named(monkeypatch, tiny):

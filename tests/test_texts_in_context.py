@@ -11,6 +11,7 @@ import rayml
 from rayml.algorithms.registry import parse_algorithm
 from rayml.errors import DataError
 from rayml.lm.encode import Encoder
+from rayml.lm.scorer import EpisodeQueries
 from rayml.lm.sides import TaskSide
 from rayml.tasks.episodes import Episode
 from rayml.tasks.task import Example, Task
@@ -60,7 +61,7 @@ def test_its_loss_is_that_of_each_example_after_those_before_it(encoder, tiny):
 
 def test_a_support_that_is_too_long_loses_its_beginning(encoder):
     whole = encoder.sequence(EXAMPLES)
-    most = (len(whole.tokens) - 4) // 3
+    most = (len(whole.tokens) - whole.start - 2) // 3  # the cut is within the first target
     row = replace(encoder, max_tokens=most).sequence(EXAMPLES)
     assert row.tokens == whole.tokens[-3 * most :]
     cut = len(whole.tokens) - 3 * most
@@ -104,6 +105,15 @@ def test_a_run_learns_texts_in_context(tmp_path, local_mode):
     again = rayml.load_adapter(tmp_path / "adapter")
     assert [str(a) for a in again.predict(["to Bonn", "no"])] == [str(a) for a in adapter.predict(["to Bonn", "no"])]
     assert not model.adapt([("a", "x"), ("b", "y"), ("c", "x")]).shown
+    query = adapter.query(Example("to Bonn", ""), ["none", "city: Bonn"])
+    assert EXAMPLES[0].input in model.encoder.tokenizer.decode(query.option_queries[0].rows[0].tokens)
+
+    episode, scorer = Episode(0, "t", tuple(EXAMPLES[:2]), (EXAMPLES[2],), {}, "text"), model.scorer()
+    losses = EpisodeQueries(model.lm, model.encoder, [episode], model.config.algorithm).scores(None)
+    row = model.encoder.for_task("t", "text").row(EXAMPLES[2], False, EXAMPLES[:2])
+    alone = TaskSide(model.lm, [[row]], [[]], [[]], model.encoder.pad).losses(None)
+    assert losses == pytest.approx(alone.tolist(), rel=1e-5)
+    assert scorer.curves([episode], model.start, model.inner_lrs)[0].scores[0] > 0
 
 
 def test_it_cannot_be_sharded():
