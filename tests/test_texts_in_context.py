@@ -8,6 +8,7 @@ import torch
 from conftest import SPLITS, make_config, perturbed_start, tiny_lm, toy_tasks, write_tasks
 
 import rayml
+from rayml.algorithms.inner_loop import expand
 from rayml.algorithms.registry import parse_algorithm
 from rayml.errors import DataError
 from rayml.lm.encode import Encoder
@@ -101,6 +102,9 @@ def test_a_run_learns_texts_in_context(tmp_path, local_mode):
     model = rayml.load(run)
     adapter = model.adapt(ROWS, steps=1)
     assert adapter.shown == [replace(e, parts=()) for e in EXAMPLES]
+    together = model.encoder.for_task("task", "text").sequence(EXAMPLES)
+    side = TaskSide(model.lm, [[together]], [[]], [[]], model.encoder.pad)
+    assert adapter.losses[0] == pytest.approx(float(side.losses(expand(model.start, 1))), rel=1e-4)
     adapter.save(tmp_path / "adapter")
     again = rayml.load_adapter(tmp_path / "adapter")
     assert [str(a) for a in again.predict(["to Bonn", "no"])] == [str(a) for a in adapter.predict(["to Bonn", "no"])]
