@@ -176,20 +176,20 @@ class Encoder:
 
 def of_start(model: MetaModel, episode: Episode, steps: int | None) -> float:
     """Return the accuracy after adapting from a start."""
-    adapter = model.adapt(as_rows(episode, episode.support), name=episode.task, steps=steps)
-    answers = adapter.predict([row["input"] for row in as_rows(episode, episode.query)])
+    adapter = model.adapt(as_rows(episode.kind, episode.support), name=episode.task, steps=steps)
+    answers = adapter.predict([row["input"] for row in as_rows(episode.kind, episode.query)])
     return fmean(answer.label == e.target for answer, e in zip(answers, episode.query, strict=True))
 
 
-def as_rows(episode: Episode, examples: Sequence[Example]) -> list[dict[str, Any]]:
+def as_rows(kind: str, examples: Sequence[Example]) -> list[dict[str, Any]]:
     """Return examples as a user gives them: an input in parts is a dict."""
-    kind = {"kind": episode.kind} if episode.kind else {}
-    return [{"input": dict(e.parts) or e.input, "target": e.target, **kind} for e in examples]
+    told = {"kind": kind} if kind else {}
+    return [{"input": dict(e.parts) or e.input, "target": e.target, **told} for e in examples]
 
 
 def better(models: dict[str, MetaModel], episode: Episode) -> str:
     """Return the start that answers each half of the support best after learning the other."""
-    one, other = split_halves(rows_from_examples(as_rows(episode, episode.support)))
+    one, other = split_halves(rows_from_examples(as_rows(episode.kind, episode.support)))
     return min(models, key=lambda name: cross_validate(models[name], one, other)[0])
 
 

@@ -16,10 +16,9 @@ from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import torch
-from few_many import Scores, table
+from few_many import Scores, as_rows, table
 
 import rayml
 from rayml.adaptation import adaptation_request, support_side
@@ -56,9 +55,9 @@ def main() -> None:
             for draw in range(asked.draws):
                 support, query = drawn(task, shots, asked.most, draw)
                 for name, model in starts.items():
-                    adapter = model.adapt(as_rows(task, support), name=task.name, steps=asked.steps)
+                    adapter = model.adapt(as_rows(task.kind or "text", support), name=task.name, steps=asked.steps)
                     found[name][task.name].append(score(adapter, task, query))
-                adapter = bare.adapt(as_rows(task, support), name=task.name, steps=0)
+                adapter = bare.adapt(as_rows(task.kind or "text", support), name=task.name, steps=0)
                 found[IN_CONTEXT][task.name].append(score(adapter, task, query))
                 if asked.lora:
                     adapter = fine_tuned(bare, task, support, asked.lora)
@@ -75,10 +74,6 @@ def drawn(task: Task, shots: int, most: int, seed: int) -> tuple[list[Example], 
     return examples[:shots], examples[shots:]
 
 
-def as_rows(task: Task, examples: list[Example]) -> list[dict[str, Any]]:
-    return [{"input": dict(e.parts) or e.input, "target": e.target, "kind": task.kind or "text"} for e in examples]
-
-
 def score(adapter: rayml.Adapter, task: Task, query: list[Example]) -> float:
     answers = adapter.predict([dict(example.parts) or example.input for example in query])
     pairs = zip(query, answers, strict=True)
@@ -88,17 +83,19 @@ def score(adapter: rayml.Adapter, task: Task, query: list[Example]) -> float:
 
 def untrained(model: MetaModel) -> MetaModel:
     """Return the bare model, which shows free text in the prompt."""
-    algorithm = model.config.algorithm.model_copy(update={"texts_in_context": True})
+    return replace(with_texts(model, in_context=True), start=model.untrained)
+
+
+def with_texts(model: MetaModel, *, in_context: bool) -> MetaModel:
+    algorithm = model.config.algorithm.model_copy(update={"texts_in_context": in_context})
     config = model.config.model_copy(update={"algorithm": algorithm})
-    return replace(model, config=config, start=model.untrained, encoder=replace(model.encoder, texts_in_context=True))
+    return replace(model, config=config, encoder=replace(model.encoder, texts_in_context=in_context))
 
 
 @torch.enable_grad()
 def fine_tuned(model: MetaModel, task: Task, support: list[Example], steps: int) -> rayml.Adapter:
     """Return an adapter that AdamW learned on one task alone, without examples in the prompt."""
-    algorithm = model.config.algorithm.model_copy(update={"texts_in_context": False})
-    config = model.config.model_copy(update={"algorithm": algorithm})
-    model = replace(model, config=config, encoder=replace(model.encoder, texts_in_context=False))
+    model = with_texts(model, in_context=False)
     request = adaptation_request(model, Task(task.name, tuple(support), (), task.kind))
     losses = support_side(model, [request]).losses
     weights = {name: weight.clone().unsqueeze(0).requires_grad_() for name, weight in model.start.items()}

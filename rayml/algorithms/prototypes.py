@@ -90,7 +90,7 @@ class Readout(NamedTuple):
 
         def losses(weights: Params) -> Tensor:
             read = support.read(weights, self.pooling)
-            states = weigh_similarity(read.states, support.classes, support.is_pair, support.ways)
+            states = weighed(support, read.states)
             protos = self.means_of(support, states)
             distances = leave_one_out(states, protos, support.classes)
             others = protos.counts.gather(1, support.classes.clamp(min=0)) - 1
@@ -110,10 +110,7 @@ class Readout(NamedTuple):
         tokens = support.label_tokens if self.labels else None
 
         def losses(weights: Params) -> Tensor:
-            states = weigh_similarity(
-                support.states(weights, self.pooling), support.classes, support.is_pair, support.ways
-            )
-            protos = self.means_of(support, states)
+            protos = self.means_of(support, weighed(support, support.states(weights, self.pooling)))
             read = query.read(weights, self.pooling, tokens)
             distances = squared_distances(read.states, protos)
             scores = logits(distances, protos.counts, weights, read.label_log_probs)
@@ -135,7 +132,7 @@ class Readout(NamedTuple):
     def kept(self, support: Side, weights: Params | None) -> list[Params]:
         """Return what answers need of each learned task's support: its prototypes; nothing for free text."""
         read = support.read(weights, self.pooling, support.label_tokens if self.labels else None)
-        states = weigh_similarity(read.states, support.classes, support.is_pair, support.ways)
+        states = weighed(support, read.states)
         counts = self._counts(support, states)
         means = prototypes(states, support.classes, support.ways, counts)
         protos = refine(means, states, support.classes, counts, weights, self.steps, read.label_log_probs)
@@ -244,6 +241,11 @@ def example_counts(states: Tensor, classes: Tensor, is_name: Tensor, most: int, 
     return torch.where(is_name, counts.where(counts >= LEAST, 0.0), 1.0)
 
 
+def weighed(support: Side, states: Tensor) -> Tensor:
+    """Return the states of a support, with the similarity of its pairs weighed, if it has any."""
+    return weigh_similarity(states, support.classes, support.is_pair, support.ways)
+
+
 def weigh_similarity(states: Tensor, classes: Tensor, is_pair: Tensor | None, ways: int) -> Tensor:
     """Return the states of a support, with the similarity of each pair, their last number, moved towards its mean.
 
@@ -263,19 +265,18 @@ def weigh_similarity(states: Tensor, classes: Tensor, is_pair: Tensor | None, wa
     if is_pair is None:
         return states
     similarity = states[..., -1].detach()
-    asked = is_pair & (classes >= 0)
-    classes = classes.masked_fill(~asked, -1)
+    known = is_pair & (classes >= 0)
+    classes = classes.masked_fill(~known, -1)
     members = one_hot(classes, ways)
     alone = similarity.unsqueeze(-1)
     left = members.sum(1, keepdim=True) - members.int()
     others = ((members * alone).sum(1, keepdim=True) - members * alone) / left.clamp(min=1)
     nearest = (alone - others).abs().masked_fill(left == 0, torch.inf).argmin(-1)
-    asked &= (members & (left > 0)).any(-1)
+    asked = (members & (left > 0)).any(-1)
     share = ((nearest == classes) & asked).sum(1) + PRIOR_EXAMPLES * PRIOR_SHARE
     share = share / (asked.sum(1) + PRIOR_EXAMPLES)
     chance = 1 / members.any(1).sum(1).clamp(min=2)
     kept = (3 * (share - chance) / (1 - chance)).clamp(0.0, 1.0).unsqueeze(-1)
-    known = classes >= 0
     mean = (similarity * known).sum(1, keepdim=True) / known.sum(1, keepdim=True).clamp(min=1)
     return torch.cat([states[..., :-1], (mean + kept * (similarity - mean)).unsqueeze(-1)], dim=-1)
 

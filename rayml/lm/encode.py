@@ -66,15 +66,11 @@ class Encoder:
     texts_in_context: bool = False
     """Free text is learned and answered with its task's examples in the prompt (`Algorithm.texts_in_context`)."""
 
-    def shows(self, is_label: bool) -> bool:
-        """Return whether the support stands in the queries' prompt."""
-        return self.in_context or (self.texts_in_context and not is_label)
-
     def shown(self, support: Sequence[Example], is_label: bool) -> Sequence[Example]:
         """Return the examples of a support that stand in the queries' prompt: of free text, as many as have room."""
-        if self.in_context or not self.shows(is_label):
-            return support if self.in_context else ()
-        return self._parts(support)[0]
+        if self.in_context:
+            return support
+        return self._parts(support)[0] if self.texts_in_context and not is_label else ()
 
     def _parts(self, examples: Sequence[Example]) -> list[list[Example]]:
         """Return examples of free text in groups that have room in a prompt each."""

@@ -244,7 +244,8 @@ def repeated_rows(job: Job, encoder: Encoder) -> list[TokenRow]:
         (fetch_once(job.val) if job.val else (), validations * config.validation.episodes),
     ):
         drawn = episodes * data.ways * (data.shots + data.queries)
-        if not encoder.shows(is_label=False) and drawn >= MIN_REPEATS * sum(len(task.examples) for task in tasks):
+        shows = config.algorithm.shows_examples(is_label=False)
+        if not shows and drawn >= MIN_REPEATS * sum(len(task.examples) for task in tasks):
             for task in tasks:
                 rows += task_rows(encoder.for_task(task.name, task.kind), task, data.labels)
     return rows
