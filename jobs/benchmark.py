@@ -44,8 +44,7 @@ from rayml.lm.load import DTYPES, load_base, load_tokenizer
 from rayml.lm.lora import B, TaskLoRA, is_in_layer, layer_number
 from rayml.lm.model import TaskLM
 from rayml.lm.precision import resolve_precision_here
-from rayml.lm.rows import TokenRow
-from rayml.lm.sides import decode_rows
+from rayml.lm.rows import TokenRow, decode_rows
 from rayml.tasks.prepare import prepare_splits
 
 OURS = "rayml"

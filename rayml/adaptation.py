@@ -9,6 +9,7 @@ import torch
 from rayml.algorithms.base import Algorithm
 from rayml.algorithms.inner_loop import Params, TaskLosses, adapt_in_parts
 from rayml.errors import DataError
+from rayml.lm.check_tasks import check_tasks
 from rayml.lm.encode import fields
 from rayml.lm.fine_tuning import inner_loss_transform
 from rayml.lm.peft_files import AdapterCard
@@ -69,7 +70,7 @@ def adaptation_request(model: "MetaModel", task: Task) -> AdaptationRequest:
     if config.data.labels == "letters" and len(task.options) > len(LETTERS):
         raise DataError(f"task {task.name!r} has {len(task.options)} classes; a run with data.labels=letters knows 26")
     algorithm.check([task])
-    model.encoder.check([task])
+    check_tasks(model.encoder, [task])
     label_names = shown_labels(task, task.options, config.data.labels)  # from the user's labels to what the model sees
     encoder = model.encoder.for_task(task.name, task.kind, label_names.values())
     examples = [relabel(example, label_names.get(example.target)) for example in task.examples]

@@ -19,6 +19,7 @@ from rayml.algorithms.registry import algorithm_of
 from rayml.errors import ConfigError, RunError
 from rayml.lm.abilities import refuse_misbehaving, refuse_peft_mismatch, why_unusable
 from rayml.lm.catalog import public_name, resolve_model
+from rayml.lm.check_tasks import indistinct_labels
 from rayml.lm.encode import Encoder, label_examples
 from rayml.lm.generate import prepare_generations, write
 from rayml.lm.load import load_base, load_tokenizer
@@ -177,7 +178,7 @@ class Adapter:
         """
         options = option_texts(options)
         if not self.card.labels:
-            if alike := self.encoder.indistinct_labels(options):
+            if alike := indistinct_labels(self.encoder, options):
                 raise ConfigError(f"options: {alike}")
             return {option: option for option in options}
         shown = {label: shown_label for shown_label, label in self.card.labels.items()}

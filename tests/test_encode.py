@@ -12,13 +12,13 @@ from transformers import PreTrainedTokenizerFast
 from rayml.errors import DataError
 from rayml.lm.batch import IGNORE, collate
 from rayml.lm.catalog import resolve_model
+from rayml.lm.check_tasks import check_tasks, indistinct_labels
 from rayml.lm.encode import Encoder
 from rayml.lm.label_trie import LabelTrie, is_prefix_free
 from rayml.lm.load import load_tokenizer
 from rayml.lm.option_scoring import OptionBatch, OptionQuery, PromptEnsemble, weighted_prompts
-from rayml.lm.rows import encode
+from rayml.lm.rows import decode_rows, encode
 from rayml.lm.scorer import make_side
-from rayml.lm.sides import decode_rows
 from rayml.lm.tokens import tokenize
 from rayml.tasks.episodes import Episode, Sampler
 from rayml.tasks.task import Example, Task
@@ -62,7 +62,7 @@ def test_a_target_without_a_prompt_is_all_predicted(tokenizer):
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     plain = Encoder(PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<e>"), "{input}", max_tokens=40)
     assert plain.label_tokens(["billing", "delivery"]) == [[0], [1]]
-    assert not plain.indistinct_labels(["billing", "delivery"])
+    assert not indistinct_labels(plain, ["billing", "delivery"])
 
 
 def test_free_text_ends_with_the_end_of_sequence_and_labels_do_not(encoder, tokenizer):
@@ -82,7 +82,7 @@ def test_a_long_prompt_loses_its_beginning_and_never_its_target(encoder, tokeniz
 def test_targets_that_cannot_be_learned_are_refused(encoder, target, message):
     task = Task("t", (Example("a", target), Example("b", "fine")))
     with pytest.raises(DataError, match=f"task 't'.*{message}"):
-        encoder.check([task])
+        check_tasks(encoder, [task])
 
 
 def test_collate_predicts_each_target_token_from_the_one_before(tokenizer):

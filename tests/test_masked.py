@@ -22,6 +22,7 @@ from rayml.algorithms.inner_loop import task_gradients
 from rayml.errors import DataError
 from rayml.lm.batch import collate
 from rayml.lm.catalog import resolve_model
+from rayml.lm.check_tasks import check_tasks
 from rayml.lm.encode import Encoder
 from rayml.lm.load import load_base, load_tokenizer
 from rayml.lm.lora import B, TaskLoRA
@@ -137,9 +138,9 @@ def test_other_encoders_are_asked_at_the_mask_of_several_lengths(kind, words, tm
 def test_what_a_mask_cannot_say_is_refused_by_name(words):
     encoder = pickle.loads(pickle.dumps(Encoder(words, "{input}:", 48)))
     with pytest.raises(DataError, match=r"label 'two words' has .* data\.labels=letters"):
-        encoder.check([Task("t", (Example("x", "two words"), Example("y", "A")), ("two words", "A"))])
+        check_tasks(encoder, [Task("t", (Example("x", "two words"), Example("y", "A")), ("two words", "A"))])
     with pytest.raises(DataError, match="writes no text"):
-        encoder.check([Task("t", (Example("x", "free"),), kind="text")])
+        check_tasks(encoder, [Task("t", (Example("x", "free"),), kind="text")])
 
 
 @pytest.fixture(scope="module")

@@ -28,6 +28,7 @@ from rayml.config import load_config
 from rayml.errors import ConfigError, DataError
 from rayml.lm.catalog import resolve_model
 from rayml.lm.chat import chat_row
+from rayml.lm.check_tasks import check_tasks
 from rayml.lm.encode import Encoder
 from rayml.lm.load import load_tokenizer
 from rayml.lm.tokens import mark_specials, specials_of, tokenize
@@ -156,7 +157,7 @@ def test_labels_of_the_same_tokens_are_refused_by_name():
     encoder = Encoder(load_tokenizer(resolve_model("tiny")), "{input}", 64)
     task = Task("t", tuple(Example(f"x{label}", label) for label in labels), tuple(labels))
     with pytest.raises(DataError, match="'好' and '坏' are the same tokens"):
-        encoder.check([task])
+        check_tasks(encoder, [task])
 
 
 # Formats

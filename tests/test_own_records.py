@@ -175,6 +175,16 @@ def test_several_answers_to_a_question_are_each_right(row, tmp_path):
     assert (tags[0].target, tags[0].kind) == ("x; y", "multilabel")
 
 
+def test_true_and_false_are_labels_of_a_question(tmp_path):
+    """As in BoolQ. They were answers to write."""
+    rows, _ = read(tmp_path, "a.jsonl", lines([{"passage": "p", "question": "q", "answer": True}]))
+    assert (rows[0].target, rows[0].kind) == ("true", "pair")
+    texts, _ = read(tmp_path, "b.jsonl", lines([{"passage": "p", "question": "q", "answer": "true"}]))
+    assert texts[0].kind == "qa"
+    alone, _ = read(tmp_path, "c.jsonl", lines([{"input": {"question": "q"}, "target": False}]))
+    assert (alone[0].target, alone[0].kind) == ("false", "")
+
+
 @pytest.mark.parametrize(
     "row",
     [

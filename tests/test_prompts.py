@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from rayml.algorithms.inner_loop import expand
 from rayml.errors import ConfigError, DataError
+from rayml.lm.check_tasks import check_tasks
 from rayml.lm.encode import CHANNEL, Encoder
 from rayml.lm.option_scoring import PromptEnsemble, weighted_prompts
 from rayml.tasks.task import Example, Task
@@ -117,5 +118,5 @@ def test_templates_are_checked_against_the_tasks_before_a_run(tokenizer):
     task = Task("nli", (PAIR,), ("yes", "no"), "pair")
     encoder = encoder_of(tokenizer, templates=(("pair", ("{{ premise }}:", "{{ wrong }}:")),))
     with pytest.raises(DataError, match=r"task 'nli': template '{{ wrong }}:'"):
-        encoder.check([task])
-    encoder_of(tokenizer, templates=(("pair", ("{{ premise }}:",)),)).check([task])
+        check_tasks(encoder, [task])
+    check_tasks(encoder_of(tokenizer, templates=(("pair", ("{{ premise }}:",)),)), [task])

@@ -38,9 +38,10 @@ from rayml.lm.model import TaskLM
 from rayml.lm.peft_files import READOUT
 from rayml.lm.pooling import SIMILARITY
 from rayml.lm.queries import answer_queries
+from rayml.lm.rows import decode_rows
 from rayml.lm.scorer import EpisodeQueries
 from rayml.lm.sentence import INPUT, sentence_row, sentences_of
-from rayml.lm.sides import TaskSide, decode_rows
+from rayml.lm.sides import TaskSide
 from rayml.model import untrained_model
 from rayml.planning.shape import read_shape
 from rayml.runs.files import parse_path

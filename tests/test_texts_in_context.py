@@ -11,6 +11,7 @@ import rayml
 from rayml.algorithms.inner_loop import expand
 from rayml.algorithms.registry import parse_algorithm
 from rayml.errors import DataError
+from rayml.lm.check_tasks import check_tasks
 from rayml.lm.encode import Encoder
 from rayml.lm.scorer import EpisodeQueries
 from rayml.lm.sides import TaskSide
@@ -70,7 +71,7 @@ def test_a_support_that_is_too_long_loses_its_beginning(encoder):
     assert {i + cut for i in positions[1]} == {i for i in positions[0] if i > cut}
     long = Example("x", "word " * 200)
     with pytest.raises(DataError, match="leaves no room for its input"):
-        encoder.check([Task("t", (long, *EXAMPLES), (), "text")])
+        check_tasks(encoder, [Task("t", (long, *EXAMPLES), (), "text")])
 
 
 def test_special_tokens_that_were_typed_stay_text(encoder):

@@ -36,8 +36,9 @@ def adapt(
 ) -> None:
     """Learn one new task from a few examples. Writes a stock PEFT folder, which vLLM and LoRAX load, too.
 
-    You get your own labels back: the folder records how the model sees them. Without a RUN, each start that comes with
-    rayml learns one half of your examples and answers the other, and the better one is used.
+    You get your own labels back: the folder records how the model sees them. Without a RUN, texts are learned by the
+    start for texts. For labels, each other start learns one half of your examples and answers the other, and the better
+    one is used.
     """
     from rayml.adapter import new_folder
     from rayml.runs.folder import RunFolder
@@ -47,7 +48,9 @@ def adapt(
     folder = new_folder(out_dir)
     rows = read_rows([examples])
     if run is None:
-        with show_activity(err, "each start learns one half of the examples, and answers the other"):
+        with show_activity(
+            err, "choosing a start; for labels, each answers half of the examples after learning the other"
+        ):
             model, reason, _ = rayml.choose_start(rows)
         err.print(reason, style="dim", markup=False, highlight=False, soft_wrap=True)
     else:

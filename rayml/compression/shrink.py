@@ -27,7 +27,7 @@ from rayml.lm.label_trie import IGNORE
 from rayml.lm.load import DTYPES, load_base
 from rayml.lm.lora import A, B
 from rayml.lm.model import TaskLM
-from rayml.lm.sides import decode_rows
+from rayml.lm.rows import decode_rows
 from rayml.model import MetaModel
 from rayml.tasks.episodes import SUPPORT_SEED
 from rayml.tasks.prepare import prepare_splits

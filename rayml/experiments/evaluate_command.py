@@ -106,6 +106,7 @@ def _load_model(run: Any, config: Config, tasks: Sequence[Task], checkpoint: str
     """Load the model of a run, and check that it can answer the tasks."""
     with show_activity(err, "loading libraries and model"):
         from rayml.lm.abilities import refuse_without_text
+        from rayml.lm.check_tasks import check_tasks
         from rayml.model import load
 
         refuse_without_text(config, tasks)
@@ -114,7 +115,7 @@ def _load_model(run: Any, config: Config, tasks: Sequence[Task], checkpoint: str
         raise RunError("an untrained start is evaluated beside a run's; give a run")
     for line in (f"{model.run.start or model.run.path}: {model.checkpoint}", str(model.precision)):
         err.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
-    model.encoder.check(tasks)
+    check_tasks(model.encoder, tasks)
     return model
 
 

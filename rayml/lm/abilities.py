@@ -15,6 +15,7 @@ from rayml.algorithms.outer_loop import initial_log_inner_lrs
 from rayml.algorithms.prototypes import is_readout
 from rayml.errors import ConfigError, RunError
 from rayml.lm.catalog import resolve_model
+from rayml.lm.check_tasks import check_tasks
 from rayml.lm.load import check_weights, context_tokens, load_shape, load_tokenizer
 from rayml.lm.lora import A, B, find_linears
 from rayml.lm.model import TaskLM
@@ -52,7 +53,7 @@ def checked_model(config: "Config", tasks: Sequence[Task]) -> tuple[str, "Encode
     """
     base = resolve_model(config.model.name)
     encoder = config.encoder(load_tokenizer(base))
-    encoder.check(tasks)
+    check_tasks(encoder, tasks)
     check_model(config, base, tasks, encoder.tokenizer)
     return base, encoder
 

@@ -8,15 +8,23 @@ from fnmatch import fnmatchcase
 from itertools import pairwise, takewhile
 from typing import Any
 
-from rayml.errors import DataError
 from rayml.lm.chat import ANSWERS, chat_prompt, chat_row
 from rayml.lm.label_trie import is_prefix_free
-from rayml.lm.rows import TokenRow, cut_left, encode, encode_sequence, masked_row, predicts_masks, soft_tokens
+from rayml.lm.rows import (
+    TokenRow,
+    cut_left,
+    encode,
+    encode_rows,
+    encode_sequence,
+    masked_row,
+    predicts_masks,
+    soft_tokens,
+)
 from rayml.lm.sentence import Sentences, sentence_row, sentences_of
 from rayml.lm.tokens import BLANK, mark_specials, marked_example, remove_marks
 from rayml.tasks.episodes import Episode, LabelScheme, relabel
 from rayml.tasks.kinds import KINDS
-from rayml.tasks.task import Example, Parts, Task
+from rayml.tasks.task import Example, Parts
 from rayml.tasks.templates import render
 
 CHANNEL = "Label: {}\nText:"
@@ -332,58 +340,8 @@ class Encoder:
         labels = encoder.competing_tokens(episode.labels, episode.support[0])
         record: dict[str, Any] = {"index": episode.index, "task": episode.task, "labels": labels}
         for side, (rows, classes) in sides.items():
-            record[side] = {
-                "tokens": [row.tokens for row in rows],
-                "starts": [row.start for row in rows],
-                "loss_masked": [list(row.loss_masked) for row in rows],
-                "suffixes": [list(row.suffix) for row in rows],
-                "is_name": [row.is_name for row in rows],
-                "pairs": [[list(tokens) for tokens in row.pair] for row in rows],
-                "classes": classes,
-            }
+            record[side] = encode_rows(rows) | {"classes": classes}
         return record
-
-    def check(self, tasks: Iterable[Task]) -> None:
-        """Raise one DataError that names all templates that do not fit their task, and all unlearnable targets."""
-        errors = []
-        for task in tasks:
-            encoder, is_dialogue = self.for_task(task.name, task.kind), task.kind == "dialogue"
-            if problem := encoder.indistinct_labels(task.options, task.examples[0]):
-                errors.append(f"task {task.name!r}: {problem}")
-            if self.sentences and not task.options:
-                advice = "give examples of two labels or more, or `options` in the rows"
-                errors.append(f"task {task.name!r}: a sentence encoder writes no text; {advice}")
-                continue
-            # One example of every target, and of every set of parts, stands for all.
-            samples = {e.target: e for e in task.examples} | {fields(e.parts): e for e in task.examples}
-            for example in task.examples if is_dialogue else samples.values():
-                try:
-                    labelled = relabel(example, "A" if task.options and self.labels == "letters" else None)
-                    encoder.row(labelled if is_dialogue else without_input(labelled), bool(task.options))
-                    for prompt in encoder.ensemble:
-                        render(prompt, example)
-                except DataError as error:
-                    errors.append(f"task {task.name!r}: {error}")
-        if errors:
-            raise DataError("targets, or prompts, that cannot be learned:\n  " + "\n  ".join(errors[:20]))
-
-    def indistinct_labels(self, labels: Sequence[str], example: Example = NO_TEXT) -> str:
-        """Return a message that names two labels with the same tokens; "" if all labels differ.
-
-        Labels in a script that the vocabulary lacks have the same tokens, as have labels that differ only in what the
-        tokenizer drops, such as case.
-        """
-        by_tokens: dict[tuple[int, ...], str] = {}
-        for label in labels if self.labels == "words" and not self.sentences else ():
-            try:
-                row = self.row(relabel(without_input(example), label), is_label=True)
-            except DataError as error:
-                return str(error)
-            other = by_tokens.setdefault(tuple(row.tokens[row.start :]), label)
-            if other != label:
-                advice = "rename one, or use data.labels=letters"
-                return f"labels {other!r} and {label!r} are the same tokens to this model; {advice}"
-        return ""
 
 
 def one_is_prefix(labels: Iterable[str]) -> bool:

@@ -13,7 +13,7 @@ from rayml.lm.frozen import ALONE, WorkerShare
 from rayml.lm.lora import A, TaskLoRA
 from rayml.lm.model import TaskLM
 from rayml.lm.parameters import trained_parameters
-from rayml.lm.sides import decode_rows
+from rayml.lm.rows import decode_rows
 from rayml.lm.soft_prompt import TaskPrompt
 from rayml.tasks.task import Task
 

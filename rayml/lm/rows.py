@@ -8,7 +8,7 @@ causal models. There are three differences: text may follow the mask, padding mu
 token.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -100,6 +100,27 @@ def encode_sequence(tokenizer: Any, text: str, targets: Sequence[tuple[int, int]
     learned = {i for indices in predicted for i in indices}
     start = min(learned)
     return TokenRow(tokens[cut:], start, tuple(i for i in range(start, len(tokens) - cut) if i not in learned))
+
+
+def encode_rows(rows: Sequence[TokenRow]) -> dict[str, Any]:
+    """Return rows as columns of plain lists, which Ray Data carries; `decode_rows` reads them back."""
+    return {
+        "tokens": [row.tokens for row in rows],
+        "starts": [row.start for row in rows],
+        "loss_masked": [list(row.loss_masked) for row in rows],
+        "suffixes": [list(row.suffix) for row in rows],
+        "is_name": [row.is_name for row in rows],
+        "pairs": [[list(tokens) for tokens in row.pair] for row in rows],
+    }
+
+
+def decode_rows(side: Mapping[str, Any]) -> list[TokenRow]:
+    """Return the rows that `encode_rows` wrote."""
+    columns = side["tokens"], side["starts"], side["loss_masked"], side["suffixes"], side["is_name"], side["pairs"]
+    return [
+        TokenRow(list(tokens), start, tuple(loss_masked), tuple(suffix), bool(is_name), tuple(map(tuple, pair)))
+        for tokens, start, loss_masked, suffix, is_name, pair in zip(*columns, strict=True)
+    ]
 
 
 def cut_left(tokenizer: Any, tokens: list[int], most: int) -> list[int]:

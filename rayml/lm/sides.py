@@ -12,7 +12,7 @@ from rayml.algorithms.prototypes import Pooling, Read
 from rayml.config import Config
 from rayml.lm.batch import TaskBatch, collate
 from rayml.lm.label_trie import Label
-from rayml.lm.rows import TokenRow
+from rayml.lm.rows import TokenRow, decode_rows
 
 if TYPE_CHECKING:
     from rayml.lm.model import TaskLM
@@ -110,15 +110,6 @@ def training_sides(
     # Adversarial steps and dropout masks are drawn for each row, so that a row must hold one example.
     drops = regularize.lora_dropout > 0
     return side("support", packs=not (drops or regularize.adversarial > 0)), side("query", packs=not drops)
-
-
-def decode_rows(side: dict[str, Any]) -> list[TokenRow]:
-    """Return the rows of one side of a record that `Encoder.episode` made."""
-    columns = side["tokens"], side["starts"], side["loss_masked"], side["suffixes"], side["is_name"], side["pairs"]
-    return [
-        TokenRow(list(tokens), start, tuple(loss_masked), tuple(suffix), bool(is_name), tuple(map(tuple, pair)))
-        for tokens, start, loss_masked, suffix, is_name, pair in zip(*columns, strict=True)
-    ]
 
 
 def side_batch(episodes: Sequence[dict[str, Any]], side: str, pad: int, packs: bool = False) -> TaskBatch:

@@ -55,14 +55,18 @@ KINDS = {
 }
 
 
-def infer_kind(fields: Sequence[str], target: Any) -> str:
-    """Return the kind that a row's fields and target imply; "" for a plain label or text."""
+def infer_kind(fields: Sequence[str], target: Any, verdict: bool = False) -> str:
+    """Return the kind that a row's fields and target imply; "" for a plain label or text.
+
+    Args:
+        verdict: the target is true or false: a label of what is asked (as in BoolQ), and no text to write.
+    """
     if isinstance(target, list):
         return "ner" if any(isinstance(item, dict) for item in target) else "multilabel"
     names = set(fields)
     if {"head", "tail"} <= names:
         return "relation"
-    if "question" in names:
+    if "question" in names and not verdict:
         return "qa"
     return "pair" if len(names) == 2 else ""
 

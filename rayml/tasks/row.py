@@ -82,7 +82,8 @@ def parse_row(record: Mapping[str, Any], columns: Mapping[str, str], default_tas
     others: list[Any] = []
     if isinstance(target, list) and (kind or _kind_of_answers(parts, target_column)) == "qa":
         kind, target, others = "qa", next(iter(target), ""), target[1:]
-    kind = kind or infer_kind([name for name, _ in parts], target)
+    verdict = isinstance(record.get(target_column), bool)
+    kind = kind or infer_kind([name for name, _ in parts], target, verdict)
     is_list = isinstance(target, list)
     if is_list:
         target = _format_list(target, target_column)
