@@ -13,6 +13,7 @@ from rayml.serving.errors import ApiError
 from rayml.serving.http import read_body
 from rayml.serving.schema import AdapterRequest, Body, ChatRequest, ClassifyRequest, CompletionRequest, parse
 from rayml.serving.settings import Limits
+from rayml.tasks.row import parse_row
 from rayml.tasks.templates import unused_fields
 
 USER = {"role": "user", "content": "x"}
@@ -48,6 +49,12 @@ def parsed(kind: type[Body], changes: dict):
         (AdapterRequest, {"strict": True}, "strict", "strict: unknown field; the fields are examples"),
         (AdapterRequest, {"str": 1}, "str", "unknown field"),
         (AdapterRequest, {"examples": [{"input": "a", "target": "b", "list[x": 1}]}, "examples.0.list[x", "unknown"),
+        (AdapterRequest, {"examples": [{"input": "a", "target": 1}]}, "examples.0.target", "string"),
+        (AdapterRequest, {"examples": [{"input": "a", "target": ["x", 1]}]}, "examples.0.target.1", "string"),
+        (AdapterRequest, {"examples": [{"input": "a", "target": [{"text": "x"}]}]},
+         "examples.0.target.0.type", "required"),
+        (AdapterRequest, {"kind": "qa", "examples": [{"input": "a", "target": ["x"]}]}, None, "kind 'multilabel'"),
+        (AdapterRequest, {"kind": ["ner"], "examples": [{"input": "a", "target": ["x"]}]}, None, "ner"),
         (CompletionRequest, {"temperature": "1"}, "temperature", "number"),
         (CompletionRequest, {"n": True}, "n", "integer"),
         (CompletionRequest, {"echo": True}, "echo", "False"),
@@ -64,6 +71,19 @@ def test_what_would_succeed_wrongly_is_refused_by_name(kind, changes, field, say
     with pytest.raises(ApiError, match=f"(?i){says}") as refused:
         parsed(kind, changes)
     assert (refused.value.status, refused.value.param) == (400, field)
+
+
+def test_lists_of_labels_and_of_spans_are_read_as_in_a_file():
+    spans = [{"text": "Ada; Bo", "type": "who: all"}, {"text": "May", "type": "day"}]
+    records = [{"input": "nothing", "target": []}, {"input": "Ada; Bo in May", "target": spans}]
+    rows = [parse_row(record, {}, "t", "") for record in records]
+    request = parsed(AdapterRequest, {"examples": records})
+    assert [example.example().target for example in request.examples] == [row.target for row in rows]
+    assert request.kind == rows[1].kind == "ner"
+    as_texts = {"kind": "ner", "examples": [{"input": row.input, "target": row.target} for row in rows]}
+    assert request == parsed(AdapterRequest, as_texts)  # and so has the same id, and can be kept as text
+    topics = parsed(AdapterRequest, {"examples": [{"input": "a", "target": ["x", "y"]}], "kind": "multilabel"})
+    assert (topics.kind, topics.examples[0].example().target) == ("multilabel", "x; y")
 
 
 @pytest.mark.parametrize("body", [b'{"model": "m", "input": "x", "input": "y"}', b'{"model": "m", "input": {"input": "x", "input": "y"}}'])  # fmt: skip  # noqa: E501

@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from rayml.serving.errors import ApiError
 from rayml.serving.store import NAME, UNNAMED
 from rayml.tasks.episodes import relabel
-from rayml.tasks.kinds import KindName
+from rayml.tasks.kinds import KindName, format_target, infer_kind
 from rayml.tasks.row import query_example
 from rayml.tasks.task import Example, format_conversation
 
@@ -113,11 +113,27 @@ class Message(Body):
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
+class Span(Body):
+    """A part of the input, such as a name, and what it is."""
+
+    text: Label
+    type: Label
+
+    @classmethod
+    def list_as_text(cls, items: "list[str | Span]") -> str:
+        """Return a list of labels, or of spans, as the text that is learned."""
+        return format_target([item.model_dump() if isinstance(item, cls) else item for item in items])
+
+
+Items = Annotated[list[Label | Span], AfterValidator(Span.list_as_text)]
+
+
 class ExampleBody(Body):
     """`{"input", "target"}`, or `{"messages"}`, whose last message is the assistant's answer."""
 
     input: Input | None = None
-    target: Label | None = None
+    target: Label | Items | None = None
+    """A label or a text; or a list of labels, or of spans, which may be empty."""
     messages: list[Message] | None = None
 
     @model_validator(mode="after")
@@ -155,6 +171,20 @@ class AdapterRequest(Body):
     background: bool = False
     """Answer 202 at once, and learn in the background; `GET /v1/adapters/{id}` shows the progress. The header
     `Prefer: respond-async` does the same."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _add_kind(cls, body: Any) -> Any:
+        """Add the kind of examples whose targets are lists, as in files of examples."""
+        examples = body.get("examples") if type(body) is dict else None
+        targets = [e.get("target") for e in examples if type(e) is dict] if type(examples) is list else []
+        lists = sorted((target for target in targets if type(target) is list), key=len)
+        if not lists:
+            return body
+        kind = infer_kind((), lists[-1])
+        if body.get("kind") not in (None, kind):
+            raise ValueError(f"targets that are lists are of kind {kind!r}, not {body['kind']!r}")
+        return body | {"kind": kind}
 
     @property
     def pairs(self) -> list[Any]:
