@@ -42,6 +42,7 @@ from rayml.lm.queries import KeptSupport, Query, answer_queries, first_batch_siz
 from rayml.lm.soft_prompt import TaskPrompt
 from rayml.lm.tokens import mark_embeddings
 from rayml.runs.files import AnyPath, local_copy, local_output, parse_path
+from rayml.tasks.kinds import parse_target
 from rayml.tasks.read import to_plain
 from rayml.tasks.row import Input, as_text, is_dialogue, query_example
 from rayml.tasks.task import Example
@@ -64,6 +65,8 @@ class Prediction:
     """The most probable label, or the generated text."""
     probabilities: dict[str, float] = field(default_factory=dict)
     """Probability of every option, by your own label, summing to 1; empty for a generated text."""
+    items: list[Any] | None = None
+    """The labels, or the spans `{"text", "type"}`, that a generated text lists; None if targets are no lists."""
 
     @property
     def label(self) -> str | None:
@@ -271,7 +274,8 @@ class Adapter:
         )
         for first in range(0, len(texts), MOST_TEXTS):
             write(self.lm, texts[first : first + MOST_TEXTS])
-        return [Prediction(text.piece().text.strip()) for text in texts]
+        answers = [text.piece().text.strip() for text in texts]
+        return [Prediction(answer, items=parse_target(self.card.kind, answer)) for answer in answers]
 
 
 def option_texts(options: Iterable[Any] | None) -> list[str]:

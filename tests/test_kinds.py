@@ -15,7 +15,7 @@ from rayml.lm.encode import Encoder
 from rayml.lm.label_trie import IGNORE
 from rayml.lm.load import load_tokenizer
 from rayml.lm.model import TaskLM
-from rayml.tasks.kinds import CHAT, format_target, parse_labels, parse_spans
+from rayml.tasks.kinds import CHAT, format_target, parse_labels, parse_spans, parse_target
 from rayml.tasks.prepare import prepare_tasks
 from rayml.tasks.read import read_rows
 from rayml.tasks.row import query_example
@@ -186,6 +186,10 @@ def test_targets_are_written_and_read_back():
     assert format_target([]) == "none"
     assert parse_labels("none") == parse_spans("none") == []
     assert parse_spans(format_target([{"text": "上海", "type": "LOC"}])) == [("LOC", "上海")]
+    spans = [{"text": "a; b: c\\", "type": "x: y"}, {"text": "none", "type": "z"}]
+    assert (parse_target("ner", format_target(spans)), parse_target("ner", "none")) == (spans, [])
+    assert parse_target("multilabel", format_target(["none", "a; b"])) == ["none", "a; b"]
+    assert parse_target("text", "a; b") is None
     assert parse_spans("LOC: ; what, PER: 李明: x") == [("what, PER", "李明: x")]
 
 

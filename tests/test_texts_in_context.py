@@ -16,6 +16,7 @@ from rayml.lm.encode import Encoder
 from rayml.lm.scorer import EpisodeQueries
 from rayml.lm.sides import TaskSide
 from rayml.tasks.episodes import Episode
+from rayml.tasks.kinds import parse_spans, parse_target
 from rayml.tasks.task import Example, Task
 from rayml.training.driver import train
 
@@ -109,6 +110,10 @@ def test_a_run_learns_texts_in_context(tmp_path, local_mode):
     adapter.save(tmp_path / "adapter")
     again = rayml.load_adapter(tmp_path / "adapter")
     assert [str(a) for a in again.predict(["to Bonn", "no"])] == [str(a) for a in adapter.predict(["to Bonn", "no"])]
+    assert adapter.predict("to Bonn").items is None
+    spans = model.adapt([{"input": e.input, "target": parse_target("ner", e.target)} for e in EXAMPLES], steps=0)
+    answer = spans.predict("to Bonn")
+    assert answer.items == [{"text": text, "type": kind} for kind, text in parse_spans(str(answer))]
     assert not model.adapt([("a", "x"), ("b", "y"), ("c", "x")]).shown
     query = adapter.query(Example("to Bonn", ""), ["none", "city: Bonn"])
     assert EXAMPLES[0].input in model.encoder.tokenizer.decode(query.option_queries[0].rows[0].tokens)

@@ -124,7 +124,9 @@ def predict(
         loaded = rayml.load_adapter(adapter)
     prediction = loaded.predict(parse_input(text), choices)
     if as_json:
-        result = {"prediction": prediction.text, "probabilities": prediction.probabilities}
+        result: dict[str, Any] = {"prediction": prediction.text, "probabilities": prediction.probabilities}
+        if prediction.items is not None:
+            result["items"] = prediction.items
         print(json.dumps(result, ensure_ascii=False))
         return
     out.print(prediction.text, style="bold", markup=False, highlight=False)

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from rayml.errors import DataError
 from rayml.tasks.formats.text import comma_separated
-from rayml.tasks.kinds import NAMES, format_target, parse_labels, parse_spans
+from rayml.tasks.kinds import NAMES, format_target, parse_target
 from rayml.tasks.read import read_rows
 from rayml.tasks.row import COLUMNS, Row
 
@@ -83,12 +83,8 @@ def to_record(row: Row) -> dict[str, Any]:
     if row.kind == "dialogue":
         return record | {"messages": [{"role": role, "content": text} for role, text in row.parts]}
     record |= {"input": dict(row.parts) or row.input, "target": row.target}
-    items: list[Any] = []
-    if row.kind == "ner":
-        items = [{"text": text, "type": span_type} for span_type, text in parse_spans(row.target)]
-    if row.kind == "multilabel":
-        items = parse_labels(row.target)
-    if row.kind in ("ner", "multilabel") and format_target(items) == row.target:
+    items = parse_target(row.kind, row.target)
+    if items is not None and format_target(items) == row.target:
         record["target"] = items
     optional = {"options": list(row.options), "answers": list(row.answers), "kind": row.kind}
     return record | {field: value for field, value in optional.items() if value}

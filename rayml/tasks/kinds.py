@@ -87,6 +87,17 @@ def format_target(items: Sequence[Any]) -> str:
     return "\\" + NOTHING if texts == [NOTHING] else SEPARATOR.join(texts) or NOTHING
 
 
+def parse_target(kind: str, text: str) -> list[Any] | None:
+    """Return the list that `format_target` wrote, or a model did; None if targets of this kind are no lists.
+
+    >>> parse_target("ner", "place: Berlin; person: Ada")
+    [{'text': 'Berlin', 'type': 'place'}, {'text': 'Ada', 'type': 'person'}]
+    """
+    if kind == "ner":
+        return [{"text": span, "type": span_type} for span_type, span in parse_spans(text)]
+    return parse_labels(text) if kind == "multilabel" else None
+
+
 def is_span(item: Any) -> bool:
     return isinstance(item, dict) and isinstance(item.get("text"), str) and isinstance(item.get("type"), str)
 
