@@ -41,7 +41,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--model", default="tiny", help="as model.name, or random-30m: a random Llama of 30 M parameters"
+        "--model", default="tiny", help="as model.name, or random-30m: a random Llama of 36 M parameters"
     )
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--stage", type=int, default=3, choices=(1, 2, 3))

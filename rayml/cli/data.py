@@ -52,8 +52,9 @@ def convert(
 ) -> None:
     """Convert a data set into rows that `data.path` reads. The format is recognized and reported.
 
-    JSONL, JSON and Parquet of your own columns, CSV and TSV, chats (OpenAI's and ShareGPT's), Alpaca's, CoNLL (BIO,
-    BMES, BIOES), SQuAD, Natural-Instructions, BIG-bench, CrossFit's TSV, MetaICL's, Hugging Face data sets; also
+    JSONL, JSON and Parquet of your own columns, CSV and TSV, chats (OpenAI's and ShareGPT's), Alpaca's, CoNLL and
+    CoNLL-U (BIO, BMES, BIOES, BILOU), spans as doccano, Prodigy and spaCy write them, fastText's, SQuAD, Dolly,
+    questions with choices, Natural-Instructions, BIG-bench, CrossFit's TSV, MetaICL's, Hugging Face data sets; also
     compressed by gzip, zstd, bzip2 or xz, and in UTF-16, Big5 and other encodings. `data.path` reads the same.
 
     Common column names (text and label, question and answer, ...) are recognized and reported.

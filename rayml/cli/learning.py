@@ -91,7 +91,7 @@ def export(
     """Write what a run learned for other libraries: its start as a PEFT adapter, or in mode full the whole model.
 
     `AutoModelForCausalLM.from_pretrained` loads the whole model, `PeftModel.from_pretrained` the adapter. It is a
-    starting point for the run's inner loop; without inner steps it answers no better than chance.
+    starting point for the run's inner loop, to be adapted to a task; without that it answers worse.
     """
     from rayml.adapter import new_folder
 

@@ -318,7 +318,7 @@ class Encoder:
         return self.as_choices(self.label_tokens(labels, example))
 
     def label_tokens(self, labels: Iterable[str], example: Example = NO_TEXT) -> list[list[int]]:
-        """Return each label's tokens as they follow the prompt; `example` as in `competing`."""
+        """Return each label's tokens as they follow the prompt; `example` as in `competing_tokens`."""
         labels = list(labels)
         encoder = self.among(labels)
         rows = [encoder.row(relabel(without_input(example), label), is_label=True) for label in labels]

@@ -41,7 +41,7 @@ def refuse_without_vllm(config: Config, base: str) -> None:
     if not vllm_version():
         raise ConfigError(
             "engine: vLLM is not installed here; `pip install 'vllm>=0.29,<0.30'` installs it on a machine with GPUs, "
-            "`make .venv/.vllm` in a checkout without GPUs"
+            "without GPUs, in a checkout, `make .venv/.vllm`, and set PYTHONPATH=.venv/vllm"
         )
 
 
