@@ -36,7 +36,7 @@ LORA_RATE = 1e-3
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", nargs="+")
-    parser.add_argument("--starts", default="smollm2-135m-texts", help="starts, or run folders, comma-separated")
+    parser.add_argument("--starts", default="smollm2-135m", help="starts, or run folders, comma-separated")
     parser.add_argument("--shots", default="4,8", help="examples of a task")
     parser.add_argument("--draws", type=int, default=5)
     parser.add_argument("--most", type=int, default=12, help="queries of a draw")

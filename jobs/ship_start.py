@@ -16,7 +16,7 @@ from rayml.runs.folder import RunFolder
 from rayml.starts import HERE, LEARNED, NO_DATA, shipped_tensors
 
 KEPT = "model", "algorithm", "lora", "inner"
-"""Sections of a run's config that say what a new task is learned by; of its data, the prompt and the longest text."""
+"""Sections of a run's config that say what a new task is learned by; of its data, the prompts and the longest text."""
 
 
 def main() -> None:
@@ -42,7 +42,7 @@ def main() -> None:
 def settings(config: Config, steps: int) -> dict:
     """Return what is kept of a run's config."""
     given = config.model_dump(mode="json")
-    data = {"path": NO_DATA, "prompt": config.data.prompt, "max_tokens": config.data.max_tokens}
+    data = {"path": NO_DATA} | {key: given["data"][key] for key in ("prompt", "templates", "max_tokens")}
     return {section: given[section] for section in KEPT} | {
         "data": data,
         "outer": {"steps": steps},

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from rayml.adapter import Adapter
 
 STARTS = (
-    "A run folder that `rayml train` made, or its URI; or a start: `minilm`, `smollm2-135m`, `smollm2-135m-texts` (for "
-    "spans, answers and other texts), or a model's folder."
+    "A run folder that `rayml train` made, or its URI; or a start: `minilm` (for labels), `smollm2-135m` (for "
+    "labels, spans, answers and other texts), or a model's folder."
 )
 
 

@@ -20,8 +20,7 @@ from rayml.tasks.task import normalize_text
 if TYPE_CHECKING:
     from rayml.model import MetaModel
 
-ENCODER, READER, WRITER = "minilm", "smollm2-135m", "smollm2-135m-texts"
-"""The starts that were learned for labels, and the one for texts."""
+ENCODER, LANGUAGE_MODEL = "minilm", "smollm2-135m"
 MOST_LABELS, MOST_EACH = 8, 4
 """How many labels, and examples of each, are used: more take longer, and tell little more."""
 MIN_PROBABILITY = 1e-6
@@ -37,12 +36,12 @@ class Choice(NamedTuple):
     """By the names of the starts that were tried: the mean negative log-probability of the right answers."""
 
 
-def choose_start(examples: Examples, *, among: Sequence[str] = (ENCODER, READER, WRITER)) -> Choice:
+def choose_start(examples: Examples, *, among: Sequence[str] = (ENCODER, LANGUAGE_MODEL)) -> Choice:
     """Return the start that does best on a task's own examples, loaded.
 
     If at least two labels have two examples or more, each start learns one half of these and answers the other, and
     vice versa; the lowest loss wins. Otherwise nothing can be tried, and the first of `among` is taken that suits the
-    kind of task: a sentence encoder can only answer with labels, and `smollm2-135m-texts` was learned for texts.
+    kind of task: a sentence encoder can only answer with labels.
 
     Args:
         examples: as `MetaModel.adapt` takes them.
@@ -87,10 +86,8 @@ def choose_start(examples: Examples, *, among: Sequence[str] = (ENCODER, READER,
 def starts_for_kind(rows: Sequence[Row], among: Sequence[str]) -> tuple[Sequence[str], str]:
     """Return the starts that suit this kind of task, and why not all of them do; "" if they do."""
     if any(row.kind not in ("", *LABELS) for row in rows) or not have_labels(rows):
-        for_texts = [name for name in among if name not in (ENCODER, READER)]
-        models = for_texts or [name for name in among if name != ENCODER] or among
-        return models, "a language model, since the answers are no plain labels"
-    return tuple(name for name in among if name != WRITER) or among, ""
+        return [name for name in among if name != ENCODER] or among, "a language model, since the answers are no labels"
+    return among, ""
 
 
 def have_labels(rows: Sequence[Row]) -> bool:
