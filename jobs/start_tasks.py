@@ -28,7 +28,7 @@ FEWER = (
     *("disease", "placental", "food", "feeling", "medicine", "trait", "travel"),
     *("natural object", "natural language"),
 )
-MOODS = {
+MOODS: dict[str, list[tuple[float, str]]] = {
     "bad or good": [(-2, "bad"), (2, "good")],
     "three": [(-1, "negative"), (0, "neutral"), (1, "positive")],
     "five": [(-2, "very negative"), (-1, "negative"), (0, "neutral"), (1, "positive"), (2, "very positive")],

@@ -36,13 +36,12 @@ def adapt(
 ) -> None:
     """Learn one new task from a few examples. Writes a stock PEFT folder, which vLLM and LoRAX load, too.
 
-    You get your own labels back: the folder records how the model sees them. Without a RUN, texts are learned by the
-    start for texts. For labels, each other start learns one half of your examples and answers the other, and the better
-    one is used.
+    You get your own labels back: the folder records how the model sees them. Without a RUN, texts are learned by
+    the start `smollm2-135m`. For labels, each start learns one half of your examples and answers the other, and the
+    better one is used.
     """
     from rayml.adapter import new_folder
     from rayml.runs.folder import RunFolder
-    from rayml.starts.choice import READER, WRITER
     from rayml.tasks.read import read_rows
 
     folder = new_folder(out_dir)
@@ -63,8 +62,6 @@ def adapt(
         err.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
     adapter = model.adapt(rows, name=name or folder.name, steps=steps)
     adapter.save(folder)
-    if model.run.start == READER and not adapter.labels:
-        err.print(f"{READER} was trained on labels; {WRITER} does better at texts", style="yellow")
     out.print(describe_adapter(adapter))
     if adapter.losses[-1] > adapter.losses[0]:
         warning = "the loss rose: the inner steps are too long for this task; lower inner.lr, or learn it"
