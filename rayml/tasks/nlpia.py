@@ -41,8 +41,7 @@ def write_tasks(folder: Path) -> dict[str, int]:
         "location-questions": ((text, label) for text, label in questions if label.startswith("LOC:")),
         "sms-spam": _messages(data),
     }
-    rated = data / "hutto_ICWSM_2014"
-    sources |= {f"sentiment-{name}": _sentiments(rated / file) for name, file in RATED.items()}
+    sources |= {f"sentiment-{name}": _sentiments(data, name) for name in RATED}
     folder.mkdir(parents=True, exist_ok=True)
     seen: dict[str, str] = {}
     return {name: _write(folder / f"{name}.jsonl", name, pairs, seen) for name, pairs in sources.items()}
@@ -72,8 +71,15 @@ def _messages(data: Path) -> Iterator[Pair]:
                 yield record["text"], "spam" if record["spam"] == "1" else "ham"
 
 
-def _sentiments(path: Path) -> Iterator[Pair]:
+def _sentiments(data: Path, source: str) -> Iterator[Pair]:
+    for text, rating in rated_texts(data, source):
+        if abs(rating) >= CLEAR:
+            yield text, "positive" if rating > 0 else "negative"
+
+
+def rated_texts(data: Path, source: str) -> Iterator[tuple[str, float]]:
+    """Yield the texts of one of `RATED` with their mean ratings, from -4 (worst) to 4. `data` is the wheel's folder."""
+    path = data / "hutto_ICWSM_2014" / RATED[source]
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines()[1:]:
         _, rating, text = line.split("\t", 2)
-        if abs(float(rating)) >= CLEAR:
-            yield text, "positive" if float(rating) > 0 else "negative"
+        yield text, float(rating)
